@@ -1,0 +1,1 @@
+"""Device functions that generated kernels import."""
