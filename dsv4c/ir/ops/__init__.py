@@ -1,0 +1,70 @@
+"""All primitives, by family. Importing this package declares them; the functions here apply them."""
+
+from dsv4c.ir.ops.attention import (
+    attention_scores,
+    attention_values,
+    gather,
+    sink_softmax,
+    visible_entries,
+    window_index,
+)
+from dsv4c.ir.ops.compress import completed_entries, compress_pool
+from dsv4c.ir.ops.hyper import collapse_streams, expand_streams, mix_streams, spread_streams
+from dsv4c.ir.ops.index import index_scores, top_k
+from dsv4c.ir.ops.linear import expert_linear, grouped_linear, linear
+from dsv4c.ir.ops.math import add, cast, clamp, mul, scale, shift, sigmoid, silu, sqrt_softplus, sum_
+from dsv4c.ir.ops.moe import embedding, take_along
+from dsv4c.ir.ops.norm import normalize, rms_norm, rsqrt_mean_square, softmax
+from dsv4c.ir.ops.quant import dequantize, hadamard, quantize
+from dsv4c.ir.ops.rope import rope, rope_frequencies
+from dsv4c.ir.ops.sample import argmax
+from dsv4c.ir.ops.shape import concat, reshape, slice_
+from dsv4c.ir.ops.state import advance, cache_write, positions
+
+__all__ = [
+    "add",
+    "advance",
+    "argmax",
+    "attention_scores",
+    "attention_values",
+    "cache_write",
+    "cast",
+    "clamp",
+    "collapse_streams",
+    "completed_entries",
+    "compress_pool",
+    "concat",
+    "dequantize",
+    "embedding",
+    "expand_streams",
+    "expert_linear",
+    "gather",
+    "grouped_linear",
+    "hadamard",
+    "index_scores",
+    "linear",
+    "mix_streams",
+    "mul",
+    "normalize",
+    "positions",
+    "quantize",
+    "reshape",
+    "rms_norm",
+    "rope",
+    "rope_frequencies",
+    "rsqrt_mean_square",
+    "scale",
+    "shift",
+    "sigmoid",
+    "silu",
+    "sink_softmax",
+    "slice_",
+    "softmax",
+    "spread_streams",
+    "sqrt_softplus",
+    "sum_",
+    "take_along",
+    "top_k",
+    "visible_entries",
+    "window_index",
+]

@@ -1,0 +1,107 @@
+"""Attention over gathered keys (K = V, one head): index lists, gather, scores, sink softmax, values."""
+
+from __future__ import annotations
+
+from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
+from dsv4c.types import F32, I32, DType, TensorType, Type
+
+
+@primitive
+class WindowIndex(Op):
+    """Positions i32[N] -> i32[N, window]: slot s holds the position p in (t-window, t] with p % window = s, or -1."""
+
+    window: int
+
+    def infer(self, positions: Type) -> TensorType:
+        rows = expect_tensor(positions, "positions", 1, I32).shape[0]
+        return TensorType(I32, (rows, self.window))
+
+
+@primitive
+class VisibleEntries(Op):
+    """Positions i32[N] -> i32[N, capacity]: entry w when it is complete, w < (t+1)//ratio, else -1."""
+
+    ratio: int
+    capacity: int
+
+    def infer(self, positions: Type) -> TensorType:
+        rows = expect_tensor(positions, "positions", 1, I32).shape[0]
+        return TensorType(I32, (rows, self.capacity))
+
+
+@primitive
+class Gather(Op):
+    """Rows of each sequence's cache: cache[B, C, D], index i32[N, K] -> [N, K, D].
+
+    Row n belongs to sequence n // (N/B); slot = index % C; index -1 gives zeros.
+    """
+
+    def infer(self, cache: Type, index: Type) -> Type:
+        chosen = expect_tensor(index, "index", 2, I32)
+        expect(len(cache.shape) == 3, f"cache must be [B, C, D], got {cache}")
+        expect(
+            chosen.shape[0] % cache.shape[0] == 0,
+            f"{chosen.shape[0]} rows do not divide over {cache.shape[0]} sequences",
+        )
+        return cache.with_shape((*chosen.shape, cache.shape[2]))
+
+    def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
+        return Cost(0, (results[0].nbytes, operands[1].nbytes), (results[0].nbytes,))
+
+
+@primitive
+class AttentionScores(Op):
+    """q[N, h, D] · keys[N, K, D] * scale -> f32[N, h, K], -inf where index < 0."""
+
+    scale: float
+
+    def infer(self, q: Type, keys: Type, index: Type) -> TensorType:
+        expect_tensor(q, "q", 3)
+        expect_tensor(keys, "keys", 3)
+        expect_tensor(index, "index", 2, I32)
+        expect(q.shape[2] == keys.shape[2], f"q {q} and keys {keys} differ in width")
+        expect(keys.shape[:2] == index.shape, f"keys {keys} and index {index} differ")
+        expect(q.shape[0] == keys.shape[0], f"q {q} and keys {keys} differ in rows")
+        return TensorType(F32, (*q.shape[:2], keys.shape[1]))
+
+    def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
+        flops = 2 * elements(results[0]) * operands[0].shape[-1]
+        return Cost(flops, tuple(o.nbytes for o in operands), (results[0].nbytes,))
+
+
+@primitive
+class SinkSoftmax(Op):
+    """Softmax with a per-head sink in the denominator only, left undivided.
+
+    scores f32[N, h, K], sink f32[h] -> p = exp(l - max) rounded to `out` [N, h, K], and the
+    denominator f32[N, h] = sum of the unrounded p + exp(sink - max). The max runs over keys alone.
+    """
+
+    out: DType
+
+    def infer(self, scores: Type, sink: Type) -> tuple[TensorType, TensorType]:
+        tensor = expect_tensor(scores, "scores", 3, F32)
+        expect_tensor(sink, "sink", 1, F32)
+        expect(sink.shape == tensor.shape[1:2], f"sink {sink} does not fit the heads of {scores}")
+        return TensorType(self.out, tensor.shape), TensorType(F32, tensor.shape[:2])
+
+
+@primitive
+class AttentionValues(Op):
+    """(p[N, h, K] · keys[N, K, D]) / denominator[N, h] -> [N, h, D] in the keys' type, rounded once."""
+
+    def infer(self, p: Type, denominator: Type, keys: Type) -> TensorType:
+        expect_tensor(p, "p", 3)
+        expect_tensor(denominator, "denominator", 2, F32)
+        tensor = expect_tensor(keys, "keys", 3)
+        expect(p.shape[2] == keys.shape[1], f"p {p} and keys {keys} differ in keys")
+        expect(p.shape[:2] == denominator.shape, f"p {p} and denominator {denominator} differ")
+        return TensorType(tensor.dtype, (*p.shape[:2], tensor.shape[2]))
+
+    def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
+        flops = 2 * elements(results[0]) * operands[0].shape[-1]
+        return Cost(flops, tuple(o.nbytes for o in operands), (results[0].nbytes,))
+
+
+window_index, visible_entries, gather = WindowIndex.apply, VisibleEntries.apply, Gather.apply
+attention_scores, sink_softmax, attention_values = AttentionScores.apply, SinkSoftmax.apply, AttentionValues.apply

@@ -1,0 +1,56 @@
+"""The KV compressor: which entries a call completes, and the softmax pooling that makes them."""
+
+from __future__ import annotations
+
+from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
+from dsv4c.types import F32, I32, TensorType, Type
+
+
+@primitive
+class CompletedEntries(Op):
+    """Entries finished by this call: positions i32[B·T] -> i32[B·E] with E = ceil(T / ratio).
+
+    Entry w is finished by token (w+1)·ratio - 1; unused places hold -1.
+    """
+
+    ratio: int
+    sequences: int
+
+    def infer(self, positions: Type) -> TensorType:
+        rows = expect_tensor(positions, "positions", 1, I32).shape[0]
+        expect(rows % self.sequences == 0, f"{rows} rows do not divide over {self.sequences} sequences")
+        return TensorType(I32, (self.sequences * -(-(rows // self.sequences) // self.ratio),))
+
+
+@primitive
+class CompressPool(Op):
+    """Per-channel softmax over the tokens of a window, weighting their kv -> f32[B·E, d].
+
+    kv and score are rings f32[B, R, c·d] (token p in row p % R; score includes the position bias), entries
+    i32[B·E]. With `overlap` (c = 2) entry w pools tokens ratio·(w-1).. of channels [:d] and ratio·w.. of [d:];
+    tokens before the start weigh nothing, whatever their row holds. Entry -1 gives zeros.
+    """
+
+    ratio: int
+    overlap: bool
+
+    def infer(self, kv: Type, score: Type, entries: Type) -> TensorType:
+        ring = expect_tensor(kv, "kv", 3, F32)
+        expect(score == kv, f"kv {kv} and score {score} differ")
+        expect_tensor(entries, "entries", 1, I32)
+        parts = 2 if self.overlap else 1
+        expect(
+            ring.shape[1] >= parts * self.ratio,
+            f"a ring of {ring.shape[1]} tokens cannot hold {parts} windows of {self.ratio}",
+        )
+        expect(ring.shape[2] % parts == 0, f"{kv} does not split into {parts} halves")
+        return TensorType(F32, (entries.shape[0], ring.shape[2] // parts))
+
+    def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
+        # Averaged over steps: a call of T tokens finishes T/ratio entries, and decode fires once in `ratio` calls.
+        kv, _, entries = operands
+        pooled = entries.shape[0] * self.ratio * kv.shape[2] * 4 // (self.ratio if entries.shape[0] == kv.shape[0] else 1)
+        return Cost(4 * elements(results[0]) * self.ratio, (pooled, pooled, entries.nbytes), (results[0].nbytes,))
+
+
+completed_entries, compress_pool = CompletedEntries.apply, CompressPool.apply

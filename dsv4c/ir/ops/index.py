@@ -1,0 +1,48 @@
+"""The indexer of compressed sparse attention: scores over all entries, and the best of them."""
+
+from __future__ import annotations
+
+from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
+from dsv4c.types import F32, I32, TensorType, Type
+
+
+@primitive
+class IndexScores(Op):
+    """Indexer scores: sum over heads of relu(q_h · key_w) * weight_h -> f32[N, C], -inf for w >= (t+1)//ratio.
+
+    q[N, H, D] and keys[B, C, D], quantized or plain; weights[N, H]; with bf16 weights the dot products, the
+    products with the weights and the sum are each rounded to bf16.
+    """
+
+    ratio: int
+
+    def infer(self, q: Type, keys: Type, weights: Type, positions: Type) -> TensorType:
+        expect(len(q.shape) == 3 and len(keys.shape) == 3, f"q must be [N, H, D], keys [B, C, D]; got {q}, {keys}")
+        expect(q.shape[2] == keys.shape[2], f"q {q} and keys {keys} differ in width")
+        expect_tensor(weights, "weights", 2)
+        expect(weights.shape == q.shape[:2], f"weights {weights} do not fit q {q}")
+        expect_tensor(positions, "positions", 1, I32)
+        return TensorType(F32, (q.shape[0], keys.shape[1]))
+
+    def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
+        q = operands[0]
+        flops = 2 * elements(results[0]) * q.shape[1] * (q.shape[2] + 1)
+        return Cost(flops, tuple(o.nbytes for o in operands), (results[0].nbytes,))
+
+
+@primitive
+class TopK(Op):
+    """Columns of the k largest scores[N, C], ascending, -1 padded at the end -> i32[N, min(k, C)].
+
+    Ties go to the lower column; -inf is never chosen.
+    """
+
+    k: int
+
+    def infer(self, scores: Type) -> TensorType:
+        tensor = expect_tensor(scores, "scores", 2, F32)
+        expect(self.k > 0, f"k must be positive, got {self.k}")
+        return TensorType(I32, (tensor.shape[0], min(self.k, tensor.shape[1])))
+
+
+index_scores, top_k = IndexScores.apply, TopK.apply

@@ -1,0 +1,125 @@
+"""Elementwise arithmetic with NumPy broadcasting. f32 with bf16 gives f32."""
+
+from __future__ import annotations
+
+from dsv4c.ir.op import Op, expect, expect_tensor, primitive
+from dsv4c.types import F32, DType, TensorType, Type
+
+
+def broadcast(a: Type, b: Type) -> TensorType:
+    """Result type of an elementwise op. Raises GraphError when the shapes do not broadcast."""
+    x, y = expect_tensor(a, "a"), expect_tensor(b, "b")
+    rank = max(len(x.shape), len(y.shape))
+    left, right = (1,) * (rank - len(x.shape)) + x.shape, (1,) * (rank - len(y.shape)) + y.shape
+    expect(
+        all(m == n or 1 in (m, n) for m, n in zip(left, right, strict=True)), f"{a} and {b} do not broadcast"
+    )
+    expect(x.dtype is y.dtype or F32 in (x.dtype, y.dtype), f"{a} and {b} differ in type; cast one")
+    return TensorType(F32 if F32 in (x.dtype, y.dtype) else x.dtype, tuple(map(max, left, right)))
+
+
+def _same(x: Type) -> TensorType:
+    tensor = expect_tensor(x, "x")
+    expect(tensor.dtype.is_float, f"x must be floating point, got {x}")
+    return tensor
+
+
+@primitive
+class Add(Op):
+    """a + b."""
+
+    def infer(self, a: Type, b: Type) -> TensorType:
+        return broadcast(a, b)
+
+
+@primitive
+class Mul(Op):
+    """a * b."""
+
+    def infer(self, a: Type, b: Type) -> TensorType:
+        return broadcast(a, b)
+
+
+@primitive
+class Scale(Op):
+    """x * factor."""
+
+    factor: float
+
+    def infer(self, x: Type) -> TensorType:
+        return _same(x)
+
+
+@primitive
+class Shift(Op):
+    """x + offset."""
+
+    offset: float
+
+    def infer(self, x: Type) -> TensorType:
+        return _same(x)
+
+
+@primitive
+class Clamp(Op):
+    """x limited to [low, high]; None leaves that side open."""
+
+    low: float | None
+    high: float | None
+
+    def infer(self, x: Type) -> TensorType:
+        expect(self.low is not None or self.high is not None, "clamp needs a bound")
+        return _same(x)
+
+
+@primitive
+class Silu(Op):
+    """x * sigmoid(x)."""
+
+    def infer(self, x: Type) -> TensorType:
+        return _same(x)
+
+
+@primitive
+class Sigmoid(Op):
+    """1 / (1 + exp(-x))."""
+
+    def infer(self, x: Type) -> TensorType:
+        return _same(x)
+
+
+@primitive
+class SqrtSoftplus(Op):
+    """sqrt(log(1 + exp(x))), linear under the root above 20: the router's score function."""
+
+    def infer(self, x: Type) -> TensorType:
+        return _same(x)
+
+
+@primitive
+class Cast(Op):
+    """x in another element type, rounded to nearest even."""
+
+    to: DType
+
+    def infer(self, x: Type) -> TensorType:
+        return TensorType(self.to, expect_tensor(x, "x").shape)
+
+
+@primitive
+class Sum(Op):
+    """Sum over `axis` in f32, rounded once to `out`."""
+
+    axis: int
+    out: DType
+
+    def infer(self, x: Type) -> TensorType:
+        shape = list(_same(x).shape)
+        expect(-len(shape) <= self.axis < len(shape), f"axis {self.axis} is outside {x}")
+        del shape[self.axis]
+        return TensorType(self.out, tuple(shape))
+
+
+add, mul, scale, shift, clamp = Add.apply, Mul.apply, Scale.apply, Shift.apply, Clamp.apply
+silu, sigmoid, sqrt_softplus = Silu.apply, Sigmoid.apply, SqrtSoftplus.apply
+cast, sum_ = Cast.apply, Sum.apply

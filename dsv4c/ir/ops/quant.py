@@ -1,0 +1,58 @@
+"""Conversions that round, made explicit."""
+
+from __future__ import annotations
+
+from dsv4c.ir.op import Op, expect, expect_tensor, primitive
+from dsv4c.types import F32, DType, GlobalScale, QuantFormat, QuantType, TensorType, Type
+
+
+@primitive
+class Quantize(Op):
+    """Block quantization along the last dimension.
+
+    With a `global_scale` f32[N, k] (one per token and expert) an x[N, K] is encoded once for each: [N, k, K].
+    """
+
+    format: QuantFormat
+
+    def infer(self, x: Type, global_scale: Type | None = None) -> QuantType:
+        tensor = expect_tensor(x, "x")
+        expect(tensor.dtype.is_float, f"x must be floating point, got {x}")
+        expect(self.format.tail < x.shape[-1], f"{self.format} leaves nothing to quantize in {x}")
+        shape = tensor.shape
+        if global_scale is not None:
+            expect_tensor(global_scale, "global_scale", dtype=F32)
+            expect(
+                self.format.global_scale is GlobalScale.ROW,
+                f"a given global scale needs a format with one per row, got {self.format}",
+            )
+            expect(
+                shape[:-1] in (global_scale.shape, global_scale.shape[:-1]),
+                f"global_scale {global_scale} does not fit x {x}",
+            )
+            shape = (*global_scale.shape, shape[-1])
+        return QuantType(self.format, shape)
+
+
+@primitive
+class Dequantize(Op):
+    """The exact value of each element, rounded once to `out`."""
+
+    out: DType
+
+    def infer(self, x: Type) -> TensorType:
+        expect(isinstance(x, QuantType), f"x must be quantized, got {x}")
+        return TensorType(self.out, x.shape)
+
+
+@primitive
+class Hadamard(Op):
+    """Orthonormal Sylvester-Hadamard transform of the last dimension (a power of two); f32 inside, one cast."""
+
+    def infer(self, x: Type) -> TensorType:
+        n = x.shape[-1]
+        expect(n & (n - 1) == 0, f"the last dimension must be a power of two, got {x}")
+        return expect_tensor(x, "x")
+
+
+quantize, dequantize, hadamard = Quantize.apply, Dequantize.apply, Hadamard.apply

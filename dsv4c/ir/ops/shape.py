@@ -1,0 +1,70 @@
+"""Changes of shape. They cost nothing: the bytes stay where they are, or move with the consumer."""
+
+from __future__ import annotations
+
+from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
+from dsv4c.types import QuantType, TensorType, Type
+
+
+@primitive
+class Reshape(Op):
+    """The same elements in another shape."""
+
+    shape: tuple[int, ...]
+
+    def infer(self, x: Type) -> TensorType:
+        result = TensorType(expect_tensor(x, "x").dtype, self.shape)
+        expect(elements(x) == elements(result), f"{x} has {elements(x)} elements, {result} has {elements(result)}")
+        return result
+
+    def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
+        return Cost(0, (0,), (0,))
+
+
+@primitive
+class Slice(Op):
+    """x[start:stop] along `axis`."""
+
+    axis: int
+    start: int
+    stop: int
+
+    def infer(self, x: Type) -> TensorType:
+        shape = list(expect_tensor(x, "x").shape)
+        expect(-len(shape) <= self.axis < len(shape), f"axis {self.axis} is outside {x}")
+        expect(
+            0 <= self.start < self.stop <= shape[self.axis],
+            f"[{self.start}:{self.stop}] is outside axis {self.axis} of {x}",
+        )
+        shape[self.axis] = self.stop - self.start
+        return TensorType(expect_tensor(x, "x").dtype, tuple(shape))
+
+    def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
+        return Cost(0, (results[0].nbytes,), (results[0].nbytes,))
+
+
+@primitive
+class Concat(Op):
+    """Values joined along `axis`; all other dimensions, and the types, agree."""
+
+    axis: int
+
+    def infer(self, *parts: Type) -> Type:
+        expect(len(parts) >= 2, "concat joins at least two values")
+        axis = self.axis % len(parts[0].shape)
+        shape = list(parts[0].shape)
+        shape[axis] = 0
+        for part in parts:
+            expect(len(part.shape) == len(shape), f"{part} differs in rank from {parts[0]}")
+            shape[axis] += part.shape[axis]
+            expect(
+                parts[0].with_shape(part.shape) == part
+                and all(m == n for i, (m, n) in enumerate(zip(part.shape, parts[0].shape, strict=True)) if i != axis),
+                f"{part} does not join {parts[0]} along axis {axis}",
+            )
+        if isinstance(parts[0], QuantType):
+            expect(axis < len(shape) - 2, f"quantized values join along leading dimensions, not axis {axis}")
+        return parts[0].with_shape(tuple(shape))
+
+
+reshape, slice_, concat = Reshape.apply, Slice.apply, Concat.apply
