@@ -1,0 +1,145 @@
+"""Packs recorded model cases (config.json, case.json, model.safetensors, expected.safetensors) into this folder.
+
+    python tests/golden/pack.py RECORDED_CASES_FOLDER
+
+The weights are kept bit for bit. Of the expected tensors this keeps what `KEEP` names, so that a clone stays small:
+logits of every run and position, inputs and outputs of the sublayers, selections. What happened to each tensor
+(`dropped`, `probe_rows_only`, `significant_bits`) is added to the case.json under "packed".
+
+File format: an xz stream of a safetensors header, followed by the payload with its bytes regrouped: all first bytes
+of the tensors of one dtype, then all their second bytes, and so on (tensors in header order, dtypes in order of first
+appearance). Exponents then lie next to exponents, and the stream is about 5 % shorter than that of the plain file.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import lzma
+import struct
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+
+CASES = ("fp32", "official-quant", "nvfp4-experts")
+
+# case -> patterns of expected tensors that are kept; a pattern that ends in "@" keeps the probe rows only
+KEEP = {
+    "fp32": [
+        "*.logits",
+        "prefill.?.attn_in@",
+        "prefill.?.attn_out@",
+        "prefill.?.ffn_*",
+        "prefill.?.x_ffn",
+        "prefill.?.hc_*",
+        "prefill.?.router_*",
+        "prefill.?.index_sel",
+        "prefill.?.index_keys",
+        "prefill.?.entries",
+        "prefill.hc_head@",
+        "prefill.final_norm@",
+    ],
+    "official-quant": [
+        "*.logits*",
+        "prefill.?.attn_in",
+        "prefill.?.attn_out@",
+        "prefill.?.ffn_*",
+        "prefill.?.hc_*",
+        "prefill.?.router_*",
+        "prefill.?.index_*",
+        "prefill.?.entries",
+        "prefill.?.kv",
+        "prefill.?.qr",
+        "prefill.?.z",
+        "prefill.hc_head@",
+        "prefill.final_norm@",
+    ],
+    "nvfp4-experts": [
+        "*.logits*",
+        "prefill.?.attn_in",
+        "prefill.?.attn_out@",
+        "prefill.?.ffn_*@",
+        "prefill.?.hc_*",
+        "prefill.?.router_*",
+        "prefill.?.index_sel",
+        "prefill.hc_head@",
+        "prefill.final_norm@",
+        "expert.*",
+    ],
+}
+
+# Significant bits kept of f32 values; the rounding is far below the tolerance of the comparison (1e-5 and 5e-6 for
+# the first, 4e-2 for the second), and random low bits are most of the bytes.
+EXACT_BITS = 19
+QUANTIZED_LOGITS_BITS = 11
+
+
+def round_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round f32 to `bits` significant bits, halves away from zero; not for values next to overflow."""
+    drop = 24 - bits
+    return ((x.view(torch.int32) + (1 << (drop - 1))) & -(1 << drop)).view(torch.float32)
+
+
+def significant_bits(case: str, name: str) -> int | None:
+    if case == "fp32" or name.endswith("logits_weight_only"):
+        return EXACT_BITS
+    return QUANTIZED_LOGITS_BITS if ".logits" in name else None
+
+
+def select(case: str, tensors: dict[str, torch.Tensor], rows: list[int]) -> tuple[dict[str, torch.Tensor], dict]:
+    kept, packed = {}, {"dropped": [], "probe_rows_only": [], "significant_bits": {}}
+    for name, tensor in tensors.items():
+        pattern = next((p for p in ("probe_rows", *KEEP[case]) if fnmatch.fnmatchcase(name, p.rstrip("@"))), None)
+        if pattern is None:
+            packed["dropped"].append(name)
+            continue
+        if pattern.endswith("@") and len(tensor) > len(rows):
+            tensor = tensor[rows].contiguous()
+            packed["probe_rows_only"].append(name)
+        bits = significant_bits(case, name)
+        if bits and tensor.dtype is torch.float32 and torch.isfinite(tensor).all():
+            tensor = round_bits(tensor, bits)
+            packed["significant_bits"][name] = bits
+        kept[name] = tensor
+    return kept, packed
+
+
+def split_planes(file: bytes) -> bytes:
+    """Regroup the payload of a safetensors file by byte position; undone by `tests.goldens`."""
+    start = 8 + struct.unpack("<Q", file[:8])[0]
+    header = json.loads(file[8:start])
+    header.pop("__metadata__", None)
+    groups: dict[str, list[bytes]] = {}
+    for entry in sorted(header.values(), key=lambda e: e["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        groups.setdefault(entry["dtype"], []).append(file[start + begin : start + end])
+    planes = []
+    for dtype, chunks in groups.items():
+        size = 8 if dtype[-2:] == "64" else 4 if dtype[-2:] == "32" else 2 if dtype[-2:] == "16" else 1
+        planes += [b"".join(chunks)[i::size] for i in range(size)]
+    return file[:start] + b"".join(planes)
+
+
+def compress(file: bytes) -> bytes:
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 0, "lp": 0, "pb": 0}]
+    return lzma.compress(split_planes(file), format=lzma.FORMAT_XZ, check=lzma.CHECK_SHA256, filters=filters)
+
+
+def main(source: Path, target: Path) -> None:
+    for case in CASES:
+        folder = target / case
+        folder.mkdir(parents=True, exist_ok=True)
+        description = json.loads((source / case / "case.json").read_text())
+        tensors = load_file(source / case / "expected.safetensors")
+        kept, description["packed"] = select(case, tensors, description["probe_rows"])
+        (folder / "case.json").write_text(json.dumps(description, indent=1) + "\n")
+        (folder / "config.json").write_bytes((source / case / "config.json").read_bytes())
+        (folder / "expected.safetensors.xz").write_bytes(compress(save(kept)))
+        (folder / "model.safetensors.xz").write_bytes(compress((source / case / "model.safetensors").read_bytes()))
+        print(case, {path.name: path.stat().st_size for path in sorted(folder.iterdir())})
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(__file__).parent / "models")
