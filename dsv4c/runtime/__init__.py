@@ -1,0 +1,1 @@
+"""Loads a plan and runs it; knows no graphs and no passes."""

@@ -1,0 +1,402 @@
+"""Numbers in torch: quantize, dequantize, convert, and typed views of raw bytes.
+
+Formulas of DeepSeek-V4 `inference/kernel.py` (FP8, FP4) and of the NVFP4 format. Scales are decided in f32 from the
+float's bits, so every device can reproduce them; nothing here depends on a summation order.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dsv4c.types import (
+    ALIGN,
+    DType,
+    GlobalScale,
+    QuantFormat,
+    QuantType,
+    TensorType,
+    Type,
+)
+
+TORCH_DTYPES: dict[DType, torch.dtype] = {
+    DType.F32: torch.float32,
+    DType.BF16: torch.bfloat16,
+    DType.F16: torch.float16,
+    DType.E4M3: torch.float8_e4m3fn,
+    DType.UE8M0: torch.uint8,
+    DType.I64: torch.int64,
+    DType.I32: torch.int32,
+    DType.U8: torch.uint8,
+}
+_DTYPES = {torch_dtype: dtype for dtype, torch_dtype in TORCH_DTYPES.items() if dtype is not DType.UE8M0}
+
+E4M3_NAN, UE8M0_NAN = 0x7F, 0xFF
+POISON_INT = -(1 << 30)  # what `nan_fill` writes into integers: far from any index, and no sum of two wraps
+
+
+class ConversionError(ValueError):
+    """A value cannot take the wanted type without rounding, or not at all."""
+
+
+class Quantized(NamedTuple):
+    """A quantized value: the parts of `QuantType.components` as tensors.
+
+    data: float8_e4m3fn [..., K - tail], or uint8 [..., K/2] with the even element in the low nibble.
+    scale: uint8 exponents (ue8m0), float8_e4m3fn or float32, of shape `QuantType.scale_shape`.
+    tail: bfloat16 [..., tail]; global_scale: float32, one per matrix or per row. None where the format has none.
+    """
+
+    format: QuantFormat
+    data: Tensor
+    scale: Tensor
+    tail: Tensor | None = None
+    global_scale: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Logical shape, tail included."""
+        pack = 2 if self.format.value is DType.E2M1 else 1
+        return (*self.data.shape[:-1], self.data.shape[-1] * pack + self.format.tail)
+
+    @property
+    def parts(self) -> tuple[Tensor, ...]:
+        """The tensors that are present, in memory order."""
+        return tuple(p for p in (self.data, self.scale, self.tail, self.global_scale) if p is not None)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Quantized:
+        """Apply `function` to every part; for functions of leading dimensions that all parts share."""
+        tail = None if self.tail is None else function(self.tail)
+        global_scale = None if self.global_scale is None else function(self.global_scale)
+        return Quantized(self.format, function(self.data), function(self.scale), tail, global_scale)
+
+
+Value = Tensor | Quantized
+
+
+def type_of(value: Value) -> Type:
+    """The type a value has. Raises ConversionError for element types that dsv4c does not know."""
+    if isinstance(value, Quantized):
+        return QuantType(value.format, value.shape)
+    if value.dtype not in _DTYPES:
+        raise ConversionError(f"{value.dtype} is no element type; known: {', '.join(map(str, _DTYPES))}")
+    return TensorType(_DTYPES[value.dtype], tuple(value.shape))
+
+
+# --- rounding -------------------------------------------------------------------------------------------------------
+
+
+def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 to `dtype`, ties to even. (torch goes through f32 on the way to bf16 and f16: two roundings.)"""
+    if x.dtype is not torch.float64 or dtype not in (torch.bfloat16, torch.float16):
+        return x.to(dtype)
+    nearest = x.to(torch.float32)
+    bits = nearest.view(torch.int32)
+    inexact = nearest.to(torch.float64) != x
+    toward_zero = bits - (nearest.to(torch.float64).abs() > x.abs()).to(torch.int32)
+    odd = toward_zero | inexact.to(torch.int32)  # f32 rounded to odd: the next rounding sees which side of a tie x is on
+    return odd.view(torch.float32).to(dtype)
+
+
+# The largest f32 that each e2m1 magnitude code 0..6 absorbs: half way to the next code, ties to the even code.
+_HALFWAY = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+_ABSORBS = torch.where(torch.arange(7) % 2 == 0, _HALFWAY, torch.nextafter(_HALFWAY, torch.tensor(0.0)))
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+_E2M1_PAIRS = torch.stack([_E2M1.repeat(16), _E2M1.repeat_interleave(16)], dim=-1)  # by byte: (low, high) nibble
+
+
+def encode_e2m1(x: Tensor) -> Tensor:
+    """f32 [..., K] to packed e2m1 uint8 [..., K/2]: nearest, ties to the even code, saturating at 6."""
+    code = torch.bucketize(x.abs(), _ABSORBS, out_int32=True).to(torch.uint8)
+    code |= torch.signbit(x).to(torch.uint8) << 3
+    return code[..., 0::2] | code[..., 1::2] << 4
+
+
+def decode_e2m1(packed: Tensor) -> Tensor:
+    """Packed e2m1 uint8 [..., K/2] to f32 [..., K], exact."""
+    return _E2M1_PAIRS[packed.to(torch.int32)].flatten(-2)
+
+
+def decode_ue8m0(exponent: Tensor) -> Tensor:
+    """uint8 exponents to f32: 2^(b - 127), 255 is NaN."""
+    bits = exponent.to(torch.int32) << 23
+    bits = bits.masked_fill(exponent == 0, 1 << 22)  # 2^-127 is an f32 subnormal
+    return bits.masked_fill(exponent == UE8M0_NAN, 0x7FC00000).view(torch.float32)
+
+
+def _e4m3(x: Tensor) -> Tensor:
+    return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+
+
+# --- blocks ---------------------------------------------------------------------------------------------------------
+
+
+def _split(x: Tensor, block: tuple[int, int]) -> Tensor:
+    """[..., M, K] to [..., M/rows, rows, K/columns, columns], ragged edges padded with zeros."""
+    rows, columns = block
+    x = x.unsqueeze(0) if x.ndim == 1 else x
+    pad_rows, pad_columns = -x.shape[-2] % rows, -x.shape[-1] % columns
+    if pad_rows or pad_columns:
+        x = torch.nn.functional.pad(x, (0, pad_columns, 0, pad_rows))
+    return x.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+
+
+def _join(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Undo `_split`, cutting the padding off."""
+    x = blocks.flatten(-4, -3).flatten(-2, -1)
+    return x[..., : shape[-2] if len(shape) > 1 else 1, : shape[-1]].reshape(shape)
+
+
+def _global_scale(body: Tensor, format: QuantFormat, given: Tensor | None) -> Tensor | None:
+    if format.global_scale is GlobalScale.NONE:
+        if given is not None:
+            raise ValueError(f"{format} has no global scale, but one was given")
+        return None
+    if format.scale is DType.UE8M0:
+        raise ValueError(f"{format}: power-of-two block scales take no global scale")
+    lead = body.shape[:-1] if format.global_scale is GlobalScale.ROW else body.shape[:-2]
+    if given is None:
+        reduced = (-1,) if format.global_scale is GlobalScale.ROW else tuple(range(-min(2, body.ndim), 0))
+        return body.abs().amax(reduced) / (format.largest * 448.0)
+    if given.shape != lead:
+        raise ValueError(
+            f"{format} of {tuple(body.shape)} needs a global scale of shape {tuple(lead)}, got {tuple(given.shape)}"
+        )
+    return given.to(torch.float32)
+
+
+def _spread_global(global_scale: Tensor | None, format: QuantFormat) -> Tensor | None:
+    """The global scale with the dimensions of `_split`'s result, or None."""
+    if global_scale is None:
+        return None
+    if format.global_scale is GlobalScale.TENSOR:
+        return global_scale[..., None, None, None, None]
+    rows = global_scale.unsqueeze(0) if global_scale.ndim == 0 else global_scale
+    return _split(rows.unsqueeze(-1), (format.block[0], 1))
+
+
+def _bits(x: float) -> int:
+    return int.from_bytes(struct.pack("<f", x), "little")
+
+
+def _encode_scale(amax: Tensor, format: QuantFormat) -> Tensor:
+    """Block maxima (already divided by the global scale, if any) to block scales."""
+    if format.scale is DType.E4M3:
+        return _e4m3(amax / format.largest)
+    floor = 1e-4 if format.value is DType.E4M3 else 6 * 2.0**-126
+    amax = amax.clamp(min=floor)
+    if format.scale is DType.F32:
+        return amax / format.largest
+    # Bit patterns of positive floats grow by 2^23 per doubling and are ordered, so this is ceil(log2(amax / largest)).
+    doublings = (amax.view(torch.int32) - _bits(format.largest) + 0x7FFFFF) >> 23
+    return (doublings + 127).masked_fill(~amax.isfinite(), UE8M0_NAN).to(torch.uint8)
+
+
+def decode_scale(scale: Tensor) -> Tensor:
+    """Block scales of any format as f32, exact."""
+    return decode_ue8m0(scale) if scale.dtype is torch.uint8 else scale.to(torch.float32)
+
+
+def decode_data(q: Quantized) -> Tensor:
+    """The elements before scaling, without the tail: f32 [..., K - tail], exact."""
+    return decode_e2m1(q.data) if q.format.value is DType.E2M1 else q.data.to(torch.float32)
+
+
+# --- quantize and dequantize ----------------------------------------------------------------------------------------
+
+
+def quantize(x: Tensor, format: QuantFormat, global_scale: Tensor | None = None) -> Quantized:
+    """Quantize float [..., K] along the last dimension (or two, for blocks of several rows).
+
+    With `largest` = 448 (e4m3) or 6 (e2m1) and amax over the block:
+      ue8m0  scale = 2^ceil(log2(max(amax, floor) / largest)), floor = 1e-4 (e4m3) or 6 * 2^-126 (e2m1)
+      f32    scale = max(amax, floor) / largest
+      e4m3   scale = e4m3(amax / (largest * global)), global = amax of the matrix or row / (largest * 448) unless given
+      data   = round_to_nearest_even(x / scale), saturating
+    A block whose scale rounds to zero becomes zeros. NaN makes the block NaN; so does infinity under a ue8m0 scale.
+    """
+    shape = tuple(x.shape)
+    kind = QuantType(format, shape)
+    x = x.to(torch.float32)
+    width = shape[-1] - format.tail
+    body, tail = x[..., :width], x[..., width:].to(torch.bfloat16) if format.tail else None
+    blocks = _split(body, format.block)
+    amax = blocks.abs().amax((-3, -1))
+    global_scale = _global_scale(body, format, global_scale)
+    spread = _spread_global(global_scale, format)
+    if spread is None:
+        scale = _encode_scale(amax, format)
+        divisor = decode_scale(scale)[..., :, None, :, None]
+    else:
+        # The formula's order of operations, in f32: amax / (largest * global), then x / (scale * global).
+        ratio = amax / (format.largest * spread.amax((-3, -1)))
+        ratio = ratio.masked_fill(amax == 0, 0.0)
+        scale = _e4m3(ratio)
+        divisor = decode_scale(scale)[..., :, None, :, None] * spread
+    scaled = (blocks / divisor).masked_fill(divisor == 0, 0.0)
+    scaled = _join(scaled, (*shape[:-1], width))
+    data = encode_e2m1(scaled) if format.value is DType.E2M1 else _e4m3(scaled)
+    return Quantized(format, data, scale.reshape(kind.scale_shape), tail, global_scale)
+
+
+def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """data * scale * global_scale, computed exactly and rounded once to `dtype` (float64 holds every value)."""
+    format, shape = q.format, q.shape
+    width = shape[-1] - format.tail
+    # Products with a power of two are exact in f32, and with any other scale they round once on the way to f32.
+    narrow = dtype is torch.float32 or (format.scale is DType.UE8M0 and dtype is not torch.float64)
+    wide = torch.float32 if narrow else torch.float64
+    rows = q.scale.unsqueeze(0) if q.scale.ndim == 1 else q.scale
+    blocks = _split(decode_data(q), format.block).to(wide) * decode_scale(rows).to(wide)[..., :, None, :, None]
+    spread = _spread_global(q.global_scale, format)
+    if spread is not None:
+        blocks = blocks * spread.to(wide)
+    body = round_once(_join(blocks, (*shape[:-1], width)), dtype)
+    return body if q.tail is None else torch.cat([body, q.tail.to(dtype)], dim=-1)
+
+
+# --- bytes ----------------------------------------------------------------------------------------------------------
+
+
+def view(storage: Tensor, type: Type, offset: int = 0) -> Value:
+    """The value that `type` describes at byte `offset` of a one-dimensional uint8 tensor; shares its memory.
+
+    Raises ValueError if the offset is not a multiple of 16 or the value does not fit.
+    """
+    if storage.dtype is not torch.uint8 or storage.ndim != 1:
+        raise ValueError(f"views are taken of flat uint8 storage, not {storage.dtype}{list(storage.shape)}")
+    last = type.components[-1]
+    if offset % ALIGN or offset < 0 or offset + last.offset + last.nbytes > storage.numel():
+        raise ValueError(
+            f"{type} at byte {offset} of {storage.numel()}: it needs {last.offset + last.nbytes} bytes "
+            f"from an offset that {ALIGN} divides"
+        )
+    parts = {}
+    for component in type.components:
+        start = offset + component.offset
+        raw = storage[start : start + component.nbytes]
+        parts[component.name] = raw.view(TORCH_DTYPES[component.dtype]).view(component.shape)
+    return Quantized(type.format, **parts) if isinstance(type, QuantType) else parts["data"]
+
+
+def nan_fill(value: Value) -> None:
+    """Poison a value in place: NaN wherever the format has one, POISON_INT in integers, 0x77 in packed e2m1."""
+    if isinstance(value, Quantized):
+        _fill(value.data, 0x77)
+        _fill(value.scale, UE8M0_NAN)
+        for part in (value.tail, value.global_scale):
+            if part is not None:
+                _fill(part, UE8M0_NAN)
+        return
+    _fill(value, UE8M0_NAN)
+
+
+def _fill(part: Tensor, byte: int) -> None:
+    if part.dtype is torch.float8_e4m3fn:
+        part.view(torch.uint8).fill_(E4M3_NAN)
+    elif part.dtype is torch.uint8:
+        part.fill_(byte)
+    else:
+        part.fill_(math.nan if part.dtype.is_floating_point else POISON_INT)
+
+
+# --- conversion -----------------------------------------------------------------------------------------------------
+
+
+def convert(value: Value, want: Type, *, requantize: bool = False) -> Value:
+    """`value` as type `want`: exactly, or rounded to nearest if `requantize` allows it.
+
+    Dequantizing into f32 counts as exact: it is what the formats mean. A value that already has the type is returned
+    as it is. Raises ConversionError, naming both types, if the shapes differ, if no conversion exists, or if it would
+    round (or leave the range of an integer).
+    """
+    have = type_of(value)
+    if have.shape != want.shape:
+        raise ConversionError(f"cannot convert {have} to {want}: the shapes differ")
+    if have == want:
+        return value
+    result = _recast_fp4(value, want) if isinstance(value, Quantized) else None
+    if result is not None:
+        return result
+    if not isinstance(value, Quantized) and isinstance(want, TensorType):
+        result = _cast(value, want.dtype)
+        if result is None:
+            raise ConversionError(f"cannot convert {have} to {want}: there is no such conversion, or values overflow")
+    elif isinstance(want, TensorType) and want.dtype.is_float:
+        result = dequantize(value, TORCH_DTYPES[want.dtype]) if isinstance(value, Quantized) else value
+    elif isinstance(want, QuantType) and (isinstance(value, Quantized) or value.dtype.is_floating_point):
+        result = quantize(_as_float(value, torch.float32), want.format)
+    else:
+        raise ConversionError(f"cannot convert {have} to {want}: there is no such conversion")
+    free = isinstance(value, Quantized) and isinstance(want, TensorType) and want.dtype is DType.F32
+    if not (requantize or free or _same(_as_float(value, torch.float64), _as_float(result, torch.float64))):
+        raise ConversionError(
+            f"converting {have} to {want} would round; store the parameter as {have}, or ask for requantization"
+        )
+    return result
+
+
+def _as_float(value: Value, dtype: torch.dtype) -> Tensor:
+    return dequantize(value, dtype) if isinstance(value, Quantized) else value.to(dtype)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | (a.isnan() & b.isnan())).all())
+
+
+def _cast(x: Tensor, dtype: DType) -> Tensor | None:
+    """A tensor in another element type of its kind; None if there is none or an integer leaves its range."""
+    target = TORCH_DTYPES[dtype]
+    if dtype.is_float and x.dtype.is_floating_point:
+        return x.to(target)
+    integers = (torch.int64, torch.int32, torch.uint8)
+    if target not in integers or x.dtype not in integers:
+        return None
+    limits = torch.iinfo(target)
+    fits = x.numel() == 0 or (int(x.min()) >= limits.min and int(x.max()) <= limits.max)
+    return x.to(target) if fits else None
+
+
+def _recast_fp4(q: Quantized, want: Type) -> Quantized | None:
+    """MXFP4 to NVFP4 or back with the same codes, if the scales allow it exactly; else None.
+
+    With block exponents k_j of a matrix: global = 2^(k_max - 8), block scale = 2^(k_j - k_max + 8) for both halves of
+    a 32-block, exact while k_max - k_j <= 17 (2^-9 is the smallest e4m3).
+    """
+    if not isinstance(want, QuantType) or len(q.shape) < 2:
+        return None
+    mx = (DType.E2M1, DType.UE8M0, (1, 32), GlobalScale.NONE, 0)
+    nv = (DType.E2M1, DType.E4M3, (1, 16), GlobalScale.TENSOR, 0)
+    have_key, want_key = _key(q.format), _key(want.format)
+    width = want.scale_shape[-1]
+    if (have_key, want_key) == (mx, nv):
+        exponent = q.scale.to(torch.int32) - 127
+        k_max = exponent.amax((-2, -1))
+        relative = (exponent - k_max[..., None, None] + 8).repeat_interleave(2, dim=-1)[..., :width]
+        if int(q.scale.max()) == UE8M0_NAN or int(relative.min()) < -9:
+            return None
+        return Quantized(want.format, q.data, _e4m3(_pow2(relative)), None, _pow2(k_max - 8))
+    if (have_key, want_key) == (nv, mx):
+        assert q.global_scale is not None
+        halves = q.scale.to(torch.float32) * q.global_scale[..., None, None]
+        even, odd = halves[..., 0::2], halves[..., 1::2]
+        if not torch.equal(even[..., : odd.shape[-1]], odd):
+            return None
+        mantissa, exponent = torch.frexp(even)
+        if not bool((mantissa == 0.5).all()) or int(exponent.min()) < -126 or int(exponent.max()) > 128:
+            return None
+        return Quantized(want.format, q.data, (exponent + 126).to(torch.uint8))
+    return None
+
+
+def _key(format: QuantFormat) -> tuple[DType, DType, tuple[int, int], GlobalScale, int]:
+    return format.value, format.scale, format.block, format.global_scale, format.tail
+
+
+def _pow2(exponent: Tensor) -> Tensor:
+    return torch.ldexp(torch.tensor(1.0, dtype=torch.float64), exponent).to(torch.float32)
