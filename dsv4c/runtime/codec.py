@@ -1,7 +1,7 @@
 """Numbers in torch: quantize, dequantize, convert, and typed views of raw bytes.
 
-Formulas of DeepSeek-V4 `inference/kernel.py` (FP8, FP4) and of the NVFP4 format. Scales are decided in f32 from the
-float's bits, so every device can reproduce them; nothing here depends on a summation order.
+Formulas of DeepSeek-V4 `inference/kernel.py` (FP8, FP4) and of the NVFP4 format. Scales are decided in f32,
+powers of two from the float's bits, so every device can reproduce them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Quantized(NamedTuple):
 
     data: float8_e4m3fn [..., K - tail], or uint8 [..., K/2] with the even element in the low nibble.
     scale: uint8 exponents (ue8m0), float8_e4m3fn or float32, of shape `QuantType.scale_shape`.
-    tail: bfloat16 [..., tail]; global_scale: float32, one per matrix or per row. None where the format has none.
+    tail: bfloat16 [..., tail]; global_scale: float32, one per matrix or row. None where absent.
     """
 
     format: QuantFormat
@@ -88,31 +88,34 @@ def type_of(value: Value) -> Type:
     return TensorType(_DTYPES[value.dtype], tuple(value.shape))
 
 
-# --- rounding -------------------------------------------------------------------------------------------------------
+# --- rounding ---
 
 
 def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 to `dtype`, ties to even. (torch goes through f32 on the way to bf16 and f16: two roundings.)"""
+    """Round float64 to `dtype`, ties to even. torch itself goes through f32 to bf16 and f16: two roundings."""
     if x.dtype is not torch.float64 or dtype not in (torch.bfloat16, torch.float16):
         return x.to(dtype)
     nearest = x.to(torch.float32)
     bits = nearest.view(torch.int32)
     inexact = nearest.to(torch.float64) != x
     toward_zero = bits - (nearest.to(torch.float64).abs() > x.abs()).to(torch.int32)
-    odd = toward_zero | inexact.to(torch.int32)  # f32 rounded to odd: the next rounding sees which side of a tie x is on
-    return odd.view(torch.float32).to(dtype)
+    # Rounded to odd, an f32 still tells the second rounding on which side of a tie x lies.
+    to_odd = toward_zero | inexact.to(torch.int32)
+    return to_odd.view(torch.float32).to(dtype)
 
 
-# The largest f32 that each e2m1 magnitude code 0..6 absorbs: half way to the next code, ties to the even code.
+# The largest f32 that rounds to e2m1 code 0..6: half way to the next code, with ties going to the even code.
 _HALFWAY = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
-_ABSORBS = torch.where(torch.arange(7) % 2 == 0, _HALFWAY, torch.nextafter(_HALFWAY, torch.tensor(0.0)))
+_UPPER = torch.where(torch.arange(7) % 2 == 0, _HALFWAY, torch.nextafter(_HALFWAY, torch.tensor(0.0)))
 _E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-_E2M1_PAIRS = torch.stack([_E2M1.repeat(16), _E2M1.repeat_interleave(16)], dim=-1)  # by byte: (low, high) nibble
+_E2M1_PAIRS = torch.stack(
+    [_E2M1.repeat(16), _E2M1.repeat_interleave(16)], dim=-1
+)  # by byte: low, high nibble
 
 
 def encode_e2m1(x: Tensor) -> Tensor:
     """f32 [..., K] to packed e2m1 uint8 [..., K/2]: nearest, ties to the even code, saturating at 6."""
-    code = torch.bucketize(x.abs(), _ABSORBS, out_int32=True).to(torch.uint8)
+    code = torch.bucketize(x.abs(), _UPPER, out_int32=True).to(torch.uint8)
     code |= torch.signbit(x).to(torch.uint8) << 3
     return code[..., 0::2] | code[..., 1::2] << 4
 
@@ -133,7 +136,7 @@ def _e4m3(x: Tensor) -> Tensor:
     return x.clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
 
 
-# --- blocks ---------------------------------------------------------------------------------------------------------
+# --- blocks ---
 
 
 def _split(x: Tensor, block: tuple[int, int]) -> Tensor:
@@ -165,7 +168,7 @@ def _global_scale(body: Tensor, format: QuantFormat, given: Tensor | None) -> Te
         return body.abs().amax(reduced) / (format.largest * 448.0)
     if given.shape != lead:
         raise ValueError(
-            f"{format} of {tuple(body.shape)} needs a global scale of shape {tuple(lead)}, got {tuple(given.shape)}"
+            f"{format} of {list(body.shape)} needs a global scale {list(lead)}, got {list(given.shape)}"
         )
     return given.to(torch.float32)
 
@@ -192,7 +195,7 @@ def _encode_scale(amax: Tensor, format: QuantFormat) -> Tensor:
     amax = amax.clamp(min=floor)
     if format.scale is DType.F32:
         return amax / format.largest
-    # Bit patterns of positive floats grow by 2^23 per doubling and are ordered, so this is ceil(log2(amax / largest)).
+    # ceil(log2(amax / largest)), exactly: bits of positive floats are ordered and grow by 2^23 per doubling.
     doublings = (amax.view(torch.int32) - _bits(format.largest) + 0x7FFFFF) >> 23
     return (doublings + 127).masked_fill(~amax.isfinite(), UE8M0_NAN).to(torch.uint8)
 
@@ -207,7 +210,7 @@ def decode_data(q: Quantized) -> Tensor:
     return decode_e2m1(q.data) if q.format.value is DType.E2M1 else q.data.to(torch.float32)
 
 
-# --- quantize and dequantize ----------------------------------------------------------------------------------------
+# --- quantize and dequantize ---
 
 
 def quantize(x: Tensor, format: QuantFormat, global_scale: Tensor | None = None) -> Quantized:
@@ -216,9 +219,10 @@ def quantize(x: Tensor, format: QuantFormat, global_scale: Tensor | None = None)
     With `largest` = 448 (e4m3) or 6 (e2m1) and amax over the block:
       ue8m0  scale = 2^ceil(log2(max(amax, floor) / largest)), floor = 1e-4 (e4m3) or 6 * 2^-126 (e2m1)
       f32    scale = max(amax, floor) / largest
-      e4m3   scale = e4m3(amax / (largest * global)), global = amax of the matrix or row / (largest * 448) unless given
-      data   = round_to_nearest_even(x / scale), saturating
-    A block whose scale rounds to zero becomes zeros. NaN makes the block NaN; so does infinity under a ue8m0 scale.
+      e4m3   scale = e4m3(amax / (largest * global)), where global, unless given, is
+             amax of the matrix or row / (largest * 448)
+      data   = round_to_nearest_even(x / (scale * global)), saturating
+    A block whose scale rounds to zero becomes zeros. NaN makes its block NaN, and so does infinity with ue8m0.
     """
     shape = tuple(x.shape)
     kind = QuantType(format, shape)
@@ -245,14 +249,16 @@ def quantize(x: Tensor, format: QuantFormat, global_scale: Tensor | None = None)
 
 
 def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """data * scale * global_scale, computed exactly and rounded once to `dtype` (float64 holds every value)."""
+    """data * scale * global_scale, computed exactly and rounded once to `dtype` (float64 is exact)."""
     format, shape = q.format, q.shape
     width = shape[-1] - format.tail
-    # Products with a power of two are exact in f32, and with any other scale they round once on the way to f32.
+    # In f32 a product with a power of two is exact, and with any other scale it rounds once.
     narrow = dtype is torch.float32 or (format.scale is DType.UE8M0 and dtype is not torch.float64)
     wide = torch.float32 if narrow else torch.float64
     rows = q.scale.unsqueeze(0) if q.scale.ndim == 1 else q.scale
-    blocks = _split(decode_data(q), format.block).to(wide) * decode_scale(rows).to(wide)[..., :, None, :, None]
+    blocks = _split(decode_data(q).to(wide), format.block) * decode_scale(rows)[..., :, None, :, None].to(
+        wide
+    )
     spread = _spread_global(q.global_scale, format)
     if spread is not None:
         blocks = blocks * spread.to(wide)
@@ -260,7 +266,7 @@ def dequantize(q: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
     return body if q.tail is None else torch.cat([body, q.tail.to(dtype)], dim=-1)
 
 
-# --- bytes ----------------------------------------------------------------------------------------------------------
+# --- bytes ---
 
 
 def view(storage: Tensor, type: Type, offset: int = 0) -> Value:
@@ -285,7 +291,7 @@ def view(storage: Tensor, type: Type, offset: int = 0) -> Value:
 
 
 def nan_fill(value: Value) -> None:
-    """Poison a value in place: NaN wherever the format has one, POISON_INT in integers, 0x77 in packed e2m1."""
+    """Poison a value in place: NaN where the format has one, POISON_INT in integers, 6 in packed e2m1."""
     if isinstance(value, Quantized):
         _fill(value.data, 0x77)
         _fill(value.scale, UE8M0_NAN)
@@ -305,40 +311,53 @@ def _fill(part: Tensor, byte: int) -> None:
         part.fill_(math.nan if part.dtype.is_floating_point else POISON_INT)
 
 
-# --- conversion -----------------------------------------------------------------------------------------------------
+# --- conversion ---
 
 
 def convert(value: Value, want: Type, *, requantize: bool = False) -> Value:
     """`value` as type `want`: exactly, or rounded to nearest if `requantize` allows it.
 
-    Dequantizing into f32 counts as exact: it is what the formats mean. A value that already has the type is returned
-    as it is. Raises ConversionError, naming both types, if the shapes differ, if no conversion exists, or if it would
-    round (or leave the range of an integer).
+    Dequantizing into f32 counts as exact: it is what the formats mean. A value that has the type is returned as
+    it is. Raises ConversionError, naming both types, if the shapes differ, no conversion exists, an integer leaves
+    its range, or the conversion would round.
     """
     have = type_of(value)
-    if have.shape != want.shape:
-        raise ConversionError(f"cannot convert {have} to {want}: the shapes differ")
     if have == want:
         return value
-    result = _recast_fp4(value, want) if isinstance(value, Quantized) else None
-    if result is not None:
-        return result
-    if not isinstance(value, Quantized) and isinstance(want, TensorType):
-        result = _cast(value, want.dtype)
-        if result is None:
-            raise ConversionError(f"cannot convert {have} to {want}: there is no such conversion, or values overflow")
-    elif isinstance(want, TensorType) and want.dtype.is_float:
-        result = dequantize(value, TORCH_DTYPES[want.dtype]) if isinstance(value, Quantized) else value
-    elif isinstance(want, QuantType) and (isinstance(value, Quantized) or value.dtype.is_floating_point):
+    refusal = f"cannot convert {have} to {want}"
+    if have.shape != want.shape:
+        raise ConversionError(f"{refusal}: the shapes differ")
+    if isinstance(value, Tensor) and not value.dtype.is_floating_point:
+        return _convert_integers(value, want, refusal)
+    recast = _recast_fp4(value, want) if isinstance(value, Quantized) else None
+    if recast is not None:
+        return recast
+    result: Value
+    if isinstance(want, QuantType):
         result = quantize(_as_float(value, torch.float32), want.format)
+    elif want.dtype.is_float:
+        result = _as_float(value, TORCH_DTYPES[want.dtype])
     else:
-        raise ConversionError(f"cannot convert {have} to {want}: there is no such conversion")
-    free = isinstance(value, Quantized) and isinstance(want, TensorType) and want.dtype is DType.F32
-    if not (requantize or free or _same(_as_float(value, torch.float64), _as_float(result, torch.float64))):
+        raise ConversionError(f"{refusal}: there is no such conversion")
+    exact_by_meaning = (
+        isinstance(value, Quantized) and isinstance(want, TensorType) and want.dtype is DType.F32
+    )
+    if requantize or exact_by_meaning:
+        return result
+    if not _same(_as_float(value, torch.float64), _as_float(result, torch.float64)):
         raise ConversionError(
-            f"converting {have} to {want} would round; store the parameter as {have}, or ask for requantization"
+            f"{refusal} without rounding; keep the stored format, or ask for requantization"
         )
     return result
+
+
+def _convert_integers(x: Tensor, want: Type, refusal: str) -> Tensor:
+    if not isinstance(want, TensorType) or want.dtype not in (DType.I64, DType.I32, DType.U8):
+        raise ConversionError(f"{refusal}: there is no such conversion")
+    limits = torch.iinfo(TORCH_DTYPES[want.dtype])
+    if x.numel() and not limits.min <= int(x.min()) <= int(x.max()) <= limits.max:
+        raise ConversionError(f"{refusal}: values from {int(x.min())} to {int(x.max())} leave its range")
+    return x.to(TORCH_DTYPES[want.dtype])
 
 
 def _as_float(value: Value, dtype: torch.dtype) -> Tensor:
@@ -349,54 +368,46 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _cast(x: Tensor, dtype: DType) -> Tensor | None:
-    """A tensor in another element type of its kind; None if there is none or an integer leaves its range."""
-    target = TORCH_DTYPES[dtype]
-    if dtype.is_float and x.dtype.is_floating_point:
-        return x.to(target)
-    integers = (torch.int64, torch.int32, torch.uint8)
-    if target not in integers or x.dtype not in integers:
-        return None
-    limits = torch.iinfo(target)
-    fits = x.numel() == 0 or (int(x.min()) >= limits.min and int(x.max()) <= limits.max)
-    return x.to(target) if fits else None
+_MX = QuantFormat(DType.E2M1, DType.UE8M0, (1, 32))
+_NV = QuantFormat(DType.E2M1, DType.E4M3, (1, 16), GlobalScale.TENSOR)
 
 
 def _recast_fp4(q: Quantized, want: Type) -> Quantized | None:
-    """MXFP4 to NVFP4 or back with the same codes, if the scales allow it exactly; else None.
-
-    With block exponents k_j of a matrix: global = 2^(k_max - 8), block scale = 2^(k_j - k_max + 8) for both halves of
-    a 32-block, exact while k_max - k_j <= 17 (2^-9 is the smallest e4m3).
-    """
-    if not isinstance(want, QuantType) or len(q.shape) < 2:
+    """MXFP4 to NVFP4 or back with the same codes, if the scales allow it; else None."""
+    if not isinstance(want, QuantType) or q.data.ndim < 2 or q.data.numel() == 0:
         return None
-    mx = (DType.E2M1, DType.UE8M0, (1, 32), GlobalScale.NONE, 0)
-    nv = (DType.E2M1, DType.E4M3, (1, 16), GlobalScale.TENSOR, 0)
-    have_key, want_key = _key(q.format), _key(want.format)
-    width = want.scale_shape[-1]
-    if (have_key, want_key) == (mx, nv):
-        exponent = q.scale.to(torch.int32) - 127
-        k_max = exponent.amax((-2, -1))
-        relative = (exponent - k_max[..., None, None] + 8).repeat_interleave(2, dim=-1)[..., :width]
-        if int(q.scale.max()) == UE8M0_NAN or int(relative.min()) < -9:
-            return None
-        return Quantized(want.format, q.data, _e4m3(_pow2(relative)), None, _pow2(k_max - 8))
-    if (have_key, want_key) == (nv, mx):
-        assert q.global_scale is not None
-        halves = q.scale.to(torch.float32) * q.global_scale[..., None, None]
-        even, odd = halves[..., 0::2], halves[..., 1::2]
-        if not torch.equal(even[..., : odd.shape[-1]], odd):
-            return None
-        mantissa, exponent = torch.frexp(even)
-        if not bool((mantissa == 0.5).all()) or int(exponent.min()) < -126 or int(exponent.max()) > 128:
-            return None
-        return Quantized(want.format, q.data, (exponent + 126).to(torch.uint8))
+    if (q.format, want.format) == (_MX, _NV):
+        return _nvfp4_of_mxfp4(q, want)
+    if (q.format, want.format) == (_NV, _MX):
+        return _mxfp4_of_nvfp4(q)
     return None
 
 
-def _key(format: QuantFormat) -> tuple[DType, DType, tuple[int, int], GlobalScale, int]:
-    return format.value, format.scale, format.block, format.global_scale, format.tail
+def _nvfp4_of_mxfp4(q: Quantized, want: QuantType) -> Quantized | None:
+    """With block exponents k_j of a matrix: global = 2^(k_max - 8), scale = 2^(k_j - k_max + 8), twice.
+
+    Exact while k_max - k_j <= 17: the smallest e4m3 is 2^-9.
+    """
+    exponent = q.scale.to(torch.int32) - 127
+    k_max = exponent.amax((-2, -1))
+    relative = exponent - k_max[..., None, None] + 8
+    if int(relative.min()) < -9 or int(exponent.max()) > 127:
+        return None
+    halves = _pow2(relative).repeat_interleave(2, dim=-1)[..., : want.scale_shape[-1]]
+    return Quantized(want.format, q.data, _e4m3(halves), None, _pow2(k_max - 8))
+
+
+def _mxfp4_of_nvfp4(q: Quantized) -> Quantized | None:
+    """Possible when both halves of every 32-block share a power of two within the exponent's range."""
+    assert q.global_scale is not None
+    halves = q.scale.to(torch.float64) * q.global_scale[..., None, None].to(torch.float64)
+    even, odd = halves[..., 0::2], halves[..., 1::2]
+    mantissa, exponent = torch.frexp(even)
+    shared = torch.equal(even[..., : odd.shape[-1]], odd) and bool((mantissa == 0.5).all())
+    if not shared or int(exponent.min()) < -126 or int(exponent.max()) > 128:
+        return None
+    return Quantized(_MX, q.data, (exponent + 126).to(torch.uint8))
 
 
 def _pow2(exponent: Tensor) -> Tensor:
-    return torch.ldexp(torch.tensor(1.0, dtype=torch.float64), exponent).to(torch.float32)
+    return torch.ldexp(torch.ones((), dtype=torch.float64), exponent).to(torch.float32)
