@@ -1,0 +1,324 @@
+"""What to compile: the model (`ModelConfig`, from any dialect of `config.json`) and its `Deployment`.
+
+Both are frozen and valid by construction: a wrong field, a contradiction between fields or a schedule nobody
+wrote down is a ConfigError that names the field as the file spells it, what it holds and what was expected.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dsv4c import dialects
+from dsv4c.dialects import problem, shown
+from dsv4c.errors import ConfigError
+
+BUILTIN = ("deepseek-v4-flash", "deepseek-v4-pro", "tiny")
+BUILTIN_FOLDER = Path(__file__).parent / "models" / "configs"
+TARGETS = ("cpu", "sm_90a", "sm_100a")
+RATIOS = {0: "SWA", 4: "CSA", 128: "HCA"}
+FP8_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class _Rule:
+    expected: str
+    accepts: Callable[[Any], bool]
+
+
+def _integer(least: int, expected: str) -> _Rule:
+    return _Rule(expected, lambda value: type(value) is int and value >= least)
+
+
+def _positive_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value > 0
+
+
+def _one_of(*values: str) -> _Rule:
+    return _Rule(" or ".join(map(repr, values)), lambda value: value in values)
+
+
+_SIZE = _integer(1, "a positive integer")
+_COUNT = _integer(0, "an integer of at least 0")
+_NUMBER = _Rule("a positive number", _positive_number)
+_TOKEN = _integer(0, "a token id")
+_SCHEDULE = _Rule(
+    "a list of compress ratios, one per layer",
+    lambda value: (
+        isinstance(value, (list, tuple)) and len(value) > 0 and all(type(item) is int for item in value)
+    ),
+)
+
+
+def _ruled(rule: _Rule) -> Any:
+    return field(metadata={"rule": rule})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One DeepSeek-V4 model. Configs that describe the same model are equal; name and notes do not count."""
+
+    name: str = field(compare=False)
+    vocab_size: int = _ruled(_SIZE)
+    hidden_size: int = _ruled(_SIZE)
+    num_layers: int = _ruled(_SIZE)  # without the MTP blocks
+    num_attention_heads: int = _ruled(_SIZE)
+    head_dim: int = _ruled(_SIZE)  # K and V are the same vector of this width
+    qk_rope_head_dim: int = _ruled(_SIZE)  # the last dims of a head, rotated in interleaved pairs
+    q_lora_rank: int = _ruled(_SIZE)
+    o_groups: int = _ruled(_SIZE)
+    o_lora_rank: int = _ruled(_SIZE)  # per group
+    n_routed_experts: int = _ruled(_SIZE)
+    n_shared_experts: int = _ruled(_SIZE)
+    num_experts_per_tok: int = _ruled(_SIZE)
+    moe_intermediate_size: int = _ruled(_SIZE)  # routed and shared experts alike
+    routed_scaling_factor: float = _ruled(_NUMBER)
+    swiglu_limit: float = _ruled(_NUMBER)
+    num_hash_layers: int = _ruled(_COUNT)  # the first layers, routed by token id
+    index_n_heads: int = _ruled(_COUNT)
+    index_head_dim: int = _ruled(_COUNT)
+    index_topk: int = _ruled(_COUNT)
+    sliding_window: int = _ruled(_SIZE)  # raw tokens a query sees, itself included
+    hc_mult: int = _ruled(_SIZE)  # residual streams of the hyper-connections
+    hc_sinkhorn_iters: int = _ruled(_SIZE)
+    hc_eps: float = _ruled(_NUMBER)
+    rms_norm_eps: float = _ruled(_NUMBER)
+    rope_theta: float = _ruled(_NUMBER)  # sliding-window layers
+    compress_rope_theta: float = _ruled(_NUMBER)  # everything in a compressed layer, with YaRN
+    rope_factor: float = _ruled(_NUMBER)  # YaRN; 1 is no scaling
+    rope_original_max_position: int = _ruled(_SIZE)
+    rope_beta_fast: float = _ruled(_NUMBER)
+    rope_beta_slow: float = _ruled(_NUMBER)
+    max_position_embeddings: int = _ruled(_SIZE)
+    compress_ratios: tuple[int, ...] = _ruled(_SCHEDULE)  # one per layer: 0 SWA, 4 CSA, 128 HCA
+    mtp_layers: int = _ruled(_COUNT)  # sliding-window blocks after the last layer
+    linear_format: str = _ruled(_one_of("bf16", "fp8"))  # what the checkpoint stores
+    expert_format: str = _ruled(_one_of("bf16", "fp8", "mxfp4", "nvfp4"))
+    bos_token_id: int = _ruled(_TOKEN)
+    eos_token_id: int = _ruled(_TOKEN)
+    notes: tuple[str, ...] = field(default=(), compare=False)  # what a reader of the config should know
+
+    def __post_init__(self) -> None:
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        _raise_if_any(self.name, list(_problems(values, {}, set())))
+        for item in fields(self):
+            if item.type == "float":  # JSON writes 10000 and 10000.0 for the same model
+                object.__setattr__(self, item.name, float(values[item.name]))
+        object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
+        object.__setattr__(self, "notes", tuple(self.notes))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 (hex) of everything that makes two models differ."""
+        described = {key: value for key, value in self.to_dict().items() if key not in ("name", "notes")}
+        return hashlib.sha256(
+            json.dumps(described, sort_keys=True, separators=(",", ":")).encode()
+        ).hexdigest()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON; `from_dict` reads it back."""
+        return asdict(self) | {"compress_ratios": list(self.compress_ratios), "notes": list(self.notes)}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> ModelConfig:
+        """The config that `to_dict` wrote. ConfigError on a missing, unknown or wrong field."""
+        name = str(data.get("name", "config"))
+        known = {item.name for item in fields(ModelConfig)}
+        extra = [
+            problem(key, "is unknown", "one of ModelConfig's fields") for key in sorted(set(data) - known)
+        ]
+        _raise_if_any(name, extra + list(_problems(data, {}, set())))
+        return ModelConfig(**dict(data))
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a plan is compiled for: static shapes for `batch` sequences of at most `max_context` tokens."""
+
+    target: str = "cpu"
+    recipe: str = "official"
+    batch: int = 1
+    max_context: int = 4096
+    chunk: int = 64  # tokens of one sequence that a prefill call takes
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.target not in TARGETS:
+            problems.append(problem("target", shown(self.target), " or ".join(map(repr, TARGETS))))
+        if not isinstance(self.recipe, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.recipe):
+            problems.append(problem("recipe", shown(self.recipe), "a name of lowercase words joined by '-'"))
+        for name in ("batch", "max_context", "chunk"):
+            value = getattr(self, name)
+            if not _SIZE.accepts(value):
+                problems.append(problem(name, shown(value), _SIZE.expected))
+        if not problems and self.chunk > self.max_context:
+            problems.append(problem("chunk", shown(self.chunk), f"at most max_context, {self.max_context}"))
+        _raise_if_any("deployment", problems)
+
+
+def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
+    """ConfigError when `deployment` asks of the model what it was not made for."""
+    if deployment.max_context > config.max_position_embeddings:
+        expected = f"at most {config.max_position_embeddings}, max_position_embeddings of {config.name}"
+        _raise_if_any("deployment", [problem("max_context", shown(deployment.max_context), expected)])
+
+
+def load_config(source: str | Path) -> ModelConfig:
+    """The model that `source` names: a built-in name, a `config.json`, or a checkpoint folder that holds one.
+
+    Raises ConfigError that lists every problem of the file. What was ignored or filled in is in `notes`.
+    """
+    builtin = isinstance(source, str) and source in BUILTIN
+    path = BUILTIN_FOLDER / f"{source}.json" if builtin else _config_file(Path(source))
+    reading = dialects.read(_parse(path))
+    where = str(source) if builtin else str(path)
+    if not reading.spelling:  # not a dialect we read: nothing else about it can be judged
+        _raise_if_any(where, reading.problems)
+    _raise_if_any(
+        where, reading.problems + list(_problems(reading.fields, reading.spelling, reading.refused))
+    )
+    name = path.parent.resolve().name if path.name == "config.json" else path.stem
+    return ModelConfig(name=name, notes=tuple(reading.notes), **reading.fields)
+
+
+def save_config(config: ModelConfig, folder: str | Path) -> Path:
+    """Write `config.json` in the release's dialect, so that `load_config(folder)` gives an equal config."""
+    path = Path(folder) / "config.json"
+    path.write_text(json.dumps(dialects.release_dict(asdict(config)), indent=2) + "\n")
+    return path
+
+
+# Reading the file
+
+_EXPECTED_SOURCE = f"expected a config.json, a checkpoint folder or one of {', '.join(BUILTIN)}"
+
+
+def _config_file(path: Path) -> Path:
+    if path.is_dir():
+        if (path / "plan.json").exists():
+            raise ConfigError(f"{path}: is a compiled plan; {_EXPECTED_SOURCE}")
+        path = path / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{path}: no such file; {_EXPECTED_SOURCE}")
+    return path
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}:{error.lineno}:{error.colno}: malformed JSON: {error.msg}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8 text at byte {error.start}; expected a JSON file") from error
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except _DuplicateKeyError as error:
+        raise ConfigError(f"{path}: {error} is given twice; expected each key once") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: holds a JSON {type(raw).__name__}; expected an object")
+    return raw
+
+
+class _DuplicateKeyError(Exception):
+    pass
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    parsed = dict(pairs)
+    if len(parsed) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise _DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
+    return parsed
+
+
+# Judging the fields
+
+
+def _raise_if_any(where: str, problems: list[str]) -> None:
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise ConfigError(f"{where}: {problems[0]}")
+    raise ConfigError(f"{where}: {len(problems)} problems\n" + "\n".join(f"  {line}" for line in problems))
+
+
+def _problems(values: Mapping[str, Any], spelling: Mapping[str, str], refused: set[str]) -> Iterator[str]:
+    """Every field by its own rule; then, when those hold, what the fields must be to each other."""
+    sound = not refused
+    for item in fields(ModelConfig):
+        rule = item.metadata.get("rule")
+        if rule is None or item.name in refused:
+            continue
+        key = spelling.get(item.name, item.name)
+        if item.name not in values:
+            sound = False
+            yield problem(key, "is missing", rule.expected + _why(item.name))
+        elif not rule.accepts(values[item.name]):
+            sound = False
+            yield problem(key, shown(values[item.name]), rule.expected)
+    if sound:
+        yield from _contradictions(values, lambda name: spelling.get(name, name))
+
+
+def _why(name: str) -> str:
+    return ", as CSA layers (ratio 4) have an indexer" if name.startswith("index_") else ""
+
+
+def _contradictions(values: Mapping[str, Any], key: Callable[[str], str]) -> Iterator[str]:
+    """What the fields must be to each other, once each is right by itself. `key` spells as the file does."""
+
+    def must(holds: bool, name: str, expected: str) -> Iterator[str]:
+        if not holds:
+            yield problem(key(name), shown(values[name]), expected)
+
+    v = values.__getitem__
+    ratios, layers, csa = v("compress_ratios"), v("num_layers"), 4 in v("compress_ratios")
+    if len(ratios) != layers:
+        yield problem(key("compress_ratios"), f"has {len(ratios)} entries", f"{layers}, one per layer")
+    for index, ratio in enumerate(ratios):
+        if ratio not in RATIOS:
+            kinds = " or ".join(f"{known} ({kind})" for known, kind in RATIOS.items())
+            yield problem(f"{key('compress_ratios')}[{index}]", shown(ratio), kinds)
+    if csa:
+        for name in ("index_n_heads", "index_head_dim", "index_topk"):
+            yield from must(v(name) > 0, name, _SIZE.expected + _why(name))
+        width, rotated = v("index_head_dim"), v("qk_rope_head_dim")
+        expected = f"a power of two (Hadamard) of at least {key('qk_rope_head_dim')}, {rotated}"
+        yield from must(width & (width - 1) == 0 and width >= rotated, "index_head_dim", expected)
+    heads, groups, head_dim = v("num_attention_heads"), v("o_groups"), v("head_dim")
+    yield from must(heads % groups == 0, "num_attention_heads", f"a multiple of {key('o_groups')}, {groups}")
+    rotated = v("qk_rope_head_dim")
+    expected = f"an even number of at most {key('head_dim')}, {head_dim}"
+    yield from must(rotated % 2 == 0 and rotated <= head_dim, "qk_rope_head_dim", expected)
+    yield from must(
+        v("num_hash_layers") <= layers, "num_hash_layers", f"at most {key('num_layers')}, {layers}"
+    )
+    experts = v("n_routed_experts")
+    expected = f"at most {key('n_routed_experts')}, {experts}"
+    yield from must(v("num_experts_per_tok") <= experts, "num_experts_per_tok", expected)
+    yield from must(v("n_shared_experts") == 1, "n_shared_experts", "1, the only number DeepSeek-V4 uses")
+    yield from must(v("rope_factor") >= 1, "rope_factor", "at least 1")
+    for name in ("bos_token_id", "eos_token_id"):
+        expected = f"a token id below {key('vocab_size')}, {v('vocab_size')}"
+        yield from must(v(name) < v("vocab_size"), name, expected)
+    quantized = v("linear_format") == "fp8"
+    formats = "'fp8', 'mxfp4' or 'nvfp4'" if quantized else "'bf16'"
+    expected = f"{formats}, as linear_format is {v('linear_format')!r}"
+    yield from must((v("expert_format") != "bf16") == quantized, "expert_format", expected)
+    if quantized:
+        widths = {key(name): v(name) for name in ("hidden_size", "q_lora_rank", "moe_intermediate_size")}
+        widths[f"{key('o_groups')} * {key('o_lora_rank')}"] = groups * v("o_lora_rank")
+        widths[f"{key('num_attention_heads')} * {key('head_dim')} / {key('o_groups')}"] = (
+            heads * head_dim // groups
+        )
+        for name, width in widths.items():
+            if width % FP8_BLOCK:
+                expected = f"a multiple of {FP8_BLOCK}, the block of the checkpoint's FP8 scales"
+                yield problem(name, shown(width), expected)

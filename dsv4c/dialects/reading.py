@@ -1,0 +1,72 @@
+"""What a dialect hands to `dsv4c.config`: fields and their spelling, problems and notes."""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def problem(key: str, found: str, expected: str) -> str:
+    """One line of a ConfigError: which key, what it holds, what it should hold."""
+    return f"{key} {found}; expected {expected}"
+
+
+def shown(value: object) -> str:
+    """`is VALUE`, shortened: a schedule of 61 entries must not drown the message."""
+    return f"is {reprlib.repr(value)}"
+
+
+def alternatives(names: Iterable[str]) -> str:
+    return " or ".join(repr(name) for name in names)
+
+
+def is_list_of(value: Any, kind: type) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+@dataclass
+class Reading:
+    """What a config file says: ModelConfig's fields, not yet checked one by one, and their keys in it."""
+
+    raw: Mapping[str, Any]
+    spelling: dict[str, str]
+    fields: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    refused: set[str] = field(default_factory=set)  # fields whose problem is already in the list
+    used: set[str] = field(default_factory=set)  # keys that some rule has looked at
+
+    def get(self, key: str) -> Any:
+        self.used.add(key)
+        return self.raw.get(key)
+
+    def count(self, name: str) -> int | None:
+        """The field as an int; None when it is missing or wrong, which the field's own rule will report."""
+        value = self.fields.get(name)
+        return value if type(value) is int else None
+
+    def refuse(self, key: str, found: str, expected: str, *fields: str) -> None:
+        """Add a problem. Of the `fields` that it leaves without a value nothing else is said."""
+        self.problems.append(problem(key, found, expected))
+        self.refused.update(fields)
+
+
+def copy_fields(reading: Reading) -> None:
+    for name, key in reading.spelling.items():
+        if reading.get(key) is not None:
+            reading.fields[name] = reading.raw[key]
+
+
+def drop_dspark(reading: Reading) -> bool:
+    """The releases with DSpark speculation load as their backbone alone."""
+    keys = sorted(key for key in reading.raw if key.startswith("dspark_"))
+    if keys:
+        reading.used.update(keys)
+        reading.fields["mtp_layers"] = 0
+        reading.notes.append(
+            f"the DSpark draft stages ({', '.join(keys)}) are ignored: this is the backbone alone, and the "
+            "mtp.* tensors of this release are draft stages, not MTP blocks"
+        )
+    return bool(keys)

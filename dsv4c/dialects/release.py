@@ -1,0 +1,186 @@
+"""The release's `config.json`: compress_ratios, num_hash_layers, rope_scaling, quantization_config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dsv4c.dialects.reading import Reading, alternatives, copy_fields, drop_dspark, is_list_of, shown
+
+# Field of ModelConfig -> key of the file. The schedule, YaRN and formats are read by functions of their own.
+RELEASE = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "head_dim": "head_dim",
+    "qk_rope_head_dim": "qk_rope_head_dim",
+    "q_lora_rank": "q_lora_rank",
+    "o_groups": "o_groups",
+    "o_lora_rank": "o_lora_rank",
+    "n_routed_experts": "n_routed_experts",
+    "n_shared_experts": "n_shared_experts",
+    "num_experts_per_tok": "num_experts_per_tok",
+    "moe_intermediate_size": "moe_intermediate_size",
+    "routed_scaling_factor": "routed_scaling_factor",
+    "swiglu_limit": "swiglu_limit",
+    "num_hash_layers": "num_hash_layers",
+    "index_n_heads": "index_n_heads",
+    "index_head_dim": "index_head_dim",
+    "index_topk": "index_topk",
+    "sliding_window": "sliding_window",
+    "hc_mult": "hc_mult",
+    "hc_sinkhorn_iters": "hc_sinkhorn_iters",
+    "hc_eps": "hc_eps",
+    "rms_norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "compress_rope_theta": "compress_rope_theta",
+    "max_position_embeddings": "max_position_embeddings",
+    "mtp_layers": "num_nextn_predict_layers",
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+}
+YARN = {
+    "rope_factor": "factor",
+    "rope_original_max_position": "original_max_position_embeddings",
+    "rope_beta_fast": "beta_fast",
+    "rope_beta_slow": "beta_slow",
+}
+QUANTIZATION: dict[str, object] = {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "scale_fmt": "ue8m0",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+}
+# expert_dtype -> ModelConfig.expert_format
+EXPERT_FORMATS = {"fp4": "mxfp4", "fp8": "fp8"}
+NVFP4_EXPERTS: dict[str, object] = {
+    "quant_algo": "MIXED_PRECISION",
+    "moe_quant_algo": "NVFP4",
+    "group_size": 16,
+}
+# The releases with dspark_* keys carry three draft stages, whatever num_nextn_predict_layers says.
+DSPARK_STAGES = 3
+
+
+def release_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `config.json` for ModelConfig's fields: reading it back gives an equal config."""
+    raw: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
+    raw |= {key: fields[name] for name, key in RELEASE.items()}
+    raw["rope_scaling"] = {"type": "yarn", **{key: fields[name] for name, key in YARN.items()}}
+    raw["compress_ratios"] = [*fields["compress_ratios"], *[0] * fields["mtp_layers"]]
+    if fields["linear_format"] == "fp8":
+        nvfp4 = NVFP4_EXPERTS if fields["expert_format"] == "nvfp4" else {}
+        raw["quantization_config"] = QUANTIZATION | nvfp4
+        raw["expert_dtype"] = "fp8" if fields["expert_format"] == "fp8" else "fp4"
+    return raw
+
+
+def read_release(raw: Mapping[str, Any]) -> Reading:
+    reading = Reading(raw, dict(RELEASE))
+    copy_fields(reading)
+    rope_scaling(reading, "rope_scaling", reading.get("rope_scaling"))
+    schedule(reading)
+    formats(reading)
+    return reading
+
+
+def schedule(reading: Reading) -> None:
+    """compress_ratios: one entry per layer, then one zero per MTP block (or DSpark draft stage)."""
+    ratios = reading.get("compress_ratios")
+    dspark = drop_dspark(reading)
+    layers, mtp = reading.count("num_layers"), reading.count("mtp_layers")
+    layers_key, mtp_key = reading.spelling["num_layers"], reading.spelling["mtp_layers"]
+    if ratios is None:
+        expected = "one ratio per layer, as there is no default schedule"
+        reading.refuse("compress_ratios", "is missing", expected, "compress_ratios")
+        return
+    if not is_list_of(ratios, int):
+        reading.refuse("compress_ratios", shown(ratios), "a list of integers", "compress_ratios")
+        return
+    if layers is None or mtp is None:
+        return
+    extra, extra_key = (DSPARK_STAGES, "DSpark draft stages") if dspark else (mtp, mtp_key)
+    if len(ratios) != layers + extra:
+        expected = f"{layers + extra}: {layers} ({layers_key}) + {extra} ({extra_key})"
+        reading.refuse("compress_ratios", f"has {len(ratios)} entries", expected, "compress_ratios")
+        return
+    for index, ratio in enumerate(ratios[layers:], start=layers):
+        if ratio != 0:
+            reading.refuse(f"compress_ratios[{index}]", shown(ratio), f"0, as it belongs to the {extra_key}")
+    reading.fields["compress_ratios"] = ratios[:layers]
+
+
+def rope_scaling(reading: Reading, key: str, scaling: Any) -> None:
+    """YaRN for the compressed layers, or none. No `mscale`: DeepSeek-V4 never rescales cos and sin."""
+    reading.spelling |= {name: f"{key}.{part}" for name, part in YARN.items()}
+    if scaling is None or (isinstance(scaling, Mapping) and rope_type(scaling) == "default"):
+        reading.fields |= {"rope_factor": 1.0, "rope_beta_fast": 32.0, "rope_beta_slow": 1.0}
+        if "max_position_embeddings" in reading.fields:
+            reading.fields["rope_original_max_position"] = reading.fields["max_position_embeddings"]
+        else:  # missing, which is said of max_position_embeddings
+            reading.refused.add("rope_original_max_position")
+        return
+    if not isinstance(scaling, Mapping) or rope_type(scaling) != "yarn":
+        found = shown(scaling) if not isinstance(scaling, Mapping) else f"has type {rope_type(scaling)!r}"
+        reading.refuse(key, found, "an object of type 'yarn' or 'default'", *YARN)
+        return
+    known = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "attention_factor", *YARN.values()}
+    for extra in sorted(set(scaling) - known):
+        expected = "no such key, as DeepSeek-V4's YaRN does not have it"
+        reading.refuse(f"{key}.{extra}", shown(scaling[extra]), expected)
+    if scaling.get("attention_factor", 1.0) != 1.0:
+        found = shown(scaling["attention_factor"])
+        reading.refuse(f"{key}.attention_factor", found, "1.0, as cos and sin are not rescaled")
+    reading.fields |= {name: scaling[part] for name, part in YARN.items() if part in scaling}
+
+
+def rope_type(scaling: Mapping[str, Any]) -> Any:
+    return scaling.get("rope_type", scaling.get("type", "default"))
+
+
+def formats(reading: Reading) -> None:
+    """What the checkpoint stores, from quantization_config and expert_dtype."""
+    quantization, top = reading.get("quantization_config"), reading.get("expert_dtype")
+    if quantization is None:
+        reading.fields |= {"linear_format": "bf16", "expert_format": "bf16"}
+        if top not in (None, "bf16"):
+            expected = "no expert_dtype, as there is no quantization_config"
+            reading.refuse("expert_dtype", shown(top), expected)
+        return
+    if not isinstance(quantization, Mapping):
+        reading.refuse(
+            "quantization_config", shown(quantization), "an object", "linear_format", "expert_format"
+        )
+        return
+    for key, value in QUANTIZATION.items():
+        if quantization.get(key) != value:
+            found = shown(quantization[key]) if key in quantization else "is missing"
+            reading.refuse(f"quantization_config.{key}", found, repr(value))
+    inner = quantization.get("expert_dtype")
+    if top is not None and inner is not None and top != inner:
+        reading.refuse("expert_dtype", shown(top), f"{inner!r}, as quantization_config.expert_dtype says")
+    stored = top if top is not None else inner
+    reading.fields |= {"linear_format": "fp8", "expert_format": _expert_format(reading, stored, quantization)}
+
+
+def _expert_format(reading: Reading, stored: Any, quantization: Mapping[str, Any]) -> str:
+    algorithm = quantization.get("moe_quant_algo")
+    if algorithm is None:
+        if stored is None:
+            reading.notes.append("expert_dtype is absent, as in the first release: routed experts are MXFP4")
+            return "mxfp4"
+        if isinstance(stored, str) and stored in EXPERT_FORMATS:
+            return EXPERT_FORMATS[stored]
+        reading.refuse("expert_dtype", shown(stored), alternatives(EXPERT_FORMATS))
+        return "mxfp4"
+    if algorithm != "NVFP4":
+        reading.refuse("quantization_config.moe_quant_algo", shown(algorithm), "'NVFP4' or nothing")
+    if quantization.get("group_size", 16) != 16:
+        found = shown(quantization["group_size"])
+        reading.refuse("quantization_config.group_size", found, "16, NVFP4's block")
+    if stored not in (None, "fp4"):
+        expected = "'fp4', as quantization_config.moe_quant_algo is 'NVFP4'"
+        reading.refuse("expert_dtype", shown(stored), expected)
+    return "nvfp4"

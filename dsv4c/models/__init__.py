@@ -1,0 +1,1 @@
+"""DeepSeek-V4 as a graph, its weights, and its prompts."""
