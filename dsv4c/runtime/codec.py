@@ -92,7 +92,7 @@ def type_of(value: Value) -> Type:
 
 
 def round_once(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 to `dtype`, ties to even. torch itself goes through f32 to bf16 and f16: two roundings."""
+    """Round float64 to `dtype`, ties to even. torch goes through f32 to bf16 and f16: two roundings."""
     if x.dtype is not torch.float64 or dtype not in (torch.bfloat16, torch.float16):
         return x.to(dtype)
     nearest = x.to(torch.float32)
@@ -146,7 +146,7 @@ def _split(x: Tensor, block: tuple[int, int]) -> Tensor:
     pad_rows, pad_columns = -x.shape[-2] % rows, -x.shape[-1] % columns
     if pad_rows or pad_columns:
         x = torch.nn.functional.pad(x, (0, pad_columns, 0, pad_rows))
-    return x.unflatten(-1, (-1, columns)).unflatten(-3, (-1, rows))
+    return x.reshape(*x.shape[:-2], x.shape[-2] // rows, rows, x.shape[-1] // columns, columns)
 
 
 def _join(blocks: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -222,7 +222,7 @@ def quantize(x: Tensor, format: QuantFormat, global_scale: Tensor | None = None)
       e4m3   scale = e4m3(amax / (largest * global)), where global, unless given, is
              amax of the matrix or row / (largest * 448)
       data   = round_to_nearest_even(x / (scale * global)), saturating
-    A block whose scale rounds to zero becomes zeros. NaN makes its block NaN, and so does infinity with ue8m0.
+    A block whose scale rounds to zero becomes zeros. NaN makes its block NaN; so does infinity with ue8m0.
     """
     shape = tuple(x.shape)
     kind = QuantType(format, shape)
@@ -317,9 +317,8 @@ def _fill(part: Tensor, byte: int) -> None:
 def convert(value: Value, want: Type, *, requantize: bool = False) -> Value:
     """`value` as type `want`: exactly, or rounded to nearest if `requantize` allows it.
 
-    Dequantizing into f32 counts as exact: it is what the formats mean. A value that has the type is returned as
-    it is. Raises ConversionError, naming both types, if the shapes differ, no conversion exists, an integer leaves
-    its range, or the conversion would round.
+    Dequantizing into f32 counts as exact: it is what the formats mean. Raises ConversionError, naming both
+    types, if the shapes differ, no conversion exists, an integer leaves its range, or a number would round.
     """
     have = type_of(value)
     if have == want:
