@@ -212,30 +212,36 @@ def _config_file(path: Path) -> Path:
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_without_duplicates)
+        text = path.read_text(encoding="utf-8")
+        raw = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: malformed JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text at byte {error.start}; expected a JSON file") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except _DuplicateKeyError as error:
-        raise ConfigError(f"{path}: {error} is given twice; expected each key once") from error
+    except _NotAConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds a JSON {type(raw).__name__}; expected an object")
     return raw
 
 
-class _DuplicateKeyError(Exception):
-    pass
+class _NotAConfigError(Exception):
+    """JSON that Python would read and a config cannot mean."""
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     parsed = dict(pairs)
     if len(parsed) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise _DuplicateKeyError(next(key for key in keys if keys.count(key) > 1))
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _NotAConfigError(problem(twice, "is given twice", "each key once"))
     return parsed
+
+
+def _no_constant(name: str) -> float:
+    raise _NotAConfigError(f"malformed JSON: {name} is not a JSON number")
 
 
 # Judging the fields

@@ -100,6 +100,7 @@ def schedule(reading: Reading) -> None:
         reading.refuse("compress_ratios", shown(ratios), "a list of integers", "compress_ratios")
         return
     if layers is None or mtp is None:
+        reading.refused.add("compress_ratios")
         return
     extra, extra_key = (DSPARK_STAGES, "DSpark draft stages") if dspark else (mtp, mtp_key)
     if len(ratios) != layers + extra:

@@ -13,7 +13,7 @@ from dsv4c.config import ModelConfig
 
 
 class LayerKind(enum.Enum):
-    """LayerKind kind by compress ratio: sliding window alone, or with sparsely or heavily compressed entries."""
+    """Attention by compress ratio: sliding window alone, or with sparsely or heavily compressed entries."""
 
     SWA = 0
     CSA = 4
