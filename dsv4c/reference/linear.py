@@ -1,8 +1,8 @@
 """Matrix products: exact and rounded once, except between two quantized operands.
 
-Those multiply in steps of the narrower block: dot products are exact within a step, rounded to f32, multiplied
-by the product of both block scales, and added in f32 in order of K. Global scales (x, then w) multiply the sum.
-This is the two-level sum of `fp8_gemm` and `fp4_gemm` in DeepSeek-V4 `inference/kernel.py`.
+Those multiply in steps of the narrower block: dot products are exact within a step, rounded to f32, times the
+product of both block scales, and added in f32 in order of K; global scales (x, then w) multiply the sum. This
+is the two-level sum of `fp8_gemm` and `fp4_gemm` in DeepSeek-V4 `inference/kernel.py`.
 """
 
 from __future__ import annotations

@@ -15,10 +15,11 @@ from dsv4c.reference.registry import meaning
 def rope_frequencies(op: RopeFrequencies) -> Tensor:
     """theta^(-2i/dims); YaRN divides slow pairs by `factor`, keeps fast ones, and blends in between.
 
-    f32 at every step: at position 1e6 the last bit of a frequency moves its angle by 0.06.
+    Every step is rounded to f32: at position 1e6 the last bit of a frequency moves its angle by 0.06.
     """
     exponents = torch.arange(0, op.dims, 2, dtype=torch.float32) / op.dims
-    frequencies = 1.0 / (op.theta**exponents)
+    powers = (op.theta ** exponents.to(torch.float64)).to(torch.float32)
+    frequencies = 1.0 / powers
     if op.factor == 1:
         return frequencies
     low = max(math.floor(_pair_of(op.beta_fast, op)), 0)
@@ -40,12 +41,10 @@ def rope(op: Rope, x: Tensor, positions: Tensor, frequencies: Tensor) -> Tensor:
     pairs = frequencies.shape[0]
     angle = (positions * op.stride).to(torch.float32)[:, None] * frequencies
     angle = angle.reshape(-1, *[1] * (x.ndim - 2), pairs)
-    # The angle is the f32 product; its cosine and sine are correctly rounded.
-    cos, sin = (
-        angle.to(torch.float64).cos().to(torch.float32),
-        angle.to(torch.float64).sin().to(torch.float32),
-    )
-    sin = -sin if op.inverse else sin
+    wide = (-angle if op.inverse else angle).to(
+        torch.float64
+    )  # cosine and sine of the f32 angle, rounded once
+    cos, sin = wide.cos().to(torch.float32), wide.sin().to(torch.float32)
     plain, rotated = x[..., : -2 * pairs], x[..., -2 * pairs :].to(torch.float32)
     even, odd = rotated[..., 0::2], rotated[..., 1::2]
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
