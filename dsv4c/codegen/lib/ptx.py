@@ -103,6 +103,12 @@ def ldg_f32(g: Int64):
 
 
 @cute.jit
+def ldg_u8(g: Int64):
+    """One byte of global memory that a predecessor wrote, zero-extended: call after `wait`."""
+    return _asm("ld.global.u8 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
+
+
+@cute.jit
 def ldg32_constant(g: Int64):
     """One word that no launch of the graph writes (weights): may be read before `wait`."""
     return _asm("ld.global.nc.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])

@@ -1,0 +1,76 @@
+"""Kernel sources: a template and literals become one readable Python file, with everything its launch needs beside it.
+
+A kernel family is a function from a frozen spec to an `Emission`. Nothing here imports the compiler or a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import jinja2
+
+TEMPLATES = Path(__file__).parent / "templates"
+BANDWIDTH = 4.45e12  # bytes per second that one H200 reads, best grid; the floor in a kernel's docstring
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One kernel parameter, in ABI order: 8 bytes for a pointer, 4 for an i32.
+
+    A pointer leads to `component` (data, scale, tail, global_scale) of the value that the launch binds to `operand`.
+    """
+
+    operand: str
+    component: str = "data"
+    kind: str = "pointer"
+
+    @property
+    def name(self) -> str:
+        """The parameter's name in the generated text."""
+        return self.operand if self.component == "data" else f"{self.operand}_{self.component}"
+
+
+@dataclass(frozen=True)
+class Emission:
+    """A kernel before compilation: its source and the launch facts that a cubin does not hold."""
+
+    symbol: str
+    source: str
+    grid: tuple[int, int, int]
+    block: int
+    shared: int  # dynamic shared memory, bytes
+    parameters: tuple[Parameter, ...]
+    cluster: tuple[int, int, int] = (1, 1, 1)
+    programmatic: bool = True  # may sit behind a programmatic edge
+    waits: bool = True  # griddepcontrol.wait precedes every dependent access
+    packing: Mapping[str, str] = field(default_factory=dict)  # weight operand -> name of its packing
+    workspace: int = 0  # bytes of global scratch, the last parameter if any
+
+
+@cache
+def environment() -> jinja2.Environment:
+    """The jinja2 environment of the kernel templates: undefined names are errors, blocks leave no blank lines."""
+    return jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+
+
+def render(template: str, **context: object) -> str:
+    """The text of `templates/<template>`; checked to be Python that opens with a docstring."""
+    text = environment().get_template(template).render(context)
+    compile(text, template, "exec")
+    assert text.startswith('"""'), f"{template} does not open with what it computes"
+    return text
+
+
+def floor_us(nbytes: int) -> float:
+    """Microseconds that one H200 needs to read `nbytes`."""
+    return nbytes / BANDWIDTH * 1e6

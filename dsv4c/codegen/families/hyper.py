@@ -1,0 +1,119 @@
+"""Hyper-connection kernels: streams mixed, projected, collapsed and normalized by one cluster per token.
+
+One skeleton serves every sublayer boundary and the head: what is mixed, kept, normalized and quantized are literals.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv4c.codegen.emit import BANDWIDTH, Emission, Parameter, floor_us, render
+from dsv4c.codegen.lib.slices import STREAMS, Slice
+from dsv4c.errors import BuildError
+
+SHARED_LIMIT = 232448 - 1024  # what a CTA may use on sm_90 and sm_100, less the system's kilobyte
+CLUSTER_LIMIT = 16
+
+
+@dataclass(frozen=True)
+class HyperNorm:
+    """One boundary between sublayers.
+
+    Operands, by flag: x bf16[rows, 4, hidden]; mix: f bf16[rows, hidden], post f32[rows, 4], comb f32[rows, 4, 4] of
+    the previous boundary; fn f32[24, 4 hidden], base f32[24], scale f32[3] (head: 4, 4 and 1); gain bf16[hidden].
+    Results: keep: x_out like x (may be x itself); unless head: post_out, comb_out; bf16: normed bf16[rows, hidden];
+    fp8: q, the same row quantized (1x128, ue8m0).
+    """
+
+    rows: int
+    hidden: int
+    norm_eps: float
+    hc_eps: float
+    iterations: int
+    mix: bool = True
+    keep: bool = True
+    head: bool = False
+    bf16: bool = True
+    fp8: bool = True
+    ctas: int | None = None  # per token; None: as many as fit a cluster
+
+    @property
+    def slice(self) -> Slice:
+        """The cut of a row. Raises BuildError when no cluster can hold `fn`."""
+        projected = STREAMS if self.head else STREAMS * (STREAMS + 2)
+        for ctas in [self.ctas] if self.ctas else range(CLUSTER_LIMIT, 0, -1):
+            cut = Slice(self.hidden, ctas, projected)
+            if self.hidden % (128 * ctas) == 0 and cut.width <= 1024 and cut.shared <= SHARED_LIMIT:
+                return cut
+        raise BuildError(
+            f"hyper_norm of {self.hidden} columns: no cluster of up to {CLUSTER_LIMIT} CTAs cuts them into whole groups "
+            f"of 128 with at most 1024 columns and {SHARED_LIMIT} B of fn each"
+        )
+
+
+def emit(spec: HyperNorm) -> Emission:
+    """The kernel of one boundary. Raises BuildError for shapes that no cluster can hold."""
+    cut = spec.slice
+    symbol = "hyper_head" if spec.head else "hyper_norm" if spec.mix else "hyper_norm_first"
+    parameters = _parameters(spec)
+    nbytes = cut.rows * (STREAMS * spec.hidden + 2) * 4 + spec.hidden * 2
+    nbytes += spec.rows * spec.hidden * 2 * (STREAMS + spec.mix)
+    source = render(
+        "hyper_norm.py.jinja",
+        what="The head's collapse and norm" if spec.head else "Streams mixed, collapsed and normalized",
+        symbol=symbol,
+        parameters=[p.name for p in parameters],
+        signature=_signature(spec),
+        slice=cut,
+        rows=spec.rows,
+        norm_eps=spec.norm_eps,
+        hc_eps=spec.hc_eps,
+        iterations=spec.iterations,
+        mix=spec.mix,
+        keep=spec.keep,
+        weights=not spec.head,
+        bf16=spec.bf16,
+        fp8=spec.fp8,
+        nbytes=nbytes,
+        floor=floor_us(nbytes),
+        bandwidth=BANDWIDTH,
+    )
+    return Emission(
+        symbol=symbol,
+        source=source,
+        grid=(spec.rows * cut.ctas, 1, 1),
+        block=cut.threads,
+        shared=cut.shared,
+        parameters=parameters,
+        cluster=(cut.ctas, 1, 1),
+    )
+
+
+def _parameters(spec: HyperNorm) -> tuple[Parameter, ...]:
+    names = ["x", *(["f", "post", "comb"] if spec.mix else []), "fn", "base", "scale", "gain"]
+    names += [*(["x_out"] if spec.keep else []), *([] if spec.head else ["post_out", "comb_out"])]
+    names += ["normed"] if spec.bf16 else []
+    quantized = (Parameter("q"), Parameter("q", "scale")) if spec.fp8 else ()
+    return (*map(Parameter, names), *quantized)
+
+
+def _signature(spec: HyperNorm) -> str:
+    """Operands and results with their types, in ABI order, one a line."""
+    n, h, p = spec.rows, spec.hidden, spec.slice.rows
+    types = {
+        "x": f"bf16[{n},4,{h}]",
+        "f": f"bf16[{n},{h}]",
+        "post": f"f32[{n},4]",
+        "comb": f"f32[{n},4,4]",
+        "fn": f"f32[{p},{4 * h}]",
+        "base": f"f32[{p}]",
+        "scale": f"f32[{1 if spec.head else 3}]",
+        "gain": f"bf16[{h}]",
+        "x_out": f"bf16[{n},4,{h}]",
+        "post_out": f"f32[{n},4]",
+        "comb_out": f"f32[{n},4,4]",
+        "normed": f"bf16[{n},{h}]",
+        "q": f"e4m3[{n},{h}]",
+        "q_scale": f"ue8m0[{n},{h // 128}]",
+    }
+    return "\n".join(f"{p.name}: {types[p.name]}" for p in _parameters(spec))

@@ -1,0 +1,246 @@
+"""The decode GEMV family: y[M, N] = x[M, K] w[N, K]^T for up to 8 rows, one or several matrices per launch.
+
+`GemvSpec` says what to compute, `emit_gemv` plans tiles, warps and stages and stitches the kernel from
+`templates/gemv.py.jinja`. Matrices that share a weight format and activations form a part; a CTA works on one part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.codegen.lib.shapes import BYTES, Product, Ring
+from dsv4c.errors import BuildError
+
+SMS = 132
+SHARED_PER_SM = 228 * 1024  # of which each resident CTA loses 1 KB
+SHARED_PER_CTA = 227 * 1024
+STAGES = 5  # measured: a sixth stage of FP8 units gains nothing
+WARPS = 8
+FORMATS = {
+    "fp8": "q[e4m3,ue8m0,128x128]",
+    "bf16": "bf16",
+    "mxfp4": "q[e2m1,ue8m0,1x32]",
+    "nvfp4": "q[e2m1,e4m3,1x16,tensor]",
+}
+BITS = {"fp8": 8, "bf16": 16, "mxfp4": 4.25, "nvfp4": 4.5}
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The rows a part multiplies with: operand `name`, staged by `prologue`.
+
+    copy: e4m3 rows with ue8m0 scales per 128 (kind "e4m3"), or bf16 rows (kind "bf16"), as a producer left them.
+    quantize: bf16 rows, FP8-quantized here. normalize: RMSNorm with f32 operand `gain` first, rounded to bf16.
+    """
+
+    name: str
+    kind: str
+    prologue: str = "copy"
+    gain: str | None = None
+    eps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight matrix [rows, k] and its output, bf16 or f32 [M, rows]."""
+
+    name: str
+    rows: int
+    format: str
+    x: Activations
+    out: str
+    out_dtype: str = "bf16"
+
+
+@dataclass(frozen=True)
+class GemvSpec:
+    """`batch` activation rows times `matrices` of `k` columns. With `groups` g > 1 (block-diagonal weights) the rows
+    are [M, g, k] and matrix rows r * (rows / g) .. belong to group r."""
+
+    name: str
+    batch: int
+    k: int
+    matrices: tuple[Matrix, ...]
+    groups: int = 1
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A matrix's place in a launch: `ctas` CTAs from number `first` of its part on."""
+
+    matrix: Matrix
+    first: int
+    ctas: int
+    tiles: int
+
+
+@dataclass(frozen=True)
+class Part:
+    """Matrices of one weight format, activation operand and output type."""
+
+    name: str
+    ring: Ring
+    x: Activations
+    out_dtype: str
+    slots: tuple[Slot, ...]
+    first: int
+    ctas: int
+    nbytes: int
+
+    @property
+    def last(self) -> int:
+        """Number of the CTA after the part's last."""
+        return self.first + self.ctas
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """Activations, gain, then per matrix weight, scales and output."""
+        x = [Parameter(self.x.name)]
+        if self.x.kind == "e4m3" and self.x.prologue == "copy":
+            x.append(Parameter(self.x.name, "scale"))
+        if self.x.gain:
+            x.append(Parameter(self.x.gain))
+        scales = {"fp8": ["scale"], "nvfp4": ["global_scale"]}.get(self.ring.product.weight, [])
+        for slot in self.slots:
+            weight = slot.matrix.name
+            x += [Parameter(weight), *(Parameter(weight, c) for c in scales), Parameter(slot.matrix.out)]
+        return tuple(x)
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Where each shared array of the part starts, and `end`."""
+        r = self.ring
+        squares = r.product.fx_bytes if self.x.prologue == "normalize" else 0
+        sizes = {
+            "ring": r.ring_bytes,
+            "x": r.product.x_bytes,
+            "fx": r.product.fx_bytes,
+            "squares": squares,
+            "scale": r.scale_bytes,
+            "part": r.part_bytes,
+            "bars": r.bars_bytes,
+            "bar": 8,
+        }
+        places, at = {}, 0
+        for name, size in sizes.items():
+            places[name] = at
+            at += -(-size // 16) * 16
+        places["end"] = at
+        return places
+
+
+def emit_gemv(spec: GemvSpec) -> Emission:
+    """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
+    _check(spec)
+    parts = plan_parts(spec)
+    parameters = tuple(dict.fromkeys(p for part in parts for p in part.parameters))
+    shared = max(part.places["end"] for part in parts)
+    grid = sum(part.ctas for part in parts)
+    nbytes = sum(part.nbytes for part in parts)
+    source = render(
+        "gemv.py.jinja",
+        spec=spec,
+        parts=parts,
+        parameters=parameters,
+        grid=grid,
+        warps=parts[0].ring.warps,
+        shared=shared,
+        nbytes=nbytes,
+        floor=floor_us(nbytes),
+        formats=FORMATS,
+    )
+    packing = {
+        slot.matrix.name: f"{slot.matrix.format}/{part.ring.tile_warps}x{part.ring.span}"
+        for part in parts
+        for slot in part.slots
+    }
+    return Emission(
+        symbol=f"{spec.name}_0",
+        source=source,
+        grid=(grid, 1, 1),
+        block=parts[0].ring.warps * 32,
+        shared=shared,
+        parameters=parameters,
+        packing=packing,
+    )
+
+
+def _check(spec: GemvSpec) -> None:
+    if not 1 <= spec.batch <= 8:
+        raise BuildError(f"{spec.name}: batch {spec.batch}: a GEMV takes 1 to 8 rows, more need a GEMM")
+    for m in spec.matrices:
+        if m.format not in BYTES:
+            raise BuildError(f"{spec.name}.{m.name}: weight format {m.format!r}: known are {', '.join(BYTES)}")
+        if m.x.kind == "e4m3" and m.format == "bf16":
+            raise BuildError(f"{spec.name}.{m.name}: bf16 weights take bf16 activations, not e4m3")
+        if m.x.kind == "bf16" and m.format in ("mxfp4", "nvfp4"):
+            raise BuildError(f"{spec.name}.{m.name}: {m.format} weights take e4m3 activations, not bf16")
+        if m.format != "bf16" and spec.k % 128:
+            raise BuildError(f"{spec.name}.{m.name}: {m.format} weights of {spec.k} columns: want a multiple of 128")
+        if spec.k % 8:
+            raise BuildError(f"{spec.name}: rows of {spec.k} are not a multiple of 16 bytes")
+        if m.rows % (16 * spec.groups):
+            raise BuildError(f"{spec.name}.{m.name}: {m.rows} rows in {spec.groups} groups: want multiples of 16")
+
+
+def plan_parts(spec: GemvSpec) -> list[Part]:
+    """Tiles, warps, stages and CTAs of a launch: about two CTAs per SM, weights in flight in both."""
+    kinds: dict[tuple[str, Activations, str], list[Matrix]] = {}
+    for matrix in spec.matrices:
+        kinds.setdefault((matrix.format, matrix.x, matrix.out_dtype), []).append(matrix)
+    tiles = sum(matrix.rows // 16 for matrix in spec.matrices)
+    units = -(-spec.k // 128)
+    tile_warps = next((n for n in (1, 2, 4) if tiles // n <= 2.5 * SMS), 8)
+    while (spec.matrices[0].rows // 16 // spec.groups) % tile_warps and spec.groups > 1:
+        tile_warps //= 2
+    k_warps = max(n for n in range(1, WARPS // tile_warps + 1) if units % n == 0)
+    ctas = sum(-(-(m.rows // 16) // tile_warps) for m in spec.matrices)
+    rounds = -(-ctas // (3 * SMS)) if spec.groups == 1 else 1
+    rounds = rounds if rounds == 1 else -(-ctas // (2 * SMS))
+    resident = 3 if rounds == 1 and ctas > 2 * SMS else 2
+    parts, first = [], 0
+    heaviest_first = sorted(kinds.items(), key=lambda item: -BYTES[item[0][0]])
+    for (format, x, out_dtype), matrices in heaviest_first:
+        product = Product(format, x.kind, spec.batch, spec.k)
+        part = _part(spec, product, x, out_dtype, matrices, tile_warps, k_warps, rounds, resident, first)
+        parts.append(part)
+        first += part.ctas
+    return parts
+
+
+def _part(
+    spec: GemvSpec,
+    product: Product,
+    x: Activations,
+    out_dtype: str,
+    matrices: Sequence[Matrix],
+    tile_warps: int,
+    k_warps: int,
+    rounds: int,
+    resident: int,
+    first: int,
+) -> Part:
+    per_warp = product.units // k_warps
+    span = next(n for n in (4, 2, 1) if per_warp % n == 0 and n * BYTES[product.weight] <= 4608)
+    if product.weight == "fp8":
+        span = 1
+    slots, at = [], 0
+    for m in matrices:
+        groups = -(-(m.rows // 16) // tile_warps)
+        ctas = -(-groups // rounds)
+        slots.append(Slot(m, at, ctas, m.rows // 16))
+        at += ctas
+    nbytes = int(sum(m.rows * spec.k * BITS[m.format] / 8 for m in matrices))
+    name = f"{product.weight}_{x.name}_{out_dtype}"
+
+    def planned(stages: int) -> Part:
+        ring = Ring(product, tile_warps, k_warps, span, stages, rounds)
+        return Part(name, ring, x, out_dtype, tuple(slots), first, at, nbytes)
+
+    for limit in (SHARED_PER_SM // resident - 1024, SHARED_PER_SM // 2 - 1024, SHARED_PER_CTA):
+        for stages in range(STAGES, 1, -1):
+            if planned(stages).places["end"] <= limit:
+                return planned(stages)
+    raise BuildError(f"{spec.name}: {spec.batch} rows of {spec.k} leave no shared memory for two stages of weights")

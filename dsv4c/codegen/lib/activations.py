@@ -1,0 +1,131 @@
+"""Activation rows into shared memory, as `units.accumulate` reads them: the prologue stages of the GEMV family.
+
+Every stage waits for the predecessors exactly once, before its first read; weights must be in flight by then. After a
+stage, one CTA barrier and `arrived` make the rows visible to all warps.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
+
+from dsv4c.codegen.lib import ptx, quantize
+from dsv4c.codegen.lib.shapes import Product
+
+
+@cute.jit
+def arrived(s_bar: Int32):
+    """Wait for the bulk copies of `copy_rows`."""
+    ptx.mbarrier_wait(s_bar, Int32(0))
+
+
+@cute.jit
+def copy_rows(
+    p: Constexpr[Product],
+    s_x: Int32,
+    s_fx: Int32,
+    s_bar: Int32,
+    g_x: Int64,
+    g_fx: Int64,
+    row_bytes: Constexpr[int],
+    warp: Int32,
+    lane: Int32,
+):
+    """Rows as the producer left them: e4m3 with ue8m0 scales [rows][units], or bf16. Only warp 0 waits.
+
+    `row_bytes` is the distance of rows in global memory. Scales become f32 [rows][units] at `s_fx`.
+    """
+    width = const_expr(p.k if p.x == "e4m3" else 2 * p.k)
+    if warp == 0:
+        if const_expr(p.k % 128 and p.x == "bf16"):
+            zero_tails(p, s_x, width, lane)
+        ptx.wait()
+        if lane == 0:
+            ptx.mbarrier_expect(s_bar, Int32(p.rows * width))
+            for m in range_constexpr(p.rows):
+                ptx.bulk_load(s_x + m * p.x_stride, g_x + m * row_bytes, Int32(width), s_bar)
+        if const_expr(p.x == "e4m3"):
+            count = const_expr(p.rows * p.units)
+            for n in range_constexpr(-(-count // 32)):
+                i = lane + 32 * n
+                if i < count:
+                    ptx.sts_f32(s_fx + i * 4, ptx.ue8m0_to_f32(ptx.ldg_u8(g_fx + i)))
+
+
+@cute.jit
+def zero_tails(p: Constexpr[Product], s_x: Int32, width: Constexpr[int], lane: Int32):
+    """Zero what `copy_rows` leaves of each row's last unit: padding weights are zero, and 0 x NaN is not."""
+    pad = const_expr((p.units * 256 - width) // 4)
+    for m in range_constexpr(p.rows):
+        for n in range_constexpr(-(-pad // 32)):
+            i = lane + 32 * n
+            if i < pad:
+                ptx.sts32(s_x + m * p.x_stride + width + i * 4, Uint32(0))
+
+
+@cute.jit
+def quantize_rows(
+    p: Constexpr[Product],
+    s_x: Int32,
+    s_fx: Int32,
+    g_x: Int64,
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """FP8-quantize bf16 rows [rows][k] of a predecessor, one half-warp per block of 128. Every thread waits."""
+    ptx.wait()
+    groups = const_expr(threads // 16)
+    count = const_expr(p.rows * p.units)
+    lane = thread % 32
+    for n in range_constexpr(-(-count // groups)):
+        i = thread // 16 + n * groups
+        block = cutlass.min(i, Int32(count - 1))  # the last round repeats a block rather than leave half a warp behind
+        r = quantize.load8(g_x + block * 256 + (thread % 16) * 16)
+        s_codes = s_x + (block // p.units) * p.x_stride + (block % p.units) * 128
+        quantize.quantize_block(r, s_codes, s_fx + block * 4, lane)
+
+
+@cute.jit
+def normalize_quantize_rows(
+    p: Constexpr[Product],
+    s_x: Int32,
+    s_fx: Int32,
+    s_squares: Int32,
+    g_x: Int64,
+    g_gain: Int64,
+    eps: Constexpr[float],
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """RMSNorm with f32 gain, rounded to bf16, then FP8: (x * rsqrt(mean(x^2) + eps)) * gain. Every thread waits.
+
+    `s_squares` is scratch, f32 [rows][units]. Contains a CTA barrier.
+    """
+    ptx.wait()
+    groups = const_expr(threads // 16)
+    count = const_expr(p.rows * p.units)
+    lane = thread % 32
+    for n in range_constexpr(-(-count // groups)):
+        block = cutlass.min(thread // 16 + n * groups, Int32(count - 1))
+        r = quantize.load8(g_x + block * 256 + (thread % 16) * 16)
+        square = Float32(0.0)
+        for j in range_constexpr(8):
+            square = square + r[j] * r[j]
+        square = ptx.lanes_sum(square, 16)
+        if lane % 16 == 0:
+            ptx.sts_f32(s_squares + block * 4, square)
+    cute.arch.sync_threads()
+    for n in range_constexpr(-(-count // groups)):
+        block = cutlass.min(thread // 16 + n * groups, Int32(count - 1))
+        row = block // p.units
+        mean = Float32(0.0)
+        for j in range_constexpr(p.units):
+            mean = mean + ptx.lds_f32(s_squares + (row * p.units + j) * 4)
+        inverse = cute.math.rsqrt(mean * Float32(1.0 / p.k) + Float32(eps))
+        r = quantize.load8(g_x + block * 256 + (thread % 16) * 16)
+        column = (block % p.units) * 128 + (thread % 16) * 8
+        for half in range_constexpr(2):
+            w = ptx.ldg128_constant(g_gain + column * 4 + half * 16)
+            for j in range_constexpr(4):
+                r[4 * half + j] = ptx.round_bf16(r[4 * half + j] * inverse * w[j].bitcast(Float32))
+        s_codes = s_x + row * p.x_stride + (block % p.units) * 128
+        quantize.quantize_block(r, s_codes, s_fx + block * 4, lane)

@@ -1,0 +1,60 @@
+"""Sums over the CTAs of a cluster: partial results are sent into every CTA's shared memory and counted by its barrier.
+
+An inbox is [CTA of origin][values] f32 at the same shared address in every CTA, with one mbarrier that counts its bytes.
+Nobody leaves before its own inboxes are full, so no CTA writes into one that has exited.
+"""
+
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, Int64, range_constexpr
+
+from dsv4c.codegen.lib import ptx
+
+
+@cute.jit
+def send_f32(s: Int32, s_bar: Int32, rank: Int32, r: Float32):
+    """Store a float at shared address `s` of CTA `rank`, and count its 4 bytes on the barrier at `s_bar` there."""
+    cute.arch.inline_ptx(
+        "{ .reg .b32 a, b; mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [a], {$r3}, [b]; }",
+        read_only_args=[s, s_bar, rank, r],
+    )
+
+
+@cute.jit
+def open_inbox(s_bar: Int32, nbytes: Constexpr[int]):
+    """Initialize the barrier of an inbox that takes `nbytes`. One thread, before `meet`."""
+    ptx.mbarrier_init(s_bar, 1)
+    cute.arch.mbarrier_init_fence()
+    ptx.mbarrier_expect(s_bar, Int32(nbytes))
+
+
+@cute.jit
+def meet():
+    """Every CTA of the cluster has started and opened its inboxes. All threads, before the first `send_f32`."""
+    cute.arch.cluster_arrive()
+    cute.arch.cluster_wait()
+
+
+@cute.jit
+def inbox_sum(s_inbox: Int32, values: Constexpr[int], ranks: Constexpr[int], index: Int32):
+    """Sum of value `index` over the CTAs of origin, in rank order (two interleaved chains)."""
+    even = ptx.lds_f32(s_inbox + index * 4)
+    odd = Float32(0.0)
+    for i in range_constexpr(1, ranks):
+        value = ptx.lds_f32(s_inbox + (i * values + index) * 4)
+        if i % 2:
+            odd = odd + value
+        else:
+            even = even + value
+    return even + odd
+
+
+@cute.jit
+def bulk_rows(
+    s: Int32, g: Int64, rows: Constexpr[int], nbytes: Constexpr[int], stride: Constexpr[int], s_bar: Int32, lane: Int32
+):
+    """Copy `rows` pieces of `nbytes`, `stride` bytes apart in global memory, next to each other. One warp."""
+    for n in range_constexpr(-(-rows // 32)):
+        row = lane + n * 32
+        if row < rows:
+            ptx.bulk_load(s + row * nbytes, g + Int64(row) * stride, Int32(nbytes), s_bar)

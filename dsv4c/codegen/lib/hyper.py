@@ -1,0 +1,282 @@
+"""Hyper-connections for one token on one cluster: CTA `rank` owns `width` columns of every residual stream.
+
+A thread holds four neighboring columns of one stream while the streams are mixed and projected; a warp holds 128
+columns, all streams of them, while they are collapsed and normalized. Formulas: DeepSeek-V4 inference/model.py, hc_pre,
+hc_post and hc_head.
+"""
+
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
+
+from dsv4c.codegen.lib import cluster, ptx, quantize
+from dsv4c.codegen.lib.slices import STREAMS, Slice
+
+LOG2E = 1.4426950408889634
+
+
+# Before the wait ------------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def prefetch(
+    t: Constexpr[Slice], sm: Int32, g_fn: Int64, g_base: Int64, g_scale: Int64, g_gain: Int64, rank: Int32, warp: Int32, lane: Int32
+):
+    """Open the barriers and put the CTA's weights in flight; base and scale of projection i go to lane i's place."""
+    bar = sm + t.o_bars
+    if warp == 0:
+        if lane == 0:
+            cluster.open_inbox(bar, t.o_gain + t.width * 2)
+            cluster.open_inbox(bar + 8, t.ctas * t.sums * 4)
+            cluster.open_inbox(bar + 16, t.hidden // 128 * 4)
+            ptx.bulk_load(sm + t.o_gain, g_gain + rank * (t.width * 2), Int32(t.width * 2), bar)
+        cute.arch.sync_warp()
+        cluster.bulk_rows(
+            sm, g_fn + rank * (t.width * 4), t.rows * STREAMS, t.width * 4, t.hidden * 4, bar, lane
+        )
+    if warp == 1:
+        if lane < t.rows:
+            kind = Int32(0)  # scale 0 is for pre, 1 for post, 2 for comb
+            if lane >= STREAMS:
+                kind = Int32(1)
+            if lane >= 2 * STREAMS:
+                kind = Int32(2)
+            ptx.sts_f32(sm + t.o_affine + lane * 4, ptx.ldg_f32_constant(g_base + lane * 4))
+            ptx.sts_f32(sm + t.o_affine + 128 + lane * 4, ptx.ldg_f32_constant(g_scale + kind * 4))
+    cluster.meet()
+
+
+# Streams --------------------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def load_stream(t: Constexpr[Slice], g_x: Int64, token: Int32, stream: Int32, column: Int32):
+    """Four columns of one stream, as two bf16x2 words."""
+    return ptx.ldg64(g_x + ((Int64(token) * STREAMS + stream) * t.hidden + column) * 2)
+
+
+@cute.jit
+def mix_streams(
+    t: Constexpr[Slice], g_x: Int64, g_f: Int64, g_post: Int64, g_comb: Int64, token: Int32, stream: Int32, column: Int32
+):
+    """Four columns of post_k f + sum_j comb[j, k] x_j for stream k, rounded once to bf16, as two words."""
+    f = ptx.ldg64(g_f + (Int64(token) * t.hidden + column) * 2)
+    x = [load_stream(t, g_x, token, Int32(j), column) for j in range(STREAMS)]
+    post = ptx.ldg_f32(g_post + (token * STREAMS + stream) * 4)
+    comb = [ptx.ldg_f32(g_comb + ((token * STREAMS + j) * STREAMS + stream) * 4) for j in range(STREAMS)]
+    words = []
+    for i in range_constexpr(2):
+        fl, fh = ptx.bf16x2_to_f32x2(f[i])
+        lo = post * fl
+        hi = post * fh
+        for j in range_constexpr(STREAMS):
+            xl, xh = ptx.bf16x2_to_f32x2(x[j][i])
+            lo = lo + comb[j] * xl
+            hi = hi + comb[j] * xh
+        words.append(ptx.f32x2_to_bf16x2(lo, hi))
+    return words[0], words[1]
+
+
+@cute.jit
+def store_stream(t: Constexpr[Slice], g_x: Int64, token: Int32, stream: Int32, column: Int32, w0: Uint32, w1: Uint32):
+    """Four columns of one stream of bf16 [tokens][4][hidden]. After `share_sums`, so that x may be updated in place."""
+    ptx.stg64(g_x + ((Int64(token) * STREAMS + stream) * t.hidden + column) * 2, w0, w1)
+
+
+# The first reduction: projections and sum of squares ------------------------------------------------------------------
+
+
+@cute.jit
+def project(t: Constexpr[Slice], sm: Int32, x0: Uint32, x1: Uint32, stream: Int32, quad: Int32, lane: Int32):
+    """The warp's part of x . fn[i] in lane i and of sum(x^2) in lane `rows` (modulo `stride`)."""
+    a, b = ptx.bf16x2_to_f32x2(x0)
+    c, d = ptx.bf16x2_to_f32x2(x1)
+    values = cute.make_rmem_tensor((t.stride,), Float32)
+    values.fill(0.0)
+    values[t.rows] = a * a + b * b + c * c + d * d
+    s = sm + (stream * t.width + quad * 4) * 4
+    for i in range_constexpr(t.rows):
+        w = ptx.lds128(s + i * (STREAMS * t.width * 4))
+        values[i] = (
+            a * w[0].bitcast(Float32)
+            + b * w[1].bitcast(Float32)
+            + c * w[2].bitcast(Float32)
+            + d * w[3].bitcast(Float32)
+        )
+    return lanes_sums(values, t.stride, lane)
+
+
+@cute.jit
+def lanes_sums(values: cute.Tensor, n: Constexpr[int], lane: Int32):
+    """Sum over the warp of values[lane % n], for n values per lane (n a power of two), in a fixed order.
+
+    Each step halves what a lane still carries, so n values cost n - 1 shuffles and not 5 n.
+    """
+    for step in range_constexpr(n.bit_length() - 1):
+        half = const_expr(n >> (step + 1))
+        upper = (lane & half) != 0
+        for i in range_constexpr(half):
+            keep = values[i]
+            give = values[i + half]
+            if upper:
+                keep = values[i + half]
+                give = values[i]
+            values[i] = keep + cute.arch.shuffle_sync_bfly(give, offset=half)
+    r = values[0]
+    for bit in range_constexpr(5):
+        if const_expr((1 << bit) >= n):
+            r = r + cute.arch.shuffle_sync_bfly(r, offset=1 << bit)
+    return r
+
+
+@cute.jit
+def share_sums(t: Constexpr[Slice], sm: Int32, r: Float32, rank: Int32, warp: Int32, lane: Int32):
+    """Add the warps' parts `r` (lane i holds sum i) and send the CTA's sums to every CTA. All threads."""
+    if lane < t.sums:
+        ptx.sts_f32(sm + t.o_part + (warp * t.stride + lane) * 4, r)
+    cute.arch.sync_threads()
+    if warp < t.ctas:
+        if lane < t.sums:
+            value = cluster.inbox_sum(sm + t.o_part, t.stride, t.warps, lane)
+            for n in range_constexpr(-(-t.ctas // t.warps)):
+                peer = warp + n * t.warps
+                if peer < t.ctas:
+                    cluster.send_f32(sm + t.o_sums + (rank * t.stride + lane) * 4, sm + t.o_bars + 8, peer, value)
+
+
+@cute.jit
+def affine(t: Constexpr[Slice], sm: Int32, eps: Constexpr[float], lane: Int32):
+    """m_i * scale + base of projection i in lane i, where m = x . fn * rsqrt(mean(x^2) + eps). Waits for all CTAs."""
+    ptx.mbarrier_wait(sm + t.o_bars + 8, Int32(0))
+    own = lane % t.stride
+    r = cluster.inbox_sum(sm + t.o_sums, t.stride, t.ctas, own)
+    squares = cute.arch.shuffle_sync(r, t.rows)
+    inv = cute.math.rsqrt(squares * Float32(1.0 / (STREAMS * t.hidden)) + Float32(eps), fastmath=True)
+    scale = ptx.lds_f32(sm + t.o_affine + 128 + lane * 4)
+    return r * inv * scale + ptx.lds_f32(sm + t.o_affine + lane * 4)
+
+
+@cute.jit
+def sigmoid(r: Float32):
+    """1 / (1 + e^-r)."""
+    return ptx.divide(Float32(1.0), Float32(1.0) + ptx.ex2(r * Float32(-LOG2E)))
+
+
+# Collapse and normalize -----------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def collapse(t: Constexpr[Slice], sm: Int32, z: Float32, hc_eps: Constexpr[float], group: Int32, lane: Int32):
+    """bf16(sum_i pre_i x_i) of the lane's four columns of `group`, as floats; lane i holds z_i, pre = sigmoid + eps."""
+    weight = sigmoid(z) + Float32(hc_eps)
+    rA = cute.make_rmem_tensor((4,), Float32)
+    rA.fill(0.0)
+    for i in range_constexpr(STREAMS):
+        pre = cute.arch.shuffle_sync(weight, i)
+        w = ptx.lds64(sm + t.o_x + (i * t.width + group * 128 + lane * 4) * 2)
+        for n in range_constexpr(2):
+            lo, hi = ptx.bf16x2_to_f32x2(w[n])
+            rA[2 * n] = rA[2 * n] + pre * lo
+            rA[2 * n + 1] = rA[2 * n + 1] + pre * hi
+    for n in range_constexpr(4):
+        rA[n] = ptx.round_bf16(rA[n])
+    return rA
+
+
+@cute.jit
+def normalize(
+    t: Constexpr[Slice], sm: Int32, rA: cute.Tensor, eps: Constexpr[float], rank: Int32, group: Int32, lane: Int32
+):
+    """bf16(a * rsqrt(mean(a^2) + eps) * gain) of the lane's four columns, as two words. Exchanges the sum of squares."""
+    squares = ptx.lanes_sum(rA[0] * rA[0] + rA[1] * rA[1] + rA[2] * rA[2] + rA[3] * rA[3], 32)
+    if lane < t.ctas:
+        cluster.send_f32(sm + t.o_squares + (rank * t.groups + group) * 4, sm + t.o_bars + 16, lane, squares)
+    gain = ptx.lds64(sm + t.o_gain + (group * 128 + lane * 4) * 2)
+    ptx.mbarrier_wait(sm + t.o_bars + 16, Int32(0))
+    total = Float32(0.0)
+    for n in range_constexpr(-(-t.hidden // 4096)):
+        if lane + n * 32 < t.hidden // 128:
+            total = total + ptx.lds_f32(sm + t.o_squares + (lane + n * 32) * 4)
+    total = ptx.lanes_sum(total, 32)
+    inv = cute.math.rsqrt(total * Float32(1.0 / t.hidden) + Float32(eps), fastmath=True)
+    words = []
+    for n in range_constexpr(2):
+        lo, hi = ptx.bf16x2_to_f32x2(gain[n])
+        words.append(ptx.f32x2_to_bf16x2(rA[2 * n] * inv * lo, rA[2 * n + 1] * inv * hi))
+    return words[0], words[1]
+
+
+@cute.jit
+def store_fp8(
+    t: Constexpr[Slice], g_codes: Int64, g_scales: Int64, token: Int32, column: Int32, w0: Uint32, w1: Uint32, lane: Int32
+):
+    """Quantize a warp's 128 columns (four bf16 per lane): e4m3 codes [tokens][hidden], ue8m0 [tokens][hidden / 128]."""
+    a, b = ptx.bf16x2_to_f32x2(w0)
+    c, d = ptx.bf16x2_to_f32x2(w1)
+    top = cute.arch.fmax(cute.arch.fmax(a, -a), cute.arch.fmax(b, -b))
+    top = cute.arch.fmax(top, cute.arch.fmax(cute.arch.fmax(c, -c), cute.arch.fmax(d, -d)))
+    byte = quantize.fp8_exponent(ptx.lanes_max(top, 32))
+    f = quantize.reciprocal(byte)
+    ptx.stg32(g_codes + Int64(token) * t.hidden + column, quantize.codes4(a * f, b * f, c * f, d * f))
+    if lane == 0:
+        ptx.stg_u8(g_scales + token * (t.hidden // 128) + column // 128, Uint32(byte))
+
+
+@cute.jit
+def store_row(t: Constexpr[Slice], g: Int64, token: Int32, column: Int32, w0: Uint32, w1: Uint32):
+    """Four columns of a bf16 [tokens][hidden] row."""
+    ptx.stg64(g + (Int64(token) * t.hidden + column) * 2, w0, w1)
+
+
+# Weights of the next mixing -------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def store_post(g_post: Int64, token: Int32, z: Float32, lane: Int32):
+    """post_k = 2 sigmoid(z_k), from lanes 4..7."""
+    post = Float32(2.0) * sigmoid(z)
+    if lane >= STREAMS:
+        if lane < 2 * STREAMS:
+            ptx.stg_f32(g_post + (token * STREAMS + lane - STREAMS) * 4, post)
+
+
+@cute.jit
+def store_comb(g_comb: Int64, token: Int32, z: Float32, iterations: Constexpr[int], eps: Constexpr[float], lane: Int32):
+    """Sinkhorn normalization of the 4x4 matrix in lanes 8..23 (row = input stream), every lane computing all of it.
+
+    Softmax of each row + eps, a column normalization, then iterations - 1 times rows and columns; x / (sum + eps).
+    """
+    rC = cute.make_rmem_tensor((STREAMS * STREAMS,), Float32)
+    for i in range_constexpr(STREAMS * STREAMS):
+        rC[i] = cute.arch.shuffle_sync(z, 2 * STREAMS + i)
+    for j in range_constexpr(STREAMS):
+        softmax_row(rC, j, eps)
+    scale_lines(rC, eps, STREAMS, 1)
+    for _ in range_constexpr(iterations - 1):
+        scale_lines(rC, eps, 1, STREAMS)
+        scale_lines(rC, eps, STREAMS, 1)
+    if lane == 0:
+        for j in range_constexpr(STREAMS):
+            w = [rC[STREAMS * j + k].bitcast(Uint32) for k in range(STREAMS)]
+            ptx.stg128(g_comb + (token * STREAMS + j) * 16, w[0], w[1], w[2], w[3])
+
+
+@cute.jit
+def softmax_row(rC: cute.Tensor, j: Constexpr[int], eps: Constexpr[float]):
+    """softmax(C_j) + eps."""
+    top = cute.arch.fmax(cute.arch.fmax(rC[4 * j], rC[4 * j + 1]), cute.arch.fmax(rC[4 * j + 2], rC[4 * j + 3]))
+    for k in range_constexpr(STREAMS):
+        rC[4 * j + k] = ptx.ex2((rC[4 * j + k] - top) * Float32(LOG2E))
+    total = (rC[4 * j] + rC[4 * j + 1]) + (rC[4 * j + 2] + rC[4 * j + 3])
+    for k in range_constexpr(STREAMS):
+        rC[4 * j + k] = ptx.divide(rC[4 * j + k], total) + Float32(eps)
+
+
+@cute.jit
+def scale_lines(rC: cute.Tensor, eps: Constexpr[float], step: Constexpr[int], start: Constexpr[int]):
+    """Divide every line of C by its sum + eps: elements `step` apart, lines start `start` apart."""
+    for n in range_constexpr(STREAMS):
+        i = const_expr(n * start)
+        total = (rC[i] + rC[i + step]) + (rC[i + 2 * step] + rC[i + 3 * step])
+        inv = cute.arch.rcp_approx(total + Float32(eps))
+        for k in range_constexpr(STREAMS):
+            rC[i + k * step] = rC[i + k * step] * inv

@@ -1,0 +1,113 @@
+"""Shapes of a GEMV's streams: literals that the emitter plans with and the device code unrolls by. No device code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+BYTES = {"fp8": 2048, "bf16": 4096, "mxfp4": 1088, "nvfp4": 1152}  # per unit, FP4 block scales included
+
+
+@dataclass(frozen=True)
+class Product:
+    """Which unit format meets which activations: `x` is e4m3 (with one ue8m0 scale per 128) or bf16; `rows` is 1..8."""
+
+    weight: str
+    x: str
+    rows: int
+    k: int  # columns; x rows in shared memory are padded to whole units
+
+    @property
+    def units(self) -> int:
+        """Units along k."""
+        return -(-self.k // 128)
+
+    @property
+    def x_stride(self) -> int:
+        """Bytes between activation rows in shared memory; the pad keeps eight rows off each other's banks."""
+        if self.x == "e4m3":
+            return self.units * 128 + 32 * (self.rows > 1)
+        return self.units * 256 + 64 * (self.rows > 1)
+
+    @property
+    def x_bytes(self) -> int:
+        """Shared bytes of the staged activation rows."""
+        return self.rows * self.x_stride
+
+    @property
+    def fx_bytes(self) -> int:
+        """Shared bytes of their scales, f32 [rows][units]."""
+        return self.rows * self.units * 4 if self.x == "e4m3" else 0
+
+    @property
+    def finish(self) -> float:
+        """Power of two that the accumulated products still lack."""
+        if self.weight == "mxfp4":
+            return 2.0**14  # e2m1 bits placed in an f16 are the value times 2^-14
+        if self.weight == "nvfp4":
+            return 2.0**7  # scales carry 2^7 of the 2^14, the rest would overflow f16
+        if self.weight == "fp8" and self.x == "bf16":
+            return 2.0**60  # e4m3 bits placed in a bf16 are the value times 2^-120; x carries 2^60
+        return 1.0
+
+
+@dataclass(frozen=True)
+class Ring:
+    """How the CTA's warps walk one packed weight format; `stages` steps of each warp are in flight."""
+
+    product: Product
+    tile_warps: int
+    k_warps: int
+    span: int
+    stages: int
+    rounds: int = 1
+    matrices: int = 1
+
+    @property
+    def warps(self) -> int:
+        """Warps of the CTA."""
+        return self.matrices * self.tile_warps * self.k_warps
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of one step of one warp."""
+        return self.span * BYTES[self.product.weight]
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one step of a warp to its next in the same tile."""
+        return self.tile_warps * self.k_warps * self.step_bytes
+
+    @property
+    def steps(self) -> int:
+        """Steps of one warp over one tile."""
+        return self.product.units // (self.k_warps * self.span)
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one group of `tile_warps` tiles of one matrix."""
+        return self.steps * self.stride
+
+    @property
+    def depth(self) -> int:
+        """Stages that a warp's stream can use."""
+        return min(self.stages, self.steps * self.rounds)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Shared bytes of all rings of the CTA."""
+        return self.warps * self.depth * self.step_bytes
+
+    @property
+    def bars_bytes(self) -> int:
+        """Shared bytes of the rings' barriers."""
+        return self.warps * self.depth * 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Shared bytes of the FP8 block scales of one matrix: f32 [rounds][tile warp][units]."""
+        return self.rounds * self.tile_warps * self.product.units * 4 if self.product.weight == "fp8" else 0
+
+    @property
+    def part_bytes(self) -> int:
+        """Shared bytes of the warps' partial sums: f32 [rounds][warps][rows][16]."""
+        return self.rounds * self.warps * self.product.rows * 64

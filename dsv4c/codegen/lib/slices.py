@@ -1,0 +1,88 @@
+"""How rows are cut over CTAs and warps in the hyper-connection kernels, and their shared memory. No device code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STREAMS = 4
+
+
+@dataclass(frozen=True)
+class Slice:
+    """How a hidden row of `hidden` columns is cut: over `ctas` CTAs; `rows` of `fn` are projected (24, or 4 in the head)."""
+
+    hidden: int
+    ctas: int
+    rows: int
+
+    @property
+    def width(self) -> int:
+        """Columns of a CTA, and its threads: `width / 4` column quads for each of the four streams."""
+        return self.hidden // self.ctas
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return self.width
+
+    @property
+    def warps(self) -> int:
+        """Warps of a CTA."""
+        return self.width // 32
+
+    @property
+    def groups(self) -> int:
+        """Groups of 128 columns of a CTA: as many warps collapse and normalize."""
+        return self.width // 128
+
+    @property
+    def sums(self) -> int:
+        """What the first reduction adds up: the projections, then the sum of squares."""
+        return self.rows + 1
+
+    @property
+    def stride(self) -> int:
+        """Floats between two origins in an inbox and in the warps' partial sums: `sums` rounded up to a power of two."""
+        return 1 << self.rows.bit_length()
+
+    # Shared memory, in bytes from the CTA's allocation.
+
+    @property
+    def o_gain(self) -> int:
+        """After fn f32 [rows][4][width]: gain bf16 [width]."""
+        return self.rows * STREAMS * self.width * 4
+
+    @property
+    def o_affine(self) -> int:
+        """base f32 [32], then scale f32 [32], one of each per projection."""
+        return self.o_gain + self.width * 2
+
+    @property
+    def o_x(self) -> int:
+        """The mixed streams bf16 [4][width]."""
+        return self.o_affine + 256
+
+    @property
+    def o_part(self) -> int:
+        """The warps' partial sums f32 [warps][stride]."""
+        return self.o_x + STREAMS * self.width * 2
+
+    @property
+    def o_sums(self) -> int:
+        """Inbox of the first reduction f32 [ctas][stride]."""
+        return self.o_part + self.warps * self.stride * 4
+
+    @property
+    def o_squares(self) -> int:
+        """Inbox of the second reduction f32 [hidden / 128]."""
+        return self.o_sums + self.ctas * self.stride * 4
+
+    @property
+    def o_bars(self) -> int:
+        """Barriers: weights, sums, squares."""
+        return self.o_squares + -(-self.hidden // 1024) * 32
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return self.o_bars + 24

@@ -1,0 +1,210 @@
+"""Weight units: 16 rows x 128 k of one matrix, in the order the lanes read them, times up to 8 activation rows.
+
+`accumulate` adds a unit's products, block scales included, to a warp's fragment: lane (g, q) = (lane/4, lane%4) holds
+rows g and g+8 of activation rows 2q and 2q+1, in mma.sync order. `runtime/packing.py` writes the units. What a format
+leaves to the end, a power of two, is `Product.finish`.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, Uint32, const_expr, range_constexpr
+
+from dsv4c.codegen.lib import ptx
+from dsv4c.codegen.lib.shapes import Product
+
+_X60 = 0x5D805D80  # bf16x2 of 2^60
+
+
+@cute.jit
+def e2m1x8_to_f16x2x4(r: Uint32):
+    """Eight pre-placed e2m1 codes -> four f16x2 (mma registers a0..a3) holding the value times 2^-14, exact."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 a, b; and.b32 {$w0}, {$r0}, 0x8E008E00; "
+        "shl.b32 a, {$r0}, 8; and.b32 {$w1}, a, 0x8E008E00; "
+        "shl.b32 a, {$r0}, 5; shl.b32 b, {$r0}, 7; and.b32 a, a, 0x0E000E00; lop3.b32 {$w2}, b, 0x80008000, a, 0xEA; "
+        "shr.u32 a, {$r0}, 3; shl.b32 b, {$r0}, 15; and.b32 a, a, 0x0E000E00; lop3.b32 {$w3}, b, 0x80008000, a, 0xEA; }",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[r],
+    )
+
+
+@cute.jit
+def e4m3x4_to_bf16x2x2(r: Uint32):
+    """Four e4m3 -> two bf16x2 holding the value times 2^-120, exact (NaN codes become 480 x 2^-120)."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 a, b, s; prmt.b32 a, {$r0}, 0, 0x1404; prmt.b32 b, {$r0}, 0, 0x3424; "
+        "shr.u32 s, a, 4; and.b32 s, s, 0x07F007F0; lop3.b32 {$w0}, a, 0x80008000, s, 0xEA; "
+        "shr.u32 s, b, 4; and.b32 s, s, 0x07F007F0; lop3.b32 {$w1}, b, 0x80008000, s, 0xEA; }",
+        write_only_types=[Uint32] * 2,
+        read_only_args=[r],
+    )
+
+
+@cute.jit
+def mul_f16x2(a: Uint32, b: Uint32):
+    """Two f16 products; subnormals are kept."""
+    return cute.arch.inline_ptx(
+        "mul.rn.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b]
+    )
+
+
+@cute.jit
+def spread_f16x2(r: Uint32):
+    """f16x2 (l, h) -> f16x2 (l, l) and f16x2 (h, h)."""
+    return cute.arch.inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, 0, 0x1010; prmt.b32 {$w1}, {$r0}, 0, 0x3232;",
+        write_only_types=[Uint32] * 2,
+        read_only_args=[r],
+    )
+
+
+@cute.jit
+def scale_byte(r: Uint32, byte: Constexpr[int]):
+    """2^(b - 127) of byte `byte` of a word of ue8m0 scales (0 for byte 0)."""
+    return (((r >> Uint32(8 * byte)) & Uint32(0xFF)) << Uint32(23)).bitcast(Float32)
+
+
+@cute.jit
+def x_words(p: Constexpr[Product], s_x: Int32, row: Int32, unit: Int32, chunk: Constexpr[int], q: Int32):
+    """The lane's B registers of one 32-k chunk: k 8q..8q+7 of activation row `row`, as four f16x2 or bf16x2."""
+    if const_expr(p.x == "e4m3"):
+        w = ptx.lds64(s_x + row * p.x_stride + unit * 128 + chunk * 32 + q * 8)
+        lo = ptx.e4m3x4_to_f16x2x2(w[0])
+        hi = ptx.e4m3x4_to_f16x2x2(w[1])
+        return lo[0], lo[1], hi[0], hi[1]
+    else:
+        w = ptx.lds128(s_x + row * p.x_stride + unit * 256 + chunk * 64 + q * 16)
+        if const_expr(p.weight == "fp8"):
+            s = Uint32(_X60)
+            return (
+                ptx.mul_bf16x2(w[0], s),
+                ptx.mul_bf16x2(w[1], s),
+                ptx.mul_bf16x2(w[2], s),
+                ptx.mul_bf16x2(w[3], s),
+            )
+        else:
+            return w[0], w[1], w[2], w[3]
+
+
+@cute.jit
+def accumulate(
+    p: Constexpr[Product],
+    rC: cute.Tensor,
+    s_unit: Int32,
+    s_x: Int32,
+    s_fx: Int32,
+    unit: Int32,
+    weight_scale: Float32,
+    lane: Int32,
+):
+    """rC[4] += scales * (unit x activations) for the unit at `s_unit`, whose k starts at 128 * `unit`.
+
+    `weight_scale` is the FP8 block scale; FP4 units carry theirs, BF16 has none.
+    """
+    g = lane // 4
+    q = lane % 4
+    row = g
+    if const_expr(p.rows < 8):
+        row = cutlass.min(g, Int32(p.rows - 1)) if const_expr(p.rows > 1) else Int32(0)
+    rD = cute.make_rmem_tensor((4,), Float32)
+    rD.fill(0.0)
+    if const_expr(p.weight == "fp8"):
+        dot_fp8(p, rD, s_unit, s_x, row, unit, lane)
+    elif const_expr(p.weight == "bf16"):
+        dot_bf16(p, rD, s_unit, s_x, row, unit, lane)
+    elif const_expr(p.weight == "mxfp4"):
+        dot_mxfp4(p, rD, s_unit, s_x, row, unit, lane)
+    else:
+        dot_nvfp4(p, rD, s_unit, s_x, row, unit, lane)
+    f0 = weight_scale
+    f1 = weight_scale
+    if const_expr(p.x == "e4m3"):
+        f0 = f0 * x_scale(p, s_fx, 2 * q, unit)
+        f1 = f0
+        if const_expr(p.rows > 1):
+            f1 = weight_scale * x_scale(p, s_fx, 2 * q + 1, unit)
+    rC[0] = rC[0] + rD[0] * f0
+    rC[1] = rC[1] + rD[1] * f1
+    rC[2] = rC[2] + rD[2] * f0
+    rC[3] = rC[3] + rD[3] * f1
+
+
+@cute.jit
+def x_scale(p: Constexpr[Product], s_fx: Int32, row: Int32, unit: Int32):
+    """The scale of activation row `row`, clamped to the last one, in unit `unit`."""
+    r = cutlass.min(row, Int32(p.rows - 1)) if const_expr(p.rows > 1) else Int32(0)
+    return ptx.lds_f32(s_fx + (r * p.units + unit) * 4)
+
+
+@cute.jit
+def dot_fp8(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, row: Int32, unit: Int32, lane: Int32):
+    """rD += e4m3 unit x activations: f16 products for e4m3 activations, bf16 ones for bf16 (both exact)."""
+    for c in range_constexpr(4):
+        a = ptx.lds128(s_unit + 512 * c + lane * 16)
+        b = x_words(p, s_x, row, unit, c, lane % 4)
+        for h in range_constexpr(2):
+            if const_expr(p.x == "e4m3"):
+                u = ptx.e4m3x4_to_f16x2x2(a[h])
+                v = ptx.e4m3x4_to_f16x2x2(a[2 + h])
+                ptx.mma_f16(rD, u[0], v[0], u[1], v[1], b[2 * h], b[2 * h + 1])
+            else:
+                u = e4m3x4_to_bf16x2x2(a[h])
+                v = e4m3x4_to_bf16x2x2(a[2 + h])
+                ptx.mma_bf16(rD, u[0], v[0], u[1], v[1], b[2 * h], b[2 * h + 1])
+
+
+@cute.jit
+def dot_bf16(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, row: Int32, unit: Int32, lane: Int32):
+    """rD += bf16 unit x bf16 activations."""
+    for c in range_constexpr(4):
+        b = x_words(p, s_x, row, unit, c, lane % 4)
+        for h in range_constexpr(2):
+            a = ptx.lds128(s_unit + 1024 * c + 512 * h + lane * 16)
+            ptx.mma_bf16(rD, a[0], a[1], a[2], a[3], b[2 * h], b[2 * h + 1])
+
+
+@cute.jit
+def dot_mxfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, row: Int32, unit: Int32, lane: Int32):
+    """rD += scales per 32 k * (e2m1 unit x e4m3 activations), times 2^-14."""
+    s = ptx.lds64(s_unit + 1024 + (lane // 4) * 8)
+    for c64 in range_constexpr(2):
+        a = ptx.lds128(s_unit + 512 * c64 + lane * 16)
+        for half in range_constexpr(2):
+            b = x_words(p, s_x, row, unit, 2 * c64 + half, lane % 4)
+            rE = cute.make_rmem_tensor((4,), Float32)
+            rE.fill(0.0)
+            for h in range_constexpr(2):
+                w = e2m1x8_to_f16x2x4(a[2 * half + h])
+                ptx.mma_f16(rE, w[0], w[1], w[2], w[3], b[2 * h], b[2 * h + 1])
+            lo = scale_byte(s[c64], 2 * half)
+            hi = scale_byte(s[c64], 2 * half + 1)
+            rD[0] = rD[0] + rE[0] * lo
+            rD[2] = rD[2] + rE[2] * hi
+            if const_expr(p.rows > 1):
+                rD[1] = rD[1] + rE[1] * lo
+                rD[3] = rD[3] + rE[3] * hi
+
+
+@cute.jit
+def dot_nvfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, row: Int32, unit: Int32, lane: Int32):
+    """rD += (e2m1 unit times its e4m3 scales per 16 k, exact in f16) x e4m3 activations, times 2^-7."""
+    g = lane // 4
+    q = lane % 4
+    s = ptx.lds64(s_unit + 1024 + (g * 2 + q // 2) * 8)
+    for c64 in range_constexpr(2):
+        a = ptx.lds128(s_unit + 512 * c64 + lane * 16)
+        scales = ptx.e4m3x4_to_f16x2x2(s[c64])
+        for half in range_constexpr(2):
+            b = x_words(p, s_x, row, unit, 2 * c64 + half, q)
+            f = spread_f16x2(mul_f16x2(scales[half], Uint32(0x58005800)))
+            for h in range_constexpr(2):
+                w = e2m1x8_to_f16x2x4(a[2 * half + h])
+                ptx.mma_f16(
+                    rD,
+                    mul_f16x2(w[0], f[0]),
+                    mul_f16x2(w[1], f[1]),
+                    mul_f16x2(w[2], f[0]),
+                    mul_f16x2(w[3], f[1]),
+                    b[2 * h],
+                    b[2 * h + 1],
+                )
