@@ -409,4 +409,4 @@ def _mxfp4_of_nvfp4(q: Quantized) -> Quantized | None:
 
 
 def _pow2(exponent: Tensor) -> Tensor:
-    return torch.ldexp(torch.ones((), dtype=torch.float64), exponent).to(torch.float32)
+    return torch.ldexp(torch.ones(exponent.shape, dtype=torch.float64), exponent).to(torch.float32)
