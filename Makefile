@@ -8,7 +8,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test lint types coverage format setup clean
 
 demo: $(READY)
-	$(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py
 
 # One thread per worker: two workers that each start a thread per core only get in each other's way.
 test: lint types
@@ -33,9 +33,10 @@ setup: $(READY)
 
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 found; set PYTHON=/path/to/python" >&2; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	touch $@
+	@echo "setting up $(VENV) with $(PYTHON); this takes a few minutes, once"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage

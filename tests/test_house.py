@@ -43,7 +43,7 @@ HOUSE = {
     "models": Room((*CONFIG, "ir"), ("networkx",), ("runtime",), ("torch", "numpy", "safetensors", "rich")),
     "passes": Room((*CONFIG, "ir"), ("networkx",), ("reference", "runtime", "models"), ("torch",)),
     "view": Room((*CONFIG, "ir", "models"), ("networkx",), (), ("graphviz", "rich")),
-    # Device code: what generated kernels import. Host code may read its constants where no cutlass comes with them.
+    # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
     "codegen.lib": Room((), ("cutlass", "cuda")),
     "codegen": Room((*COMPILER, "codegen.lib"), ("jinja2",), (), ("cutlass", "cuda", "torch")),
     "compiler": Room((*COMPILER, "codegen", "view"), (), ("runtime", "reference"), ("torch", "rich")),
