@@ -1,4 +1,6 @@
-"""Unpacks the recorded model cases of `tests/golden/models` (packed by `tests/golden/pack.py`) for the tests."""
+"""Unpacks the recorded model cases of `tests/golden/models` (packed by `tests/golden/pack.py`) for the
+tests.
+"""
 
 from __future__ import annotations
 

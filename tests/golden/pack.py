@@ -1,14 +1,16 @@
-"""Packs recorded model cases (config.json, case.json, model.safetensors, expected.safetensors) into this folder.
+"""Packs recorded model cases (config.json, case.json, model.safetensors, expected.safetensors) into this
+folder.
 
     python tests/golden/pack.py RECORDED_CASES_FOLDER
 
-The weights are kept bit for bit. Of the expected tensors this keeps what `KEEP` names, so that a clone stays small:
-logits of every run and position, inputs and outputs of the sublayers, selections. What happened to each tensor
-(`dropped`, `probe_rows_only`, `significant_bits`) is added to the case.json under "packed".
+The weights are kept bit for bit. Of the expected tensors this keeps what `KEEP` names, so that a clone stays
+small: logits of every run and position, inputs and outputs of the sublayers, selections. What happened to
+each tensor (`dropped`, `probe_rows_only`, `significant_bits`) is added to the case.json under "packed".
 
-File format: an xz stream of a safetensors header, followed by the payload with its bytes regrouped: all first bytes
-of the tensors of one dtype, then all their second bytes, and so on (tensors in header order, dtypes in order of first
-appearance). Exponents then lie next to exponents, and the stream is about 5 % shorter than that of the plain file.
+File format: an xz stream of a safetensors header, followed by the payload with its bytes regrouped: all first
+bytes of the tensors of one dtype, then all their second bytes, and so on (tensors in header order, dtypes in
+order of first appearance). Exponents then lie next to exponents, and the stream is about 5 % shorter than
+that of the plain file.
 """
 
 from __future__ import annotations
@@ -70,8 +72,8 @@ KEEP = {
     ],
 }
 
-# Significant bits kept of f32 values; the rounding is far below the tolerance of the comparison (1e-5 and 5e-6 for
-# the first, 4e-2 for the second), and random low bits are most of the bytes.
+# Significant bits kept of f32 values; the rounding is far below the tolerance of the comparison (1e-5 and
+# 5e-6 for the first, 4e-2 for the second), and random low bits are most of the bytes.
 EXACT_BITS = 19
 QUANTIZED_LOGITS_BITS = 11
 
@@ -88,10 +90,14 @@ def significant_bits(case: str, name: str) -> int | None:
     return QUANTIZED_LOGITS_BITS if ".logits" in name else None
 
 
-def select(case: str, tensors: dict[str, torch.Tensor], rows: list[int]) -> tuple[dict[str, torch.Tensor], dict]:
+def select(
+    case: str, tensors: dict[str, torch.Tensor], rows: list[int]
+) -> tuple[dict[str, torch.Tensor], dict]:
     kept, packed = {}, {"dropped": [], "probe_rows_only": [], "significant_bits": {}}
     for name, tensor in tensors.items():
-        pattern = next((p for p in ("probe_rows", *KEEP[case]) if fnmatch.fnmatchcase(name, p.rstrip("@"))), None)
+        pattern = next(
+            (p for p in ("probe_rows", *KEEP[case]) if fnmatch.fnmatchcase(name, p.rstrip("@"))), None
+        )
         if pattern is None:
             packed["dropped"].append(name)
             continue
@@ -137,7 +143,9 @@ def main(source: Path, target: Path) -> None:
         (folder / "case.json").write_text(json.dumps(description, indent=1) + "\n")
         (folder / "config.json").write_bytes((source / case / "config.json").read_bytes())
         (folder / "expected.safetensors.xz").write_bytes(compress(save(kept)))
-        (folder / "model.safetensors.xz").write_bytes(compress((source / case / "model.safetensors").read_bytes()))
+        (folder / "model.safetensors.xz").write_bytes(
+            compress((source / case / "model.safetensors").read_bytes())
+        )
         print(case, {path.name: path.stat().st_size for path in sorted(folder.iterdir())})
 
 

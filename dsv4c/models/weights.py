@@ -1,0 +1,517 @@
+"""Which tensors a DeepSeek-V4 checkpoint holds: names, shapes and storage types, in each spelling in use.
+
+`layout(config)` lists the parameters; `sources(config, table)` says which tensors of a checkpoint each one is
+read from, as plain data that the runtime's loader follows; `inventory(config, table)` is the expected file
+content.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from dsv4c.config import ModelConfig
+from dsv4c.errors import CheckpointError
+from dsv4c.types import (
+    BF16,
+    F32,
+    FP8_WEIGHT,
+    I64,
+    MXFP4,
+    NVFP4,
+    DType,
+    QuantFormat,
+    QuantType,
+    TensorType,
+    Type,
+)
+
+Table = Literal["release", "nvfp4", "transformers", "transformers-split"]
+TABLES: tuple[Table, ...] = ("release", "nvfp4", "transformers", "transformers-split")
+"""Spellings of tensor names.
+
+release             the official checkpoints: layers.0.attn.wq_a.weight and .scale
+nvfp4               the same, but routed experts of the main layers have weight_scale, weight_scale_2,
+                    input_scale
+transformers        module names of `DeepseekV4ForCausalLM`, expert stacks merged, scales named *_scale_inv;
+                    written by `save_pretrained(..., save_original_format=False)`
+transformers-split  what `save_pretrained` writes by default: release-like names under "model.", experts
+                    separate
+"""
+
+# --- what the model has -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """One canonical parameter. `storage` is the number format of the release: f32 and bf16 stay what they
+    are, `linear` and `expert` follow the config, i64 is the hash router's table.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    storage: Literal["f32", "bf16", "linear", "expert", "i64"]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape)
+
+
+def layout(config: ModelConfig) -> Iterator[Param]:
+    """Every parameter of the model, in the order of the forward pass, MTP blocks last. Experts are stacked
+    [E,out,in]; the grouped output projection is [groups, rank, in].
+    """
+    H, V = config.hidden_size, config.vocab_size
+    yield Param("embed", (V, H), "bf16")
+    for index, ratio in enumerate(config.compress_ratios[: config.num_layers]):
+        yield from _layer(config, f"layers.{index}", ratio, hashed=index < config.num_hash_layers)
+    yield from _output(config, "")
+    yield Param("head", (V, H), "bf16")
+    for index in range(config.mtp_layers):
+        block = f"mtp.{index}"
+        yield Param(f"{block}.e_proj", (H, H), "linear")
+        yield Param(f"{block}.h_proj", (H, H), "linear")
+        yield Param(f"{block}.enorm", (H,), "bf16")
+        yield Param(f"{block}.hnorm", (H,), "bf16")
+        yield from _layer(config, block, 0, hashed=False)
+        yield from _output(config, f"{block}.")
+
+
+def _output(config: ModelConfig, prefix: str) -> Iterator[Param]:
+    yield from _hyper(config, f"{prefix}hc_head", config.hc_mult, scales=1)
+    yield Param(f"{prefix}norm", (config.hidden_size,), "bf16")
+
+
+def _hyper(config: ModelConfig, name: str, rows: int, scales: int) -> Iterator[Param]:
+    yield Param(f"{name}_fn", (rows, config.hc_mult * config.hidden_size), "f32")
+    yield Param(f"{name}_base", (rows,), "f32")
+    yield Param(f"{name}_scale", (scales,), "f32")
+
+
+def _layer(config: ModelConfig, layer: str, ratio: int, hashed: bool) -> Iterator[Param]:
+    coefficients = config.hc_mult * (2 + config.hc_mult)  # pre, post and the mixing matrix
+    yield from _hyper(config, f"{layer}.hc_attn", coefficients, scales=3)
+    yield Param(f"{layer}.attn_norm", (config.hidden_size,), "bf16")
+    yield from _attention(config, f"{layer}.attn", ratio)
+    yield from _hyper(config, f"{layer}.hc_ffn", coefficients, scales=3)
+    yield Param(f"{layer}.ffn_norm", (config.hidden_size,), "bf16")
+    yield from _experts(config, f"{layer}.ffn", hashed)
+
+
+def _attention(config: ModelConfig, attn: str, ratio: int) -> Iterator[Param]:
+    H, D, heads, Q = config.hidden_size, config.head_dim, config.num_attention_heads, config.q_lora_rank
+    G, R = config.o_groups, config.o_lora_rank
+    yield Param(f"{attn}.wq_a", (Q, H), "linear")
+    yield Param(f"{attn}.q_norm", (Q,), "bf16")
+    yield Param(f"{attn}.wq_b", (heads * D, Q), "linear")
+    yield Param(f"{attn}.wkv", (D, H), "linear")
+    yield Param(f"{attn}.kv_norm", (D,), "bf16")
+    yield Param(f"{attn}.attn_sink", (heads,), "f32")
+    yield Param(f"{attn}.wo_a", (G, R, heads * D // G), "linear")
+    yield Param(f"{attn}.wo_b", (H, G * R), "linear")
+    if ratio:
+        yield from _compressor(config, f"{attn}.compressor", ratio, D)
+    if ratio == 4:
+        index = config.index_n_heads * config.index_head_dim
+        yield Param(f"{attn}.indexer.wq_b", (index, Q), "linear")
+        yield Param(f"{attn}.indexer.weights_proj", (config.index_n_heads, H), "bf16")
+        yield from _compressor(config, f"{attn}.indexer.compressor", ratio, config.index_head_dim)
+
+
+def _compressor(config: ModelConfig, name: str, ratio: int, dim: int) -> Iterator[Param]:
+    width = (
+        2 * dim if ratio == 4 else dim
+    )  # ratio 4 windows overlap: one half for the previous, one for the current
+    yield Param(f"{name}.ape", (ratio, width), "f32")
+    yield Param(f"{name}.wkv", (width, config.hidden_size), "bf16")
+    yield Param(f"{name}.wgate", (width, config.hidden_size), "bf16")
+    yield Param(f"{name}.norm", (dim,), "bf16")
+
+
+def _experts(config: ModelConfig, ffn: str, hashed: bool) -> Iterator[Param]:
+    H, E, W = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
+    yield Param(f"{ffn}.gate", (E, H), "bf16")
+    if hashed:
+        yield Param(f"{ffn}.gate.tid2eid", (config.vocab_size, config.num_experts_per_tok), "i64")
+    else:
+        yield Param(f"{ffn}.gate.bias", (E,), "f32")
+    shared = W * config.n_shared_experts
+    yield Param(f"{ffn}.shared_experts.w1", (shared, H), "linear")
+    yield Param(f"{ffn}.shared_experts.w3", (shared, H), "linear")
+    yield Param(f"{ffn}.shared_experts.w2", (H, shared), "linear")
+    yield Param(f"{ffn}.experts.w1", (E, W, H), "expert")
+    yield Param(f"{ffn}.experts.w3", (E, W, H), "expert")
+    yield Param(f"{ffn}.experts.w2", (E, H, W), "expert")
+
+
+# --- where a checkpoint keeps it ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One tensor of a checkpoint, or one per expert where the name contains "{e}". `dtypes` are safetensors
+    names, the usual one first; `shape` is as stored.
+    """
+
+    tensor: str
+    dtypes: tuple[str, ...]
+    shape: tuple[int, ...]
+
+    def names(self, stack: int) -> list[str]:
+        return [self.tensor.format(e=e) for e in range(stack)] if "{e}" in self.tensor else [self.tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """How one canonical parameter is read.
+
+    stored  the parameter's type as the checkpoint stores it, in canonical shape
+    parts   role -> tensor: data, scale, global_scale; `input_scale` belongs to the parameter but is read as
+            another one; `same` must hold the same bytes as data (a scale that is stored twice)
+    stack   number of experts when parts are per expert ("{e}" in the name), else 0
+    rows    (start, stop): these rows of every matrix of a merged stack
+    limit   integers must lie in [0, limit); None for floats
+    """
+
+    stored: Type
+    parts: Mapping[str, Part]
+    stack: int = 0
+    rows: tuple[int, int] | None = None
+    limit: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plan data, read back by `dsv4c.runtime.checkpoint.Source.from_json`. Defaults are left out."""
+        parts = {role: [p.tensor, "|".join(p.dtypes), list(p.shape)] for role, p in self.parts.items()}
+        data: dict[str, Any] = {"stored": str(self.stored), "parts": parts}
+        if self.stack:
+            data["stack"] = self.stack
+        if self.rows:
+            data["rows"] = list(self.rows)
+        if self.limit is not None:
+            data["limit"] = self.limit
+        return data
+
+
+def sources(config: ModelConfig, table: Table) -> dict[str, Source]:
+    """Canonical parameter name -> where `table` keeps it, for every parameter the table has.
+
+    `nvfp4` also has layers.L.ffn.experts.{w1,w2}.input_scale, f32 [E] (w3 shares that of w1); the
+    transformers spellings have no MTP block.
+    """
+    found: dict[str, Source] = {}
+    for param in layout(config):
+        if table.startswith("transformers") and param.name.startswith("mtp."):
+            continue
+        found[param.name] = _source(config, table, param)
+        if table == "nvfp4" and param.storage == "expert" and param.name.startswith("layers."):
+            name = param.name.rpartition(".")[2]
+            if name in ("w1", "w2"):
+                found[f"{param.name}.input_scale"] = _input_scale(param)
+    return found
+
+
+def records(config: ModelConfig, wanted: Iterable[tuple[str, Type, bool]]) -> list[dict[str, Any]]:
+    """Plan data for the loader: for every wanted (name, type, requantize) where each table keeps it.
+
+    `requantize` allows a conversion that rounds. Raises CheckpointError for a name that no table has. Read
+    back by `dsv4c.runtime.checkpoint.ParamRecord.from_json`.
+    """
+    by_table = {table: sources(config, table) for table in TABLES}
+    result = []
+    for name, type, requantize in wanted:
+        found = {table: known[name].to_json() for table, known in by_table.items() if name in known}
+        if not found:
+            raise CheckpointError(
+                f"no checkpoint of {config.name} has a parameter {name}; see `layout` for names"
+            )
+        record: dict[str, Any] = {"name": name, "type": str(type), "sources": found}
+        result.append(record | {"requantize": True} if requantize else record)
+    return result
+
+
+_FORMATS: dict[str, QuantFormat | DType] = {
+    "f32": F32,
+    "bf16": BF16,
+    "i64": I64,
+    "fp8": FP8_WEIGHT,
+    "mxfp4": MXFP4,
+}
+
+
+def stored_format(config: ModelConfig, table: Table, param: Param) -> QuantFormat | DType:
+    """The number format in which `table` stores a parameter of this model."""
+    if param.storage == "linear":
+        return _FORMATS[config.linear_format]
+    if param.storage == "expert":
+        if table == "nvfp4" and param.name.startswith("layers."):  # MTP experts stay as the release has them
+            return NVFP4
+        # The NVFP4 checkpoints were recast from MXFP4, so that is what the other spellings hold of such a
+        # model.
+        recast = "bf16" if config.linear_format == "bf16" else "mxfp4"
+        return _FORMATS[recast if config.expert_format == "nvfp4" else config.expert_format]
+    return _FORMATS[param.storage]
+
+
+def _source(config: ModelConfig, table: Table, param: Param) -> Source:
+    format = stored_format(config, table, param)
+    stored = TensorType(format, param.shape) if isinstance(format, DType) else QuantType(format, param.shape)
+    limit = config.n_routed_experts if param.storage == "i64" else None
+    if param.storage == "expert":
+        return _expert_source(table, param, stored)
+    shape = (math.prod(param.shape[:-1]), param.shape[-1]) if len(param.shape) == 3 else param.shape
+    return Source(stored, _parts(table, _tensor_name(table, param), stored.with_shape(shape)), limit=limit)
+
+
+def _expert_source(table: Table, param: Param, stored: Type) -> Source:
+    E, out, width = param.shape
+    layer, _, name = param.name.partition(".ffn.experts.")
+    if table != "transformers":
+        prefix = "model." if table == "transformers-split" else ""
+        tensor = f"{prefix}{layer}.ffn.experts.{{e}}.{name}.weight"
+        return Source(stored, _parts(table, tensor, stored.with_shape((out, width))), stack=E)
+    if name == "w2":
+        return Source(stored, _parts(table, f"model.{layer}.mlp.experts.down_proj", stored))
+    rows = (0, out) if name == "w1" else (out, 2 * out)
+    tensor = f"model.{layer}.mlp.experts.gate_up_proj"
+    return Source(stored, _parts(table, tensor, stored.with_shape((E, 2 * out, width))), rows=rows)
+
+
+def _parts(table: Table, tensor: str, stored: Type) -> dict[str, Part]:
+    """The tensors of one value of type `stored`, whose data is called `tensor`."""
+    relaxed = table.startswith(
+        "transformers"
+    )  # it saves unquantized tensors in whatever dtype the model was loaded
+    if isinstance(stored, TensorType):
+        dtypes = {BF16: ("BF16", "F32"), F32: ("F32", "BF16"), I64: ("I64", "I32")}[stored.dtype]
+        return {"data": Part(tensor, dtypes if relaxed else dtypes[:1], stored.shape)}
+    data, scale = stored.components[:2]
+    base = tensor.removesuffix(".weight")
+    if stored.format == NVFP4:
+        return {
+            "data": Part(tensor, ("U8",), data.shape),
+            "scale": Part(f"{base}.weight_scale", ("F8_E4M3",), scale.shape),
+            "global_scale": Part(f"{base}.weight_scale_2", ("F32",), ()),
+            "input_scale": Part(f"{base}.input_scale", ("F32",), ()),
+        }
+    name = f"{tensor}_scale_inv" if table == "transformers" else f"{base}.scale"
+    bytes_as = ("F8_E8M0", "F32", "U8") if relaxed or stored.format == FP8_WEIGHT else ("F8_E8M0",)
+    element = ("I8", "U8") if relaxed else ("I8",)
+    return {
+        "data": Part(tensor, ("F8_E4M3",) if stored.format == FP8_WEIGHT else element, data.shape),
+        "scale": Part(name, bytes_as, scale.shape),
+    }
+
+
+def _input_scale(param: Param) -> Source:
+    E = param.shape[0]
+    layer, _, name = param.name.partition(".ffn.experts.")
+    parts = {"data": Part(f"{layer}.ffn.experts.{{e}}.{name}.input_scale", ("F32",), ())}
+    if name == "w1":
+        parts["same"] = Part(f"{layer}.ffn.experts.{{e}}.w3.input_scale", ("F32",), ())
+    return Source(TensorType(F32, (E,)), parts, stack=E)
+
+
+# --- names --------------------------------------------------------------------------------------------------
+
+_TOP = {
+    "embed": "embed_tokens.weight",
+    "norm": "norm.weight",
+    "hc_head_fn": "hc_head.hc_fn",
+    "hc_head_base": "hc_head.hc_base",
+    "hc_head_scale": "hc_head.hc_scale",
+}
+
+_MODULES = {
+    "attn_norm": "input_layernorm.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "hc_attn_fn": "attn_hc.fn",
+    "hc_attn_base": "attn_hc.base",
+    "hc_attn_scale": "attn_hc.scale",
+    "hc_ffn_fn": "ffn_hc.fn",
+    "hc_ffn_base": "ffn_hc.base",
+    "hc_ffn_scale": "ffn_hc.scale",
+    "attn.wq_a": "self_attn.q_a_proj.weight",
+    "attn.q_norm": "self_attn.q_a_norm.weight",
+    "attn.wq_b": "self_attn.q_b_proj.weight",
+    "attn.wkv": "self_attn.kv_proj.weight",
+    "attn.kv_norm": "self_attn.kv_norm.weight",
+    "attn.attn_sink": "self_attn.sinks",
+    "attn.wo_a": "self_attn.o_a_proj.weight",
+    "attn.wo_b": "self_attn.o_b_proj.weight",
+    "attn.compressor.ape": "self_attn.compressor.position_bias",
+    "attn.compressor.wkv": "self_attn.compressor.kv_proj.weight",
+    "attn.compressor.wgate": "self_attn.compressor.gate_proj.weight",
+    "attn.compressor.norm": "self_attn.compressor.kv_norm.weight",
+    "attn.indexer.wq_b": "self_attn.compressor.indexer.q_b_proj.weight",
+    "attn.indexer.weights_proj": "self_attn.compressor.indexer.scorer.weights_proj.weight",
+    "attn.indexer.compressor.ape": "self_attn.compressor.indexer.position_bias",
+    "attn.indexer.compressor.wkv": "self_attn.compressor.indexer.kv_proj.weight",
+    "attn.indexer.compressor.wgate": "self_attn.compressor.indexer.gate_proj.weight",
+    "attn.indexer.compressor.norm": "self_attn.compressor.indexer.kv_norm.weight",
+    "ffn.gate": "mlp.gate.weight",
+    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
+    "ffn.gate.tid2eid": "mlp.gate.tid2eid",
+    "ffn.shared_experts.w1": "mlp.shared_experts.gate_proj.weight",
+    "ffn.shared_experts.w2": "mlp.shared_experts.down_proj.weight",
+    "ffn.shared_experts.w3": "mlp.shared_experts.up_proj.weight",
+}
+
+_BARE = re.compile(r"(^|\.)(hc_\w+|attn_sink|ape|bias|tid2eid)$")  # tensors without ".weight"
+
+
+def _tensor_name(table: Table, param: Param) -> str:
+    """Name of a parameter's data tensor; experts are named by `_expert_source`."""
+    name = param.name
+    release = name if _BARE.search(name) else f"{name}.weight"
+    if not table.startswith("transformers"):
+        return release
+    if name == "head":
+        return "lm_head.weight" if table == "transformers" else "head.weight"
+    if name in _TOP:
+        return f"model.{_TOP[name]}"
+    layer, leaf = re.fullmatch(r"(layers\.\d+)\.(.+)", name).groups()  # type: ignore[union-attr]
+    if table == "transformers":
+        return f"model.{layer}.{_MODULES[leaf]}"
+    # save_pretrained undoes the renames it made at load, and `kv_norm` comes back as plain `norm`.
+    return f"model.{layer}.attn.norm.weight" if leaf == "attn.kv_norm" else f"model.{release}"
+
+
+_SIGNS: tuple[tuple[Table, re.Pattern[str]], ...] = (
+    ("nvfp4", re.compile(r"layers\.\d+\.ffn\.experts\.\d+\.w[123]\.weight_scale(_2)?")),
+    ("release", re.compile(r"layers\.\d+\.ffn\.experts\.\d+\.w[123]\.scale")),
+    ("transformers", re.compile(r"model\.layers\.\d+\.(self_attn|mlp|attn_hc|ffn_hc)\..+")),
+    ("transformers-split", re.compile(r"model\.layers\.\d+\.(attn|ffn)\..+")),
+)
+_RELEASE_LAYER = re.compile(r"layers\.\d+\.(attn|ffn)\..+")
+
+
+def detect_table(names: Iterable[str]) -> Table:
+    """The spelling that a checkpoint's tensor names follow. Raises CheckpointError if it is none or more
+    than one.
+    """
+    names = sorted(names)
+    seen: dict[Table, str] = {}
+    for table, sign in _SIGNS:
+        match = next((name for name in names if sign.fullmatch(name)), None)
+        if match is not None:
+            seen[table] = match
+    plain = next((name for name in names if _RELEASE_LAYER.fullmatch(name)), None)
+    if plain is not None and not seen.keys() & {"release", "nvfp4"}:
+        seen["release"] = plain
+    if len(seen) == 1:
+        return next(iter(seen))
+    if not seen:
+        examples = ", ".join(names[:3]) or "no tensors at all"
+        raise CheckpointError(
+            f"these tensor names are not those of a DeepSeek-V4 checkpoint: {examples}; expected names like "
+            "layers.0.attn.wq_a.weight (release) or model.layers.0.self_attn.q_a_proj.weight (transformers)"
+        )
+    examples = "; ".join(f"{name} ({table})" for table, name in seen.items())
+    raise CheckpointError(
+        f"the tensor names mix {len(seen)} spellings: {examples}; remove the tensors of all but one"
+    )
+
+
+# --- expected contents --------------------------------------------------------------------------------------
+
+_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """One tensor of a checkpoint; `dtype` is the safetensors name."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * _DTYPE_BYTES.get(self.dtype, 1)
+
+
+def inventory(config: ModelConfig, table: Table = "release", *, mtp: bool = True) -> list[TensorSpec]:
+    """Every tensor that a checkpoint of this model holds, in the order of `layout`, each once."""
+    specs: dict[str, TensorSpec] = {}
+    for name, source in sources(config, table).items():
+        if name.startswith("mtp.") and not mtp:
+            continue
+        for part in source.parts.values():
+            for tensor in part.names(source.stack):
+                specs.setdefault(tensor, TensorSpec(tensor, part.dtypes[0], part.shape))
+    return list(specs.values())
+
+
+class _Entry(Protocol):
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def nbytes(self) -> int: ...
+
+
+class _Report(Protocol):
+    @property
+    def missing(self) -> list[str]: ...
+    @property
+    def unexpected(self) -> list[str]: ...
+    @property
+    def misshapen(self) -> list[str]: ...
+    @property
+    def mistyped(self) -> list[str]: ...
+
+
+class _Checkpoint(Protocol):
+    """What `describe` needs of `dsv4c.runtime.checkpoint.Checkpoint`."""
+
+    @property
+    def files(self) -> list[Any]: ...
+    @property
+    def tensors(self) -> Mapping[str, _Entry]: ...
+    def compare(self, sources: Mapping[str, Any]) -> _Report: ...
+
+
+@dataclass
+class _Tally:
+    tensors: int = 0
+    bytes: int = 0
+    by_dtype: dict[str, int] = field(default_factory=dict)
+
+
+def describe(checkpoint: _Checkpoint, config: ModelConfig) -> dict[str, Any]:
+    """What a checkpoint holds against what the model needs, as JSON-able data.
+
+    Keys: table, files, tensors, bytes, bytes_by_dtype, parameters, mtp {model, checkpoint},
+    missing, unexpected, misshapen, mistyped (lists of sentences or names), complete. MTP tensors are compared
+    when the checkpoint has any. Raises CheckpointError if the names follow no table.
+    """
+    table = detect_table(checkpoint.tensors)
+    has_mtp = any(name.startswith("mtp.") for name in checkpoint.tensors)
+    needed = {
+        name: source.to_json()
+        for name, source in sources(config, table).items()
+        if has_mtp or not name.startswith("mtp.")
+    }
+    report = checkpoint.compare(needed)
+    tally = _Tally()
+    for entry in checkpoint.tensors.values():
+        tally.tensors += 1
+        tally.bytes += entry.nbytes
+        tally.by_dtype[entry.dtype] = tally.by_dtype.get(entry.dtype, 0) + entry.nbytes
+    problems = (report.missing, report.unexpected, report.misshapen, report.mistyped)
+    return {
+        "table": table,
+        "files": [str(file) for file in checkpoint.files],
+        "tensors": tally.tensors,
+        "bytes": tally.bytes,
+        "bytes_by_dtype": dict(sorted(tally.by_dtype.items())),
+        "parameters": sum(param.size for param in layout(config) if param.name in needed),
+        "mtp": {"model": config.mtp_layers, "checkpoint": has_mtp},
+        "missing": report.missing,
+        "unexpected": report.unexpected,
+        "misshapen": report.misshapen,
+        "mistyped": report.mistyped,
+        "complete": not any(problems),
+    }
