@@ -158,6 +158,33 @@ def test_what_transformers_itself_writes(tmp_path: Path) -> None:
     assert load_config(tmp_path) == load_config("tiny")
 
 
+def test_transformers_may_leave_out_what_it_can_derive(load: Callable[[Raw], ModelConfig]) -> None:
+    raw = transformers(release())
+    del raw["qk_rope_head_dim"]
+    flat = {key: value for key, value in raw.items() if key != "rope_parameters"}
+    scaling = release()["rope_scaling"]
+    for config in (
+        load(raw),
+        load(flat | {"rope_parameters": scaling}),
+        load(flat | {"rope_scaling": scaling}),
+    ):
+        assert config == load_config("tiny")
+
+
+def test_transformers_is_told_apart_from_mtp(load: Callable[[Raw], ModelConfig]) -> None:
+    (note,) = load(transformers(release())).notes
+    assert (
+        note
+        == "transformers saves no mtp.* tensors; for a checkpoint it wrote set num_nextn_predict_layers to 0"
+    )
+    config = load(transformers(release()) | {"num_nextn_predict_layers": 0})
+    assert (config.mtp_layers, config.notes) == (0, ())
+
+
+def test_the_inference_limit_may_be_given(load: Callable[[Raw], ModelConfig]) -> None:
+    assert load(inference(release()) | {"max_position_embeddings": 4096}).max_position_embeddings == 4096
+
+
 def test_plain_rope_is_a_factor_of_one(load: Callable[[Raw], ModelConfig]) -> None:
     for scaling in (None, {"rope_type": "default"}):
         config = load(release() | {"rope_scaling": scaling})
@@ -523,6 +550,10 @@ def test_wrong_schedules(change: Raw, message: str, refusal: Callable[[Raw], str
             {"rope_parameters": {"main": 1, "compress": {}}},
             "rope_parameters.main is 1; expected an object with rope_th",
         ),
+        (
+            {"qk_rope_head_dim": None, "partial_rotary_factor": 2.0},
+            "qk_rope_head_dim is missing; expected a positive integer",
+        ),
         ({"mlp_bias": True}, "mlp_bias is True; expected False, the only one DeepSeek-V4 uses"),
     ],
 )
@@ -554,6 +585,11 @@ def test_yarn_on_the_sliding_window_layers(refusal: Callable[[Raw], str]) -> Non
         ({"dtype": "fp16"}, "dtype is 'fp16'; expected 'fp8' or 'bf16'"),
         ({"dtype": "bf16"}, "expert_dtype is 'fp4'; expected no expert_dtype, as dtype is 'bf16'"),
         ({"expert_dtype": ["fp4"]}, "expert_dtype is ['fp4']; expected 'fp4' or 'fp8'"),
+        (
+            {"rope_factor": "x"},
+            "2 problems\n  rope_factor is 'x'; expected a positive number\n  max_position_embeddings"
+            " is missing; expected a positive integer",
+        ),
         ({"scale_fmt": "f32"}, "scale_fmt is 'f32'; expected 'ue8m0'"),
     ],
 )
