@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import queue
+import re
 import struct
 import subprocess
 import sys
@@ -265,8 +266,9 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
 
 
 def _explain(error: Exception) -> str:
-    lines = [line.rstrip() for line in f"{type(error).__name__}: {error}".splitlines() if line.strip()]
-    return "\n  ".join(lines[:30])
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", f"{type(error).__name__}: {error}")
+    lines = [line.rstrip() for line in plain.splitlines() if line.strip()]
+    return "\n  ".join(lines[:15])
 
 
 def compile_source(source: Source, target: str) -> tuple[bytes, str]:

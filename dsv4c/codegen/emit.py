@@ -29,8 +29,8 @@ class Parameter:
 
     @property
     def name(self) -> str:
-        """The parameter's name in the generated text."""
-        return self.operand if self.component == "data" else f"{self.operand}_{self.component}"
+        """The parameter's name in the generated text; `m` marks a whole tensor."""
+        return f"m_{self.operand}" if self.component == "data" else f"m_{self.operand}_{self.component}"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -64,6 +65,8 @@ class GemvSpec:
     k: int
     matrices: tuple[Matrix, ...]
     groups: int = 1
+    tile_warps: int = 0  # 0: planned
+    rounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -190,24 +193,43 @@ def plan_parts(spec: GemvSpec) -> list[Part]:
     kinds: dict[tuple[str, Activations, str], list[Matrix]] = {}
     for matrix in spec.matrices:
         kinds.setdefault((matrix.format, matrix.x, matrix.out_dtype), []).append(matrix)
-    tiles = sum(matrix.rows // 16 for matrix in spec.matrices)
-    units = -(-spec.k // 128)
-    tile_warps = next((n for n in (1, 2, 4) if tiles // n <= 2.5 * SMS), 8)
-    while (spec.matrices[0].rows // 16 // spec.groups) % tile_warps and spec.groups > 1:
-        tile_warps //= 2
-    k_warps = max(n for n in range(1, WARPS // tile_warps + 1) if units % n == 0)
-    ctas = sum(-(-(m.rows // 16) // tile_warps) for m in spec.matrices)
-    rounds = -(-ctas // (3 * SMS)) if spec.groups == 1 else 1
-    rounds = rounds if rounds == 1 else -(-ctas // (2 * SMS))
-    resident = 3 if rounds == 1 and ctas > 2 * SMS else 2
+    tile_warps, rounds = _plan_tiles(spec)
     parts, first = [], 0
     heaviest_first = sorted(kinds.items(), key=lambda item: -BYTES[item[0][0]])
     for (format, x, out_dtype), matrices in heaviest_first:
         product = Product(format, x.kind, spec.batch, spec.k)
-        part = _part(spec, product, x, out_dtype, matrices, tile_warps, k_warps, rounds, resident, first)
+        part = _part(spec, product, x, out_dtype, matrices, tile_warps, rounds, first)
         parts.append(part)
         first += part.ctas
     return parts
+
+
+def _ctas(spec: GemvSpec, tile_warps: int, rounds: int) -> list[int]:
+    """CTAs of each matrix."""
+    return [-(-(-(-m.rows // 16 // tile_warps)) // rounds) for m in spec.matrices]
+
+
+def _plan_tiles(spec: GemvSpec) -> tuple[int, int]:
+    """Tiles that a CTA works on at a time, and how many times, so that the fullest SM has the least to do."""
+    per_group = min(m.rows // 16 // spec.groups for m in spec.matrices)
+    tiles = sum(m.rows // 16 for m in spec.matrices)
+
+    def load(plan: tuple[int, int]) -> float:
+        tile_warps, rounds = plan
+        ctas = sum(_ctas(spec, tile_warps, rounds))
+        resident = -(-ctas // SMS)
+        if resident > 3:
+            return math.inf
+        fullest = resident * rounds * tile_warps * SMS / tiles
+        return fullest * (1.2, 1.0, 1.1)[resident - 1] * (1 + 0.01 * rounds)
+
+    plans = [
+        (tile_warps, rounds)
+        for tile_warps in ((spec.tile_warps,) if spec.tile_warps else (1, 2, 4, 8))
+        for rounds in ((spec.rounds,) if spec.rounds else range(1, 33))
+        if spec.groups == 1 or (per_group % tile_warps == 0 and rounds == 1)
+    ]
+    return min(plans, key=load)
 
 
 def _part(
@@ -217,15 +239,15 @@ def _part(
     out_dtype: str,
     matrices: Sequence[Matrix],
     tile_warps: int,
-    k_warps: int,
     rounds: int,
-    resident: int,
     first: int,
 ) -> Part:
+    # Every part has the CTA's warps: bf16 units are half as wide, so k_warps that divides 128-column units divides them.
+    k_warps = max(n for n in range(1, WARPS // tile_warps + 1) if -(-spec.k // 128) % n == 0)
     per_warp = product.units // k_warps
     span = next(n for n in (4, 2, 1) if per_warp % n == 0 and n * BYTES[product.weight] <= 4608)
-    if product.weight == "fp8":
-        span = 1
+    if product.weight in ("fp8", "bf16"):
+        span = 1  # measured: two units per stage gain nothing where a unit is 2 KB
     slots, at = [], 0
     for m in matrices:
         groups = -(-(m.rows // 16) // tile_warps)
@@ -239,6 +261,7 @@ def _part(
         ring = Ring(product, tile_warps, k_warps, span, stages, rounds)
         return Part(name, ring, x, out_dtype, tuple(slots), first, at, nbytes)
 
+    resident = 3 if sum(_ctas(spec, tile_warps, rounds)) > 2 * SMS else 2
     for limit in (SHARED_PER_SM // resident - 1024, SHARED_PER_SM // 2 - 1024, SHARED_PER_CTA):
         for stages in range(STAGES, 1, -1):
             if planned(stages).places["end"] <= limit:

@@ -1,7 +1,7 @@
-"""Weight layouts of the GEMV kernels: matrices as units of 16 rows x 128 columns, in the order the lanes read them.
+"""Weight layouts of the GEMV kernels: matrices as units of 16 rows x C columns, in the order the lanes read them.
 
 A packing is named `format/TxS` (fp8, bf16, mxfp4, nvfp4): T tiles of 16 rows side by side, S units of a tile in a row.
-Bytes are [N/16/T][K/128/S][T][S][unit]; rows and columns are padded with zeros to whole units and tile groups. Block
+Bytes are [N/16/T][K/C/S][T][S][unit]; rows and columns are padded with zeros to whole units and tile groups. Block
 scales of FP4 formats live in the units; FP8 block scales and the NVFP4 global scale stay where they are.
 """
 
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNIT_BYTES = {"fp8": 2048, "bf16": 4096, "mxfp4": 1088, "nvfp4": 1152}
+UNIT_COLUMNS = {"fp8": 128, "bf16": 64, "mxfp4": 128, "nvfp4": 128}
+UNIT_BYTES = {"fp8": 2048, "bf16": 2048, "mxfp4": 1088, "nvfp4": 1152}
 _BLOCK = {"mxfp4": 32, "nvfp4": 16}  # columns under one block scale
 
 
@@ -31,7 +32,8 @@ class Packing:
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes of one packed matrix."""
         tiles = _round_up(-(-rows // 16), self.tiles)
-        return tiles * _round_up(-(-columns // 128), self.span) * UNIT_BYTES[self.format]
+        units = _round_up(-(-columns // UNIT_COLUMNS[self.format]), self.span)
+        return tiles * units * UNIT_BYTES[self.format]
 
 
 def parse_packing(name: str) -> Packing:
@@ -67,7 +69,7 @@ def unpack(packing: Packing, packed: Tensor, rows: int, columns: int) -> tuple[T
         wanted = packing.nbytes(rows, columns)
         raise ValueError(f"{packing} of {rows}x{columns} is {wanted} bytes, got {packed.numel()}")
     nbytes = UNIT_BYTES[packing.format]
-    tiles, units = -(-rows // 16), -(-columns // 128)
+    tiles, units = -(-rows // 16), -(-columns // UNIT_COLUMNS[packing.format])
     count = _round_up(units, packing.span) // packing.span
     grouped = packed.view(-1, count, packing.tiles, packing.span, nbytes).permute(0, 2, 1, 3, 4)
     flat = grouped.reshape(-1, count * packing.span, nbytes)[:tiles, :units]
@@ -106,17 +108,17 @@ def _fp8_matrix(units: Tensor) -> tuple[Tensor, None]:
 
 
 def _bf16_units(data: Tensor, scale: Tensor | None) -> Tensor:
-    x = _padded(data.view(torch.int16), 16, 128)
+    x = _padded(data.view(torch.int16), 16, 64)
     # [tile, half, g, unit, chunk, q, step, pair, 2]: a lane's 16 bytes of one mma are a0..a3 = (pair, half)
-    x = x.view(-1, 2, 8, x.shape[1] // 128, 4, 4, 2, 2, 2).permute(0, 3, 4, 6, 2, 5, 7, 1, 8)
-    return x.reshape(x.shape[0], x.shape[1], 2048).view(torch.uint8)
+    x = x.view(-1, 2, 8, x.shape[1] // 64, 2, 4, 2, 2, 2).permute(0, 3, 4, 6, 2, 5, 7, 1, 8)
+    return x.reshape(x.shape[0], x.shape[1], 1024).view(torch.uint8)
 
 
 def _bf16_matrix(units: Tensor) -> tuple[Tensor, None]:
     tiles, count, _ = units.shape
-    x = units.contiguous().view(torch.int16).reshape(tiles, count, 4, 2, 8, 4, 2, 2, 2)
+    x = units.contiguous().view(torch.int16).reshape(tiles, count, 2, 2, 8, 4, 2, 2, 2)
     x = x.permute(0, 7, 4, 1, 2, 5, 3, 6, 8)
-    return x.reshape(tiles * 16, count * 128).view(torch.bfloat16), None
+    return x.reshape(tiles * 16, count * 64).view(torch.bfloat16), None
 
 
 # Where the sign and the magnitude of the codes of mma registers a0..a3 sit in a 16-bit half of an FP4 word: chosen so

@@ -9,7 +9,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import ptx, quantize
-from dsv4c.codegen.lib.shapes import Product
+from dsv4c.codegen.lib.shapes import COLUMNS, Product
 
 
 @cute.jit
@@ -36,7 +36,7 @@ def copy_rows(
     """
     width = const_expr(p.k if p.x == "e4m3" else 2 * p.k)
     if warp == 0:
-        if const_expr(p.k % 128 and p.x == "bf16"):
+        if const_expr(p.x == "bf16" and p.k % COLUMNS[p.weight]):
             zero_tails(p, s_x, width, lane)
         ptx.wait()
         if lane == 0:
@@ -54,7 +54,7 @@ def copy_rows(
 @cute.jit
 def zero_tails(p: Constexpr[Product], s_x: Int32, width: Constexpr[int], lane: Int32):
     """Zero what `copy_rows` leaves of each row's last unit: padding weights are zero, and 0 x NaN is not."""
-    pad = const_expr((p.units * 256 - width) // 4)
+    pad = const_expr((2 * p.units * COLUMNS[p.weight] - width) // 4)
     for m in range_constexpr(p.rows):
         for n in range_constexpr(-(-pad // 32)):
             i = lane + 32 * n

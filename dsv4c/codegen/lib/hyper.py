@@ -5,6 +5,7 @@ columns, all streams of them, while they are collapsed and normalized. Formulas:
 hc_post and hc_head.
 """
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
@@ -157,8 +158,8 @@ def affine(t: Constexpr[Slice], sm: Int32, eps: Constexpr[float], lane: Int32):
 
 @cute.jit
 def sigmoid(r: Float32):
-    """1 / (1 + e^-r)."""
-    return ptx.divide(Float32(1.0), Float32(1.0) + ptx.ex2(r * Float32(-LOG2E)))
+    """1 / (1 + e^-r), about 3 ulp."""
+    return cute.arch.rcp_approx(Float32(1.0) + ptx.ex2(r * Float32(-LOG2E)))
 
 
 # Collapse and normalize -----------------------------------------------------------------------------------------------
@@ -251,7 +252,7 @@ def store_comb(g_comb: Int64, token: Int32, z: Float32, iterations: Constexpr[in
     for j in range_constexpr(STREAMS):
         softmax_row(rC, j, eps)
     scale_lines(rC, eps, STREAMS, 1)
-    for _ in range_constexpr(iterations - 1):
+    for _ in cutlass.range(iterations - 1, unroll=1):
         scale_lines(rC, eps, 1, STREAMS)
         scale_lines(rC, eps, STREAMS, 1)
     if lane == 0:
@@ -267,8 +268,9 @@ def softmax_row(rC: cute.Tensor, j: Constexpr[int], eps: Constexpr[float]):
     for k in range_constexpr(STREAMS):
         rC[4 * j + k] = ptx.ex2((rC[4 * j + k] - top) * Float32(LOG2E))
     total = (rC[4 * j] + rC[4 * j + 1]) + (rC[4 * j + 2] + rC[4 * j + 3])
+    inv = cute.arch.rcp_approx(total)
     for k in range_constexpr(STREAMS):
-        rC[4 * j + k] = ptx.divide(rC[4 * j + k], total) + Float32(eps)
+        rC[4 * j + k] = rC[4 * j + k] * inv + Float32(eps)
 
 
 @cute.jit

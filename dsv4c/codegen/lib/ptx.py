@@ -323,7 +323,21 @@ def ex2(r: Float32):
 @cute.jit
 def mul_bf16x2(a: Uint32, b: Uint32):
     """Two bf16 products, each rounded once; subnormals are kept."""
-    return _asm("mul.rn.bf16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
+    return _asm(
+        "{ .reg .b32 t; mov.b32 t, {$r1}; mul.rn.bf16x2 {$w0}, {$r0}, t; }",  # mul takes no immediate
+        write_only_types=[Uint32],
+        read_only_args=[a, b],
+    )
+
+
+@cute.jit
+def mul_f16x2(a: Uint32, b: Uint32):
+    """Two f16 products, each rounded once; subnormals are kept."""
+    return _asm(
+        "{ .reg .b32 t; mov.b32 t, {$r1}; mul.rn.f16x2 {$w0}, {$r0}, t; }",
+        write_only_types=[Uint32],
+        read_only_args=[a, b],
+    )
 
 
 @cute.jit

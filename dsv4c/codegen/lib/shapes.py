@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-BYTES = {"fp8": 2048, "bf16": 4096, "mxfp4": 1088, "nvfp4": 1152}  # per unit, FP4 block scales included
+COLUMNS = {"fp8": 128, "bf16": 64, "mxfp4": 128, "nvfp4": 128}  # of a unit, which has 16 rows
+BYTES = {"fp8": 2048, "bf16": 2048, "mxfp4": 1088, "nvfp4": 1152}  # of a unit, FP4 block scales included
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,14 @@ class Product:
     @property
     def units(self) -> int:
         """Units along k."""
-        return -(-self.k // 128)
+        return -(-self.k // COLUMNS[self.weight])
 
     @property
     def x_stride(self) -> int:
         """Bytes between activation rows in shared memory; the pad keeps eight rows off each other's banks."""
         if self.x == "e4m3":
-            return self.units * 128 + 32 * (self.rows > 1)
-        return self.units * 256 + 64 * (self.rows > 1)
+            return self.k + 32 * (self.rows > 1)
+        return 2 * self.units * COLUMNS[self.weight] + 64 * (self.rows > 1)
 
     @property
     def x_bytes(self) -> int:

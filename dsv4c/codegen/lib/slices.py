@@ -86,3 +86,39 @@ class Slice:
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
         return self.o_bars + 24
+
+
+@dataclass(frozen=True)
+class Gate:
+    """How the router's matrix [experts, hidden] meets `tokens` rows: `rows` experts per CTA of `threads` threads."""
+
+    tokens: int
+    hidden: int
+    experts: int
+    rows: int
+    threads: int
+
+    @property
+    def pieces(self) -> int:
+        """Pieces of 16 bytes that a thread holds of each row."""
+        return self.hidden // (8 * self.threads)
+
+    @property
+    def sums(self) -> int:
+        """Dot products of a CTA."""
+        return self.rows * self.tokens
+
+    @property
+    def stride(self) -> int:
+        """`sums` rounded up to a power of two."""
+        return 1 << (self.sums - 1).bit_length()
+
+    @property
+    def o_part(self) -> int:
+        """After the weights bf16 [rows][hidden]: the warps' partial sums f32 [warps][stride]."""
+        return self.rows * self.hidden * 2
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return self.o_part + self.threads // 32 * self.stride * 4

@@ -1,4 +1,4 @@
-"""Weight units: 16 rows x 128 k of one matrix, in the order the lanes read them, times up to 8 activation rows.
+"""Weight units: 16 rows x 128 k (64 in bf16) of one matrix, in the order the lanes read them, times up to 8 activation rows.
 
 `accumulate` adds a unit's products, block scales included, to a warp's fragment: lane (g, q) = (lane/4, lane%4) holds
 rows g and g+8 of activation rows 2q and 2q+1, in mma.sync order. `runtime/packing.py` writes the units. What a format
@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import ptx
-from dsv4c.codegen.lib.shapes import Product
+from dsv4c.codegen.lib.shapes import COLUMNS, Product
 
 _X60 = 0x5D805D80  # bf16x2 of 2^60
 
@@ -41,14 +41,6 @@ def e4m3x4_to_bf16x2x2(r: Uint32):
 
 
 @cute.jit
-def mul_f16x2(a: Uint32, b: Uint32):
-    """Two f16 products; subnormals are kept."""
-    return cute.arch.inline_ptx(
-        "mul.rn.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b]
-    )
-
-
-@cute.jit
 def spread_f16x2(r: Uint32):
     """f16x2 (l, h) -> f16x2 (l, l) and f16x2 (h, h)."""
     return cute.arch.inline_ptx(
@@ -73,7 +65,7 @@ def x_words(p: Constexpr[Product], s_x: Int32, row: Int32, unit: Int32, chunk: C
         hi = ptx.e4m3x4_to_f16x2x2(w[1])
         return lo[0], lo[1], hi[0], hi[1]
     else:
-        w = ptx.lds128(s_x + row * p.x_stride + unit * 256 + chunk * 64 + q * 16)
+        w = ptx.lds128(s_x + row * p.x_stride + unit * (2 * COLUMNS[p.weight]) + chunk * 64 + q * 16)
         if const_expr(p.weight == "fp8"):
             s = Uint32(_X60)
             return (
@@ -97,7 +89,7 @@ def accumulate(
     weight_scale: Float32,
     lane: Int32,
 ):
-    """rC[4] += scales * (unit x activations) for the unit at `s_unit`, whose k starts at 128 * `unit`.
+    """rC[4] += scales * (unit x activations) for the unit at `s_unit`, number `unit` along k.
 
     `weight_scale` is the FP8 block scale; FP4 units carry theirs, BF16 has none.
     """
@@ -156,7 +148,7 @@ def dot_fp8(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, r
 @cute.jit
 def dot_bf16(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, row: Int32, unit: Int32, lane: Int32):
     """rD += bf16 unit x bf16 activations."""
-    for c in range_constexpr(4):
+    for c in range_constexpr(2):
         b = x_words(p, s_x, row, unit, c, lane % 4)
         for h in range_constexpr(2):
             a = ptx.lds128(s_unit + 1024 * c + 512 * h + lane * 16)
@@ -196,15 +188,15 @@ def dot_nvfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32,
         scales = ptx.e4m3x4_to_f16x2x2(s[c64])
         for half in range_constexpr(2):
             b = x_words(p, s_x, row, unit, 2 * c64 + half, q)
-            f = spread_f16x2(mul_f16x2(scales[half], Uint32(0x58005800)))
+            f = spread_f16x2(ptx.mul_f16x2(scales[half], Uint32(0x58005800)))
             for h in range_constexpr(2):
                 w = e2m1x8_to_f16x2x4(a[2 * half + h])
                 ptx.mma_f16(
                     rD,
-                    mul_f16x2(w[0], f[0]),
-                    mul_f16x2(w[1], f[1]),
-                    mul_f16x2(w[2], f[0]),
-                    mul_f16x2(w[3], f[1]),
+                    ptx.mul_f16x2(w[0], f[0]),
+                    ptx.mul_f16x2(w[1], f[1]),
+                    ptx.mul_f16x2(w[2], f[0]),
+                    ptx.mul_f16x2(w[3], f[1]),
                     b[2 * h],
                     b[2 * h + 1],
                 )

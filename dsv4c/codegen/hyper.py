@@ -79,7 +79,7 @@ def emit(spec: HyperNorm) -> Emission:
         bandwidth=BANDWIDTH,
     )
     return Emission(
-        symbol=symbol,
+        symbol=f"{symbol}_0",
         source=source,
         grid=(spec.rows * cut.ctas, 1, 1),
         block=cut.threads,
@@ -116,4 +116,4 @@ def _signature(spec: HyperNorm) -> str:
         "q": f"e4m3[{n},{h}]",
         "q_scale": f"ue8m0[{n},{h // 128}]",
     }
-    return "\n".join(f"{p.name}: {types[p.name]}" for p in _parameters(spec))
+    return "\n".join(f"{p.name}: {types[p.name.removeprefix('m_')]}" for p in _parameters(spec))

@@ -1,0 +1,113 @@
+"""Kernels at the ends of a step: embedding, argmax, positions. (The head's collapse and norm is `hyper.HyperNorm`.)"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dsv4c.codegen.emit import BANDWIDTH, Emission, Parameter, floor_us, render
+from dsv4c.codegen.lib.slices import STREAMS
+from dsv4c.errors import BuildError
+
+
+@dataclass(frozen=True)
+class Embed:
+    """table bf16[vocabulary, hidden], ids i32[rows] -> x bf16[rows, 4, hidden]."""
+
+    rows: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class Argmax:
+    """logits f32[rows, vocabulary] -> token i32[rows]."""
+
+    rows: int
+    vocabulary: int
+
+
+@dataclass(frozen=True)
+class Advance:
+    """start i32[rows] += lengths i32[rows], in place."""
+
+    rows: int
+
+
+def emit_embed(spec: Embed) -> Emission:
+    """The embedding's copy. Raises BuildError unless rows are whole 16-byte pieces."""
+    if spec.hidden % 8:
+        raise BuildError(f"embedding of {spec.hidden} columns: want a multiple of 8, for 16-byte copies")
+    threads = min(128, -(-spec.hidden // 256) * 32)
+    ctas = -(-spec.hidden // (8 * threads))
+    types = {
+        "table": f"bf16[*,{spec.hidden}]",
+        "ids": f"i32[{spec.rows}]",
+        "x": f"bf16[{spec.rows},{STREAMS},{spec.hidden}]",
+    }
+    parameters = tuple(map(Parameter, types))
+    source = render(
+        "embed.py.jinja",
+        symbol="embed",
+        parameters=[p.name for p in parameters],
+        signature=_signature(types, parameters),
+        rows=spec.rows,
+        hidden=spec.hidden,
+        streams=STREAMS,
+        threads=threads,
+        ctas=ctas,
+    )
+    return Emission("embed_0", source, (ctas, spec.rows, 1), threads, 0, parameters)
+
+
+def emit_argmax(spec: Argmax) -> Emission:
+    """The argmax: a cluster per row."""
+    vector = 1 if spec.vocabulary % 4 else 4
+    pieces = spec.vocabulary // vector
+    ctas = next(c for c in (16, 8, 4, 2, 1) if c == 1 or pieces >= 128 * c)
+    each = -(-pieces // ctas)
+    threads = min(512, -(-each // 32) * 32)
+    inbox = threads // 32 * 8
+    types = {"logits": f"f32[{spec.rows},{spec.vocabulary}]", "token": f"i32[{spec.rows}]"}
+    parameters = tuple(map(Parameter, types))
+    nbytes = spec.rows * spec.vocabulary * 4
+    source = render(
+        "head_argmax.py.jinja",
+        symbol="argmax",
+        parameters=[p.name for p in parameters],
+        signature=_signature(types, parameters),
+        rows=spec.rows,
+        vocabulary=spec.vocabulary,
+        ctas=ctas,
+        threads=threads,
+        columns=each * vector,
+        vector=vector,
+        steps=-(-each // threads),
+        inbox=inbox,
+        bar=inbox + ctas * 8,
+        shared=inbox + ctas * 8 + 8,
+        nbytes=nbytes,
+        floor=floor_us(nbytes),
+        bandwidth=BANDWIDTH,
+    )
+    return Emission(
+        "argmax_0",
+        source,
+        (spec.rows * ctas, 1, 1),
+        threads,
+        inbox + ctas * 8 + 8,
+        parameters,
+        cluster=(ctas, 1, 1),
+    )
+
+
+def emit_advance(spec: Advance) -> Emission:
+    """The positions' update."""
+    parameters = tuple(map(Parameter, ("start", "lengths")))
+    threads = -(-spec.rows // 32) * 32
+    names = [p.name for p in parameters]
+    source = render("advance.py.jinja", symbol="advance", parameters=names, rows=spec.rows, threads=threads)
+    return Emission("advance_0", source, (1, 1, 1), threads, 0, parameters)
+
+
+def _signature(types: Mapping[str, str], parameters: tuple[Parameter, ...]) -> str:
+    return "\n".join(f"{p.name}: {types[p.operand]}" for p in parameters)

@@ -1,0 +1,253 @@
+"""Shapes of the attention, cache, compressor and index kernels, and their shared memory. No device code.
+
+Places in shared memory (`o_*`) are bytes from the CTA's allocation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ROPE = 64  # rotated elements at the end of a row
+BLOCK = 64  # elements under one ue8m0 scale of a KV row; also the dimensions that one attention warp works on
+HEADS = 16  # heads of an attention CTA: the rows of one MMA tile
+
+
+@dataclass(frozen=True)
+class Row:
+    """A cache row of `width` elements, held by `width / 4` threads, four neighbors each.
+
+    format: "fp8" = q[e4m3,ue8m0,1x64,tail=64], "bf16", or "mxfp4" = q[e2m1,ue8m0,1x32] in the Hadamard domain.
+    """
+
+    width: int
+    format: str
+
+    @property
+    def lanes(self) -> int:
+        """Threads that hold the row."""
+        return self.width // 4
+
+    @property
+    def components(self) -> tuple[str, ...]:
+        """Component arrays of the cache, in parameter order."""
+        return {"fp8": ("data", "scale", "tail"), "bf16": ("data",), "mxfp4": ("data", "scale")}[self.format]
+
+
+@dataclass(frozen=True)
+class Pool:
+    """How a compressor pools: entry w is the softmax-weighted sum of `ratio` tokens (twice that with `overlap`).
+
+    The rings f32 [B, ring, channels] hold token p in row p % ring; `capacity` entries of `row` per sequence. A CTA of
+    `threads` threads splits the pooled tokens over as many groups as it has threads for.
+    """
+
+    row: Row
+    ratio: int
+    overlap: bool
+    ring: int
+    capacity: int
+    threads: int
+
+    @property
+    def channels(self) -> int:
+        """Channels of the rings: both halves of the projection when windows overlap."""
+        return self.row.width * (2 if self.overlap else 1)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens under one softmax."""
+        return self.ratio * (2 if self.overlap else 1)
+
+    @property
+    def groups(self) -> int:
+        """Thread groups that each pool `run` of the tokens."""
+        return min(self.threads // self.row.lanes, self.tokens)
+
+    @property
+    def run(self) -> int:
+        """Tokens of one group: consecutive ones, the last group's run may be shorter."""
+        return -(-self.tokens // self.groups)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens whose loads are in flight together."""
+        return min(self.run, 8)
+
+    @property
+    def shared(self) -> int:
+        """Bytes: sums of squares (128), then maximum, weight and weighted sum f32 [groups][3][width]."""
+        return 128 + self.groups * 3 * self.row.width * 4
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One query token against `window` ring rows and up to `extra` cache entries per sequence.
+
+    A cluster of `splits` CTAs shares the keys of 16 heads: CTA r takes tiles r, r + splits, ... of `tile` keys. Warp w
+    works on dimensions 64w..64w+63: one scale block of an FP8 row, or its BF16 tail.
+    entries: "none", "selected" (i32[B, extra] entry numbers) or "all" (w < (t+1) // ratio). exact_norm: the per-head
+    norm in bf16 steps.
+    """
+
+    heads: int
+    width: int
+    format: str
+    window: int
+    ring: int
+    entries: str
+    extra: int
+    ratio: int
+    capacity: int
+    splits: int
+    tile: int
+    exact_norm: bool
+    eps: float
+
+    @property
+    def warps(self) -> int:
+        """Warps of a CTA."""
+        return self.width // BLOCK
+
+    @property
+    def head_tiles(self) -> int:
+        """CTAs (per split) that the heads of a sequence need."""
+        return -(-self.heads // HEADS)
+
+    @property
+    def slice(self) -> int:
+        """Output dimensions that each CTA of a cluster finishes."""
+        return self.width // self.splits
+
+    @property
+    def tiles(self) -> int:
+        """Tiles that cover every key."""
+        return -(-(self.window + self.extra) // self.tile)
+
+    @property
+    def stages(self) -> int:
+        """Key tiles in shared memory: two where a CTA may work on several."""
+        return 2 if self.tiles > self.splits else 1
+
+    @property
+    def tile_rows(self) -> int:
+        """Keys of a tile that one warp fetches."""
+        return self.tile // self.warps
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of a row's data component."""
+        return self.width - ROPE if self.format == "fp8" else self.width * 2
+
+    @property
+    def blocks(self) -> int:
+        """Scales of a row."""
+        return (self.width - ROPE) // BLOCK if self.format == "fp8" else 0
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes between staged rows: rows 2i and 2i+2 start 8 banks apart (modulo 32), so MMA fragments load without conflicts."""
+        payload = self.data_bytes + (ROPE * 2 if self.format == "fp8" else 0)
+        return payload + (16 - payload) % 64
+
+    @property
+    def part_stride(self) -> int:
+        """Floats between two heads' partial scores: 16 banks apart (modulo 32)."""
+        return self.tile if self.tile % 32 == 16 else self.tile + 16
+
+    @property
+    def p_stride(self) -> int:
+        """Elements between two heads' probabilities."""
+        return self.tile + 8
+
+    @property
+    def _places(self) -> dict[str, int]:
+        sizes = {
+            "keys": self.stages * self.tile * self.row_bytes,
+            "part": self.warps * HEADS * self.part_stride * 4,
+            "inbox": self.splits * HEADS * self.slice * 4,
+            "stats": self.splits * HEADS * 8,
+            "p_bf16": HEADS * self.p_stride * 2,
+            "p_f16": HEADS * self.p_stride * 2,
+            "factor": self.warps * self.tile * 2,
+            "scale": self.warps * self.tile,
+            "bias": self.tile * 4,
+            "squares": HEADS * self.warps * 4,
+            "correction": HEADS * 4,
+            "frequencies": ROPE // 2 * 4,
+            "barrier": 16,
+        }
+        places, at = {}, 0
+        for name, size in sizes.items():
+            places[name] = at
+            at += -(-size // 16) * 16
+        return {**places, "end": at}
+
+    @property
+    def o_keys(self) -> int:
+        """Staged key rows [stages][tile][row_bytes]."""
+        return self._places["keys"]
+
+    @property
+    def o_part(self) -> int:
+        """Scores over one warp's dimensions f32 [warps][heads][part_stride]."""
+        return self._places["part"]
+
+    @property
+    def o_inbox(self) -> int:
+        """Every split's unnormalized output of this CTA's dimensions f32 [splits][heads][slice]."""
+        return self._places["inbox"]
+
+    @property
+    def o_stats(self) -> int:
+        """Every split's (maximum, weight) f32 [splits][heads][2]."""
+        return self._places["stats"]
+
+    @property
+    def o_p_bf16(self) -> int:
+        """Probabilities bf16 [heads][p_stride], for BF16 keys."""
+        return self._places["p_bf16"]
+
+    @property
+    def o_p_f16(self) -> int:
+        """The same, times 2^15, f16: for FP8 keys."""
+        return self._places["p_f16"]
+
+    @property
+    def o_factor(self) -> int:
+        """Key scales relative to the tile's largest f16 [warps][tile]."""
+        return self._places["factor"]
+
+    @property
+    def o_scale(self) -> int:
+        """Key scales ue8m0 [warps][tile]."""
+        return self._places["scale"]
+
+    @property
+    def o_bias(self) -> int:
+        """0 for a visible key, -inf for none, f32 [tile]."""
+        return self._places["bias"]
+
+    @property
+    def o_squares(self) -> int:
+        """Sums of squares of q over one warp's dimensions f32 [heads][warps]."""
+        return self._places["squares"]
+
+    @property
+    def o_correction(self) -> int:
+        """What earlier tiles' sums are multiplied with f32 [heads]."""
+        return self._places["correction"]
+
+    @property
+    def o_frequencies(self) -> int:
+        """RoPE frequencies f32 [32]."""
+        return self._places["frequencies"]
+
+    @property
+    def o_barrier(self) -> int:
+        """The inbox's barrier."""
+        return self._places["barrier"]
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self._places["end"]

@@ -1,0 +1,84 @@
+"""Hadamard transform of rows of 128 over 32 lanes, and MXFP4 quantization of the result.
+
+Sylvester order, times 128^-0.5; lane l holds elements 4l..4l+3. Blocks of 32 elements are eight lanes.
+"""
+
+import cutlass.cute as cute
+from cutlass import Float32, Int32, Uint32, range_constexpr
+
+from dsv4c.codegen.lib import ptx
+
+_6 = 0x40C00000  # float bits of the largest e2m1
+
+
+@cute.jit
+def hadamard128(r: cute.Tensor, lane: Int32):
+    """Transform the warp's row in place and round it to bf16. Whole warp."""
+    for i in range_constexpr(2):
+        for j in range_constexpr(2):
+            a = j if i == 1 else 2 * j
+            b = a + (2 if i == 1 else 1)
+            r[a], r[b] = r[a] + r[b], r[a] - r[b]
+    for i in range_constexpr(5):
+        for j in range_constexpr(4):
+            other = cute.arch.shuffle_sync_bfly(r[j], offset=1 << i)
+            sign = Float32(-1.0) if (lane & Int32(1 << i)) != Int32(0) else Float32(1.0)
+            r[j] = other + r[j] * sign
+    for j in range_constexpr(4):
+        r[j] = ptx.round_bf16(r[j] * Float32(128.0**-0.5))
+
+
+@cute.jit
+def mxfp4_exponent(amax: Float32):
+    """The ue8m0 byte of a block whose largest magnitude is `amax`: 2^ceil(log2(max(amax, 6 * 2^-126) / 6))."""
+    bits = cute.arch.fmax(amax, Float32(6.0 * 2.0**-126)).bitcast(Int32)
+    return ((bits - Int32(_6) + Int32(0x7FFFFF)) >> Int32(23)) + Int32(127)
+
+
+@cute.jit
+def block32_exponent(r: cute.Tensor):
+    """The ue8m0 byte of the block of 32 that this lane's four elements belong to. Whole warp."""
+    amax = Float32(0.0)
+    for j in range_constexpr(4):
+        amax = cute.arch.fmax(amax, cute.arch.fmax(r[j], -r[j]))
+    return mxfp4_exponent(ptx.lanes_max(amax, 8))
+
+
+@cute.jit
+def power(byte: Int32):
+    """2^(byte - 127) for byte 1..254."""
+    return (byte << Int32(23)).bitcast(Float32)
+
+
+@cute.jit
+def round_e2m1(x: Float32, byte: Int32):
+    """Magnitude of x / 2^(byte - 127) rounded to e2m1, ties to the even code, saturating at 6."""
+    y = cute.arch.fmax(x, -x) * power(Int32(254) - byte)
+    step = Float32(0.5)
+    if y >= Float32(2.0):
+        step = Float32(1.0)
+    if y >= Float32(4.0):
+        step = Float32(2.0)
+    whole = cute.arch.inline_ptx(
+        "{ .reg .f32 q; div.rn.f32 q, {$r0}, {$r1}; cvt.rni.f32.f32 {$w0}, q; }",
+        write_only_types=[Float32],
+        read_only_args=[y, step],
+    )
+    return cute.arch.fmin(whole * step, Float32(6.0))
+
+
+@cute.jit
+def e2m1_code(x: Float32, byte: Int32):
+    """The 4-bit code of x under block scale `byte`."""
+    y = round_e2m1(x, byte)
+    code = (y.bitcast(Uint32) >> Uint32(22)) - Uint32(252)  # exponent and first mantissa bit; 1.0 is code 2
+    if y < Float32(1.0):
+        code = (y * Float32(2.0)).to(Uint32)
+    return code | ((x.bitcast(Uint32) >> Uint32(31)) << Uint32(3))
+
+
+@cute.jit
+def e2m1_value(x: Float32, byte: Int32):
+    """x rounded to e2m1 under block scale `byte`, scaled back: exact in bf16."""
+    y = (round_e2m1(x, byte) * power(byte)).bitcast(Uint32)
+    return (y | (x.bitcast(Uint32) & Uint32(0x80000000))).bitcast(Float32)

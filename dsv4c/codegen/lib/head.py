@@ -1,0 +1,87 @@
+"""The ends of a step: embedding rows into streams, the largest logit's column, positions moving on.
+
+A candidate of the argmax is one 64-bit key in two words: (order of the logit, complement of its column), so that the
+largest key is the largest logit, and the lowest column among equals.
+"""
+
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
+
+from dsv4c.codegen.lib import cluster, ptx
+
+
+@cute.jit
+def logit_order(r: Float32):
+    """An unsigned integer that orders like the float, with -0 equal to +0."""
+    b = (r + Float32(0.0)).bitcast(Uint32)
+    flip = Uint32(0x80000000)
+    if b >= Uint32(0x80000000):
+        flip = Uint32(0xFFFFFFFF)
+    return b ^ flip
+
+
+@cute.jit
+def larger(high: Uint32, low: Uint32, other_high: Uint32, other_low: Uint32):
+    """The larger of two keys."""
+    if other_high > high or (other_high == high and other_low > low):
+        high = other_high
+        low = other_low
+    return high, low
+
+
+@cute.jit
+def column_max(g_row: Int64, first: Int32, count: Int32, vector: Constexpr[int], steps: Constexpr[int], thread: Int32, threads: Constexpr[int]):
+    """The thread's best key among columns first .. first + count of an f32 row, `vector` (4 or 1) at a time."""
+    high = Uint32(0)
+    low = Uint32(0)
+    for n in range_constexpr(steps):
+        i = (thread + n * threads) * vector
+        if i < count:
+            column = first + i
+            if const_expr(vector == 4):
+                w = ptx.ldg128(g_row + column * 4)
+                for j in range_constexpr(4):
+                    high, low = larger(high, low, logit_order(w[j].bitcast(Float32)), ~Uint32(column + j))
+            else:
+                high, low = larger(high, low, logit_order(ptx.ldg_f32(g_row + column * 4)), ~Uint32(column))
+    return high, low
+
+
+@cute.jit
+def warp_max(high: Uint32, low: Uint32):
+    """The warp's best key, in every lane."""
+    for i in range_constexpr(5):
+        other_high = cute.arch.shuffle_sync_bfly(high, offset=1 << i)
+        other_low = cute.arch.shuffle_sync_bfly(low, offset=1 << i)
+        high, low = larger(high, low, other_high, other_low)
+    return high, low
+
+
+@cute.jit
+def block_max(sm: Int32, high: Uint32, low: Uint32, warps: Constexpr[int], warp: Int32, lane: Int32):
+    """The CTA's best key in every lane of warp 0; scratch of 8 bytes per warp. All threads."""
+    high, low = warp_max(high, low)
+    if lane == 0:
+        ptx.sts64(sm + warp * 8, high, low)
+    cute.arch.sync_threads()
+    high = Uint32(0)
+    low = Uint32(0)
+    if lane < warps:
+        high, low = ptx.lds64(sm + lane * 8)
+    return warp_max(high, low)
+
+
+@cute.jit
+def cluster_max(s_inbox: Int32, s_bar: Int32, high: Uint32, low: Uint32, ranks: Constexpr[int], rank: Int32, lane: Int32):
+    """The cluster's best key, in every lane of CTA 0's calling warp; other CTAs get their own back."""
+    if lane == 0:
+        cluster.send_f32(s_inbox + rank * 8, s_bar, Int32(0), high.bitcast(Float32))
+        cluster.send_f32(s_inbox + rank * 8 + 4, s_bar, Int32(0), low.bitcast(Float32))
+    if rank == 0:
+        ptx.mbarrier_wait(s_bar, Int32(0))
+        high = Uint32(0)
+        low = Uint32(0)
+        if lane < ranks:
+            high, low = ptx.lds64(s_inbox + lane * 8)
+        high, low = warp_max(high, low)
+    return high, low

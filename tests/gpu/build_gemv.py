@@ -1,0 +1,152 @@
+"""Cross-compile the GEMV cases that `check_gemv.py` runs on a device: python tests/gpu/build_gemv.py [--target sm_90a].
+
+Writes cubins and `cases.json` to the folder .device/gemv (carry it to the machine with the GPU, which needs no compiler).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from dsv4c.codegen.build import Source, build
+from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
+
+FOLDER = Path(".device/gemv")
+QUANTIZED = Activations("x", "e4m3")
+PLAIN = Activations("x_bf16", "bf16")
+QUANTIZE = Activations("x_bf16", "e4m3", "quantize")
+NORMALIZE = Activations("x_bf16", "e4m3", "normalize", gain="gain", eps=1e-6)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec to check, and to time if `timed`."""
+
+    spec: GemvSpec
+    timed: bool = False
+
+
+def dense(
+    name: str,
+    rows: int,
+    k: int,
+    format: str = "fp8",
+    x: Activations = QUANTIZED,
+    *,
+    batch: int = 1,
+    out: str = "bf16",
+    groups: int = 1,
+) -> GemvSpec:
+    """One matrix."""
+    return GemvSpec(f"{name}_b{batch}", batch, k, (Matrix("w", rows, format, x, "y", out),), groups)
+
+
+def in_proj(name: str, k: int, q_lora: int, batch: int) -> GemvSpec:
+    """The projections of one CSA layer's input."""
+    matrices = (
+        Matrix("wq_a", q_lora, "fp8", QUANTIZED, "q_a"),
+        Matrix("wkv", 512, "fp8", QUANTIZED, "kv"),
+        Matrix("compressor_wkv", 1024, "bf16", PLAIN, "u", "f32"),
+        Matrix("compressor_wgate", 1024, "bf16", PLAIN, "s", "f32"),
+        Matrix("indexer_wkv", 256, "bf16", PLAIN, "iu", "f32"),
+        Matrix("indexer_wgate", 256, "bf16", PLAIN, "is_", "f32"),
+        Matrix("weights_proj", 64, "bf16", PLAIN, "wi", "f32"),
+    )
+    return GemvSpec(f"{name}_b{batch}", batch, k, matrices)
+
+
+def q_proj(name: str, k: int, rows: int, batch: int) -> GemvSpec:
+    """wq_b and the indexer's, behind q_norm and quantization."""
+    matrices = (
+        Matrix("wq_b", rows, "fp8", NORMALIZE, "q"),
+        Matrix("indexer_wq_b", 8192, "fp8", NORMALIZE, "qi"),
+    )
+    return GemvSpec(f"{name}_b{batch}", batch, k, matrices)
+
+
+def cases() -> list[Case]:
+    """Flash at every batch that matters, Pro at 1, and small shapes that stress padding."""
+    timed, checked = [], []
+    timed += [
+        dense("wq_b", 32768, 1024),
+        dense("wo_b", 4096, 8192),
+        dense("w13", 4096, 4096),
+        dense("in_fp8", 1536, 4096),
+        dense("wq_b_norm", 32768, 1024, x=NORMALIZE),
+        dense("wo_b_quantize", 4096, 8192, x=QUANTIZE),
+        q_proj("q_proj", 1024, 32768, 1),
+        replace(q_proj("q_proj_8x1", 1024, 32768, 1), tile_warps=8, rounds=1),
+        replace(q_proj("q_proj_4x2", 1024, 32768, 1), tile_warps=4, rounds=2),
+        in_proj("in_proj", 4096, 1024, 1),
+        dense("wo_a", 8192, 4096, "fp8", PLAIN, groups=8),
+        dense("lm_head", 129280, 4096, "bf16", PLAIN, out="f32"),
+        dense("mxfp4", 12288, 4096, "mxfp4"),
+        dense("nvfp4", 12288, 4096, "nvfp4"),
+        in_proj("in_proj_pro", 7168, 1536, 1),
+        q_proj("q_proj_pro", 1536, 65536, 1),
+        dense("wo_a_pro", 16384, 4096, "fp8", PLAIN, groups=16),
+        dense("wo_b_pro", 7168, 16384, x=QUANTIZE),
+        dense("wq_b", 32768, 1024, batch=8),
+        dense("wo_b_quantize", 4096, 8192, x=QUANTIZE, batch=8),
+        in_proj("in_proj", 4096, 1024, 8),
+        dense("wo_a", 8192, 4096, "fp8", PLAIN, groups=8, batch=8),
+    ]
+    for batch in (2, 3):
+        checked += [
+            in_proj("in_proj", 4096, 1024, batch),
+            dense("wq_b_norm", 32768, 1024, x=NORMALIZE, batch=batch),
+            dense("wo_b_quantize", 4096, 8192, x=QUANTIZE, batch=batch),
+        ]
+    for batch in (1, 3, 8):
+        checked += [
+            dense("tiny_bf16", 48, 96, "bf16", PLAIN, batch=batch),
+            dense("tiny_fp8", 256, 128, batch=batch),
+            dense("tiny_norm", 2048, 128, x=NORMALIZE, batch=batch),
+            dense("tiny_wo_a", 256, 1024, "fp8", PLAIN, groups=2, batch=batch),
+            dense("small_mxfp4", 256, 256, "mxfp4", batch=batch, out="f32"),
+            dense("small_nvfp4", 256, 384, "nvfp4", batch=batch, out="f32"),
+            dense("small_fp8", 208, 1536, "fp8", batch=batch, out="f32"),
+            dense("head", 256, 96, "bf16", PLAIN, batch=batch, out="f32"),
+        ]
+    checked += [dense("mxfp4", 12288, 4096, "mxfp4", batch=8), dense("nvfp4", 12288, 4096, "nvfp4", batch=8)]
+    return [Case(s, True) for s in timed] + [Case(s) for s in checked]
+
+
+def describe(case: Case, emission: Emission) -> dict[str, object]:
+    """What the device side needs to know, as JSON."""
+    return {
+        "symbol": emission.symbol,
+        "grid": emission.grid,
+        "block": emission.block,
+        "shared": emission.shared,
+        "cluster": emission.cluster,
+        "parameters": [[p.operand, p.component] for p in emission.parameters],
+        "packing": dict(emission.packing),
+        "timed": case.timed,
+        "spec": asdict(case.spec),
+    }
+
+
+def main() -> None:
+    """Emit, build, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", default="sm_90a")
+    parser.add_argument("--store", type=Path, default=Path(".device/store"))
+    options = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    every = cases()
+    emissions = [emit_gemv(case.spec) for case in every]
+    built = build([Source(e.symbol, e.source) for e in emissions], options.target, options.store)
+    for emission, kernel in zip(emissions, built, strict=True):
+        (FOLDER / f"{emission.symbol}.cubin").write_bytes(kernel.cubin)
+        r = kernel.resources
+        print(f"{emission.symbol:24} grid {emission.grid[0]:5} shared {emission.shared:6} regs {r.registers:3} stack {r.stack}")
+    descriptions = [describe(c, e) for c, e in zip(every, emissions, strict=True)]
+    (FOLDER / "cases.json").write_text(json.dumps(descriptions, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Cross-compile the cases that `check_hyper.py` runs on a device: python tests/gpu/build_hyper.py [--target sm_90a].
+
+Writes cubins and `cases.json` to the folder .device/hyper (carry it to the machine with the GPU, which needs no compiler).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dsv4c.codegen import gemv, head, hyper, router
+from dsv4c.codegen.build import Source, build
+from dsv4c.codegen.emit import Emission
+
+FOLDER = Path(".device/hyper")
+FLASH, PRO, TINY = 4096, 7168, 256
+BATCHES = (1, 2, 3, 8)
+
+
+def boundary(rows: int, hidden: int, **flags: Any) -> hyper.HyperNorm:
+    """A boundary with the release's constants."""
+    return hyper.HyperNorm(rows, hidden, 1e-6, 1e-6, flags.pop("iterations", 20), **flags)
+
+
+def specs() -> Iterator[tuple[str, Any, Emission]]:
+    """(kind, spec, kernel) of every case."""
+    boundaries = [boundary(b, h) for h in (FLASH, PRO, TINY) for b in BATCHES]
+    boundaries += [boundary(b, h, mix=False, keep=False) for h, b in ((FLASH, 1), (TINY, 3))]
+    boundaries += [boundary(b, h, head=True, keep=False, fp8=False) for h, b in ((FLASH, 1), (PRO, 2), (TINY, 8))]
+    boundaries += [boundary(1, FLASH, bf16=False), boundary(2, FLASH, ctas=8), boundary(1, FLASH, iterations=1)]
+    boundaries += [boundary(1, 512), boundary(1, 2560), boundary(1, 128)]
+    for spec in boundaries:
+        yield "hyper", spec, hyper.emit(spec)
+    for hidden, experts, k, factor in ((FLASH, 256, 6, 1.5), (PRO, 384, 6, 2.5), (TINY, 8, 2, 1.5)):
+        for rows in BATCHES:
+            gate = router.RouterGate(rows, hidden, experts)
+            yield "gate", gate, router.emit_gate(gate)
+            for hashed in (False, True):
+                choice = router.RouterChoice(rows, experts, k, factor, hashed=hashed)
+                yield "choice", choice, router.emit_choice(choice)
+    for rows, vocabulary in ((1, 129280), (8, 129280), (3, 512), (2, 250)):
+        argmax = head.Argmax(rows, vocabulary)
+        yield "argmax", argmax, head.emit_argmax(argmax)
+    for rows, hidden in ((1, FLASH), (8, PRO), (3, TINY)):
+        embed = head.Embed(rows, hidden)
+        yield "embed", embed, head.emit_embed(embed)
+    advance = head.Advance(3)
+    yield "advance", advance, head.emit_advance(advance)
+    for name, rows, k in (("wo_b", 4096, 8192), ("w13", 4096, 4096)):  # neighbors in the timed chains
+        x = gemv.Activations("x", "e4m3")
+        matrix = gemv.GemvSpec(name, 1, k, (gemv.Matrix("w", rows, "fp8", x, "y"),))
+        yield "gemv", matrix, gemv.emit_gemv(matrix)
+
+
+def main() -> None:
+    """Emit, build, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", default="sm_90a")
+    parser.add_argument("--store", type=Path, default=Path(".device/store"))
+    options = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    every = list(specs())
+    built = build([Source(e.symbol, e.source) for _, _, e in every], options.target, options.store)
+    cases = []
+    for (kind, spec, emission), kernel in zip(every, built, strict=True):
+        name = f"{emission.symbol}_{kernel.key[:12]}.cubin"
+        (FOLDER / name).write_bytes(kernel.cubin)
+        assert kernel.resources.stack == 0, f"{spec} spills {kernel.resources.stack} bytes per thread"
+        cases.append(
+            {
+                "kind": kind,
+                "spec": asdict(spec),
+                "cubin": name,
+                "symbol": emission.symbol,
+                "grid": emission.grid,
+                "block": emission.block,
+                "shared": emission.shared,
+                "cluster": emission.cluster,
+                "parameters": [[p.operand, p.component] for p in emission.parameters],
+                "registers": kernel.resources.registers,
+            }
+        )
+    (FOLDER / "cases.json").write_text(json.dumps(cases, indent=1))
+    print(f"{len(cases)} cases in {FOLDER}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Run the GEMVs of `build_gemv.py` on a device: against float64 first, then in a graph: python tests/gpu/check_gemv.py.
+
+Needs torch and cuda-bindings. Random codes and scales, outputs poisoned with NaN; timing is the median of 25 replays of
+a graph of launches that cycle over at least 220 MB of distinct weights, in microseconds per launch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4c.runtime import codec
+from dsv4c.runtime.driver import Edge, Graph, Kernel, Launch, Library
+from dsv4c.runtime.packing import pack, parse_packing
+from dsv4c.types import FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4
+
+FORMATS = {"fp8": FP8_WEIGHT, "mxfp4": MXFP4, "nvfp4": NVFP4}
+ROTATE = 220 << 20  # bytes of distinct weights: more than three times the L2
+OUT = {"bf16": torch.bfloat16, "f32": torch.float32}
+# Largest |error| allowed, relative to the row's RMS (accumulation order) and to the value (output rounding).
+ABSOLUTE, RELATIVE = 2e-6, {"bf16": 2.0**-8, "f32": 1e-6}
+Operands = dict[tuple[str, str], Tensor]
+
+
+def random_bytes(*shape: int) -> Tensor:
+    """Uniform bytes."""
+    return torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+
+
+def random_e4m3(*shape: int) -> Tensor:
+    """Uniform e4m3 codes without NaN."""
+    codes = random_bytes(*shape)
+    return torch.where(codes & 0x7F == 0x7F, codes - 1, codes).view(torch.float8_e4m3fn)
+
+
+def random_weight(format: str, rows: int, k: int) -> codec.Quantized | Tensor:
+    """A matrix of random codes and scales."""
+    if format == "bf16":
+        return torch.randn(rows, k, device="cuda").to(torch.bfloat16)
+    if format == "fp8":
+        scale = torch.randint(110, 130, (-(-rows // 128), k // 128), device="cuda").to(torch.uint8)
+        return codec.Quantized(FP8_WEIGHT, random_e4m3(rows, k), scale)
+    if format == "mxfp4":
+        scale = torch.randint(110, 130, (rows, k // 32), device="cuda").to(torch.uint8)
+        return codec.Quantized(MXFP4, random_bytes(rows, k // 2), scale)
+    scale = (random_bytes(rows, k // 16) & 0x7F).clamp(max=0x7E).view(torch.float8_e4m3fn)
+    return codec.Quantized(NVFP4, random_bytes(rows, k // 2), scale, None, torch.tensor(0.0137, device="cuda"))
+
+
+def bind_weight(operands: Operands, name: str, packing: str, value: codec.Quantized | Tensor) -> None:
+    """A weight as the kernel reads it."""
+    if isinstance(value, Tensor):
+        operands[name, "data"] = pack(parse_packing(packing), value)
+        return
+    in_unit = value.scale if value.format in (MXFP4, NVFP4) else None
+    operands[name, "data"] = pack(parse_packing(packing), value.data, in_unit)
+    operands[name, "scale"] = value.scale
+    if value.global_scale is not None:
+        operands[name, "global_scale"] = value.global_scale
+
+
+def wide(value: codec.Quantized | Tensor) -> Tensor:
+    """The value in float64."""
+    if isinstance(value, Tensor):
+        return value.double()
+    return codec.dequantize(value, torch.float64)
+
+
+def bind_activations(operands: Operands, spec: dict[str, Any], x: dict[str, Any]) -> Tensor:
+    """Random rows for an activation operand; returns what the product uses, float64 [M, groups * k]."""
+    shape = (spec["batch"], spec["groups"] * spec["k"])
+    if x["kind"] == "e4m3" and x["prologue"] == "copy":
+        if (x["name"], "data") not in operands:
+            operands[x["name"], "data"] = random_e4m3(*shape)
+            scale = torch.randint(110, 130, (shape[0], shape[1] // 128), device="cuda").to(torch.uint8)
+            operands[x["name"], "scale"] = scale
+        value = codec.Quantized(FP8_ROW, operands[x["name"], "data"], operands[x["name"], "scale"])
+        return wide(value)
+    if (x["name"], "data") not in operands:
+        rows = torch.randn(shape, device="cuda") * torch.logspace(-3, 2, shape[0], device="cuda")[:, None]
+        operands[x["name"], "data"] = rows.to(torch.bfloat16)
+    rows = operands[x["name"], "data"]
+    if x["prologue"] == "copy":
+        return rows.double()
+    if x["prologue"] == "normalize":
+        if (x["gain"], "data") not in operands:
+            operands[x["gain"], "data"] = torch.randn(spec["k"], device="cuda")
+        f = rows.float()
+        inverse = torch.rsqrt(f.double().square().mean(-1, keepdim=True) + x["eps"]).float()
+        rows = (f * inverse * operands[x["gain"], "data"]).to(torch.bfloat16)
+    return wide(codec.quantize(rows, FP8_ROW))
+
+
+def launch_of(case: dict[str, Any], kernel: Kernel, operands: Operands) -> Launch:
+    """The launch with its operands' addresses."""
+    arguments = tuple(operands[operand, component].data_ptr() for operand, component in case["parameters"])
+    return Launch(kernel, tuple(case["grid"]), case["block"], case["shared"], arguments, tuple(case["cluster"]))
+
+
+def run_once(launch: Launch) -> None:
+    """One launch, to completion."""
+    graph = Graph()
+    graph.add(launch)
+    graph.instantiate()
+    graph.launch(torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    graph.close()
+
+
+def check(case: dict[str, Any], kernel: Kernel) -> tuple[Operands, float]:
+    """Operands of a case that passed, and its worst error over the allowed one."""
+    spec = case["spec"]
+    operands: Operands = {}
+    outputs = []
+    for m in spec["matrices"]:
+        x = bind_activations(operands, spec, m["x"])
+        weight = random_weight(m["format"], m["rows"], spec["k"])
+        bind_weight(operands, m["name"], case["packing"][m["name"]], weight)
+        w = wide(weight).view(spec["groups"], -1, spec["k"])
+        expected = torch.einsum("mgk,grk->mgr", x.view(spec["batch"], spec["groups"], spec["k"]), w).flatten(1)
+        operands[m["out"], "data"] = torch.full(expected.shape, math.nan, dtype=OUT[m["out_dtype"]], device="cuda")
+        outputs.append((m, expected, m["x"]["prologue"]))
+    run_once(launch_of(case, kernel, operands))
+    worst = 0.0
+    for m, expected, prologue in outputs:
+        got = operands[m["out"], "data"].double()
+        rms = expected.square().mean(-1, keepdim=True).sqrt()
+        slack = 3e-3 if prologue == "normalize" else ABSOLUTE  # a norm that rounds the other way moves a code
+        allowed = slack * rms + RELATIVE[m["out_dtype"]] * expected.abs()
+        ratio = ((got - expected).abs() / allowed).nan_to_num(math.inf).max().item()
+        worst = max(worst, ratio)
+    return operands, worst
+
+
+def time_case(case: dict[str, Any], kernel: Kernel, operands: Operands, programmatic: bool) -> float:
+    """Microseconds per launch."""
+    weights = [(m["name"], "data") for m in case["spec"]["matrices"]]
+    nbytes = sum(operands[w].nbytes for w in weights)
+    copies = max(1, math.ceil(ROTATE / nbytes))
+    sets = [operands] + [{**operands, **{w: operands[w].clone() for w in weights}} for _ in range(copies - 1)]
+    launches = [launch_of(case, kernel, s) for s in sets]
+    count = max(8, math.ceil(96 / copies) * copies) if nbytes < ROTATE else 8
+    graph, last = Graph(), None
+    for i in range(count):
+        edges = [Edge(last, programmatic)] if last is not None else []
+        last = graph.add(launches[i % copies], edges)
+    graph.instantiate()
+    stream = torch.cuda.current_stream().cuda_stream
+    for _ in range(3):
+        graph.launch(stream)
+    times = []
+    for _ in range(25):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.launch(stream)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / count)
+    graph.close()
+    return statistics.median(times)
+
+
+def main() -> int:
+    """Check every case, then time those that ask for it; exit status 1 if any is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".device/gemv"))
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.cuda.init()
+    torch.zeros(1, device="cuda")
+    cases = [c for c in json.loads((options.folder / "cases.json").read_text()) if options.only in c["symbol"]]
+    wrong, rows = 0, []
+    for case in cases:
+        library = Library((options.folder / f"{case['symbol']}.cubin").read_bytes(), case["symbol"])
+        kernel = library.kernel(case["symbol"], shared=case["shared"])
+        operands, worst = check(case, kernel)
+        status = "ok" if worst <= 1 else "WRONG"
+        wrong += worst > 1
+        line = f"{case['symbol']:24} {status:5} error/allowed {worst:8.3g}"
+        if case["timed"] and worst <= 1:
+            nbytes = sum(operands[m["name"], "data"].nbytes for m in case["spec"]["matrices"])
+            plain, early = (time_case(case, kernel, operands, p) for p in (False, True))
+            line += f"  {nbytes / 1e6:7.1f} MB  plain {plain:7.2f}  programmatic {early:7.2f} us  {nbytes / early / 1e6:5.2f} TB/s"
+        print(line, flush=True)
+        rows.append(line)
+        del operands
+        torch.cuda.empty_cache()
+    print(f"{len(rows)} cases, {wrong} wrong, {torch.cuda.get_device_name()}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
