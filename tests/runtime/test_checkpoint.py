@@ -271,6 +271,19 @@ def test_groups_that_cut_scale_tiles_are_refused(tmp_path):
         read(tmp_path, [ParamRecord("w", type, {"release": Source(type, parts)})])
 
 
+def test_a_merged_stack_whose_tiles_straddle_w1_and_w3_is_refused(tmp_path):
+    stack = quantize(torch.randn(2, 128, 128), FP8_WEIGHT)
+    save_file({"up": stack.data, "up_scale_inv": stack.scale}, tmp_path / "model.safetensors")
+    type = QuantType(FP8_WEIGHT, (2, 64, 128))
+    parts = {
+        "data": Part("up", ("F8_E4M3",), (2, 128, 128)),
+        "scale": Part("up_scale_inv", ("U8",), (2, 1, 1)),
+    }
+    source = Source(type, parts, rows=(0, 64))
+    with pytest.raises(CheckpointError, match="blocks of 128 rows that straddle w1 and w3, .* at row 64"):
+        read(tmp_path, [ParamRecord("w1", type, {"transformers": source})])
+
+
 def test_unaligned_tensors_are_read(tmp_path):
     payload = b"\x01" + struct.pack("<2f", 1.5, -2.0)
     header = json.dumps(
