@@ -157,7 +157,7 @@ def naive_scale(amax: float, format: QuantFormat) -> float:
     a = max(amax, torch.tensor(floor).item())
     if format.scale is F32:
         return (torch.tensor(a) / format.largest).item()
-    exponent = -200
+    exponent = math.frexp(a)[1] - 12
     while Fraction(format.largest) * Fraction(2) ** exponent < Fraction(a):
         exponent += 1
     return 2.0**exponent
