@@ -280,7 +280,7 @@ def test_a_merged_stack_whose_tiles_straddle_w1_and_w3_is_refused(tmp_path):
         "scale": Part("up_scale_inv", ("U8",), (2, 1, 1)),
     }
     source = Source(type, parts, rows=(0, 64))
-    with pytest.raises(CheckpointError, match="blocks of 128 rows that straddle w1 and w3, .* at row 64"):
+    with pytest.raises(CheckpointError, match=r"blocks of 128 rows that straddle w1 and w3, .* at row 64"):
         read(tmp_path, [ParamRecord("w1", type, {"transformers": source})])
 
 
