@@ -1,7 +1,7 @@
 """Meanings composed into one CSA attention and one MoE sublayer, on recorded inputs of the official model.
 
-Everything but the attention itself is bit-equal. There the official kernel takes a running maximum over blocks
-of 64 keys, which moves some bf16 roundings: `sublayer_with_recorded_input_rel_l2` in the case.
+Everything but the attention itself is bit-equal. The official kernel takes a running maximum over blocks
+of 64 keys there, which moves some bf16 roundings: `sublayer_with_recorded_input_rel_l2` in the case.
 """
 
 from __future__ import annotations
