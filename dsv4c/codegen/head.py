@@ -63,7 +63,7 @@ def emit_argmax(spec: Argmax) -> Emission:
     """The argmax: a cluster per row."""
     vector = 1 if spec.vocabulary % 4 else 4
     pieces = spec.vocabulary // vector
-    ctas = next(c for c in (16, 8, 4, 2, 1) if c == 1 or pieces >= 128 * c)
+    ctas = next(c for c in (16, 8, 4, 2) if c == 2 or pieces >= 128 * c)
     each = -(-pieces // ctas)
     threads = min(512, -(-each // 32) * 32)
     inbox = threads // 32 * 8

@@ -41,12 +41,12 @@ class HyperNorm:
     def slice(self) -> Slice:
         """The cut of a row. Raises BuildError when no cluster can hold `fn`."""
         projected = STREAMS if self.head else STREAMS * (STREAMS + 2)
-        for ctas in [self.ctas] if self.ctas else range(CLUSTER_LIMIT, 0, -1):
+        for ctas in [self.ctas] if self.ctas else range(CLUSTER_LIMIT, 1, -1):
             cut = Slice(self.hidden, ctas, projected)
             if self.hidden % (128 * ctas) == 0 and cut.width <= 1024 and cut.shared <= SHARED_LIMIT:
                 return cut
         raise BuildError(
-            f"hyper_norm of {self.hidden} columns: no cluster of up to {CLUSTER_LIMIT} CTAs cuts them into whole groups "
+            f"hyper_norm of {self.hidden} columns: no cluster of 2 to {CLUSTER_LIMIT} CTAs cuts them into whole groups "
             f"of 128 with at most 1024 columns and {SHARED_LIMIT} B of fn each"
         )
 

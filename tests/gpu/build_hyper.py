@@ -31,8 +31,8 @@ def specs() -> Iterator[tuple[str, Any, Emission]]:
     boundaries = [boundary(b, h) for h in (FLASH, PRO, TINY) for b in BATCHES]
     boundaries += [boundary(b, h, mix=False, keep=False) for h, b in ((FLASH, 1), (TINY, 3))]
     boundaries += [boundary(b, h, head=True, keep=False, fp8=False) for h, b in ((FLASH, 1), (PRO, 2), (TINY, 8))]
-    boundaries += [boundary(1, FLASH, bf16=False), boundary(2, FLASH, ctas=8), boundary(1, FLASH, iterations=1)]
-    boundaries += [boundary(1, 512), boundary(1, 2560), boundary(1, 128)]
+    boundaries += [boundary(1, FLASH, bf16=False), boundary(1, FLASH, ctas=8), boundary(1, FLASH, iterations=1)]
+    boundaries += [boundary(1, 512), boundary(1, 2560), boundary(1, 384)]
     for spec in boundaries:
         yield "hyper", spec, hyper.emit(spec)
     for hidden, experts, k, factor in ((FLASH, 256, 6, 1.5), (PRO, 384, 6, 2.5), (TINY, 8, 2, 1.5)):

@@ -1,0 +1,488 @@
+"""Check and time the hyper-connection, router and head kernels of `build_hyper.py` on a GPU: python tests/gpu/check_hyper.py.
+
+Needs torch and cuda-bindings, no compiler. Truth is float64 over fresh random and adversarial inputs; every output is
+poisoned first. Times are microseconds per launch inside one explicit graph whose weights rotate through 96 MB or more.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4c.runtime.codec import Quantized, quantize
+from dsv4c.runtime.driver import Edge, Graph, Launch, Library
+from dsv4c.types import FP8_ROW
+
+FOLDER = Path(".device/hyper")
+DEVICE = "cuda"
+ROTATE = 96 << 20  # bytes of distinct weights, well beyond the 60 MB of L2
+Tensors = dict[str, Tensor]
+
+
+class Case:
+    """One compiled kernel and how to launch it on tensors by operand name."""
+
+    def __init__(self, entry: dict[str, Any]) -> None:
+        self.kind, self.spec, self.parameters = entry["kind"], entry["spec"], entry["parameters"]
+        self.library = Library((FOLDER / entry["cubin"]).read_bytes(), entry["cubin"])
+        cluster = entry["cluster"][0]
+        kernel = self.library.kernel(entry["symbol"], shared=entry["shared"], cluster=cluster)
+        self.shape = (kernel, tuple(entry["grid"]), entry["block"], entry["shared"])
+        self.cluster = tuple(entry["cluster"])
+
+    def launch(self, tensors: Tensors) -> Launch:
+        """The kernel over `tensors`; component c of operand o is named o_c."""
+        names = [o if c == "data" else f"{o}_{c}" for o, c in self.parameters]
+        return Launch(*self.shape, tuple(tensors[n].data_ptr() for n in names), self.cluster)
+
+    def __str__(self) -> str:
+        return self.kind + " " + " ".join(f"{k}={v}" for k, v in self.spec.items() if v is not None and k != "matrices")
+
+
+def run(case: Case, tensors: Tensors) -> None:
+    """One launch, finished."""
+    graph = Graph()
+    graph.add(case.launch(tensors))
+    graph.instantiate()
+    graph.launch(torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    graph.close()
+
+
+def poison(tensors: Tensors, *names: str) -> None:
+    """NaN, or a negative integer, into every byte of the named tensors that exist."""
+    for name in names:
+        if name in tensors:
+            tensors[name].view(torch.uint8).fill_(0xFF)
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=DEVICE)
+
+
+def rand(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, dtype=torch.float32, device=DEVICE).to(dtype)
+
+
+class Report:
+    """Worst numbers per kind of case, and what failed."""
+
+    def __init__(self) -> None:
+        self.worst: dict[str, float] = {}
+        self.failures: list[str] = []
+
+    def bound(self, where: str, what: str, value: float, limit: float) -> None:
+        """`value` must be at most `limit` (NaN is not)."""
+        self.worst[what] = max(self.worst.get(what, 0.0), value if value == value else float("inf"))
+        if not value <= limit:
+            self.failures.append(f"{where}: {what} = {value:.3g}, want <= {limit:.3g}")
+
+
+# Hyper-connections ----------------------------------------------------------------------------------------------------
+
+STYLES = ("random", "huge", "zero", "negative zero", "cancel", "saturated", "tiny")
+
+
+def hyper_tensors(spec: dict[str, Any], style: str = "random") -> Tensors:
+    """Operands in the style asked for, and results to fill."""
+    n, h, bf16 = spec["rows"], spec["hidden"], torch.bfloat16
+    rows = 4 if spec["head"] else 24
+    t = {
+        "x": rand(n, 4, h, dtype=bf16),
+        "f": rand(n, h, dtype=bf16),
+        "post": torch.rand(n, 4, device=DEVICE) * 2,
+        "comb": torch.softmax(rand(n, 4, 4), -1),
+        "fn": rand(rows, 4 * h) * h**-0.5,
+        "base": rand(rows),
+        "scale": rand(1 if spec["head"] else 3),
+        "gain": (1 + 0.1 * rand(h)).to(bf16),
+        "x_out": empty(n, 4, h, dtype=bf16),
+        "post_out": empty(n, 4),
+        "comb_out": empty(n, 4, 4),
+        "normed": empty(n, h, dtype=bf16),
+        "q": empty(n, h, dtype=torch.uint8),
+        "q_scale": empty(n, h // 128, dtype=torch.uint8),
+    }
+    if style == "huge":
+        t["x"][:, 1, h // 3] = 3.0e4
+        t["f"][:, h - 1] = -2.5e4
+    elif style in ("zero", "negative zero"):
+        t["x"].fill_(-0.0 if style != "zero" else 0.0)
+        t["f"].fill_(-0.0 if style != "zero" else 0.0)
+    elif style == "cancel":
+        t["comb"].copy_(torch.eye(4, device=DEVICE))
+        t["f"].zero_()
+        t["x"][:, 1], t["x"][:, 3] = -t["x"][:, 0], -t["x"][:, 2]
+        t["fn"].zero_()
+        t["base"].zero_()
+    elif style == "saturated":
+        t["scale"].fill_(30.0)
+        t["base"] *= 20
+    elif style == "tiny":
+        t["x"] *= 1e-4
+        t["f"] *= 1e-4
+        t["gain"] *= 1e-3
+    return t
+
+
+def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
+    """DeepSeek-V4 inference/model.py, hc_split_sinkhorn, in float64."""
+    c = torch.softmax(logits, -1) + eps
+    c = c / (c.sum(-2, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        c = c / (c.sum(-1, keepdim=True) + eps)
+        c = c / (c.sum(-2, keepdim=True) + eps)
+    return c
+
+
+def check_hyper(case: Case, report: Report) -> None:
+    """Mixed streams, next weights and the normed row against float64; quantized row against the codec, exactly."""
+    spec = case.spec
+    for style in STYLES:
+        t = hyper_tensors(spec, style)
+        poison(t, "x_out", "post_out", "comb_out", "normed", "q", "q_scale")
+        run(case, t)
+        where = f"{case} [{style}]"
+        wide = {k: v.double() for k, v in t.items() if v.is_floating_point()}
+        x = wide["x"]
+        if spec["mix"]:
+            terms = wide["comb"].unsqueeze(-1) * x.unsqueeze(2)  # [n, j, k, h]
+            spread = wide["post"].unsqueeze(-1) * wide["f"].unsqueeze(1)
+            x = spread + terms.sum(1)
+            slack = 1e-6 * (terms.abs().sum(1) + spread.abs())
+            if spec["keep"]:
+                error = ((wide["x_out"] - x).abs() - slack).clamp(min=0) / x.abs().clamp(min=1e-30)
+                report.bound(where, "x' rel", float(error.max()), 2.0**-8)
+                x = wide["x_out"]
+            else:
+                x = x.bfloat16().double()
+        v = x.flatten(1)
+        m = v @ wide["fn"].T * (v.square().mean(-1, keepdim=True) + spec["norm_eps"]).rsqrt()
+        if spec["head"]:
+            scale = wide["scale"].expand(4)
+        else:
+            scale = torch.cat([wide["scale"][i : i + 1].expand(c) for i, c in enumerate((4, 4, 16))])
+        z = m * scale + wide["base"]
+        noise = 2e-6 * float((scale.abs() * (v.abs() @ wide["fn"].abs().T) * (m.abs() / (v @ wide["fn"].T).abs().clamp(min=1e-30))).max()) + 2e-6
+        if not spec["head"]:
+            post = 2 * torch.sigmoid(z[:, 4:8])
+            report.bound(where, "post abs/noise", float((wide["post_out"] - post).abs().max()) / noise, 2.0)
+            comb = sinkhorn(z[:, 8:].unflatten(-1, (4, 4)), spec["iterations"], spec["hc_eps"])
+            report.bound(where, "comb abs/noise", float((wide["comb_out"] - comb).abs().max()) / noise, 8.0)
+        pre = torch.sigmoid(z[:, :4]) + spec["hc_eps"]
+        a = (pre.unsqueeze(-1) * x).sum(1).bfloat16().double()
+        inv = (a.square().mean(-1, keepdim=True) + spec["norm_eps"]).rsqrt()
+        y = a * inv * wide["gain"]
+        if spec["bf16"]:
+            slack = (pre.unsqueeze(-1) * x).abs().sum(1) * inv * wide["gain"].abs() * noise
+            error = ((wide["normed"] - y).abs() - slack).clamp(min=0) / y.abs().clamp(min=1e-30)
+            report.bound(where, "normed rel", float(error.max()), 2.0**-7 * 1.02)
+            if style != "cancel":  # there the row is what rounding leaves
+                off = (t["normed"] != y.float().bfloat16()).double().mean()
+                report.bound(where, "normed off", float(off), 0.02)
+        if spec["fp8"] and spec["bf16"]:
+            want = quantize(t["normed"].cpu(), FP8_ROW)
+            codes, scales = want.data.view(torch.uint8), want.scale
+            wrong = (t["q"].cpu() != codes).sum() + (t["q_scale"].cpu() != scales).sum()
+            report.bound(where, "wrong codes", float(wrong), 0)
+        elif spec["fp8"] and style != "cancel":
+            q = Quantized(FP8_ROW, t["q"].cpu().view(torch.float8_e4m3fn), t["q_scale"].cpu())
+            assert q.shape == tuple(y.shape)
+            value = q.data.double() * torch.exp2(q.scale.double() - 127).repeat_interleave(128, -1)
+            report.bound(where, "q rel row", float((value - y.cpu()).norm() / y.cpu().norm().clamp(min=1e-30)), 0.05)
+
+
+# Router ---------------------------------------------------------------------------------------------------------------
+
+
+def gate_tensors(spec: dict[str, Any]) -> Tensors:
+    """x, gate, and logits to fill."""
+    n, h, e = spec["rows"], spec["hidden"], spec["experts"]
+    gate = rand(e, h, dtype=torch.bfloat16)
+    return {"x": rand(n, h, dtype=torch.bfloat16), "gate": gate, "logits": empty(n, e)}
+
+
+def check_gate(case: Case, report: Report) -> None:
+    """Logits against float64, relative to the sum of magnitudes."""
+    for style in ("random", "huge", "zero"):
+        t = gate_tensors(case.spec)
+        if style == "huge":
+            t["x"][:, 5] = 3.0e4
+        if style == "zero":
+            t["x"].fill_(-0.0)
+        poison(t, "logits")
+        run(case, t)
+        x, w = t["x"].double(), t["gate"].double()
+        error = (t["logits"].double() - x @ w.T).abs() / (x.abs() @ w.abs().T).clamp(min=1e-30)
+        report.bound(f"{case} [{style}]", "logits", float(error.max()), 1e-6)
+
+
+def choice_tensors(spec: dict[str, Any], style: str = "random") -> Tensors:
+    """Logits in the style asked for, and results to fill."""
+    n, e, k, i32 = spec["rows"], spec["experts"], spec["k"], torch.int32
+    t = {
+        "logits": rand(n, e) * 3,
+        "bias": rand(e) * 0.1,
+        "table": torch.randint(0, e, (64, k), dtype=i32, device=DEVICE),
+        "ids": torch.randint(0, 64, (n,), dtype=i32, device=DEVICE),
+        "experts": empty(n, k, dtype=i32),
+        "weights": empty(n, k),
+    }
+    if style == "equal":
+        t["logits"].fill_(0.7)
+        t["bias"].zero_()
+    elif style == "pairs":  # every score twice: the lower number comes first
+        half = t["logits"][:, : e // 2]
+        t["logits"] = torch.cat([half, half], -1).contiguous()
+        t["bias"].zero_()
+    elif style == "wide":
+        t["logits"] = torch.linspace(-60, 60, e, device=DEVICE).repeat(n, 1)[:, torch.randperm(e)].contiguous()
+    elif style == "low":
+        t["logits"] = -30 - 5 * torch.rand(n, e, device=DEVICE)
+        t["bias"].zero_()
+    return t
+
+
+def check_choice(case: Case, report: Report) -> None:
+    """The chosen experts exactly (unless scores differ by less than rounding), their weights to a few ulp."""
+    spec = case.spec
+    for style in ("random", "equal", "pairs", "wide", "low"):
+        t = choice_tensors(spec, style)
+        poison(t, "experts", "weights")
+        run(case, t)
+        where = f"{case} [{style}]"
+        score = torch.nn.functional.softplus(t["logits"].double()).sqrt()
+        if spec["hashed"]:
+            want = t["table"][t["ids"].long()].long()
+        else:
+            key = (score.float() + t["bias"]).double()
+            want = torch.argsort(key, dim=-1, descending=True, stable=True)[:, : spec["k"]]
+        wrong = 0
+        experts = t["experts"].long()
+        if not bool(((experts >= 0) & (experts < spec["experts"])).all()):
+            report.failures.append(f"{where}: experts outside the table: {experts.tolist()}")
+            continue
+        if not spec["hashed"]:
+            gap = (key.gather(1, experts) - key.gather(1, want)).abs() / key.gather(1, want).abs().clamp(min=1e-30)
+            wrong = int(((experts != want) & (gap > 3e-7)).sum())
+            if style in ("equal", "pairs"):
+                wrong = int((experts != want).sum())
+        else:
+            wrong = int((experts != want).sum())
+        report.bound(where, "wrong experts", wrong, 0)
+        s = score.gather(1, experts)
+        weights = s / s.sum(-1, keepdim=True) * spec["factor"]
+        report.bound(where, "weights rel", float(((t["weights"] - weights).abs() / weights).max()), 1e-6)
+
+
+# Ends of a step -------------------------------------------------------------------------------------------------------
+
+
+def argmax_tensors(spec: dict[str, Any]) -> Tensors:
+    """Logits, and tokens to fill."""
+    return {"logits": rand(spec["rows"], spec["vocabulary"]), "token": empty(spec["rows"], dtype=torch.int32)}
+
+
+def check_argmax(case: Case, report: Report) -> None:
+    """The exact column, ties and signs of zero included."""
+    n, v = case.spec["rows"], case.spec["vocabulary"]
+    for style in ("random", "equal", "zeros", "pair", "negative"):
+        t = argmax_tensors(case.spec)
+        if style == "equal":
+            t["logits"].fill_(-3.0)
+        elif style == "zeros":
+            t["logits"].fill_(-1.0)
+            t["logits"][:, v // 2], t["logits"][:, v - 1] = -0.0, 0.0
+        elif style == "pair":
+            t["logits"][:, v - 1] = t["logits"][:, v // 3] = 99.0
+        elif style == "negative":
+            t["logits"] = -t["logits"].abs() - 1e30
+        poison(t, "token")
+        run(case, t)
+        columns = torch.arange(v, device=DEVICE).expand(n, v)
+        best = t["logits"].amax(-1, keepdim=True)
+        want = torch.where(t["logits"] == best, columns, v).amin(-1)
+        report.bound(f"{case} [{style}]", "wrong tokens", float((t["token"] != want).sum()), 0)
+
+
+def embed_tensors(spec: dict[str, Any]) -> Tensors:
+    """Table, ids, streams to fill."""
+    n, h = spec["rows"], spec["hidden"]
+    ids = torch.randint(0, 999, (n,), dtype=torch.int32, device=DEVICE)
+    return {"table": rand(999, h, dtype=torch.bfloat16), "ids": ids, "x": empty(n, 4, h, dtype=torch.bfloat16)}
+
+
+def check_embed(case: Case, report: Report) -> None:
+    """Bitwise copies."""
+    t = embed_tensors(case.spec)
+    poison(t, "x")
+    run(case, t)
+    want = t["table"][t["ids"].long()].unsqueeze(1).expand_as(t["x"])
+    report.bound(str(case), "wrong elements", float((t["x"] != want).sum()), 0)
+
+
+def check_advance(case: Case, report: Report) -> None:
+    """start + lengths, in place."""
+    n = case.spec["rows"]
+    start = torch.randint(0, 1000, (n,), dtype=torch.int32, device=DEVICE)
+    lengths = torch.tensor([i % 2 for i in range(n)], dtype=torch.int32, device=DEVICE)
+    want = start + lengths
+    run(case, {"start": start, "lengths": lengths})
+    report.bound(str(case), "wrong positions", float((start != want).sum()), 0)
+
+
+CHECKS: dict[str, Callable[[Case, Report], None]] = {
+    "hyper": check_hyper,
+    "gate": check_gate,
+    "choice": check_choice,
+    "argmax": check_argmax,
+    "embed": check_embed,
+    "advance": check_advance,
+}
+
+
+# Time -----------------------------------------------------------------------------------------------------------------
+
+
+def measure(launches: list[Launch], programmatic: bool) -> float:
+    """Microseconds of the whole chain: median of 25 replays after 3."""
+    graph, node = Graph(), None
+    for launch in launches:
+        node = graph.add(launch, [Edge(node, programmatic)] if node is not None else [])
+    graph.instantiate()
+    stream = torch.cuda.current_stream().cuda_stream
+    times = []
+    for _ in range(28):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.launch(stream)
+        stop.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3)
+    graph.close()
+    return statistics.median(times[3:])
+
+
+WEIGHTS = {"hyper": ("fn", "base", "scale", "gain"), "gate": ("gate",), "choice": ("bias",), "argmax": ("logits",)}
+
+
+def rotation(case: Case, make: Callable[[dict[str, Any]], Tensors], count: int) -> list[Tensors]:
+    """`count` sets of tensors: weights rotate through at least ROTATE bytes, results are shared."""
+    base = make(case.spec)
+    weights = [n for n in WEIGHTS.get(case.kind, ()) if n in base]
+    nbytes = sum(base[n].nbytes for n in weights)
+    copies = min(count, -(-ROTATE // max(nbytes, 1)))
+    sets = [base | {n: base[n].clone() for n in weights} for _ in range(copies)]
+    return [sets[i % copies] for i in range(count)]
+
+
+def hyper_chain(case: Case, count: int) -> list[Launch]:
+    """Boundaries in a row: the streams and weights that one leaves are the next one's."""
+    sets = rotation(case, hyper_tensors, count)
+    spare = {n: sets[0][n].clone() for n in ("x", "post", "comb")}
+    launches = []
+    for i, t in enumerate(sets):
+        t = dict(t)
+        if i % 2:
+            t |= {"x": t["x_out"], "post": t["post_out"], "comb": t["comb_out"]}
+            t |= {"x_out": spare["x"], "post_out": spare["post"], "comb_out": spare["comb"]}
+        else:
+            t |= spare
+        launches.append(case.launch(t))
+    return launches
+
+
+MAKERS: dict[str, Callable[[dict[str, Any]], Tensors]] = {
+    "hyper": hyper_tensors,
+    "gate": gate_tensors,
+    "choice": choice_tensors,
+    "argmax": argmax_tensors,
+    "embed": embed_tensors,
+}
+
+
+def time_alone(case: Case, rows: list[str]) -> None:
+    """Chains of the one kernel, plain and programmatic."""
+    count = 96
+    if case.kind == "hyper" and case.spec["mix"] and case.spec["keep"]:
+        launches = hyper_chain(case, count)
+    else:
+        launches = [case.launch(t) for t in rotation(case, MAKERS[case.kind], count)]
+    plain, programmatic = (measure(launches, p) / count for p in (False, True))
+    rows.append(f"{case!s:112} {plain:6.2f} {programmatic:6.2f}")
+
+
+def gemv_launches(case: Case, count: int) -> list[Launch]:
+    """A neighbor's launches over rotating weights."""
+    k = case.spec["k"]
+    matrix = case.spec["matrices"][0]
+    shared = {
+        "x": torch.randint(0, 100, (1, k), dtype=torch.uint8, device=DEVICE),
+        "x_scale": torch.full((1, k // 128), 120, dtype=torch.uint8, device=DEVICE),
+        "w_scale": torch.full((matrix["rows"] // 128 + 1, k // 128), 120, dtype=torch.uint8, device=DEVICE),
+        "y": empty(1, matrix["rows"], dtype=torch.bfloat16),
+    }
+    nbytes = matrix["rows"] * k
+    weights = [torch.randint(0, 100, (nbytes,), dtype=torch.uint8, device=DEVICE) for _ in range(min(count, 12))]
+    return [case.launch(shared | {"w": weights[i % len(weights)]}) for i in range(count)]
+
+
+def time_together(cases: list[Case], rows: list[str]) -> None:
+    """What the small kernels add to chains of GEMVs: o_b -> boundary -> w13, and with the router between."""
+    count = 24
+
+    def find(kind: str, **fields: Any) -> Case:
+        return next(c for c in cases if c.kind == kind and all(c.spec[k] == v for k, v in fields.items()))
+
+    wo_b, w13 = find("gemv", name="wo_b"), find("gemv", name="w13")
+    boundary = find("hyper", hidden=4096, rows=1, mix=True, head=False, bf16=True, ctas=None, iterations=20)
+    gate, choice = find("gate", hidden=4096, rows=1), find("choice", experts=256, rows=1, hashed=False)
+    b, w = gemv_launches(wo_b, count), gemv_launches(w13, count)
+    h = hyper_chain(boundary, count)
+    g = [gate.launch(t) for t in rotation(gate, gate_tensors, count)]
+    c = [choice.launch(t) for t in rotation(choice, choice_tensors, count)]
+    chains = {
+        "wo_b, w13": [b, w],
+        "wo_b, boundary, w13": [b, h, w],
+        "wo_b, boundary, gate, choice, w13": [b, h, g, c, w],
+        "boundary, gate, choice": [h, g, c],
+        "gate, choice": [g, c],
+    }
+    for name, parts in chains.items():
+        launches = [part[i] for i in range(count) for part in parts]
+        plain, programmatic = (measure(launches, p) / count for p in (False, True))
+        rows.append(f"chain of {name:103} {plain:6.2f} {programmatic:6.2f}")
+
+
+def main() -> int:
+    """Check all, time some, print the table last."""
+    torch.manual_seed(int.from_bytes(Path("/dev/urandom").open("rb").read(4), "little"))
+    torch.zeros(1, device=DEVICE)
+    cases = [Case(entry) for entry in json.loads((FOLDER / "cases.json").read_text())]
+    report = Report()
+    for case in cases:
+        if case.kind in CHECKS:
+            CHECKS[case.kind](case, report)
+    rows: list[str] = []
+    for case in cases:
+        timed = case.spec.get("hidden", 4096) in (4096, 7168) and case.spec.get("experts", 256) > 8
+        if case.kind in MAKERS and timed and case.spec["rows"] in (1, 2, 8):
+            time_alone(case, rows)
+    time_together(cases, rows)
+    print(f"{torch.cuda.get_device_name()}: {len(cases)} kernels")
+    print("worst errors: " + ", ".join(f"{k} {v:.3g}" for k, v in report.worst.items()))
+    print("\n".join(report.failures[:40]) or "all checks pass")
+    print(f"{'us per launch':112} {'plain':>6} {'progr.':>6}")
+    print("\n".join(rows))
+    return bool(report.failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
