@@ -25,6 +25,7 @@ FORMATS = {
     "mxfp4": "q[e2m1,ue8m0,1x32]",
     "nvfp4": "q[e2m1,e4m3,1x16,tensor]",
 }
+STAGINGS = {("e4m3", "copy"), ("bf16", "copy"), ("e4m3", "quantize"), ("f16", "quantize"), ("e4m3", "normalize")}
 BITS = {"fp8": 8, "bf16": 16, "mxfp4": 4.25, "nvfp4": 4.5}
 
 
@@ -33,7 +34,8 @@ class Activations:
     """The rows a part multiplies with: operand `name`, staged by `prologue`.
 
     copy: e4m3 rows with ue8m0 scales per 128 (kind "e4m3"), or bf16 rows (kind "bf16"), as a producer left them.
-    quantize: bf16 rows, FP8-quantized here. normalize: RMSNorm with f32 operand `gain` first, rounded to bf16.
+    quantize: bf16 rows, FP8-quantized here (kind "e4m3"), or kept, as f16 under a power of two (kind "f16").
+    normalize: RMSNorm with f32 operand `gain` first, rounded to bf16, then FP8.
     """
 
     name: str
@@ -115,12 +117,13 @@ class Part:
     def places(self) -> dict[str, int]:
         """Where each shared array of the part starts, and `end`."""
         r = self.ring
-        squares = r.product.fx_bytes if self.x.prologue == "normalize" else 0
+        normalizes = self.x.prologue == "normalize"
         sizes = {
             "ring": r.ring_bytes,
             "x": r.product.x_bytes,
             "fx": r.product.fx_bytes,
-            "squares": squares,
+            "squares": r.product.fx_bytes if normalizes else 0,
+            "gain": 4 * r.product.k if normalizes else 0,
             "scale": r.scale_bytes,
             "part": r.part_bytes,
             "bars": r.bars_bytes,
@@ -176,10 +179,11 @@ def _check(spec: GemvSpec) -> None:
     for m in spec.matrices:
         if m.format not in BYTES:
             raise BuildError(f"{spec.name}.{m.name}: weight format {m.format!r}: known are {', '.join(BYTES)}")
-        if m.x.kind == "e4m3" and m.format == "bf16":
-            raise BuildError(f"{spec.name}.{m.name}: bf16 weights take bf16 activations, not e4m3")
-        if m.x.kind == "bf16" and m.format in ("mxfp4", "nvfp4"):
-            raise BuildError(f"{spec.name}.{m.name}: {m.format} weights take e4m3 activations, not bf16")
+        if (m.x.kind == "bf16") != (m.format == "bf16"):
+            wanted = "bf16" if m.format == "bf16" else "e4m3 or f16"
+            raise BuildError(f"{spec.name}.{m.name}: {m.format} weights take {wanted} activations, not {m.x.kind}")
+        if (m.x.kind, m.x.prologue) not in STAGINGS:
+            raise BuildError(f"{spec.name}.{m.name}: no prologue {m.x.prologue} for {m.x.kind} activations")
         if m.format != "bf16" and spec.k % 128:
             raise BuildError(f"{spec.name}.{m.name}: {m.format} weights of {spec.k} columns: want a multiple of 128")
         if spec.k % 8:

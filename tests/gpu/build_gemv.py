@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from dsv4c.codegen.build import Source, build
@@ -18,6 +18,7 @@ FOLDER = Path(".device/gemv")
 QUANTIZED = Activations("x", "e4m3")
 PLAIN = Activations("x_bf16", "bf16")
 QUANTIZE = Activations("x_bf16", "e4m3", "quantize")
+KEEP = Activations("x_bf16", "f16", "quantize")
 NORMALIZE = Activations("x_bf16", "e4m3", "normalize", gain="gain", eps=1e-6)
 
 
@@ -78,21 +79,19 @@ def cases() -> list[Case]:
         dense("wq_b_norm", 32768, 1024, x=NORMALIZE),
         dense("wo_b_quantize", 4096, 8192, x=QUANTIZE),
         q_proj("q_proj", 1024, 32768, 1),
-        replace(q_proj("q_proj_8x1", 1024, 32768, 1), tile_warps=8, rounds=1),
-        replace(q_proj("q_proj_4x2", 1024, 32768, 1), tile_warps=4, rounds=2),
         in_proj("in_proj", 4096, 1024, 1),
-        dense("wo_a", 8192, 4096, "fp8", PLAIN, groups=8),
+        dense("wo_a", 8192, 4096, "fp8", KEEP, groups=8),
         dense("lm_head", 129280, 4096, "bf16", PLAIN, out="f32"),
         dense("mxfp4", 12288, 4096, "mxfp4"),
         dense("nvfp4", 12288, 4096, "nvfp4"),
         in_proj("in_proj_pro", 7168, 1536, 1),
         q_proj("q_proj_pro", 1536, 65536, 1),
-        dense("wo_a_pro", 16384, 4096, "fp8", PLAIN, groups=16),
+        dense("wo_a_pro", 16384, 4096, "fp8", KEEP, groups=16),
         dense("wo_b_pro", 7168, 16384, x=QUANTIZE),
         dense("wq_b", 32768, 1024, batch=8),
         dense("wo_b_quantize", 4096, 8192, x=QUANTIZE, batch=8),
         in_proj("in_proj", 4096, 1024, 8),
-        dense("wo_a", 8192, 4096, "fp8", PLAIN, groups=8, batch=8),
+        dense("wo_a", 8192, 4096, "fp8", KEEP, groups=8, batch=8),
     ]
     for batch in (2, 3):
         checked += [
@@ -105,7 +104,9 @@ def cases() -> list[Case]:
             dense("tiny_bf16", 48, 96, "bf16", PLAIN, batch=batch),
             dense("tiny_fp8", 256, 128, batch=batch),
             dense("tiny_norm", 2048, 128, x=NORMALIZE, batch=batch),
-            dense("tiny_wo_a", 256, 1024, "fp8", PLAIN, groups=2, batch=batch),
+            dense("tiny_wo_a", 256, 1024, "fp8", KEEP, groups=2, batch=batch),
+            dense("keep_mxfp4", 256, 256, "mxfp4", KEEP, batch=batch, out="f32"),
+            dense("keep_nvfp4", 256, 256, "nvfp4", KEEP, batch=batch, out="f32"),
             dense("small_mxfp4", 256, 256, "mxfp4", batch=batch, out="f32"),
             dense("small_nvfp4", 256, 384, "nvfp4", batch=batch, out="f32"),
             dense("small_fp8", 208, 1536, "fp8", batch=batch, out="f32"),

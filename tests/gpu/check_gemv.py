@@ -71,7 +71,7 @@ def wide(value: codec.Quantized | Tensor) -> Tensor:
     """The value in float64."""
     if isinstance(value, Tensor):
         return value.double()
-    return codec.dequantize(value, torch.float64)
+    return codec.dequantize(value.map(Tensor.cpu), torch.float64).cuda()  # codec tables live on the CPU
 
 
 def bind_activations(operands: Operands, spec: dict[str, Any], x: dict[str, Any]) -> Tensor:
@@ -88,7 +88,7 @@ def bind_activations(operands: Operands, spec: dict[str, Any], x: dict[str, Any]
         rows = torch.randn(shape, device="cuda") * torch.logspace(-3, 2, shape[0], device="cuda")[:, None]
         operands[x["name"], "data"] = rows.to(torch.bfloat16)
     rows = operands[x["name"], "data"]
-    if x["prologue"] == "copy":
+    if x["prologue"] == "copy" or x["kind"] == "f16":
         return rows.double()
     if x["prologue"] == "normalize":
         if (x["gain"], "data") not in operands:

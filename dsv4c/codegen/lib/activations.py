@@ -14,7 +14,7 @@ from dsv4c.codegen.lib.shapes import COLUMNS, Product
 
 @cute.jit
 def arrived(s_bar: Int32):
-    """Wait for the bulk copies of `copy_rows`."""
+    """Wait for the bulk copies of `copy_rows` or `load_gain`."""
     ptx.mbarrier_wait(s_bar, Int32(0))
 
 
@@ -68,20 +68,39 @@ def quantize_rows(
     s_x: Int32,
     s_fx: Int32,
     g_x: Int64,
+    row_bytes: Constexpr[int],
     thread: Int32,
     threads: Constexpr[int],
 ):
-    """FP8-quantize bf16 rows [rows][k] of a predecessor, one half-warp per block of 128. Every thread waits."""
+    """bf16 rows of a predecessor as p.x wants them, e4m3 or scaled f16; a half-warp per block of 128. All wait.
+
+    `row_bytes` is the distance of rows in global memory.
+    """
     ptx.wait()
     groups = const_expr(threads // 16)
     count = const_expr(p.rows * p.units)
-    lane = thread % 32
     for n in range_constexpr(-(-count // groups)):
-        i = thread // 16 + n * groups
-        block = cutlass.min(i, Int32(count - 1))  # the last round repeats a block rather than leave half a warp behind
-        r = quantize.load8(g_x + block * 256 + (thread % 16) * 16)
-        s_codes = s_x + (block // p.units) * p.x_stride + (block % p.units) * 128
-        quantize.quantize_block(r, s_codes, s_fx + block * 4, lane)
+        # the last round repeats a block rather than leave half a warp behind
+        block = cutlass.min(thread // 16 + n * groups, Int32(count - 1))
+        row, unit = block // p.units, block % p.units
+        r = quantize.load8(g_x + Int64(row * row_bytes + unit * 256 + (thread % 16) * 16))
+        put_block(p, r, s_x + row * p.x_stride, s_fx + block * 4, unit, thread % 32)
+
+
+@cute.jit
+def put_block(p: Constexpr[Product], r: cute.Tensor, s_row: Int32, s_scale: Int32, unit: Int32, lane: Int32):
+    """A block of 128 as p.x wants it, into its row."""
+    if const_expr(p.x == "e4m3"):
+        quantize.quantize_block(r, s_row + unit * 128, s_scale, lane)
+    else:
+        quantize.scale_block_f16(r, s_row + unit * 256, s_scale, lane)
+
+
+@cute.jit
+def load_gain(p: Constexpr[Product], s_gain: Int32, s_bar: Int32, g_gain: Int64):
+    """Put the f32 gain in flight: it is a weight, so before the wait. One thread."""
+    ptx.mbarrier_expect(s_bar, Int32(4 * p.k))
+    ptx.bulk_load(s_gain, g_gain, Int32(4 * p.k), s_bar)
 
 
 @cute.jit
@@ -90,42 +109,41 @@ def normalize_quantize_rows(
     s_x: Int32,
     s_fx: Int32,
     s_squares: Int32,
+    s_gain: Int32,
+    s_bar: Int32,
     g_x: Int64,
-    g_gain: Int64,
     eps: Constexpr[float],
     thread: Int32,
     threads: Constexpr[int],
 ):
-    """RMSNorm with f32 gain, rounded to bf16, then FP8: (x * rsqrt(mean(x^2) + eps)) * gain. Every thread waits.
+    """RMSNorm with f32 gain, rounded to bf16, then FP8: (x * rsqrt(mean(x^2) + eps)) * gain. All wait.
 
-    `s_squares` is scratch, f32 [rows][units]. Contains a CTA barrier.
+    `s_squares` is scratch, f32 [rows][units]; `s_bar` completes when the gain has arrived. Contains a CTA barrier.
     """
     ptx.wait()
     groups = const_expr(threads // 16)
     count = const_expr(p.rows * p.units)
-    lane = thread % 32
     for n in range_constexpr(-(-count // groups)):
         block = cutlass.min(thread // 16 + n * groups, Int32(count - 1))
-        r = quantize.load8(g_x + block * 256 + (thread % 16) * 16)
+        r = quantize.load8(g_x + Int64(block * 256 + (thread % 16) * 16))
         square = Float32(0.0)
         for j in range_constexpr(8):
             square = square + r[j] * r[j]
         square = ptx.lanes_sum(square, 16)
-        if lane % 16 == 0:
+        if thread % 16 == 0:
             ptx.sts_f32(s_squares + block * 4, square)
     cute.arch.sync_threads()
+    arrived(s_bar)
     for n in range_constexpr(-(-count // groups)):
         block = cutlass.min(thread // 16 + n * groups, Int32(count - 1))
-        row = block // p.units
+        row, unit = block // p.units, block % p.units
         mean = Float32(0.0)
         for j in range_constexpr(p.units):
             mean = mean + ptx.lds_f32(s_squares + (row * p.units + j) * 4)
         inverse = cute.math.rsqrt(mean * Float32(1.0 / p.k) + Float32(eps))
-        r = quantize.load8(g_x + block * 256 + (thread % 16) * 16)
-        column = (block % p.units) * 128 + (thread % 16) * 8
+        r = quantize.load8(g_x + Int64(block * 256 + (thread % 16) * 16))
         for half in range_constexpr(2):
-            w = ptx.ldg128_constant(g_gain + column * 4 + half * 16)
+            w = ptx.lds128(s_gain + (unit * 128 + (thread % 16) * 8 + half * 4) * 4)
             for j in range_constexpr(4):
                 r[4 * half + j] = ptx.round_bf16(r[4 * half + j] * inverse * w[j].bitcast(Float32))
-        s_codes = s_x + row * p.x_stride + (block % p.units) * 128
-        quantize.quantize_block(r, s_codes, s_fx + block * 4, lane)
+        put_block(p, r, s_x + row * p.x_stride, s_fx + block * 4, unit, thread % 32)

@@ -3,8 +3,9 @@
 scale = 2^ceil(log2(max(amax, 1e-4) / 448)), stored as its biased exponent; codes are e4m3, nearest even, saturating.
 """
 
+import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
+from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
 
 from dsv4c.codegen.lib import ptx
 
@@ -47,15 +48,36 @@ def load8(g: Int64):
 
 
 @cute.jit
-def quantize_block(r: cute.Tensor, s_codes: Int32, s_scale: Int32, lane: Int32):
-    """Quantize a block of 128 held by 16 lanes, 8 floats each: codes to `s_codes`, the scale as f32 to `s_scale`."""
+def block_amax(r: cute.Tensor):
+    """Largest magnitude of a block of 128 held by 16 lanes, 8 floats each."""
     amax = Float32(0.0)
     for i in range_constexpr(8):
         amax = cute.arch.fmax(amax, cute.arch.fmax(r[i], -r[i]))
-    byte = fp8_exponent(ptx.lanes_max(amax, 16))
+    return ptx.lanes_max(amax, 16)
+
+
+@cute.jit
+def quantize_block(r: cute.Tensor, s_codes: Int32, s_scale: Int32, lane: Int32):
+    """Quantize a block of 128 held by 16 lanes, 8 floats each: codes to `s_codes`, the scale as f32 to `s_scale`."""
+    byte = fp8_exponent(block_amax(r))
     f = reciprocal(byte)
     lo = codes4(r[0] * f, r[1] * f, r[2] * f, r[3] * f)
     hi = codes4(r[4] * f, r[5] * f, r[6] * f, r[7] * f)
     ptx.sts64(s_codes + (lane % 16) * 8, lo, hi)
+    if lane % 16 == 0:
+        ptx.sts_f32(s_scale, exponent_to_f32(byte))
+
+
+@cute.jit
+def scale_block_f16(r: cute.Tensor, s_values: Int32, s_scale: Int32, lane: Int32):
+    """A block of 128 bf16 values, held by 16 lanes as 8 floats each, as f16 times a power of two.
+
+    The largest magnitude lands in [2^14, 2^15): what is 2^29 times smaller or more loses bits, 2^-40 of the largest.
+    """
+    exponent = block_amax(r).bitcast(Int32) >> Int32(23)
+    byte = cutlass.min(cutlass.max(exponent - Int32(14), Int32(1)), Int32(253))
+    f = reciprocal(byte)
+    w = [ptx.f32x2_to_f16x2(r[2 * i] * f, r[2 * i + 1] * f) for i in range(4)]
+    ptx.sts128(s_values + (lane % 16) * 16, w[0], w[1], w[2], w[3])
     if lane % 16 == 0:
         ptx.sts_f32(s_scale, exponent_to_f32(byte))

@@ -10,7 +10,10 @@ BYTES = {"fp8": 2048, "bf16": 2048, "mxfp4": 1088, "nvfp4": 1152}  # of a unit, 
 
 @dataclass(frozen=True)
 class Product:
-    """Which unit format meets which activations: `x` is e4m3 (with one ue8m0 scale per 128) or bf16; `rows` is 1..8."""
+    """Which unit format meets which activations; `rows` is 1..8.
+
+    `x` in shared memory is e4m3 or f16, with a power-of-two f32 scale per 128, or bf16 (for bf16 weights).
+    """
 
     weight: str
     x: str
@@ -37,7 +40,7 @@ class Product:
     @property
     def fx_bytes(self) -> int:
         """Shared bytes of their scales, f32 [rows][units]."""
-        return self.rows * self.units * 4 if self.x == "e4m3" else 0
+        return self.rows * self.units * 4 if self.x != "bf16" else 0
 
     @property
     def finish(self) -> float:
@@ -46,8 +49,6 @@ class Product:
             return 2.0**14  # e2m1 bits placed in an f16 are the value times 2^-14
         if self.weight == "nvfp4":
             return 2.0**7  # scales carry 2^7 of the 2^14, the rest would overflow f16
-        if self.weight == "fp8" and self.x == "bf16":
-            return 2.0**60  # e4m3 bits placed in a bf16 are the value times 2^-120; x carries 2^60
         return 1.0
 
 

@@ -12,7 +12,6 @@ from cutlass import Constexpr, Float32, Int32, Uint32, const_expr, range_constex
 from dsv4c.codegen.lib import ptx
 from dsv4c.codegen.lib.shapes import COLUMNS, Product
 
-_X60 = 0x5D805D80  # bf16x2 of 2^60
 
 
 @cute.jit
@@ -24,18 +23,6 @@ def e2m1x8_to_f16x2x4(r: Uint32):
         "shl.b32 a, {$r0}, 5; shl.b32 b, {$r0}, 7; and.b32 a, a, 0x0E000E00; lop3.b32 {$w2}, b, 0x80008000, a, 0xEA; "
         "shr.u32 a, {$r0}, 3; shl.b32 b, {$r0}, 15; and.b32 a, a, 0x0E000E00; lop3.b32 {$w3}, b, 0x80008000, a, 0xEA; }",
         write_only_types=[Uint32] * 4,
-        read_only_args=[r],
-    )
-
-
-@cute.jit
-def e4m3x4_to_bf16x2x2(r: Uint32):
-    """Four e4m3 -> two bf16x2 holding the value times 2^-120, exact (NaN codes become 480 x 2^-120)."""
-    return cute.arch.inline_ptx(
-        "{ .reg .b32 a, b, s; prmt.b32 a, {$r0}, 0, 0x1404; prmt.b32 b, {$r0}, 0, 0x3424; "
-        "shr.u32 s, a, 4; and.b32 s, s, 0x07F007F0; lop3.b32 {$w0}, a, 0x80008000, s, 0xEA; "
-        "shr.u32 s, b, 4; and.b32 s, s, 0x07F007F0; lop3.b32 {$w1}, b, 0x80008000, s, 0xEA; }",
-        write_only_types=[Uint32] * 2,
         read_only_args=[r],
     )
 
@@ -59,23 +46,15 @@ def scale_byte(r: Uint32, byte: Constexpr[int]):
 @cute.jit
 def x_words(p: Constexpr[Product], s_x: Int32, row: Int32, unit: Int32, chunk: Constexpr[int], q: Int32):
     """The lane's B registers of one 32-k chunk: k 8q..8q+7 of activation row `row`, as four f16x2 or bf16x2."""
+    column = unit * COLUMNS[p.weight] + chunk * 32 + q * 8
     if const_expr(p.x == "e4m3"):
-        w = ptx.lds64(s_x + row * p.x_stride + unit * 128 + chunk * 32 + q * 8)
+        w = ptx.lds64(s_x + row * p.x_stride + column)
         lo = ptx.e4m3x4_to_f16x2x2(w[0])
         hi = ptx.e4m3x4_to_f16x2x2(w[1])
         return lo[0], lo[1], hi[0], hi[1]
     else:
-        w = ptx.lds128(s_x + row * p.x_stride + unit * (2 * COLUMNS[p.weight]) + chunk * 64 + q * 16)
-        if const_expr(p.weight == "fp8"):
-            s = Uint32(_X60)
-            return (
-                ptx.mul_bf16x2(w[0], s),
-                ptx.mul_bf16x2(w[1], s),
-                ptx.mul_bf16x2(w[2], s),
-                ptx.mul_bf16x2(w[3], s),
-            )
-        else:
-            return w[0], w[1], w[2], w[3]
+        w = ptx.lds128(s_x + row * p.x_stride + column * 2)
+        return w[0], w[1], w[2], w[3]
 
 
 @cute.jit
@@ -110,7 +89,7 @@ def accumulate(
         dot_nvfp4(p, rD, s_unit, s_x, row, unit, lane)
     f0 = weight_scale
     f1 = weight_scale
-    if const_expr(p.x == "e4m3"):
+    if const_expr(p.x != "bf16"):
         f0 = f0 * x_scale(p, s_fx, 2 * q, unit)
         f1 = f0
         if const_expr(p.rows > 1):
@@ -130,19 +109,14 @@ def x_scale(p: Constexpr[Product], s_fx: Int32, row: Int32, unit: Int32):
 
 @cute.jit
 def dot_fp8(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, row: Int32, unit: Int32, lane: Int32):
-    """rD += e4m3 unit x activations: f16 products for e4m3 activations, bf16 ones for bf16 (both exact)."""
+    """rD += e4m3 unit x e4m3 or f16 activations, products exact."""
     for c in range_constexpr(4):
         a = ptx.lds128(s_unit + 512 * c + lane * 16)
         b = x_words(p, s_x, row, unit, c, lane % 4)
         for h in range_constexpr(2):
-            if const_expr(p.x == "e4m3"):
-                u = ptx.e4m3x4_to_f16x2x2(a[h])
-                v = ptx.e4m3x4_to_f16x2x2(a[2 + h])
-                ptx.mma_f16(rD, u[0], v[0], u[1], v[1], b[2 * h], b[2 * h + 1])
-            else:
-                u = e4m3x4_to_bf16x2x2(a[h])
-                v = e4m3x4_to_bf16x2x2(a[2 + h])
-                ptx.mma_bf16(rD, u[0], v[0], u[1], v[1], b[2 * h], b[2 * h + 1])
+            u = ptx.e4m3x4_to_f16x2x2(a[h])
+            v = ptx.e4m3x4_to_f16x2x2(a[2 + h])
+            ptx.mma_f16(rD, u[0], v[0], u[1], v[1], b[2 * h], b[2 * h + 1])
 
 
 @cute.jit

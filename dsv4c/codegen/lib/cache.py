@@ -1,0 +1,139 @@
+"""New rows of the caches: norm, rotation, quantization, and the write into the row's slot.
+
+A row is held by the first `width / 4` threads of a CTA, four neighboring elements each, as floats. Every thread runs every
+line (there are barriers inside); the others carry zeros and store nothing.
+"""
+
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
+
+from dsv4c.codegen.lib import hadamard, ptx, quantize, rope
+from dsv4c.codegen.lib.geometry import ROPE, Row
+
+
+@cute.jit
+def prefetch(row: Constexpr[Row], g_gain: Int64, g_frequencies: Int64, tid: Int32):
+    """The thread's gains (bf16, two words) and, where it holds rotated elements, its two frequencies. Constants."""
+    r = cute.make_rmem_tensor((4,), Float32)
+    r.fill(0.0)
+    pair = tid * 2 - (row.width - ROPE) // 2
+    if tid < row.lanes:
+        for i in range_constexpr(2):
+            r[i] = ptx.ldg32_constant(g_gain + tid * 8 + i * 4).bitcast(Float32)
+            if pair >= 0:
+                r[2 + i] = ptx.ldg_f32_constant(g_frequencies + (pair + i) * 4)
+    return r
+
+
+@cute.jit
+def normalize(row: Constexpr[Row], s_squares: Int32, r: cute.Tensor, constants: cute.Tensor, eps: Constexpr[float], tid: Int32):
+    """r * rsqrt(mean(r^2) + eps) * gain in f32, rounded to bf16. One barrier; `s_squares` is 16 bytes of its own."""
+    squares = Float32(0.0)
+    for i in range_constexpr(4):
+        squares = squares + r[i] * r[i]
+    squares = ptx.lanes_sum(squares, 32)
+    if tid < row.lanes:
+        if tid % 32 == 0:
+            ptx.sts_f32(s_squares + tid // 8, squares)
+    cute.arch.sync_threads()
+    total = Float32(0.0)
+    for i in range_constexpr(row.lanes // 32):
+        total = total + ptx.lds_f32(s_squares + i * 4)
+    f = cute.math.rsqrt(total * Float32(1.0 / row.width) + Float32(eps), fastmath=True)
+    for i in range_constexpr(2):
+        lo, hi = ptx.bf16x2_to_f32x2(constants[i].bitcast(Uint32))
+        r[2 * i] = ptx.round_bf16(r[2 * i] * f * lo)
+        r[2 * i + 1] = ptx.round_bf16(r[2 * i + 1] * f * hi)
+
+
+@cute.jit
+def rotate(row: Constexpr[Row], r: cute.Tensor, constants: cute.Tensor, position: Int32, tid: Int32):
+    """Turn the last 64 elements to `position`, rounded to bf16."""
+    if tid >= (row.width - ROPE) // 4:
+        for i in range_constexpr(2):
+            even, odd = rope.turn(r[2 * i], r[2 * i + 1], position.to(Float32) * constants[2 + i])
+            r[2 * i] = ptx.round_bf16(even)
+            r[2 * i + 1] = ptx.round_bf16(odd)
+
+
+@cute.jit
+def store(row: Constexpr[Row], r: cute.Tensor, g_data: Int64, g_scale: Int64, g_tail: Int64, slot: Int64, tid: Int32):
+    """Write the row to place `slot` of the component arrays, in the row's format."""
+    if const_expr(row.format == "bf16"):
+        if tid < row.lanes:
+            _store_bf16(r, g_data + (slot * row.lanes + tid) * 8)
+    elif const_expr(row.format == "fp8"):
+        _store_fp8(row, r, g_data, g_scale, g_tail, slot, tid)
+    else:
+        _store_mxfp4(r, g_data, g_scale, slot, tid)
+
+
+@cute.jit
+def _store_bf16(r: cute.Tensor, g: Int64):
+    ptx.stg64(g, ptx.f32x2_to_bf16x2(r[0], r[1]), ptx.f32x2_to_bf16x2(r[2], r[3]))
+
+
+@cute.jit
+def _store_fp8(row: Constexpr[Row], r: cute.Tensor, g_data: Int64, g_scale: Int64, g_tail: Int64, slot: Int64, tid: Int32):
+    """Blocks of 64 are 16 neighboring threads; the last 64 elements stay bf16."""
+    amax = Float32(0.0)
+    for i in range_constexpr(4):
+        amax = cute.arch.fmax(amax, cute.arch.fmax(r[i], -r[i]))
+    byte = quantize.fp8_exponent(ptx.lanes_max(amax, 16))
+    f = quantize.reciprocal(byte)
+    coded = (row.width - ROPE) // 4  # threads whose elements become codes
+    if tid < coded:
+        ptx.stg32(g_data + (slot * coded + tid) * 4, quantize.codes4(r[0] * f, r[1] * f, r[2] * f, r[3] * f))
+        if tid % 16 == 0:
+            ptx.stg_u8(g_scale + slot * (coded // 16) + tid // 16, byte.to(Uint32))
+    elif tid < row.lanes:
+        _store_bf16(r, g_tail + (slot * (ROPE // 4) + tid - coded) * 8)
+
+
+@cute.jit
+def _store_mxfp4(r: cute.Tensor, g_data: Int64, g_scale: Int64, slot: Int64, tid: Int32):
+    """A row of 128 in the Hadamard domain: 64 bytes of codes, the even element in the low nibble, and 4 scales."""
+    hadamard.hadamard128(r, tid % 32)
+    byte = hadamard.block32_exponent(r)
+    codes = Uint32(0)
+    for i in range_constexpr(4):
+        codes = codes | (hadamard.e2m1_code(r[i], byte) << Uint32(4 * i))
+    if tid < 32:
+        ptx.stg16(g_data + slot * 64 + tid * 2, codes)
+        if tid % 8 == 0:
+            ptx.stg_u8(g_scale + slot * 4 + tid // 8, byte.to(Uint32))
+
+
+@cute.jit
+def kv_store(
+    row: Constexpr[Row],
+    ring: Constexpr[int],
+    eps: Constexpr[float],
+    s: Int32,
+    g_kv: Int64,
+    g_gain: Int64,
+    g_frequencies: Int64,
+    g_positions: Int64,
+    g_data: Int64,
+    g_scale: Int64,
+    g_tail: Int64,
+    sequence: Int32,
+    tid: Int32,
+):
+    """One CTA: row `sequence` of kv bf16[B, width], normed and rotated, into slot position % ring of its window.
+
+    16 bytes of shared memory. Position -1 writes nothing.
+    """
+    constants = prefetch(row, g_gain, g_frequencies, tid)
+    ptx.wait()
+    position = ptx.ldg32(g_positions + sequence * 4).bitcast(Int32)
+    r = cute.make_rmem_tensor((4,), Float32)
+    r.fill(0.0)
+    if tid < row.lanes:
+        w = ptx.ldg64(g_kv + (Int64(sequence) * row.lanes + tid) * 8)
+        for i in range_constexpr(2):
+            r[2 * i], r[2 * i + 1] = ptx.bf16x2_to_f32x2(w[i])
+    normalize(row, s, r, constants, eps, tid)
+    if position >= 0:
+        rotate(row, r, constants, position, tid)
+        store(row, r, g_data, g_scale, g_tail, Int64(sequence) * ring + position % ring, tid)

@@ -1,0 +1,187 @@
+"""The KV compressor's step for one token: remember its row, and at the end of a window pool, norm, rotate and store.
+
+Pooling is a softmax over tokens, per channel, in one pass with a running maximum; the current token is taken from the
+projections themselves, so nothing waits for the ring. Tokens before position 0 are never read.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, Int64, const_expr, range_constexpr
+
+from dsv4c.codegen.lib import cache, ptx, softmax
+from dsv4c.codegen.lib.geometry import Pool
+
+
+@cute.jit
+def compress(
+    pool: Constexpr[Pool],
+    eps: Constexpr[float],
+    s: Int32,
+    g_u: Int64,
+    g_s: Int64,
+    g_ape: Int64,
+    g_gain: Int64,
+    g_frequencies: Int64,
+    g_positions: Int64,
+    g_kv: Int64,
+    g_score: Int64,
+    g_data: Int64,
+    g_scale: Int64,
+    g_tail: Int64,
+    sequence: Int32,
+    tid: Int32,
+):
+    """One CTA: u and s f32[B, channels] of row `sequence`, ape f32[ratio, channels].
+
+    `pool.shared` bytes of shared memory. Position -1 writes nothing.
+    """
+    row = pool.row
+    constants = cache.prefetch(row, g_gain, g_frequencies, tid)
+    ptx.wait()
+    position = ptx.ldg32(g_positions + sequence * 4).bitcast(Int32)
+    if position >= 0:
+        at = Int64(sequence) * (pool.channels * 4)
+        g_u_row, g_s_row = g_u + at, g_s + at
+        g_ape_row = g_ape + position % pool.ratio * (pool.channels * 4)
+        ring = Int64(sequence) * pool.ring
+        remember(pool, g_u_row, g_s_row, g_ape_row, g_kv, g_score, ring + position % pool.ring, tid)
+        if (position + 1) % pool.ratio == 0:
+            entry = position // pool.ratio
+            total = pool_group(pool, g_u_row, g_s_row, g_ape_row, g_kv, g_score, ring, position, tid)
+            r = combine(pool, s + 128, total, tid)
+            cache.normalize(row, s, r, constants, eps, tid)
+            cache.rotate(row, r, constants, entry * pool.ratio, tid)
+            cache.store(row, r, g_data, g_scale, g_tail, Int64(sequence) * pool.capacity + entry, tid)
+
+
+@cute.jit
+def remember(
+    pool: Constexpr[Pool],
+    g_u: Int64,
+    g_s: Int64,
+    g_ape: Int64,
+    g_kv: Int64,
+    g_score: Int64,
+    place: Int64,
+    tid: Int32,
+):
+    """Write u and s + ape of the current token to row `place` of the rings."""
+    for n in range_constexpr(-(-pool.channels // (4 * pool.threads))):
+        channel = (tid + n * pool.threads) * 4
+        if channel < pool.channels:
+            u = ptx.ldg128(g_u + channel * 4)
+            r = add_bias(ptx.ldg128(g_s + channel * 4), g_ape + channel * 4)
+            at = (place * pool.channels + channel) * 4
+            ptx.stg128(g_kv + at, u[0], u[1], u[2], u[3])
+            ptx.stg128(g_score + at, *[r[i].bitcast(cutlass.Uint32) for i in range(4)])
+
+
+@cute.jit
+def add_bias(s: tuple, g_ape: Int64):
+    """Four score words plus the position bias (a constant), as floats."""
+    bias = ptx.ldg128_constant(g_ape)
+    r = cute.make_rmem_tensor((4,), Float32)
+    for i in range_constexpr(4):
+        r[i] = s[i].bitcast(Float32) + bias[i].bitcast(Float32)
+    return r
+
+
+@cute.jit
+def pool_group(
+    pool: Constexpr[Pool],
+    g_u: Int64,
+    g_s: Int64,
+    g_ape: Int64,
+    g_kv: Int64,
+    g_score: Int64,
+    ring: Int64,
+    position: Int32,
+    tid: Int32,
+):
+    """The group's run of tokens, for the thread's four channels -> rmem [3][4]: maximum, weight, weighted sum."""
+    width = pool.row.width
+    group = tid // pool.row.lanes
+    channel = tid % pool.row.lanes * 4
+    first = position + 1 - pool.tokens
+    total = cute.make_rmem_tensor((3, 4), Float32)
+    total.fill(0.0)
+    for i in range_constexpr(4):
+        total[0, i] = -Float32.inf
+    score = cute.make_rmem_tensor((pool.chunk, 4), Float32)
+    value = cute.make_rmem_tensor((pool.chunk, 4), Float32)
+    for step in cutlass.range(-(-pool.run // pool.chunk), unroll=1):
+        score.fill(-Float32.inf)
+        value.fill(0.0)
+        for n in range_constexpr(pool.chunk):
+            i = step * pool.chunk + n
+            j = group * pool.run + i
+            token = first + j
+            if token >= 0 and i < pool.run and j < pool.tokens:
+                at = Int32(channel)
+                if const_expr(pool.overlap):
+                    if j >= pool.ratio:
+                        at = at + width
+                place = ((ring + token % pool.ring) * pool.channels + at) * 4
+                if token == position:
+                    now = add_bias(ptx.ldg128(g_s + at * 4), g_ape + at * 4)
+                    u = ptx.ldg128(g_u + at * 4)
+                    for c in range_constexpr(4):
+                        score[n, c] = now[c]
+                        value[n, c] = u[c].bitcast(Float32)
+                else:
+                    then = ptx.ldg128(g_score + place)
+                    u = ptx.ldg128(g_kv + place)
+                    for c in range_constexpr(4):
+                        score[n, c] = then[c].bitcast(Float32)
+                        value[n, c] = u[c].bitcast(Float32)
+        _accumulate(pool, total, score, value)
+    return total
+
+
+@cute.jit
+def _accumulate(pool: Constexpr[Pool], total: cute.Tensor, score: cute.Tensor, value: cute.Tensor):
+    for c in range_constexpr(4):
+        maximum = total[0, c]
+        for n in range_constexpr(pool.chunk):
+            score[n, c] = score[n, c] * Float32(softmax.LOG2_E)
+            maximum = cute.arch.fmax(maximum, score[n, c])
+        old = softmax.weight(total[0, c], maximum)
+        total[0, c] = maximum
+        total[1, c] = total[1, c] * old
+        total[2, c] = total[2, c] * old
+        for n in range_constexpr(pool.chunk):
+            p = softmax.weight(score[n, c], maximum)
+            total[1, c] = total[1, c] + p
+            total[2, c] = total[2, c] + p * value[n, c]
+
+
+@cute.jit
+def combine(pool: Constexpr[Pool], s: Int32, total: cute.Tensor, tid: Int32):
+    """The groups' results merged and divided, rounded to bf16; zeros beyond the first group. One barrier."""
+    lanes = pool.row.lanes
+    group = tid // lanes
+    lane = tid % lanes
+    if group < pool.groups:
+        for i in range_constexpr(3):
+            words = [total[i, c].bitcast(cutlass.Uint32) for c in range(4)]
+            ptx.sts128(s + ((group * 3 + i) * lanes + lane) * 16, *words)
+    cute.arch.sync_threads()
+    r = cute.make_rmem_tensor((4,), Float32)
+    r.fill(0.0)
+    if group == 0:
+        merged = cute.make_rmem_tensor((3, 4), Float32)
+        merged.fill(0.0)
+        for c in range_constexpr(4):
+            merged[0, c] = -Float32.inf
+        for n in range_constexpr(pool.groups):
+            part = [ptx.lds128(s + ((n * 3 + i) * lanes + lane) * 16) for i in range(3)]
+            for c in range_constexpr(4):
+                m = part[0][c].bitcast(Float32)
+                maximum = cute.arch.fmax(merged[0, c], m)
+                old, new = softmax.weight(merged[0, c], maximum), softmax.weight(m, maximum)
+                merged[0, c] = maximum
+                for i in range_constexpr(1, 3):
+                    merged[i, c] = merged[i, c] * old + part[i][c].bitcast(Float32) * new
+        for c in range_constexpr(4):
+            r[c] = ptx.round_bf16(ptx.divide(merged[2, c], merged[1, c]))
+    return r
