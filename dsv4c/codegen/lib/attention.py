@@ -208,8 +208,9 @@ def _row(a: Constexpr[Attention], g_window: Int64, g_entries: Int64, sequence: I
 def fetch_tile(
     a: Constexpr[Attention],
     s_keys: Int32,
-    window: cutlass.Constexpr,
-    entries: cutlass.Constexpr,
+    window: tuple,
+    entries: tuple,
+    scales: cute.Tensor,
     sequence: Int32,
     place: Int32,
     warp: Int32,
@@ -217,8 +218,8 @@ def fetch_tile(
 ):
     """Start copying the warp's rows of a tile; lane i < tile_rows knows the `place` of row warp * tile_rows + i.
 
-    Returns the scale bytes of rows 4n + lane / 8, block lane % 8 (for n < tile_rows / 4), which arrive in registers.
-    `window` and `entries` are the addresses of data, scale and tail.
+    Scale bytes go to registers: scales[n] is that of row 4n + lane / 8, block lane % 8. `window` and `entries` are the
+    addresses of data, scale and tail.
     """
     chunks = a.data_bytes // 16
     for n in range_constexpr(a.tile_rows):
@@ -228,9 +229,8 @@ def fetch_tile(
         for i in range_constexpr(-(-chunks // 32)):
             if lane + 32 * i < chunks:
                 _copy16(s + (lane + 32 * i) * 16, g + (lane + 32 * i) * 16, p + 1)
-    scales = cute.make_rmem_tensor((-(-a.tile_rows // 4),), Uint32)
-    scales.fill(0)
     if const_expr(a.format == "fp8"):
+        scales.fill(0)
         for n in range_constexpr(-(-a.tile_rows // 4)):
             i = 4 * n + lane // 8
             p = cute.arch.shuffle_sync(place, cutlass.min(i, a.tile_rows - 1))
@@ -241,7 +241,6 @@ def fetch_tile(
                 if lane % 8 < a.blocks and p >= 0:
                     scales[n] = _load_u8(_row(a, window[1], entries[1], sequence, p, a.blocks) + lane % 8)
     ptx.cp_async_commit()
-    return scales
 
 
 @cute.jit
@@ -265,7 +264,8 @@ def publish_tile(a: Constexpr[Attention], sm: Int32, scales: cute.Tensor, place:
 
 @cute.jit
 def scores(a: Constexpr[Attention], sm: Int32, s_keys: Int32, q: cute.Tensor, warp: Int32, lane: Int32):
-    """q . k over the warp's dimensions for every key of the tile, to shared memory."""
+    """q . k over the warp's dimensions for every key of the tile, to shared memory; returns what `values` scales by."""
+    scale = Float32(1.0)
     s_part = sm + a.o_part + (warp * HEADS + lane // 4) * a.part_stride * 4 + lane % 4 * 16
     s_scale = sm + a.o_scale + warp * a.tile + lane % 4 * 4
     s_row = s_keys + lane // 4 * (2 * a.row_bytes)
@@ -279,6 +279,7 @@ def scores(a: Constexpr[Attention], sm: Int32, s_keys: Int32, q: cute.Tensor, wa
                     for i in range_constexpr(2):
                         r[n % 2, n // 2 + 2 * i] = r[n % 2, n // 2 + 2 * i] * f
                 _store_part(a, s_part + j * 64, r)
+            scale = relative_scales(a, sm, warp, lane)
         else:
             for j in range_constexpr(a.tile // 16):
                 r = _scores16_bf16(a, s_row + j * 16 * a.row_bytes + a.data_bytes + lane % 4 * 16, q)
@@ -287,6 +288,7 @@ def scores(a: Constexpr[Attention], sm: Int32, s_keys: Int32, q: cute.Tensor, wa
         for j in range_constexpr(a.tile // 16):
             r = _scores16_bf16(a, s_row + j * 16 * a.row_bytes + warp * 128 + lane % 4 * 16, q)
             _store_part(a, s_part + j * 64, r)
+    return scale
 
 
 @cute.jit
@@ -316,6 +318,33 @@ def _scores16_bf16(a: Constexpr[Attention], s: Int32, q: cute.Tensor):
                 f = 2 * h + sub
                 ptx.mma_bf16(r[e, None], q[f, 0], q[f, 1], q[f, 2], q[f, 3], b[2 * sub], b[2 * sub + 1])
     return r
+
+
+@cute.jit
+def relative_scales(a: Constexpr[Attention], sm: Int32, warp: Int32, lane: Int32):
+    """The warp's key scales over the tile's largest, f16 to shared memory; returns that largest times 2^-15.
+
+    Probabilities carry 2^15, so products keep f16's full precision down to 2^-29 of the largest.
+    """
+    steps = -(-a.tile // 32)
+    byte = cute.make_rmem_tensor((steps,), Int32)
+    byte.fill(1)
+    for i in range_constexpr(steps):
+        if lane + 32 * i < a.tile:
+            byte[i] = cutlass.max(ptx.lds_u8(sm + a.o_scale + warp * a.tile + lane + 32 * i).to(Int32), Int32(1))
+    largest = byte[0]
+    for i in range_constexpr(1, steps):
+        largest = cutlass.max(largest, byte[i])
+    largest = cute.arch.warp_redux_sync(largest, kind="max")
+    for i in range_constexpr(steps):
+        if lane + 32 * i < a.tile:
+            exponent = Int32(15) + byte[i] - largest
+            bits = exponent << Int32(10)
+            if exponent < 1:  # subnormal
+                bits = Int32(1024) >> cutlass.min(Int32(1) - exponent, Int32(31))
+            _store_u16(sm + a.o_factor + (warp * a.tile + lane + 32 * i) * 2, bits.to(Uint32))
+    cute.arch.sync_warp()
+    return ((cutlass.max(largest - 15, Int32(1))) << Int32(23)).bitcast(Float32)
 
 
 @cute.jit
@@ -377,43 +406,16 @@ def soften(a: Constexpr[Attention], sm: Int32, stats: cute.Tensor, warp: Int32, 
 
 
 @cute.jit
-def relative_scales(a: Constexpr[Attention], sm: Int32, warp: Int32, lane: Int32):
-    """The warp's key scales over the tile's largest, f16 to shared memory; returns that largest times 2^-15.
-
-    Probabilities carry 2^15, so products keep f16's full precision down to 2^-29 of the largest.
-    """
-    steps = -(-a.tile // 32)
-    byte = cute.make_rmem_tensor((steps,), Int32)
-    byte.fill(1)
-    for i in range_constexpr(steps):
-        if lane + 32 * i < a.tile:
-            byte[i] = cutlass.max(ptx.lds_u8(sm + a.o_scale + warp * a.tile + lane + 32 * i).to(Int32), Int32(1))
-    largest = byte[0]
-    for i in range_constexpr(1, steps):
-        largest = cutlass.max(largest, byte[i])
-    largest = cute.arch.warp_redux_sync(largest, kind="max")
-    for i in range_constexpr(steps):
-        if lane + 32 * i < a.tile:
-            exponent = Int32(15) + byte[i] - largest
-            bits = exponent << Int32(10)
-            if exponent < 1:  # subnormal
-                bits = Int32(1024) >> cutlass.min(Int32(1) - exponent, Int32(31))
-            _store_u16(sm + a.o_factor + (warp * a.tile + lane + 32 * i) * 2, bits.to(Uint32))
-    cute.arch.sync_warp()
-    return ((cutlass.max(largest - 15, Int32(1))) << Int32(23)).bitcast(Float32)
-
-
-@cute.jit
-def values(a: Constexpr[Attention], sm: Int32, s_keys: Int32, o: cute.Tensor, warp: Int32, lane: Int32):
-    """o = o * correction + p . v of the tile. o [8][4]: dimension 8g' + n of the warp for column g', heads g and g + 8."""
+def values(
+    a: Constexpr[Attention], sm: Int32, s_keys: Int32, o: cute.Tensor, scale: Float32, warp: Int32, lane: Int32
+):
+    """o = o * correction + p . v * scale of the tile. o [8][4]: dimension 8g' + n of the warp for column g', heads g and g + 8."""
     r = cute.make_rmem_tensor((8, 4), Float32)
     r.fill(0.0)
-    scale = Float32(1.0)
     s_p = (lane // 4 * a.p_stride + lane % 4 * 2) * 2 + sm
     s_row = s_keys + lane % 4 * (2 * a.row_bytes)
     if const_expr(a.format == "fp8"):
         if warp < a.warps - 1:
-            scale = relative_scales(a, sm, warp, lane)
             s_factor = sm + a.o_factor + (warp * a.tile + lane % 4 * 2) * 2
             for j in range_constexpr(a.tile // 16):
                 p = _load_p(a, s_p + a.o_p_f16 + j * 32)
@@ -474,8 +476,10 @@ def _values16_bf16(a: Constexpr[Attention], s: Int32, p: cute.Tensor, r: cute.Te
 
 
 @cute.jit
-def open_exchange(a: Constexpr[Attention], sm: Int32, tid: Int32):
-    """Make the inbox's barrier ready and tell the cluster; `exchange` waits for the others."""
+def open_exchange(a: Constexpr[Attention], sm: Int32, g_sink: Int64, head: Int32, tid: Int32):
+    """Make the inbox's barrier ready and tell the cluster; `exchange` waits for the others. Fetch the sinks (constants)."""
+    if tid < HEADS and head + tid < a.heads:
+        ptx.sts_f32(sm + a.o_sink + tid * 4, ptx.ldg_f32_constant(g_sink + (head + tid) * 4))
     if tid == 0:
         cluster.open_inbox(sm + a.o_barrier, a.splits * HEADS * (a.slice * 4 + 16))
     cute.arch.cluster_arrive()
@@ -505,7 +509,6 @@ def exchange(a: Constexpr[Attention], sm: Int32, o: cute.Tensor, stats: cute.Ten
 def finish(
     a: Constexpr[Attention],
     sm: Int32,
-    g_sink: Int64,
     g_out: Int64,
     sequence: Int32,
     head: Int32,
@@ -521,7 +524,7 @@ def finish(
         row = unit // quads
         dimension = rank * a.slice + unit % quads * 4
         if unit < HEADS * quads and head + row < a.heads:
-            r = _merge(a, sm, row, unit, ptx.ldg_f32_constant(g_sink + (head + row) * 4))
+            r = _merge(a, sm, row, unit, ptx.lds_f32(sm + a.o_sink + row * 4))
             if dimension >= a.width - ROPE:
                 _turn_back(a, sm, r, position, dimension)
             at = (Int64(sequence) * a.heads + head + row) * a.width + dimension

@@ -165,7 +165,7 @@ class Attention:
             "keys": self.stages * self.tile * self.row_bytes,
             "part": self.warps * HEADS * self.part_stride * 4,
             "inbox": self.splits * HEADS * self.slice * 4,
-            "stats": self.splits * HEADS * 8,
+            "stats": self.splits * HEADS * 16,
             "p_bf16": HEADS * self.p_stride * 2,
             "p_f16": HEADS * self.p_stride * 2,
             "factor": self.warps * self.tile * 2,
@@ -174,6 +174,7 @@ class Attention:
             "squares": HEADS * self.warps * 4,
             "correction": HEADS * 4,
             "frequencies": ROPE // 2 * 4,
+            "sink": HEADS * 4,
             "barrier": 16,
         }
         places, at = {}, 0
@@ -199,7 +200,7 @@ class Attention:
 
     @property
     def o_stats(self) -> int:
-        """Every split's (maximum, weight) f32 [splits][heads][2]."""
+        """Every split's (maximum, weight, 0, 0) f32 [splits][heads][4]."""
         return self._places["stats"]
 
     @property
@@ -241,6 +242,11 @@ class Attention:
     def o_frequencies(self) -> int:
         """RoPE frequencies f32 [32]."""
         return self._places["frequencies"]
+
+    @property
+    def o_sink(self) -> int:
+        """The heads' sinks f32 [heads]."""
+        return self._places["sink"]
 
     @property
     def o_barrier(self) -> int:

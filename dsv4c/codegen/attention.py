@@ -1,0 +1,151 @@
+"""The decode attention family: per-head norm, RoPE, window and compressed keys, sink softmax, values, inverse RoPE.
+
+`AttentionSpec` says what to compute; `emit_attention` splits the keys over a cluster and stitches
+`templates/attention.py.jinja`. K = V is one head, so 16 query heads are the rows of every MMA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.codegen.lib.geometry import BLOCK, Attention, Row
+from dsv4c.errors import BuildError
+
+SHARED_PER_CTA = 227 * 1024
+FORMATS = {"fp8": "q[e4m3,ue8m0,1x64,tail=64]", "bf16": "bf16"}
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """q bf16[batch, heads, width] before norm and RoPE -> out bf16[batch, heads, width]; strings name operands.
+
+    Keys: the last `window` tokens in a ring of `ring` rows, and of a cache of `capacity` entries, one per `ratio`
+    tokens, those that `entries` says: "none", "all" complete ones, or the `selected_count` numbers of i32 `selected`
+    (-1 for none; what the token may see comes first). `exact_norm` rounds the per-head norm's steps to bf16, as the
+    release does. `splits` and `tile` override how keys are spread over CTAs.
+    """
+
+    name: str
+    batch: int
+    heads: int
+    width: int
+    format: str
+    window: int
+    ring: int
+    eps: float
+    entries: str = "none"
+    selected_count: int = 0
+    ratio: int = 1
+    capacity: int = 0
+    exact_norm: bool = True
+    splits: int | None = None
+    tile: int | None = None
+    q: str = "q"
+    window_operand: str = "window"
+    entries_operand: str = "entries"
+    selected: str = "selected"
+    sink: str = "sink"
+    frequencies: str = "frequencies"
+    positions: str = "positions"
+    out: str = "out"
+
+    @property
+    def extra(self) -> int:
+        """Most entries that a token sees beside its window."""
+        return {"none": 0, "selected": self.selected_count, "all": self.capacity}[self.entries]
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """In ABI order."""
+        row = Row(self.width, self.format)
+        caches = [Parameter(self.window_operand, c) for c in row.components]
+        if self.entries != "none":
+            caches += [Parameter(self.entries_operand, c) for c in row.components]
+        chosen = [Parameter(self.selected)] if self.entries == "selected" else []
+        rest = (self.sink, self.frequencies, self.positions, self.out)
+        return (Parameter(self.q), *caches, *chosen, *map(Parameter, rest))
+
+
+def emit_attention(spec: AttentionSpec) -> Emission:
+    """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
+    a = plan_attention(spec)
+    _check(spec, a)
+    row = spec.width * 2 if spec.format == "bf16" else (spec.width - 64) + (spec.width - 64) // 64 + 128
+    nbytes = spec.batch * ((spec.window + spec.extra) * row + spec.heads * spec.width * 4)
+    source = render(
+        "attention.py.jinja",
+        spec=spec,
+        a=a,
+        fields=[(f.name, _literal(getattr(a, f.name))) for f in fields(a)],
+        keys_text=_keys_text(spec),
+        signature=_signature(spec),
+        pointers=[p.name for p in spec.parameters],
+        nbytes=nbytes,
+        floor=floor_us(nbytes),
+    )
+    ctas = a.splits * a.head_tiles * spec.batch
+    cluster = (a.splits, 1, 1)
+    return Emission(f"{spec.name}_0", source, (ctas, 1, 1), a.warps * 32, a.shared, spec.parameters, cluster)
+
+
+def plan_attention(spec: AttentionSpec) -> Attention:
+    """Spread the keys: clusters of 8 CTAs, and the smallest tile that covers all keys at once, up to 80 keys."""
+    splits = spec.splits or min(8, spec.width // 16)
+    warps = spec.width // BLOCK
+    step = 16 if 16 % max(warps, 1) == 0 else warps
+    keys = spec.window + spec.extra
+    tile = spec.tile or min(80, step * -(-keys // (splits * step)))
+    return Attention(
+        heads=spec.heads,
+        width=spec.width,
+        format=spec.format,
+        window=spec.window,
+        ring=spec.ring,
+        entries=spec.entries,
+        extra=spec.extra,
+        ratio=spec.ratio,
+        capacity=spec.capacity,
+        splits=splits,
+        tile=tile,
+        exact_norm=spec.exact_norm,
+        eps=spec.eps,
+    )
+
+
+def _check(spec: AttentionSpec, a: Attention) -> None:
+    def expect(condition: bool, text: str) -> None:
+        if not condition:
+            raise BuildError(f"{spec.name}: {text}")
+
+    expect(spec.format in FORMATS, f"keys must be {' or '.join(FORMATS)}, got {spec.format}")
+    expect(spec.width in (128, 256, 512), f"head width must be 128, 256 or 512, got {spec.width}")
+    expect(spec.ring >= spec.window, f"a ring of {spec.ring} rows cannot hold a window of {spec.window}")
+    expect(a.splits in (1, 2, 4, 8, 16) and a.slice >= 16, f"cannot split {spec.width} dimensions {a.splits} ways")
+    expect(a.tile % 16 == 0 and a.tile <= 32 * a.warps, f"tiles are multiples of 16 up to {32 * a.warps}, got {a.tile}")
+    expect(a.shared <= SHARED_PER_CTA, f"needs {a.shared} bytes of shared memory, a CTA has {SHARED_PER_CTA}")
+
+
+def _literal(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _keys_text(spec: AttentionSpec) -> str:
+    return {
+        "none": "",
+        "selected": f", then {spec.selected_count} selected entries of {spec.ratio} tokens each",
+        "all": f", then every complete entry of {spec.ratio} tokens",
+    }[spec.entries]
+
+
+def _signature(spec: AttentionSpec) -> str:
+    B, keys = spec.batch, FORMATS[spec.format]
+    lines = [
+        f"q, out: bf16[{B},{spec.heads},{spec.width}]; window: {keys}[{B},{spec.ring},{spec.width}];",
+        f"sink: f32[{spec.heads}]; frequencies: f32[32]; positions: i32[{B}], -1 for none (gives zeros)",
+    ]
+    if spec.entries != "none":
+        lines[0] += f"\nentries: {keys}[{B},{spec.capacity},{spec.width}];"
+    if spec.entries == "selected":
+        lines[0] += f" selected: i32[{B},{spec.selected_count}];"
+    return "\n".join(lines)
