@@ -69,6 +69,7 @@ class GemvSpec:
     groups: int = 1
     tile_warps: int = 0  # 0: planned
     rounds: int = 0
+    span: int = 0
 
 
 @dataclass(frozen=True)
@@ -250,7 +251,9 @@ def _part(
     k_warps = max(n for n in range(1, WARPS // tile_warps + 1) if -(-spec.k // 128) % n == 0)
     per_warp = product.units // k_warps
     span = next(n for n in (4, 2, 1) if per_warp % n == 0 and n * BYTES[product.weight] <= 4608)
-    if product.weight in ("fp8", "bf16"):
+    if spec.span:
+        span = spec.span
+    elif product.weight in ("fp8", "bf16"):
         span = 1  # measured: two units per stage gain nothing where a unit is 2 KB
     slots, at = [], 0
     for m in matrices:

@@ -1,4 +1,4 @@
-"""Cross-compile the GEMV cases that `check_gemv.py` runs on a device: python tests/gpu/build_gemv.py [--target sm_90a].
+"""Cross-compile the cases that `check_gemv.py` and `check_experts.py` run on a device: python tests/gpu/build_gemv.py [--target sm_90a].
 
 Writes cubins and `cases.json` to the folder .device/gemv (carry it to the machine with the GPU, which needs no compiler).
 """
@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.experts import ExpertsSpec, emit_experts_down, emit_experts_up
 from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
 
 FOLDER = Path(".device/gemv")
@@ -82,6 +83,9 @@ def cases() -> list[Case]:
         in_proj("in_proj", 4096, 1024, 1),
         dense("wo_a", 8192, 4096, "fp8", KEEP, groups=8),
         dense("lm_head", 129280, 4096, "bf16", PLAIN, out="f32"),
+        replace(dense("lm_head_2", 129280, 4096, "bf16", PLAIN, out="f32"), span=2),
+        replace(dense("lm_head_1", 129280, 4096, "bf16", PLAIN, out="f32"), tile_warps=1, rounds=31),
+        replace(dense("lm_head_12", 129280, 4096, "bf16", PLAIN, out="f32"), tile_warps=1, rounds=31, span=2),
         dense("mxfp4", 12288, 4096, "mxfp4"),
         dense("nvfp4", 12288, 4096, "nvfp4"),
         in_proj("in_proj_pro", 7168, 1536, 1),
@@ -116,7 +120,23 @@ def cases() -> list[Case]:
     return [Case(s, True) for s in timed] + [Case(s) for s in checked]
 
 
-def describe(case: Case, emission: Emission) -> dict[str, object]:
+def experts() -> list[tuple[ExpertsSpec, bool]]:
+    """Layers' experts and whether to time them."""
+
+    def flash(routed: str, shared: str, batch: int = 1) -> ExpertsSpec:
+        return ExpertsSpec(f"flash_{routed}_{shared}_b{batch}", batch, 4096, 2048, 256, 6, routed, shared, 10.0)
+
+    pro = ExpertsSpec("pro_mxfp4_fp8_b1", 1, 7168, 3072, 384, 6, "mxfp4", "fp8", 10.0)
+    timed = [flash("mxfp4", "fp8"), flash("nvfp4", "fp8"), flash("fp8", "fp8"), pro, flash("mxfp4", "fp8", 8)]
+    checked = [flash("bf16", "bf16"), flash("nvfp4", "nvfp4", 3), flash("mxfp4", "fp8", 2)]
+    for batch in (1, 3):
+        tiny = [("mxfp4", "fp8"), ("nvfp4", "fp8"), ("fp8", "fp8")]
+        checked += [ExpertsSpec(f"tiny_{r}_{s}_b{batch}", batch, 256, 128, 8, 2, r, s, 1.0) for r, s in tiny]
+        checked.append(ExpertsSpec(f"tiny_bf16_bf16_b{batch}", batch, 96, 48, 6, 2, "bf16", "bf16", 0.6))
+    return [(s, True) for s in timed] + [(s, False) for s in checked]
+
+
+def describe(spec: GemvSpec | ExpertsSpec, timed: bool, emission: Emission) -> dict[str, object]:
     """What the device side needs to know, as JSON."""
     return {
         "symbol": emission.symbol,
@@ -126,8 +146,8 @@ def describe(case: Case, emission: Emission) -> dict[str, object]:
         "cluster": emission.cluster,
         "parameters": [[p.operand, p.component] for p in emission.parameters],
         "packing": dict(emission.packing),
-        "timed": case.timed,
-        "spec": asdict(case.spec),
+        "timed": timed,
+        "spec": asdict(spec),
     }
 
 
@@ -138,15 +158,21 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=Path(".device/store"))
     options = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    every = cases()
-    emissions = [emit_gemv(case.spec) for case in every]
+    every = [(case.spec, case.timed, emit_gemv(case.spec)) for case in cases()]
+    pairs = []
+    for spec, timed in experts():
+        up = emit_experts_up(replace(spec, name=f"up_{spec.name}"))
+        down = emit_experts_down(replace(spec, name=f"down_{spec.name}"))
+        pairs.append((spec, timed, up, down))
+    emissions = [e for *_, e in every] + [e for *_, up, down in pairs for e in (up, down)]
     built = build([Source(e.symbol, e.source) for e in emissions], options.target, options.store)
     for emission, kernel in zip(emissions, built, strict=True):
         (FOLDER / f"{emission.symbol}.cubin").write_bytes(kernel.cubin)
         r = kernel.resources
-        print(f"{emission.symbol:24} grid {emission.grid[0]:5} shared {emission.shared:6} regs {r.registers:3} stack {r.stack}")
-    descriptions = [describe(c, e) for c, e in zip(every, emissions, strict=True)]
-    (FOLDER / "cases.json").write_text(json.dumps(descriptions, indent=1))
+        print(f"{emission.symbol:24} {emission.grid} {emission.shared} B, {r.registers} registers, stack {r.stack}")
+    (FOLDER / "cases.json").write_text(json.dumps([describe(*case) for case in every], indent=1))
+    layers = [[describe(s, t, up), describe(s, t, down)] for s, t, up, down in pairs]
+    (FOLDER / "experts.json").write_text(json.dumps(layers, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Activation rows into shared memory, as `units.accumulate` reads them: the prologue stages of the GEMV family.
 
-Every stage waits for the predecessors exactly once, before its first read; weights must be in flight by then. After a
-stage, one CTA barrier and `arrived` make the rows visible to all warps.
+Call them after `ptx.wait`, with weights in flight. After a stage, one CTA barrier and, for copies, `arrived` make the
+rows visible to all warps.
 """
 
 import cutlass
@@ -27,28 +27,25 @@ def copy_rows(
     g_x: Int64,
     g_fx: Int64,
     row_bytes: Constexpr[int],
-    warp: Int32,
     lane: Int32,
 ):
-    """Rows as the producer left them: e4m3 with ue8m0 scales [rows][units], or bf16. Only warp 0 waits.
+    """Rows as the producer left them: e4m3 with ue8m0 scales [rows][units], or bf16. One warp.
 
     `row_bytes` is the distance of rows in global memory. Scales become f32 [rows][units] at `s_fx`.
     """
     width = const_expr(p.k if p.x == "e4m3" else 2 * p.k)
-    if warp == 0:
-        if const_expr(p.x == "bf16" and p.k % COLUMNS[p.weight]):
-            zero_tails(p, s_x, width, lane)
-        ptx.wait()
-        if lane == 0:
-            ptx.mbarrier_expect(s_bar, Int32(p.rows * width))
-            for m in range_constexpr(p.rows):
-                ptx.bulk_load(s_x + m * p.x_stride, g_x + m * row_bytes, Int32(width), s_bar)
-        if const_expr(p.x == "e4m3"):
-            count = const_expr(p.rows * p.units)
-            for n in range_constexpr(-(-count // 32)):
-                i = lane + 32 * n
-                if i < count:
-                    ptx.sts_f32(s_fx + i * 4, ptx.ue8m0_to_f32(ptx.ldg_u8(g_fx + i)))
+    if const_expr(p.x == "bf16" and p.k % COLUMNS[p.weight]):
+        zero_tails(p, s_x, width, lane)
+    if lane == 0:
+        ptx.mbarrier_expect(s_bar, Int32(p.rows * width))
+        for m in range_constexpr(p.rows):
+            ptx.bulk_load(s_x + m * p.x_stride, g_x + m * row_bytes, Int32(width), s_bar)
+    if const_expr(p.x == "e4m3"):
+        count = const_expr(p.rows * p.units)
+        for n in range_constexpr(-(-count // 32)):
+            i = lane + 32 * n
+            if i < count:
+                ptx.sts_f32(s_fx + i * 4, ptx.ue8m0_to_f32(ptx.ldg_u8(g_fx + i)))
 
 
 @cute.jit
@@ -72,11 +69,10 @@ def quantize_rows(
     thread: Int32,
     threads: Constexpr[int],
 ):
-    """bf16 rows of a predecessor as p.x wants them, e4m3 or scaled f16; a half-warp per block of 128. All wait.
+    """bf16 rows of a predecessor as p.x wants them, e4m3 or scaled f16; a half-warp per block of 128.
 
     `row_bytes` is the distance of rows in global memory.
     """
-    ptx.wait()
     groups = const_expr(threads // 16)
     count = const_expr(p.rows * p.units)
     for n in range_constexpr(-(-count // groups)):
@@ -116,11 +112,10 @@ def normalize_quantize_rows(
     thread: Int32,
     threads: Constexpr[int],
 ):
-    """RMSNorm with f32 gain, rounded to bf16, then FP8: (x * rsqrt(mean(x^2) + eps)) * gain. All wait.
+    """RMSNorm with f32 gain, rounded to bf16, then FP8: (x * rsqrt(mean(x^2) + eps)) * gain.
 
     `s_squares` is scratch, f32 [rows][units]; `s_bar` completes when the gain has arrived. Contains a CTA barrier.
     """
-    ptx.wait()
     groups = const_expr(threads // 16)
     count = const_expr(p.rows * p.units)
     for n in range_constexpr(-(-count // groups)):

@@ -1,0 +1,226 @@
+"""Run the experts' kernels of `build_gemv.py` on a device: python tests/gpu/check_experts.py.
+
+`up` against float64 (codes may differ by one where bf16 rounding of the hidden value does), `down` on random hidden
+rows; outputs poisoned. Timing: graphs of up-down pairs, every launch with other experts, median of 25 replays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from check_gemv import Operands, bind_weight, launch_of, open_device, random_e4m3, random_weight, run_once, wide
+from torch import Tensor
+
+from dsv4c.runtime import codec
+from dsv4c.runtime.driver import Edge, Graph, Kernel, Library
+from dsv4c.runtime.packing import parse_packing
+from dsv4c.types import FP8_ROW
+
+CHECKED_EXPERTS = 12  # stored for the check; timing stores all
+
+
+def random_experts(format: str, count: int, rows: int, k: int) -> codec.Quantized | Tensor:
+    """`count` matrices stacked."""
+    each = [random_weight(format, rows, k) for _ in range(count)]
+    if isinstance(each[0], Tensor):
+        return torch.stack(each)  # type: ignore[arg-type]
+    parts = [None if p[0] is None else torch.stack(p) for p in zip(*[e[1:] for e in each], strict=True)]
+    return codec.Quantized(each[0].format, *parts)
+
+
+def select(value: codec.Quantized | Tensor, index: int) -> Tensor:
+    """Matrix `index` of a stack in float64."""
+    return wide(value[index] if isinstance(value, Tensor) else value.map(lambda part: part[index]))
+
+
+def random_rows(quantized: bool, *shape: int) -> codec.Quantized | Tensor:
+    """Activations."""
+    if not quantized:
+        return torch.randn(shape, device="cuda").to(torch.bfloat16)
+    scale = torch.randint(114, 118, (*shape[:-1], shape[-1] // 128), device="cuda").to(torch.uint8)
+    return codec.Quantized(FP8_ROW, random_e4m3(*shape), scale)
+
+
+def bind_rows(operands: Operands, name: str, value: codec.Quantized | Tensor) -> None:
+    """Activations as the kernel reads them."""
+    operands[name, "data"] = value if isinstance(value, Tensor) else value.data
+    if not isinstance(value, Tensor):
+        operands[name, "scale"] = value.scale
+
+
+def shrink(value: codec.Quantized | Tensor, factor: float) -> codec.Quantized | Tensor:
+    """The rows divided by the power of two nearest to `factor`."""
+    shift = round(math.log2(factor))
+    if isinstance(value, Tensor):
+        return value * 2.0**-shift
+    return value._replace(scale=(value.scale.int() - shift).to(torch.uint8))
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float, weight: Tensor | float) -> Tensor:
+    """The activation in float64, rounded to bf16."""
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return codec.round_once(gate / (1 + torch.exp(-gate)) * up * weight, torch.bfloat16)
+
+
+def hidden_error(got: Operands, name: str, expected: Tensor, quantized: bool) -> float:
+    """Worst error over the allowed: exact scales and at most one code, in at most one code of a hundred."""
+    if not quantized:
+        error = (got[name, "data"].double() - expected.double()).abs()
+        allowed = 2.0**-7 * expected.double().abs() + 1e-5 * expected.double().square().mean().sqrt()
+        return (error / allowed).nan_to_num(math.inf).max().item()
+    want = codec.quantize(expected, FP8_ROW)
+    if not torch.equal(want.scale, got[name, "scale"]):
+        return math.inf
+    order = [x.view(torch.uint8).int() for x in (want.data, got[name, "data"])]
+    order = [torch.where(o > 127, 128 - o, o) for o in order]  # signed, monotone; -0 is 0
+    steps = (order[0] - order[1]).abs()
+    return max(steps.max().item(), (steps > 0).double().mean().item() / 0.01)
+
+
+def check(up: dict[str, Any], down: dict[str, Any], kernels: tuple[Kernel, Kernel]) -> tuple[Operands, list[float]]:
+    """Bound operands, and the worst error over the allowed one of both kernels."""
+    spec = up["spec"]
+    m, k, i, top = spec["batch"], spec["hidden"], spec["intermediate"], spec["top_k"]
+    quantized = spec["routed"] != "bf16"
+    count = min(CHECKED_EXPERTS, spec["experts"])
+    o: Operands = {}
+    w = {n: random_experts(spec["routed"], count, i, k) for n in ("w1", "w3")}
+    w["w2"] = random_experts(spec["routed"], count, k, i)
+    shared = {f"shared_{n}": random_weight(spec["shared"], i, k) for n in ("w1", "w3")}
+    shared["shared_w2"] = random_weight(spec["shared"], k, i)
+    for name, value in {**w, **shared}.items():
+        bind_weight(o, name, {**up["packing"], **down["packing"]}[name], value)
+    ids = torch.stack([torch.randperm(count, device="cuda")[:top] for _ in range(m)]).to(torch.int32)
+    route = torch.rand(m, top, device="cuda")
+    o["expert_ids", "data"], o["expert_weights", "data"] = ids, route
+    x = random_rows(quantized, m, k)
+    x = shrink(x, (wide(x) @ wide(shared["shared_w1"]).T).square().mean().sqrt().item() / (spec["limit"] / 2))
+    bind_rows(o, "x", x)
+    poison(o, "h", quantized, m, top, i)
+    poison(o, "shared_h", quantized, m, i)
+    run_once(launch_of(up, kernels[0], o))
+    xw = wide(x)
+    h = torch.empty(m, top, i, dtype=torch.bfloat16, device="cuda")
+    for t in range(m):
+        for s in range(top):
+            e = int(ids[t, s])
+            h[t, s] = swiglu(xw[t] @ select(w["w1"], e).T, xw[t] @ select(w["w3"], e).T, spec["limit"], route[t, s].double())
+    hs = swiglu(xw @ wide(shared["shared_w1"]).T, xw @ wide(shared["shared_w3"]).T, spec["limit"], 1.0)
+    errors = [max(hidden_error(o, "h", h, quantized), hidden_error(o, "shared_h", hs, quantized))]
+
+    rows, shared_rows = random_rows(quantized, m, top, i), random_rows(quantized, m, i)
+    bind_rows(o, "h", rows)
+    bind_rows(o, "shared_h", shared_rows)
+    o["y", "data"] = torch.full((m, k), math.nan, dtype=torch.bfloat16, device="cuda")
+    run_once(launch_of(down, kernels[1], o))
+    y = wide(shared_rows) @ wide(shared["shared_w2"]).T
+    wide_rows = wide(rows)
+    for t in range(m):
+        y[t] += sum(wide_rows[t, s] @ select(w["w2"], int(ids[t, s])).T for s in range(top))
+    allowed = 2e-6 * y.square().mean(-1, keepdim=True).sqrt() + 2.0**-8 * y.abs()
+    errors.append(((o["y", "data"].double() - y).abs() / allowed).nan_to_num(math.inf).max().item())
+    return o, errors
+
+
+def poison(operands: Operands, name: str, quantized: bool, *shape: int) -> None:
+    """An output full of NaN."""
+    if quantized:
+        operands[name, "data"] = torch.full(shape, 0x7F, dtype=torch.uint8, device="cuda").view(torch.float8_e4m3fn)
+        operands[name, "scale"] = torch.full((*shape[:-1], shape[-1] // 128), 0xFF, dtype=torch.uint8, device="cuda")
+    else:
+        operands[name, "data"] = torch.full(shape, math.nan, dtype=torch.bfloat16, device="cuda")
+
+
+def grow(operands: Operands, spec: dict[str, Any], packing: dict[str, str]) -> None:
+    """All experts of the layer, random bytes: for timing."""
+    for name, rows, k in (
+        ("w1", spec["intermediate"], spec["hidden"]),
+        ("w3", spec["intermediate"], spec["hidden"]),
+        ("w2", spec["hidden"], spec["intermediate"]),
+    ):
+        nbytes = spec["experts"] * parse_packing(packing[name]).nbytes(rows, k)
+        operands[name, "data"] = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda")
+        for component in ("scale", "global_scale"):
+            if (name, component) in operands:
+                small = operands[name, component]
+                operands[name, component] = small[:1].expand(spec["experts"], *small.shape[1:]).contiguous()
+
+
+def time_chain(cases: list[dict[str, Any]], kernels: list[Kernel], operands: Operands, programmatic: bool) -> float:
+    """Microseconds per repetition of the chain `cases`."""
+    spec = cases[0]["spec"]
+    shared = [k for k in operands if k[0].startswith("shared_w") and k[1] == "data"]
+    copies = max(1, math.ceil((220 << 20) / sum(operands[k].nbytes for k in shared)))
+    clones = [{k: operands[k].clone() for k in shared} for _ in range(copies)]
+    graph, last, count = Graph(), None, 48
+    order = torch.randperm(spec["experts"], device="cuda").to(torch.int32)
+    keep = []
+    for n in range(count):
+        take = (torch.arange(spec["batch"] * spec["top_k"], device="cuda") + n * spec["batch"] * spec["top_k"]) % spec["experts"]
+        ids = order[take].view(spec["batch"], spec["top_k"]).contiguous()
+        bound = {**operands, **clones[n % copies], ("expert_ids", "data"): ids}
+        keep.append(ids)
+        for case, kernel in zip(cases, kernels, strict=True):
+            edges = [Edge(last, programmatic)] if last is not None else []
+            last = graph.add(launch_of(case, kernel, bound), edges)
+    graph.instantiate()
+    stream = torch.cuda.current_stream().cuda_stream
+    for _ in range(3):
+        graph.launch(stream)
+    times = []
+    for _ in range(25):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.launch(stream)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / count)
+    graph.close()
+    return statistics.median(times)
+
+
+def main() -> int:
+    """Check every layer, then time those that ask for it; exit status 1 if any is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".device/gemv"))
+    parser.add_argument("--only", default="")
+    options = parser.parse_args()
+    open_device()
+    layers = [p for p in json.loads((options.folder / "experts.json").read_text()) if options.only in p[0]["symbol"]]
+    wrong = 0
+    for up, down in layers:
+        libraries = [Library((options.folder / f"{c['symbol']}.cubin").read_bytes(), c["symbol"]) for c in (up, down)]
+        kernels = [lib.kernel(c["symbol"], shared=c["shared"]) for lib, c in zip(libraries, (up, down), strict=True)]
+        operands, errors = check(up, down, (kernels[0], kernels[1]))
+        bad = max(errors) > 1
+        wrong += bad
+        line = f"{up['symbol'][3:]:24} {'WRONG' if bad else 'ok':5} error/allowed up {errors[0]:7.3g} down {errors[1]:7.3g}"
+        if up["timed"] and not bad:
+            spec = up["spec"]
+            packing = {**up["packing"], **down["packing"]}
+            grow(operands, spec, packing)
+            routed = spec["batch"] * spec["top_k"] * operands["w1", "data"].nbytes / spec["experts"]
+            nbytes = routed + operands["shared_w1", "data"].nbytes
+            for name, cases, ks, size in (
+                ("up", [up], kernels[:1], 2 * nbytes),
+                ("down", [down], kernels[1:], nbytes),
+                ("both", [up, down], kernels, 3 * nbytes),
+            ):
+                plain, early = (time_chain(cases, ks, operands, p) for p in (False, True))
+                line += f"\n    {name:5} {size / 1e6:6.1f} MB  plain {plain:6.2f}  programmatic {early:6.2f} us  {size / early / 1e6:5.2f} TB/s"
+        print(line, flush=True)
+        del operands
+        torch.cuda.empty_cache()
+    print(f"{len(layers)} layers, {wrong} wrong, {torch.cuda.get_device_name()}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
