@@ -1,0 +1,283 @@
+"""The text and JSON forms of a graph. `print_graph(parse_graph(print_graph(g)))` is `print_graph(g)`.
+
+    graph tiny.decode
+    input %tokens: i32[1]
+    param %layers.0.attn.wq_a: q[e4m3,ue8m0,128x128][128,256]
+    @layers.0.attn
+    %.qa: bf16[1,128] = linear(%.x, %.wq_a) {out=bf16}
+    return logits=%logits
+
+Names that start with the section's scope are shortened to `%.rest`. `from [..]` names the unfused results that a
+rewritten node stands for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from functools import cache
+from typing import Any
+
+from dsv4c.errors import GraphError
+from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
+from dsv4c.ir.op import Op, lookup
+from dsv4c.types import DType, QuantFormat, TypeSyntaxError, parse_format, parse_type
+
+SCHEMA = 1
+"""Version of the JSON form; a reader refuses any other."""
+
+
+def print_attribute(value: Any) -> str:
+    """A field's value as text; reads back with `parse_attribute`."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value)
+    if isinstance(value, DType | QuantFormat):
+        return str(value)
+    if isinstance(value, tuple):
+        return f"({','.join(map(print_attribute, value))})"
+    raise GraphError(f"attribute {value!r} of type {type(value).__name__} has no text form")
+
+
+def print_op(op: Op) -> str:
+    """Name and attributes: `rms_norm {eps=1e-06, precision=f32}`."""
+    attributes = op.attributes()
+    if not attributes:
+        return op.name
+    return f"{op.name} {{{', '.join(f'{k}={print_attribute(v)}' for k, v in attributes.items())}}}"
+
+
+def print_node(node: Node, scope: str = "") -> str:
+    """One line: results, op, operands, attributes, origin."""
+    prefix = f"{scope}." if scope else ""
+
+    def short(name: str) -> str:
+        return f"%.{name[len(prefix) :]}" if prefix and name.startswith(prefix) else f"%{name}"
+
+    results = ", ".join(f"{short(v.name)}: {v.type}" for v in node.outputs)
+    operands = ", ".join(short(v.name) for v in node.inputs)
+    attributes = node.op.attributes()
+    tail = f" {{{', '.join(f'{k}={print_attribute(v)}' for k, v in attributes.items())}}}" if attributes else ""
+    origin = f" from [{' '.join(node.origin)}]" if node.origin else ""
+    return f"{results} = {node.op.name}({operands}){tail}{origin}"
+
+
+def print_nodes(nodes: Iterable[Node]) -> list[str]:
+    """Lines of nodes, with a scope header wherever the scope changes."""
+    lines, scope = [], ""
+    for node in nodes:
+        if node.scope != scope:
+            scope = node.scope
+            lines.append(f"@{scope}")
+        lines.append(print_node(node, scope))
+    return lines
+
+
+def print_graph(graph: Graph) -> str:
+    """The whole graph as text, ending in a newline."""
+    lines = [f"graph {graph.name}"]
+    for values in (graph.inputs, graph.states, graph.params):
+        lines += [f"{v.kind.value} %{v.name}: {v.type}" for v in values]
+    lines += print_nodes(graph.nodes)
+    lines.append("return " + ", ".join(f"{name}=%{v.name}" for name, v in graph.outputs.items()))
+    return "\n".join(lines) + "\n"
+
+
+_NAME = r"[A-Za-z0-9_.]+"
+_DECLARATION = re.compile(rf"(input|state|param) %({_NAME}): (\S+)")
+_RESULT = re.compile(rf"%({_NAME}): ((?:q\[[^\]]*\])?[a-z0-9]*\[[0-9,]*\])(?:, )?")
+_NODE = re.compile(
+    rf"(?P<results>%.*?) = (?P<op>[a-z][a-z0-9_]*)\((?P<operands>[^)]*)\)"
+    rf"(?: \{{(?P<attributes>.*?)\}})?(?: from \[(?P<origin>[^\]]*)\])?"
+)
+_ATTRIBUTE = re.compile(
+    r'(?P<name>\w+)=(?P<value>q\[[^\]]*\]|"(?:[^"\\]|\\.)*"|\((?:[^()]|\([^()]*\))*\)|[^,\s]+)(?:, )?'
+)
+_ELEMENT = re.compile(r'(q\[[^\]]*\]|"(?:[^"\\]|\\.)*"|[^,]+)(?:,|$)')
+_KEYWORDS = {"none": None, "true": True, "false": False}
+
+
+@cache
+def parse_attribute(text: str) -> Any:
+    """`print_attribute` read back. Raises GraphError."""
+    if text in _KEYWORDS:
+        return _KEYWORDS[text]
+    if text.startswith("q["):
+        return parse_format(text)
+    if text.startswith('"'):
+        return json.loads(text)
+    if text.startswith("("):
+        return tuple(parse_attribute(m[1]) for m in _ELEMENT.finditer(text[1:-1]))
+    if text[0] in "-0123456789" or text in ("inf", "nan"):
+        try:
+            return int(text) if text.lstrip("-").isdigit() else float(text)
+        except ValueError:
+            raise GraphError(f"cannot read the number {text!r}") from None
+    try:
+        return DType(text)
+    except ValueError:
+        raise GraphError(f"cannot read the attribute value {text!r}") from None
+
+
+@cache
+def make_op(name: str, attributes: str) -> Op:
+    """An op from its name and the text of its attributes. Raises GraphError naming what is missing or unknown."""
+    op = lookup(name)
+    fields: dict[str, Any] = {}
+    position = 0
+    while position < len(attributes):
+        match = _ATTRIBUTE.match(attributes, position)
+        if match is None:
+            raise GraphError(f"cannot read the attributes {attributes[position:]!r} of {name}")
+        fields[match["name"]] = parse_attribute(match["value"])
+        position = match.end()
+    return build_op(op, fields)
+
+
+def build_op(op: type[Op], fields: dict[str, Any]) -> Op:
+    """An instance of `op`. Raises GraphError when the fields are not its own."""
+    try:
+        return op(**fields)
+    except TypeError as error:
+        raise GraphError(f"{op.name}: {str(error).partition(') ')[2] or error}") from None
+
+
+class _Parser:
+    def __init__(self, text: str) -> None:
+        self.lines = text.splitlines()
+        self.number = 0
+        self.values: dict[str, Value] = {}
+
+    def fail(self, message: str, near: str = "") -> GraphError:
+        line = self.lines[self.number - 1]
+        column = max(line.find(near), 0) if near else 0
+        return GraphError(f"line {self.number}: {message}\n  {line}\n  {' ' * column}^")
+
+    def value(self, name: str, scope: str) -> Value:
+        full = f"{scope}{name}" if name.startswith(".") else name
+        if full not in self.values:
+            raise self.fail(f"%{full} is used before it is defined", f"%{name}")
+        return self.values[full]
+
+    def node(self, line: str, builder: Builder, scope: str) -> None:
+        match = _NODE.fullmatch(line)
+        if match is None:
+            raise self.fail("expected `%result: type = op(%operand, ...) {attribute=value}`")
+        results = _RESULT.findall(match["results"])
+        names = [f"{scope}{n}" if n.startswith(".") else n for n, _ in results]
+        operands = [self.value(o.strip().removeprefix("%"), scope) for o in match["operands"].split(",") if o]
+        try:
+            op = make_op(match["op"], match["attributes"] or "")
+            origin = (match["origin"] or "").split()
+            made = builder.emit(op, tuple(operands), names=names, scope=scope, origin=origin)
+        except GraphError as error:
+            raise self.fail(str(error)) from None
+        except ValueError:
+            raise self.fail(f"{match['op']} does not have {len(names)} results") from None
+        for (_, written), value in zip(results, made, strict=True):
+            if str(value.type) != written:
+                raise self.fail(f"%{value.name} is written as {written} but {match['op']} gives {value.type}", written)
+            self.values[value.name] = value
+
+    def parse(self) -> Graph:
+        outputs: dict[str, Value] | None = None
+        builder: Builder | None = None
+        scope = ""
+        for raw in self.lines:
+            self.number += 1
+            line = raw.strip()
+            if not line or line.startswith("#"):
+                continue
+            if builder is None:
+                if not line.startswith("graph "):
+                    raise self.fail("expected `graph NAME`")
+                builder = Builder(line[6:].strip())
+            elif outputs is not None:
+                raise self.fail("nothing may follow `return`")
+            elif match := _DECLARATION.fullmatch(line):
+                declare = {"input": builder.input, "state": builder.state, "param": builder.param}[match[1]]
+                try:
+                    self.values[match[2]] = declare(match[2], parse_type(match[3]))
+                except (TypeSyntaxError, GraphError) as error:
+                    raise self.fail(str(error), match[3]) from None
+            elif line.startswith("@"):
+                scope = line[1:].strip()
+            elif line.startswith("return"):
+                pairs = (p.strip().partition("=%") for p in line[6:].split(",") if p.strip())
+                outputs = {name: self.value(v, "") for name, _, v in pairs}
+            else:
+                self.node(line, builder, scope)
+        if builder is None or outputs is None:
+            self.number = max(self.number, 1)
+            raise GraphError(f"line {self.number}: the text ends without `return`; is it cut off?")
+        return builder.finish(outputs)
+
+
+def parse_graph(text: str) -> Graph:
+    """A graph from its text. Raises GraphError with the line and a caret."""
+    return _Parser(text).parse()
+
+
+def graph_to_json(graph: Graph) -> dict[str, Any]:
+    """The graph as plain data with a schema version."""
+
+    def declared(values: Iterable[Value]) -> list[dict[str, str]]:
+        return [{"name": v.name, "type": str(v.type)} for v in values]
+
+    return {
+        "schema": SCHEMA,
+        "name": graph.name,
+        "inputs": declared(graph.inputs),
+        "states": declared(graph.states),
+        "params": declared(graph.params),
+        "nodes": [
+            {
+                "op": node.op.name,
+                "attributes": {k: print_attribute(v) for k, v in node.op.attributes().items()},
+                "inputs": [v.name for v in node.inputs],
+                "outputs": declared(node.outputs),
+                "scope": node.scope,
+                "origin": list(node.origin),
+            }
+            for node in graph.nodes
+        ],
+        "outputs": {name: v.name for name, v in graph.outputs.items()},
+    }
+
+
+def graph_from_json(data: dict[str, Any]) -> Graph:
+    """`graph_to_json` read back. Raises GraphError for another schema or a damaged record."""
+    if data.get("schema") != SCHEMA:
+        raise GraphError(f"graph JSON has schema {data.get('schema')!r}, this version reads {SCHEMA}")
+    try:
+        builder = Builder(data["name"])
+        values: dict[str, Value] = {}
+        for key, kind in (("inputs", Kind.INPUT), ("states", Kind.STATE), ("params", Kind.PARAM)):
+            declare = {Kind.INPUT: builder.input, Kind.STATE: builder.state, Kind.PARAM: builder.param}[kind]
+            for v in data[key]:
+                values[v["name"]] = declare(v["name"], parse_type(v["type"]))
+        for record in data["nodes"]:
+            fields = {k: parse_attribute(v) for k, v in record["attributes"].items()}
+            names = [v["name"] for v in record["outputs"]]
+            made = builder.emit(
+                build_op(lookup(record["op"]), fields),
+                tuple(values[n] for n in record["inputs"]),
+                names=names,
+                scope=record["scope"],
+                origin=record["origin"],
+            )
+            for v, written in zip(made, record["outputs"], strict=True):
+                if str(v.type) != written["type"]:
+                    raise GraphError(f"%{v.name} is written as {written['type']} but {record['op']} gives {v.type}")
+            values.update(zip(names, made, strict=True))
+        return builder.finish({name: values[v] for name, v in data["outputs"].items()})
+    except KeyError as error:
+        raise GraphError(f"graph JSON lacks {error}; is it damaged?") from None
+    except TypeSyntaxError as error:
+        raise GraphError(f"graph JSON: {error}") from None
