@@ -36,19 +36,27 @@ class HyperNorm:
     bf16: bool = True
     fp8: bool = True
     ctas: int | None = None  # per token; None: as many as fit a cluster
+    held: int | None = None  # rows of fn in registers; None: as many as leave room for a predecessor
 
     @property
     def slice(self) -> Slice:
         """The cut of a row. Raises BuildError when no cluster can hold `fn`."""
         projected = STREAMS if self.head else STREAMS * (STREAMS + 2)
         for ctas in [self.ctas] if self.ctas else range(CLUSTER_LIMIT, 1, -1):
-            cut = Slice(self.hidden, ctas, projected)
+            cut = Slice(self.hidden, ctas, projected, min(projected, self._held(ctas)))
             if self.hidden % (128 * ctas) == 0 and cut.width <= 1024 and cut.shared <= SHARED_LIMIT:
                 return cut
         raise BuildError(
             f"hyper_norm of {self.hidden} columns: no cluster of 2 to {CLUSTER_LIMIT} CTAs cuts them into whole groups "
             f"of 128 with at most 1024 columns and {SHARED_LIMIT} B of fn each"
         )
+
+    def _held(self, ctas: int) -> int:
+        """Registers leave shared memory to the predecessor's weights: fn arrives while those still stream."""
+        if self.held is not None:
+            return self.held
+        threads = self.hidden // ctas
+        return 24 if threads <= 256 else 12 if threads <= 512 else 0
 
 
 def emit(spec: HyperNorm) -> Emission:

@@ -25,7 +25,9 @@ class RouterGate:
     @property
     def gate(self) -> Gate:
         """The cut. Raises BuildError when rows do not split into 16-byte pieces of whole warps, or are too many."""
-        each = next(n for n in range(1, self.experts + 1) if self.experts % n == 0 and self.experts // n <= CTAS)
+        each = next(
+            n for n in range(1, self.experts + 1) if self.experts % n == 0 and self.experts // n <= CTAS
+        )
         threads = next((t for t in range(256, 0, -32) if self.hidden % (8 * t) == 0), 0)
         if threads == 0 or each * self.rows > 32:
             raise BuildError(
@@ -73,12 +75,16 @@ def emit_choice(spec: RouterChoice) -> Emission:
     """The choice of experts. Raises BuildError when k exceeds the experts or a warp."""
     threads = 32 if spec.hashed else -(-spec.experts // 32) * 32
     if spec.k > min(32, spec.experts) or threads > 1024:
-        raise BuildError(f"router choice of {spec.k} among {spec.experts} experts: at most 32 among at most 1024")
+        raise BuildError(
+            f"router choice of {spec.k} among {spec.experts} experts: at most 32 among at most 1024"
+        )
     shared = 0 if spec.hashed else threads * 12  # biases, scores, their order
     symbol = "router_hash" if spec.hashed else "router_topk"
     n = spec.rows
     types = {"logits": f"f32[{n},{spec.experts}]"}
-    types |= {"table": f"i32[*,{spec.k}]", "ids": f"i32[{n}]"} if spec.hashed else {"bias": f"f32[{spec.experts}]"}
+    types |= (
+        {"table": f"i32[*,{spec.k}]", "ids": f"i32[{n}]"} if spec.hashed else {"bias": f"f32[{spec.experts}]"}
+    )
     types |= {"experts": f"i32[{n},{spec.k}]", "weights": f"f32[{n},{spec.k}]"}
     parameters = tuple(map(Parameter, types))
     source = render(

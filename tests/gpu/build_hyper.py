@@ -30,8 +30,16 @@ def specs() -> Iterator[tuple[str, Any, Emission]]:
     """(kind, spec, kernel) of every case."""
     boundaries = [boundary(b, h) for h in (FLASH, PRO, TINY) for b in BATCHES]
     boundaries += [boundary(b, h, mix=False, keep=False) for h, b in ((FLASH, 1), (TINY, 3))]
-    boundaries += [boundary(b, h, head=True, keep=False, fp8=False) for h, b in ((FLASH, 1), (PRO, 2), (TINY, 8))]
-    boundaries += [boundary(1, FLASH, bf16=False), boundary(1, FLASH, ctas=8), boundary(1, FLASH, iterations=1)]
+    boundaries += [
+        boundary(b, h, head=True, keep=False, fp8=False) for h, b in ((FLASH, 1), (PRO, 2), (TINY, 8))
+    ]
+    boundaries += [
+        boundary(1, FLASH, bf16=False),
+        boundary(1, FLASH, ctas=8),
+        boundary(1, FLASH, iterations=1),
+    ]
+    boundaries += [boundary(1, FLASH, held=held) for held in (0, 12)]
+    boundaries += [boundary(1, PRO, held=held) for held in (0, 18)]
     boundaries += [boundary(1, 512), boundary(1, 2560), boundary(1, 384)]
     for spec in boundaries:
         yield "hyper", spec, hyper.emit(spec)
@@ -50,7 +58,13 @@ def specs() -> Iterator[tuple[str, Any, Emission]]:
         yield "embed", embed, head.emit_embed(embed)
     advance = head.Advance(3)
     yield "advance", advance, head.emit_advance(advance)
-    for name, rows, k in (("wo_b", 4096, 8192), ("w13", 4096, 4096)):  # neighbors in the timed chains
+    neighbors = (
+        ("wo_b", 4096, 8192),
+        ("w13", 4096, 4096),
+        ("wo_b_pro", 7168, 16384),
+        ("w13_pro", 6144, 7168),
+    )
+    for name, rows, k in neighbors:  # in the timed chains
         x = gemv.Activations("x", "e4m3")
         matrix = gemv.GemvSpec(name, 1, k, (gemv.Matrix("w", rows, "fp8", x, "y"),))
         yield "gemv", matrix, gemv.emit_gemv(matrix)

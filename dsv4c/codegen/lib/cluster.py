@@ -5,7 +5,7 @@ Nobody leaves before its own inboxes are full, so no CTA writes into one that ha
 """
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, range_constexpr
+from cutlass import Constexpr, Float32, Int32, range_constexpr
 
 from dsv4c.codegen.lib import ptx
 
@@ -22,16 +22,21 @@ def send_f32(s: Int32, s_bar: Int32, rank: Int32, r: Float32):
 
 @cute.jit
 def open_inbox(s_bar: Int32, nbytes: Constexpr[int]):
-    """Initialize the barrier of an inbox that takes `nbytes`. One thread, before `meet`."""
+    """Initialize the barrier of an inbox that takes `nbytes`. One thread, before `arrive`."""
     ptx.mbarrier_init(s_bar, 1)
     cute.arch.mbarrier_init_fence()
     ptx.mbarrier_expect(s_bar, Int32(nbytes))
 
 
 @cute.jit
+def arrive():
+    """Say that this CTA's inboxes are open. All threads, converged."""
+    cute.arch.cluster_arrive_relaxed()  # the barriers' initialization has its own fence
+
+
+@cute.jit
 def meet():
-    """Every CTA of the cluster has started and opened its inboxes. All threads, before the first `send_f32`."""
-    cute.arch.cluster_arrive()
+    """Wait until every CTA of the cluster has arrived. All threads, before the first `send_f32`."""
     cute.arch.cluster_wait()
 
 
@@ -47,14 +52,3 @@ def inbox_sum(s_inbox: Int32, values: Constexpr[int], ranks: Constexpr[int], ind
         else:
             even = even + value
     return even + odd
-
-
-@cute.jit
-def bulk_rows(
-    s: Int32, g: Int64, rows: Constexpr[int], nbytes: Constexpr[int], stride: Constexpr[int], s_bar: Int32, lane: Int32
-):
-    """Copy `rows` pieces of `nbytes`, `stride` bytes apart in global memory, next to each other. One warp."""
-    for n in range_constexpr(-(-rows // 32)):
-        row = lane + n * 32
-        if row < rows:
-            ptx.bulk_load(s + row * nbytes, g + Int64(row) * stride, Int32(nbytes), s_bar)

@@ -30,7 +30,15 @@ def larger(high: Uint32, low: Uint32, other_high: Uint32, other_low: Uint32):
 
 
 @cute.jit
-def column_max(g_row: Int64, first: Int32, count: Int32, vector: Constexpr[int], steps: Constexpr[int], thread: Int32, threads: Constexpr[int]):
+def column_max(
+    g_row: Int64,
+    first: Int32,
+    count: Int32,
+    vector: Constexpr[int],
+    steps: Constexpr[int],
+    thread: Int32,
+    threads: Constexpr[int],
+):
     """The thread's best key among columns first .. first + count of an f32 row, `vector` (4 or 1) at a time."""
     high = Uint32(0)
     low = Uint32(0)
@@ -72,7 +80,9 @@ def block_max(sm: Int32, high: Uint32, low: Uint32, warps: Constexpr[int], warp:
 
 
 @cute.jit
-def cluster_max(s_inbox: Int32, s_bar: Int32, high: Uint32, low: Uint32, ranks: Constexpr[int], rank: Int32, lane: Int32):
+def cluster_max(
+    s_inbox: Int32, s_bar: Int32, high: Uint32, low: Uint32, ranks: Constexpr[int], rank: Int32, lane: Int32
+):
     """The cluster's best key, in every lane of CTA 0's calling warp; other CTAs get their own back."""
     if lane == 0:
         cluster.send_f32(s_inbox + rank * 8, s_bar, Int32(0), high.bitcast(Float32))

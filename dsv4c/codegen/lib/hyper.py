@@ -19,31 +19,67 @@ LOG2E = 1.4426950408889634
 
 
 @cute.jit
-def prefetch(
-    t: Constexpr[Slice], sm: Int32, g_fn: Int64, g_base: Int64, g_scale: Int64, g_gain: Int64, rank: Int32, warp: Int32, lane: Int32
+def open_inboxes(t: Constexpr[Slice], sm: Int32, thread: Int32):
+    """Open the inboxes of both reductions and tell the cluster. All threads."""
+    if thread == 0:
+        cluster.open_inbox(sm + t.o_bars, t.ctas * t.sums * 4)
+        cluster.open_inbox(sm + t.o_bars + 8, t.hidden // 128 * 4)
+    cute.arch.sync_warp()
+    cluster.arrive()
+
+
+@cute.jit
+def load_early(g: Int64):
+    """Four words of a weight. A strong load, because the compiler would sink a weak one behind the wait."""
+    return cute.arch.inline_ptx(
+        "ld.relaxed.gpu.global.v4.b32 {{$w0},{$w1},{$w2},{$w3}}, [{$r0}];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[g],
+    )
+
+
+@cute.jit
+def prefetch(t: Constexpr[Slice], sm: Int32, g_fn: Int64, stream: Int32, quad: Int32, column: Int32):
+    """The thread's four columns of every row of fn: `held` rows come back, the others go to its own shared places."""
+    rF = cute.make_rmem_tensor((4 * t.held if t.held else 4,), Uint32)
+    g = g_fn + (stream * t.hidden + column) * 4
+    for i in range_constexpr(t.rows):
+        if const_expr(i < t.held):
+            w = load_early(g + i * (STREAMS * t.hidden * 4))
+            for n in range_constexpr(4):
+                rF[4 * i + n] = w[n]
+        else:
+            s = sm + ((i - t.held) * STREAMS + stream) * (t.width * 4) + quad * 16
+            ptx.cp_async16(s, g + i * (STREAMS * t.hidden * 4))
+    return rF
+
+
+@cute.jit
+def stage_vectors(
+    t: Constexpr[Slice], sm: Int32, g_base: Int64, g_scale: Int64, g_gain: Int64, rank: Int32, thread: Int32
 ):
-    """Open the barriers and put the CTA's weights in flight; base and scale of projection i go to lane i's place."""
-    bar = sm + t.o_bars
-    if warp == 0:
-        if lane == 0:
-            cluster.open_inbox(bar, t.o_gain + t.width * 2)
-            cluster.open_inbox(bar + 8, t.ctas * t.sums * 4)
-            cluster.open_inbox(bar + 16, t.hidden // 128 * 4)
-            ptx.bulk_load(sm + t.o_gain, g_gain + rank * (t.width * 2), Int32(t.width * 2), bar)
-        cute.arch.sync_warp()
-        cluster.bulk_rows(
-            sm, g_fn + rank * (t.width * 4), t.rows * STREAMS, t.width * 4, t.hidden * 4, bar, lane
-        )
-    if warp == 1:
-        if lane < t.rows:
+    """The CTA's gains to shared memory; base and scale of projection i to place i. Complete after a CTA barrier."""
+    if thread < t.width // 8:
+        ptx.cp_async16(sm + t.o_gain + thread * 16, g_gain + rank * (t.width * 2) + thread * 16)
+    ptx.cp_async_commit()
+    i = thread - (t.threads - 32)  # the last warp: the others' copies stay ahead
+    if i >= 0:
+        if i < t.rows:
             kind = Int32(0)  # scale 0 is for pre, 1 for post, 2 for comb
-            if lane >= STREAMS:
+            if i >= STREAMS:
                 kind = Int32(1)
-            if lane >= 2 * STREAMS:
+            if i >= 2 * STREAMS:
                 kind = Int32(2)
-            ptx.sts_f32(sm + t.o_affine + lane * 4, ptx.ldg_f32_constant(g_base + lane * 4))
-            ptx.sts_f32(sm + t.o_affine + 128 + lane * 4, ptx.ldg_f32_constant(g_scale + kind * 4))
-    cluster.meet()
+            ptx.sts_f32(sm + t.o_affine + i * 4, ptx.ldg_f32_constant(g_base + i * 4))
+            ptx.sts_f32(sm + t.o_affine + 128 + i * 4, ptx.ldg_f32_constant(g_scale + kind * 4))
+
+
+@cute.jit
+def wait_all():
+    """Wait for the predecessors, then for what `stage_vectors` stored. All threads."""
+    ptx.wait()
+    ptx.cp_async_wait(0)
+    cute.arch.sync_threads()
 
 
 # Streams --------------------------------------------------------------------------------------------------------------
@@ -57,7 +93,14 @@ def load_stream(t: Constexpr[Slice], g_x: Int64, token: Int32, stream: Int32, co
 
 @cute.jit
 def mix_streams(
-    t: Constexpr[Slice], g_x: Int64, g_f: Int64, g_post: Int64, g_comb: Int64, token: Int32, stream: Int32, column: Int32
+    t: Constexpr[Slice],
+    g_x: Int64,
+    g_f: Int64,
+    g_post: Int64,
+    g_comb: Int64,
+    token: Int32,
+    stream: Int32,
+    column: Int32,
 ):
     """Four columns of post_k f + sum_j comb[j, k] x_j for stream k, rounded once to bf16, as two words."""
     f = ptx.ldg64(g_f + (Int64(token) * t.hidden + column) * 2)
@@ -78,7 +121,9 @@ def mix_streams(
 
 
 @cute.jit
-def store_stream(t: Constexpr[Slice], g_x: Int64, token: Int32, stream: Int32, column: Int32, w0: Uint32, w1: Uint32):
+def store_stream(
+    t: Constexpr[Slice], g_x: Int64, token: Int32, stream: Int32, column: Int32, w0: Uint32, w1: Uint32
+):
     """Four columns of one stream of bf16 [tokens][4][hidden]. After `share_sums`, so that x may be updated in place."""
     ptx.stg64(g_x + ((Int64(token) * STREAMS + stream) * t.hidden + column) * 2, w0, w1)
 
@@ -87,7 +132,16 @@ def store_stream(t: Constexpr[Slice], g_x: Int64, token: Int32, stream: Int32, c
 
 
 @cute.jit
-def project(t: Constexpr[Slice], sm: Int32, x0: Uint32, x1: Uint32, stream: Int32, quad: Int32, lane: Int32):
+def project(
+    t: Constexpr[Slice],
+    sm: Int32,
+    rF: cute.Tensor,
+    x0: Uint32,
+    x1: Uint32,
+    stream: Int32,
+    quad: Int32,
+    lane: Int32,
+):
     """The warp's part of x . fn[i] in lane i and of sum(x^2) in lane `rows` (modulo `stride`)."""
     a, b = ptx.bf16x2_to_f32x2(x0)
     c, d = ptx.bf16x2_to_f32x2(x1)
@@ -96,7 +150,10 @@ def project(t: Constexpr[Slice], sm: Int32, x0: Uint32, x1: Uint32, stream: Int3
     values[t.rows] = a * a + b * b + c * c + d * d
     s = sm + (stream * t.width + quad * 4) * 4
     for i in range_constexpr(t.rows):
-        w = ptx.lds128(s + i * (STREAMS * t.width * 4))
+        if const_expr(i < t.held):
+            w = rF[4 * i], rF[4 * i + 1], rF[4 * i + 2], rF[4 * i + 3]
+        else:
+            w = ptx.lds128(s + (i - t.held) * (STREAMS * t.width * 4))
         values[i] = (
             a * w[0].bitcast(Float32)
             + b * w[1].bitcast(Float32)
@@ -135,19 +192,20 @@ def share_sums(t: Constexpr[Slice], sm: Int32, r: Float32, rank: Int32, warp: In
     if lane < t.sums:
         ptx.sts_f32(sm + t.o_part + (warp * t.stride + lane) * 4, r)
     cute.arch.sync_threads()
+    cluster.meet()
     if warp < t.ctas:
         if lane < t.sums:
             value = cluster.inbox_sum(sm + t.o_part, t.stride, t.warps, lane)
             for n in range_constexpr(-(-t.ctas // t.warps)):
                 peer = warp + n * t.warps
                 if peer < t.ctas:
-                    cluster.send_f32(sm + t.o_sums + (rank * t.stride + lane) * 4, sm + t.o_bars + 8, peer, value)
+                    cluster.send_f32(sm + t.o_sums + (rank * t.stride + lane) * 4, sm + t.o_bars, peer, value)
 
 
 @cute.jit
 def affine(t: Constexpr[Slice], sm: Int32, eps: Constexpr[float], lane: Int32):
     """m_i * scale + base of projection i in lane i, where m = x . fn * rsqrt(mean(x^2) + eps). Waits for all CTAs."""
-    ptx.mbarrier_wait(sm + t.o_bars + 8, Int32(0))
+    ptx.mbarrier_wait(sm + t.o_bars, Int32(0))
     own = lane % t.stride
     r = cluster.inbox_sum(sm + t.o_sums, t.stride, t.ctas, own)
     squares = cute.arch.shuffle_sync(r, t.rows)
@@ -185,14 +243,20 @@ def collapse(t: Constexpr[Slice], sm: Int32, z: Float32, hc_eps: Constexpr[float
 
 @cute.jit
 def normalize(
-    t: Constexpr[Slice], sm: Int32, rA: cute.Tensor, eps: Constexpr[float], rank: Int32, group: Int32, lane: Int32
+    t: Constexpr[Slice],
+    sm: Int32,
+    rA: cute.Tensor,
+    eps: Constexpr[float],
+    rank: Int32,
+    group: Int32,
+    lane: Int32,
 ):
     """bf16(a * rsqrt(mean(a^2) + eps) * gain) of the lane's four columns, as two words. Exchanges the sum of squares."""
     squares = ptx.lanes_sum(rA[0] * rA[0] + rA[1] * rA[1] + rA[2] * rA[2] + rA[3] * rA[3], 32)
     if lane < t.ctas:
-        cluster.send_f32(sm + t.o_squares + (rank * t.groups + group) * 4, sm + t.o_bars + 16, lane, squares)
+        cluster.send_f32(sm + t.o_squares + (rank * t.groups + group) * 4, sm + t.o_bars + 8, lane, squares)
     gain = ptx.lds64(sm + t.o_gain + (group * 128 + lane * 4) * 2)
-    ptx.mbarrier_wait(sm + t.o_bars + 16, Int32(0))
+    ptx.mbarrier_wait(sm + t.o_bars + 8, Int32(0))
     total = Float32(0.0)
     for n in range_constexpr(-(-t.hidden // 4096)):
         if lane + n * 32 < t.hidden // 128:
@@ -208,7 +272,14 @@ def normalize(
 
 @cute.jit
 def store_fp8(
-    t: Constexpr[Slice], g_codes: Int64, g_scales: Int64, token: Int32, column: Int32, w0: Uint32, w1: Uint32, lane: Int32
+    t: Constexpr[Slice],
+    g_codes: Int64,
+    g_scales: Int64,
+    token: Int32,
+    column: Int32,
+    w0: Uint32,
+    w1: Uint32,
+    lane: Int32,
 ):
     """Quantize a warp's 128 columns (four bf16 per lane): e4m3 codes [tokens][hidden], ue8m0 [tokens][hidden / 128]."""
     a, b = ptx.bf16x2_to_f32x2(w0)
@@ -241,44 +312,59 @@ def store_post(g_post: Int64, token: Int32, z: Float32, lane: Int32):
 
 
 @cute.jit
-def store_comb(g_comb: Int64, token: Int32, z: Float32, iterations: Constexpr[int], eps: Constexpr[float], lane: Int32):
+def store_comb(
+    g_comb: Int64, token: Int32, z: Float32, iterations: Constexpr[int], eps: Constexpr[float], lane: Int32
+):
     """Sinkhorn normalization of the 4x4 matrix in lanes 8..23 (row = input stream), every lane computing all of it.
 
-    Softmax of each row + eps, a column normalization, then iterations - 1 times rows and columns; x / (sum + eps).
+    C = softmax of each row + eps; columns; then iterations - 1 times rows and columns: x / (sum + eps). C is kept as
+    diag(u) K diag(v). A row step alone would be u_j / R_j; scaled by P = R_0 R_1 R_2 R_3 it needs no division.
     """
-    rC = cute.make_rmem_tensor((STREAMS * STREAMS,), Float32)
+    rK = cute.make_rmem_tensor((STREAMS * STREAMS,), Float32)
+    rU = cute.make_rmem_tensor((STREAMS,), Float32)
+    rV = cute.make_rmem_tensor((STREAMS,), Float32)
     for i in range_constexpr(STREAMS * STREAMS):
-        rC[i] = cute.arch.shuffle_sync(z, 2 * STREAMS + i)
+        rK[i] = cute.arch.shuffle_sync(z, 2 * STREAMS + i)
     for j in range_constexpr(STREAMS):
-        softmax_row(rC, j, eps)
-    scale_lines(rC, eps, STREAMS, 1)
+        softmax_row(rK, j, eps)
+        rU[j] = Float32(1.0)
+    for k in range_constexpr(STREAMS):
+        rV[k] = cute.arch.rcp_approx((rK[k] + rK[4 + k]) + (rK[8 + k] + rK[12 + k]) + Float32(eps))
     for _ in cutlass.range(iterations - 1, unroll=1):
-        scale_lines(rC, eps, 1, STREAMS)
-        scale_lines(rC, eps, STREAMS, 1)
+        rows_and_columns(rK, rU, rV, eps)
     if lane == 0:
         for j in range_constexpr(STREAMS):
-            w = [rC[STREAMS * j + k].bitcast(Uint32) for k in range(STREAMS)]
+            w = [(rK[STREAMS * j + k] * rU[j] * rV[k]).bitcast(Uint32) for k in range(STREAMS)]
             ptx.stg128(g_comb + (token * STREAMS + j) * 16, w[0], w[1], w[2], w[3])
 
 
 @cute.jit
-def softmax_row(rC: cute.Tensor, j: Constexpr[int], eps: Constexpr[float]):
-    """softmax(C_j) + eps."""
-    top = cute.arch.fmax(cute.arch.fmax(rC[4 * j], rC[4 * j + 1]), cute.arch.fmax(rC[4 * j + 2], rC[4 * j + 3]))
+def softmax_row(rK: cute.Tensor, j: Constexpr[int], eps: Constexpr[float]):
+    """softmax(K_j) + eps."""
+    top = cute.arch.fmax(
+        cute.arch.fmax(rK[4 * j], rK[4 * j + 1]), cute.arch.fmax(rK[4 * j + 2], rK[4 * j + 3])
+    )
     for k in range_constexpr(STREAMS):
-        rC[4 * j + k] = ptx.ex2((rC[4 * j + k] - top) * Float32(LOG2E))
-    total = (rC[4 * j] + rC[4 * j + 1]) + (rC[4 * j + 2] + rC[4 * j + 3])
-    inv = cute.arch.rcp_approx(total)
+        rK[4 * j + k] = ptx.ex2((rK[4 * j + k] - top) * Float32(LOG2E))
+    inv = cute.arch.rcp_approx((rK[4 * j] + rK[4 * j + 1]) + (rK[4 * j + 2] + rK[4 * j + 3]))
     for k in range_constexpr(STREAMS):
-        rC[4 * j + k] = rC[4 * j + k] * inv + Float32(eps)
+        rK[4 * j + k] = rK[4 * j + k] * inv + Float32(eps)
 
 
 @cute.jit
-def scale_lines(rC: cute.Tensor, eps: Constexpr[float], step: Constexpr[int], start: Constexpr[int]):
-    """Divide every line of C by its sum + eps: elements `step` apart, lines start `start` apart."""
-    for n in range_constexpr(STREAMS):
-        i = const_expr(n * start)
-        total = (rC[i] + rC[i + step]) + (rC[i + 2 * step] + rC[i + 3 * step])
-        inv = cute.arch.rcp_approx(total + Float32(eps))
-        for k in range_constexpr(STREAMS):
-            rC[i + k * step] = rC[i + k * step] * inv
+def rows_and_columns(rK: cute.Tensor, rU: cute.Tensor, rV: cute.Tensor, eps: Constexpr[float]):
+    """One row and one column normalization of diag(u) K diag(v)."""
+    rR = cute.make_rmem_tensor((STREAMS,), Float32)
+    for j in range_constexpr(STREAMS):
+        row = (rK[4 * j] * rV[0] + rK[4 * j + 1] * rV[1]) + (rK[4 * j + 2] * rV[2] + rK[4 * j + 3] * rV[3])
+        rR[j] = rU[j] * row + Float32(eps)
+    low = rR[0] * rR[1]
+    high = rR[2] * rR[3]
+    rU[0] = rU[0] * (rR[1] * high)
+    rU[1] = rU[1] * (rR[0] * high)
+    rU[2] = rU[2] * (rR[3] * low)
+    rU[3] = rU[3] * (rR[2] * low)
+    floor = low * high * Float32(eps)
+    for k in range_constexpr(STREAMS):
+        column = (rK[k] * rU[0] + rK[4 + k] * rU[1]) + (rK[8 + k] * rU[2] + rK[12 + k] * rU[3])
+        rV[k] = rV[k] * cute.arch.rcp_approx(rV[k] * column + floor)

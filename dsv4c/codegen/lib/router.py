@@ -56,7 +56,9 @@ def dot8(w, x):
 
 
 @cute.jit
-def store_logits(t: Constexpr[Gate], sm: Int32, g_logits: Int64, r: Float32, block: Int32, thread: Int32, lane: Int32):
+def store_logits(
+    t: Constexpr[Gate], sm: Int32, g_logits: Int64, r: Float32, block: Int32, thread: Int32, lane: Int32
+):
     """Add the warps' parts `r` in order and store f32 [tokens][experts]. All threads."""
     if lane < t.sums:
         ptx.sts_f32(sm + t.o_part + (thread // 32 * t.stride + lane) * 4, r)
@@ -109,24 +111,34 @@ def stage_scores(sm: Int32, g_logits: Int64, experts: Constexpr[int], padded: Co
 
 
 @cute.jit
+def first_largest(rK: cute.Tensor, start: Constexpr[int], count: Constexpr[int]):
+    """The largest of `count` keys from `start` on and its place, the first among equals; a tree of comparisons."""
+    if const_expr(count == 1):
+        return rK[start], Int32(start)
+    else:
+        best, at = first_largest(rK, start, count // 2)
+        other, place = first_largest(rK, start + count // 2, count - count // 2)
+        if other > best:
+            best = other
+            at = place
+        return best, at
+
+
+@cute.jit
 def top_experts(sm: Int32, padded: Constexpr[int], k: Constexpr[int], lane: Int32):
     """(expert, score) number i of the k largest score + bias in lane i, the lower expert on ties. One warp."""
-    each = const_expr(padded // 32)  # neighbors per lane, so that the lowest lane has the lowest experts
+    each = const_expr(padded // 32)  # neighbors
     rK = cute.make_rmem_tensor((each,), Int32)
     for i in range_constexpr(each):
         rK[i] = Int32(ptx.lds32(sm + (2 * padded + lane * each + i) * 4))
     expert = Int32(0)
     for n in range_constexpr(k):
-        best = rK[0]
-        at = Int32(0)
-        for i in range_constexpr(1, each):
-            if rK[i] > best:
-                best = rK[i]
-                at = Int32(i)
+        best, at = first_largest(rK, 0, each)
         top = cute.arch.warp_redux_sync(best, kind="max")
-        holders = cute.arch.vote_ballot_sync(best == top)
-        first = cute.arch.popc((holders & (-holders)) - 1)
-        winner = cute.arch.shuffle_sync(lane * each + at, first)
+        winner = Int32(32 * each)
+        if best == top:
+            winner = lane * each + at
+        winner = cute.arch.warp_redux_sync(winner, kind="min")
         if lane == n:
             expert = winner
         for i in range_constexpr(each):
@@ -139,7 +151,9 @@ def top_experts(sm: Int32, padded: Constexpr[int], k: Constexpr[int], lane: Int3
 
 
 @cute.jit
-def table_experts(g_logits: Int64, g_table: Int64, g_ids: Int64, token: Int32, k: Constexpr[int], lane: Int32):
+def table_experts(
+    g_logits: Int64, g_table: Int64, g_ids: Int64, token: Int32, k: Constexpr[int], lane: Int32
+):
     """(expert, score) number i of the token's row of the table in lane i."""
     expert = Int32(0)
     chosen = Float32(0.0)

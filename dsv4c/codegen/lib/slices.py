@@ -9,11 +9,15 @@ STREAMS = 4
 
 @dataclass(frozen=True)
 class Slice:
-    """How a hidden row of `hidden` columns is cut: over `ctas` CTAs; `rows` of `fn` are projected (24, or 4 in the head)."""
+    """How a hidden row of `hidden` columns is cut: over `ctas` CTAs; `rows` of `fn` are projected (24, or 4 in the head).
+
+    A thread keeps its four columns of `held` rows of fn in registers; the other rows wait in shared memory.
+    """
 
     hidden: int
     ctas: int
     rows: int
+    held: int
 
     @property
     def width(self) -> int:
@@ -49,8 +53,8 @@ class Slice:
 
     @property
     def o_gain(self) -> int:
-        """After fn f32 [rows][4][width]: gain bf16 [width]."""
-        return self.rows * STREAMS * self.width * 4
+        """After fn f32 [rows - held][4][width]: gain bf16 [width]."""
+        return (self.rows - self.held) * STREAMS * self.width * 4
 
     @property
     def o_affine(self) -> int:
@@ -79,13 +83,13 @@ class Slice:
 
     @property
     def o_bars(self) -> int:
-        """Barriers: weights, sums, squares."""
+        """Barriers of the two inboxes."""
         return self.o_squares + -(-self.hidden // 1024) * 32
 
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
-        return self.o_bars + 24
+        return self.o_bars + 16
 
 
 @dataclass(frozen=True)
