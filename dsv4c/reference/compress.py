@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4c.ir.ops.compress import CompletedEntries, CompressPool
+from dsv4c.ir.ops.compress import AddPositionBias, CompletedEntries, CompressPool
 from dsv4c.reference.registry import meaning
 
 
@@ -43,3 +43,8 @@ def compress_pool(op: CompressPool, kv: Tensor, score: Tensor, entries: Tensor) 
     weights = torch.softmax(rows(score, -torch.inf), dim=1)
     pooled = (weights * rows(kv, 0.0)).sum(1)
     return torch.where((entries >= 0)[:, None], pooled, 0.0).to(torch.float32)
+
+
+@meaning(AddPositionBias)
+def add_position_bias(op: AddPositionBias, score: Tensor, bias: Tensor, positions: Tensor) -> Tensor:
+    return score + bias[positions.to(torch.int64) % bias.shape[0]]

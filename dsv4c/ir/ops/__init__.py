@@ -8,7 +8,7 @@ from dsv4c.ir.ops.attention import (
     visible_entries,
     window_index,
 )
-from dsv4c.ir.ops.compress import completed_entries, compress_pool
+from dsv4c.ir.ops.compress import add_position_bias, completed_entries, compress_pool
 from dsv4c.ir.ops.hyper import collapse_streams, expand_streams, mix_streams, spread_streams
 from dsv4c.ir.ops.index import index_scores, top_k
 from dsv4c.ir.ops.linear import expert_linear, grouped_linear, linear
@@ -23,6 +23,7 @@ from dsv4c.ir.ops.state import advance, cache_write, positions
 
 __all__ = [
     "add",
+    "add_position_bias",
     "advance",
     "argmax",
     "attention_scores",

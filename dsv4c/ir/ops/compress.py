@@ -53,4 +53,18 @@ class CompressPool(Op):
         return Cost(4 * elements(results[0]) * self.ratio, (pooled, pooled, entries.nbytes), (results[0].nbytes,))
 
 
+@primitive
+class AddPositionBias(Op):
+    """score + bias[position % r]: score f32[N, W], bias f32[r, W], positions i32[N] -> f32[N, W]."""
+
+    def infer(self, score: Type, bias: Type, positions: Type) -> TensorType:
+        tensor = expect_tensor(score, "score", 2, F32)
+        expect_tensor(bias, "bias", 2, F32)
+        expect_tensor(positions, "positions", 1, I32)
+        expect(bias.shape[1] == tensor.shape[1], f"bias {bias} does not fit score {score}")
+        expect(positions.shape == tensor.shape[:1], f"score {score} and positions {positions} differ in rows")
+        return tensor
+
+
 completed_entries, compress_pool = CompletedEntries.apply, CompressPool.apply
+add_position_bias = AddPositionBias.apply
