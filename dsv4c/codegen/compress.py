@@ -64,7 +64,7 @@ class KvStoreSpec:
 class CompressSpec:
     """u, s f32[B, channels] -> rings f32[B, ring, channels]; at a window's last token the pooled entry, in `format`.
 
-    Operand names are `name` and a suffix; `capacity` entries per sequence.
+    Operand names are `name` and a suffix; `capacity` entries per sequence, Hadamard-transformed first if `hadamard`.
     """
 
     name: str
@@ -75,6 +75,7 @@ class CompressSpec:
     ring: int
     capacity: int
     eps: float
+    hadamard: bool = False
     threads: int = THREADS
     frequencies: str = "frequencies"
     positions: str = "positions"
@@ -118,7 +119,7 @@ class CompressSpec:
     @property
     def pool(self) -> Pool:
         """The device library's view."""
-        row = Row(self.width, self.format)
+        row = Row(self.width, self.format, self.hadamard)
         return Pool(row, self.ratio, self.overlap, self.ring, self.capacity, self.threads)
 
     @property
@@ -136,7 +137,7 @@ class CompressSpec:
     def text(self) -> str:
         """What the stage computes."""
         c = self.pool.channels
-        last = "hadamard" if self.format == "mxfp4" else ""
+        last = "hadamard" if self.hadamard else ""
         entry = f"rope(rms_norm(bf16(compress_pool), {self.gain}: bf16[{self.width}], eps={self.eps}), w * {self.ratio})"
         return (
             f"{self.kv_ring}, {self.score_ring}: f32[B,{self.ring},{c}] at row position % {self.ring} <- {self.u}, "
@@ -189,7 +190,7 @@ def emit_state_update(spec: StateUpdateSpec) -> Emission:
 
 def check_row(name: str, row: Row) -> None:
     """Raise BuildError unless the device library can hold the row."""
-    if row.format == "mxfp4" and row.width != 128:
-        raise BuildError(f"{name}: MXFP4 rows must be 128 wide (one warp transforms them), got {row.width}")
+    if (row.format == "mxfp4" or row.hadamard) and row.width != 128:
+        raise BuildError(f"{name}: MXFP4 and Hadamard rows must be 128 wide (one warp holds them), got {row.width}")
     if row.width % 128 or not 128 <= row.width <= THREADS * 4:
         raise BuildError(f"{name}: rows must be a multiple of 128 up to {THREADS * 4} wide, got {row.width}")

@@ -45,7 +45,9 @@ class Emission:
     parameters: tuple[Parameter, ...]
     cluster: tuple[int, int, int] = (1, 1, 1)
     programmatic: bool = True  # may sit behind a programmatic edge
-    waits: bool = True  # griddepcontrol.wait precedes every dependent access
+    waits: bool = True  # griddepcontrol.wait precedes every dependent access, but for reads of `early` operands
+    early: tuple[str, ...] = ()  # read before the wait: written by a launch that every direct predecessor waited for
+    late_trigger: bool = False  # dependents may start only once every CTA has waited
     packing: Mapping[str, str] = field(default_factory=dict)  # weight operand -> name of its packing
     workspace: int = 0  # bytes of global scratch, the last parameter if any
 

@@ -1,27 +1,34 @@
-"""The experts of one MoE layer at decode: two launches, `up` (w1, w3, SwiGLU, quantize) and `down` (w2, weighted sum).
+"""The experts of one MoE layer at decode: two launches, `up` (w1, w3, SwiGLU) and `down` (quantize, w2, sum).
 
 Each (token, expert) pair is its own job: a CTA has one activation row. Routed experts' addresses come from the router,
-so their weights start after the wait; the shared expert's start before it.
+so their weights start after the wait; the shared expert's start before it. The hidden rows go through memory in bf16
+and are quantized by their readers: quantizing them in `up` ties 8 tiles of two matrices together, a cluster per 128
+columns, and that measured a third slower than CTAs that stream any tiles without a break.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
-from dsv4c.codegen.gemv import BITS, FORMATS, SHARED_PER_CTA, SHARED_PER_SM, STAGES, WARPS
+from dsv4c.codegen.gemv import BITS, FORMATS, SHARED_PER_CTA, SHARED_PER_SM, SMS, STAGES, WARPS, span_of
 from dsv4c.codegen.lib.shapes import BYTES, Product, Ring
 from dsv4c.errors import BuildError
 
-CLUSTER = 4  # CTAs that share a block of 128 hidden columns, 2 tiles of w1 and of w3 each
 
 
 @dataclass(frozen=True)
 class ExpertsSpec:
     """Shapes of one MoE layer: x [batch, hidden], `top_k` routed experts of `experts`, one shared expert.
 
-    Formats are fp8, bf16, mxfp4 or nvfp4; with bf16 the activations and the hidden rows are bf16, else FP8.
+    Formats are fp8, bf16, mxfp4 or nvfp4. With bf16 weights x is bf16 and the hidden rows stay so; else x is FP8
+    (e4m3 with ue8m0 scales per 128) and the hidden rows are quantized to FP8.
+
+    `early_ids` is sound only where `up` sits between the router and `down`: when `down` starts, every CTA of `up` has
+    triggered, hence waited, hence the router has finished.
     """
 
     name: str
@@ -33,11 +40,12 @@ class ExpertsSpec:
     routed: str
     shared: str
     limit: float
+    early_ids: bool = False  # `down` reads expert_ids before its wait, and `up` triggers only after its own
 
     @property
-    def x_kind(self) -> str:
-        """What the activations and the hidden rows are."""
-        return "bf16" if self.routed == "bf16" else "e4m3"
+    def quantized(self) -> bool:
+        """Whether activations meet the weights as FP8."""
+        return self.routed != "bf16"
 
     @property
     def weight_bytes(self) -> int:
@@ -51,15 +59,16 @@ def _check(spec: ExpertsSpec) -> None:
         raise BuildError(f"{spec.name}: batch {spec.batch}: the experts' GEMVs take 1 to 8 rows, more need a GEMM")
     if spec.top_k > 32:
         raise BuildError(f"{spec.name}: {spec.top_k} experts per token: a warp holds the addresses of 32")
+    if spec.hidden % 16 or spec.intermediate % 16:
+        raise BuildError(f"{spec.name}: hidden {spec.hidden}, intermediate {spec.intermediate}: want multiples of 16")
     for format in (spec.routed, spec.shared):
         if format not in BYTES:
             raise BuildError(f"{spec.name}: weight format {format!r}: known are {', '.join(BYTES)}")
     if (spec.routed == "bf16") != (spec.shared == "bf16"):
         raise BuildError(f"{spec.name}: {spec.routed} routed and {spec.shared} shared experts do not share activations")
-    unit = 16 if spec.routed == "bf16" else 128
-    if spec.hidden % unit or spec.intermediate % unit:
-        sizes = f"hidden {spec.hidden} and intermediate {spec.intermediate}"
-        raise BuildError(f"{spec.name}: {sizes}: {spec.routed} experts want multiples of {unit}")
+    if spec.quantized and (spec.hidden % 128 or spec.intermediate % 128):
+        sizes = f"hidden {spec.hidden}, intermediate {spec.intermediate}"
+        raise BuildError(f"{spec.name}: {sizes}: {spec.routed} experts want multiples of 128")
 
 
 def _scales(operand: str, format: str) -> list[Parameter]:
@@ -69,17 +78,6 @@ def _scales(operand: str, format: str) -> list[Parameter]:
 
 def _weight(operand: str, format: str) -> list[Parameter]:
     return [Parameter(operand), *_scales(operand, format)]
-
-
-def _rows(operand: str, kind: str) -> list[Parameter]:
-    return [Parameter(operand), Parameter(operand, "scale")] if kind == "e4m3" else [Parameter(operand)]
-
-
-def _span(product: Product, k_warps: int) -> int:
-    """Units per step: FP4 units are small, a stage of about 4 KB measured best; others take one."""
-    if product.weight in ("fp8", "bf16"):
-        return 1
-    return next(n for n in (4, 3, 2, 1) if product.units // k_warps % n == 0)
 
 
 def _k_warps(columns: int, most: int) -> int:
@@ -109,10 +107,16 @@ def _most_stages(name: str, layout: Callable[[int], dict[str, int]]) -> int:
 
 @dataclass(frozen=True)
 class UpPart:
-    """Routed or shared half of `up`."""
+    """Routed or shared half of `up`: `jobs` pairs of a w1 tile and a w3 tile for each of `ctas` CTAs in turn."""
 
     name: str
     ring: Ring
+    jobs: int
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of the part."""
+        return -(-self.jobs // self.ring.rounds)
 
     @property
     def places(self) -> dict[str, int]:
@@ -125,42 +129,57 @@ class UpPart:
                 "fx": r.product.fx_bytes,
                 "scale": 2 * r.scale_bytes,
                 "part": r.part_bytes,
-                "maxima": 4 * CLUSTER,
                 "bars": r.bars_bytes,
                 "bar": 8,
             }
         )
 
 
-def _up_part(spec: ExpertsSpec, name: str, format: str) -> UpPart:
-    product = Product(format, spec.x_kind, 1, spec.hidden)
-    k_warps = _k_warps(spec.hidden, WARPS // 4)
+def _up_parts(spec: ExpertsSpec) -> tuple[UpPart, UpPart]:
+    """Shared and routed part. Rounds are chosen so that all CTAs fit the machine at once and read about the same."""
+    tiles = -(-spec.intermediate // 16)
+    kind = "f16" if spec.quantized else "bf16"
+    k_warps = _k_warps(spec.hidden, WARPS // 2)
 
-    def planned(stages: int) -> UpPart:
-        return UpPart(name, Ring(product, 2, k_warps, _span(product, k_warps), stages, matrices=2))
+    def part(name: str, format: str, jobs: int, rounds: int) -> UpPart:
+        product = Product(format, kind, 1, spec.hidden)
 
-    return planned(_most_stages(spec.name, lambda stages: planned(stages).places))
+        def planned(stages: int) -> UpPart:
+            ring = Ring(product, 1, k_warps, span_of(product, k_warps), stages, rounds, matrices=2)
+            return UpPart(name, ring, jobs)
+
+        return planned(_most_stages(spec.name, lambda stages: planned(stages).places))
+
+    def longest(rounds: tuple[int, int]) -> float:
+        ctas = -(-tiles // rounds[0]) - (-spec.top_k * tiles // rounds[1])
+        if ctas > 2 * SMS and rounds != (32, 32):
+            return math.inf
+        return max(rounds[0] * BITS[spec.shared], rounds[1] * BITS[spec.routed])
+
+    shared_rounds, routed_rounds = min(itertools.product(range(1, 33), repeat=2), key=longest)
+    return (
+        part("shared", spec.shared, tiles, shared_rounds),
+        part("routed", spec.routed, spec.top_k * tiles, routed_rounds),
+    )
 
 
 def emit_experts_up(spec: ExpertsSpec) -> Emission:
-    """h = bf16(silu(min(x w1, limit)) * clamp(x w3, +-limit) * routing weight), FP8 unless weights are bf16."""
+    """h = bf16(silu(min(x w1, limit)) * clamp(x w3, -limit, limit) * routing weight), weight 1 for the shared one."""
     _check(spec)
-    parts = [_up_part(spec, "shared", spec.shared), _up_part(spec, "routed", spec.routed)]
-    quantized = spec.x_kind == "e4m3"
-    groups = -(-spec.intermediate // 32)
+    parts = _up_parts(spec)
+    x = (Parameter("x"), Parameter("x", "scale")) if spec.quantized else (Parameter("x"),)
     parameters = (
-        *_rows("x", spec.x_kind),
+        *x,
         Parameter("expert_ids"),
         Parameter("expert_weights"),
         *_weight("w1", spec.routed),
         *_weight("w3", spec.routed),
         *_weight("shared_w1", spec.shared),
         *_weight("shared_w3", spec.shared),
-        *_rows("h", spec.x_kind),
-        *_rows("shared_h", spec.x_kind),
+        Parameter("h"),
+        Parameter("shared_h"),
     )
-    grid = ((1 + spec.top_k) * groups, spec.batch, 1)
-    cluster = (CLUSTER, 1, 1) if quantized else (1, 1, 1)
+    grid = (sum(part.ctas for part in parts), spec.batch, 1)
     shared = max(part.places["end"] for part in parts)
     nbytes = 2 * spec.weight_bytes
     source = render(
@@ -168,11 +187,8 @@ def emit_experts_up(spec: ExpertsSpec) -> Emission:
         spec=spec,
         parts=parts,
         pointers=[p.name for p in parameters],
-        quantized=quantized,
-        groups=groups,
-        matrix_bytes={part.name: groups * part.ring.group_bytes for part in parts},
+        tiles=-(-spec.intermediate // 16),
         grid=grid,
-        cluster=cluster,
         warps=parts[0].ring.warps,
         shared=shared,
         nbytes=nbytes,
@@ -190,7 +206,7 @@ def emit_experts_up(spec: ExpertsSpec) -> Emission:
         block=parts[0].ring.warps * 32,
         shared=shared,
         parameters=parameters,
-        cluster=cluster,
+        late_trigger=spec.early_ids,
         packing=packing,
     )
 
@@ -229,15 +245,18 @@ class DownRings:
 
 
 def _down_rings(spec: ExpertsSpec) -> DownRings:
-    k_warps = _k_warps(spec.intermediate, WARPS)
-    routed = Product(spec.routed, spec.x_kind, 1, spec.intermediate)
-    shared = Product(spec.shared, spec.x_kind, 1, spec.intermediate)
-    rows = Product(spec.routed, spec.x_kind, spec.top_k, spec.intermediate)
+    tiles = -(-spec.hidden // 16)
+    tile_warps = next(n for n in (1, 2, 4, 8) if n == 8 or -(-tiles // n) <= 2 * SMS)
+    k_warps = _k_warps(spec.intermediate, WARPS // tile_warps)
+    kind = "e4m3" if spec.quantized else "bf16"
+    routed = Product(spec.routed, kind, 1, spec.intermediate)
+    shared = Product(spec.shared, kind, 1, spec.intermediate)
+    rows = Product(spec.routed, kind, spec.top_k, spec.intermediate)
 
     def planned(stages: int) -> DownRings:
         return DownRings(
-            Ring(shared, 1, k_warps, _span(shared, k_warps), 2),
-            Ring(routed, 1, k_warps, _span(routed, k_warps), stages, rounds=spec.top_k),
+            Ring(shared, tile_warps, k_warps, span_of(shared, k_warps), 2),
+            Ring(routed, tile_warps, k_warps, span_of(routed, k_warps), stages, rounds=spec.top_k),
             rows,
         )
 
@@ -245,18 +264,19 @@ def _down_rings(spec: ExpertsSpec) -> DownRings:
 
 
 def emit_experts_down(spec: ExpertsSpec) -> Emission:
-    """y = bf16(sum over the token's routed experts of h w2, plus the shared expert's), accumulated in f32."""
+    """y = bf16(sum over the token's routed experts of fp8(h) w2, plus the shared expert's), accumulated in f32."""
     _check(spec)
     rings = _down_rings(spec)
     parameters = (
-        *_rows("h", spec.x_kind),
-        *_rows("shared_h", spec.x_kind),
+        Parameter("h"),
+        Parameter("shared_h"),
         Parameter("expert_ids"),
         *_weight("w2", spec.routed),
         *_weight("shared_w2", spec.shared),
         Parameter("y"),
     )
-    grid = (spec.hidden // 16, spec.batch, 1)
+    groups = -(-spec.hidden // (16 * rings.routed.tile_warps))
+    grid = (groups, spec.batch, 1)
     source = render(
         "experts_down.py.jinja",
         spec=spec,
@@ -276,8 +296,9 @@ def emit_experts_down(spec: ExpertsSpec) -> Emission:
         block=rings.routed.warps * 32,
         shared=rings.places["end"],
         parameters=parameters,
+        early=("expert_ids",) if spec.early_ids else (),
         packing={
-            "w2": f"{spec.routed}/1x{rings.routed.span}",
-            "shared_w2": f"{spec.shared}/1x{rings.shared.span}",
+            "w2": f"{spec.routed}/{rings.routed.tile_warps}x{rings.routed.span}",
+            "shared_w2": f"{spec.shared}/{rings.shared.tile_warps}x{rings.shared.span}",
         },
     )

@@ -6,17 +6,18 @@
 
 from __future__ import annotations
 
-import math
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
-from dsv4c.codegen.lib.shapes import BYTES, Product, Ring
+from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Product, Ring
 from dsv4c.errors import BuildError
 
 SMS = 132
 SHARED_PER_SM = 228 * 1024  # of which each resident CTA loses 1 KB
 SHARED_PER_CTA = 227 * 1024
+CTA_BYTES = 32 << 10  # what a CTA could have read in the time that it takes to start and to end
 STAGES = 5  # measured: a sixth stage of FP8 units gains nothing
 WARPS = 8
 FORMATS = {
@@ -25,7 +26,7 @@ FORMATS = {
     "mxfp4": "q[e2m1,ue8m0,1x32]",
     "nvfp4": "q[e2m1,e4m3,1x16,tensor]",
 }
-STAGINGS = {("e4m3", "copy"), ("bf16", "copy"), ("e4m3", "quantize"), ("f16", "quantize"), ("e4m3", "normalize")}
+STAGINGS = {("e4m3", "copy"), ("bf16", "copy"), ("e4m3", "quantize"), ("f16", "quantize"), ("f16", "expand"), ("e4m3", "normalize")}
 BITS = {"fp8": 8, "bf16": 16, "mxfp4": 4.25, "nvfp4": 4.5}
 
 
@@ -34,6 +35,7 @@ class Activations:
     """The rows a part multiplies with: operand `name`, staged by `prologue`.
 
     copy: e4m3 rows with ue8m0 scales per 128 (kind "e4m3"), or bf16 rows (kind "bf16"), as a producer left them.
+    expand: e4m3 rows with scales, held as f16 (kind "f16"): cheaper per weight, twice the shared memory.
     quantize: bf16 rows, FP8-quantized here (kind "e4m3"), or kept, as f16 under a power of two (kind "f16").
     normalize: RMSNorm with f32 operand `gain` first, rounded to bf16, then FP8.
     """
@@ -43,6 +45,11 @@ class Activations:
     prologue: str = "copy"
     gain: str | None = None
     eps: float = 0.0
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the operand is quantized in memory, so that it has scales there."""
+        return self.prologue == "expand" or (self.prologue == "copy" and self.kind == "e4m3")
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,6 @@ class GemvSpec:
     groups: int = 1
     tile_warps: int = 0  # 0: planned
     rounds: int = 0
-    span: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,7 @@ class Part:
     def parameters(self) -> tuple[Parameter, ...]:
         """Activations, gain, then per matrix weight, scales and output."""
         x = [Parameter(self.x.name)]
-        if self.x.kind == "e4m3" and self.x.prologue == "copy":
+        if self.x.scaled:
             x.append(Parameter(self.x.name, "scale"))
         if self.x.gain:
             x.append(Parameter(self.x.gain))
@@ -217,16 +223,17 @@ def _ctas(spec: GemvSpec, tile_warps: int, rounds: int) -> list[int]:
 def _plan_tiles(spec: GemvSpec) -> tuple[int, int]:
     """Tiles that a CTA works on at a time, and how many times, so that the fullest SM has the least to do."""
     per_group = min(m.rows // 16 // spec.groups for m in spec.matrices)
-    tiles = sum(m.rows // 16 for m in spec.matrices)
+    nbytes = {m: BYTES[m.format] / COLUMNS[m.format] * spec.k for m in spec.matrices}  # of a tile
 
     def load(plan: tuple[int, int]) -> float:
+        """Bytes that the busiest SM reads, CTAs taken in order, heaviest parts first, two at a time."""
         tile_warps, rounds = plan
-        ctas = sum(_ctas(spec, tile_warps, rounds))
-        resident = -(-ctas // SMS)
-        if resident > 3:
-            return math.inf
-        fullest = resident * rounds * tile_warps * SMS / tiles
-        return fullest * (1.2, 1.0, 1.1)[resident - 1] * (1 + 0.01 * rounds)
+        ctas = sorted(zip(nbytes.values(), _ctas(spec, tile_warps, rounds), strict=True), reverse=True)
+        slots = [0.0] * min(2 * SMS, sum(count for _, count in ctas))
+        for cost, count in ctas:
+            for _ in range(count):
+                heapq.heapreplace(slots, slots[0] + cost * tile_warps * rounds + CTA_BYTES)
+        return max(slots) * (2.0 if len(slots) > SMS else 1.2) * (1 + 0.001 * rounds)
 
     plans = [
         (tile_warps, rounds)
@@ -235,6 +242,14 @@ def _plan_tiles(spec: GemvSpec) -> tuple[int, int]:
         if spec.groups == 1 or (per_group % tile_warps == 0 and rounds == 1)
     ]
     return min(plans, key=load)
+
+
+def span_of(product: Product, k_warps: int, rounds: int = 1) -> int:
+    """Units per step, as measured: FP8 gains nothing from more than one, MXFP4 wants stages of about 4 KB, NVFP4 more
+    than two stages, and so does BF16 unless its stream is long (lm_head: 234 us with 4 KB stages, 257 with 2 KB)."""
+    choices = {"fp8": (1,), "bf16": (2, 1) if rounds > 1 else (1,), "mxfp4": (4, 3, 2, 1), "nvfp4": (2, 1)}
+    per_warp = product.units // k_warps
+    return next(n for n in choices[product.weight] if per_warp % n == 0)
 
 
 def _part(
@@ -249,12 +264,7 @@ def _part(
 ) -> Part:
     # Every part has the CTA's warps: bf16 units are half as wide, so k_warps that divides 128-column units divides them.
     k_warps = max(n for n in range(1, WARPS // tile_warps + 1) if -(-spec.k // 128) % n == 0)
-    per_warp = product.units // k_warps
-    span = next(n for n in (4, 2, 1) if per_warp % n == 0 and n * BYTES[product.weight] <= 4608)
-    if spec.span:
-        span = spec.span
-    elif product.weight in ("fp8", "bf16"):
-        span = 1  # measured: two units per stage gain nothing where a unit is 2 KB
+    span = span_of(product, k_warps, rounds)
     slots, at = [], 0
     for m in matrices:
         groups = -(-(m.rows // 16) // tile_warps)
@@ -268,8 +278,7 @@ def _part(
         ring = Ring(product, tile_warps, k_warps, span, stages, rounds)
         return Part(name, ring, x, out_dtype, tuple(slots), first, at, nbytes)
 
-    resident = 3 if sum(_ctas(spec, tile_warps, rounds)) > 2 * SMS else 2
-    for limit in (SHARED_PER_SM // resident - 1024, SHARED_PER_SM // 2 - 1024, SHARED_PER_CTA):
+    for limit in (SHARED_PER_SM // 2 - 1024, SHARED_PER_CTA):
         for stages in range(STAGES, 1, -1):
             if planned(stages).places["end"] <= limit:
                 return planned(stages)

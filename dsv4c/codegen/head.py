@@ -1,4 +1,4 @@
-"""Kernels at the ends of a step: embedding, argmax, positions. (The head's collapse and norm is `hyper.HyperNorm`.)"""
+"""Kernels at the ends of a step: embedding, argmax, positions. (The head's collapse and norm is `hyper.HyperNormSpec`.)"""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsv4c.errors import BuildError
 
 
 @dataclass(frozen=True)
-class Embed:
+class EmbedSpec:
     """table bf16[vocabulary, hidden], ids i32[rows] -> x bf16[rows, 4, hidden]."""
 
     rows: int
@@ -19,7 +19,7 @@ class Embed:
 
 
 @dataclass(frozen=True)
-class Argmax:
+class ArgmaxSpec:
     """logits f32[rows, vocabulary] -> token i32[rows]."""
 
     rows: int
@@ -27,13 +27,13 @@ class Argmax:
 
 
 @dataclass(frozen=True)
-class Advance:
+class AdvanceSpec:
     """start i32[rows] += lengths i32[rows], in place."""
 
     rows: int
 
 
-def emit_embed(spec: Embed) -> Emission:
+def emit_embed(spec: EmbedSpec) -> Emission:
     """The embedding's copy. Raises BuildError unless rows are whole 16-byte pieces."""
     if spec.hidden % 8:
         raise BuildError(f"embedding of {spec.hidden} columns: want a multiple of 8, for 16-byte copies")
@@ -59,7 +59,7 @@ def emit_embed(spec: Embed) -> Emission:
     return Emission("embed_0", source, (ctas, spec.rows, 1), threads, 0, parameters)
 
 
-def emit_argmax(spec: Argmax) -> Emission:
+def emit_argmax(spec: ArgmaxSpec) -> Emission:
     """The argmax: a cluster per row."""
     vector = 1 if spec.vocabulary % 4 else 4
     pieces = spec.vocabulary // vector
@@ -100,7 +100,7 @@ def emit_argmax(spec: Argmax) -> Emission:
     )
 
 
-def emit_advance(spec: Advance) -> Emission:
+def emit_advance(spec: AdvanceSpec) -> Emission:
     """The positions' update."""
     parameters = tuple(map(Parameter, ("start", "lengths")))
     threads = -(-spec.rows // 32) * 32

@@ -16,7 +16,7 @@ CLUSTER_LIMIT = 16
 
 
 @dataclass(frozen=True)
-class HyperNorm:
+class HyperNormSpec:
     """One boundary between sublayers.
 
     Operands, by flag: x bf16[rows, 4, hidden]; mix: f bf16[rows, hidden], post f32[rows, 4], comb f32[rows, 4, 4] of
@@ -59,7 +59,7 @@ class HyperNorm:
         return 24 if threads <= 256 else 12 if threads <= 512 else 0
 
 
-def emit(spec: HyperNorm) -> Emission:
+def emit_hyper_norm(spec: HyperNormSpec) -> Emission:
     """The kernel of one boundary. Raises BuildError for shapes that no cluster can hold."""
     cut = spec.slice
     symbol = "hyper_head" if spec.head else "hyper_norm" if spec.mix else "hyper_norm_first"
@@ -97,7 +97,7 @@ def emit(spec: HyperNorm) -> Emission:
     )
 
 
-def _parameters(spec: HyperNorm) -> tuple[Parameter, ...]:
+def _parameters(spec: HyperNormSpec) -> tuple[Parameter, ...]:
     names = ["x", *(["f", "post", "comb"] if spec.mix else []), "fn", "base", "scale", "gain"]
     names += [*(["x_out"] if spec.keep else []), *([] if spec.head else ["post_out", "comb_out"])]
     names += ["normed"] if spec.bf16 else []
@@ -105,7 +105,7 @@ def _parameters(spec: HyperNorm) -> tuple[Parameter, ...]:
     return (*map(Parameter, names), *quantized)
 
 
-def _signature(spec: HyperNorm) -> str:
+def _signature(spec: HyperNormSpec) -> str:
     """Operands and results with their types, in ABI order, one a line."""
     n, h, p = spec.rows, spec.hidden, spec.slice.rows
     types = {

@@ -15,7 +15,7 @@ CTAS = 132  # one per multiprocessor of an H200 at most, so that all weights are
 
 
 @dataclass(frozen=True)
-class RouterGate:
+class RouterGateSpec:
     """x bf16[rows, hidden], gate bf16[experts, hidden] -> logits f32[rows, experts]."""
 
     rows: int
@@ -38,7 +38,7 @@ class RouterGate:
 
 
 @dataclass(frozen=True)
-class RouterChoice:
+class RouterChoiceSpec:
     """logits f32[rows, experts] -> experts i32[rows, k], weights f32[rows, k].
 
     Dense: bias f32[experts]; a thread per expert. Hashed: table i32[vocabulary, k], ids i32[rows].
@@ -52,7 +52,7 @@ class RouterChoice:
     eps: float = 0.0
 
 
-def emit_gate(spec: RouterGate) -> Emission:
+def emit_router_gate(spec: RouterGateSpec) -> Emission:
     """The gate's products. Raises BuildError for shapes it cannot cut."""
     gate = spec.gate
     ctas = spec.experts // gate.rows
@@ -71,7 +71,7 @@ def emit_gate(spec: RouterGate) -> Emission:
     return Emission("router_gate_0", source, (ctas, 1, 1), gate.threads, gate.shared, parameters)
 
 
-def emit_choice(spec: RouterChoice) -> Emission:
+def emit_router_choice(spec: RouterChoiceSpec) -> Emission:
     """The choice of experts. Raises BuildError when k exceeds the experts or a warp."""
     threads = 32 if spec.hashed else -(-spec.experts // 32) * 32
     if spec.k > min(32, spec.experts) or threads > 1024:

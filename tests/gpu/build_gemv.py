@@ -18,6 +18,7 @@ from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
 FOLDER = Path(".device/gemv")
 QUANTIZED = Activations("x", "e4m3")
 PLAIN = Activations("x_bf16", "bf16")
+EXPAND = Activations("x", "f16", "expand")
 QUANTIZE = Activations("x_bf16", "e4m3", "quantize")
 KEEP = Activations("x_bf16", "f16", "quantize")
 NORMALIZE = Activations("x_bf16", "e4m3", "normalize", gain="gain", eps=1e-6)
@@ -83,9 +84,10 @@ def cases() -> list[Case]:
         in_proj("in_proj", 4096, 1024, 1),
         dense("wo_a", 8192, 4096, "fp8", KEEP, groups=8),
         dense("lm_head", 129280, 4096, "bf16", PLAIN, out="f32"),
-        replace(dense("lm_head_2", 129280, 4096, "bf16", PLAIN, out="f32"), span=2),
-        replace(dense("lm_head_1", 129280, 4096, "bf16", PLAIN, out="f32"), tile_warps=1, rounds=31),
-        replace(dense("lm_head_12", 129280, 4096, "bf16", PLAIN, out="f32"), tile_warps=1, rounds=31, span=2),
+        dense("wo_b_x", 4096, 8192, x=EXPAND),
+        dense("w13_x", 4096, 4096, x=EXPAND),
+        dense("mxfp4_x", 12288, 4096, "mxfp4", x=EXPAND),
+        dense("nvfp4_x", 12288, 4096, "nvfp4", x=EXPAND),
         dense("mxfp4", 12288, 4096, "mxfp4"),
         dense("nvfp4", 12288, 4096, "nvfp4"),
         in_proj("in_proj_pro", 7168, 1536, 1),
@@ -109,6 +111,7 @@ def cases() -> list[Case]:
             dense("tiny_fp8", 256, 128, batch=batch),
             dense("tiny_norm", 2048, 128, x=NORMALIZE, batch=batch),
             dense("tiny_wo_a", 256, 1024, "fp8", KEEP, groups=2, batch=batch),
+            dense("tiny_expand", 256, 384, x=EXPAND, batch=batch),
             dense("keep_mxfp4", 256, 256, "mxfp4", KEEP, batch=batch, out="f32"),
             dense("keep_nvfp4", 256, 256, "nvfp4", KEEP, batch=batch, out="f32"),
             dense("small_mxfp4", 256, 256, "mxfp4", batch=batch, out="f32"),
@@ -127,7 +130,8 @@ def experts() -> list[tuple[ExpertsSpec, bool]]:
         return ExpertsSpec(f"flash_{routed}_{shared}_b{batch}", batch, 4096, 2048, 256, 6, routed, shared, 10.0)
 
     pro = ExpertsSpec("pro_mxfp4_fp8_b1", 1, 7168, 3072, 384, 6, "mxfp4", "fp8", 10.0)
-    timed = [flash("mxfp4", "fp8"), flash("nvfp4", "fp8"), flash("fp8", "fp8"), pro, flash("mxfp4", "fp8", 8)]
+    early = replace(flash("mxfp4", "fp8"), name="flash_early_ids", early_ids=True)
+    timed = [flash("mxfp4", "fp8"), early, flash("nvfp4", "fp8"), flash("fp8", "fp8"), pro, flash("mxfp4", "fp8", 8)]
     checked = [flash("bf16", "bf16"), flash("nvfp4", "nvfp4", 3), flash("mxfp4", "fp8", 2)]
     for batch in (1, 3):
         tiny = [("mxfp4", "fp8"), ("nvfp4", "fp8"), ("fp8", "fp8")]

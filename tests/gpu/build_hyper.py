@@ -21,9 +21,9 @@ FLASH, PRO, TINY = 4096, 7168, 256
 BATCHES = (1, 2, 3, 8)
 
 
-def boundary(rows: int, hidden: int, **flags: Any) -> hyper.HyperNorm:
+def boundary(rows: int, hidden: int, **flags: Any) -> hyper.HyperNormSpec:
     """A boundary with the release's constants."""
-    return hyper.HyperNorm(rows, hidden, 1e-6, 1e-6, flags.pop("iterations", 20), **flags)
+    return hyper.HyperNormSpec(rows, hidden, 1e-6, 1e-6, flags.pop("iterations", 20), **flags)
 
 
 def specs() -> Iterator[tuple[str, Any, Emission]]:
@@ -42,21 +42,21 @@ def specs() -> Iterator[tuple[str, Any, Emission]]:
     boundaries += [boundary(1, PRO, held=held) for held in (0, 18)]
     boundaries += [boundary(1, 512), boundary(1, 2560), boundary(1, 384)]
     for spec in boundaries:
-        yield "hyper", spec, hyper.emit(spec)
+        yield "hyper", spec, hyper.emit_hyper_norm(spec)
     for hidden, experts, k, factor in ((FLASH, 256, 6, 1.5), (PRO, 384, 6, 2.5), (TINY, 8, 2, 1.5)):
         for rows in BATCHES:
-            gate = router.RouterGate(rows, hidden, experts)
-            yield "gate", gate, router.emit_gate(gate)
+            gate = router.RouterGateSpec(rows, hidden, experts)
+            yield "gate", gate, router.emit_router_gate(gate)
             for hashed in (False, True):
-                choice = router.RouterChoice(rows, experts, k, factor, hashed=hashed)
-                yield "choice", choice, router.emit_choice(choice)
+                choice = router.RouterChoiceSpec(rows, experts, k, factor, hashed=hashed)
+                yield "choice", choice, router.emit_router_choice(choice)
     for rows, vocabulary in ((1, 129280), (8, 129280), (3, 512), (2, 250)):
-        argmax = head.Argmax(rows, vocabulary)
+        argmax = head.ArgmaxSpec(rows, vocabulary)
         yield "argmax", argmax, head.emit_argmax(argmax)
     for rows, hidden in ((1, FLASH), (8, PRO), (3, TINY)):
-        embed = head.Embed(rows, hidden)
+        embed = head.EmbedSpec(rows, hidden)
         yield "embed", embed, head.emit_embed(embed)
-    advance = head.Advance(3)
+    advance = head.AdvanceSpec(3)
     yield "advance", advance, head.emit_advance(advance)
     neighbors = (
         ("wo_b", 4096, 8192),

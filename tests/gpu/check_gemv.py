@@ -83,7 +83,7 @@ def wide(value: codec.Quantized | Tensor) -> Tensor:
 def bind_activations(operands: Operands, spec: dict[str, Any], x: dict[str, Any]) -> Tensor:
     """Random rows for an activation operand; returns what the product uses, float64 [M, groups * k]."""
     shape = (spec["batch"], spec["groups"] * spec["k"])
-    if x["kind"] == "e4m3" and x["prologue"] == "copy":
+    if x["prologue"] == "expand" or (x["kind"] == "e4m3" and x["prologue"] == "copy"):
         if (x["name"], "data") not in operands:
             operands[x["name"], "data"] = random_e4m3(*shape)
             scale = torch.randint(110, 130, (shape[0], shape[1] // 128), device="cuda").to(torch.uint8)

@@ -49,6 +49,50 @@ def copy_rows(
 
 
 @cute.jit
+def load_codes(
+    p: Constexpr[Product], g_x: Int64, row_bytes: Constexpr[int], thread: Int32, threads: Constexpr[int]
+):
+    """This thread's share of e4m3 rows, in flight to registers, for `expand_rows`."""
+    width = const_expr(p.k // 16)
+    count = const_expr(p.rows * width)
+    pieces = const_expr(-(-count // threads))
+    w = cute.make_rmem_tensor((4 * pieces,), Uint32)
+    for n in range_constexpr(pieces):
+        i = cutlass.min(thread + n * threads, Int32(count - 1))
+        v = ptx.ldg128(g_x + Int64(i // width * row_bytes + i % width * 16))
+        for j in range_constexpr(4):
+            w[4 * n + j] = v[j]
+    return w
+
+
+@cute.jit
+def expand_rows(
+    p: Constexpr[Product],
+    w: cute.Tensor,
+    s_x: Int32,
+    s_fx: Int32,
+    g_fx: Int64,
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """Rows of `load_codes`, with their ue8m0 scales at `g_fx`, as f16: one conversion instead of one per unit."""
+    width = const_expr(p.k // 16)
+    count = const_expr(p.rows * width)
+    for n in range_constexpr(-(-count // threads)):
+        i = cutlass.min(thread + n * threads, Int32(count - 1))
+        s_piece = s_x + i // width * p.x_stride + i % width * 32
+        for half in range_constexpr(2):
+            lo = ptx.e4m3x4_to_f16x2x2(w[4 * n + 2 * half])
+            hi = ptx.e4m3x4_to_f16x2x2(w[4 * n + 2 * half + 1])
+            ptx.sts128(s_piece + half * 16, lo[0], lo[1], hi[0], hi[1])
+    scales = const_expr(p.rows * p.units)
+    for n in range_constexpr(-(-scales // threads)):
+        i = thread + n * threads
+        if i < scales:
+            ptx.sts_f32(s_fx + i * 4, ptx.ue8m0_to_f32(ptx.ldg_u8(g_fx + i)))
+
+
+@cute.jit
 def zero_tails(p: Constexpr[Product], s_x: Int32, width: Constexpr[int], lane: Int32):
     """Zero what `copy_rows` leaves of each row's last unit: padding weights are zero, and 0 x NaN is not."""
     pad = const_expr((2 * p.units * COLUMNS[p.weight] - width) // 4)
@@ -57,6 +101,51 @@ def zero_tails(p: Constexpr[Product], s_x: Int32, width: Constexpr[int], lane: I
             i = lane + 32 * n
             if i < pad:
                 ptx.sts32(s_x + m * p.x_stride + width + i * 4, Uint32(0))
+
+
+@cute.jit
+def load_blocks(
+    p: Constexpr[Product],
+    g_x: Int64,
+    row_bytes: Constexpr[int],
+    first: Constexpr[int],
+    number: Constexpr[int],
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """`number` blocks of bf16 rows, those of rounds `first`..., in flight together: a round trip each would add up."""
+    w = cute.make_rmem_tensor((4 * number,), Uint32)
+    for n in range_constexpr(number):
+        block = block_of(p, first + n, thread, threads)
+        column = block % p.units * 256 + thread % 16 * 16
+        v = ptx.ldg128(g_x + Int64(block // p.units * row_bytes + column))
+        for j in range_constexpr(4):
+            w[4 * n + j] = v[j]
+    return w
+
+
+@cute.jit
+def block_of(p: Constexpr[Product], n: Constexpr[int], thread: Int32, threads: Constexpr[int]):
+    """Block of 128 that the thread's half-warp has in round `n`; the last round repeats the last block."""
+    return cutlass.min(thread // 16 + n * (threads // 16), Int32(p.rows * p.units - 1))
+
+
+@cute.jit
+def store_blocks(
+    p: Constexpr[Product],
+    w: cute.Tensor,
+    s_x: Int32,
+    s_fx: Int32,
+    first: Constexpr[int],
+    number: Constexpr[int],
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """What `load_blocks` loaded as p.x wants it, e4m3 or scaled f16; a half-warp per block of 128."""
+    for n in range_constexpr(number):
+        block = block_of(p, first + n, thread, threads)
+        s_row = s_x + block // p.units * p.x_stride
+        put_block(p, quantize.floats8(w, n), s_row, s_fx + block * 4, block % p.units, thread % 32)
 
 
 @cute.jit
@@ -69,18 +158,12 @@ def quantize_rows(
     thread: Int32,
     threads: Constexpr[int],
 ):
-    """bf16 rows of a predecessor as p.x wants them, e4m3 or scaled f16; a half-warp per block of 128.
-
-    `row_bytes` is the distance of rows in global memory.
-    """
-    groups = const_expr(threads // 16)
-    count = const_expr(p.rows * p.units)
-    for n in range_constexpr(-(-count // groups)):
-        # the last round repeats a block rather than leave half a warp behind
-        block = cutlass.min(thread // 16 + n * groups, Int32(count - 1))
-        row, unit = block // p.units, block % p.units
-        r = quantize.load8(g_x + Int64(row * row_bytes + unit * 256 + (thread % 16) * 16))
-        put_block(p, r, s_x + row * p.x_stride, s_fx + block * 4, unit, thread % 32)
+    """bf16 rows of a predecessor as p.x wants them; `row_bytes` is their distance in global memory."""
+    rounds = const_expr(p.block_rounds(threads))
+    for first in range_constexpr(0, rounds, 8):
+        number = const_expr(min(8, rounds - first))
+        w = load_blocks(p, g_x, row_bytes, first, number, thread, threads)
+        store_blocks(p, w, s_x, s_fx, first, number, thread, threads)
 
 
 @cute.jit
@@ -116,29 +199,28 @@ def normalize_quantize_rows(
 
     `s_squares` is scratch, f32 [rows][units]; `s_bar` completes when the gain has arrived. Contains a CTA barrier.
     """
-    groups = const_expr(threads // 16)
-    count = const_expr(p.rows * p.units)
-    for n in range_constexpr(-(-count // groups)):
-        block = cutlass.min(thread // 16 + n * groups, Int32(count - 1))
-        r = quantize.load8(g_x + Int64(block * 256 + (thread % 16) * 16))
+    rounds = const_expr(p.block_rounds(threads))
+    w = load_blocks(p, g_x, 2 * p.k, 0, rounds, thread, threads)
+    for n in range_constexpr(rounds):
+        r = quantize.floats8(w, n)
         square = Float32(0.0)
         for j in range_constexpr(8):
             square = square + r[j] * r[j]
         square = ptx.lanes_sum(square, 16)
         if thread % 16 == 0:
-            ptx.sts_f32(s_squares + block * 4, square)
+            ptx.sts_f32(s_squares + block_of(p, n, thread, threads) * 4, square)
     cute.arch.sync_threads()
     arrived(s_bar)
-    for n in range_constexpr(-(-count // groups)):
-        block = cutlass.min(thread // 16 + n * groups, Int32(count - 1))
+    for n in range_constexpr(rounds):
+        block = block_of(p, n, thread, threads)
         row, unit = block // p.units, block % p.units
         mean = Float32(0.0)
         for j in range_constexpr(p.units):
             mean = mean + ptx.lds_f32(s_squares + (row * p.units + j) * 4)
         inverse = cute.math.rsqrt(mean * Float32(1.0 / p.k) + Float32(eps))
-        r = quantize.load8(g_x + Int64(block * 256 + (thread % 16) * 16))
+        r = quantize.floats8(w, n)
         for half in range_constexpr(2):
-            w = ptx.lds128(s_gain + (unit * 128 + (thread % 16) * 8 + half * 4) * 4)
+            gain = ptx.lds128(s_gain + (unit * 128 + thread % 16 * 8 + half * 4) * 4)
             for j in range_constexpr(4):
-                r[4 * half + j] = ptx.round_bf16(r[4 * half + j] * inverse * w[j].bitcast(Float32))
+                r[4 * half + j] = ptx.round_bf16(r[4 * half + j] * inverse * gain[j].bitcast(Float32))
         put_block(p, r, s_x + row * p.x_stride, s_fx + block * 4, unit, thread % 32)

@@ -58,7 +58,9 @@ def rotate(row: Constexpr[Row], r: cute.Tensor, constants: cute.Tensor, position
 
 @cute.jit
 def store(row: Constexpr[Row], r: cute.Tensor, g_data: Int64, g_scale: Int64, g_tail: Int64, slot: Int64, tid: Int32):
-    """Write the row to place `slot` of the component arrays, in the row's format."""
+    """Write the row to place `slot` of the component arrays, in the row's domain and format."""
+    if const_expr(row.hadamard):
+        hadamard.hadamard128(r, tid % 32)
     if const_expr(row.format == "bf16"):
         if tid < row.lanes:
             _store_bf16(r, g_data + (slot * row.lanes + tid) * 8)
@@ -92,8 +94,7 @@ def _store_fp8(row: Constexpr[Row], r: cute.Tensor, g_data: Int64, g_scale: Int6
 
 @cute.jit
 def _store_mxfp4(r: cute.Tensor, g_data: Int64, g_scale: Int64, slot: Int64, tid: Int32):
-    """A row of 128 in the Hadamard domain: 64 bytes of codes, the even element in the low nibble, and 4 scales."""
-    hadamard.hadamard128(r, tid % 32)
+    """A row of 128: 64 bytes of codes, the even element in the low nibble, and 4 scales."""
     byte = hadamard.block32_exponent(r)
     codes = Uint32(0)
     for i in range_constexpr(4):

@@ -16,11 +16,13 @@ HEADS = 16  # heads of an attention CTA: the rows of one MMA tile
 class Row:
     """A cache row of `width` elements, held by `width / 4` threads, four neighbors each.
 
-    format: "fp8" = q[e4m3,ue8m0,1x64,tail=64], "bf16", or "mxfp4" = q[e2m1,ue8m0,1x32] in the Hadamard domain.
+    format: "fp8" = q[e4m3,ue8m0,1x64,tail=64], "bf16", or "mxfp4" = q[e2m1,ue8m0,1x32]. `hadamard` rows (128 wide) are
+    transformed before they are stored.
     """
 
     width: int
     format: str
+    hadamard: bool = False
 
     @property
     def lanes(self) -> int:
@@ -257,3 +259,74 @@ class Attention:
     def shared(self) -> int:
         """Bytes of shared memory."""
         return self._places["end"]
+
+
+@dataclass(frozen=True)
+class Index:
+    """Index scores of one token: `heads` queries of 128 against up to `capacity` keys, one per `ratio` tokens.
+
+    A warp scores `tiles` times 16 keys at a time; `ctas` CTAs of 8 warps share the keys of a sequence. Nothing is
+    scored while at most `k` keys exist. format: "mxfp4" or "bf16", of queries and keys.
+    """
+
+    heads: int
+    format: str
+    capacity: int
+    ratio: int
+    k: int
+    ctas: int
+    tiles: int
+
+    @property
+    def warps(self) -> int:
+        """Warps of a CTA."""
+        return 8
+
+    @property
+    def keys(self) -> int:
+        """Keys that a CTA scores at a time."""
+        return self.warps * self.tiles * 16
+
+    @property
+    def shared(self) -> int:
+        """Bytes: the queries as MMA fragments [heads / 8][4][32 lanes][16 bytes]."""
+        return self.heads * 256
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Exact top-k of `capacity` scores, by digits of order-preserving keys, over a cluster of `splits` CTAs.
+
+    bits: how many leading bits of a score's float decide (16 when scores are bf16 values, else 32).
+    """
+
+    capacity: int
+    k: int
+    ratio: int
+    bits: int
+    splits: int
+    threads: int
+
+    @property
+    def quads(self) -> int:
+        """Most groups of four scores that a thread holds."""
+        return -(-self.capacity // (4 * self.threads * self.splits))
+
+    @property
+    def out(self) -> int:
+        """Length of the result."""
+        return min(self.k, self.capacity)
+
+    @property
+    def passes(self) -> tuple[tuple[int, int], ...]:
+        """(lowest bit, width) of each digit, leading digit first."""
+        return ((21, 11), (16, 5)) if self.bits == 16 else ((21, 11), (10, 11), (0, 10))
+
+    def o_histogram(self, step: int) -> int:
+        """Counts by digit u32, of pass `step`."""
+        return 256 + sum(4 << width for _, width in self.passes[:step])
+
+    @property
+    def shared(self) -> int:
+        """Bytes: warp sums (128), choice and totals (128), histograms."""
+        return self.o_histogram(len(self.passes))

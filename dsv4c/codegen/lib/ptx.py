@@ -109,6 +109,12 @@ def ldg_u8(g: Int64):
 
 
 @cute.jit
+def ldg32_relaxed(g: Int64):
+    """One word, from L2 and not from a stale L1 line: for what a finished launch wrote, read before `wait`."""
+    return _asm("ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
+
+
+@cute.jit
 def ldg32_constant(g: Int64):
     """One word that no launch of the graph writes (weights): may be read before `wait`."""
     return _asm("ld.global.nc.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])

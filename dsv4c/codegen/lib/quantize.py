@@ -5,7 +5,7 @@ scale = 2^ceil(log2(max(amax, 1e-4) / 448)), stored as its biased exponent; code
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint32, range_constexpr
+from cutlass import Constexpr, Float32, Int32, Uint32, range_constexpr
 
 from dsv4c.codegen.lib import ptx
 
@@ -38,12 +38,11 @@ def codes4(a: Float32, b: Float32, c: Float32, d: Float32):
 
 
 @cute.jit
-def load8(g: Int64):
-    """Eight bf16 of a predecessor as floats."""
-    w = ptx.ldg128(g)
+def floats8(w: cute.Tensor, n: Constexpr[int]):
+    """Eight bf16, words 4n..4n+3 of `w`, as floats."""
     r = cute.make_rmem_tensor((8,), Float32)
     for i in range_constexpr(4):
-        r[2 * i], r[2 * i + 1] = ptx.bf16x2_to_f32x2(w[i])
+        r[2 * i], r[2 * i + 1] = ptx.bf16x2_to_f32x2(w[4 * n + i])
     return r
 
 

@@ -42,6 +42,10 @@ class Product:
         """Shared bytes of their scales, f32 [rows][units]."""
         return self.rows * self.units * 4 if self.x != "bf16" else 0
 
+    def block_rounds(self, threads: int) -> int:
+        """Rounds in which `threads` threads, 16 to a block, go over all blocks of 128 of the rows."""
+        return -(-self.rows * self.units // (threads // 16))
+
     @property
     def finish(self) -> float:
         """Power of two that the accumulated products still lack."""

@@ -171,3 +171,15 @@ def load_block_scales(
             tile = cutlass.min(tile, tiles - 1)
             byte = ptx.ldg_u8_constant(g_scale + (tile // 8) * p.units + unit)
             ptx.sts_f32(s_scale + i * 4, ptx.ue8m0_to_f32(byte))
+
+
+@cute.jit
+def load_tile_scales(
+    p: Constexpr[Product], s_scale: Int32, g_scale: Int64, tile: Int32, thread: Int32, threads: Constexpr[int]
+):
+    """FP8 block scales of one tile, f32 [units], from a matrix's ue8m0 [rows / 128][units]."""
+    for n in range_constexpr(-(-p.units // threads)):
+        i = thread + n * threads
+        if i < p.units:
+            byte = ptx.ldg_u8_constant(g_scale + (tile // 8) * p.units + i)
+            ptx.sts_f32(s_scale + i * 4, ptx.ue8m0_to_f32(byte))

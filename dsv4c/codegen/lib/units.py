@@ -40,7 +40,8 @@ def spread_f16x2(r: Uint32):
 @cute.jit
 def scale_byte(r: Uint32, byte: Constexpr[int]):
     """2^(b - 127) of byte `byte` of a word of ue8m0 scales (0 for byte 0)."""
-    return (((r >> Uint32(8 * byte)) & Uint32(0xFF)) << Uint32(23)).bitcast(Float32)
+    shifted = (r >> Uint32(1)) if const_expr(byte == 3) else (r << Uint32(23 - 8 * byte))
+    return (shifted & Uint32(0x7F800000)).bitcast(Float32)
 
 
 @cute.jit

@@ -1,0 +1,112 @@
+"""The indexer families: scores of every visible entry, and the exact top-k of them.
+
+`emit_index_scores` transforms the queries and scores the keys in one launch; `emit_top_k` selects. Both stop early at what
+the position on the device makes visible, and do nothing but list all entries while there are no more than k.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.codegen.lib.geometry import Index, Row, Selection
+from dsv4c.errors import BuildError
+
+FORMATS = {"mxfp4": "q[e2m1,ue8m0,1x32]", "bf16": "bf16"}
+CTAS = 264  # two per SM
+
+
+@dataclass(frozen=True)
+class IndexScoresSpec:
+    """q bf16[batch, heads, 128] before RoPE, keys [batch, capacity, 128] in `format`, weights bf16[batch, heads]
+    -> scores f32[batch, capacity], written only where visible, and only if more than `k` entries are. Strings name
+    operands. Queries are Hadamard-transformed, and quantized like the keys."""
+
+    name: str
+    batch: int
+    heads: int
+    format: str
+    capacity: int
+    ratio: int
+    k: int
+    q: str = "q"
+    keys: str = "keys"
+    weights: str = "weights"
+    frequencies: str = "frequencies"
+    positions: str = "positions"
+    scores: str = "scores"
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """In ABI order."""
+        keys = (Parameter(self.keys, c) for c in Row(128, self.format).components)
+        rest = (self.weights, self.frequencies, self.positions, self.scores)
+        return (Parameter(self.q), *keys, *map(Parameter, rest))
+
+
+def emit_index_scores(spec: IndexScoresSpec) -> Emission:
+    """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
+    if spec.format not in FORMATS:
+        raise BuildError(f"{spec.name}: keys must be {' or '.join(FORMATS)}, got {spec.format}")
+    if spec.heads % 8:
+        raise BuildError(f"{spec.name}: heads come in eights, got {spec.heads}")
+    tiles = 2 if spec.format == "mxfp4" and spec.capacity > 32768 else 1  # pays once queries are reread often
+    ctas = min(-(-spec.capacity // (128 * tiles)), max(1, CTAS // spec.batch))
+    x = Index(spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, ctas, tiles)
+    nbytes = spec.batch * (spec.capacity * (68 if spec.format == "mxfp4" else 256) + spec.heads * 256)
+    B = spec.batch
+    source = render(
+        "index_scores.py.jinja",
+        spec=spec,
+        x=x,
+        signature=(
+            f"q: bf16[{B},{spec.heads},128]; keys: {FORMATS[spec.format]}[{B},{spec.capacity},128]; weights: bf16[{B},{spec.heads}];\n"
+            f"frequencies: f32[32]; positions: i32[{B}], -1 for none; scores: f32[{B},{spec.capacity}]."
+        ),
+        pointers=[p.name for p in spec.parameters],
+        nbytes=nbytes,
+        floor=floor_us(nbytes),
+    )
+    return Emission(f"{spec.name}_0", source, (ctas * B, 1, 1), 256, x.shared, spec.parameters)
+
+
+@dataclass(frozen=True)
+class TopKSpec:
+    """scores f32[batch, capacity] -> out i32[batch, min(k, capacity)]; `bits` is 16 when scores are bf16 values."""
+
+    name: str
+    batch: int
+    capacity: int
+    k: int
+    ratio: int
+    bits: int = 16
+    scores: str = "scores"
+    positions: str = "positions"
+    out: str = "out"
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """In ABI order."""
+        return tuple(map(Parameter, (self.scores, self.positions, self.out)))
+
+
+def emit_top_k(spec: TopKSpec) -> Emission:
+    """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
+    if spec.bits not in (16, 32):
+        raise BuildError(f"{spec.name}: keys have 16 or 32 bits, got {spec.bits}")
+    if spec.capacity > 1 << 20:
+        raise BuildError(f"{spec.name}: at most {1 << 20} scores per row, got {spec.capacity}")
+    splits = next((n for n in (1, 2, 4, 8) if spec.capacity <= 8192 * n), 16)
+    threads = min(1024, -(-spec.capacity // (4 * 32)) * 32)
+    t = Selection(spec.capacity, spec.k, spec.ratio, spec.bits, splits, threads)
+    B, nbytes = spec.batch, spec.batch * spec.capacity * 4
+    source = render(
+        "top_k.py.jinja",
+        spec=spec,
+        t=t,
+        signature=f"scores: f32[{B},{spec.capacity}]; positions: i32[{B}], -1 for none; out: i32[{B},{t.out}].",
+        pointers=[p.name for p in spec.parameters],
+        nbytes=nbytes,
+        floor=floor_us(nbytes),
+    )
+    return Emission(f"{spec.name}_0", source, (splits * B, 1, 1), threads, t.shared, spec.parameters, (splits, 1, 1))

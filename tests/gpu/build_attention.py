@@ -1,0 +1,158 @@
+"""Cross-compile what `check_attention.py` runs on a device: python tests/gpu/build_attention.py [--target sm_90a].
+
+Writes cubins and `cases.json` to the folder .device/attention (carry it to the machine with the GPU, which needs no
+compiler).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from dsv4c.codegen.attention import AttentionSpec, emit_attention
+from dsv4c.codegen.build import Source, build
+from dsv4c.codegen.compress import CompressSpec, KvStoreSpec, StateUpdateSpec, emit_state_update
+from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
+
+FOLDER = Path(".device/attention")
+Spec = AttentionSpec | StateUpdateSpec | IndexScoresSpec | TopKSpec
+
+
+@dataclass(frozen=True)
+class Case:
+    """A spec to check, and to time at token position `timed_at` if that is set."""
+
+    spec: Spec
+    timed_at: int | None = None
+
+
+def emit(spec: Spec) -> Emission:
+    """The spec's kernel."""
+    if isinstance(spec, AttentionSpec):
+        return emit_attention(spec)
+    if isinstance(spec, StateUpdateSpec):
+        return emit_state_update(spec)
+    return emit_index_scores(spec) if isinstance(spec, IndexScoresSpec) else emit_top_k(spec)
+
+
+def attention(name: str, heads: int, batch: int = 1, **changes: object) -> AttentionSpec:
+    """A release-width case: window 128 in a ring of 192, FP8 keys."""
+    spec = AttentionSpec(name, batch, heads, 512, "fp8", 128, 192, 1e-6)
+    return replace(spec, **changes)  # type: ignore[arg-type]
+
+
+def csa(name: str, heads: int, k: int, batch: int = 1, **changes: object) -> AttentionSpec:
+    """Selected entries of an 8 k context."""
+    return attention(
+        name, heads, batch, entries="selected", selected_count=k, ratio=4, capacity=2048, **changes
+    )
+
+
+def hca(name: str, heads: int, context: int, batch: int = 1, **changes: object) -> AttentionSpec:
+    """All entries."""
+    return attention(name, heads, batch, entries="all", ratio=128, capacity=context // 128, **changes)
+
+
+def state(name: str, batch: int, ratio: int, width: int = 512, format: str = "fp8", ring: int = 192) -> StateUpdateSpec:
+    """The state writes of a layer: ratio 0 (window alone), 4 (with index keys) or 128."""
+    key_format = "mxfp4" if format == "fp8" else format
+    compressors = []
+    if ratio:
+        overlap = ratio == 4
+        rows = ratio * (2 if overlap else 1) + (ratio if overlap else 0)
+        compressors.append(CompressSpec("kv_c", width, format, ratio, overlap, rows, 40000 // ratio, 1e-6))
+    if ratio == 4:
+        index = CompressSpec("index_c", 128, key_format, 4, True, 12, 10000, 1e-6, hadamard=True)
+        compressors.append(index)
+    return StateUpdateSpec(name, batch, KvStoreSpec(width, format, ring, 1e-6), tuple(compressors))
+
+
+def cases() -> Iterator[Case]:
+    """Flash and Pro at batch 1 timed; other batches, BF16 caches and tiny shapes checked."""
+    yield Case(attention("swa", 64), 8191)
+    for tile, splits in ((80, 8), (48, 16), (80, 16)):
+        yield Case(csa(f"csa_t{tile}_s{splits}", 64, 512, tile=tile, splits=splits), 8191)
+    for tile, splits in ((48, 8), (80, 8), (80, 16), (48, 16)):
+        yield Case(csa(f"csa_pro_t{tile}_s{splits}", 128, 1024, tile=tile, splits=splits), 8191)
+    for tile, splits in ((32, 8), (16, 16), (48, 8)):
+        yield Case(hca(f"hca_t{tile}_s{splits}", 64, 8192, tile=tile, splits=splits), 8191)
+    yield Case(hca("hca_128k", 64, 131072), 8191)
+    yield Case(hca("hca_1m", 64, 1 << 20), (1 << 20) - 1)
+    yield Case(hca("hca_1m_s16", 64, 1 << 20, splits=16), (1 << 20) - 1)
+    yield Case(hca("hca_pro_1m", 128, 1 << 20, splits=16), (1 << 20) - 1)
+    yield Case(csa("csa_b8", 64, 512, 8), 8191)
+    yield Case(csa("csa_pro_b8", 128, 1024, 8, tile=80), 8191)
+    yield Case(csa("csa_bf16", 64, 512, format="bf16", exact_norm=False), 8191)
+    yield Case(csa("csa_b3", 64, 512, 3))
+    yield Case(hca("hca_b2", 64, 8192, 2))
+    tiny = AttentionSpec("tiny", 3, 4, 128, "fp8", 16, 16, 1e-6, "selected", 6, 4, 64)
+    yield Case(tiny)
+    yield Case(replace(tiny, name="tiny512", width=512, window=128, ring=128))
+    yield Case(replace(tiny, name="tiny_hca", entries="all", ratio=128, capacity=3, window=128, ring=131))
+    yield Case(replace(tiny, name="tiny_bf16", format="bf16", exact_norm=False))
+    yield Case(replace(tiny, name="tiny_swa", entries="none", selected_count=0, capacity=0))
+    yield Case(state("state_swa", 1, 0), 8191)
+    yield Case(state("state_csa", 1, 4), 8191)
+    yield Case(state("state_hca", 1, 128), 8191)
+    yield Case(state("state_csa_b8", 8, 4), 8191)
+    yield Case(state("state_hca_b3", 3, 128))
+    yield Case(state("state_csa_bf16", 3, 4, format="bf16"))
+    yield Case(state("state_tiny", 3, 4, 128, ring=16))
+    yield Case(state("state_tiny_hca", 2, 128, 128, ring=131))
+    yield Case(IndexScoresSpec("index", 1, 64, "mxfp4", 2048, 4, 512), 8191)
+    yield Case(IndexScoresSpec("index_128k", 1, 64, "mxfp4", 32768, 4, 512), 131071)
+    yield Case(IndexScoresSpec("index_1m", 1, 64, "mxfp4", 262144, 4, 512), (1 << 20) - 1)
+    yield Case(IndexScoresSpec("index_1m_b2", 2, 64, "mxfp4", 262144, 4, 512), 8191)
+    yield Case(IndexScoresSpec("index_b8", 8, 64, "mxfp4", 2048, 4, 1024), 8191)
+    yield Case(IndexScoresSpec("index_bf16", 2, 64, "bf16", 2048, 4, 512))
+    yield Case(IndexScoresSpec("index_tiny", 3, 32, "mxfp4", 50, 4, 6))
+    yield Case(TopKSpec("topk_2k", 1, 2048, 512, 4), 8191)
+    yield Case(TopKSpec("topk_8k", 1, 8192, 1024, 4), 32767)
+    yield Case(TopKSpec("topk_32k", 1, 32768, 512, 4), 131071)
+    yield Case(TopKSpec("topk_32k_at_8k", 1, 32768, 512, 4), 8191)
+    yield Case(TopKSpec("topk_262k", 1, 262144, 512, 4), (1 << 20) - 1)
+    yield Case(TopKSpec("topk_262k_f32", 2, 262144, 1024, 4, 32), (1 << 20) - 1)
+    yield Case(TopKSpec("topk_b8", 8, 2048, 1024, 4), 8191)
+    yield Case(TopKSpec("topk_tiny", 3, 50, 6, 4))
+    yield Case(TopKSpec("topk_tiny_f32", 3, 21, 8, 4, 32))
+
+
+def describe(case: Case, emission: Emission) -> dict[str, object]:
+    """What the device side needs to know, as JSON."""
+    return {
+        "symbol": emission.symbol,
+        "family": type(case.spec).__name__,
+        "grid": emission.grid,
+        "block": emission.block,
+        "shared": emission.shared,
+        "cluster": emission.cluster,
+        "parameters": [[p.operand, p.component] for p in emission.parameters],
+        "timed_at": case.timed_at,
+        "spec": asdict(case.spec),
+    }
+
+
+def main() -> None:
+    """Emit, build, write."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", default="sm_90a")
+    parser.add_argument("--store", type=Path, default=Path(".device/store"))
+    options = parser.parse_args()
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    every = list(cases())
+    emissions = [emit(case.spec) for case in every]
+    built = build([Source(e.symbol, e.source) for e in emissions], options.target, options.store)
+    for emission, kernel in zip(emissions, built, strict=True):
+        (FOLDER / f"{emission.symbol}.cubin").write_bytes(kernel.cubin)
+        r = kernel.resources
+        print(f"{emission.symbol:24} grid {emission.grid[0]:5} shared {emission.shared:6} regs {r.registers:3} stack {r.stack}")
+    descriptions = [describe(c, e) for c, e in zip(every, emissions, strict=True)]
+    (FOLDER / "cases.json").write_text(json.dumps(descriptions, indent=1))
+
+
+if __name__ == "__main__":
+    main()

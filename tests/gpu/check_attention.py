@@ -1,0 +1,411 @@
+"""Run the kernels of `build_attention.py` on a device: against the reference first, then timed in a graph.
+
+    python tests/gpu/check_attention.py [--only NAME,...] [--no-time]
+
+Needs torch and cuda-bindings. Inputs are fresh and random, outputs and every cache slot that a position hides are poisoned
+with NaN. Times are medians of 25 replays of a graph of launches over at least 64 distinct sets of operands, in
+microseconds per launch, on plain and on programmatic edges.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dsv4c.reference  # noqa: F401  (registers the meanings)
+from dsv4c.ir.ops.attention import AttentionScores, AttentionValues, Gather, SinkSoftmax, VisibleEntries, WindowIndex
+from dsv4c.ir.ops.compress import CompletedEntries, CompressPool
+from dsv4c.ir.ops.index import IndexScores, TopK
+from dsv4c.ir.ops.norm import RmsNorm
+from dsv4c.ir.ops.quant import Hadamard, Quantize
+from dsv4c.ir.ops.rope import Rope, RopeFrequencies
+from dsv4c.ir.ops.state import CacheWrite
+from dsv4c.reference.registry import run
+from dsv4c.runtime import codec
+from dsv4c.runtime.codec import Quantized
+from dsv4c.runtime.driver import Edge, Graph, Kernel, Launch, Library
+from dsv4c.types import BF16, F32, KV_FP8, MXFP4
+
+FORMATS = {"fp8": KV_FP8, "mxfp4": MXFP4}
+FREQUENCIES = run(RopeFrequencies(160000.0, 64, 16.0, 65536, 32.0, 1.0))
+Operands = dict[str, Any]  # operand name -> tensor or Quantized, on the CPU
+
+
+class Failure(Exception):
+    """A kernel's result is wrong."""
+
+
+def wide(value: Any) -> Tensor:
+    """As bf16, what the recipes compute with."""
+    return codec.dequantize(value, torch.bfloat16) if isinstance(value, Quantized) else value
+
+
+def poisoned(format: str, *shape: int) -> Any:
+    """A cache full of NaN."""
+    rows = torch.full(shape, math.nan, dtype=torch.bfloat16)
+    if format == "bf16":
+        return rows
+    cache = codec.quantize(torch.zeros(shape), FORMATS[format])
+    codec.nan_fill(cache)
+    return cache
+
+
+def parts(value: Any) -> dict[str, Tensor]:
+    """Component arrays by name."""
+    if isinstance(value, Tensor):
+        return {"data": value}
+    named = {"data": value.data, "scale": value.scale, "tail": value.tail}
+    return {name: part for name, part in named.items() if part is not None}
+
+
+def put(cache: Any, where: Any, rows: Tensor, format: str) -> None:
+    """Store bf16 rows into cache[where], quantized as the cache is."""
+    source = rows if format == "bf16" else codec.quantize(rows, FORMATS[format])
+    for name, part in parts(cache).items():
+        part[where] = parts(source)[name]
+
+
+def kv_rows(count: int, width: int) -> Tensor:
+    """Rows like normed keys: channels and rows of different size, some nearly constant blocks."""
+    gains = torch.exp(torch.randn(width) * 0.5)
+    rows = torch.randn(count, width) * gains * torch.exp(torch.randn(count, 1))
+    rows[torch.rand(count) < 0.05, : width // 4] *= 1e-4
+    return rows.to(torch.bfloat16)
+
+
+def positions_of(spec: dict[str, Any], limit: int) -> list[list[int]]:
+    """Position vectors that cover empty, partial, wrapped and full windows, and idle sequences."""
+    pool = [0, limit - 1, 5, -1, limit // 2, 127, 3, 128, min(700, limit - 1), limit - 2]
+    batch = spec["batch"]
+    vectors = [[pool[(i * batch + j) % len(pool)] for j in range(batch)] for i in range(-(-len(pool) // batch))]
+    return [[min(p, limit - 1) for p in vector] for vector in vectors]
+
+
+# What each family's inputs are, and what should come out ---------------------------------------------------------------
+
+
+def attention_inputs(spec: dict[str, Any], positions: list[int]) -> Operands:
+    """Random operands; only what the positions make visible is a number."""
+    B, h, D, fmt = spec["batch"], spec["heads"], spec["width"], spec["format"]
+    scale = torch.exp(torch.randn(B, h, 1))
+    x: Operands = {
+        "q": (torch.randn(B, h, D) * scale).to(torch.bfloat16),
+        "window": poisoned(fmt, B, spec["ring"], D),
+        "sink": torch.randn(h) * 2,
+        "frequencies": FREQUENCIES,
+        "positions": torch.tensor(positions, dtype=torch.int32),
+        "out": torch.full((B, h, D), math.nan, dtype=torch.bfloat16),
+    }
+    if spec["entries"] != "none":
+        x["entries"] = poisoned(fmt, B, spec["capacity"], D)
+    if spec["entries"] == "selected":
+        x["selected"] = torch.full((B, spec["selected_count"]), -1, dtype=torch.int32)
+    for b, t in enumerate(positions):
+        seen = torch.arange(max(0, t - spec["window"] + 1), t + 1)
+        put(x["window"], (b, seen % spec["ring"]), kv_rows(len(seen), D), fmt)
+        if spec["entries"] == "none":
+            continue
+        count = min((t + 1) // spec["ratio"], spec["capacity"])
+        chosen = torch.arange(count)
+        if spec["entries"] == "selected":
+            chosen = torch.randperm(count)[: spec["selected_count"]].sort().values
+            x["selected"][b, : len(chosen)] = chosen.to(torch.int32)
+        put(x["entries"], (b, chosen), kv_rows(len(chosen), D), fmt)
+    return x
+
+
+def attention_expected(spec: dict[str, Any], x: Operands) -> Operands:
+    """The graph's ops, one after the other."""
+    positions = x["positions"]
+    q = run(RmsNorm(eps=spec["eps"], precision=BF16 if spec["exact_norm"] else F32), x["q"])
+    q = run(Rope(), q, positions, FREQUENCIES)
+    index = run(WindowIndex(window=spec["window"]), positions)
+    keys = wide(run(Gather(), x["window"], index))
+    if spec["entries"] != "none":
+        more = x.get("selected")
+        if more is None:
+            more = run(VisibleEntries(ratio=spec["ratio"], capacity=spec["capacity"]), positions)
+        keys = torch.cat([keys, wide(run(Gather(), x["entries"], more))], dim=1)
+        index = torch.cat([index, more], dim=1)
+    logits = run(AttentionScores(scale=spec["width"] ** -0.5), q, keys, index)
+    p, denominator = run(SinkSoftmax(out=BF16), logits, x["sink"])
+    out = run(AttentionValues(), p, denominator, keys)
+    return {"out": run(Rope(inverse=True), out, positions, FREQUENCIES)}
+
+
+def state_inputs(spec: dict[str, Any], positions: list[int]) -> Operands:
+    """Random rows; rings hold numbers for the tokens before the positions, caches are poison."""
+    B, store = spec["batch"], spec["kv_store"]
+    x: Operands = {
+        "kv": kv_rows(B, store["width"]),
+        "kv_norm": torch.randn(store["width"]).to(torch.bfloat16),
+        "frequencies": FREQUENCIES,
+        "positions": torch.tensor(positions, dtype=torch.int32),
+        "window": poisoned(store["format"], B, store["ring"], store["width"]),
+    }
+    for c in spec["compressors"]:
+        name, R = c["name"], c["ring"]
+        channels = c["width"] * (2 if c["overlap"] else 1)
+        x[f"{name}_u"] = torch.randn(B, channels) * 3
+        x[f"{name}_s"] = torch.randn(B, channels) * 4
+        x[f"{name}_ape"] = torch.randn(c["ratio"], channels)
+        x[f"{name}_norm"] = torch.randn(c["width"]).to(torch.bfloat16)
+        x[f"{name}_entries"] = poisoned(c["format"], B, c["capacity"], c["width"])
+        for ring in ("kv", "score"):
+            x[f"{name}_{ring}"] = torch.full((B, R, channels), math.nan)
+            for b, t in enumerate(positions):
+                before = torch.arange(max(0, t - R + 1), max(0, t))
+                x[f"{name}_{ring}"][b, before % R] = torch.randn(len(before), channels) * 4
+    return x
+
+
+def state_expected(spec: dict[str, Any], x: Operands) -> Operands:
+    """Caches after the step."""
+    store, positions = spec["kv_store"], x["positions"]
+    rows = run(RmsNorm(eps=store["eps"]), x["kv"], x["kv_norm"])
+    rows = run(Rope(), rows, positions, FREQUENCIES)
+    out = {"window": write(x["window"], rows, store["format"], positions)}
+    for c in spec["compressors"]:
+        name, ratio = c["name"], c["ratio"]
+        ape = x[f"{name}_ape"][positions.long() % ratio]
+        kv = run(CacheWrite(), x[f"{name}_kv"], x[f"{name}_u"], positions)
+        score = run(CacheWrite(), x[f"{name}_score"], x[f"{name}_s"] + ape, positions)
+        entries = run(CompletedEntries(ratio=ratio, sequences=spec["batch"]), positions)
+        z = run(CompressPool(ratio=ratio, overlap=c["overlap"]), kv, score, entries).to(torch.bfloat16)
+        z = run(RmsNorm(eps=c["eps"]), z, x[f"{name}_norm"])
+        z = run(Rope(stride=ratio), z, entries, FREQUENCIES)
+        if c["hadamard"]:
+            z = run(Hadamard(), z)
+        out[f"{name}_kv"], out[f"{name}_score"] = kv, score
+        out[f"{name}_entries"] = write(x[f"{name}_entries"], z, c["format"], entries)
+    return out
+
+
+def write(cache: Any, rows: Tensor, format: str, index: Tensor) -> Any:
+    """CacheWrite of rows in the cache's format."""
+    return run(CacheWrite(), cache, rows if format == "bf16" else run(Quantize(FORMATS[format]), rows), index)
+
+
+def index_inputs(spec: dict[str, Any], positions: list[int]) -> Operands:
+    """Random operands; invisible keys are poison."""
+    B, H, C, fmt = spec["batch"], spec["heads"], spec["capacity"], spec["format"]
+    x: Operands = {
+        "q": torch.randn(B, H, 128).to(torch.bfloat16),
+        "keys": poisoned(fmt, B, C, 128),
+        "weights": (torch.randn(B, H) * 0.01).to(torch.bfloat16),
+        "frequencies": FREQUENCIES,
+        "positions": torch.tensor(positions, dtype=torch.int32),
+        "scores": torch.full((B, C), math.nan),
+    }
+    for b, t in enumerate(positions):
+        count = min((t + 1) // spec["ratio"], C)
+        put(x["keys"], (b, torch.arange(count)), (torch.randn(count, 128) * 2).to(torch.bfloat16), fmt)
+    return x
+
+
+def index_expected(spec: dict[str, Any], x: Operands) -> Operands:
+    """Scores where visible; NaN, as before, elsewhere and while everything would be chosen anyway."""
+    positions = x["positions"]
+    q = run(Hadamard(), run(Rope(), x["q"], positions, FREQUENCIES))
+    if spec["format"] == "mxfp4":
+        q = run(Quantize(MXFP4), q)
+    scores = run(IndexScores(ratio=spec["ratio"]), q, x["keys"], x["weights"], positions)
+    visible = (positions + 1) // spec["ratio"]
+    scores[visible <= spec["k"]] = math.nan
+    return {"scores": scores.masked_fill(scores == -math.inf, math.nan)}
+
+
+def top_k_inputs(spec: dict[str, Any], positions: list[int]) -> Operands:
+    """Scores with many ties, zeros of both signs and huge values; invisible ones are NaN."""
+    B, C = spec["batch"], spec["capacity"]
+    scores = torch.randn(B, C) * torch.exp(torch.randn(B, C))
+    scores[torch.rand(B, C) < 0.3] = 0.0
+    scores[torch.rand(B, C) < 0.001] = 3e38
+    scores = torch.where(torch.rand(B, C) < 0.3, scores.clamp(-0.5, 0.5), scores)
+    if spec["bits"] == 16:
+        scores = scores.to(torch.bfloat16).float()
+    for b, t in enumerate(positions):
+        scores[b, min((t + 1) // spec["ratio"], C) :] = math.nan
+    out = torch.full((B, min(spec["k"], C)), -(1 << 30), dtype=torch.int32)
+    return {"scores": scores + 0.0, "positions": torch.tensor(positions, dtype=torch.int32), "out": out}
+
+
+def top_k_expected(spec: dict[str, Any], x: Operands) -> Operands:
+    """Exactly the reference's."""
+    return {"out": run(TopK(k=spec["k"]), x["scores"].nan_to_num(-math.inf))}
+
+
+Family = tuple[Callable[..., Operands], Callable[..., Operands]]
+FAMILIES: dict[str, Family] = {
+    "AttentionSpec": (attention_inputs, attention_expected),
+    "StateUpdateSpec": (state_inputs, state_expected),
+    "IndexScoresSpec": (index_inputs, index_expected),
+    "TopKSpec": (top_k_inputs, top_k_expected),
+}
+
+
+def limit_of(case: dict[str, Any]) -> int:
+    """Tokens that the case's caches hold."""
+    spec = case["spec"]
+    if case["family"] == "AttentionSpec":
+        return spec["capacity"] * spec["ratio"] if spec["entries"] != "none" else 9000
+    if case["family"] == "StateUpdateSpec":
+        return 312 * 128
+    return spec["capacity"] * spec["ratio"]
+
+
+# Comparing ------------------------------------------------------------------------------------------------------------
+
+
+def raw(x: Tensor) -> Tensor:
+    """The bits, so that NaN equals NaN."""
+    return x.contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32}[x.element_size()])
+
+
+def compare(case: dict[str, Any], name: str, got: Any, want: Any) -> float:
+    """Error of one output, 1 = the allowed one. Raises Failure when something untouched changed."""
+    family, error = case["family"], 0.0
+    if family == "TopKSpec":
+        return 0.0 if torch.equal(got, want) else math.inf
+    if family == "AttentionSpec":
+        for g, w in zip(got.double(), want.double(), strict=True):
+            error = max(error, relative(g, w) / 2.5e-3)
+        return error
+    if family == "IndexScoresSpec":
+        if not torch.equal(got.isnan(), want.isnan()):
+            raise Failure(f"{name}: scores are missing, or written where nothing is visible")
+        return relative(got.nan_to_num(0), want.nan_to_num(0)) / 4e-3
+    for part, w in parts(want).items():  # state: few codes may round the other way, nothing else may change
+        g = parts(got)[part]
+        changed = raw(w) != raw(g)
+        if bool((g.float().isnan() != w.float().isnan()).any()):
+            raise Failure(f"{name}.{part}: a slot is missing, or another was written")
+        error = max(error, changed.sum().item() / max(2.0, 0.02 * w.shape[0] * w.shape[-1]))
+    return max(error, relative(wide(got).nan_to_num(0), wide(want).nan_to_num(0)) / 4e-3)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    """|got - want| / |want|; anything but zeros is infinitely wrong where zeros are wanted."""
+    got, want = got.double(), want.double()
+    size = want.norm().item()
+    difference = (got - want).norm().item()
+    if math.isnan(difference):
+        return math.inf
+    return difference / size if size else (math.inf if difference else 0.0)
+
+
+# Running --------------------------------------------------------------------------------------------------------------
+
+
+def on_device(x: Operands) -> dict[tuple[str, str], Tensor]:
+    """Copies of all component arrays on the device."""
+    return {(name, part): t.clone().cuda() for name, value in x.items() for part, t in parts(value).items()}
+
+
+def back(x: Operands, device: dict[tuple[str, str], Tensor], name: str) -> Any:
+    """An output, from the device."""
+    fetched = {part: device[name, part].cpu() for part in parts(x[name])}
+    return Quantized(x[name].format, **fetched) if isinstance(x[name], Quantized) else fetched["data"]
+
+
+def launch_of(case: dict[str, Any], kernel: Kernel, device: dict[tuple[str, str], Tensor]) -> Launch:
+    """The launch with its operands' addresses."""
+    arguments = tuple(device[operand, component].data_ptr() for operand, component in case["parameters"])
+    return Launch(kernel, tuple(case["grid"]), case["block"], case["shared"], arguments, tuple(case["cluster"]))
+
+
+def run_once(launch: Launch) -> None:
+    """One launch, to completion."""
+    graph = Graph()
+    graph.add(launch)
+    graph.instantiate()
+    graph.launch(torch.cuda.current_stream().cuda_stream)
+    torch.cuda.synchronize()
+    graph.close()
+
+
+def check(case: dict[str, Any], kernel: Kernel) -> float:
+    """Worst error over all position vectors, 1 = the allowed one."""
+    inputs, expected = FAMILIES[case["family"]]
+    worst = 0.0
+    for positions in positions_of(case["spec"], limit_of(case)):
+        x = inputs(case["spec"], positions)
+        device = on_device(x)
+        run_once(launch_of(case, kernel, device))
+        for name, want in expected(case["spec"], x).items():
+            error = compare(case, name, back(x, device, name), want)
+            if not error <= 1.0:
+                raise Failure(f"{name} at positions {positions}: error {error:.3g} of the allowed")
+            worst = max(worst, error)
+    return worst
+
+
+def time_case(case: dict[str, Any], kernel: Kernel, programmatic: bool) -> float:
+    """Microseconds per launch, over distinct operands."""
+    x = FAMILIES[case["family"]][0](case["spec"], [case["timed_at"]] * case["spec"]["batch"])
+    nbytes = sum(p.nbytes for value in x.values() for p in parts(value).values())
+    sets = min(64, max(4, (1 << 30) // nbytes))
+    devices = [on_device(x) for _ in range(sets)]
+    graph = Graph()
+    node = None
+    for n in range(max(sets, 64)):
+        after = [] if node is None else [Edge(node, programmatic)]
+        node = graph.add(launch_of(case, kernel, devices[n % sets]), after)
+    graph.instantiate()
+    stream = torch.cuda.current_stream()
+    times = []
+    for _ in range(25):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record(stream)
+        graph.launch(stream.cuda_stream)
+        end.record(stream)
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / max(sets, 64))
+    graph.close()
+    return statistics.median(times)
+
+
+def main() -> int:
+    """Check, time, print a table. Status 1 if anything is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=Path(".device/attention"))
+    parser.add_argument("--only", default="")
+    parser.add_argument("--no-time", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(torch.seed() % (1 << 32))
+    torch.zeros(1, device="cuda")
+    only = tuple(filter(None, options.only.split(",")))
+    table, failed = [], 0
+    for case in json.loads((options.folder / "cases.json").read_text()):
+        symbol = case["symbol"]
+        if only and not symbol.startswith(only):
+            continue
+        library = Library((options.folder / f"{symbol}.cubin").read_bytes(), symbol)
+        cluster = math.prod(case["cluster"])
+        kernel = library.kernel(symbol, shared=case["shared"], cluster=cluster)
+        try:
+            line = f"{symbol:24} error {check(case, kernel):7.3f}"
+            if case["timed_at"] is not None and not options.no_time:
+                plain, programmatic = (time_case(case, kernel, p) for p in (False, True))
+                line += f"   {plain:7.2f} {programmatic:7.2f} us"
+        except Failure as failure:
+            failed += 1
+            line = f"{symbol:24} FAILED {failure}"
+        print(line, flush=True)
+        table.append(line)
+    print(f"\n{torch.cuda.get_device_name()}: error 1 = allowed; us per launch on plain, programmatic edges")
+    print("\n".join(table))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
