@@ -123,18 +123,17 @@ class _Model:
 
     def rotary(self, compressed: bool) -> Value:
         """RoPE frequencies: compressed layers use their own base with YaRN, for everything in the layer."""
-        if compressed not in self.frequencies:
-            c = self.config
-            self.frequencies[compressed] = rope_frequencies(
-                theta=c.compress_rope_theta if compressed else c.rope_theta,
-                dims=c.qk_rope_head_dim,
-                factor=c.rope_factor if compressed else 1.0,
-                original_max_position=c.rope_original_max_position,
-                beta_fast=c.rope_beta_fast,
-                beta_slow=c.rope_beta_slow,
-                name="compress_frequencies" if compressed else "frequencies",
-            )
-        return self.frequencies[compressed]
+        c = self.config
+        frequencies: Value = rope_frequencies(
+            theta=c.compress_rope_theta if compressed else c.rope_theta,
+            dims=c.qk_rope_head_dim,
+            factor=c.rope_factor if compressed else 1.0,
+            original_max_position=c.rope_original_max_position,
+            beta_fast=c.rope_beta_fast,
+            beta_slow=c.rope_beta_slow,
+            name="compress_frequencies" if compressed else "frequencies",
+        )
+        return frequencies
 
     def to(self, x: Value, dtype: DType, name: str = "") -> Value:
         return x if x.type == TensorType(dtype, x.type.shape) else cast(x, to=dtype, name=name)
@@ -142,9 +141,11 @@ class _Model:
     # --- the frame -----------------------------------------------------------------------------------------
 
     def main(self) -> dict[str, Value]:
+        plans = layer_plans(self.config)
+        self.frequencies = {kind: self.rotary(kind) for kind in sorted({p.has_compressor for p in plans})}
         x = embedding(self.weight("embed"), self.tokens, name="embedding")
         streams = expand_streams(x, streams=self.config.hc_mult, name="streams")
-        for plan in layer_plans(self.config):
+        for plan in plans:
             streams = self.layer(plan, streams)
         return self.outputs("", streams)
 
@@ -152,6 +153,7 @@ class _Model:
         """The block that drafts one token more, from the streams and the token that follows."""
         c, (plan,) = self.config, mtp_plans(self.config)[:1]
         streams = self.builder.input("streams", TensorType(self.activation, (self.rows, c.hc_mult, c.hidden_size)))
+        self.frequencies = {False: self.rotary(False)}
         with self.builder.scope(plan.prefix):
             e = embedding(self.weight("embed"), self.tokens, name="embedding")
             e = rms_norm(e, self.weight(f"{plan.prefix}.enorm"), eps=c.rms_norm_eps, name="e")
@@ -234,7 +236,7 @@ class _Model:
     def attention(self, plan: LayerPlan, x: Value) -> Value:
         c, attn, act = self.config, f"{plan.prefix}.attn", self.activation
         heads, dim, groups = c.num_attention_heads, c.head_dim, c.o_groups
-        frequencies = self.rotary(plan.has_compressor)
+        frequencies = self.frequencies[plan.has_compressor]
 
         qa = linear(x, self.weight(f"{attn}.wq_a"), out=act, name="qa")
         qr = rms_norm(qa, self.weight(f"{attn}.q_norm"), eps=c.rms_norm_eps, name="qr")
@@ -292,7 +294,7 @@ class _Model:
             z = compress_pool(kv_ring, score_ring, done, ratio=ratio, overlap=plan.overlaps, name="pooled")
             z = self.to(z, self.activation, "z")
             e = rms_norm(z, self.weight(f"{name}.norm"), eps=c.rms_norm_eps, name="normed")
-            e = rope(e, done, self.rotary(True), stride=ratio, name="entry")
+            e = rope(e, done, self.frequencies[True], stride=ratio, name="entry")
             if rotated:
                 e = hadamard(e, name="key")
             entries = self.state(cache, self.activation, max(1, self.deployment.max_context // ratio), dim)
@@ -305,7 +307,7 @@ class _Model:
         heads, dim = c.index_n_heads, c.index_head_dim
         with self.builder.scope("indexer"):
             q = linear(qr, self.weight(f"{name}.wq_b"), out=act, name="qb")
-            q = rope(reshape(q, shape=(self.rows, heads, dim)), self.positions, self.rotary(True), name="q_rotated")
+            q = rope(reshape(q, shape=(self.rows, heads, dim)), self.positions, self.frequencies[True], name="q_rotated")
             q = hadamard(q, name="q")
             weights = linear(x, self.weight(f"{name}.weights_proj"), out=act, name="weights_out")
             weights = scale(weights, factor=dim**-0.5 * heads**-0.5, name="weights")

@@ -1,0 +1,105 @@
+"""Apply a recipe: weights, GEMM inputs, caches and index queries take their formats; every rounding is a node."""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
+from dsv4c.ir.op import Op
+from dsv4c.ir.ops.attention import Gather
+from dsv4c.ir.ops.index import IndexScores
+from dsv4c.ir.ops.linear import ExpertLinear, GroupedLinear, Linear
+from dsv4c.ir.ops.moe import TakeAlong
+from dsv4c.ir.ops.norm import RmsNorm
+from dsv4c.ir.ops.quant import Dequantize, Quantize
+from dsv4c.ir.ops.state import CacheWrite
+from dsv4c.passes.recipes import Recipe, format_of
+from dsv4c.types import F32, QuantFormat, QuantType, TensorType
+
+WEIGHT_OPERAND = 1  # of every GEMM: x, w, ...
+
+
+def quantize(graph: Graph, recipe: Recipe) -> Graph:
+    """The same graph in the recipe's formats. Raises GraphError where a format does not fit a shape."""
+    return _Quantizer(graph, recipe).run()
+
+
+class _Quantizer:
+    def __init__(self, graph: Graph, recipe: Recipe) -> None:
+        self.graph, self.recipe = graph, recipe
+        self.builder = Builder(graph.name)
+        self.values: dict[Value, Value] = {}
+        self.encoded: dict[tuple[Value, QuantFormat, Value | None], Value] = {}
+        self.scales: dict[tuple[str, Value], Value] = {}
+
+    def run(self) -> Graph:
+        weights = {
+            n.inputs[WEIGHT_OPERAND] for n in self.graph.nodes if isinstance(n.op, Linear | GroupedLinear | ExpertLinear)
+        }
+        for value in self.graph.inputs:
+            self.values[value] = self.builder.input(value.name, value.type)
+        for value in self.graph.states:
+            format_ = format_of(self.recipe.state, value.name)
+            type_ = QuantType(format_, value.type.shape) if format_ else value.type
+            self.values[value] = self.builder.state(value.name, type_)
+        for value in self.graph.params:
+            format_ = format_of(self.recipe.weights, value.name) if value in weights else None
+            type_ = QuantType(format_, value.type.shape) if format_ else value.type
+            self.values[value] = self.builder.param(value.name, type_)
+        for node in self.graph.nodes:
+            self.visit(node)
+        return self.builder.finish({key: self.values[v] for key, v in self.graph.outputs.items()})
+
+    def visit(self, node: Node) -> None:
+        inputs = [self.values[v] for v in node.inputs]
+        op = node.op
+        match op:
+            case Linear() | GroupedLinear() | ExpertLinear():
+                inputs[0] = self.gemm_input(node, inputs)
+            case CacheWrite():
+                cache = inputs[0].type
+                if isinstance(cache, QuantType):
+                    inputs[1] = self.encode(inputs[1], cache.format, node)
+            case IndexScores():
+                format_ = format_of(self.recipe.queries, self.graph.root_of[node.inputs[1]].name)
+                if format_:
+                    inputs[0] = self.encode(inputs[0], format_, node)
+            case RmsNorm() if len(inputs) == 1:  # the per-head query norm: the only one without a gain
+                op = RmsNorm(eps=op.eps, precision=self.recipe.head_norm)
+        outputs = self.emit(op, tuple(inputs), [v.name for v in node.outputs], node)
+        if isinstance(op, Gather) and isinstance(outputs[0].type, QuantType):
+            decode = Dequantize(out=self.recipe.activation)
+            outputs = self.emit(decode, outputs, [f"{node.name}_plain"], node)
+        self.values.update(zip(node.outputs, outputs, strict=True))
+
+    def emit(self, op: Op, inputs: tuple[Value, ...], names: list[str], node: Node) -> tuple[Value, ...]:
+        return self.builder.emit(op, inputs, names=names, scope=node.scope)
+
+    def gemm_input(self, node: Node, inputs: list[Value]) -> Value:
+        weight = node.inputs[WEIGHT_OPERAND]
+        format_ = format_of(self.recipe.activations, weight.name)
+        if format_ is None or weight.kind is not Kind.PARAM:
+            return inputs[0]
+        static = any(fnmatchcase(weight.name, pattern) for pattern in self.recipe.static_scales)
+        scale = self.static_scale(weight.name, inputs[2], node) if static else None
+        return self.encode(inputs[0], format_, node, scale)
+
+    def encode(self, x: Value, format_: QuantFormat, node: Node, scale: Value | None = None) -> Value:
+        """`x` in `format_`, encoded once however many nodes read it."""
+        key = (x, format_, scale)
+        if key not in self.encoded:
+            operands = (x,) if scale is None else (x, scale)
+            name = self.builder.fresh(f"{x.name}_quantized")
+            scope = x.node.scope if x.node else node.scope
+            self.encoded[key] = self.builder.emit(Quantize(format=format_), operands, names=[name], scope=scope)[0]
+        return self.encoded[key]
+
+    def static_scale(self, weight: str, experts: Value, node: Node) -> Value:
+        """The checkpoint's activation scale of each chosen expert; w3 shares w1's."""
+        name = f"{weight.removesuffix('w3') + 'w1' if weight.endswith('w3') else weight}.input_scale"
+        if (name, experts) not in self.scales:
+            count = self.values[node.inputs[WEIGHT_OPERAND]].type.shape[0]
+            scales = self.builder.param(name, TensorType(F32, (count,)))
+            chosen = self.emit(TakeAlong(), (scales, experts), [self.builder.fresh(f"{name}_chosen")], node)
+            self.scales[name, experts] = chosen[0]
+        return self.scales[name, experts]

@@ -1,0 +1,113 @@
+"""Recipes: where a model's values are quantized, as data. The first pattern that matches a name decides.
+
+    fp32, bf16            plain weights and activations (quantized checkpoints are dequantized at load)
+    official              the release's own numerics: FP8 GEMMs, MXFP4 experts, FP8 KV cache, FP4 index keys
+    nvfp4-experts         official, with routed experts in NVFP4 and FP8 activations (W4A8)
+    nvfp4-experts-w4a4    the same with NVFP4 activations under the checkpoint's static input scales
+    nvfp4                 every linear layer in NVFP4 with NVFP4 activations, global scale per token at run time
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from dsv4c.errors import ConfigError
+from dsv4c.types import (
+    BF16,
+    F32,
+    FP8_ROW,
+    FP8_WEIGHT,
+    KV_FP8,
+    MXFP4,
+    NVFP4,
+    NVFP4_ROW,
+    DType,
+    QuantFormat,
+)
+
+Formats = tuple[tuple[str, QuantFormat | None], ...]
+"""(name pattern, format) pairs; None leaves the value plain."""
+
+
+def format_of(formats: Formats, name: str) -> QuantFormat | None:
+    """The format that the first matching pattern gives to `name`, None when nothing matches."""
+    return next((f for pattern, f in formats if fnmatchcase(name, pattern)), None)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one set of numerics departs from the plain model.
+
+    `weights` and `activations` are matched with a weight's name: the latter says how the GEMM's input is encoded.
+    `state` is matched with a cache's name, `queries` with that of the indexer's key cache.
+    """
+
+    name: str
+    activation: DType = BF16
+    weights: Formats = ()
+    activations: Formats = ()
+    state: Formats = ()
+    queries: Formats = ()
+    head_norm: DType = F32  # rounding of the steps of the per-head query norm
+    static_scales: tuple[str, ...] = ()  # weights whose activations use the checkpoint's input_scale
+    requantize: bool = False  # may loading round weights into the formats above?
+
+
+FP8_LINEARS = (
+    "*.attn.wq_a",
+    "*.attn.wq_b",
+    "*.attn.wkv",
+    "*.attn.wo_b",
+    "*.attn.indexer.wq_b",
+    "*.shared_experts.*",
+    "mtp.*.e_proj",
+    "mtp.*.h_proj",
+)
+
+OFFICIAL = Recipe(
+    name="official",
+    weights=(
+        *((pattern, FP8_WEIGHT) for pattern in FP8_LINEARS),
+        ("*.attn.wo_a", FP8_WEIGHT),  # bf16 activations: the release dequantizes this one weight
+        ("*.experts.*", MXFP4),
+    ),
+    activations=(*((pattern, FP8_ROW) for pattern in FP8_LINEARS), ("*.experts.*", FP8_ROW)),
+    state=(("*.attn.window", KV_FP8), ("*.attn.entries", KV_FP8), ("*.indexer.keys", MXFP4)),
+    queries=(("*.indexer.keys", MXFP4),),
+    head_norm=BF16,
+)
+
+NVFP4_EXPERTS = replace(
+    OFFICIAL, name="nvfp4-experts", weights=(("layers.*.experts.*", NVFP4), *OFFICIAL.weights)
+)
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe("fp32", activation=F32),
+        Recipe("bf16"),
+        OFFICIAL,
+        NVFP4_EXPERTS,
+        replace(
+            NVFP4_EXPERTS,
+            name="nvfp4-experts-w4a4",
+            activations=(("layers.*.experts.*", NVFP4_ROW), *OFFICIAL.activations),
+            static_scales=("layers.*.experts.*",),
+        ),
+        replace(
+            OFFICIAL,
+            name="nvfp4",
+            weights=(("*hc_*", None), ("head", None), ("*", NVFP4)),
+            activations=(("*hc_*", None), ("head", None), ("*", NVFP4_ROW)),
+            requantize=True,
+        ),
+    )
+}
+
+
+def recipe_named(name: str) -> Recipe:
+    """Raises ConfigError listing the recipes there are."""
+    if name not in RECIPES:
+        raise ConfigError(f"recipe: unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+    return RECIPES[name]
