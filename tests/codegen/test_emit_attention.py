@@ -1,0 +1,136 @@
+"""Attention, state and indexer kernels without a device: emitted text, launch facts, and cubins for both targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsv4c.codegen.attention import AttentionSpec, emit_attention, plan_attention
+from dsv4c.codegen.build import TARGETS, Source, build
+from dsv4c.codegen.compress import CompressSpec, KvStoreSpec, StateUpdateSpec, emit_state_update
+from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
+from dsv4c.codegen.lib.geometry import Attention, Selection
+from dsv4c.errors import BuildError
+
+CSA = AttentionSpec("attention_csa", 2, 4, 128, "fp8", 16, 19, 1e-6, "selected", 6, 4, 64)
+HCA = replace(CSA, name="attention_hca", entries="all", selected_count=0, ratio=128, capacity=3, splits=2, tile=16)
+BF16 = replace(CSA, name="attention_bf16", format="bf16", exact_norm=False, entries="none", capacity=0)
+STATE = StateUpdateSpec(
+    "state_update",
+    2,
+    KvStoreSpec(128, "fp8", 19, 1e-6),
+    (
+        CompressSpec("compressor", 128, "fp8", 4, True, 12, 64, 1e-6),
+        CompressSpec("indexer", 128, "mxfp4", 4, True, 12, 64, 1e-6, hadamard=True),
+    ),
+)
+WINDOW_ONLY = StateUpdateSpec("state_window", 1, KvStoreSpec(512, "bf16", 128, 1e-6))
+SCORES = IndexScoresSpec("index_scores", 2, 32, "mxfp4", 50, 4, 6)
+SCORES_BF16 = replace(SCORES, name="index_scores_bf16", format="bf16")
+TOP_K = TopKSpec("top_k", 2, 50, 6, 4)
+TOP_K_CLUSTER = TopKSpec("top_k_cluster", 1, 20000, 512, 4, bits=32)
+
+
+def emissions() -> list[Emission]:
+    return [
+        *map(emit_attention, (CSA, HCA, BF16)),
+        *map(emit_state_update, (STATE, WINDOW_ONLY)),
+        *map(emit_index_scores, (SCORES, SCORES_BF16)),
+        *map(emit_top_k, (TOP_K, TOP_K_CLUSTER)),
+    ]
+
+
+def test_attention_text(golden):
+    golden(emit_attention(CSA).source, "kernels/attention_csa.py.txt")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_family_assembles_without_spills(target: str, tmp_path: Path):
+    every = emissions()
+    built = build([Source(e.symbol, e.source) for e in every], target, tmp_path, workers=1)
+    for emission, kernel in zip(every, built, strict=True):
+        assert kernel.resources.stack == 0, f"{emission.symbol} spills or indexes registers dynamically"
+        assert kernel.resources.registers * emission.block <= 65536
+        assert kernel.ptx.count("griddepcontrol.launch_dependents") == 1
+        waits = 1 + len(STATE.compressors) if emission.symbol == "state_update_0" else 1  # one per stage, one runs
+        assert kernel.ptx.count("griddepcontrol.wait") == waits
+
+
+def test_parameters_follow_the_components_of_the_caches():
+    names = [(p.operand, p.component) for p in emit_attention(CSA).parameters]
+    assert names[:7] == [
+        ("q", "data"),
+        *(("window", c) for c in ("data", "scale", "tail")),
+        *(("entries", c) for c in ("data", "scale", "tail")),
+    ]
+    assert [p.operand for p in emit_attention(BF16).parameters] == [
+        "q",
+        "window",
+        "sink",
+        "frequencies",
+        "positions",
+        "out",
+    ]
+    state = [p.operand for p in emit_state_update(STATE).parameters]
+    assert state.count("positions") == 1, "stages share operands of one name"
+
+
+@pytest.mark.parametrize("keys", [128, 192, 640, 1152, 8320])
+@pytest.mark.parametrize("format", ["fp8", "bf16"])
+def test_planned_tiles_cover_the_keys_and_fit(keys: int, format: str):
+    spec = replace(
+        CSA, heads=64, width=512, window=128, ring=192, selected_count=keys - 128, format=format, capacity=9000
+    )
+    a = plan_attention(spec)
+    rounds = -(-a.tiles // a.splits)
+    assert rounds * a.splits * a.tile >= keys
+    assert a.tile % 16 == 0
+    assert (rounds == 1) == (a.stages == 1)
+    assert emit_attention(spec).shared == a.shared <= 227 * 1024
+
+
+@pytest.mark.parametrize("a", [plan_attention(CSA), plan_attention(replace(CSA, width=512)), plan_attention(BF16)])
+def test_staged_rows_keep_fragments_off_each_others_banks(a: Attention):
+    banks = {2 * q * a.row_bytes // 4 % 32 for q in range(4)}
+    assert banks == {0, 8, 16, 24}, "lanes q = 0..3 of a value fragment read rows 2q"
+
+
+@pytest.mark.parametrize("capacity", [21, 2048, 32768, 262144])
+def test_top_k_threads_hold_every_score(capacity: int):
+    emission = emit_top_k(TopKSpec("top_k", 3, capacity, 512, 4))
+    splits = emission.cluster[0]
+    assert emission.grid == (3 * splits, 1, 1)
+    t = Selection(capacity, 512, 4, 16, splits, emission.block)
+    assert t.quads * 4 * t.threads * t.splits >= capacity
+    assert t.quads * 4 * t.threads < 1 << 16, "counts of a CTA share a word"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (replace(CSA, width=192), "head width must be 128, 256 or 512, got 192"),
+        (replace(CSA, format="mxfp4"), "keys must be fp8 or bf16, got mxfp4"),
+        (replace(CSA, ring=8), "a ring of 8 rows cannot hold a window of 16"),
+        (replace(CSA, splits=16), "cannot split 128 dimensions 16 ways"),
+        (replace(CSA, tile=24), "tiles are multiples of 16 up to 64, got 24"),
+    ],
+)
+def test_attention_refuses(spec: AttentionSpec, message: str):
+    with pytest.raises(BuildError, match=message):
+        emit_attention(spec)
+
+
+def test_state_and_index_refuse():
+    short = replace(STATE.compressors[0], ring=7)
+    with pytest.raises(BuildError, match="compressor pools 8 tokens, its ring holds 7"):
+        emit_state_update(replace(STATE, compressors=(short,)))
+    wide = replace(STATE.compressors[1], width=256)
+    with pytest.raises(BuildError, match="must be 128 wide"):
+        emit_state_update(replace(STATE, compressors=(wide,)))
+    with pytest.raises(BuildError, match="heads come in eights, got 12"):
+        emit_index_scores(replace(SCORES, heads=12))
+    with pytest.raises(BuildError, match="keys have 16 or 32 bits, got 8"):
+        emit_top_k(replace(TOP_K, bits=8))
