@@ -1,4 +1,4 @@
-"""Kernels at the ends of a step: embedding, argmax, positions. (The head's collapse and norm is `hyper.HyperNormSpec`.)"""
+"""Kernels at the ends of a step: embedding, argmax, positions. The head's norm is a `hyper.HyperNormSpec`."""
 
 from __future__ import annotations
 

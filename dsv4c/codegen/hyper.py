@@ -1,6 +1,7 @@
 """Hyper-connection kernels: streams mixed, projected, collapsed and normalized by one cluster per token.
 
-One skeleton serves every sublayer boundary and the head: what is mixed, kept, normalized and quantized are literals.
+One skeleton serves every sublayer boundary and the head: what is mixed, kept, normalized and quantized are
+literals.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ CLUSTER_LIMIT = 16
 class HyperNormSpec:
     """One boundary between sublayers.
 
-    Operands, by flag: x bf16[rows, 4, hidden]; mix: f bf16[rows, hidden], post f32[rows, 4], comb f32[rows, 4, 4] of
-    the previous boundary; fn f32[24, 4 hidden], base f32[24], scale f32[3] (head: 4, 4 and 1); gain bf16[hidden].
-    Results: keep: x_out like x (may be x itself); unless head: post_out, comb_out; bf16: normed bf16[rows, hidden];
-    fp8: q, the same row quantized (1x128, ue8m0).
+    Operands, by flag: x bf16[rows, 4, hidden]; mix: f bf16[rows, hidden], post f32[rows, 4], comb f32[rows,
+    4, 4] of the previous boundary; fn f32[24, 4 hidden], base f32[24], scale f32[3] (head: 4, 4 and 1); gain
+    bf16[hidden]. Results: keep: x_out like x (may be x itself); unless head: post_out, comb_out; bf16: normed
+    bf16[rows, hidden]; fp8: q, the same row quantized (1x128, ue8m0).
     """
 
     rows: int
@@ -47,12 +48,16 @@ class HyperNormSpec:
             if self.hidden % (128 * ctas) == 0 and cut.width <= 1024 and cut.shared <= SHARED_LIMIT:
                 return cut
         raise BuildError(
-            f"hyper_norm of {self.hidden} columns: no cluster of 2 to {CLUSTER_LIMIT} CTAs cuts them into whole groups "
-            f"of 128 with at most 1024 columns and {SHARED_LIMIT} B of fn each"
+            f"hyper_norm of {self.hidden} columns: no cluster of 2 to {CLUSTER_LIMIT} CTAs cuts them into "
+            f"whole groups of 128 with at most 1024 columns and {SHARED_LIMIT} B of fn each"
         )
 
     def _held(self, ctas: int) -> int:
-        """Registers leave shared memory to the predecessor's weights: fn arrives while those still stream."""
+        """Registers leave shared memory to the predecessor's weights: fn arrives while those still stream.
+
+        H200, 2026-11-21, between GEMVs of 34 and 17 MB, hidden 4096: 24, 12 and 0 rows held add 3.7, 4.8 and
+        5.0 us.
+        """
         if self.held is not None:
             return self.held
         threads = self.hidden // ctas

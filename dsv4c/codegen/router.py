@@ -1,6 +1,7 @@
 """Router kernels: the gate's products over many CTAs, then the choice of experts by one CTA per token.
 
-Two launches, because the edge between them costs less than what a last-CTA finish pays (fence, atomic, reload).
+Two launches: what a last-CTA finish would save in edges it pays in a fence, an atomic and a reload, and its
+counter would be state to reset.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ class RouterGateSpec:
 
     @property
     def gate(self) -> Gate:
-        """The cut. Raises BuildError when rows do not split into 16-byte pieces of whole warps, or are too many."""
+        """The cut. Raises BuildError when rows do not split into whole warps, or are too many."""
         each = next(
             n for n in range(1, self.experts + 1) if self.experts % n == 0 and self.experts // n <= CTAS
         )
         threads = next((t for t in range(256, 0, -32) if self.hidden % (8 * t) == 0), 0)
         if threads == 0 or each * self.rows > 32:
             raise BuildError(
-                f"router of {self.rows} tokens x {self.hidden} columns x {self.experts} experts: columns must be a "
-                f"multiple of 256, and tokens times experts per CTA ({each}) at most 32"
+                f"router of {self.rows} tokens x {self.hidden} columns x {self.experts} experts: want "
+                f"columns a multiple of 256 and tokens times experts per CTA ({each}) at most 32"
             )
         return Gate(self.rows, self.hidden, self.experts, each, threads)
 

@@ -1,6 +1,8 @@
-"""Cross-compile the cases that `check_hyper.py` runs on a device: python tests/gpu/build_hyper.py [--target sm_90a].
+"""Cross-compile the cases that `check_hyper.py` runs on a device: python tests/gpu/build_hyper.py [--target
+sm_90a].
 
-Writes cubins and `cases.json` to the folder .device/hyper (carry it to the machine with the GPU, which needs no compiler).
+Writes cubins and `cases.json` to the folder .device/hyper (carry it to the machine with the GPU, which needs
+no compiler).
 """
 
 from __future__ import annotations

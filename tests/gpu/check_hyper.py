@@ -1,7 +1,9 @@
-"""Check and time the hyper-connection, router and head kernels of `build_hyper.py` on a GPU: python tests/gpu/check_hyper.py.
+"""Check and time the hyper-connection, router and head kernels of `build_hyper.py` on a GPU: python
+tests/gpu/check_hyper.py.
 
-Needs torch and cuda-bindings, no compiler. Truth is float64 over fresh random and adversarial inputs; every output is
-poisoned first. Times are microseconds per launch inside one explicit graph whose weights rotate through 96 MB or more.
+Needs torch and cuda-bindings, no compiler. Truth is float64 over fresh random and adversarial inputs; every
+output is poisoned first. Times are microseconds per launch inside one explicit graph whose weights rotate
+through 96 MB or more.
 """
 
 from __future__ import annotations
@@ -92,7 +94,7 @@ class Report:
             self.failures.append(f"{where}: {what} = {value:.3g}, want <= {limit:.3g}")
 
 
-# Hyper-connections ----------------------------------------------------------------------------------------------------
+# Hyper-connections ------------------------------------------------------------------------------------------
 
 STYLES = ("random", "huge", "zero", "negative zero", "cancel", "saturated", "tiny")
 
@@ -166,7 +168,9 @@ def check_replay(case: Case, report: Report) -> None:
 
 
 def check_hyper(case: Case, report: Report) -> None:
-    """Mixed streams, next weights and the normed row against float64; quantized row against the codec, exactly."""
+    """Mixed streams, next weights and the normed row against float64; quantized row against the codec,
+    exactly.
+    """
     spec = case.spec
     check_replay(case, report)
     for style in STYLES:
@@ -230,7 +234,7 @@ def check_hyper(case: Case, report: Report) -> None:
             )
 
 
-# Router ---------------------------------------------------------------------------------------------------------------
+# Router -----------------------------------------------------------------------------------------------------
 
 
 def gate_tensors(spec: dict[str, Any]) -> Tensors:
@@ -317,7 +321,7 @@ def check_choice(case: Case, report: Report) -> None:
         report.bound(where, "weights rel", float(((t["weights"] - weights).abs() / weights).max()), 1e-6)
 
 
-# Ends of a step -------------------------------------------------------------------------------------------------------
+# Ends of a step ---------------------------------------------------------------------------------------------
 
 
 def argmax_tensors(spec: dict[str, Any]) -> Tensors:
@@ -387,7 +391,7 @@ CHECKS: dict[str, Callable[[Case, Report], None]] = {
 }
 
 
-# Time -----------------------------------------------------------------------------------------------------------------
+# Time -------------------------------------------------------------------------------------------------------
 
 
 def measure(launches: list[Launch], programmatic: bool, replays: int = 28) -> float:
@@ -458,7 +462,9 @@ def gemv_launches(case: Case, x: Tensor, x_scale: Tensor, y: Tensor, count: int)
 
 
 def hyper_sets(case: Case, count: int) -> list[Tensors]:
-    """Boundaries in a row: the streams and weights that one leaves are the next one's, fn rotates, the rest is shared."""
+    """Boundaries in a row: the streams and weights that one leaves are the next one's, fn rotates, the rest
+    is shared.
+    """
     sets = rotation(case, hyper_tensors, count)
     spare = {n: sets[0][n].clone() for n in ("x", "post", "comb")}
     swapped = {n: sets[0][f"{n}_out"] for n in spare} | {f"{n}_out": spare[n] for n in spare}
@@ -482,7 +488,7 @@ def check_chain(case: Case, report: Report) -> None:
 
 
 def time_together(cases: list[Case], rows: list[str], size: str, hidden: int, experts: int) -> None:
-    """What the small kernels add to a chain of dependent launches: o_b -> boundary -> gate -> choice -> w13."""
+    """What the small kernels add to dependent launches: o_b -> boundary -> gate -> choice -> w13."""
     count = 24
 
     def find(kind: str, **fields: Any) -> list[Case]:

@@ -1,7 +1,8 @@
-"""Sums over the CTAs of a cluster: partial results are sent into every CTA's shared memory and counted by its barrier.
+"""Sums over the CTAs of a cluster: partial results are sent into every CTA's shared memory and counted by its
+barrier.
 
-An inbox is [CTA of origin][values] f32 at the same shared address in every CTA, with one mbarrier that counts its bytes.
-Nobody leaves before its own inboxes are full, so no CTA writes into one that has exited.
+An inbox is [CTA of origin][values] f32 at the same shared address in every CTA, with one mbarrier that counts
+its bytes. Nobody leaves before its own inboxes are full, so no CTA writes into one that has exited.
 """
 
 import cutlass.cute as cute
@@ -12,9 +13,10 @@ from dsv4c.codegen.lib import ptx
 
 @cute.jit
 def send_f32(s: Int32, s_bar: Int32, rank: Int32, r: Float32):
-    """Store a float at shared address `s` of CTA `rank`, and count its 4 bytes on the barrier at `s_bar` there."""
+    """Store a float at shared address `s` of CTA `rank`, counted by the barrier at `s_bar` there."""
     cute.arch.inline_ptx(
-        "{ .reg .b32 a, b; mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
+        "{ .reg .b32 a, b; "
+        "mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [a], {$r3}, [b]; }",
         read_only_args=[s, s_bar, rank, r],
     )

@@ -1,7 +1,7 @@
 """The ends of a step: embedding rows into streams, the largest logit's column, positions moving on.
 
-A candidate of the argmax is one 64-bit key in two words: (order of the logit, complement of its column), so that the
-largest key is the largest logit, and the lowest column among equals.
+A candidate of the argmax is one 64-bit key in two words: (order of the logit, complement of its column), so
+that the largest key is the largest logit, and the lowest column among equals.
 """
 
 import cutlass.cute as cute
@@ -39,7 +39,7 @@ def column_max(
     thread: Int32,
     threads: Constexpr[int],
 ):
-    """The thread's best key among columns first .. first + count of an f32 row, `vector` (4 or 1) at a time."""
+    """The thread's best key among columns first .. first + count of a row, `vector` (4 or 1) at a time."""
     high = Uint32(0)
     low = Uint32(0)
     for n in range_constexpr(steps):

@@ -1,8 +1,8 @@
 """Hyper-connections for one token on one cluster: CTA `rank` owns `width` columns of every residual stream.
 
-A thread holds four neighboring columns of one stream while the streams are mixed and projected; a warp holds 128
-columns, all streams of them, while they are collapsed and normalized. Formulas: DeepSeek-V4 inference/model.py, hc_pre,
-hc_post and hc_head.
+A thread holds four neighboring columns of one stream while the streams are mixed and projected; a warp holds
+128 columns, all streams of them, while they are collapsed and normalized. Formulas: DeepSeek-V4
+inference/model.py, hc_pre, hc_post and hc_head.
 """
 
 import cutlass
@@ -15,7 +15,7 @@ from dsv4c.codegen.lib.slices import STREAMS, Slice
 LOG2E = 1.4426950408889634
 
 
-# Before the wait ------------------------------------------------------------------------------------------------------
+# Before the wait --------------------------------------------------------------------------------------------
 
 
 @cute.jit
@@ -40,7 +40,7 @@ def load_early(g: Int64):
 
 @cute.jit
 def prefetch(t: Constexpr[Slice], sm: Int32, g_fn: Int64, stream: Int32, quad: Int32, column: Int32):
-    """The thread's four columns of every row of fn: `held` rows come back, the others go to its own shared places."""
+    """The thread's four columns of fn: `held` rows come back, the others go to its shared places."""
     rF = cute.make_rmem_tensor((4 * t.held if t.held else 4,), Uint32)
     g = g_fn + (stream * t.hidden + column) * 4
     for i in range_constexpr(t.rows):
@@ -58,20 +58,19 @@ def prefetch(t: Constexpr[Slice], sm: Int32, g_fn: Int64, stream: Int32, quad: I
 def stage_vectors(
     t: Constexpr[Slice], sm: Int32, g_base: Int64, g_scale: Int64, g_gain: Int64, rank: Int32, thread: Int32
 ):
-    """The CTA's gains to shared memory; base and scale of projection i to place i. Complete after a CTA barrier."""
+    """The CTA's gains to shared memory; base and scale of projection i to place i. See `wait_all`."""
     if thread < t.width // 8:
         ptx.cp_async16(sm + t.o_gain + thread * 16, g_gain + rank * (t.width * 2) + thread * 16)
     ptx.cp_async_commit()
     i = thread - (t.threads - 32)  # the last warp: the others' copies stay ahead
-    if i >= 0:
-        if i < t.rows:
-            kind = Int32(0)  # scale 0 is for pre, 1 for post, 2 for comb
-            if i >= STREAMS:
-                kind = Int32(1)
-            if i >= 2 * STREAMS:
-                kind = Int32(2)
-            ptx.sts_f32(sm + t.o_affine + i * 4, ptx.ldg_f32_constant(g_base + i * 4))
-            ptx.sts_f32(sm + t.o_affine + 128 + i * 4, ptx.ldg_f32_constant(g_scale + kind * 4))
+    if i >= 0 and i < t.rows:
+        kind = Int32(0)  # scale 0 is for pre, 1 for post, 2 for comb
+        if i >= STREAMS:
+            kind = Int32(1)
+        if i >= 2 * STREAMS:
+            kind = Int32(2)
+        ptx.sts_f32(sm + t.o_affine + i * 4, ptx.ldg_f32_constant(g_base + i * 4))
+        ptx.sts_f32(sm + t.o_affine + 128 + i * 4, ptx.ldg_f32_constant(g_scale + kind * 4))
 
 
 @cute.jit
@@ -82,7 +81,7 @@ def wait_all():
     cute.arch.sync_threads()
 
 
-# Streams --------------------------------------------------------------------------------------------------------------
+# Streams ----------------------------------------------------------------------------------------------------
 
 
 @cute.jit
@@ -124,11 +123,11 @@ def mix_streams(
 def store_stream(
     t: Constexpr[Slice], g_x: Int64, token: Int32, stream: Int32, column: Int32, w0: Uint32, w1: Uint32
 ):
-    """Four columns of one stream of bf16 [tokens][4][hidden]. After `share_sums`, so that x may be updated in place."""
+    """Four columns of a stream, bf16 [tokens][4][hidden]. After `share_sums`: x may be updated in place."""
     ptx.stg64(g_x + ((Int64(token) * STREAMS + stream) * t.hidden + column) * 2, w0, w1)
 
 
-# The first reduction: projections and sum of squares ------------------------------------------------------------------
+# The first reduction: projections and sum of squares --------------------------------------------------------
 
 
 @cute.jit
@@ -193,18 +192,17 @@ def share_sums(t: Constexpr[Slice], sm: Int32, r: Float32, rank: Int32, warp: In
         ptx.sts_f32(sm + t.o_part + (warp * t.stride + lane) * 4, r)
     cute.arch.sync_threads()
     cluster.meet()
-    if warp < t.ctas:
-        if lane < t.sums:
-            value = cluster.inbox_sum(sm + t.o_part, t.stride, t.warps, lane)
-            for n in range_constexpr(-(-t.ctas // t.warps)):
-                peer = warp + n * t.warps
-                if peer < t.ctas:
-                    cluster.send_f32(sm + t.o_sums + (rank * t.stride + lane) * 4, sm + t.o_bars, peer, value)
+    if warp < t.ctas and lane < t.sums:
+        value = cluster.inbox_sum(sm + t.o_part, t.stride, t.warps, lane)
+        for n in range_constexpr(-(-t.ctas // t.warps)):
+            peer = warp + n * t.warps
+            if peer < t.ctas:
+                cluster.send_f32(sm + t.o_sums + (rank * t.stride + lane) * 4, sm + t.o_bars, peer, value)
 
 
 @cute.jit
 def affine(t: Constexpr[Slice], sm: Int32, eps: Constexpr[float], lane: Int32):
-    """m_i * scale + base of projection i in lane i, where m = x . fn * rsqrt(mean(x^2) + eps). Waits for all CTAs."""
+    """m_i scale + base in lane i; m = x . fn * rsqrt(mean(x^2) + eps). Waits for all CTAs."""
     ptx.mbarrier_wait(sm + t.o_bars, Int32(0))
     own = lane % t.stride
     r = cluster.inbox_sum(sm + t.o_sums, t.stride, t.ctas, own)
@@ -220,12 +218,12 @@ def sigmoid(r: Float32):
     return cute.arch.rcp_approx(Float32(1.0) + ptx.ex2(r * Float32(-LOG2E)))
 
 
-# Collapse and normalize -----------------------------------------------------------------------------------------------
+# Collapse and normalize -------------------------------------------------------------------------------------
 
 
 @cute.jit
 def collapse(t: Constexpr[Slice], sm: Int32, z: Float32, hc_eps: Constexpr[float], group: Int32, lane: Int32):
-    """bf16(sum_i pre_i x_i) of the lane's four columns of `group`, as floats; lane i holds z_i, pre = sigmoid + eps."""
+    """bf16(sum_i pre_i x_i) of four columns of `group`, as floats; lane i has z_i, pre = sigmoid + eps."""
     weight = sigmoid(z) + Float32(hc_eps)
     rA = cute.make_rmem_tensor((4,), Float32)
     rA.fill(0.0)
@@ -251,7 +249,7 @@ def normalize(
     group: Int32,
     lane: Int32,
 ):
-    """bf16(a * rsqrt(mean(a^2) + eps) * gain) of the lane's four columns, as two words. Exchanges the sum of squares."""
+    """bf16(a * rsqrt(mean(a^2) + eps) * gain) of four columns, as two words. The second reduction."""
     squares = ptx.lanes_sum(rA[0] * rA[0] + rA[1] * rA[1] + rA[2] * rA[2] + rA[3] * rA[3], 32)
     if lane < t.ctas:
         cluster.send_f32(sm + t.o_squares + (rank * t.groups + group) * 4, sm + t.o_bars + 8, lane, squares)
@@ -281,7 +279,7 @@ def store_fp8(
     w1: Uint32,
     lane: Int32,
 ):
-    """Quantize a warp's 128 columns (four bf16 per lane): e4m3 codes [tokens][hidden], ue8m0 [tokens][hidden / 128]."""
+    """Quantize a warp's 128 columns: e4m3 [tokens][hidden], ue8m0 [tokens][hidden / 128]."""
     a, b = ptx.bf16x2_to_f32x2(w0)
     c, d = ptx.bf16x2_to_f32x2(w1)
     top = cute.arch.fmax(cute.arch.fmax(a, -a), cute.arch.fmax(b, -b))
@@ -299,26 +297,26 @@ def store_row(t: Constexpr[Slice], g: Int64, token: Int32, column: Int32, w0: Ui
     ptx.stg64(g + (Int64(token) * t.hidden + column) * 2, w0, w1)
 
 
-# Weights of the next mixing -------------------------------------------------------------------------------------------
+# Weights of the next mixing ---------------------------------------------------------------------------------
 
 
 @cute.jit
 def store_post(g_post: Int64, token: Int32, z: Float32, lane: Int32):
     """post_k = 2 sigmoid(z_k), from lanes 4..7."""
     post = Float32(2.0) * sigmoid(z)
-    if lane >= STREAMS:
-        if lane < 2 * STREAMS:
-            ptx.stg_f32(g_post + (token * STREAMS + lane - STREAMS) * 4, post)
+    if lane >= STREAMS and lane < 2 * STREAMS:
+        ptx.stg_f32(g_post + (token * STREAMS + lane - STREAMS) * 4, post)
 
 
 @cute.jit
 def store_comb(
     g_comb: Int64, token: Int32, z: Float32, iterations: Constexpr[int], eps: Constexpr[float], lane: Int32
 ):
-    """Sinkhorn normalization of the 4x4 matrix in lanes 8..23 (row = input stream), every lane computing all of it.
+    """Sinkhorn normalization of the 4x4 matrix in lanes 8..23, by row = input stream; in every lane.
 
-    C = softmax of each row + eps; columns; then iterations - 1 times rows and columns: x / (sum + eps). C is kept as
-    diag(u) K diag(v). A row step alone would be u_j / R_j; scaled by P = R_0 R_1 R_2 R_3 it needs no division.
+    C = softmax of each row + eps; columns; then iterations - 1 times rows and columns: x / (sum + eps). C is
+    kept as diag(u) K diag(v). A row step alone would be u_j / R_j; scaled by P = R_0 R_1 R_2 R_3 it needs no
+    division.
     """
     rK = cute.make_rmem_tensor((STREAMS * STREAMS,), Float32)
     rU = cute.make_rmem_tensor((STREAMS,), Float32)

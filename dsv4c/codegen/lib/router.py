@@ -1,7 +1,8 @@
-"""The router's device functions: gate products per CTA, scores, top-k of one token per CTA, renormalized weights.
+"""The router's device functions: gate products per CTA, scores, top-k of one token per CTA, renormalized
+weights.
 
-Formulas: DeepSeek-V4 inference/model.py, Gate: s = sqrt(softplus(x . gate)); experts by s + bias, or by a table of the
-token; weights s[experts] / (sum + eps) * factor.
+Formulas: DeepSeek-V4 inference/model.py, Gate: s = sqrt(softplus(x . gate)); experts by s + bias, or by a
+table of the token; weights s[experts] / (sum + eps) * factor.
 """
 
 import cutlass.cute as cute
@@ -13,7 +14,7 @@ from dsv4c.codegen.lib.slices import Gate
 LOWEST = -(2**31)
 
 
-# Gate products --------------------------------------------------------------------------------------------------------
+# Gate products ----------------------------------------------------------------------------------------------
 
 
 @cute.jit
@@ -71,7 +72,7 @@ def store_logits(
         ptx.stg_f32(g_logits + (thread % t.tokens * t.experts + expert) * 4, total)
 
 
-# Choice: one CTA per token -------------------------------------------------------------------------------------------
+# Choice: one CTA per token ----------------------------------------------------------------------------------
 
 
 @cute.jit
@@ -99,7 +100,7 @@ def stage_bias(sm: Int32, g_bias: Int64, experts: Constexpr[int], thread: Int32)
 
 @cute.jit
 def stage_scores(sm: Int32, g_logits: Int64, experts: Constexpr[int], padded: Constexpr[int], thread: Int32):
-    """After the biases f32 [padded]: scores f32 [padded], then the order of score + bias, i32 [padded]. All threads."""
+    """After the biases f32 [padded]: scores f32 [padded], order of score + bias i32 [padded]."""
     value = Float32(0.0)
     key = Int32(LOWEST)
     if thread < experts:
@@ -112,21 +113,21 @@ def stage_scores(sm: Int32, g_logits: Int64, experts: Constexpr[int], padded: Co
 
 @cute.jit
 def first_largest(rK: cute.Tensor, start: Constexpr[int], count: Constexpr[int]):
-    """The largest of `count` keys from `start` on and its place, the first among equals; a tree of comparisons."""
-    if const_expr(count == 1):
-        return rK[start], Int32(start)
-    else:
+    """The largest of `count` keys from `start` on, and its place: the first among equals."""
+    best = rK[start]
+    at = Int32(start)
+    if const_expr(count > 1):
         best, at = first_largest(rK, start, count // 2)
         other, place = first_largest(rK, start + count // 2, count - count // 2)
         if other > best:
             best = other
             at = place
-        return best, at
+    return best, at
 
 
 @cute.jit
 def top_experts(sm: Int32, padded: Constexpr[int], k: Constexpr[int], lane: Int32):
-    """(expert, score) number i of the k largest score + bias in lane i, the lower expert on ties. One warp."""
+    """(expert, score) i of the k largest score + bias in lane i, the lower on ties. One warp."""
     each = const_expr(padded // 32)  # neighbors
     rK = cute.make_rmem_tensor((each,), Int32)
     for i in range_constexpr(each):
@@ -176,7 +177,7 @@ def store_choice(
     factor: Constexpr[float],
     lane: Int32,
 ):
-    """experts i32 [tokens][k] and weights f32 [tokens][k] = s / (sum + eps) * factor. Lanes from k on hold 0."""
+    """experts i32 [tokens][k], weights f32 [tokens][k] = s / (sum + eps) * factor; other lanes hold 0."""
     total = ptx.lanes_sum(chosen, 32)
     if lane < k:
         ptx.stg32(g_experts + (token * k + lane) * 4, expert.bitcast(Uint32))

@@ -1,4 +1,4 @@
-"""How rows are cut over CTAs and warps in the hyper-connection kernels, and their shared memory. No device code."""
+"""How rows are cut over CTAs and warps, and their shared memory. No device code."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ STREAMS = 4
 
 @dataclass(frozen=True)
 class Slice:
-    """How a hidden row of `hidden` columns is cut: over `ctas` CTAs; `rows` of `fn` are projected (24, or 4 in the head).
+    """How a hidden row of `hidden` columns is cut: over `ctas` CTAs; `rows` of `fn` are projected (24, or 4
+    in the head).
 
     A thread keeps its four columns of `held` rows of fn in registers; the other rows wait in shared memory.
     """
@@ -46,7 +47,7 @@ class Slice:
 
     @property
     def stride(self) -> int:
-        """Floats between two origins in an inbox and in the warps' partial sums: `sums` rounded up to a power of two."""
+        """Floats between two origins of partial sums: `sums` rounded up to a power of two."""
         return 1 << self.rows.bit_length()
 
     # Shared memory, in bytes from the CTA's allocation.
@@ -94,7 +95,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class Gate:
-    """How the router's matrix [experts, hidden] meets `tokens` rows: `rows` experts per CTA of `threads` threads."""
+    """How the router's [experts, hidden] meets `tokens` rows: `rows` experts per CTA."""
 
     tokens: int
     hidden: int

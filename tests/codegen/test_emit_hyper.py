@@ -1,0 +1,121 @@
+"""Hyper-connection, router and head kernels without a device: text, launch facts, cubins for both targets."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsv4c.codegen.build import TARGETS, Source, build
+from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.head import AdvanceSpec, ArgmaxSpec, EmbedSpec, emit_advance, emit_argmax, emit_embed
+from dsv4c.codegen.hyper import SHARED_LIMIT, HyperNormSpec, emit_hyper_norm
+from dsv4c.codegen.router import RouterChoiceSpec, RouterGateSpec, emit_router_choice, emit_router_gate
+from dsv4c.errors import BuildError
+
+BOUNDARY = HyperNormSpec(rows=2, hidden=256, norm_eps=1e-6, hc_eps=1e-6, iterations=20)
+FIRST = replace(BOUNDARY, mix=False, keep=False)
+HEAD = replace(BOUNDARY, head=True, keep=False, fp8=False)
+FLASH = replace(BOUNDARY, rows=1, hidden=4096)
+PRO = replace(BOUNDARY, rows=1, hidden=7168)
+CHOICE = RouterChoiceSpec(rows=2, experts=8, k=2, factor=1.5)
+
+
+def emissions() -> list[Emission]:
+    return [
+        *map(emit_hyper_norm, (BOUNDARY, FIRST, HEAD, PRO)),
+        emit_router_gate(RouterGateSpec(rows=3, hidden=256, experts=8)),
+        *map(emit_router_choice, (CHOICE, replace(CHOICE, hashed=True))),
+        emit_argmax(ArgmaxSpec(rows=2, vocabulary=250)),
+        emit_embed(EmbedSpec(rows=2, hidden=256)),
+        emit_advance(AdvanceSpec(rows=2)),
+    ]
+
+
+def operands(emission: Emission) -> list[str]:
+    return [parameter.name for parameter in emission.parameters]
+
+
+def test_boundary_text(golden):
+    golden(emit_hyper_norm(BOUNDARY).source, "kernels/hyper_norm.py.txt")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_assembles_without_spills(target: str, tmp_path: Path):
+    every = emissions()
+    built = build([Source(e.symbol, e.source) for e in every], target, tmp_path, workers=1)
+    for emission, kernel in zip(every, built, strict=True):
+        assert kernel.resources.stack == 0, f"{emission.symbol} spills or indexes registers dynamically"
+        assert kernel.resources.registers * emission.block <= 65536
+        assert kernel.ptx.count("griddepcontrol.launch_dependents") == 1
+        assert kernel.ptx.count("griddepcontrol.wait") == 1
+        parameters = kernel.ptx.split(".entry", 1)[1].split(")", 1)[0].count(".param")
+        assert parameters == len(emission.parameters)
+        # A cluster's wait pairs with one arrival, and nothing is sent before.
+        clustered = int(emission.cluster != (1, 1, 1))
+        assert kernel.ptx.count("barrier.cluster.arrive") == clustered
+        assert kernel.ptx.count("barrier.cluster.wait") == clustered
+        assert "st.async" not in kernel.ptx.split("barrier.cluster.wait")[0] or not clustered
+
+
+def test_weights_are_read_before_the_wait(tmp_path: Path):
+    (kernel,) = build([Source((e := emit_hyper_norm(FLASH)).symbol, e.source)], "sm_90a", tmp_path, workers=1)
+    before, after = kernel.ptx.split("griddepcontrol.wait")
+    assert before.count("ld.relaxed.gpu.global.v4.b32") == 24  # strong loads: the assembler keeps them there
+    assert "ld.relaxed" not in after
+
+
+def test_flags_decide_the_operands():
+    weights = ["m_fn", "m_base", "m_scale", "m_gain"]
+    mixed = ["m_x", "m_f", "m_post", "m_comb", *weights]
+    row = ["m_normed", "m_q", "m_q_scale"]
+    assert operands(emit_hyper_norm(BOUNDARY)) == [*mixed, "m_x_out", "m_post_out", "m_comb_out", *row]
+    assert operands(emit_hyper_norm(FIRST)) == ["m_x", *weights, "m_post_out", "m_comb_out", *row]
+    assert operands(emit_hyper_norm(HEAD)) == [*mixed, "m_normed"]
+    assert operands(emit_router_choice(CHOICE)) == ["m_logits", "m_bias", "m_experts", "m_weights"]
+    hashed = emit_router_choice(replace(CHOICE, hashed=True))
+    assert operands(hashed) == ["m_logits", "m_table", "m_ids", "m_experts", "m_weights"]
+
+
+@pytest.mark.parametrize(("spec", "ctas", "threads"), [(BOUNDARY, 2, 128), (FLASH, 16, 256), (PRO, 14, 512)])
+def test_a_cluster_per_token_takes_whole_groups(spec: HyperNormSpec, ctas: int, threads: int):
+    emission = emit_hyper_norm(spec)
+    assert (emission.grid, emission.cluster) == ((spec.rows * ctas, 1, 1), (ctas, 1, 1))
+    assert emission.block == threads
+    assert emission.shared <= SHARED_LIMIT
+
+
+def test_flash_leaves_shared_memory_to_its_predecessor():
+    assert emit_hyper_norm(FLASH).shared <= 8 * 1024
+
+
+@pytest.mark.parametrize("hidden", [96, 128, 128 * 17, 16384])
+def test_rows_that_no_cluster_cuts_are_refused(hidden: int):
+    with pytest.raises(BuildError, match=f"hyper_norm of {hidden} columns: no cluster"):
+        emit_hyper_norm(replace(BOUNDARY, hidden=hidden))
+
+
+def test_router_refusals_say_what_they_want():
+    with pytest.raises(BuildError, match="want columns"):
+        emit_router_gate(RouterGateSpec(rows=1, hidden=100, experts=8))
+    with pytest.raises(BuildError, match="at most 32 among at most 1024"):
+        emit_router_choice(replace(CHOICE, k=9))
+    with pytest.raises(BuildError, match="multiple of 8"):
+        emit_embed(EmbedSpec(rows=1, hidden=100))
+
+
+def test_a_gate_covers_every_expert_once():
+    for experts, hidden in ((256, 4096), (384, 7168), (8, 256), (131, 512)):
+        spec = RouterGateSpec(rows=1, hidden=hidden, experts=experts)
+        assert emit_router_gate(spec).grid[0] * spec.gate.rows == experts
+        assert spec.gate.pieces * spec.gate.threads * 8 == hidden
+
+
+def test_an_argmax_covers_every_column_once():
+    for vocabulary in (129280, 512, 250, 7):
+        emission = emit_argmax(ArgmaxSpec(rows=1, vocabulary=vocabulary))
+        columns = int(re.search(r"first = rank \* (\d+)", emission.source)[1])
+        ctas = emission.cluster[0]
+        assert (ctas - 1) * columns < vocabulary <= ctas * columns
