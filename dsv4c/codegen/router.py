@@ -1,7 +1,7 @@
 """Router kernels: the gate's products over many CTAs, then the choice of experts by one CTA per token.
 
-Two launches: what a last-CTA finish would save in edges it pays in a fence, an atomic and a reload, and its
-counter would be state to reset.
+Two launches: a last-CTA finish would need a fence, an atomic and a counter that somebody resets. (Not
+compared; on an H200, 2026-11-21, both together take 2.8 us for 256 experts of 4096 columns.)
 """
 
 from __future__ import annotations
