@@ -25,22 +25,25 @@ class Cache(enum.Enum):
     OFFICIAL = "official"  # FP8 keys with BF16 RoPE dimensions; MXFP4 index keys
     FP8_INDEX = "fp8-index"  # the same keys; FP8 index keys with one f32 scale
     BF16 = "bf16"
+    F32 = "f32"
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 if self is Cache.F32 else 2
 
     def entry_bytes(self, config: ModelConfig) -> int:
-        """One key of attention: 584 bytes for a head of 512 (448 FP8, 64 BF16, 7 scales and a byte of padding)."""
-        if self is Cache.BF16:
-            return 2 * config.head_dim
+        """One key of attention: of a head of 512, 448 FP8, 64 BF16, 7 scales and a byte of padding: 584."""
+        if self in (Cache.BF16, Cache.F32):
+            return self.element_bytes * config.head_dim
         plain = config.head_dim - config.qk_rope_head_dim
         return plain + 2 * config.qk_rope_head_dim + -(-plain // 512) * 8
 
     def index_key_bytes(self, config: ModelConfig) -> int:
         """One index key: 68, 132 or 256 bytes for a width of 128."""
         width = config.index_head_dim
-        return {
-            Cache.OFFICIAL: width // 2 + -(-width // 32),
-            Cache.FP8_INDEX: width + 4,
-            Cache.BF16: 2 * width,
-        }[self]
+        if self is Cache.OFFICIAL:
+            return width // 2 + -(-width // 32)
+        return width + 4 if self is Cache.FP8_INDEX else self.element_bytes * width
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,8 @@ class StateBytes:
 def state_bytes(config: ModelConfig, context: int, cache: Cache = Cache.OFFICIAL) -> StateBytes:
     """What a sequence of `context` tokens keeps between calls, all layers together.
 
-    Counted as the official implementation lays it out: a ring of `sliding_window` keys per layer, one entry
-    per `ratio` tokens, and per compressor two f32 rings (values and scores) of one window, two where they overlap.
+    Counted as the official implementation lays it out: a ring of `sliding_window` keys per layer, one entry per
+    `ratio` tokens, and per compressor two f32 rings (values and scores) of one window, two where they overlap.
     """
     key, index_key = cache.entry_bytes(config), cache.index_key_bytes(config)
     window = entries = index_keys = compressors = 0
@@ -292,7 +295,7 @@ def _indexer(
 def _compression(
     config: ModelConfig, plan: LayerPlan, dim: int, types: Mapping[str, Type], name: str
 ) -> tuple[int, int, int, Fraction, int]:
-    """Projection flops, weight bytes, bytes of the rows stored; bytes read and flops of pooling, per token."""
+    """Per token: flops, weight bytes and bytes stored of the projections; bytes read and flops of pooling."""
     windows = 2 if plan.overlaps else 1
     width, tokens = windows * dim, windows * plan.ratio
     weights = _sum(types, name, ("wkv", "wgate")) + types[f"{name}ape"].nbytes // plan.ratio  # one row of it

@@ -182,7 +182,7 @@ def test_a_whole_token(
 ) -> None:
     config = model(name, experts)
     traffic = token_traffic(config, context)
-    states = [token_traffic(config, context, cache=cache).state / 1e6 for cache in Cache]
+    states = [token_traffic(config, context, cache=cache).state / 1e6 for cache in list(Cache)[:3]]
     assert traffic.flops / 1e9 == pytest.approx(gflop, abs=0.006)
     assert traffic.weights / 1e9 == pytest.approx(weights, abs=0.0005)
     assert states == pytest.approx([fp4, fp8, bf16], abs=0.051)
