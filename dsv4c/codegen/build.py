@@ -1,8 +1,9 @@
 """Kernel sources to cubins, without a GPU: worker processes compile, a content-addressed store remembers.
 
-A source is a Python module with one `@cute.jit` function `host` whose parameters are `cute.Pointer`, `Int32` and a last
-`stream`; `ELEMENTS` names pointer element types (Uint8 unless named). An entry's key covers the source, `codegen/lib`,
-the toolchain and the target. Entries are written atomically, so processes may share a store; damaged ones are rebuilt.
+A source is a Python module with one `@cute.jit` function `host` whose parameters are `cute.Pointer`, `Int32`
+and a last `stream`; `ELEMENTS` names pointer element types (Uint8 unless named). An entry's key covers the
+source, `codegen/lib`, the toolchain and the target. Entries are written atomically, so processes may share a
+store; damaged ones are rebuilt.
 """
 
 from __future__ import annotations
@@ -90,7 +91,9 @@ def build(
             todo += 1
         else:
             _settle(ready, entry, len(set(keys)), progress)
-    failures = _compile_all(jobs, min(todo, workers or os.cpu_count() or 1), target, store, ready, len(set(keys)), progress)
+    failures = _compile_all(
+        jobs, min(todo, workers or os.cpu_count() or 1), target, store, ready, len(set(keys)), progress
+    )
     if failures:
         raise BuildError("\n".join(failures))
     return [ready[key] for key in keys]
@@ -121,7 +124,7 @@ def _settle(ready: dict[str, Built], built: Built, total: int, progress: Progres
         progress(len(ready), total, built)
 
 
-# The store ------------------------------------------------------------------------------------------------------------
+# The store --------------------------------------------------------------------------------------------------
 
 
 def _entry_path(store: Path, key: str) -> Path:
@@ -129,7 +132,9 @@ def _entry_path(store: Path, key: str) -> Path:
 
 
 def write_entry(path: Path, built: Built) -> None:
-    """Write an entry so that a reader sees all of it or none: header line, cubin, PTX, sha256 of what precedes."""
+    """Write an entry so that a reader sees all of it or none: header line, cubin, PTX, sha256 of what
+    precedes.
+    """
     header = {
         "symbol": built.symbol,
         "target": built.target,
@@ -159,10 +164,12 @@ def read_entry(path: Path, key: str) -> Built | None:
         return None
     size = header["cubin"]
     resources = Resources(**header["resources"])
-    return Built(header["symbol"], header["target"], key, blob[:size], blob[size:].decode(), resources, cached=True)
+    return Built(
+        header["symbol"], header["target"], key, blob[:size], blob[size:].decode(), resources, cached=True
+    )
 
 
-# Worker processes -----------------------------------------------------------------------------------------------------
+# Worker processes -------------------------------------------------------------------------------------------
 
 
 def _compile_all(
@@ -218,7 +225,9 @@ class _Worker:
 
     def __enter__(self) -> _Worker:
         command = [sys.executable, "-m", "dsv4c.codegen.build"]
-        path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join(
+            [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         self._errors = tempfile.TemporaryFile()
         self._process = subprocess.Popen(
             command,
@@ -227,28 +236,31 @@ class _Worker:
             stderr=self._errors,
             env={**os.environ, "PYTHONPATH": path, "NO_COLOR": "1"},
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
+        self._requests.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._replies.close()
         self._errors.close()
 
     def compile(self, source: Source, target: str) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
         try:
-            self._process.stdin.write(json.dumps({**asdict(source), "target": target}).encode() + b"\n")
-            self._process.stdin.flush()
-            reply = self._process.stdout.readline()
+            self._requests.write(json.dumps({**asdict(source), "target": target}).encode() + b"\n")
+            self._requests.flush()
+            reply = self._replies.readline()
         except BrokenPipeError:
             reply = b""
         if not reply:
             code = self._process.wait()
             self._errors.seek(0)
             tail = self._errors.read().decode(errors="replace")[-2000:]
-            raise BuildError(f"the compiler process died with status {code} on {source.symbol} for {target}\n{tail}")
+            raise BuildError(
+                f"the compiler process died with status {code} on {source.symbol} for {target}\n{tail}"
+            )
         answer: dict[str, Any] = json.loads(reply)
         return answer
 
@@ -279,11 +291,14 @@ def compile_source(source: Source, target: str) -> tuple[bytes, str]:
     import cutlass.cute as cute
     from cutlass.cute.runtime import make_fake_stream, make_ptr
 
-    with tempfile.TemporaryDirectory(prefix="dsv4c-build-") as folder:  # dump names collide: one folder per compile
+    with tempfile.TemporaryDirectory(
+        prefix="dsv4c-build-"
+    ) as folder:  # dump names collide: one folder per compile
         path = Path(folder) / f"{source.symbol}.py"
         path.write_text(source.text)
         spec = importlib.util.spec_from_file_location(source.symbol, path)
-        assert spec and spec.loader
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         elements = getattr(module, "ELEMENTS", {})
@@ -297,7 +312,9 @@ def compile_source(source: Source, target: str) -> tuple[bytes, str]:
             elif annotation is cutlass.Int32:
                 arguments.append(cutlass.Int32(0))
             else:
-                raise BuildError(f"parameter {name}: {annotation} of {source.symbol}: want cute.Pointer or Int32")
+                raise BuildError(
+                    f"parameter {name}: {annotation} of {source.symbol}: want cute.Pointer or Int32"
+                )
         options = f"--gpu-arch {target} --keep-ptx --keep-cubin --dump-dir {folder}"
         compiled = cute.compile(module.host, *arguments, options=options)
         cubin, ptx = compiled.__cubin__, compiled.__ptx__
@@ -313,7 +330,7 @@ def _annotations(function: Any) -> dict[str, Any]:
     return {name: parameter.annotation for name, parameter in signature.parameters.items()}
 
 
-# What a cubin says about itself ---------------------------------------------------------------------------------------
+# What a cubin says about itself -----------------------------------------------------------------------------
 
 _FRAME_SIZE, _REGISTERS = 0x11, 0x2F  # EIATTR_FRAME_SIZE, EIATTR_REGCOUNT: pairs of (symbol index, value)
 
@@ -323,11 +340,13 @@ def read_resources(cubin: bytes, symbol: str) -> Resources:
 
     Raises BuildError when the cubin's entry point is not `symbol`.
     """
-    sections = {name: data for name, data in _sections(cubin)}
+    sections = dict(_sections(cubin))
     text = sections.get(f".text.{symbol}")
     if text is None:
         found = ", ".join(name[6:] for name in sections if name.startswith(".text.")) or "none"
-        raise BuildError(f"the cubin has no kernel {symbol!r}: found {found}; set_name_prefix must match the symbol")
+        raise BuildError(
+            f"the cubin has no kernel {symbol!r}: found {found}; set_name_prefix must match the symbol"
+        )
     attributes = dict(_global_attributes(sections.get(".nv.info", b"")))
     shared = sections.get(f".nv.shared.{symbol}", b"")
     return Resources(
@@ -339,7 +358,9 @@ def read_resources(cubin: bytes, symbol: str) -> Resources:
 
 
 def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and contents of each section of a 64-bit little-endian ELF file (empty for sections without bytes)."""
+    """Name and contents of each section of a 64-bit little-endian ELF file (empty for sections without
+    bytes).
+    """
     (offset,) = struct.unpack_from("<Q", elf, 0x28)
     size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
     headers = [struct.unpack_from("<IIQQQQIIQQ", elf, offset + i * size) for i in range(count)]

@@ -1,6 +1,8 @@
-"""Kernel sources: a template and literals become one readable Python file, with everything its launch needs beside it.
+"""Kernel sources: a template and literals become one readable Python file, with everything its launch needs
+beside it.
 
-A kernel family is a function from a frozen spec to an `Emission`. Nothing here imports the compiler or a device.
+A kernel family is a function from a frozen spec to an `Emission`. Nothing here imports the compiler or a
+device.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ BANDWIDTH = 4.45e12  # bytes per second that one H200 reads, best grid; the floo
 class Parameter:
     """One kernel parameter, in ABI order: 8 bytes for a pointer, 4 for an i32.
 
-    A pointer leads to `component` (data, scale, tail, global_scale) of the value that the launch binds to `operand`.
+    A pointer leads to `component` (data, scale, tail, global_scale) of the value that the launch binds to
+    `operand`.
     """
 
     operand: str
@@ -45,16 +48,16 @@ class Emission:
     parameters: tuple[Parameter, ...]
     cluster: tuple[int, int, int] = (1, 1, 1)
     programmatic: bool = True  # may sit behind a programmatic edge
-    waits: bool = True  # griddepcontrol.wait precedes every dependent access, but for reads of `early` operands
-    early: tuple[str, ...] = ()  # read before the wait: written by a launch that every direct predecessor waited for
-    late_trigger: bool = False  # dependents may start only once every CTA has waited
+    waits: bool = True  # griddepcontrol.wait precedes every dependent access
     packing: Mapping[str, str] = field(default_factory=dict)  # weight operand -> name of its packing
     workspace: int = 0  # bytes of global scratch, the last parameter if any
 
 
 @cache
 def environment() -> jinja2.Environment:
-    """The jinja2 environment of the kernel templates: undefined names are errors, blocks leave no blank lines."""
+    """The jinja2 environment of the kernel templates: undefined names are errors, blocks leave no blank
+    lines.
+    """
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         undefined=jinja2.StrictUndefined,

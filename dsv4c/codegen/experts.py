@@ -1,9 +1,10 @@
 """The experts of one MoE layer at decode: two launches, `up` (w1, w3, SwiGLU) and `down` (quantize, w2, sum).
 
-Each (token, expert) pair is its own job: a CTA has one activation row. Routed experts' addresses come from the router,
-so their weights start after the wait; the shared expert's start before it. The hidden rows go through memory in bf16
-and are quantized by their readers: quantizing them in `up` ties 8 tiles of two matrices together, a cluster per 128
-columns, and that measured a third slower than CTAs that stream any tiles without a break.
+Each (token, expert) pair is its own job: a CTA has one activation row. Routed experts' addresses come from
+the router, so their weights start after the wait; the shared expert's start before it. The hidden rows go
+through memory in bf16 and are quantized by their readers: quantizing them in `up` ties 8 tiles of two
+matrices together, a cluster per 128 columns, and that measured a third slower than CTAs that stream any tiles
+without a break.
 """
 
 from __future__ import annotations
@@ -19,16 +20,12 @@ from dsv4c.codegen.lib.shapes import BYTES, Product, Ring
 from dsv4c.errors import BuildError
 
 
-
 @dataclass(frozen=True)
 class ExpertsSpec:
     """Shapes of one MoE layer: x [batch, hidden], `top_k` routed experts of `experts`, one shared expert.
 
-    Formats are fp8, bf16, mxfp4 or nvfp4. With bf16 weights x is bf16 and the hidden rows stay so; else x is FP8
-    (e4m3 with ue8m0 scales per 128) and the hidden rows are quantized to FP8.
-
-    `early_ids` is sound only where `up` sits between the router and `down`: when `down` starts, every CTA of `up` has
-    triggered, hence waited, hence the router has finished.
+    Formats are fp8, bf16, mxfp4 or nvfp4. With bf16 weights x is bf16 and the hidden rows stay so; else x is
+    FP8 (e4m3 with ue8m0 scales per 128) and the hidden rows are quantized to FP8.
     """
 
     name: str
@@ -40,7 +37,6 @@ class ExpertsSpec:
     routed: str
     shared: str
     limit: float
-    early_ids: bool = False  # `down` reads expert_ids before its wait, and `up` triggers only after its own
 
     @property
     def quantized(self) -> bool:
@@ -49,23 +45,29 @@ class ExpertsSpec:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of one [intermediate, hidden] matrix in each of the top_k routed experts and the shared one."""
+        """Bytes of one matrix of every routed expert of a token, and of the shared one."""
         bits = self.top_k * BITS[self.routed] + BITS[self.shared]
         return int(self.intermediate * self.hidden * bits / 8)
 
 
 def _check(spec: ExpertsSpec) -> None:
     if not 1 <= spec.batch <= 8:
-        raise BuildError(f"{spec.name}: batch {spec.batch}: the experts' GEMVs take 1 to 8 rows, more need a GEMM")
+        raise BuildError(
+            f"{spec.name}: batch {spec.batch}: the experts' GEMVs take 1 to 8 rows, more need a GEMM"
+        )
     if spec.top_k > 32:
         raise BuildError(f"{spec.name}: {spec.top_k} experts per token: a warp holds the addresses of 32")
     if spec.hidden % 16 or spec.intermediate % 16:
-        raise BuildError(f"{spec.name}: hidden {spec.hidden}, intermediate {spec.intermediate}: want multiples of 16")
+        raise BuildError(
+            f"{spec.name}: hidden {spec.hidden}, intermediate {spec.intermediate}: want multiples of 16"
+        )
     for format in (spec.routed, spec.shared):
         if format not in BYTES:
             raise BuildError(f"{spec.name}: weight format {format!r}: known are {', '.join(BYTES)}")
     if (spec.routed == "bf16") != (spec.shared == "bf16"):
-        raise BuildError(f"{spec.name}: {spec.routed} routed and {spec.shared} shared experts do not share activations")
+        raise BuildError(
+            f"{spec.name}: {spec.routed} routed and {spec.shared} shared experts do not share activations"
+        )
     if spec.quantized and (spec.hidden % 128 or spec.intermediate % 128):
         sizes = f"hidden {spec.hidden}, intermediate {spec.intermediate}"
         raise BuildError(f"{spec.name}: {sizes}: {spec.routed} experts want multiples of 128")
@@ -102,12 +104,12 @@ def _most_stages(name: str, layout: Callable[[int], dict[str, int]]) -> int:
     raise BuildError(f"{name}: the activations leave no shared memory for two stages of weights")
 
 
-# up -------------------------------------------------------------------------------------------------------------------
+# up ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class UpPart:
-    """Routed or shared half of `up`: `jobs` pairs of a w1 tile and a w3 tile for each of `ctas` CTAs in turn."""
+    """Routed or shared half of `up`. A job is a tile of w1 and the same of w3; CTAs take them in turn."""
 
     name: str
     ring: Ring
@@ -136,7 +138,9 @@ class UpPart:
 
 
 def _up_parts(spec: ExpertsSpec) -> tuple[UpPart, UpPart]:
-    """Shared and routed part. Rounds are chosen so that all CTAs fit the machine at once and read about the same."""
+    """Shared and routed part. Rounds are chosen so that all CTAs fit the machine at once and read about the
+    same.
+    """
     tiles = -(-spec.intermediate // 16)
     kind = "f16" if spec.quantized else "bf16"
     k_warps = _k_warps(spec.hidden, WARPS // 2)
@@ -150,9 +154,9 @@ def _up_parts(spec: ExpertsSpec) -> tuple[UpPart, UpPart]:
 
         return planned(_most_stages(spec.name, lambda stages: planned(stages).places))
 
-    def longest(rounds: tuple[int, int]) -> float:
+    def longest(rounds: tuple[int, ...]) -> float:
         ctas = -(-tiles // rounds[0]) - (-spec.top_k * tiles // rounds[1])
-        if ctas > 2 * SMS and rounds != (32, 32):
+        if ctas > 2 * SMS:
             return math.inf
         return max(rounds[0] * BITS[spec.shared], rounds[1] * BITS[spec.routed])
 
@@ -164,7 +168,7 @@ def _up_parts(spec: ExpertsSpec) -> tuple[UpPart, UpPart]:
 
 
 def emit_experts_up(spec: ExpertsSpec) -> Emission:
-    """h = bf16(silu(min(x w1, limit)) * clamp(x w3, -limit, limit) * routing weight), weight 1 for the shared one."""
+    """h = bf16(silu(min(x w1, limit)) * clamp(x w3, -limit, limit) * weight), 1 for the shared expert."""
     _check(spec)
     parts = _up_parts(spec)
     x = (Parameter("x"), Parameter("x", "scale")) if spec.quantized else (Parameter("x"),)
@@ -206,17 +210,18 @@ def emit_experts_up(spec: ExpertsSpec) -> Emission:
         block=parts[0].ring.warps * 32,
         shared=shared,
         parameters=parameters,
-        late_trigger=spec.early_ids,
         packing=packing,
     )
 
 
-# down -----------------------------------------------------------------------------------------------------------------
+# down -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class DownRings:
-    """Both streams of a `down` CTA: the shared expert's tile, then the tile of every routed expert, a round each."""
+    """Both streams of a `down` CTA: the shared expert's tile, then the tile of every routed expert, a round
+    each.
+    """
 
     shared: Ring
     routed: Ring
@@ -264,7 +269,9 @@ def _down_rings(spec: ExpertsSpec) -> DownRings:
 
 
 def emit_experts_down(spec: ExpertsSpec) -> Emission:
-    """y = bf16(sum over the token's routed experts of fp8(h) w2, plus the shared expert's), accumulated in f32."""
+    """y = bf16(sum over the token's routed experts of fp8(h) w2, plus the shared expert's), accumulated in
+    f32.
+    """
     _check(spec)
     rings = _down_rings(spec)
     parameters = (
@@ -296,7 +303,6 @@ def emit_experts_down(spec: ExpertsSpec) -> Emission:
         block=rings.routed.warps * 32,
         shared=rings.places["end"],
         parameters=parameters,
-        early=("expert_ids",) if spec.early_ids else (),
         packing={
             "w2": f"{spec.routed}/{rings.routed.tile_warps}x{rings.routed.span}",
             "shared_w2": f"{spec.shared}/{rings.shared.tile_warps}x{rings.shared.span}",

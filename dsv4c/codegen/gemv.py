@@ -1,12 +1,14 @@
 """The decode GEMV family: y[M, N] = x[M, K] w[N, K]^T for up to 8 rows, one or several matrices per launch.
 
 `GemvSpec` says what to compute, `emit_gemv` plans tiles, warps and stages and stitches the kernel from
-`templates/gemv.py.jinja`. Matrices that share a weight format and activations form a part; a CTA works on one part.
+`templates/gemv.py.jinja`. Matrices that share a weight format and activations form a part; a CTA works on one
+part.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,7 +28,14 @@ FORMATS = {
     "mxfp4": "q[e2m1,ue8m0,1x32]",
     "nvfp4": "q[e2m1,e4m3,1x16,tensor]",
 }
-STAGINGS = {("e4m3", "copy"), ("bf16", "copy"), ("e4m3", "quantize"), ("f16", "quantize"), ("f16", "expand"), ("e4m3", "normalize")}
+STAGINGS = {
+    ("e4m3", "copy"),
+    ("bf16", "copy"),
+    ("e4m3", "quantize"),
+    ("f16", "quantize"),
+    ("f16", "expand"),
+    ("e4m3", "normalize"),
+}
 BITS = {"fp8": 8, "bf16": 16, "mxfp4": 4.25, "nvfp4": 4.5}
 
 
@@ -34,10 +43,10 @@ BITS = {"fp8": 8, "bf16": 16, "mxfp4": 4.25, "nvfp4": 4.5}
 class Activations:
     """The rows a part multiplies with: operand `name`, staged by `prologue`.
 
-    copy: e4m3 rows with ue8m0 scales per 128 (kind "e4m3"), or bf16 rows (kind "bf16"), as a producer left them.
-    expand: e4m3 rows with scales, held as f16 (kind "f16"): cheaper per weight, twice the shared memory.
-    quantize: bf16 rows, FP8-quantized here (kind "e4m3"), or kept, as f16 under a power of two (kind "f16").
-    normalize: RMSNorm with f32 operand `gain` first, rounded to bf16, then FP8.
+    copy: e4m3 rows with ue8m0 scales per 128 (kind "e4m3"), or bf16 rows (kind "bf16"), as a producer left
+    them. expand: e4m3 rows with scales, held as f16 (kind "f16"): cheaper per weight, twice the shared
+    memory. quantize: bf16 rows, FP8-quantized here (kind "e4m3"), or kept, as f16 under a power of two (kind
+    "f16"). normalize: RMSNorm with f32 operand `gain` first, rounded to bf16, then FP8.
     """
 
     name: str
@@ -66,8 +75,9 @@ class Matrix:
 
 @dataclass(frozen=True)
 class GemvSpec:
-    """`batch` activation rows times `matrices` of `k` columns. With `groups` g > 1 (block-diagonal weights) the rows
-    are [M, g, k] and matrix rows r * (rows / g) .. belong to group r."""
+    """`batch` activation rows times `matrices` of `k` columns. With `groups` g > 1 (block-diagonal weights)
+    the rows are [M, g, k] and matrix rows r * (rows / g) .. belong to group r.
+    """
 
     name: str
     batch: int
@@ -185,18 +195,26 @@ def _check(spec: GemvSpec) -> None:
         raise BuildError(f"{spec.name}: batch {spec.batch}: a GEMV takes 1 to 8 rows, more need a GEMM")
     for m in spec.matrices:
         if m.format not in BYTES:
-            raise BuildError(f"{spec.name}.{m.name}: weight format {m.format!r}: known are {', '.join(BYTES)}")
+            raise BuildError(
+                f"{spec.name}.{m.name}: weight format {m.format!r}: known are {', '.join(BYTES)}"
+            )
         if (m.x.kind == "bf16") != (m.format == "bf16"):
             wanted = "bf16" if m.format == "bf16" else "e4m3 or f16"
-            raise BuildError(f"{spec.name}.{m.name}: {m.format} weights take {wanted} activations, not {m.x.kind}")
+            raise BuildError(
+                f"{spec.name}.{m.name}: {m.format} weights take {wanted} activations, not {m.x.kind}"
+            )
         if (m.x.kind, m.x.prologue) not in STAGINGS:
             raise BuildError(f"{spec.name}.{m.name}: no prologue {m.x.prologue} for {m.x.kind} activations")
         if m.format != "bf16" and spec.k % 128:
-            raise BuildError(f"{spec.name}.{m.name}: {m.format} weights of {spec.k} columns: want a multiple of 128")
+            raise BuildError(
+                f"{spec.name}.{m.name}: {m.format} weights of {spec.k} columns: want a multiple of 128"
+            )
         if spec.k % 8:
             raise BuildError(f"{spec.name}: rows of {spec.k} are not a multiple of 16 bytes")
         if m.rows % (16 * spec.groups):
-            raise BuildError(f"{spec.name}.{m.name}: {m.rows} rows in {spec.groups} groups: want multiples of 16")
+            raise BuildError(
+                f"{spec.name}.{m.name}: {m.rows} rows in {spec.groups} groups: want multiples of 16"
+            )
 
 
 def plan_parts(spec: GemvSpec) -> list[Part]:
@@ -217,7 +235,7 @@ def plan_parts(spec: GemvSpec) -> list[Part]:
 
 def _ctas(spec: GemvSpec, tile_warps: int, rounds: int) -> list[int]:
     """CTAs of each matrix."""
-    return [-(-(-(-m.rows // 16 // tile_warps)) // rounds) for m in spec.matrices]
+    return [math.ceil(m.rows / (16 * tile_warps) / rounds) for m in spec.matrices]
 
 
 def _plan_tiles(spec: GemvSpec) -> tuple[int, int]:
@@ -245,11 +263,11 @@ def _plan_tiles(spec: GemvSpec) -> tuple[int, int]:
 
 
 def span_of(product: Product, k_warps: int, rounds: int = 1) -> int:
-    """Units per step, as measured: FP8 gains nothing from more than one, MXFP4 wants stages of about 4 KB, NVFP4 more
-    than two stages, and so does BF16 unless its stream is long (lm_head: 234 us with 4 KB stages, 257 with 2 KB)."""
-    choices = {"fp8": (1,), "bf16": (2, 1) if rounds > 1 else (1,), "mxfp4": (4, 3, 2, 1), "nvfp4": (2, 1)}
-    per_warp = product.units // k_warps
-    return next(n for n in choices[product.weight] if per_warp % n == 0)
+    """Units per step, as measured: FP8 gains nothing from more than one, FP4 wants stages of about 4 KB, and
+    so does BF16 when its stream is long (lm_head: 234 us, 257 with 2 KB).
+    """
+    most = {"fp8": 1, "bf16": 2 if rounds > 1 else 1, "mxfp4": 4, "nvfp4": 4}[product.weight]
+    return next(n for n in range(most, 0, -1) if product.units // k_warps % n == 0)
 
 
 def _part(
@@ -262,7 +280,8 @@ def _part(
     rounds: int,
     first: int,
 ) -> Part:
-    # Every part has the CTA's warps: bf16 units are half as wide, so k_warps that divides 128-column units divides them.
+    # Every part has the CTA's warps: bf16 units are half as wide, so k_warps that divides 128-column units
+    # divides them.
     k_warps = max(n for n in range(1, WARPS // tile_warps + 1) if -(-spec.k // 128) % n == 0)
     span = span_of(product, k_warps, rounds)
     slots, at = [], 0
@@ -282,4 +301,6 @@ def _part(
         for stages in range(STAGES, 1, -1):
             if planned(stages).places["end"] <= limit:
                 return planned(stages)
-    raise BuildError(f"{spec.name}: {spec.batch} rows of {spec.k} leave no shared memory for two stages of weights")
+    raise BuildError(
+        f"{spec.name}: {spec.batch} rows of {spec.k} leave no shared memory for two stages of weights"
+    )

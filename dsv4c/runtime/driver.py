@@ -1,7 +1,7 @@
 """The CUDA driver behind named errors: libraries of cubins, kernels, and explicit graphs of kernel nodes.
 
-Needs cuda-bindings and a current context (torch makes one). A failing call raises DriverError with the call, the
-object it concerned and CUDA's own words.
+Needs cuda-bindings and a current context (torch makes one). A failing call raises DriverError with the call,
+the object it concerned and CUDA's own words.
 """
 
 from __future__ import annotations
@@ -53,7 +53,9 @@ class Library:
         self._handle = call(f"load {name}", cuda.cuLibraryLoadData(cubin, None, None, 0, None, None, 0))
 
     def kernel(self, symbol: str, *, shared: int = 0, cluster: int = 1) -> Kernel:
-        """The kernel `symbol`, allowed `shared` bytes of dynamic shared memory and clusters of `cluster` CTAs."""
+        """The kernel `symbol`, allowed `shared` bytes of dynamic shared memory and clusters of `cluster`
+        CTAs.
+        """
         what = f"kernel {symbol} of {self.name}"
         kernel = call(what, cuda.cuLibraryGetKernel(self._handle, symbol.encode()))
         function = call(what, cuda.cuKernelGetFunction(kernel))
@@ -72,7 +74,7 @@ class Library:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with its launch shape and arguments: an int is an 8-byte pointer, bytes are taken as they are."""
+    """A kernel with its launch shape and arguments: an int is an 8-byte pointer, bytes are themselves."""
 
     kernel: Kernel
     grid: tuple[int, int, int]
@@ -120,7 +122,10 @@ class Graph:
             value = cuda.CUkernelNodeAttrValue()
             value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = launch.cluster
             attribute = cuda.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-            call(f"{what}: cluster {launch.cluster}", cuda.cuGraphKernelNodeSetAttribute(node, attribute, value))
+            call(
+                f"{what}: cluster {launch.cluster}",
+                cuda.cuGraphKernelNodeSetAttribute(node, attribute, value),
+            )
         for edge in after:
             self._depend(node, edge, what)
         return node

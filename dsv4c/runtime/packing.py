@@ -1,8 +1,10 @@
-"""Weight layouts of the GEMV kernels: matrices as units of 16 rows x C columns, in the order the lanes read them.
+"""Weight layouts of the GEMV kernels: matrices as units of 16 rows x C columns, in the order the lanes read
+them.
 
-A packing is named `format/TxS` (fp8, bf16, mxfp4, nvfp4): T tiles of 16 rows side by side, S units of a tile in a row.
-Bytes are [N/16/T][K/C/S][T][S][unit]; rows and columns are padded with zeros to whole units and tile groups. Block
-scales of FP4 formats live in the units; FP8 block scales and the NVFP4 global scale stay where they are.
+A packing is named `format/TxS` (fp8, bf16, mxfp4, nvfp4): T tiles of 16 rows side by side, S units of a tile
+in a row. Bytes are [N/16/T][K/C/S][T][S][unit]; rows and columns are padded with zeros to whole units and
+tile groups. Block scales of FP4 formats live in the units; FP8 block scales and the NVFP4 global scale stay
+where they are.
 """
 
 from __future__ import annotations
@@ -47,8 +49,8 @@ def parse_packing(name: str) -> Packing:
 def pack(packing: Packing, data: Tensor, scale: Tensor | None = None) -> Tensor:
     """Packed bytes, uint8 [..., nbytes], of matrices [..., N, K].
 
-    `data` is float8_e4m3fn or bfloat16 [..., N, K], or uint8 [..., N, K/2] with the even element in the low nibble;
-    `scale` holds the FP4 block scales: uint8 (ue8m0) [..., N, K/32] or float8_e4m3fn [..., N, K/16].
+    `data` is float8_e4m3fn or bfloat16 [..., N, K], or uint8 [..., N, K/2] with the even element in the low
+    nibble; `scale` holds the FP4 block scales: uint8 (ue8m0) [..., N, K/32] or float8_e4m3fn [..., N, K/16].
     Works on any device, one matrix at a time: the temporaries are a few times one matrix.
     """
     if data.ndim > 2:
@@ -59,7 +61,8 @@ def pack(packing: Packing, data: Tensor, scale: Tensor | None = None) -> Tensor:
     pad_tiles, pad_units = -tiles % packing.tiles, -count % packing.span
     if pad_tiles or pad_units:
         units = torch.nn.functional.pad(units, (0, 0, 0, pad_units, 0, pad_tiles))
-    units = units.unflatten(0, (-1, packing.tiles)).unflatten(2, (-1, packing.span))
+    count = units.shape[1] // packing.span
+    units = units.reshape(-1, packing.tiles, count, packing.span, nbytes)
     return units.permute(0, 2, 1, 3, 4).reshape(-1)
 
 
@@ -91,7 +94,7 @@ def _padded(x: Tensor, rows: int, columns: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, right, 0, down)) if down or right else x
 
 
-# Units of each format: [tiles, units, bytes]. Lane (g, q) of a warp is lane 4g + q; it works on rows g and g + 8. ---------
+# Units of each format: [tiles, units, bytes]. Lane 4g + q of a warp works on rows g and g + 8.
 
 
 def _fp8_units(data: Tensor, scale: Tensor | None) -> Tensor:
@@ -121,8 +124,8 @@ def _bf16_matrix(units: Tensor) -> tuple[Tensor, None]:
     return x.reshape(tiles * 16, count * 64).view(torch.bfloat16), None
 
 
-# Where the sign and the magnitude of the codes of mma registers a0..a3 sit in a 16-bit half of an FP4 word: chosen so
-# that each register comes out as e2m1 bits of an f16 with at most two shifts.
+# Where the sign and the magnitude of the codes of mma registers a0..a3 sit in a 16-bit half of an FP4 word:
+# chosen so that each register comes out as e2m1 bits of an f16 with at most two shifts.
 _PLACES = ((15, 9), (7, 1), (8, 4), (0, 12))
 
 
@@ -134,7 +137,9 @@ def _fp4_words(data: Tensor) -> Tensor:
     codes = codes.view(-1, 2, 8, codes.shape[1] // 128, 2, 2, 4, 2, 2, 2)
     halves: Tensor | int = 0
     for register, (sign, magnitude) in enumerate(_PLACES):
-        code = codes[:, register % 2, ..., register // 2, :]  # a0, a2: row g; a1, a3: row g + 8; a0, a1: first pair
+        code = codes[
+            :, register % 2, ..., register // 2, :
+        ]  # a0, a2: row g; a1, a3: row g + 8; a0, a1: first pair
         halves = halves | (code >> 3) << sign | (code & 7) << magnitude
     assert isinstance(halves, Tensor)
     words = halves[..., 0] | halves[..., 1] << 16  # [tile, g, unit, 64-chunk, 32-chunk, q, step]
@@ -163,7 +168,9 @@ def _fp4_units(words: Tensor, scales: Tensor) -> Tensor:
 def _mxfp4_units(data: Tensor, scale: Tensor | None) -> Tensor:
     assert scale is not None, "mxfp4 units carry their block scales"
     scale = _padded(scale, 16, 4)
-    scales = scale.view(-1, 2, 8, scale.shape[1] // 4, 4).permute(0, 3, 2, 4, 1)  # [tile, unit, g, block, half]
+    scales = scale.view(-1, 2, 8, scale.shape[1] // 4, 4).permute(
+        0, 3, 2, 4, 1
+    )  # [tile, unit, g, block, half]
     return _fp4_units(_fp4_words(data), scales)
 
 

@@ -1,6 +1,7 @@
 """Run the experts' kernels of `build_gemv.py` on a device: python tests/gpu/check_experts.py.
 
-`up` against float64, `down` on random hidden rows; outputs poisoned. Timing: graphs of up-down pairs, every launch with other experts, median of 25 replays.
+`up` against float64, `down` on random hidden rows; outputs poisoned. Timing: graphs of up-down pairs, every
+launch with other experts, median of 25 replays.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from check_gemv import Operands, bind_weight, launch_of, open_device, random_e4m3, random_weight, run_once, wide
+from check_gemv import (
+    Operands,
+    bind_weight,
+    launch_of,
+    open_device,
+    random_e4m3,
+    random_weight,
+    run_once,
+    wide,
+)
 from torch import Tensor
 
 from dsv4c.runtime import codec
@@ -75,7 +85,9 @@ def bf16_error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected).abs() / allowed).nan_to_num(math.inf).max().item()
 
 
-def check(up: dict[str, Any], down: dict[str, Any], kernels: tuple[Kernel, Kernel]) -> tuple[Operands, list[float]]:
+def check(
+    up: dict[str, Any], down: dict[str, Any], kernels: tuple[Kernel, Kernel]
+) -> tuple[Operands, list[float]]:
     """Bound operands, and the worst error over the allowed one of both kernels."""
     spec = up["spec"]
     m, k, i, top = spec["batch"], spec["hidden"], spec["intermediate"], spec["top_k"]
@@ -102,7 +114,12 @@ def check(up: dict[str, Any], down: dict[str, Any], kernels: tuple[Kernel, Kerne
     for t in range(m):
         for s in range(top):
             e = int(ids[t, s])
-            h[t, s] = swiglu(xw[t] @ select(w["w1"], e).T, xw[t] @ select(w["w3"], e).T, spec["limit"], route[t, s].double())
+            h[t, s] = swiglu(
+                xw[t] @ select(w["w1"], e).T,
+                xw[t] @ select(w["w3"], e).T,
+                spec["limit"],
+                route[t, s].double(),
+            )
     hs = swiglu(xw @ wide(shared["shared_w1"]).T, xw @ wide(shared["shared_w3"]).T, spec["limit"], 1.0)
     errors = [max(bf16_error(o["h", "data"], h), bf16_error(o["shared_h", "data"], hs))]
 
@@ -136,7 +153,9 @@ def grow(operands: Operands, spec: dict[str, Any], packing: dict[str, str]) -> N
                 operands[name, component] = small[:1].expand(spec["experts"], *small.shape[1:]).contiguous()
 
 
-def time_chain(cases: list[dict[str, Any]], kernels: list[Kernel], operands: Operands, programmatic: bool) -> float:
+def time_chain(
+    cases: list[dict[str, Any]], kernels: list[Kernel], operands: Operands, programmatic: bool
+) -> float:
     """Microseconds per repetition of the chain `cases`."""
     spec = cases[0]["spec"]
     shared = [k for k in operands if k[0].startswith("shared_w") and k[1] == "data"]
@@ -146,7 +165,9 @@ def time_chain(cases: list[dict[str, Any]], kernels: list[Kernel], operands: Ope
     order = torch.randperm(spec["experts"], device="cuda").to(torch.int32)
     keep = []
     for n in range(count):
-        take = (torch.arange(spec["batch"] * spec["top_k"], device="cuda") + n * spec["batch"] * spec["top_k"]) % spec["experts"]
+        take = (
+            torch.arange(spec["batch"] * spec["top_k"], device="cuda") + n * spec["batch"] * spec["top_k"]
+        ) % spec["experts"]
         ids = order[take].view(spec["batch"], spec["top_k"]).contiguous()
         bound = {**operands, **clones[n % copies], ("expert_ids", "data"): ids}
         keep.append(ids)
@@ -176,15 +197,22 @@ def main() -> int:
     parser.add_argument("--only", default="")
     options = parser.parse_args()
     open_device()
-    layers = [p for p in json.loads((options.folder / "experts.json").read_text()) if options.only in p[0]["symbol"]]
+    layers = [
+        p for p in json.loads((options.folder / "experts.json").read_text()) if options.only in p[0]["symbol"]
+    ]
     wrong = 0
     for up, down in layers:
-        libraries = [Library((options.folder / f"{c['symbol']}.cubin").read_bytes(), c["symbol"]) for c in (up, down)]
-        kernels = [lib.kernel(c["symbol"], shared=c["shared"]) for lib, c in zip(libraries, (up, down), strict=True)]
+        libraries = [
+            Library((options.folder / f"{c['symbol']}.cubin").read_bytes(), c["symbol"]) for c in (up, down)
+        ]
+        kernels = [
+            lib.kernel(c["symbol"], shared=c["shared"]) for lib, c in zip(libraries, (up, down), strict=True)
+        ]
         operands, errors = check(up, down, (kernels[0], kernels[1]))
         bad = max(errors) > 1
         wrong += bad
-        line = f"{up['symbol'][3:]:24} {'WRONG' if bad else 'ok':5} error/allowed up {errors[0]:7.3g} down {errors[1]:7.3g}"
+        line = f"{up['symbol'][3:]:24} {'WRONG' if bad else 'ok':5} error/allowed"
+        line += f" up {errors[0]:7.3g} down {errors[1]:7.3g}"
         if up["timed"] and not bad:
             spec = up["spec"]
             packing = {**up["packing"], **down["packing"]}
@@ -197,7 +225,8 @@ def main() -> int:
                 ("both", [up, down], kernels, 3 * nbytes),
             ):
                 plain, early = (time_chain(cases, ks, operands, p) for p in (False, True))
-                line += f"\n    {name:5} {size / 1e6:6.1f} MB  plain {plain:6.2f}  programmatic {early:6.2f} us  {size / early / 1e6:5.2f} TB/s"
+                line += f"\n    {name:5} {size / 1e6:6.1f} MB  plain {plain:6.2f}"
+                line += f"  programmatic {early:6.2f} us  {size / early / 1e6:5.2f} TB/s"
         print(line, flush=True)
         del operands
         torch.cuda.empty_cache()

@@ -1,7 +1,9 @@
-"""Run the GEMVs of `build_gemv.py` on a device: against float64 first, then in a graph: python tests/gpu/check_gemv.py.
+"""Run the GEMVs of `build_gemv.py` on a device: against float64 first, then in a graph: python
+tests/gpu/check_gemv.py.
 
-Needs torch and cuda-bindings. Random codes and scales, outputs poisoned with NaN; timing is the median of 25 replays of
-a graph of launches that cycle over at least 220 MB of distinct weights, in microseconds per launch.
+Needs torch and cuda-bindings. Random codes and scales, outputs poisoned with NaN; timing is the median of 25
+replays of a graph of launches that cycle over at least 220 MB of distinct weights, in microseconds per
+launch.
 """
 
 from __future__ import annotations
@@ -108,7 +110,9 @@ def bind_activations(operands: Operands, spec: dict[str, Any], x: dict[str, Any]
 def launch_of(case: dict[str, Any], kernel: Kernel, operands: Operands) -> Launch:
     """The launch with its operands' addresses."""
     arguments = tuple(operands[operand, component].data_ptr() for operand, component in case["parameters"])
-    return Launch(kernel, tuple(case["grid"]), case["block"], case["shared"], arguments, tuple(case["cluster"]))
+    return Launch(
+        kernel, tuple(case["grid"]), case["block"], case["shared"], arguments, tuple(case["cluster"])
+    )
 
 
 def run_once(launch: Launch) -> None:
@@ -131,8 +135,12 @@ def check(case: dict[str, Any], kernel: Kernel) -> tuple[Operands, float]:
         weight = random_weight(m["format"], m["rows"], spec["k"])
         bind_weight(operands, m["name"], case["packing"][m["name"]], weight)
         w = wide(weight).view(spec["groups"], -1, spec["k"])
-        expected = torch.einsum("mgk,grk->mgr", x.view(spec["batch"], spec["groups"], spec["k"]), w).flatten(1)
-        operands[m["out"], "data"] = torch.full(expected.shape, math.nan, dtype=OUT[m["out_dtype"]], device="cuda")
+        expected = torch.einsum("mgk,grk->mgr", x.view(spec["batch"], spec["groups"], spec["k"]), w).flatten(
+            1
+        )
+        operands[m["out"], "data"] = torch.full(
+            expected.shape, math.nan, dtype=OUT[m["out_dtype"]], device="cuda"
+        )
         outputs.append((m, expected, m["x"]["prologue"]))
     run_once(launch_of(case, kernel, operands))
     worst = 0.0
@@ -181,7 +189,9 @@ def main() -> int:
     parser.add_argument("--only", default="")
     options = parser.parse_args()
     open_device()
-    cases = [c for c in json.loads((options.folder / "cases.json").read_text()) if options.only in c["symbol"]]
+    cases = [
+        c for c in json.loads((options.folder / "cases.json").read_text()) if options.only in c["symbol"]
+    ]
     wrong, rows = 0, []
     for case in cases:
         library = Library((options.folder / f"{case['symbol']}.cubin").read_bytes(), case["symbol"])
@@ -193,7 +203,8 @@ def main() -> int:
         if case["timed"] and worst <= 1:
             nbytes = sum(operands[m["name"], "data"].nbytes for m in case["spec"]["matrices"])
             plain, early = (time_case(case, kernel, operands, p) for p in (False, True))
-            line += f"  {nbytes / 1e6:7.1f} MB  plain {plain:7.2f}  programmatic {early:7.2f} us  {nbytes / early / 1e6:5.2f} TB/s"
+            line += f"  {nbytes / 1e6:7.1f} MB  plain {plain:7.2f}"
+            line += f"  programmatic {early:7.2f} us  {nbytes / early / 1e6:5.2f} TB/s"
         print(line, flush=True)
         rows.append(line)
         del operands

@@ -1,4 +1,6 @@
-"""Packed weights: unpack is the inverse of pack, and a lane finds its operands where the kernels look for them."""
+"""Packed weights: unpack is the inverse of pack, and a lane finds its operands where the kernels look for
+them.
+"""
 
 import pytest
 import torch
@@ -30,11 +32,13 @@ def test_unpack_inverts_pack(format: str, rows: int, columns: int, tiles: int, s
     packing = Packing(format, tiles, span)
     data, scale = _matrix(format, rows, columns)
     packed = pack(packing, data, scale)
-    assert packed.dtype is torch.uint8 and packed.numel() == packing.nbytes(rows, columns)
+    assert packed.dtype is torch.uint8
+    assert packed.numel() == packing.nbytes(rows, columns)
     data2, scale2 = unpack(packing, packed, rows, columns)
     assert torch.equal(data.view(torch.uint8), data2.view(torch.uint8))
     if scale is not None:
-        assert scale2 is not None and torch.equal(scale.view(torch.uint8), scale2.view(torch.uint8))
+        assert scale2 is not None
+        assert torch.equal(scale.view(torch.uint8), scale2.view(torch.uint8))
 
 
 def test_bf16_columns_are_padded_with_zeros() -> None:
@@ -94,7 +98,7 @@ def test_steps_of_a_tile_group_are_side_by_side() -> None:
 
 def test_names_round_trip_and_bad_ones_are_refused() -> None:
     assert str(parse_packing("nvfp4/2x4")) == "nvfp4/2x4"
-    with pytest.raises(ValueError, match="fp9/1x1.*fp8, bf16"):
+    with pytest.raises(ValueError, match=r"fp9/1x1.*fp8, bf16"):
         parse_packing("fp9/1x1")
     with pytest.raises(ValueError, match="is 2048 bytes, got 10"):
         unpack(Packing("fp8", 1, 1), torch.zeros(10, dtype=torch.uint8), 16, 128)

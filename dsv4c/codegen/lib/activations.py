@@ -1,7 +1,8 @@
-"""Activation rows into shared memory, as `units.accumulate` reads them: the prologue stages of the GEMV family.
+"""Activation rows into shared memory, as `units.accumulate` reads them: the prologue stages of the GEMV
+family.
 
-Call them after `ptx.wait`, with weights in flight. After a stage, one CTA barrier and, for copies, `arrived` make the
-rows visible to all warps.
+Call them after `ptx.wait`, with weights in flight. After a stage, one CTA barrier and, for copies, `arrived`
+make the rows visible to all warps.
 """
 
 import cutlass
@@ -75,7 +76,9 @@ def expand_rows(
     thread: Int32,
     threads: Constexpr[int],
 ):
-    """Rows of `load_codes`, with their ue8m0 scales at `g_fx`, as f16: one conversion instead of one per unit."""
+    """Rows of `load_codes`, with their ue8m0 scales at `g_fx`, as f16: one conversion instead of one per
+    unit.
+    """
     width = const_expr(p.k // 16)
     count = const_expr(p.rows * width)
     for n in range_constexpr(-(-count // threads)):
@@ -113,7 +116,9 @@ def load_blocks(
     thread: Int32,
     threads: Constexpr[int],
 ):
-    """`number` blocks of bf16 rows, those of rounds `first`..., in flight together: a round trip each would add up."""
+    """`number` blocks of bf16 rows, those of rounds `first`..., in flight together: a round trip each would
+    add up.
+    """
     w = cute.make_rmem_tensor((4 * number,), Uint32)
     for n in range_constexpr(number):
         block = block_of(p, first + n, thread, threads)
@@ -197,7 +202,8 @@ def normalize_quantize_rows(
 ):
     """RMSNorm with f32 gain, rounded to bf16, then FP8: (x * rsqrt(mean(x^2) + eps)) * gain.
 
-    `s_squares` is scratch, f32 [rows][units]; `s_bar` completes when the gain has arrived. Contains a CTA barrier.
+    `s_squares` is scratch, f32 [rows][units]; `s_bar` completes when the gain has arrived. Contains a CTA
+    barrier.
     """
     rounds = const_expr(p.block_rounds(threads))
     w = load_blocks(p, g_x, 2 * p.k, 0, rounds, thread, threads)

@@ -1,7 +1,9 @@
-"""PTX primitives that generated kernels are written in: one function per instruction, addresses and registers only.
+"""PTX primitives that generated kernels are written in: one function per instruction, addresses and registers
+only.
 
-Contract: shared addresses are Int32 (`shared`), global addresses Int64 (`pointer.toint()`); packed pairs are Uint32 with
-the first element in the low half. Everything here assembles for sm_90a and sm_100a unless its docstring says otherwise.
+Contract: shared addresses are Int32 (`shared`), global addresses Int64 (`pointer.toint()`); packed pairs are
+Uint32 with the first element in the low half. Everything here assembles for sm_90a and sm_100a unless its
+docstring says otherwise.
 """
 
 import cutlass.cute as cute
@@ -11,12 +13,12 @@ from cutlass.memory import SmemAllocator
 _asm = cute.arch.inline_ptx
 
 
-# Memory ---------------------------------------------------------------------------------------------------------------
+# Memory -----------------------------------------------------------------------------------------------------
 
 
 @cute.jit
 def shared(nbytes: Constexpr[int]):
-    """Address of the CTA's one dynamic shared allocation of `nbytes`, 128-byte aligned. Call once per kernel."""
+    """Address of the CTA's one dynamic shared allocation, 128-byte aligned. Call once per kernel."""
     return Int32(SmemAllocator().allocate_array(Uint8, nbytes, byte_alignment=128).toint())
 
 
@@ -36,7 +38,9 @@ def lds64(s: Int32):
 def lds128(s: Int32):
     """Four words of shared memory, 16-byte aligned."""
     return _asm(
-        "ld.shared.v4.b32 {{$w0},{$w1},{$w2},{$w3}}, [{$r0}];", write_only_types=[Uint32] * 4, read_only_args=[s]
+        "ld.shared.v4.b32 {{$w0},{$w1},{$w2},{$w3}}, [{$r0}];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[s],
     )
 
 
@@ -92,7 +96,9 @@ def ldg64(g: Int64):
 def ldg128(g: Int64):
     """Four words of global memory that a predecessor wrote: call after `wait`."""
     return _asm(
-        "ld.global.v4.b32 {{$w0},{$w1},{$w2},{$w3}}, [{$r0}];", write_only_types=[Uint32] * 4, read_only_args=[g]
+        "ld.global.v4.b32 {{$w0},{$w1},{$w2},{$w3}}, [{$r0}];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[g],
     )
 
 
@@ -106,12 +112,6 @@ def ldg_f32(g: Int64):
 def ldg_u8(g: Int64):
     """One byte of global memory that a predecessor wrote, zero-extended: call after `wait`."""
     return _asm("ld.global.u8 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
-
-
-@cute.jit
-def ldg32_relaxed(g: Int64):
-    """One word, from L2 and not from a stale L1 line: for what a finished launch wrote, read before `wait`."""
-    return _asm("ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
 
 
 @cute.jit
@@ -178,7 +178,7 @@ def stg_f32(g: Int64, r: Float32):
     _asm("st.global.f32 [{$r0}], {$r1};", read_only_args=[g, r])
 
 
-# Barriers, bulk and asynchronous copies -------------------------------------------------------------------------------
+# Barriers, bulk and asynchronous copies ---------------------------------------------------------------------
 
 
 @cute.jit
@@ -203,15 +203,17 @@ def mbarrier_arrive(s: Int32):
 def mbarrier_wait(s: Int32, phase: Int32):
     """Spin until the phase of parity `phase` has completed."""
     _asm(
-        "{ .reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [{$r0}], {$r1}; @p bra DONE; bra AGAIN; "
-        "DONE: }",
+        "{ .reg .pred p; AGAIN: mbarrier.try_wait.parity.shared::cta.b64 p, [{$r0}], {$r1}; "
+        "@p bra DONE; bra AGAIN; DONE: }",
         read_only_args=[s, phase],
     )
 
 
 @cute.jit
 def bulk_load(s: Int32, g: Int64, nbytes: Int32, bar: Int32):
-    """Copy `nbytes` (a multiple of 16, both sides 16-byte aligned) to shared memory; `bar` counts them. One thread."""
+    """Copy `nbytes` (a multiple of 16, both sides 16-byte aligned) to shared memory; `bar` counts them. One
+    thread.
+    """
     _asm(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
         read_only_args=[s, g, nbytes, bar],
@@ -220,7 +222,9 @@ def bulk_load(s: Int32, g: Int64, nbytes: Int32, bar: Int32):
 
 @cute.jit
 def cp_async16(s: Int32, g: Int64):
-    """Asynchronous copy of 16 bytes to shared memory past L1, both sides 16-byte aligned. Every calling thread copies."""
+    """Asynchronous copy of 16 bytes to shared memory past L1, both sides 16-byte aligned. Every calling
+    thread copies.
+    """
     _asm("cp.async.cg.shared.global [{$r0}], [{$r1}], 16;", read_only_args=[s, g])
 
 
@@ -236,7 +240,7 @@ def cp_async_wait(groups: Constexpr[int]):
     _asm(f"cp.async.wait_group {groups};")
 
 
-# Ordering between launches --------------------------------------------------------------------------------------------
+# Ordering between launches ----------------------------------------------------------------------------------
 
 
 @cute.jit
@@ -247,18 +251,21 @@ def launch_dependents():
 
 @cute.jit
 def wait():
-    """Wait until every predecessor has finished and its writes are visible. Exactly once, before any dependent access."""
+    """Wait until every predecessor has finished and its writes are visible. Exactly once, before any
+    dependent access.
+    """
     cute.arch.griddepcontrol_wait()
 
 
-# Conversions ----------------------------------------------------------------------------------------------------------
+# Conversions ------------------------------------------------------------------------------------------------
 
 
 @cute.jit
 def e4m3x4_to_f16x2x2(r: Uint32):
     """Four e4m3 -> two f16x2, exact."""
     return _asm(
-        "{ .reg .b16 l, h; mov.b32 {l, h}, {$r0}; cvt.rn.f16x2.e4m3x2 {$w0}, l; cvt.rn.f16x2.e4m3x2 {$w1}, h; }",
+        "{ .reg .b16 l, h; mov.b32 {l, h}, {$r0}; "
+        "cvt.rn.f16x2.e4m3x2 {$w0}, l; cvt.rn.f16x2.e4m3x2 {$w1}, h; }",
         write_only_types=[Uint32] * 2,
         read_only_args=[r],
     )
@@ -268,7 +275,8 @@ def e4m3x4_to_f16x2x2(r: Uint32):
 def f32x2_to_e4m3x2(lo: Float32, hi: Float32):
     """Two floats -> two e4m3 codes in the low half, round to nearest even, saturating at 448."""
     return _asm(
-        "{ .reg .b16 c, z; cvt.rn.satfinite.e4m3x2.f32 c, {$r1}, {$r0}; mov.b16 z, 0; mov.b32 {$w0}, {c, z}; }",
+        "{ .reg .b16 c, z; cvt.rn.satfinite.e4m3x2.f32 c, {$r1}, {$r0}; "
+        "mov.b16 z, 0; mov.b32 {$w0}, {c, z}; }",
         write_only_types=[Uint32],
         read_only_args=[lo, hi],
     )
@@ -317,7 +325,7 @@ def ue8m0_to_f32(byte: Uint32):
     return bits.bitcast(Float32)
 
 
-# Arithmetic -----------------------------------------------------------------------------------------------------------
+# Arithmetic -------------------------------------------------------------------------------------------------
 
 
 @cute.jit
@@ -378,7 +386,7 @@ def mma_bf16(rC: cute.Tensor, a0: Uint32, a1: Uint32, a2: Uint32, a3: Uint32, b0
         rC[i] = r[i]
 
 
-# Clusters -------------------------------------------------------------------------------------------------------------
+# Clusters ---------------------------------------------------------------------------------------------------
 
 
 @cute.jit
@@ -400,7 +408,7 @@ def load_remote_f32(s: Int32, rank: Int32):
     )
 
 
-# Warp -----------------------------------------------------------------------------------------------------------------
+# Warp -------------------------------------------------------------------------------------------------------
 
 
 @cute.jit

@@ -1,6 +1,8 @@
-"""Block quantization on the device: FP8 with power-of-two scales, decided from float bits as `runtime/codec.py` does.
+"""Block quantization on the device: FP8 with power-of-two scales, decided from float bits as
+`runtime/codec.py` does.
 
-scale = 2^ceil(log2(max(amax, 1e-4) / 448)), stored as its biased exponent; codes are e4m3, nearest even, saturating.
+scale = 2^ceil(log2(max(amax, 1e-4) / 448)), stored as its biased exponent; codes are e4m3, nearest even,
+saturating.
 """
 
 import cutlass
@@ -57,7 +59,9 @@ def block_amax(r: cute.Tensor):
 
 @cute.jit
 def quantize_block(r: cute.Tensor, s_codes: Int32, s_scale: Int32, lane: Int32):
-    """Quantize a block of 128 held by 16 lanes, 8 floats each: codes to `s_codes`, the scale as f32 to `s_scale`."""
+    """Quantize a block of 128 held by 16 lanes, 8 floats each: codes to `s_codes`, the scale as f32 to
+    `s_scale`.
+    """
     byte = fp8_exponent(block_amax(r))
     f = reciprocal(byte)
     lo = codes4(r[0] * f, r[1] * f, r[2] * f, r[3] * f)
@@ -71,7 +75,8 @@ def quantize_block(r: cute.Tensor, s_codes: Int32, s_scale: Int32, lane: Int32):
 def scale_block_f16(r: cute.Tensor, s_values: Int32, s_scale: Int32, lane: Int32):
     """A block of 128 bf16 values, held by 16 lanes as 8 floats each, as f16 times a power of two.
 
-    The largest magnitude lands in [2^14, 2^15): what is 2^29 times smaller or more loses bits, 2^-40 of the largest.
+    The largest magnitude lands in [2^14, 2^15): what is 2^29 times smaller or more loses bits, 2^-40 of the
+    largest.
     """
     exponent = block_amax(r).bitcast(Int32) >> Int32(23)
     byte = cutlass.min(cutlass.max(exponent - Int32(14), Int32(1)), Int32(253))

@@ -1,4 +1,6 @@
-"""Shapes of a GEMV's streams: literals that the emitter plans with and the device code unrolls by. No device code."""
+"""Shapes of a GEMV's streams: literals that the emitter plans with and the device code unrolls by. No device
+code.
+"""
 
 from __future__ import annotations
 

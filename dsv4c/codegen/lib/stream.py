@@ -1,8 +1,9 @@
-"""Weight streaming: every warp keeps its own ring of bulk copies full, before and after `griddepcontrol.wait`.
+"""Weight streaming: every warp keeps its own ring of bulk copies full, before and after
+`griddepcontrol.wait`.
 
-A round covers `tile_warps` tiles of 16 rows of each of `matrices` matrices; `k_warps` warps share a tile's k. A step is
-`span` units of one warp. Packed weights put the steps that a CTA reads at the same time side by side. No CTA barrier in
-the stream.
+A round covers `tile_warps` tiles of 16 rows of each of `matrices` matrices; `k_warps` warps share a tile's k.
+A step is `span` units of one warp. Packed weights put the steps that a CTA reads at the same time side by
+side. No CTA barrier in the stream.
 """
 
 import cutlass
@@ -31,7 +32,7 @@ def warp_base(r: Constexpr[Ring], g_group: Int64, warp: Int32):
 
 @cute.jit
 def step_address(r: Constexpr[Ring], g_lane: Int64, step: Int32):
-    """Address of step `step` of the warp's stream; lane i of `g_lane` holds the base of round i. Whole warp."""
+    """Address of a step of the warp's stream; lane i of `g_lane` holds round i's base. Whole warp."""
     if const_expr(r.rounds == 1):
         return g_lane + Int64(step * r.stride)
     base = shuffle64(g_lane, step // r.steps)
@@ -61,9 +62,8 @@ def prefetch(
     """Fill the warp's ring with the first steps of its `rounds` rounds (at most `r.rounds`)."""
     for i in range_constexpr(r.depth):
         g = step_address(r, g_lane, Int32(i))
-        if lane == 0:
-            if i < rounds * r.steps:
-                fill(r, s_ring, s_bars, warp, Int32(i), g)
+        if lane == 0 and i < rounds * r.steps:
+            fill(r, s_ring, s_bars, warp, Int32(i), g)
 
 
 @cute.jit
@@ -84,8 +84,8 @@ def consume(
 ):
     """Multiply the warp's stream with the staged activations, refilling behind it.
 
-    `s_scale` holds the FP8 block scales of the warp's matrix; round i reads activations `x_round` and `fx_round` bytes
-    after round i-1's. Leaves the warp's sums at s_part as f32 [round][warp][rows][16].
+    `s_scale` holds the FP8 block scales of the warp's matrix; round i reads activations `x_round` and
+    `fx_round` bytes after round i-1's. Leaves the warp's sums at s_part as f32 [round][warp][rows][16].
     """
     p = r.product
     tile = warp % r.tile_warps
@@ -110,9 +110,8 @@ def consume(
             if const_expr(r.depth < r.steps * r.rounds):
                 g = step_address(r, g_lane, at + r.depth)
                 cute.arch.sync_warp()
-                if at + r.depth < total:
-                    if lane == 0:
-                        fill(r, s_ring, s_bars, warp, slot, g)
+                if lane == 0 and at + r.depth < total:
+                    fill(r, s_ring, s_bars, warp, slot, g)
             at = at + 1
             slot = slot + 1
             if slot == r.depth:
@@ -129,14 +128,17 @@ def store_partials(p: Constexpr[Product], rC: cute.Tensor, s_part: Int32, lane: 
     for i in range_constexpr(2):
         if column < p.rows:
             ptx.sts_f32(s_part + column * 64 + (g + 8 * i) * 4, rC[2 * i])
-        if const_expr(p.rows > 1):
-            if column + 1 < p.rows:
-                ptx.sts_f32(s_part + column * 64 + 64 + (g + 8 * i) * 4, rC[2 * i + 1])
+        if column + 1 < p.rows:
+            ptx.sts_f32(s_part + column * 64 + 64 + (g + 8 * i) * 4, rC[2 * i + 1])
 
 
 @cute.jit
-def tile_sum(r: Constexpr[Ring], s_part: Int32, i: Int32, matrix: Int32, tile: Int32, row: Int32, column: Int32):
-    """Sum over the k-warps, in order: output `column` (0..15) of tile warp `tile` in round `i`, activation `row`."""
+def tile_sum(
+    r: Constexpr[Ring], s_part: Int32, i: Int32, matrix: Int32, tile: Int32, row: Int32, column: Int32
+):
+    """Sum over the k-warps, in order: output `column` (0..15) of tile warp `tile` in round `i`, activation
+    `row`.
+    """
     value = Float32(0.0)
     for part in range_constexpr(r.k_warps):
         warp = (matrix * r.k_warps + part) * r.tile_warps + tile
@@ -167,7 +169,9 @@ def load_block_scales(
         i = thread + n * threads
         if i < count:
             unit = i % p.units
-            tile = (first + (i // (p.units * r.tile_warps)) * stride) * r.tile_warps + (i // p.units) % r.tile_warps
+            tile = (first + (i // (p.units * r.tile_warps)) * stride) * r.tile_warps + (
+                i // p.units
+            ) % r.tile_warps
             tile = cutlass.min(tile, tiles - 1)
             byte = ptx.ldg_u8_constant(g_scale + (tile // 8) * p.units + unit)
             ptx.sts_f32(s_scale + i * 4, ptx.ue8m0_to_f32(byte))

@@ -1,4 +1,4 @@
-"""The experts' activation: clamped SwiGLU with the routing weight (DeepSeek-V4 inference/model.py, Expert)."""
+"""The experts' activation (DeepSeek-V4 inference/model.py): clamped SwiGLU with the routing weight."""
 
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32

@@ -1,8 +1,9 @@
-"""Weight units: 16 rows x 128 k (64 in bf16) of one matrix, in the order the lanes read them, times up to 8 activation rows.
+"""Weight units: 16 rows x 128 k (64 in bf16) of one matrix, in the order the lanes read them, times up to 8
+activation rows.
 
-`accumulate` adds a unit's products, block scales included, to a warp's fragment: lane (g, q) = (lane/4, lane%4) holds
-rows g and g+8 of activation rows 2q and 2q+1, in mma.sync order. `runtime/packing.py` writes the units. What a format
-leaves to the end, a power of two, is `Product.finish`.
+`accumulate` adds a unit's products, block scales included, to a warp's fragment: lane (g, q) = (lane/4,
+lane%4) holds rows g and g+8 of activation rows 2q and 2q+1, in mma.sync order. `runtime/packing.py` writes
+the units. What a format leaves to the end, a power of two, is `Product.finish`.
 """
 
 import cutlass
@@ -13,15 +14,16 @@ from dsv4c.codegen.lib import ptx
 from dsv4c.codegen.lib.shapes import COLUMNS, Product
 
 
-
 @cute.jit
 def e2m1x8_to_f16x2x4(r: Uint32):
-    """Eight pre-placed e2m1 codes -> four f16x2 (mma registers a0..a3) holding the value times 2^-14, exact."""
+    """Eight pre-placed e2m1 codes -> four f16x2, mma registers a0..a3, of the value times 2^-14, exact."""
     return cute.arch.inline_ptx(
         "{ .reg .b32 a, b; and.b32 {$w0}, {$r0}, 0x8E008E00; "
         "shl.b32 a, {$r0}, 8; and.b32 {$w1}, a, 0x8E008E00; "
-        "shl.b32 a, {$r0}, 5; shl.b32 b, {$r0}, 7; and.b32 a, a, 0x0E000E00; lop3.b32 {$w2}, b, 0x80008000, a, 0xEA; "
-        "shr.u32 a, {$r0}, 3; shl.b32 b, {$r0}, 15; and.b32 a, a, 0x0E000E00; lop3.b32 {$w3}, b, 0x80008000, a, 0xEA; }",
+        "shl.b32 a, {$r0}, 5; shl.b32 b, {$r0}, 7; and.b32 a, a, 0x0E000E00; "
+        "lop3.b32 {$w2}, b, 0x80008000, a, 0xEA; "
+        "shr.u32 a, {$r0}, 3; shl.b32 b, {$r0}, 15; and.b32 a, a, 0x0E000E00; "
+        "lop3.b32 {$w3}, b, 0x80008000, a, 0xEA; }",
         write_only_types=[Uint32] * 4,
         read_only_args=[r],
     )
@@ -45,17 +47,24 @@ def scale_byte(r: Uint32, byte: Constexpr[int]):
 
 
 @cute.jit
-def x_words(p: Constexpr[Product], s_x: Int32, row: Int32, unit: Int32, chunk: Constexpr[int], q: Int32):
-    """The lane's B registers of one 32-k chunk: k 8q..8q+7 of activation row `row`, as four f16x2 or bf16x2."""
-    column = unit * COLUMNS[p.weight] + chunk * 32 + q * 8
+def x_words(p: Constexpr[Product], s_x: Int32, unit: Int32, chunk: Constexpr[int], lane: Int32):
+    """The lane's B registers of one 32-k chunk: k 8q..8q+7 of activation row g, as four f16x2 or bf16x2.
+
+    Lanes of rows that do not exist repeat the last one: mma columns are independent, and theirs are never
+    read. (Predicating them off instead keeps 128 registers alive: a load that may not happen also reads its
+    destination.)
+    """
+    row = Int32(0)
+    if const_expr(p.rows > 1):
+        row = cutlass.min(lane // 4, Int32(p.rows - 1))
+    column = unit * COLUMNS[p.weight] + chunk * 32 + lane % 4 * 8
     if const_expr(p.x == "e4m3"):
         w = ptx.lds64(s_x + row * p.x_stride + column)
         lo = ptx.e4m3x4_to_f16x2x2(w[0])
         hi = ptx.e4m3x4_to_f16x2x2(w[1])
         return lo[0], lo[1], hi[0], hi[1]
-    else:
-        w = ptx.lds128(s_x + row * p.x_stride + column * 2)
-        return w[0], w[1], w[2], w[3]
+    w = ptx.lds128(s_x + row * p.x_stride + column * 2)
+    return w[0], w[1], w[2], w[3]
 
 
 @cute.jit
@@ -73,21 +82,17 @@ def accumulate(
 
     `weight_scale` is the FP8 block scale; FP4 units carry theirs, BF16 has none.
     """
-    g = lane // 4
     q = lane % 4
-    row = g
-    if const_expr(p.rows < 8):
-        row = cutlass.min(g, Int32(p.rows - 1)) if const_expr(p.rows > 1) else Int32(0)
     rD = cute.make_rmem_tensor((4,), Float32)
     rD.fill(0.0)
     if const_expr(p.weight == "fp8"):
-        dot_fp8(p, rD, s_unit, s_x, row, unit, lane)
+        dot_fp8(p, rD, s_unit, s_x, unit, lane)
     elif const_expr(p.weight == "bf16"):
-        dot_bf16(p, rD, s_unit, s_x, row, unit, lane)
+        dot_bf16(p, rD, s_unit, s_x, unit, lane)
     elif const_expr(p.weight == "mxfp4"):
-        dot_mxfp4(p, rD, s_unit, s_x, row, unit, lane)
+        dot_mxfp4(p, rD, s_unit, s_x, unit, lane)
     else:
-        dot_nvfp4(p, rD, s_unit, s_x, row, unit, lane)
+        dot_nvfp4(p, rD, s_unit, s_x, unit, lane)
     f0 = weight_scale
     f1 = weight_scale
     if const_expr(p.x != "bf16"):
@@ -109,11 +114,11 @@ def x_scale(p: Constexpr[Product], s_fx: Int32, row: Int32, unit: Int32):
 
 
 @cute.jit
-def dot_fp8(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, row: Int32, unit: Int32, lane: Int32):
+def dot_fp8(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, unit: Int32, lane: Int32):
     """rD += e4m3 unit x e4m3 or f16 activations, products exact."""
     for c in range_constexpr(4):
         a = ptx.lds128(s_unit + 512 * c + lane * 16)
-        b = x_words(p, s_x, row, unit, c, lane % 4)
+        b = x_words(p, s_x, unit, c, lane)
         for h in range_constexpr(2):
             u = ptx.e4m3x4_to_f16x2x2(a[h])
             v = ptx.e4m3x4_to_f16x2x2(a[2 + h])
@@ -121,23 +126,23 @@ def dot_fp8(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, r
 
 
 @cute.jit
-def dot_bf16(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, row: Int32, unit: Int32, lane: Int32):
+def dot_bf16(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, unit: Int32, lane: Int32):
     """rD += bf16 unit x bf16 activations."""
     for c in range_constexpr(2):
-        b = x_words(p, s_x, row, unit, c, lane % 4)
+        b = x_words(p, s_x, unit, c, lane)
         for h in range_constexpr(2):
             a = ptx.lds128(s_unit + 1024 * c + 512 * h + lane * 16)
             ptx.mma_bf16(rD, a[0], a[1], a[2], a[3], b[2 * h], b[2 * h + 1])
 
 
 @cute.jit
-def dot_mxfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, row: Int32, unit: Int32, lane: Int32):
+def dot_mxfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, unit: Int32, lane: Int32):
     """rD += scales per 32 k * (e2m1 unit x e4m3 activations), times 2^-14."""
     s = ptx.lds64(s_unit + 1024 + (lane // 4) * 8)
     for c64 in range_constexpr(2):
         a = ptx.lds128(s_unit + 512 * c64 + lane * 16)
         for half in range_constexpr(2):
-            b = x_words(p, s_x, row, unit, 2 * c64 + half, lane % 4)
+            b = x_words(p, s_x, unit, 2 * c64 + half, lane)
             rE = cute.make_rmem_tensor((4,), Float32)
             rE.fill(0.0)
             for h in range_constexpr(2):
@@ -153,7 +158,7 @@ def dot_mxfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32,
 
 
 @cute.jit
-def dot_nvfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, row: Int32, unit: Int32, lane: Int32):
+def dot_nvfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, unit: Int32, lane: Int32):
     """rD += (e2m1 unit times its e4m3 scales per 16 k, exact in f16) x e4m3 activations, times 2^-7."""
     g = lane // 4
     q = lane % 4
@@ -162,7 +167,7 @@ def dot_nvfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32,
         a = ptx.lds128(s_unit + 512 * c64 + lane * 16)
         scales = ptx.e4m3x4_to_f16x2x2(s[c64])
         for half in range_constexpr(2):
-            b = x_words(p, s_x, row, unit, 2 * c64 + half, q)
+            b = x_words(p, s_x, unit, 2 * c64 + half, lane)
             f = spread_f16x2(ptx.mul_f16x2(scales[half], Uint32(0x58005800)))
             for h in range_constexpr(2):
                 w = e2m1x8_to_f16x2x4(a[2 * half + h])
