@@ -114,7 +114,7 @@ def state_bytes(config: ModelConfig, context: int, cache: Cache = Cache.OFFICIAL
     """What a sequence of `context` tokens keeps between calls, all layers together.
 
     Counted as the official implementation lays it out: a ring of `sliding_window` keys per layer, one entry
-    per `ratio` tokens; per compressor two f32 rings, values and scores, of one window or two overlapping ones.
+    per `ratio` tokens; per compressor two f32 rings, values and scores, of one window (two if overlapping).
     """
     key, index_key = cache.entry_bytes(config), cache.index_key_bytes(config)
     window = entries = index_keys = compressors = 0

@@ -1,0 +1,159 @@
+"""Folding: a graph cut into layers and what surrounds them, equal layers found and counted.
+
+Two layers are equal when their nodes, written down in order with operands numbered inside the layer, agree: names
+of results and the layer's own number do not count, attributes, types, wiring and provenance do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Hashable, Iterator
+from dataclasses import dataclass
+
+from dsv4c.errors import GraphError
+from dsv4c.ir.fused import Fused, trace
+from dsv4c.ir.graph import Graph, Kind, Node, Value
+from dsv4c.ir.op import Cost
+
+_LAYER = re.compile(r"((?:layers|mtp)\.\d+)(?:\.|$)")
+
+
+def layer_of(name: str) -> str:
+    """The layer that a scope or a parameter's name lies in, `layers.3`; empty outside of layers."""
+    match = _LAYER.match(name)
+    return match[1] if match else ""
+
+
+@dataclass(frozen=True, eq=False)
+class Section:
+    """The nodes of one layer, or a run of nodes outside of any (`prefix` is then empty)."""
+
+    prefix: str
+    nodes: tuple[Node, ...]
+
+    @property
+    def title(self) -> str:
+        """The layer's name; outside of layers, the scope that its first node lies in."""
+        return self.prefix or self.nodes[0].scope or "model"
+
+    def relative(self, name: str) -> str:
+        """`name` inside the section: `.attn.qa`; unchanged when it lies elsewhere."""
+        if self.prefix and (name == self.prefix or name.startswith(f"{self.prefix}.")):
+            return name[len(self.prefix) :]
+        return name
+
+    def declared(self, graph: Graph) -> Iterator[Value]:
+        """States and params that live in the layer."""
+        return (v for v in (*graph.states, *graph.params) if self.prefix and layer_of(v.name) == self.prefix)
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """Equal sections, first to last; the first one stands for all."""
+
+    members: tuple[Section, ...]
+
+    @property
+    def shown(self) -> Section:
+        return self.members[0]
+
+    @property
+    def numbers(self) -> str:
+        """Layer numbers of all members but the first: `4, 6, 8`."""
+        return ", ".join(m.prefix.rpartition(".")[2] for m in self.members[1:])
+
+
+def sections(graph: Graph) -> list[Section]:
+    """The graph in order of first appearance: layers whole, even where their nodes interleave."""
+    groups: dict[tuple[str, int], list[Node]] = {}
+    run, outside = 0, False
+    for node in graph.nodes:
+        prefix = layer_of(node.scope)
+        if not prefix and not outside:
+            run += 1
+        outside = not prefix
+        groups.setdefault((prefix, 0 if prefix else run), []).append(node)
+    return [Section(prefix, tuple(nodes)) for (prefix, _), nodes in groups.items()]
+
+
+def folds(graph: Graph, fold: bool = True) -> list[Fold]:
+    """Sections with equal layers put together, in order of first appearance."""
+    groups: dict[Hashable, list[Section]] = {}
+    for section in sections(graph):
+        key = signature(section) if fold and section.prefix else section
+        groups.setdefault(key, []).append(section)
+    return [Fold(tuple(members)) for members in groups.values()]
+
+
+def signature(section: Section) -> Hashable:
+    """What makes two layers equal."""
+    return tuple(encode(section))
+
+
+def encode(section: Section) -> Iterator[tuple[Hashable, ...]]:
+    """Each node as (scope, op, operands, result types, origin), nothing in it naming the layer."""
+    number: dict[Value, int] = {}
+    foreign: dict[Value, int] = {}
+
+    def operand(value: Value) -> Hashable:
+        if value in number:
+            return number[value]
+        if value.kind is not Kind.RESULT or not _other_layer(value, section):
+            return section.relative(value.name), value.type
+        return f"^{foreign.setdefault(value, len(foreign))}", value.type
+
+    for node in section.nodes:
+        operands = tuple([operand(v) for v in node.inputs])
+        for value in node.outputs:
+            number[value] = len(number)
+        yield (
+            section.relative(node.scope),
+            node.op,
+            operands,
+            tuple([v.type for v in node.outputs]),
+            tuple([section.relative(name) for name in node.origin]),
+        )
+
+
+def _other_layer(value: Value, section: Section) -> bool:
+    """Is `value` the result of another layer, or of what a first layer has in place of one?"""
+    assert value.node is not None
+    return bool(layer_of(value.node.scope)) or value.node.op.name == "expand_streams"
+
+
+def find_section(graph: Graph, layer: int | str) -> Section:
+    """The section of layer 3, `layers.3` or `mtp.0`. Raises GraphError naming the layers there are."""
+    prefix = f"layers.{layer}" if isinstance(layer, int) else layer
+    known = [s for s in sections(graph) if s.prefix]
+    for section in known:
+        if section.prefix == prefix:
+            return section
+    there = f"{known[0].prefix} to {known[-1].prefix}" if known else "none"
+    raise GraphError(f"graph {graph.name} has no layer {prefix}; its layers: {there}")
+
+
+def body_of(node: Node) -> Graph | None:
+    """The ops that a fused node stands for, over its operands' types; None for a primitive."""
+    if not isinstance(node.op, Fused):
+        return None
+    return trace(node.op, tuple(v.type for v in node.inputs)).graph
+
+
+def body_results(node: Node, body: Graph) -> tuple[Value, ...]:
+    """The body's value of each of the node's results."""
+    assert isinstance(node.op, Fused)
+    return node.op.kept(tuple(body.outputs.values()))
+
+
+def family(node: Node) -> str:
+    """The file that declares the op: `linear`, `norm`; of a fused op `fused`."""
+    return "fused" if isinstance(node.op, Fused) else type(node.op).__module__.rpartition(".")[2]
+
+
+def cost_of(node: Node) -> Cost:
+    return node.op.cost(tuple(v.type for v in node.inputs), tuple(v.type for v in node.outputs))
+
+
+def is_launch(node: Node) -> bool:
+    """Does the node do anything at run time? A change of shape does not."""
+    return node.op.name != "reshape"

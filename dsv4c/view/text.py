@@ -1,0 +1,158 @@
+"""A graph to read in a terminal: a summary in figures, and its text with equal layers folded into one."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from dsv4c.config import ModelConfig
+from dsv4c.ir.graph import Graph
+from dsv4c.ir.text import print_graph, print_nodes
+from dsv4c.models.traffic import Cache, stored_types, token_traffic
+from dsv4c.types import F32, QuantType
+from dsv4c.view.diff import Totals, totals
+from dsv4c.view.layers import Fold, Section, family, find_section, folds
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A graph in figures. Bytes per token are compulsory ones, for one sequence at `context` tokens."""
+
+    graph: str
+    totals: Totals
+    ops: dict[str, dict[str, int]]  # family -> op -> nodes
+    layers: dict[str, int]  # first of its kind -> how many are equal
+    parameters: int
+    parameter_bytes: int
+    state_bytes: int  # of one sequence
+    context: int  # tokens that the state holds room for
+    bytes_per_token: dict[str, int]  # by part of the model; empty for a graph without main layers
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def text(self) -> str:
+        lines = [f"graph {self.graph}: {self.totals.nodes:,} nodes, {self.totals.launches:,} of them do work"]
+        if self.layers:
+            kinds = ", ".join(f"{name} x{count}" for name, count in self.layers.items())
+            lines.append(f"layers        {sum(self.layers.values())}, {len(self.layers)} different: {kinds}")
+        lines.append(f"parameters    {self.parameters:,} in {_bytes(self.parameter_bytes)}")
+        lines.append(f"state         {_bytes(self.state_bytes)} per sequence of {self.context:,} tokens")
+        lines.append(f"work          {self.totals.flops / 1e9:,.2f} GFLOP, moves {_bytes(self.totals.bytes)} node by node")
+        if self.bytes_per_token:
+            total = sum(self.bytes_per_token.values())
+            lines.append(f"bytes/token   {_bytes(total)} at least, at {self.context:,} tokens of context")
+            for part, count in self.bytes_per_token.items():
+                lines.append(f"  {part:24}{_bytes(count):>12}  {100 * count / total:5.1f} %")
+        lines.append("ops by family")
+        for name, ops in self.ops.items():
+            counts = ", ".join(f"{op} {count}" for op, count in ops.items())
+            lines.append(f"  {name:12}{sum(ops.values()):>7,}  {counts}")
+        return "\n".join(lines) + "\n"
+
+
+def summarize(graph: Graph, config: ModelConfig) -> Summary:
+    """Figures of a graph of this model. Types of its parameters and caches decide the bytes."""
+    ops: dict[str, dict[str, int]] = {}
+    for node in graph.nodes:
+        counts = ops.setdefault(family(node), {})
+        counts[node.op.name] = counts.get(node.op.name, 0) + 1
+    by_size = sorted(ops.items(), key=lambda item: -sum(item[1].values()))
+    context = room(graph, config)
+    return Summary(
+        graph=graph.name,
+        totals=totals(graph),
+        ops={name: dict(sorted(counts.items(), key=lambda item: -item[1])) for name, counts in by_size},
+        layers={f.shown.prefix: len(f.members) for f in folds(graph) if f.shown.prefix},
+        parameters=sum(math.prod(p.type.shape) for p in graph.params),
+        parameter_bytes=sum(p.type.nbytes for p in graph.params),
+        state_bytes=sum(s.type.nbytes // s.type.shape[0] for s in graph.states),
+        context=context,
+        bytes_per_token=_bytes_per_token(graph, config, context),
+    )
+
+
+def summary(graph: Graph, config: ModelConfig) -> str:
+    """`summarize` as text."""
+    return summarize(graph, config).text()
+
+
+def room(graph: Graph, config: ModelConfig) -> int:
+    """Tokens that the graph's caches hold: entries times ratio; the window where nothing is compressed."""
+    most = config.sliding_window
+    for state in graph.states:
+        layer, _, rest = state.name.partition(".attn.")
+        if rest == "entries":
+            ratio = config.compress_ratios[int(layer.rpartition(".")[2])]
+            most = max(most, state.type.shape[1] * ratio)
+    return most
+
+
+def _bytes_per_token(graph: Graph, config: ModelConfig, context: int) -> dict[str, int]:
+    if not any(s.name.startswith("layers.") for s in graph.states):
+        return {}
+    stored = stored_types(config)
+    types = {p.name: p.type for p in graph.params if p.name in stored and p.type.shape == stored[p.name].shape}
+    window = next(s.type for s in graph.states if s.name.endswith(".attn.window"))
+    cache = Cache.OFFICIAL if isinstance(window, QuantType) else Cache.F32 if window.dtype is F32 else Cache.BF16
+    return token_traffic(config, context, cache=cache, types=types).parts
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.3f} {unit}"
+    return f"{count} B"
+
+
+def render(graph: Graph, layer: int | str | None = None, fold: bool = True) -> str:
+    """The graph's text with equal layers folded: the first is written out, the others are named in a comment.
+
+    `layer` selects one layer (3, "layers.3" or "mtp.0"), whole, with what it declares and what it takes from
+    elsewhere. With `fold=False` the text is the whole graph's and parses back. Raises GraphError for a layer
+    that is not there.
+    """
+    if layer is not None:
+        return _one_layer(graph, find_section(graph, layer))
+    if not fold:
+        return print_graph(graph)
+    groups = folds(graph)
+    hidden = {member.prefix for group in groups for member in group.members[1:]}
+    lines = [f"graph {graph.name}"]
+    for values in (graph.inputs, graph.states, graph.params):
+        for value in values:
+            if not any(value.name.startswith(f"{prefix}.") for prefix in hidden & {_owner(value.name)}):
+                lines.append(f"{value.kind.value} %{value.name}: {value.type}")
+    for group in groups:
+        lines += [*_folded(group), *print_nodes(group.shown.nodes)]
+    lines.append("return " + ", ".join(f"{name}=%{v.name}" for name, v in graph.outputs.items()))
+    return "\n".join(lines) + "\n"
+
+
+def _owner(name: str) -> str:
+    return ".".join(name.split(".", 2)[:2])
+
+
+def _folded(group: Fold) -> list[str]:
+    if len(group.members) == 1:
+        return [f"# {group.shown.prefix}"] if group.shown.prefix else []
+    kind = group.shown.prefix.rpartition(".")[0]
+    return [f"# {kind}.{group.numbers} (x{len(group.members) - 1}) are equal to {group.shown.prefix}"]
+
+
+def _one_layer(graph: Graph, section: Section) -> str:
+    declared = list(section.declared(graph))
+    inside = {v for node in section.nodes for v in node.outputs} | set(declared)
+    taken = dict.fromkeys(v for node in section.nodes for v in node.inputs if v not in inside)
+    lines = [f"# {section.prefix} of graph {graph.name}: {len(section.nodes)} nodes"]
+    lines += [f"# takes %{v.name}: {v.type}" for v in taken]
+    lines += [f"{v.kind.value} %{v.name}: {v.type}" for v in declared]
+    lines += print_nodes(section.nodes)
+    given = [v for node in section.nodes for v in node.outputs if _leaves(graph, section, v)]
+    return "\n".join([*lines, *(f"# gives %{v.name}: {v.type}" for v in given)]) + "\n"
+
+
+def _leaves(graph: Graph, section: Section, value: object) -> bool:
+    nodes = set(section.nodes)
+    return any(user not in nodes for user in graph.users[value]) or value in graph.outputs.values()  # type: ignore[index]
