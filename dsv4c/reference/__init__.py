@@ -19,6 +19,7 @@ from dsv4c.reference import (
     shape,
     state,
 )
+from dsv4c.reference.interpret import interpret
 from dsv4c.reference.registry import MEANINGS, meaning, run
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "compress",
     "hyper",
     "index",
+    "interpret",
     "linear",
     "math",
     "meaning",
