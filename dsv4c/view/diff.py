@@ -110,7 +110,12 @@ def diff(a: Graph, b: Graph) -> Difference:
 
 def describe(node: Node) -> tuple[Hashable, ...]:
     """What must agree for a node to be the same in two graphs."""
-    return (node.op, node.scope, tuple(v.name for v in node.inputs), tuple((v.name, v.type) for v in node.outputs))
+    return (
+        node.op,
+        node.scope,
+        tuple(v.name for v in node.inputs),
+        tuple((v.name, v.type) for v in node.outputs),
+    )
 
 
 def _signature(a: Graph, b: Graph) -> Iterable[str]:

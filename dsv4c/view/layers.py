@@ -15,7 +15,7 @@ from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.ir.op import Cost
 
-_LAYER = re.compile(r"((?:layers|mtp)\.\d+)(?:\.|$)")
+_LAYER = re.compile(r"((layers|mtp)\.(\d+))(?=\.|$)")
 
 
 def layer_of(name: str) -> str:
@@ -41,6 +41,14 @@ class Section:
         if self.prefix and (name == self.prefix or name.startswith(f"{self.prefix}.")):
             return name[len(self.prefix) :]
         return name
+
+    def canonical(self, name: str) -> str:
+        """`name` without the section's number: as `relative`, and in a neighbor by distance, `-1.ffn_out`."""
+        match, own = _LAYER.match(name), _LAYER.match(self.prefix)
+        if match is None or own is None or match[2] != own[2]:
+            return name
+        distance = int(match[3]) - int(own[3])
+        return f"{distance:+d}{name[match.end() :]}" if distance else name[match.end() :]
 
     def declared(self, graph: Graph) -> Iterator[Value]:
         """States and params that live in the layer."""
@@ -99,7 +107,7 @@ def encode(section: Section) -> Iterator[tuple[Hashable, ...]]:
         if value in number:
             return number[value]
         if value.kind is not Kind.RESULT or not _other_layer(value, section):
-            return section.relative(value.name), value.type
+            return section.canonical(value.name), value.type
         return f"^{foreign.setdefault(value, len(foreign))}", value.type
 
     for node in section.nodes:
@@ -107,11 +115,11 @@ def encode(section: Section) -> Iterator[tuple[Hashable, ...]]:
         for value in node.outputs:
             number[value] = len(number)
         yield (
-            section.relative(node.scope),
+            section.canonical(node.scope),
             node.op,
             operands,
             tuple([v.type for v in node.outputs]),
-            tuple([section.relative(name) for name in node.origin]),
+            tuple([section.canonical(name) for name in node.origin]),
         )
 
 
