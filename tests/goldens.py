@@ -1,5 +1,8 @@
-"""Unpacks the recorded model cases of `tests/golden/models` (packed by `tests/golden/pack.py`) for the
-tests.
+"""Recorded cases for the tests: where they lie, and how a result is compared with them.
+
+A case is read from the complete recordings where they are at hand (the folder that DSV4C_GOLDENS names, or
+`shared/goldens` beside the repository), otherwise from what `tests/golden/pack.py` packed into the
+repository. DSV4C_GOLDENS= (empty) asks for the packed ones.
 """
 
 from __future__ import annotations
@@ -11,10 +14,15 @@ import os
 import shutil
 import struct
 import tempfile
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
-MODELS = Path(__file__).parent / "golden" / "models"
+import torch
+from safetensors.torch import load_file
+
+RECORDED = Path(__file__).parent / "golden" / "recorded"
 CASES = ("fp32", "official-quant", "nvfp4-experts")
 
 
@@ -37,13 +45,28 @@ def join_planes(packed: bytes) -> bytes:
     return bytes(file)
 
 
-@cache
+def complete_cases() -> Path | None:
+    """The folder of the complete recordings, if there is one."""
+    named = os.environ.get("DSV4C_GOLDENS")
+    if named is not None:
+        return Path(named) if named else None
+    beside = Path(__file__).parents[2] / "shared" / "goldens"
+    return beside if beside.is_dir() else None
+
+
 def golden_case(name: str) -> Path:
-    """Folder with config.json, case.json, model.safetensors and expected.safetensors of a recorded model.
+    """Folder with case.json and expected.safetensors, of a model also config.json and model.safetensors."""
+    complete = complete_cases()
+    return complete / name if complete else packed_case(name)
+
+
+@cache
+def packed_case(name: str) -> Path:
+    """The case as the repository has it.
 
     Unpacked once per machine and content into the temporary folder; any number of processes may ask at once.
     """
-    source = MODELS / name
+    source = RECORDED / name
     digest = hashlib.sha256()
     for path in sorted(source.iterdir()):
         digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -66,3 +89,79 @@ def golden_case(name: str) -> Path:
             if not target.is_dir():  # otherwise another process was faster, with the same content
                 raise
     return target
+
+
+@dataclass(frozen=True)
+class Run:
+    """One recorded sequence: the first `prefill` tokens went in at once, the rest one by one."""
+
+    name: str
+    ids: tuple[int, ...]
+    prefill: int
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A recorded model and how far a result is from it."""
+
+    case: str
+
+    @property
+    def folder(self) -> Path:
+        return golden_case(self.case)
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        return json.loads((self.folder / "case.json").read_text())
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return load_file(self.folder / "expected.safetensors")
+
+    @cached_property
+    def packed_names(self) -> frozenset[str]:
+        """What a comparison must cover at least: the recorded tensors that the repository has."""
+        return frozenset(load_file(packed_case(self.case) / "expected.safetensors"))
+
+    @property
+    def tolerance(self) -> dict[str, Any]:
+        return self.description["tolerance"]
+
+    @cached_property
+    def probe_rows(self) -> list[int]:
+        return self.description["probe_rows"]
+
+    def run(self, name: str = "main") -> Run:
+        run = next(r for r in self.description["runs"] if r["name"] == name)
+        return Run(name, tuple(run["ids"]), run["prefill"])
+
+    def rows(self, name: str, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`value` (a row per token, or per probe row) and the recorded tensor, at the rows both have."""
+        expected = self.tensors[name]
+        if len(value) > len(expected):
+            value = value[self.probe_rows]
+        elif len(value) < len(expected):
+            expected = expected[self.probe_rows]
+        assert value.shape == expected.shape, name
+        return value, expected
+
+    def distances(self, name: str, value: torch.Tensor) -> torch.Tensor:
+        """|value - recorded| / |recorded| of every row, float64."""
+        value, expected = self.rows(name, value)
+        difference = (value.double() - expected.double()).flatten(1).norm(dim=1)
+        return difference / expected.double().flatten(1).norm(dim=1)
+
+    def distance(self, name: str, value: torch.Tensor) -> float:
+        """|value - recorded| / |recorded| over the whole tensor."""
+        value, expected = self.rows(name, value)
+        return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+    def same_sets(self, name: str, value: torch.Tensor) -> bool:
+        """Are the selections of every row equal, whatever their order?"""
+        value, expected = self.rows(name, value)
+        return torch.equal(value.sort(dim=1).values, expected.sort(dim=1).values)
+
+
+@cache
+def recorded(case: str) -> Recorded:
+    return Recorded(case)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 
 from tests import goldens
 from tests.golden.pack import compress, round_bits, split_planes
-from tests.goldens import CASES, golden_case, join_planes
+from tests.goldens import CASES, golden_case, join_planes, packed_case
 
 
 def test_goldens_stay_within_the_size_limit_of_the_repository():
@@ -47,7 +47,7 @@ def test_rounding_keeps_the_significant_bits_it_promises():
 
 def test_a_case_is_unpacked_once_and_complete():
     for case in CASES:
-        folder = golden_case(case)
+        folder = packed_case(case)
         assert sorted(p.name for p in folder.iterdir()) == [
             "case.json",
             "config.json",
@@ -55,13 +55,13 @@ def test_a_case_is_unpacked_once_and_complete():
             "model.safetensors",
         ]
         assert "probe_rows" in load_file(folder / "expected.safetensors")
-        assert golden_case(case) == folder
+        assert packed_case(case) == folder
 
 
 def _unpack(root: str) -> str:
     tempfile.tempdir = root
-    goldens.golden_case.cache_clear()
-    return str(golden_case("nvfp4-experts"))
+    goldens.packed_case.cache_clear()
+    return str(packed_case("nvfp4-experts"))
 
 
 def test_processes_may_unpack_the_same_case_at_once(tmp_path):
@@ -70,3 +70,28 @@ def test_processes_may_unpack_the_same_case_at_once(tmp_path):
     assert first == second
     assert Path(first).is_relative_to(tmp_path)
     assert [p.name for p in Path(first).parent.iterdir()] == [Path(first).name]
+
+
+def test_complete_recordings_are_used_where_they_are(monkeypatch, tmp_path):
+    monkeypatch.setenv("DSV4C_GOLDENS", str(tmp_path))
+    assert golden_case("fp32") == tmp_path / "fp32"
+    monkeypatch.setenv("DSV4C_GOLDENS", "")
+    assert golden_case("fp32") == packed_case("fp32")
+
+
+def test_packing_kept_what_the_recordings_hold():
+    for case in (*CASES, "kernels"):
+        packed, complete = (load_file(f(case) / "expected.safetensors") for f in (packed_case, golden_case))
+        assert set(packed) <= set(complete)
+        for name, tensor in packed.items():
+            whole = complete[name]
+            if tensor.shape[:1] < whole.shape[:1]:
+                whole = whole[complete["probe_rows"]]
+            assert tensor.shape == whole.shape
+            if "logits" in name:
+                whole, tensor = whole.double(), tensor.double()
+                assert (tensor - whole).norm() <= 2.0**-12 * whole.norm()
+            elif tensor.dtype is torch.float32 and tensor.isfinite().all():
+                assert ((tensor - whole).abs() <= 2.0**-19 * whole.abs()).all()
+            else:
+                assert torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (tensor, whole)))

@@ -1,11 +1,12 @@
-"""Packs recorded model cases (config.json, case.json, model.safetensors, expected.safetensors) into this
-folder.
+"""Packs recorded cases (case.json, expected.safetensors; of a model also config.json and model.safetensors)
+into the folder `recorded` next to this file.
 
     python tests/golden/pack.py RECORDED_CASES_FOLDER
 
 The weights are kept bit for bit. Of the expected tensors this keeps what `KEEP` names, so that a clone stays
-small: logits of every run and position, inputs and outputs of the sublayers, selections. What happened to
-each tensor (`dropped`, `probe_rows_only`, `significant_bits`) is added to the case.json under "packed".
+small: logits, inputs and outputs of the sublayers, selections, the state of some layers before one decode
+step and the result of that step. What happened to each tensor (`dropped`, `probe_rows_only`,
+`significant_bits`) is added to the case.json under "packed".
 
 File format: an xz stream of a safetensors header, followed by the payload with its bytes regrouped: all first
 bytes of the tensors of one dtype, then all their second bytes, and so on (tensors in header order, dtypes in
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-CASES = ("fp32", "official-quant", "nvfp4-experts")
+CASES = ("fp32", "official-quant", "nvfp4-experts", "kernels")
 
 # case -> patterns of expected tensors that are kept; a pattern that ends in "@" keeps the probe rows only
 KEEP = {
@@ -42,12 +43,19 @@ KEEP = {
         "prefill.?.entries",
         "prefill.hc_head@",
         "prefill.final_norm@",
+        "decode.[12].*",
+        "decode.?.attn_*",
+        "decode.?.ffn_*",
+        "decode.?.router_idx",
+        "decode.?.index_sel",
     ],
     "official-quant": [
-        "*.logits*",
+        "*.logits",
+        "main.logits_weight_only@",
         "prefill.?.attn_in",
         "prefill.?.attn_out@",
         "prefill.?.ffn_*",
+        "prefill.?.x_ffn",
         "prefill.?.hc_*",
         "prefill.?.router_*",
         "prefill.?.index_*",
@@ -57,9 +65,12 @@ KEEP = {
         "prefill.?.z",
         "prefill.hc_head@",
         "prefill.final_norm@",
+        "decode.[01].*",
     ],
     "nvfp4-experts": [
-        "*.logits*",
+        "*.logits",
+        "*.logits_w4a4",
+        "main.logits_weight_only@",
         "prefill.?.attn_in",
         "prefill.?.attn_out@",
         "prefill.?.ffn_*@",
@@ -70,6 +81,7 @@ KEEP = {
         "prefill.final_norm@",
         "expert.*",
     ],
+    "kernels": ["*"],
 }
 
 # Significant bits kept of f32 values; the rounding is far below the tolerance of the comparison (1e-5 and
@@ -85,6 +97,8 @@ def round_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def significant_bits(case: str, name: str) -> int | None:
+    if case == "kernels":
+        return None
     if case == "fp32" or name.endswith("logits_weight_only"):
         return EXACT_BITS
     return QUANTIZED_LOGITS_BITS if ".logits" in name else None
@@ -139,15 +153,16 @@ def main(source: Path, target: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         description = json.loads((source / case / "case.json").read_text())
         tensors = load_file(source / case / "expected.safetensors")
-        kept, description["packed"] = select(case, tensors, description["probe_rows"])
+        kept, description["packed"] = select(case, tensors, description.get("probe_rows", []))
         (folder / "case.json").write_text(json.dumps(description, indent=1) + "\n")
-        (folder / "config.json").write_bytes((source / case / "config.json").read_bytes())
         (folder / "expected.safetensors.xz").write_bytes(compress(save(kept)))
-        (folder / "model.safetensors.xz").write_bytes(
-            compress((source / case / "model.safetensors").read_bytes())
-        )
+        if (source / case / "config.json").exists():
+            (folder / "config.json").write_bytes((source / case / "config.json").read_bytes())
+            (folder / "model.safetensors.xz").write_bytes(
+                compress((source / case / "model.safetensors").read_bytes())
+            )
         print(case, {path.name: path.stat().st_size for path in sorted(folder.iterdir())})
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(__file__).parent / "models")
+    main(Path(sys.argv[1]), Path(__file__).parent / "recorded")

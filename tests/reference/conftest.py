@@ -1,17 +1,17 @@
-"""Recorded inputs and outputs of single kernels, described in `tests/golden/kernels/case.json`."""
+"""Recorded inputs and outputs of single kernels, described in `tests/golden/recorded/kernels/case.json`."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.goldens import golden_case
+
 
 @pytest.fixture(scope="session")
 def kernels() -> dict[str, torch.Tensor]:
-    return load_file(Path(__file__).parents[1] / "golden" / "kernels" / "expected.safetensors")
+    return load_file(golden_case("kernels") / "expected.safetensors")
 
 
 @pytest.fixture(autouse=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
@@ -50,8 +49,9 @@ from dsv4c.types import (
     TensorType,
     parse_type,
 )
+from tests.goldens import golden_case
 
-GOLDEN = load_file(Path(__file__).parents[1] / "golden" / "kernels" / "expected.safetensors")
+GOLDEN = load_file(golden_case("kernels") / "expected.safetensors")
 FORMATS = [FP8_WEIGHT, FP8_ROW, MXFP4, NVFP4, NVFP4_ROW, KV_FP8, QuantFormat(E4M3, F32, (128, 128))]
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
