@@ -20,6 +20,7 @@ SMS = 132
 SHARED_PER_SM = 228 * 1024  # of which each resident CTA loses 1 KB
 SHARED_PER_CTA = 227 * 1024
 CTA_BYTES = 32 << 10  # what a CTA could have read in the time that it takes to start and to end
+MOST_ROUNDS = 10  # the partial sums of eight rows take 4 KB of shared memory per round
 STAGES = 5  # measured: a sixth stage of FP8 units gains nothing
 WARPS = 8
 FORMATS = {
@@ -256,7 +257,7 @@ def _plan_tiles(spec: GemvSpec) -> tuple[int, int]:
     plans = [
         (tile_warps, rounds)
         for tile_warps in ((spec.tile_warps,) if spec.tile_warps else (1, 2, 4, 8))
-        for rounds in ((spec.rounds,) if spec.rounds else range(1, 33))
+        for rounds in ((spec.rounds,) if spec.rounds else range(1, MOST_ROUNDS + 1))
         if spec.groups == 1 or (per_group % tile_warps == 0 and rounds == 1)
     ]
     return min(plans, key=load)

@@ -1,0 +1,200 @@
+"""The GEMV and experts' kernels as text: goldens, plans that cover every tile, cubins for both targets."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsv4c.codegen.build import TARGETS, Source, build
+from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.experts import ExpertsSpec, emit_experts_down, emit_experts_up
+from dsv4c.codegen.gemv import SHARED_PER_SM, Activations, GemvSpec, Matrix, emit_gemv, plan_parts
+from dsv4c.errors import BuildError
+from dsv4c.runtime.packing import parse_packing
+from tests.conftest import Golden
+
+CODES = Activations("x", "e4m3")
+EXPANDED = Activations("x", "f16", "expand")
+ROWS = Activations("x_bf16", "bf16")
+KEPT = Activations("x_bf16", "f16", "quantize")
+QUANTIZED = Activations("x_bf16", "e4m3", "quantize")
+NORMALIZED = Activations("x_bf16", "e4m3", "normalize", gain="gain", eps=1e-6)
+
+
+def dense(name: str, rows: int, k: int, format: str, x: Activations, batch: int = 1, **spec: int) -> GemvSpec:
+    return GemvSpec(name, batch, k, (Matrix("w", rows, format, x, "y"),), **spec)
+
+
+def in_proj(batch: int, k: int = 4096) -> GemvSpec:
+    matrices = (
+        Matrix("wq_a", 1024, "fp8", CODES, "q_a"),
+        Matrix("wkv", 512, "fp8", CODES, "kv"),
+        Matrix("compressor_wkv", 1024, "bf16", ROWS, "u", "f32"),
+        Matrix("compressor_wgate", 1024, "bf16", ROWS, "s", "f32"),
+        Matrix("weights_proj", 64, "bf16", ROWS, "wi"),
+    )
+    return GemvSpec("in_proj", batch, k, matrices)
+
+
+def experts(routed: str, shared: str, batch: int = 1) -> ExpertsSpec:
+    return ExpertsSpec(f"{routed}_{shared}", batch, 256, 128, 8, 2, routed, shared, 10.0)
+
+
+FLASH = [
+    in_proj(1),
+    in_proj(8),
+    dense("wq_b", 32768, 1024, "fp8", NORMALIZED),
+    dense("wo_a", 8192, 4096, "fp8", KEPT, groups=8),
+    dense("wo_b", 4096, 8192, "fp8", QUANTIZED, 3),
+    dense("lm_head", 129280, 4096, "bf16", ROWS),
+    dense("pro_q_proj", 73728, 1536, "fp8", NORMALIZED),
+]
+SMALL = [
+    dense("codes", 208, 384, "fp8", CODES, 3),
+    dense("expanded", 48, 256, "fp8", EXPANDED),
+    dense("kept", 256, 256, "fp8", KEPT, 2, groups=2),
+    dense("quantized", 64, 128, "mxfp4", QUANTIZED, 8),
+    dense("normalized", 4608, 256, "fp8", NORMALIZED),
+    dense("odd_bf16", 48, 96, "bf16", ROWS, 2),
+    dense("nvfp4", 64, 384, "nvfp4", CODES),
+    in_proj(1, 256),
+]
+
+
+def small_kernels() -> list[Emission]:
+    kernels = [emit_gemv(spec) for spec in SMALL]
+    for routed, shared in (("mxfp4", "fp8"), ("nvfp4", "nvfp4"), ("fp8", "fp8"), ("bf16", "bf16")):
+        spec = experts(routed, shared)
+        kernels.append(emit_experts_up(replace(spec, name=f"up_{spec.name}")))
+        kernels.append(emit_experts_down(replace(spec, name=f"down_{spec.name}")))
+    return kernels
+
+
+def test_goldens(golden: Golden) -> None:
+    golden(emit_gemv(in_proj(1)).source, "kernels/gemv_in_proj.py.txt")
+    golden(emit_gemv(dense("wq_b", 32768, 1024, "fp8", NORMALIZED)).source, "kernels/gemv_wq_b.py.txt")
+    flash = ExpertsSpec("experts", 1, 4096, 2048, 256, 6, "mxfp4", "fp8", 10.0)
+    golden(emit_experts_up(flash).source, "kernels/experts_up.py.txt")
+    golden(emit_experts_down(flash).source, "kernels/experts_down.py.txt")
+
+
+@pytest.mark.parametrize("spec", FLASH + SMALL, ids=lambda s: f"{s.name}-{s.batch}")
+def test_a_plan_covers_every_tile_once(spec: GemvSpec) -> None:
+    parts = plan_parts(spec)
+    assert [p.first for p in parts] == [sum(q.ctas for q in parts[:i]) for i in range(len(parts))]
+    assert sum(p.ctas for p in parts) == emit_gemv(spec).grid[0]
+    covered: Counter[tuple[str, int]] = Counter()
+    for part in parts:
+        r = part.ring
+        assert r.steps * r.k_warps * r.span == r.product.units  # a warp's steps cover k without a rest
+        for slot in part.slots:
+            for local in range(slot.ctas):
+                for turn in range(r.rounds):
+                    group = local + turn * slot.ctas
+                    for tile in range(group * r.tile_warps, (group + 1) * r.tile_warps):
+                        if tile < slot.tiles:
+                            covered[slot.matrix.name, tile] += 1
+    assert covered == {(m.name, tile): 1 for m in spec.matrices for tile in range(m.rows // 16)}
+
+
+@pytest.mark.parametrize("spec", FLASH, ids=lambda s: f"{s.name}-{s.batch}")
+def test_two_ctas_fit_an_sm(spec: GemvSpec) -> None:
+    assert 2 * (emit_gemv(spec).shared + 1024) <= SHARED_PER_SM
+
+
+def test_packing_does_not_depend_on_the_batch() -> None:
+    """One copy of the weights serves the plans of all batch sizes."""
+    for spec in FLASH:
+        packings = {tuple(emit_gemv(replace(spec, batch=b)).packing.items()) for b in (1, 2, 3, 5, 8)}
+        assert len(packings) == 1
+        for name in dict(packings.pop()).values():
+            assert str(parse_packing(name)) == name
+
+
+def test_shared_arrays_do_not_overlap() -> None:
+    for part in plan_parts(in_proj(3)):
+        places = part.places
+        assert places["x"] - places["ring"] >= part.ring.ring_bytes
+        assert places["fx"] - places["x"] >= part.ring.product.x_bytes
+        assert places["bars"] - places["part"] >= part.ring.part_bytes
+        assert places["end"] - places["bars"] >= part.ring.bars_bytes + 8
+        assert all(at % 16 == 0 for at in places.values())
+
+
+def test_text_waits_once_per_path_with_weights_in_flight() -> None:
+    for emission in small_kernels():
+        assert emission.source.index("ptx.launch_dependents()") == emission.source.index("ptx.launch_dep")
+        paths = re.split(r"\n@cute\.(?:jit|kernel)\n", emission.source)[1:]
+        for path in paths:
+            waits = path.count("ptx.wait()")
+            assert waits == ("stream.prefetch(" in path)
+            if waits and not path.startswith("def routed("):  # the router decides what those read
+                assert path.index("stream.prefetch(") < path.index("ptx.wait()")
+            reads = [path.find(f"activations.{stage}_") for stage in ("copy", "load", "expand", "quantize")]
+            assert all(at == -1 or path.index("ptx.wait()") < at for at in reads if "load_gain" not in path)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_small_kernel_assembles(store: Path, target: str) -> None:
+    kernels = small_kernels()
+    built = build([Source(k.symbol, k.source) for k in kernels], target, store)
+    for kernel, result in zip(kernels, built, strict=True):
+        assert result.resources.stack == 0, kernel.symbol
+        assert result.resources.registers <= 128  # two CTAs of 256 threads share 64 K registers
+        header = result.ptx.split(f".entry {kernel.symbol}(")[1].split(")")[0]
+        assert header.count(".param .u64") == len(kernel.parameters)
+        assert header.count(".param") == len(kernel.parameters)
+        first, *rest = re.findall(r"griddepcontrol\.(\w+)", result.ptx)
+        assert first == "launch_dependents"
+        assert set(rest) == {"wait"}
+        assert "cp.async.bulk.shared::cluster.global" in result.ptx
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (dense("many", 64, 128, "fp8", CODES, 9), "batch 9.*1 to 8 rows"),
+        (dense("cast", 64, 128, "bf16", CODES), "bf16 weights take bf16 activations, not e4m3"),
+        (dense("cast", 64, 128, "mxfp4", ROWS), "mxfp4 weights take e4m3 or f16 activations, not bf16"),
+        (dense("odd", 64, 96, "fp8", CODES), "fp8 weights of 96 columns: want a multiple of 128"),
+        (dense("odd", 40, 128, "fp8", CODES), "40 rows in 1 groups: want multiples of 16"),
+        (dense("odd", 48, 100, "bf16", ROWS), "rows of 100 are not a multiple of 16 bytes"),
+        (dense("what", 48, 128, "int8", CODES), "'int8': known are fp8, bf16, mxfp4, nvfp4"),
+        (
+            dense("stage", 48, 128, "fp8", Activations("x", "f16", "normalize")),
+            "no prologue normalize for f16",
+        ),
+        (dense("large", 4096, 32768, "fp8", KEPT, 8), "leave no shared memory for two stages"),
+    ],
+    ids=lambda value: value.name if isinstance(value, GemvSpec) else "",
+)
+def test_refusals(spec: GemvSpec, message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        emit_gemv(spec)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 9}, "batch 9.*1 to 8 rows"),
+        ({"hidden": 320}, "hidden 320, intermediate 128: mxfp4 experts want multiples of 128"),
+        ({"shared": "bf16"}, "mxfp4 routed and bf16 shared experts do not share activations"),
+        ({"routed": "int4"}, "'int4': known are fp8, bf16, mxfp4, nvfp4"),
+        ({"top_k": 40}, "40 experts per token: a warp holds the addresses of 32"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_expert_refusals(change: dict[str, object], message: str) -> None:
+    spec = replace(experts("mxfp4", "fp8"), **change)  # type: ignore[arg-type]
+    for emit in (emit_experts_up, emit_experts_down):
+        with pytest.raises(BuildError, match=message):
+            emit(spec)
