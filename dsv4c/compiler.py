@@ -9,17 +9,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
 from dsv4c.errors import ConfigError, GraphError
-from dsv4c.ir.graph import Graph, Value
+from dsv4c.ir.fused import Fused, trace
+from dsv4c.ir.graph import Graph, Node, Value
 from dsv4c.ir.text import print_attribute, print_graph
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode, build
 from dsv4c.models.weights import records
+from dsv4c.passes.fold import expand
 from dsv4c.passes.memory import MemoryPlan, lay_out, plan_memory
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import Recipe, recipe_named
@@ -50,25 +53,21 @@ def compile(
 
     `batch` sequences of at most `max_context` tokens decode together; prefill takes `chunk` tokens of one of
     them per call (64, or less in a shorter context). `mtp` adds the draft block's bucket. `order` "memory"
-    looks for a launch order that needs a smaller arena. `progress(stage, done, all)` is called as stages begin.
+    looks for a launch order that needs a smaller arena. `progress(stage, done, all)` is called on the way.
 
-    Raises ConfigError for a model, deployment or recipe that cannot be compiled, GraphError where a recipe does
-    not fit the model.
+    Raises ConfigError for a model, deployment or recipe that cannot be compiled, GraphError where a recipe
+    does not fit the model.
     """
     # 1. What to compile.
     stages = _Stages(progress, buckets=3 if mtp else 2)
-    config = model if isinstance(model, ModelConfig) else load_config(model)
-    size = chunk if chunk is not None else min(CHUNK, max_context)
-    deployment = Deployment(target, recipe, batch, max_context, size)
-    check_deployment(config, deployment)
-    numerics = recipe_named(recipe)
-    if mtp and not config.mtp_layers:
-        raise ConfigError(f"{config.name}: has no MTP block (mtp_layers is 0); compile without mtp")
+    config, deployment, numerics = settings(
+        model, target=target, recipe=recipe, batch=batch, max_context=max_context, chunk=chunk, mtp=mtp
+    )
     if pipeline:
         raise ConfigError(f"pipeline: {pipeline!r} names passes that do not exist; expected none")
 
     # 2. One graph per bucket: the paper's operations, then the recipe's formats.
-    graphs: dict[str, Graph] = {}
+    graphs: dict[Mode, Graph] = {}
     modes: tuple[Mode, ...] = ("decode", "prefill", "mtp") if mtp else ("decode", "prefill")
     for mode in modes:
         with stages(f"build {mode}"):
@@ -86,6 +85,26 @@ def compile(
     # 4. Everything as data.
     with stages("assemble"):
         return _assemble(config, deployment, numerics, placed, stages)
+
+
+def settings(
+    model: ModelConfig | str | Path,
+    *,
+    target: str = "cpu",
+    recipe: str = "official",
+    batch: int = 1,
+    max_context: int = 4096,
+    chunk: int | None = None,
+    mtp: bool = False,
+) -> tuple[ModelConfig, Deployment, Recipe]:
+    """The arguments of `compile`, checked. Raises ConfigError."""
+    config = model if isinstance(model, ModelConfig) else load_config(model)
+    size = chunk if chunk is not None else min(CHUNK, max_context)
+    deployment = Deployment(target, recipe, batch, max_context, size)
+    check_deployment(config, deployment)
+    if mtp and not config.mtp_layers:
+        raise ConfigError(f"{config.name}: has no MTP block (mtp_layers is 0); compile without mtp")
+    return config, deployment, recipe_named(recipe)
 
 
 def graph_of(config: ModelConfig, deployment: Deployment, recipe: Recipe, mode: Mode) -> Graph:
@@ -143,6 +162,7 @@ def _assemble(
     state_offsets, state_bytes = lay_out(states)
     weight_offsets, weights_bytes = lay_out(params)
     wanted = [(name, type_, recipe.requantize) for name, type_ in params.items()]
+    bodies = _Bodies()
     weights = [r | {"offset": weight_offsets[r["name"]]} for r in records(config, wanted)]
     return Plan(
         name=config.name,
@@ -151,16 +171,20 @@ def _assemble(
         deployment=asdict(deployment),
         recipe=recipe.name,
         pipeline=f"quantize{{recipe={recipe.name}}}",
-        buckets={mode: _bucket(mode, p, state_offsets, weight_offsets) for mode, p in placed.items()},
+        buckets={mode: _bucket(mode, p, state_offsets, weight_offsets, bodies) for mode, p in placed.items()},
         state=tuple(StateSlot(name, type_, state_offsets[name]) for name, type_ in states.items()),
         state_bytes=state_bytes,
         weights=tuple(weights),
         weights_bytes=weights_bytes,
         report=_report(deployment, placed),
         versions=_versions(),
-        files={f"graph.{mode}.txt": print_graph(p.graph).encode() for mode, p in placed.items()},
+        files={_graph_file(mode): print_graph(p.graph).encode() for mode, p in placed.items()} | bodies.files,
         timings=stages.seconds,
     )
+
+
+def _graph_file(mode: str) -> str:
+    return f"graph.{mode}.txt"
 
 
 def _union(declared: Iterator[tuple[Graph, str, Type]]) -> dict[str, Type]:
@@ -168,12 +192,16 @@ def _union(declared: Iterator[tuple[Graph, str, Type]]) -> dict[str, Type]:
     types: dict[str, Type] = {}
     for graph, name, type_ in declared:
         if types.setdefault(name, type_) != type_:
-            raise GraphError(f"graph {graph.name}: %{name} is {type_}, another bucket of the plan has {types[name]}")
+            raise GraphError(f"graph {graph.name}: %{name} is {type_}, in another bucket {types[name]}")
     return types
 
 
 def _bucket(
-    mode: str, placed: _Placed, state_offsets: Mapping[str, int], weight_offsets: Mapping[str, int]
+    mode: str,
+    placed: _Placed,
+    state_offsets: Mapping[str, int],
+    weight_offsets: Mapping[str, int],
+    bodies: _Bodies,
 ) -> Bucket:
     from dsv4c.runtime.plan import Bucket, Slot
 
@@ -192,7 +220,7 @@ def _bucket(
     sequences = next(v for v in graph.inputs if v.name == "lengths").type.shape[0]
     tokens = next(v for v in graph.inputs if v.name == "tokens").type.shape[0]
     return Bucket(
-        graph=f"graph.{mode}.txt",
+        graph=_graph_file(mode),
         tokens=tokens,
         sequences=sequences,
         values={v.name: slot(v) for v in graph.values()},
@@ -200,11 +228,11 @@ def _bucket(
         input_bytes=input_bytes,
         inputs=tuple(v.name for v in graph.inputs),
         outputs={label: v.name for label, v in graph.outputs.items()},
-        launches=tuple(_launches(launches)),
+        launches=tuple(_launches(launches, bodies)),
     )
 
 
-def _launches(schedule: Schedule) -> Iterator[Launch]:
+def _launches(schedule: Schedule, bodies: _Bodies) -> Iterator[Launch]:
     from dsv4c.runtime.plan import Launch
 
     for node, after in zip(schedule.nodes, schedule.after, strict=True):
@@ -218,7 +246,30 @@ def _launches(schedule: Schedule) -> Iterator[Launch]:
             scope=node.scope,
             origin=node.origin,
             after=after,
+            body=bodies.file(node) if isinstance(node.op, Fused) else "",
         )
+
+
+class _Bodies:
+    """Fused ops spelled out in primitives, equal ones in one file: a plan runs without their source."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self._names: dict[tuple[Fused, tuple[Type, ...]], str] = {}
+
+    def file(self, node: Node) -> str:
+        """Name of the file with the body of a fused node: its operands as inputs, its results in order."""
+        assert isinstance(node.op, Fused)
+        key = node.op, tuple(v.type for v in node.inputs)
+        if key not in self._names:
+            body = trace(*key)
+            kept = {str(i): v for i, v in enumerate(node.op.kept(body.results))}
+            graph = body.graph
+            text = print_graph(expand(Graph(graph.name, graph.inputs, (), (), graph.nodes, kept)))
+            name = f"bodies/{node.op.name}-{sha256(text.encode()).hexdigest()[:12]}.txt"
+            self.files[name] = text.encode()
+            self._names[key] = name
+        return self._names[key]
 
 
 def _report(deployment: Deployment, placed: Mapping[str, _Placed]) -> dict[str, Any]:

@@ -41,15 +41,15 @@ def interpret(
             values[variable] = _given(variable, given)
     result: dict[str, Value] = {n: v for n in names if (v := values.get(graph.by_name[n])) is not None}
     left = {value: len(users) for value, users in graph.users.items()}
-    for value in graph.outputs.values():
-        left[value] += 1
+    for variable in graph.outputs.values():
+        left[variable] += 1
     for node in graph.nodes:
-        for variable, value in zip(node.outputs, _apply(node, values), strict=True):
-            values[variable] = value
+        for variable, made in zip(node.outputs, _apply(node, values), strict=True):
+            values[variable] = made
             if callable(watch):
-                watch(variable.name, value)
+                watch(variable.name, made)
             elif variable.name in names:
-                result[variable.name] = clone(value)  # a state may be overwritten later
+                result[variable.name] = clone(made)  # a state may be overwritten later
         for variable in dict.fromkeys(node.inputs):
             left[variable] -= 1
             if not left[variable]:
@@ -62,7 +62,9 @@ def _given(variable: Variable, given: Mapping[str, Value]) -> Value:
         raise GraphError(f"{variable.kind.value} %{variable.name}: {variable.type} is not given")
     value = given[variable.name]
     if not is_of(value, variable.type):
-        raise GraphError(f"{variable.kind.value} %{variable.name} is {type_of(value)}, expected {variable.type}")
+        raise GraphError(
+            f"{variable.kind.value} %{variable.name} is {type_of(value)}, expected {variable.type}"
+        )
     return value
 
 

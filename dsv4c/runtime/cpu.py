@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -128,8 +129,21 @@ def _meaning(plan: Plan, launch: Launch) -> Callable[..., Any]:
     from dsv4c.ir.text import make_op
     from dsv4c.reference import run
 
+    if launch.body:
+        return _body(plan.files[launch.body])
     op = make_op(launch.op, launch.attributes)
     return lambda *operands: run(op, *operands)
+
+
+@cache
+def _body(text: bytes) -> Callable[..., Any]:
+    """A fused op, interpreted: its body's inputs are the operands, its outputs the results, in order."""
+    from dsv4c.ir.text import parse_graph
+    from dsv4c.reference import interpret
+
+    graph = parse_graph(text.decode())
+    names = [v.name for v in graph.inputs]
+    return lambda *operands: tuple(interpret(graph, dict(zip(names, operands, strict=True)), {}, {}).values())
 
 
 def _execute(step: _Step) -> None:

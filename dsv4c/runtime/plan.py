@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -217,14 +216,15 @@ def check_target(folder: str | Path, *, force: bool = False) -> None:
 def load(folder: str | Path) -> Plan:
     """Read a plan folder and check every byte of it.
 
-    Raises PlanError for a folder that is no plan, a plan of another schema version, a missing or altered file.
+    Raises PlanError for a folder that is no plan, another schema version, a missing or altered file.
     """
     folder = Path(folder)
     if not folder.exists():
         raise PlanError(f"{folder}: no such folder; compile a plan with `dsv4c compile CONFIG -o {folder}`")
     path = folder / PLAN_FILE
     if not path.is_file():
-        what = "a config, not a compiled plan" if (folder / "config.json").exists() else f"no {PLAN_FILE} here"
+        foreign = (folder / "config.json").exists()
+        what = "holds a model, not a compiled plan" if foreign else f"no {PLAN_FILE} here"
         raise PlanError(f"{folder}: {what}; expected a folder that `dsv4c compile` wrote")
     text = _read(path)
     data = _parse(path, text)
@@ -333,7 +333,9 @@ def _checked(folder: Path, name: str, digest: str) -> bytes:
     return content
 
 
-def _plan_from_json(data: Mapping[str, Any], files: Mapping[str, bytes], seconds: Mapping[str, float]) -> Plan:
+def _plan_from_json(
+    data: Mapping[str, Any], files: Mapping[str, bytes], seconds: Mapping[str, float]
+) -> Plan:
     return Plan(
         name=data["name"],
         config=data["config"],
@@ -369,10 +371,15 @@ def _bucket_from_json(data: Mapping[str, Any]) -> Bucket:
 
 
 def _launch_from_json(data: Mapping[str, Any]) -> Launch:
-    texts: Sequence[str] = ("name", "op", "attributes", "scope")
     return Launch(
-        **{key: data[key] for key in texts},
-        **{key: tuple(data[key]) for key in ("inputs", "outputs", "origin", "after")},
+        name=data["name"],
+        op=data["op"],
+        attributes=data["attributes"],
+        inputs=tuple(data["inputs"]),
+        outputs=tuple(data["outputs"]),
+        scope=data["scope"],
+        origin=tuple(data["origin"]),
+        after=tuple(data["after"]),
         body=data.get("body", ""),
     )
 

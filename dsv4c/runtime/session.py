@@ -26,7 +26,9 @@ class Executor(Protocol):
     """What runs a plan's buckets. `state` is the block of all sequences, `states` its typed views."""
 
     state: Tensor
-    states: Mapping[str, Value]
+
+    @property
+    def states(self) -> Mapping[str, Value]: ...
 
     def clear(self) -> None: ...
 
@@ -55,7 +57,8 @@ class Session:
         """Consume `tokens` after what the sequence has consumed so far. Returns logits f32 [len, vocab]: row
         i predicts what follows tokens[i].
 
-        Raises SessionError for no tokens, an id out of range, a context that would overflow, no such sequence.
+        Raises SessionError for no tokens, an id out of range, a context that would overflow, no such
+        sequence.
         """
         ids = self._prompt(tokens)
         self._check_sequence(sequence)
@@ -66,7 +69,8 @@ class Session:
         """One token for each sequence, None for those that wait. Returns logits f32 [batch, vocab], NaN in
         the rows of those.
 
-        Raises SessionError for another number of tokens, nothing but None, an id out of range, a full context.
+        Raises SessionError for another number of tokens, nothing but None, an id out of range, a full
+        context.
         """
         given = list(tokens)
         if len(given) != self.batch:
@@ -123,12 +127,12 @@ class Session:
     @property
     def positions(self) -> list[int]:
         """Tokens that every sequence has consumed."""
-        return self._position("position").tolist()  # type: ignore[no-any-return]
+        return self._position("position").tolist()
 
     @property
     def draft_positions(self) -> list[int]:
         """Tokens that the MTP block of every sequence has consumed."""
-        return self._position("mtp.position").tolist()  # type: ignore[no-any-return]
+        return self._position("mtp.position").tolist()
 
     @property
     def streams(self) -> Tensor:
@@ -144,7 +148,7 @@ class Session:
         """The likeliest next token by row of the last call (the lowest id of equals)."""
         if self._next is None:
             raise SessionError("no next tokens yet; call prefill or decode first")
-        return self._next.tolist()  # type: ignore[no-any-return]
+        return self._next.tolist()
 
     # --- keeping ---
 
@@ -184,7 +188,8 @@ class Session:
             raise SessionError(f"{path}: cannot be read as a saved state: {error}") from None
         mine = self.executor.state
         if state.dtype != mine.dtype or state.shape != mine.shape:
-            raise SessionError(f"{path}: holds {state.dtype}{list(state.shape)}, expected {list(mine.shape)} bytes")
+            found = f"{state.dtype}{list(state.shape)}"
+            raise SessionError(f"{path}: holds {found}, expected {mine.numel()} bytes of state")
         self._check_positions(path, state)
         mine.copy_(state)
         self._broken = False
@@ -223,7 +228,7 @@ class Session:
 
     def _check_whole(self) -> None:
         if self._broken:
-            raise SessionError("an earlier step was interrupted and left the state half-written; call reset()")
+            raise SessionError("an earlier step was interrupted: the state is half-written; call reset()")
 
     def _check_positions(self, path: str | Path, state: Tensor) -> None:
         for slot in self.plan.state:
@@ -292,8 +297,8 @@ def bind(
     """See `Plan.bind`."""
     if plan.target != "cpu":
         raise PlanError(
-            f"plan {plan.name} is compiled for {plan.target} and holds launches without kernels, which cannot "
-            "run; compile with --target cpu"
+            f"plan {plan.name} is compiled for {plan.target} and holds launches without kernels, which "
+            "cannot run; compile with --target cpu"
         )
     from dsv4c.runtime.cpu import CpuExecutor
 
@@ -308,7 +313,9 @@ def bind(
     return Session(plan, CpuExecutor(plan, block, poison=poison))
 
 
-def _sink(block: Tensor, types: Mapping[str, Type], offsets: Mapping[str, int]) -> Callable[[str, Value], None]:
+def _sink(
+    block: Tensor, types: Mapping[str, Type], offsets: Mapping[str, int]
+) -> Callable[[str, Value], None]:
     """Copies every parameter to its place in the block; called from several threads, each for another one."""
 
     def store(name: str, value: Value) -> None:

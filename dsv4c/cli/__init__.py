@@ -1,0 +1,88 @@
+"""The command line: `dsv4c compile`, `show`, `run`, `weights`, `synth`. Commands parse, call and print.
+
+A command is a module of this package with a `register(app)`; add it to `COMMANDS`. Results go to stdout (with
+--json nothing but JSON), the rest to stderr. Exit codes are those of `dsv4c.errors`, 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from importlib import import_module
+from types import FrameType
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from dsv4c.errors import Dsv4cError
+
+COMMANDS = ("compile", "show", "run", "weights", "synth")
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class _Group(TyperGroup):
+    """Turns a user's mistake into one sentence on stderr and its exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Dsv4cError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("interrupted: nothing was left half-written", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""Compile DeepSeek-V4 to an executable plan, look at it, run it.
+
+    [bold]Examples[/bold]
+
+      dsv4c show deepseek-v4-flash --layer 2
+
+      dsv4c synth tiny -o tiny-weights --seed 1
+
+      dsv4c compile tiny-weights -o tiny.plan
+
+      dsv4c run tiny.plan --weights tiny-weights --tokens 3,17,5 --max-new-tokens 8
+    """,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"dsv4c {version('dsv4c')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+) -> None:
+    pass
+
+
+for _name in COMMANDS:
+    import_module(f"dsv4c.cli.{_name}").register(app)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # so that a polite kill cleans up as Ctrl-C does
+
+
+def main() -> None:
+    """Entry point of the `dsv4c` command."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app(prog_name="dsv4c")

@@ -1,0 +1,183 @@
+"""`dsv4c run PLAN --weights DIR --tokens ...`: a prompt in, tokens and logits out."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsv4c.cli.console import print_json, progress_bar
+from dsv4c.cli.options import JsonOption, PlanArgument
+from dsv4c.errors import CheckpointError, SessionError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dsv4c.runtime.plan import Plan
+    from dsv4c.runtime.session import Session
+
+WeightsOption = Annotated[
+    Path, typer.Option(help="Checkpoint folder, or a .safetensors file.", metavar="DIR", show_default=False)
+]
+TokensOption = Annotated[
+    str, typer.Option(help="The prompt: token ids, separated by commas.", metavar="IDS", show_default=False)
+]
+ForceTokensOption = Annotated[
+    str,
+    typer.Option(
+        "--force", help="Tokens to decode one by one after the prompt.", metavar="IDS", show_default=False
+    ),
+]
+NewOption = Annotated[
+    int, typer.Option(help="Tokens to generate after those, the likeliest one each time.", min=0)
+]
+LogitsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write `logits`, f32 [prompt and forced tokens, vocab], row i after token i.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
+PoisonOption = Annotated[
+    bool, typer.Option("--poison", help="Fill the arena with NaN before every step, to find stale reads.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("run")(run_command)
+
+
+def run_command(
+    plan: PlanArgument,
+    weights: WeightsOption,
+    tokens: TokensOption,
+    force: ForceTokensOption = "",
+    max_new_tokens: NewOption = 0,
+    logits: LogitsOption = None,
+    poison: PoisonOption = False,
+    json: JsonOption = False,
+) -> None:
+    """Run a plan: prefill the prompt, decode the forced tokens, then generate greedily.
+
+    Examples:
+
+      dsv4c run tiny.plan --weights tiny-weights --tokens 3,17,5 --max-new-tokens 8
+
+      dsv4c run tiny.plan --weights tiny-weights --tokens 3,17 --force 5,9 --logits out.safetensors
+    """
+    from dsv4c.runtime.plan import load
+
+    prompt, forced = token_ids(tokens, "--tokens"), token_ids(force, "--force")
+    compiled = load(plan)
+    _check_config(compiled, weights)
+    with progress_bar("weights", bytes_counted=True) as progress:
+        session = compiled.bind(weights, progress=progress, poison=poison)
+    started = time.perf_counter()
+    rows, generated = generate(session, prompt, forced, max_new_tokens)
+    seconds = time.perf_counter() - started
+    if logits is not None:
+        _save_logits(logits, rows)
+    top = rows[-1].topk(min(5, rows.shape[1]))
+    if json:
+        print_json(
+            {
+                "tokens": prompt + forced,
+                "generated": generated,
+                "positions": session.positions,
+                "top": [{"token": int(t), "logit": float(v)} for v, t in zip(*top, strict=True)],
+                "logits": str(logits) if logits else None,
+                "seconds": round(seconds, 4),
+            }
+        )
+        return
+    if generated:
+        print(",".join(map(str, generated)))
+    else:
+        likely = ", ".join(f"{int(t)} ({float(v):.3f})" for v, t in zip(*top, strict=True))
+        print(f"likeliest after {len(rows)} tokens: {likely}")
+    if logits is not None:
+        print(f"{logits}: logits f32 {list(rows.shape)}")
+
+
+def generate(
+    session: Session, prompt: Sequence[int], forced: Sequence[int], new: int
+) -> tuple[Tensor, list[int]]:
+    """Prefill, forced steps, then `new` greedy tokens in sequence 0; the others wait. Returns the logits of
+    prompt and forced tokens, and the new tokens.
+    """
+    import torch
+
+    waiting: list[int | None] = [None] * (session.batch - 1)
+    room = session.max_context - session.positions[0]
+    if (wanted := len(prompt) + len(forced) + max(new - 1, 0)) > room:
+        raise SessionError(
+            f"{wanted} tokens exceed the context of {room}; compile with a larger --max-context"
+        )
+    with progress_bar("run") as progress:
+        rows = [session.prefill(prompt)]
+        following = session.next_tokens[-1]
+        for done, token in enumerate(forced):
+            if progress:
+                progress("forced tokens", done, len(forced) + new)
+            rows.append(session.decode([token, *waiting])[:1])
+            following = session.next_tokens[0]
+        generated: list[int] = []
+        while len(generated) < new:
+            generated.append(following)
+            if progress:
+                progress("new tokens", len(forced) + len(generated), len(forced) + new)
+            if len(generated) < new:
+                session.decode([following, *waiting])
+                following = session.next_tokens[0]
+    return torch.cat(rows), generated
+
+
+def token_ids(text: str, option: str) -> list[int]:
+    """Token ids from comma-separated text. Raises SessionError naming what is no number."""
+    ids = []
+    for part in text.replace(" ", "").split(",") if text.strip() else []:
+        try:
+            ids.append(int(part))
+        except ValueError:
+            raise SessionError(f"{option}: {part!r} is no token id; expected numbers like 3,17,5") from None
+    return ids
+
+
+def _check_config(plan: Plan, weights: Path) -> None:
+    """A checkpoint that comes with a config must be of the plan's model: shapes alone do not tell."""
+    from dsv4c.config import ModelConfig, load_config
+
+    if not (weights / "config.json").is_file():
+        return
+    found, wanted = load_config(weights), ModelConfig.from_dict(plan.config)
+    if found == wanted:
+        return
+    ours, theirs = wanted.to_dict(), found.to_dict()
+    differing = [k for k in ours if ours[k] != theirs[k] and k not in ("name", "notes", "mtp_layers")]
+    shown = differing[:5]
+    lines = "; ".join(f"{key} is {_short(theirs[key])}, the plan has {_short(ours[key])}" for key in shown)
+    if differing:
+        raise CheckpointError(f"{weights}: is the checkpoint of another model: {lines}; give the plan's own")
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _save_logits(path: Path, rows: Tensor) -> None:
+    from safetensors.torch import save_file
+
+    try:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+            made = Path(scratch) / "logits"
+            save_file({"logits": rows}, made)
+            os.replace(made, path)
+    except OSError as error:
+        raise SessionError(f"{path}: the logits cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,136 @@
+"""`dsv4c show CONFIG|PLAN`: a summary of the graph, then the graph."""
+
+from __future__ import annotations
+
+import json as json_text
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dsv4c.cli.compile import describe, figures
+from dsv4c.cli.console import note, print_json, write_text
+from dsv4c.cli.options import (
+    CONFIG_HELP,
+    BatchOption,
+    ChunkOption,
+    ContextOption,
+    JsonOption,
+    Mode,
+    RecipeOption,
+)
+from dsv4c.config import ModelConfig
+from dsv4c.errors import GraphError
+
+if TYPE_CHECKING:
+    from dsv4c.ir.graph import Graph
+    from dsv4c.runtime.plan import Plan
+
+
+class Format(StrEnum):
+    """Forms of a graph."""
+
+    TEXT = "text"
+    JSON = "json"
+    DOT = "dot"
+    SVG = "svg"
+
+
+Subject = Annotated[
+    str,
+    typer.Argument(metavar="CONFIG|PLAN", help=f"{CONFIG_HELP} Or a plan folder.", show_default=False),
+]
+LayerOption = Annotated[
+    str | None, typer.Option(help="One layer only: 3, layers.3 or mtp.0.", metavar="N", show_default=False)
+]
+FormatOption = Annotated[Format, typer.Option(help="Form of the graph.")]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option("-o", "--output", help="Write the graph to a file.", metavar="FILE", show_default=False),
+]
+ModeOption = Annotated[Mode, typer.Option(help="Which bucket.")]
+FoldOption = Annotated[bool, typer.Option("--fold/--no-fold", help="Show equal layers once, with a count.")]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("show")(show_command)
+
+
+def show_command(
+    subject: Subject,
+    layer: LayerOption = None,
+    format: FormatOption = Format.TEXT,
+    output: OutputOption = None,
+    mode: ModeOption = Mode.DECODE,
+    fold: FoldOption = True,
+    recipe: RecipeOption = "official",
+    batch: BatchOption = 1,
+    max_context: ContextOption = 4096,
+    chunk: ChunkOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Show a model's graph: figures first, then the operations, equal layers folded into one.
+
+    A plan is shown as it was compiled; --recipe, --batch, --max-context and --chunk are for configs.
+    With --json the figures are printed; --format json gives the graph itself.
+
+    Examples:
+
+      dsv4c show deepseek-v4-pro --layer 2
+
+      dsv4c show tiny.plan --json
+
+      dsv4c show tiny --layer 1 --format svg -o layer.svg
+    """
+    from dsv4c.view.text import summarize
+
+    graph, config, plan = _subject(subject, mode.value, recipe, batch, max_context, chunk)
+    summary = summarize(graph, config)
+    if json:
+        print_json({"summary": summary.to_dict()} | (figures(plan) if plan else {}))
+        return
+    text = _form(graph, format, layer, fold)
+    if format is Format.TEXT:
+        head = summary.text() + (describe(plan) if plan else "")
+        write_text(output, f"{head}\n{text}", GraphError)
+    else:
+        write_text(output, text, GraphError)
+    if output is not None:
+        note(f"{output}: {len(text):,} characters of {format.value}")
+
+
+def _subject(
+    subject: str, mode: str, recipe: str, batch: int, max_context: int, chunk: int | None
+) -> tuple[Graph, ModelConfig, Plan | None]:
+    """The graph of a plan's bucket, or the one that a config would be compiled to."""
+    from dsv4c.ir.text import parse_graph
+    from dsv4c.runtime.plan import PLAN_FILE, load
+
+    if (Path(subject) / PLAN_FILE).exists():
+        plan = load(subject)
+        return parse_graph(plan.graph_text(mode)), ModelConfig.from_dict(plan.config), plan
+    from dsv4c.compiler import graph_of, settings
+
+    config, deployment, numerics = settings(
+        subject, recipe=recipe, batch=batch, max_context=max_context, chunk=chunk, mtp=mode == "mtp"
+    )
+    return graph_of(config, deployment, numerics, mode), config, None  # type: ignore[arg-type]
+
+
+def _form(graph: Graph, format: Format, layer: str | None, fold: bool) -> str:
+    if format is Format.TEXT:
+        from dsv4c.view.text import render
+
+        return render(graph, layer, fold)
+    if format is Format.JSON:
+        from dsv4c.ir.text import graph_to_json
+
+        return json_text.dumps(graph_to_json(graph), indent=1) + "\n"
+    if format is Format.DOT:
+        from dsv4c.view.dot import dot
+
+        return dot(graph, layer, fold)
+    from dsv4c.view.svg import svg
+
+    return svg(graph, layer, fold)
