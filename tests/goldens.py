@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import lzma
+import math
 import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -154,6 +156,30 @@ class Recorded:
     def distance(self, name: str, value: torch.Tensor) -> float:
         """|value - recorded| / |recorded| over the whole tensor."""
         value, expected = self.rows(name, value)
+        return float((value.double() - expected.double()).norm() / expected.double().norm())
+
+    def deviation(self, prefix: str, name: str, values: Mapping[str, torch.Tensor]) -> float:
+        """Distance of one recorded tensor of a layer, as the model's `values` go by the recorded names.
+
+        Selections are sets, and equal (0) or not (infinity); weights belong to their experts; of the caches'
+        rows and the scores' columns the first ones were recorded; scores must be -inf in the same places.
+        """
+        value, expected = values[name], self.tensors[f"{prefix}.{name}"]
+        if name in ("index_sel", "router_idx"):
+            return 0.0 if self.same_sets(f"{prefix}.{name}", value) else math.inf
+        if name in ("entries", "index_keys"):
+            return self.distance(f"{prefix}.{name}", value[: len(expected)])
+        value, expected = self.rows(f"{prefix}.{name}", value[:, : expected.shape[1]])
+        if name == "router_w":
+            pair = self.rows(f"{prefix}.router_idx", values["router_idx"])
+            value, expected = (
+                w.gather(1, experts.long().argsort(dim=1))
+                for w, experts in zip((value, expected), pair, strict=True)
+            )
+        if name == "index_scores":
+            if not torch.equal(value.isinf(), expected.isinf()):
+                return math.inf
+            value, expected = (x.masked_fill(expected.isinf(), 0) for x in (value, expected))
         return float((value.double() - expected.double()).norm() / expected.double().norm())
 
     def same_sets(self, name: str, value: torch.Tensor) -> bool:

@@ -1,0 +1,134 @@
+"""The unquantized model against recorded results of the official implementation, everything in f32."""
+
+from __future__ import annotations
+
+import fnmatch
+
+import pytest
+import torch
+
+from tests.goldens import Recorded, recorded
+from tests.interpreted import Model, layer_value, logits_of, padded
+
+WHOLE = -1  # the prompt in one call
+
+
+@pytest.fixture(scope="module")
+def case() -> Recorded:
+    return recorded("fp32")
+
+
+@pytest.mark.parametrize(
+    ("run", "chunk"),
+    [
+        ("main", WHOLE),
+        ("main", 37),
+        ("main", 5),
+        ("main", 0),
+        ("short", WHOLE),
+        ("short", 2),
+        ("one", WHOLE),
+        ("p128", WHOLE),
+        ("p128", 127),
+    ],
+)
+def test_logits(case: Recorded, run: str, chunk: int) -> None:
+    ids = case.run(run)
+    logits = logits_of(case.folder, "fp32", ids, ids.prefill if chunk == WHOLE else chunk)
+    assert logits.shape == (len(ids.ids), 256)
+    assert case.distances(f"{run}.logits", logits).max() <= case.tolerance["logits_rel_l2_per_position"]
+
+
+def test_every_intermediate_of_the_prefill(case: Recorded) -> None:
+    run = case.run()
+    model = Model(case.folder, "fp32", run.prefill)
+    graph = model.graph("prefill")
+    names = [n.removeprefix("prefill.") for n in case.tensors if fnmatch.fnmatchcase(n, "prefill.?.*")]
+    places = {n: layer_value(graph, int(n[0]), n[2:]) for n in names}
+    ends = {"hc_head": "output.hc_head", "final_norm": "output.final_norm"}
+    watch = {*places.values(), *ends.values()}
+    values = model.call("prefill", padded(run.ids[: run.prefill], run.prefill), watch)
+    bound = case.tolerance["intermediates_rel_l2"]
+    compared = set()
+    for layer in range(4):
+        of_layer = {n[2:]: values[place] for n, place in places.items() if n.startswith(f"{layer}.")}
+        for name in of_layer:
+            assert case.deviation(f"prefill.{layer}", name, of_layer) <= bound, f"layer {layer}: {name}"
+            compared.add(f"prefill.{layer}.{name}")
+    for name, place in ends.items():
+        assert case.distance(f"prefill.{name}", values[place]) <= bound
+        compared.add(f"prefill.{name}")
+    assert compared >= {n for n in case.packed_names if n.startswith("prefill.")}
+    assert len(compared) >= 60
+
+
+# Recorded state -> ours. What a slot holds that no position names yet does not matter.
+STATES = {
+    "window": "attn.window",
+    "entries": "attn.entries",
+    "index_keys": "attn.indexer.keys",
+    "kv_state": "attn.compressor.kv",
+    "score_state": "attn.compressor.score",
+    "index_kv_state": "attn.indexer.compressor.kv",
+    "index_score_state": "attn.indexer.compressor.score",
+}
+
+
+def recorded_slots(name: str, rows: int, position: int) -> list[tuple[int, int]]:
+    """(recorded row, token or entry it belongs to), before the step at `position`.
+
+    The window is a ring. A compressor keeps the tokens of the unfinished window (rows ratio.. with overlap)
+    and, with overlap, those of the one before it.
+    """
+    if name in ("entries", "index_keys"):
+        return [(row, row) for row in range(rows)]
+    if name == "window":
+        return [(p % rows, p) for p in range(max(0, position - rows), position)]
+    ratio = 4 if rows == 8 else rows
+    begin = position // ratio * ratio
+    current = [(p - begin + (rows - ratio), p) for p in range(begin, position)]
+    previous = [(p - begin + ratio, p) for p in range(begin - ratio, begin)] if rows == 8 else []
+    return previous + current
+
+
+def test_one_decode_step_from_the_recorded_state(case: Recorded) -> None:
+    """Layers whose state is recorded start from it, and it is what ours had come to."""
+    run, position = case.run(), case.description["decode_probe_position"]
+    model = Model(case.folder, "fp32", 64)
+    model.prefill(run.ids[:position])
+    bound = case.tolerance["intermediates_rel_l2"]
+    compared = set()
+    for full in (n for n in case.tensors if fnmatch.fnmatchcase(n, "decode.?.state.*")):
+        layer, name, expected = full[7], full.rpartition(".")[2], case.tensors[full]
+        state = model.states[f"layers.{layer}.{STATES[name]}"][0]
+        slots = recorded_slots(name, len(expected), position)
+        theirs = expected[[row for row, _ in slots]]
+        ours = [token % len(state) for _, token in slots]
+        assert (state[ours].double() - theirs.double()).norm() <= bound * theirs.double().norm(), full
+        state.fill_(torch.nan)
+        state[ours] = theirs
+        compared.add(full)
+    graph = model.graph("decode")
+    recorded_values = [n for n in case.tensors if fnmatch.fnmatchcase(n, "decode.?.*") and ".state." not in n]
+    places = {n: layer_value(graph, int(n[7]), n[9:]) for n in recorded_values}
+    values = model.call("decode", padded([run.ids[position]], 1), set(places.values()))
+    for layer in range(4):
+        of_layer = {n[9:]: values[p] for n, p in places.items() if n.startswith(f"decode.{layer}.")}
+        for name in of_layer:
+            assert case.deviation(f"decode.{layer}", name, of_layer) <= bound, f"layer {layer}: {name}"
+            compared.add(f"decode.{layer}.{name}")
+    expected = case.tensors["main.logits"][position].double()
+    distance = (values["logits"][0].double() - expected).norm() / expected.norm()
+    assert distance <= case.tolerance["logits_rel_l2_per_position"]
+    assert compared >= {n for n in case.packed_names if n.startswith("decode.")}
+    assert sum(".state." in n for n in compared) >= 11
+
+
+@pytest.mark.parametrize("chunk", [150, 41])
+def test_the_drafts_of_the_mtp_block(case: Recorded, chunk: int) -> None:
+    """Streams of the tokens 0..P-1 after the last layer, each with the token that follows."""
+    run = case.run()
+    model = Model(case.folder, "fp32", chunk)
+    model.prefill(run.ids[: run.prefill])
+    logits = model.draft(model.streams, run.ids[1 : run.prefill + 1])
+    assert case.distances("mtp.logits", logits).max() <= case.tolerance["logits_rel_l2_per_position"]
