@@ -1,0 +1,94 @@
+"""Decode and prefill attention in one op: query norm and RoPE, window and compressed keys, sink softmax, values,
+inverse RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dsv4c.ir.fused import Fused, Neighborhood, fused
+from dsv4c.ir.graph import Node, Value
+from dsv4c.ir.ops import (
+    attention_scores,
+    attention_values,
+    concat,
+    dequantize,
+    gather,
+    sink_softmax,
+    visible_entries,
+    window_index,
+)
+from dsv4c.passes.fusions.inverse_rope import InverseRope, inverse_rope
+from dsv4c.passes.fusions.q_norm_rope import q_norm_rope
+from dsv4c.types import BF16, FP8_ROW, DType, QuantFormat, QuantType
+
+
+def keys_of(cache: Value, index: Value, out: DType) -> Value:
+    """Rows of a cache as plain keys."""
+    rows = gather(cache, index)
+    return dequantize(rows, out=out) if isinstance(cache.type, QuantType) else rows
+
+
+@fused
+class Attention(Fused):
+    """q[N, h, D] before its norm -> [N, groups, h/groups * D], quantized when there is a `format`.
+
+    Without `entries`: sliding window alone (SWA). With them: the `chosen` ones (CSA), or else all that are
+    complete, one per `ratio` tokens (HCA).
+    """
+
+    literals = ("concat.axis",)
+    anchor = InverseRope
+    example = {
+        "q": "bf16[1,4,128]",
+        "positions": "i32[1]",
+        "frequencies": "f32[32]",
+        "sink": "f32[4]",
+        "chosen": "i32[1,8]",
+        "ring": "q[e4m3,ue8m0,1x64,tail=64][1,128,128]",
+        "entries": "q[e4m3,ue8m0,1x64,tail=64][1,64,128]",
+        "groups": 2,
+        "window": 128,
+        "ratio": 4,
+        "eps": 1e-6,
+        "scale": 1.0,
+        "precision": BF16,
+        "format": FP8_ROW,
+    }
+    eps: float
+    precision: DType
+    window: int
+    scale: float
+    groups: int
+    format: QuantFormat | None
+    ratio: int = 0
+
+    @classmethod
+    def propose(cls, anchor: Node, around: Neighborhood) -> Iterable[Mapping[str, Any]]:
+        assert isinstance(anchor.op, InverseRope)
+        return ({"groups": anchor.op.groups, "format": anchor.op.format},)
+
+    def body(
+        self,
+        q: Value,
+        positions: Value,
+        frequencies: Value,
+        sink: Value,
+        ring: Value,
+        entries: Value | None = None,
+        chosen: Value | None = None,
+    ) -> Value:
+        act = q.type.dtype
+        q = q_norm_rope(q, positions, frequencies, eps=self.eps, precision=self.precision)
+        index = window_index(positions, window=self.window)
+        keys = keys_of(ring, index, act)
+        if entries is not None:
+            if chosen is None:
+                chosen = visible_entries(positions, ratio=self.ratio, capacity=entries.type.shape[1])
+            keys = concat(keys, keys_of(entries, chosen, act), axis=1)
+            index = concat(index, chosen, axis=1)
+        scores = attention_scores(q, keys, index, scale=self.scale)
+        p, denominator = sink_softmax(scores, sink, out=act)
+        o = attention_values(p, denominator, keys)
+        out: Value = inverse_rope(o, positions, frequencies, groups=self.groups, format=self.format)
+        return out

@@ -1,0 +1,77 @@
+"""The KV compressor: keep this call's rows, pool the windows that they finish, normalize, rotate, encode, store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dsv4c.ir.fused import Fused, Neighborhood, fused
+from dsv4c.ir.graph import Node, Value
+from dsv4c.ir.ops import (
+    add_position_bias,
+    cache_write,
+    cast,
+    completed_entries,
+    compress_pool,
+    hadamard,
+    quantize,
+    rms_norm,
+    rope,
+)
+from dsv4c.ir.ops.compress import CompressPool
+from dsv4c.ir.ops.quant import Hadamard
+from dsv4c.ir.ops.rope import Rope
+from dsv4c.types import F32, QuantType
+
+
+@fused
+class Compressor(Fused):
+    """kv, gate f32[N, W] into their rings, finished entries into the cache. Returns entries, kv ring, score ring.
+
+    `rotated` entries are index keys: under the Hadamard transform.
+    """
+
+    literals = ("rms_norm.precision", "rope.inverse")
+    anchor = CompressPool
+    example = {"entries": "q[e4m3,ue8m0,1x64,tail=64][1,128,512]", "gain": "bf16[512]"}
+    ratio: int
+    overlap: bool
+    sequences: int
+    eps: float
+    rotated: bool
+
+    @classmethod
+    def propose(cls, anchor: Node, around: Neighborhood) -> Iterable[Mapping[str, Any]]:
+        nodes = around.users(anchor.outputs[0])
+        while len(nodes) == 1 and not isinstance(nodes[0].op, Rope):
+            nodes = around.users(nodes[0].outputs[0])
+        after = around.users(nodes[0].outputs[0]) if nodes else ()
+        return ({"rotated": any(isinstance(n.op, Hadamard) for n in after)},)
+
+    def body(
+        self,
+        entries: Value,
+        kv_ring: Value,
+        score_ring: Value,
+        kv: Value,
+        gate: Value,
+        bias: Value,
+        gain: Value,
+        positions: Value,
+        frequencies: Value,
+    ) -> tuple[Value, ...]:
+        score = add_position_bias(gate, bias, positions)
+        kv_ring = cache_write(kv_ring, kv, positions)
+        score_ring = cache_write(score_ring, score, positions)
+        done = completed_entries(positions, ratio=self.ratio, sequences=self.sequences)
+        z = compress_pool(kv_ring, score_ring, done, ratio=self.ratio, overlap=self.overlap)
+        if gain.type.dtype is not F32:
+            z = cast(z, to=gain.type.dtype)
+        e = rope(rms_norm(z, gain, eps=self.eps), done, frequencies, stride=self.ratio)
+        if self.rotated:
+            e = hadamard(e)
+        if isinstance(entries.type, QuantType):
+            e = quantize(e, format=entries.type.format)
+        return cache_write(entries, e, done), kv_ring, score_ring
+
+

@@ -1,0 +1,18 @@
+"""Token embedding, copied to every residual stream."""
+
+from __future__ import annotations
+
+from dsv4c.ir.fused import Fused, fused
+from dsv4c.ir.graph import Value
+from dsv4c.ir.ops import embedding, expand_streams
+
+
+@fused
+class Embed(Fused):
+    """table[V, H], tokens i32[N] -> [N, streams, H]."""
+
+    streams: int
+
+    def body(self, table: Value, tokens: Value) -> Value:
+        x: Value = expand_streams(embedding(table, tokens), streams=self.streams)
+        return x

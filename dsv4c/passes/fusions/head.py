@@ -1,0 +1,37 @@
+"""The end of the trunk: mHC post of the last sublayer, collapse under sigmoid weights, final RMSNorm.
+
+lm_head stays a launch of its own: it streams a gigabyte, and this row is ready long before.
+"""
+
+from __future__ import annotations
+
+from dsv4c.ir.fused import Fused, fused
+from dsv4c.ir.graph import Value
+from dsv4c.ir.ops import add, collapse_streams, mul, rms_norm, shift, sigmoid
+from dsv4c.passes.fusions.hyper_norm import EXAMPLE, mixes_of, post_mix
+
+
+@fused
+class Head(Fused):
+    """Results: the mixed streams, and the normed row that lm_head reads."""
+
+    literals = ("linear.out", "rms_norm.precision")
+    example = EXAMPLE
+    norm_eps: float
+    hc_eps: float
+
+    def body(
+        self,
+        f: Value,
+        streams: Value,
+        post: Value,
+        comb: Value,
+        fn: Value,
+        base: Value,
+        scales: Value,
+        gain: Value,
+    ) -> tuple[Value, ...]:
+        mixed = post_mix(f, streams, post, comb)
+        weights = sigmoid(add(mul(mixes_of(mixed, fn, self.norm_eps), scales), base))
+        x = collapse_streams(mixed, shift(weights, offset=self.hc_eps), out=streams.type.dtype)
+        return mixed, rms_norm(x, gain, eps=self.norm_eps)

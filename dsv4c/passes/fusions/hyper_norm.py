@@ -1,0 +1,128 @@
+"""One boundary between sublayers: mHC post of the last one, coefficients of the next, collapse, RMSNorm, quantize.
+
+The streams are read once and written once. Sinkhorn is off the critical path: only the next boundary needs `comb`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dsv4c.ir.fused import Fused, Neighborhood, fused
+from dsv4c.ir.graph import Node, Value
+from dsv4c.ir.ops import (
+    add,
+    cast,
+    collapse_streams,
+    linear,
+    mix_streams,
+    mul,
+    quantize,
+    reshape,
+    rms_norm,
+    rsqrt_mean_square,
+    scale,
+    shift,
+    sigmoid,
+    slice_,
+    spread_streams,
+)
+from dsv4c.ir.ops.hyper import CollapseStreams
+from dsv4c.ir.ops.norm import RmsNorm
+from dsv4c.ir.ops.quant import Quantize
+from dsv4c.passes.fusions.sinkhorn import sinkhorn
+from dsv4c.types import F32, QuantFormat
+
+EXAMPLE: Mapping[str, Any] = {
+    "iterations": 2,
+    "streams": "bf16[1,4,256]",
+}
+LITERALS = ("linear.out", "slice.axis", "slice.start", "slice.stop", "scale.factor", "rms_norm.precision")
+
+
+def post_mix(f: Value, streams: Value, post: Value, comb: Value) -> Value:
+    """X'_k = post_k * f + sum_j comb[j, k] * X_j, in the streams' type."""
+    mixed = add(spread_streams(f, post), mix_streams(streams, comb))
+    if streams.type.dtype is not F32:
+        mixed = cast(mixed, to=streams.type.dtype)
+    out: Value = mixed
+    return out
+
+
+def mixes_of(streams: Value, fn: Value, eps: float) -> Value:
+    """(v · fn) * rsqrt(mean(v²) + eps) over all streams of a token, f32."""
+    n, s, h = streams.type.shape
+    v = reshape(streams, shape=(n, s * h))
+    out: Value = mul(linear(v, fn, out=F32), rsqrt_mean_square(v, eps=eps))
+    return out
+
+
+def proposed_format(anchor: Node, around: Neighborhood) -> QuantFormat | None:
+    """The format that the collapsed and normalized row is quantized to, if it is."""
+    for norm in around.users(anchor.outputs[0]):
+        if isinstance(norm.op, RmsNorm):
+            for user in around.users(norm.outputs[0]):
+                if isinstance(user.op, Quantize) and len(user.inputs) == 1:
+                    return user.op.format
+    return None
+
+
+@fused
+class HyperNormFirst(Fused):
+    """The boundary before the first sublayer, whose streams come from the embedding: nothing to mix.
+
+    Results: the normed row, post, comb, and the quantized row when there is a `format`.
+    """
+
+    literals = LITERALS
+    anchor = CollapseStreams
+    example = EXAMPLE
+    norm_eps: float
+    hc_eps: float
+    iterations: int
+    format: QuantFormat | None
+
+    @classmethod
+    def propose(cls, anchor: Node, around: Neighborhood) -> Iterable[Mapping[str, Any]]:
+        return ({"format": proposed_format(anchor, around)},)
+
+    def body(self, streams: Value, fn: Value, base: Value, scales: Value, gain: Value) -> tuple[Value, ...]:
+        n, s, _ = streams.type.shape
+        mixes = mixes_of(streams, fn, self.norm_eps)
+
+        def part(i: int, start: int, stop: int) -> Value:
+            factor = slice_(scales, axis=0, start=i, stop=i + 1)
+            shifted: Value = add(
+                mul(slice_(mixes, axis=1, start=start, stop=stop), factor),
+                slice_(base, axis=0, start=start, stop=stop),
+            )
+            return shifted
+
+        pre = shift(sigmoid(part(0, 0, s)), offset=self.hc_eps)
+        post = scale(sigmoid(part(1, s, 2 * s)), factor=2.0)
+        comb = reshape(part(2, 2 * s, 2 * s + s * s), shape=(n, s, s))
+        comb = sinkhorn(comb, iterations=self.iterations, eps=self.hc_eps)
+        x = collapse_streams(streams, pre, out=streams.type.dtype)
+        normed = rms_norm(x, gain, eps=self.norm_eps)
+        if self.format is None:
+            return normed, post, comb
+        return normed, post, comb, quantize(normed, format=self.format)
+
+
+@fused
+class HyperNorm(HyperNormFirst):
+    """A boundary between two sublayers. Results: the mixed streams, then those of `HyperNormFirst`."""
+
+    def body(  # type: ignore[override]
+        self,
+        f: Value,
+        streams: Value,
+        post: Value,
+        comb: Value,
+        fn: Value,
+        base: Value,
+        scales: Value,
+        gain: Value,
+    ) -> tuple[Value, ...]:
+        mixed = post_mix(f, streams, post, comb)
+        return mixed, *HyperNormFirst.body(self, mixed, fn, base, scales, gain)  # type: ignore[operator]

@@ -1,0 +1,25 @@
+"""The indexer's scores: queries rotated, transformed and encoded like the keys, head weights scaled, ReLU products summed."""
+
+from __future__ import annotations
+
+from dsv4c.ir.fused import Fused, fused
+from dsv4c.ir.graph import Value
+from dsv4c.ir.ops import hadamard, index_scores, quantize, rope, scale
+from dsv4c.types import QuantType
+
+
+@fused
+class Indexer(Fused):
+    """q[N, H, D] before RoPE, keys[B, C, D], weights[N, H] -> scores f32[N, C], -inf where not visible."""
+
+    literals = ("rope.inverse", "rope.stride")
+    example = {"keys": "q[e2m1,ue8m0,1x32][1,64,128]"}
+    ratio: int
+    factor: float
+
+    def body(self, q: Value, keys: Value, weights: Value, positions: Value, frequencies: Value) -> Value:
+        q = hadamard(rope(q, positions, frequencies))
+        if isinstance(keys.type, QuantType):
+            q = quantize(q, format=keys.type.format)
+        scores: Value = index_scores(q, keys, scale(weights, factor=self.factor), positions, ratio=self.ratio)
+        return scores

@@ -1,0 +1,40 @@
+"""Inverse RoPE of the attention output, split into the groups of wo_a, and quantized when wo_a wants it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dsv4c.ir.fused import Fused, Neighborhood, fused
+from dsv4c.ir.graph import Node, Value
+from dsv4c.ir.ops import quantize, reshape, rope
+from dsv4c.ir.ops.quant import Quantize
+from dsv4c.ir.ops.shape import Reshape
+from dsv4c.types import QuantFormat
+
+
+@fused
+class InverseRope(Fused):
+    """o[N, h, D] rotated back by its position -> [N, groups, h/groups * D]."""
+
+    literals = ("rope.inverse", "rope.stride")
+    anchor = Reshape
+    example = {"o": "bf16[1,4,128]", "groups": 2}
+    groups: int
+    format: QuantFormat | None
+
+    @classmethod
+    def propose(cls, anchor: Node, around: Neighborhood) -> Iterable[Mapping[str, Any]]:
+        shape = anchor.outputs[0].type.shape
+        users = around.users(anchor.outputs[0])
+        formats = [u.op.format for u in users if isinstance(u.op, Quantize)] or [None]
+        return ({"groups": shape[1], "format": f} for f in formats) if len(shape) == 3 else ()
+
+    def body(self, o: Value, positions: Value, frequencies: Value) -> Value:
+        n, heads, dim = o.type.shape
+        o = rope(o, positions, frequencies, inverse=True)
+        o = reshape(o, shape=(n, self.groups, heads * dim // self.groups))
+        return o if self.format is None else quantize(o, format=self.format)
+
+
+inverse_rope = InverseRope.apply
