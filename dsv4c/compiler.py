@@ -22,7 +22,6 @@ from dsv4c.ir.text import print_attribute, print_graph
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode, build
 from dsv4c.models.weights import records
-from dsv4c.passes.fold import expand
 from dsv4c.passes.memory import MemoryPlan, lay_out, plan_memory
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import Recipe, recipe_named
@@ -259,6 +258,8 @@ class _Bodies:
 
     def file(self, node: Node) -> str:
         """Name of the file with the body of a fused node: its operands as inputs, its results in order."""
+        from dsv4c.passes.fold import expand
+
         assert isinstance(node.op, Fused)
         key = node.op, tuple(v.type for v in node.inputs)
         if key not in self._names:

@@ -90,7 +90,7 @@ def show_command(
     if json:
         print_json({"summary": summary.to_dict()} | (figures(plan) if plan else {}))
         return
-    text = _form(graph, format, layer, fold)
+    text = _form(graph, format, int(layer) if layer and layer.isdigit() else layer, fold)
     if format is Format.TEXT:
         head = summary.text() + (describe(plan) if plan else "")
         write_text(output, f"{head}\n{text}", GraphError)
@@ -118,7 +118,7 @@ def _subject(
     return graph_of(config, deployment, numerics, mode), config, None  # type: ignore[arg-type]
 
 
-def _form(graph: Graph, format: Format, layer: str | None, fold: bool) -> str:
+def _form(graph: Graph, format: Format, layer: int | str | None, fold: bool) -> str:
     if format is Format.TEXT:
         from dsv4c.view.text import render
 
