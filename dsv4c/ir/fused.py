@@ -54,6 +54,8 @@ class Fused(Op):
     """"op.attribute" of every attribute that the body sets to a constant on purpose."""
     anchor: ClassVar[type[Op] | None] = None
     """Op of the body that a search starts from; by default the one that is rarest in the graph."""
+    apart: ClassVar[tuple[str, ...]] = ()
+    """Operands to which no wire of the body leads from the anchor: proposals give their values, by label."""
     example: ClassVar[Mapping[str, Any]] = {}
     """Values of fields, and types of operands as text, where the registration check needs them."""
 
@@ -67,7 +69,7 @@ class Fused(Op):
         """Candidates for fields that no attribute reveals (a number of repetitions), best first.
 
         A proposal is only tried: a match must still agree with the whole body. The key "operands" gives the
-        number of operands of a variadic body. Overriding it requires `anchor`.
+        number of operands of a variadic body, the labels in `apart` values. Overriding it requires `anchor`.
         """
         return ({},)
 
@@ -691,4 +693,11 @@ def _check_connected(op: type[Fused], pattern: Pattern) -> None:
             group[find(value)] = find(node.outputs[0])
     unread = [v.name for v in pattern.operands if not any(v in node.inputs for node in pattern.nodes)]
     expect(not unread, f"{op.name}: the body never reads {', '.join(unread)}")
-    expect(len({find(v) for v in group}) == 1, f"{op.name}: the body falls into parts that share no value")
+    near = [v for v in pattern.operands if v.name not in op.apart]
+    for value in pattern.operands:
+        if value.name in op.apart:
+            group[find(value)] = find(near[0])
+    expect(
+        len({find(v) for v in group}) == 1,
+        f"{op.name}: the body falls into parts that share no value; propose operands of one, named in `apart`",
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -19,6 +19,7 @@ from dsv4c.ir.fused import (
     OPERANDS,
     Fused,
     Pattern,
+    holes_in,
     is_hole,
     operand_counts,
     optional_fields,
@@ -391,11 +392,12 @@ class _Search:
                 continue  # it belongs to another shape
             known = {**proposal, **fields}
             operands = known.pop(OPERANDS, count)
+            given = {label: known.pop(label) for label in self.op.apart}
             for pattern in sketches(self.op, operands, tuple(sorted(known.items()))):
                 places = [i for i, n in enumerate(pattern.nodes) if type(n.op) is type(anchor.op)]
                 if not places:
                     continue
-                match = _Wiring(self, pattern, anchor, places[0]).step(0)
+                match = _Wiring(self, pattern, anchor, places[0], given).step(0)
                 if match is not None:
                     return match
         return None
@@ -508,13 +510,15 @@ def _text(value: Any) -> str:
 class _Wiring:
     """One pattern laid over the graph around an anchor, by depth-first search with undo."""
 
-    def __init__(self, search: _Search, pattern: Pattern, anchor: Node, place: int) -> None:
+    def __init__(
+        self, search: _Search, pattern: Pattern, anchor: Node, place: int, given: Mapping[str, Value]
+    ) -> None:
         self.search, self.pattern, self.anchor = search, pattern, anchor
+        self.bound = {v: given[v.name] for v in pattern.operands if v.name in given}
         if place not in pattern.plans:
-            pattern.plans[place] = _plan(pattern, place)
+            pattern.plans[place] = _plan(pattern, place, self.bound)
         self.plan = pattern.plans[place]
         self.assigned: dict[int, Node] = {}
-        self.bound: dict[Value, Value] = {}
         self.fields: dict[str, Any] = dict(pattern.fields)
 
     def step(self, i: int) -> Match | None:
@@ -595,7 +599,9 @@ class _Wiring:
             self.fields[name] = actual
             undo.append(name)
             return None
-        if type(wanted) is tuple and type(actual) is tuple and len(wanted) == len(actual):
+        if type(wanted) is tuple and any(True for _ in holes_in(wanted)):
+            if type(actual) is not tuple or len(wanted) != len(actual):
+                return f"{len(wanted)} numbers", actual
             for w, a in zip(wanted, actual, strict=True):
                 wrong = self.unify(w, a, undo)
                 if wrong is not None:
@@ -659,14 +665,14 @@ def _orders(node: Node) -> list[tuple[Value, ...]]:
     return [node.inputs]
 
 
-def _plan(pattern: Pattern, start: int) -> list[tuple[int, Value | None, bool]]:
+def _plan(pattern: Pattern, start: int, given: Iterable[Value]) -> list[tuple[int, Value | None, bool]]:
     """Order of search: (node, the bound value that leads to it, whether the node makes that value).
 
     Makers come first, there is only one to look at; then readers of inner values; readers of operands last,
     for an operand such as the positions may have hundreds.
     """
     plan: list[tuple[int, Value | None, bool]] = [(start, None, False)]
-    done, bound = {start}, {*pattern.nodes[start].inputs, *pattern.nodes[start].outputs}
+    done, bound = {start}, {*given, *pattern.nodes[start].inputs, *pattern.nodes[start].outputs}
     while True:
         best: tuple[int, int, Value, bool] | None = None
         for i, node in enumerate(pattern.nodes):

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dsv4c.ir.fused import Fused, fused
-from dsv4c.ir.graph import Value
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from dsv4c.ir.fused import Fused, Neighborhood, fused
+from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.ops import cast, clamp, expert_linear, linear, mul, reshape, silu
+from dsv4c.ir.ops.linear import ExpertLinear, Linear
+from dsv4c.ir.ops.math import Add
 from dsv4c.passes.fusions.router import HashRouter
 from dsv4c.types import F32, DType
 
@@ -20,13 +25,38 @@ def swiglu(gate: Value, up: Value, limit: float, weights: Value | None) -> Value
     return cast(h, to=act) if act is not F32 else h
 
 
+def shared_input(routed: Node, around: Neighborhood) -> Value | None:
+    """The input of the shared expert's first layer, by way of the sum in which it meets a routed layer's result."""
+    node = routed
+    while not isinstance(node.op, Add):
+        readers = around.users(node.outputs[0])
+        if len(readers) != 1:
+            return None
+        came_from, node = node, readers[0]
+    (value,) = (v for v in node.inputs if v is not came_from.outputs[0])
+    layers = 0
+    while (maker := around.producer(value)) is not None:
+        value = maker.inputs[0]
+        layers += isinstance(maker.op, Linear)
+        if layers == 2:
+            return value
+    return None
+
+
 @fused
 class Swiglu(Fused):
     """Results: h[N, k, I] of the routed experts, h[N, I] of the shared one."""
 
-    literals = ("clamp.low",)  # the gate has no lower bound; up's is minus its upper one
+    literals = ("cast.to", "clamp.low")  # f32 inside; the gate has no lower bound, up's is minus its upper one
+    anchor = ExpertLinear
+    apart = ("x_shared",)
     out: DType
     limit: float
+
+    @classmethod
+    def propose(cls, anchor: Node, around: Neighborhood) -> Iterable[Mapping[str, Any]]:
+        x = shared_input(anchor, around)
+        return ({"x_shared": x},) if x is not None else ()
 
     def body(
         self,
