@@ -1,1 +1,1 @@
-"""Views of a graph: text, DOT, SVG, one HTML file, Model Explorer JSON, and what differs between two graphs."""
+"""Views of a graph: text, DOT, SVG, one HTML file, Model Explorer JSON, and how two graphs differ."""
