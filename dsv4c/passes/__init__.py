@@ -1,0 +1,1 @@
+"""Passes: Graph -> Graph, one verb per file; `pipeline` holds the ordered list."""
