@@ -117,6 +117,7 @@ class _Program:
                     tuple(map(value, launch.outputs)),
                 )
                 for launch in bucket.launches
+                if isinstance(launch, Launch)
             ]
         except (KeyError, ValueError) as error:
             raise PlanError(

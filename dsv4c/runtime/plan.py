@@ -25,7 +25,7 @@ SCHEMA = 1
 """Version of the folder's form; a reader refuses any other."""
 
 PLAN_FILE, TIMINGS_FILE = "plan.json", "timings.json"
-Space = Literal["arena", "state", "weights", "input"]
+Space = Literal["arena", "state", "weights", "input", "constants"]
 Progress = Callable[[str, int, int], None]
 
 
@@ -55,9 +55,50 @@ class Launch:
     body: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One pointer of a kernel: `offset` bytes into a block, where `component` of `value` has `nbytes` bytes.
+
+    access: "r", "w" or "rw".
+    """
+
+    space: Space
+    offset: int
+    value: str
+    component: str
+    nbytes: int
+    access: str
+
+
+@dataclass(frozen=True, slots=True)
+class KernelLaunch:
+    """A kernel of the plan on bytes of its blocks, for the graph's `nodes`.
+
+    `waits`: the kernel waits for its predecessors before it touches what they write; `programmatic`: it may
+    therefore start while those of `after` still run. Sizes in CTAs, threads and bytes.
+    """
+
+    name: str
+    op: str
+    nodes: tuple[str, ...]
+    scope: str
+    kernel: str
+    grid: tuple[int, int, int]
+    block: int
+    cluster: tuple[int, int, int]
+    shared: int
+    programmatic: bool
+    waits: bool
+    arguments: tuple[Argument, ...]
+    after: tuple[int, ...]
+
+
 @dataclass(frozen=True)
 class Bucket:
-    """One static shape of the model: `tokens` rows of `sequences` sequences per call."""
+    """One static shape of the model: `tokens` rows of `sequences` sequences per call.
+
+    Launches are ops on the CPU target and kernels on a GPU target.
+    """
 
     graph: str  # file with the graph's text
     tokens: int
@@ -67,7 +108,7 @@ class Bucket:
     input_bytes: int
     inputs: tuple[str, ...]
     outputs: Mapping[str, str]
-    launches: tuple[Launch, ...]
+    launches: tuple[Launch | KernelLaunch, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +125,8 @@ class Plan:
     """Everything a session needs. Made by `dsv4c.compile`, or read with `dsv4c.load`.
 
     weights: for every parameter its name, type, offset in the weights' block, and where each spelling of a
-    checkpoint keeps it (`dsv4c.runtime.checkpoint.ParamRecord`). files: contents of all files but plan.json.
+    checkpoint keeps it (`dsv4c.runtime.checkpoint.ParamRecord`); on a GPU target also its form in memory.
+    kernels, constants: what a GPU target runs, by hash, and the arrays computed at compile time. files: contents of all files but plan.json.
     timings: seconds per stage of the compile; the only part that differs between two equal compiles, and in
     no digest.
     """
@@ -103,6 +145,8 @@ class Plan:
     certificates: tuple[Mapping[str, Any], ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    kernels: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
     timings: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
 
@@ -278,9 +322,11 @@ def _bucket_to_json(bucket: Bucket) -> dict[str, Any]:
     return data
 
 
-def _launch_to_json(launch: Launch) -> dict[str, Any]:
+def _launch_to_json(launch: Launch | KernelLaunch) -> dict[str, Any]:
     data = {f.name: getattr(launch, f.name) for f in fields(launch)}
-    if not launch.body:
+    if isinstance(launch, KernelLaunch):
+        data["arguments"] = [{f.name: getattr(a, f.name) for f in fields(a)} for a in launch.arguments]
+    elif not launch.body:
         del data["body"]
     return data
 
@@ -351,6 +397,8 @@ def _plan_from_json(
         certificates=tuple(data["certificates"]),
         report=data["report"],
         versions=data["versions"],
+        kernels=data.get("kernels", {}),
+        constants=data.get("constants", {}),
         files=files,
         timings=seconds,
     )
@@ -370,7 +418,23 @@ def _bucket_from_json(data: Mapping[str, Any]) -> Bucket:
     )
 
 
-def _launch_from_json(data: Mapping[str, Any]) -> Launch:
+def _launch_from_json(data: Mapping[str, Any]) -> Launch | KernelLaunch:
+    if "kernel" in data:
+        return KernelLaunch(
+            name=data["name"],
+            op=data["op"],
+            nodes=tuple(data["nodes"]),
+            scope=data["scope"],
+            kernel=data["kernel"],
+            grid=tuple(data["grid"]),
+            block=data["block"],
+            cluster=tuple(data["cluster"]),
+            shared=data["shared"],
+            programmatic=data["programmatic"],
+            waits=data["waits"],
+            arguments=tuple(Argument(**argument) for argument in data["arguments"]),
+            after=tuple(data["after"]),
+        )
     return Launch(
         name=data["name"],
         op=data["op"],
@@ -384,4 +448,16 @@ def _launch_from_json(data: Mapping[str, Any]) -> Launch:
     )
 
 
-__all__ = ["SCHEMA", "Bucket", "Launch", "Plan", "Progress", "Slot", "StateSlot", "check_target", "load"]
+__all__ = [
+    "SCHEMA",
+    "Argument",
+    "Bucket",
+    "KernelLaunch",
+    "Launch",
+    "Plan",
+    "Progress",
+    "Slot",
+    "StateSlot",
+    "check_target",
+    "load",
+]
