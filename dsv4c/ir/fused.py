@@ -114,6 +114,19 @@ class Body:
         return sum(_primitive_results(node) for node in self.graph.nodes)
 
     @cached_property
+    def places(self) -> tuple[int, ...]:
+        """For every result of the body, which of its `size` results of primitives it is."""
+        place: dict[Value, int] = {}
+        start = 0
+        for node in self.graph.nodes:
+            inner = range(len(node.outputs))
+            if isinstance(node.op, Fused):
+                inner = node.op.kept(trace(node.op, tuple(v.type for v in node.inputs)).places)
+            place.update((v, start + i) for v, i in zip(node.outputs, inner, strict=True))
+            start += _primitive_results(node)
+        return tuple(place[v] for v in self.results)
+
+    @cached_property
     def alias(self) -> dict[int, int]:
         """Result index -> operand index whose buffer it overwrites."""
         return alias_of_trace(self.graph.inputs, self.graph.nodes, self.results)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -168,14 +168,18 @@ def _emit_body(
     origin = iter(node.origin) if len(node.origin) == body.size else None
     values = dict(zip(body.graph.inputs, operands, strict=True))
     for inner in body.graph.nodes:
-        size = trace(inner.op, tuple(v.type for v in inner.inputs)).size if isinstance(inner.op, Fused) else 0
+        places: Sequence[int] = range(len(inner.outputs))
+        size = 0
+        if isinstance(inner.op, Fused):
+            nested = trace(inner.op, tuple(v.type for v in inner.inputs))
+            places, size = inner.op.kept(nested.places), nested.size
         own = [next(origin) for _ in range(size or len(inner.outputs))] if origin is not None else []
         names = []
         for i, value in enumerate(inner.outputs):
             if value in labels:
                 name = labels[value]
             else:
-                name = own[i] if own and not size else f"{node.name}.{value.name}"
+                name = own[places[i]] if own else f"{node.name}.{value.name}"
                 name = _fresh(builder, name, reserved)
             reserved.add(name)
             names.append(name)
@@ -358,9 +362,11 @@ class _Search:
             for anchor in self.anchors(count, fields):
                 if anchor not in self.work.low:
                     continue  # taken by a match since
-                tried.add(anchor)
                 self.failure, self.steps = _Failure(), 0
                 match = self.search_from(anchor, count, fields)
+                if match is None and not self.failure.cause:
+                    continue  # nothing was proposed
+                tried.add(anchor)
                 if match is not None:
                     self.apply(match)
                 elif anchor not in failures or failures[anchor].matched < self.failure.matched:
@@ -380,9 +386,9 @@ class _Search:
         """Nodes to start from: of the declared anchor, else of the body's rarest op in this graph."""
         kind = self.op.anchor
         if kind is None:
-            (pattern, *_) = sketches(self.op, count or 0, tuple(sorted(fields.items())))
-            kinds = dict.fromkeys(type(node.op) for node in pattern.nodes)
-            kind = min(kinds, key=lambda k: len(self.work.by_op.get(k, ())))
+            ways = [{type(n.op): None for n in p.nodes} for p in sketches(self.op, count or 0, tuple(sorted(fields.items())))]
+            shared = [k for k in ways[0] if all(k in way for way in ways)]
+            kind = min(shared, key=lambda k: len(self.work.by_op.get(k, ())))
         return list(self.work.by_op.get(kind, ()))
 
     def search_from(self, anchor: Node, count: int | None, fields: dict[str, Any]) -> Match | None:
@@ -393,6 +399,8 @@ class _Search:
             known = {**proposal, **fields}
             operands = known.pop(OPERANDS, count)
             given = {label: known.pop(label) for label in self.op.apart}
+            if count not in (None, operands):
+                continue  # it belongs to another shape
             for pattern in sketches(self.op, operands, tuple(sorted(known.items()))):
                 places = [i for i, n in enumerate(pattern.nodes) if type(n.op) is type(anchor.op)]
                 if not places:
@@ -619,7 +627,7 @@ class _Wiring:
 
     def matched(self) -> Match | None:
         """All is placed: the body traced with real values must be what was found, attribute by attribute."""
-        missing = [f.name for f in own_fields(self.search.op) if f.name not in self.fields]
+        missing = [f.name for f in own_fields(self.search.op) if f.name not in self.fields and f.default is MISSING]
         if missing:
             self.fail("field", self.anchor.name, f"{', '.join(missing)} to follow from the graph", "nothing")
             return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dsv4c.ir.fused import Fused, Neighborhood, fused
+from dsv4c.ir.fused import OPERANDS, Fused, Neighborhood, fused
 from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.ops import (
     attention_scores,
@@ -18,6 +18,8 @@ from dsv4c.ir.ops import (
     visible_entries,
     window_index,
 )
+from dsv4c.ir.ops.attention import AttentionValues, Gather, VisibleEntries
+from dsv4c.ir.ops.shape import Concat
 from dsv4c.passes.fusions.inverse_rope import InverseRope, inverse_rope
 from dsv4c.passes.fusions.q_norm_rope import q_norm_rope
 from dsv4c.types import BF16, FP8_ROW, DType, QuantFormat, QuantType
@@ -27,6 +29,21 @@ def keys_of(cache: Value, index: Value, out: DType) -> Value:
     """Rows of a cache as plain keys."""
     rows = gather(cache, index)
     return dequantize(rows, out=out) if isinstance(cache.type, QuantType) else rows
+
+
+def operands_of(rotation: Node, around: Neighborhood) -> int | None:
+    """How many operands the attention that ends in this rotation has: 5 SWA, 6 HCA, 7 CSA."""
+    values = around.producer(rotation.inputs[0])
+    if values is None or not isinstance(values.op, AttentionValues):
+        return None
+    keys = around.producer(values.inputs[2])
+    if keys is None or not isinstance(keys.op, Concat):
+        return 5
+    rows = around.producer(keys.inputs[1])
+    while rows is not None and not isinstance(rows.op, Gather):
+        rows = around.producer(rows.inputs[0])
+    chosen = rows and around.producer(rows.inputs[1])
+    return 6 if chosen is not None and isinstance(chosen.op, VisibleEntries) else 7
 
 
 @fused
@@ -66,7 +83,8 @@ class Attention(Fused):
     @classmethod
     def propose(cls, anchor: Node, around: Neighborhood) -> Iterable[Mapping[str, Any]]:
         assert isinstance(anchor.op, InverseRope)
-        return ({"groups": anchor.op.groups, "format": anchor.op.format},)
+        operands = operands_of(anchor, around)
+        return ({OPERANDS: operands, "groups": anchor.op.groups, "format": anchor.op.format},) if operands else ()
 
     def body(
         self,

@@ -65,7 +65,7 @@ class Compressor(Fused):
         score_ring = cache_write(score_ring, score, positions)
         done = completed_entries(positions, ratio=self.ratio, sequences=self.sequences)
         z = compress_pool(kv_ring, score_ring, done, ratio=self.ratio, overlap=self.overlap)
-        if gain.type.dtype is not F32:
+        if gain.type.dtype != F32:
             z = cast(z, to=gain.type.dtype)
         e = rope(rms_norm(z, gain, eps=self.eps), done, frequencies, stride=self.ratio)
         if self.rotated:

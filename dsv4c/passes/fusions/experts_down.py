@@ -45,7 +45,7 @@ class ExpertsDown(Fused):
             h_shared = quantize(h_shared, format=self.shared_format)
         routed = sum_(expert_linear(h, w2, experts, out=self.out), axis=1, out=F32)
         total = add(routed, linear(h_shared, shared_w2, out=self.out))
-        out: Value = cast(total, to=self.out) if self.out is not F32 else total
+        out: Value = cast(total, to=self.out) if self.out != F32 else total
         return out
 
 

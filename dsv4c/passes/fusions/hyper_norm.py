@@ -43,7 +43,7 @@ LITERALS = ("linear.out", "slice.axis", "slice.start", "slice.stop", "scale.fact
 def post_mix(f: Value, streams: Value, post: Value, comb: Value) -> Value:
     """X'_k = post_k * f + sum_j comb[j, k] * X_j, in the streams' type."""
     mixed = add(spread_streams(f, post), mix_streams(streams, comb))
-    if streams.type.dtype is not F32:
+    if streams.type.dtype != F32:
         mixed = cast(mixed, to=streams.type.dtype)
     out: Value = mixed
     return out
@@ -92,10 +92,8 @@ class HyperNormFirst(Fused):
 
         def part(i: int, start: int, stop: int) -> Value:
             factor = slice_(scales, axis=0, start=i, stop=i + 1)
-            shifted: Value = add(
-                mul(slice_(mixes, axis=1, start=start, stop=stop), factor),
-                slice_(base, axis=0, start=start, stop=stop),
-            )
+            bias = slice_(base, axis=0, start=start, stop=stop)
+            shifted: Value = add(mul(slice_(mixes, axis=1, start=start, stop=stop), factor), bias)
             return shifted
 
         pre = shift(sigmoid(part(0, 0, s)), offset=self.hc_eps)

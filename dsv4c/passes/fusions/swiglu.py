@@ -17,12 +17,12 @@ from dsv4c.types import F32, DType
 def swiglu(gate: Value, up: Value, limit: float, weights: Value | None) -> Value:
     """silu(min(gate, limit)) * clamp(up, ±limit) * weights in f32, rounded to the operands' type."""
     act = gate.type.dtype
-    if act is not F32:
+    if act != F32:
         gate, up = cast(gate, to=F32), cast(up, to=F32)
     h = mul(silu(clamp(gate, low=None, high=limit)), clamp(up, low=-limit, high=limit))
     if weights is not None:
         h = mul(h, reshape(weights, shape=(*weights.type.shape, 1)))
-    return cast(h, to=act) if act is not F32 else h
+    return cast(h, to=act) if act != F32 else h
 
 
 def shared_input(routed: Node, around: Neighborhood) -> Value | None:
