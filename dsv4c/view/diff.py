@@ -1,7 +1,7 @@
 """What differs between two graphs: nodes gone, new and changed, and what that does to launches and bytes.
 
-Nodes are matched by the name of their first result, which passes keep for what they leave alone. A node is changed
-when its op, scope, result types or operands differ; an operand counts by its name.
+Nodes are matched by the name of their first result, which passes keep for what they leave alone. A node is
+changed when its op, scope, result types or operands differ; an operand counts by its name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsv4c.view.layers import cost_of, is_launch, layer_of
 
 @dataclass(frozen=True)
 class Totals:
-    """A graph in figures: nodes that launch something, bytes they read and write, floating-point operations."""
+    """A graph in figures: nodes that launch something, bytes they read and write, operations."""
 
     nodes: int
     launches: int

@@ -1,4 +1,4 @@
-"""A graph as DOT, for Graphviz: nodes by scope, fused ops opened into clusters of their bodies, equal layers folded."""
+"""A graph as DOT, for Graphviz: nodes by scope, fused ops as clusters of their bodies, equal layers once."""
 
 from __future__ import annotations
 
@@ -69,10 +69,10 @@ class _Drawing:
 
     def lines(self) -> Iterator[str]:
         yield f"digraph {json.dumps(self.graph.name)} {{"
-        yield '  graph [fontname="Helvetica", fontsize=12, color="#999999", rankdir=TB, nodesep=0.2, ranksep=0.3];'
-        yield '  node [shape=box, style="filled,rounded", fillcolor=white, color="#555555", fontname="Helvetica", '
-        yield '        fontsize=10, margin="0.08,0.04"];'
-        yield '  edge [color="#777777", arrowsize=0.6, fontname="Helvetica", fontsize=8];'
+        yield '  graph [fontname="Helvetica", fontsize=12, color="#999999", nodesep=0.2, ranksep=0.3];'
+        yield '  node [fontname="Helvetica", fontsize=10, shape=box, style="filled,rounded"];'
+        yield '  node [fillcolor=white, color="#555555", margin="0.08,0.04"];'
+        yield '  edge [color="#777777", arrowsize=0.6];'
         if self.whole:
             yield from (self._source(v) for v in self.graph.inputs)
         for title, nodes in self.groups:

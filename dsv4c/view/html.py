@@ -1,6 +1,6 @@
 """The stages of a compile as one HTML file that needs nothing else: no network, no server, no other file.
 
-Each stage shows its graph with equal layers folded, what the pass before it changed, and every fused op's body and
+Each stage shows its graph with equal layers folded, what its pass changed, and every fused op's body and
 generated source. The file holds a graph's distinct layers once, however many layers and stages share them.
 """
 
@@ -11,7 +11,7 @@ import json
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph, Kind, Node, Value
@@ -28,7 +28,7 @@ def html(
     stages: Sequence[tuple[str, Graph]], *, title: str = "", sources: Mapping[str, str] | None = None
 ) -> str:
     """One self-contained page. `stages` are (name, graph) in order; `sources` maps names of the last stage's
-    nodes to the source of the kernel that runs them. Raises ValueError when there is no stage or a name twice.
+    nodes to the source of the kernel that runs them. Raises ValueError for no stages, or a name given twice.
     """
     names = [name for name, _ in stages]
     if not names or len(set(names)) < len(names):
@@ -48,12 +48,9 @@ def html(
     return page
 
 
-T = TypeVar("T", bound=Hashable)
-
-
 @dataclass
 class _Table:
-    """Distinct entries in order; what the page refers to by index. `key` identifies, `rows` is what is written."""
+    """Distinct rows in order; the page refers to them by index. Keys identify, `rows` is what is written."""
 
     rows: list[Any] = field(default_factory=list)
     index: dict[Hashable, int] = field(default_factory=dict)
@@ -70,7 +67,7 @@ class _Page:
         self.given = sources
         self.names, self.types, self.ops, self.sources = _Table(), _Table(), _Table(), _Table()
         self.blocks, self.bodies, self.changes = _Table(), _Table(), _Table()
-        self.lines: list[dict[str, tuple[int, Hashable]]] = []  # block -> node name -> (index, description)
+        self.lines: list[dict[str, tuple[int, Any]]] = []  # block -> node name -> (index, description)
         self.costs: dict[tuple[Op, tuple[Type, ...]], tuple[int, int]] = {}
 
     def page(self, stages: Sequence[tuple[str, Graph]]) -> dict[str, Any]:
@@ -156,8 +153,8 @@ class _Page:
     def nodes(
         self, nodes: Iterable[Node], section: Section
     ) -> tuple[list[tuple[Any, ...]], list[tuple[str, int, str]], list[str]]:
-        """Rows (op, scope, operands, results, origin, body, bytes, flops); what operands below zero stand for:
-        operand -1-i is outside[i]; and the names of those that other layers make.
+        """Rows (op, scope, operands, results, origin, body, bytes, flops); what operands below zero stand
+        for, -1-i being outside[i]; and the names of those that other layers make.
         """
         number: dict[Value, int] = {}
         outside: dict[Value, int] = {}
@@ -234,7 +231,7 @@ class _Page:
         """By name of its first result, each node's index and what must agree for it to be unchanged."""
         made = [row[3][i] for row in rows for i in range(0, len(row[3]), 2)]
 
-        def operand(number: int) -> Hashable:
+        def operand(number: int) -> Any:
             if number >= 0:
                 return made[number]
             name, type_, _ = outside[-1 - number]
@@ -268,6 +265,6 @@ class _Page:
 
 
 def _moves(value: Value) -> bool:
-    """Does the value's name depend on which layer reads it? Results of layers do, and what the first one reads."""
+    """Does the value's name depend on which layer reads it? Also true of what the first layer reads."""
     assert value.node is not None
     return bool(layer_of(value.node.scope)) or value.node.op.name == "expand_streams"

@@ -1,7 +1,7 @@
 """Folding: a graph cut into layers and what surrounds them, equal layers found and counted.
 
-Two layers are equal when their nodes, written down in order with operands numbered inside the layer, agree: names
-of results and the layer's own number do not count, attributes, types, wiring and provenance do.
+Two layers are equal when their nodes, written down in order with operands numbered inside the layer, agree.
+Names of results and the layer's own number do not count; attributes, types, wiring and provenance do.
 """
 
 from __future__ import annotations

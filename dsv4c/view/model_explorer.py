@@ -1,4 +1,4 @@
-"""Graphs as JSON for Google's Model Explorer: one entry per stage, namespaces from scopes, fused bodies as layers."""
+"""Graphs as JSON for Google's Model Explorer: a graph per stage, namespaces from scopes and fused bodies."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _nodes(graph: Graph) -> Iterator[dict[str, Any]]:
     for node in graph.nodes:
         yield from _node(node, node.name, node.scope.replace(".", "/"), sources)
     for label, value in graph.outputs.items():
-        yield _record(f"output.{label}", "output", "", [(sources[value], "0")], {"name": value.name}, [])
+        yield _record(f"return/{label}", "output", "", [(sources[value], "0")], {"name": value.name}, [])
 
 
 def _node(node: Node, id_: str, namespace: str, sources: dict[Value, Source]) -> Iterator[dict[str, Any]]:
@@ -73,15 +73,13 @@ def _record(
             {"sourceNodeId": source, "sourceNodeOutputId": output, "targetNodeInputId": operand}
             for (source, output), operand in edges
         ],
-        "attrs": [{"key": key, "value": value} for key, value in attributes.items()],
+        "attrs": _pairs(attributes),
         "outputsMetadata": [
-            {
-                "id": str(index),
-                "attrs": [
-                    {"key": "tensor_shape", "value": str(value.type)},
-                    {"key": "name", "value": value.name},
-                ],
-            }
+            {"id": str(index), "attrs": _pairs({"tensor_shape": str(value.type), "name": value.name})}
             for index, value in enumerate(outputs)
         ],
     }
+
+
+def _pairs(attributes: dict[str, str]) -> list[dict[str, str]]:
+    return [{"key": key, "value": value} for key, value in attributes.items()]

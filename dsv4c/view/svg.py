@@ -18,8 +18,8 @@ def svg(graph: Graph, layer: int | str | None = None, fold: bool = True, bodies:
         return str(graphviz.Source(source).pipe(format="svg", encoding="utf-8"))
     except graphviz.ExecutableNotFound:
         raise GraphError(
-            "drawing needs the program `dot`, which is not on PATH: install Graphviz (Debian and Ubuntu: apt-get "
-            "install graphviz, macOS: brew install graphviz), or write DOT instead (--format dot)"
+            "drawing needs the program `dot`, which is not on PATH: install the package graphviz "
+            "(apt-get install graphviz, or brew install graphviz), or write DOT instead (--format dot)"
         ) from None
     except graphviz.CalledProcessError as error:
         raise GraphError(f"`dot` could not draw graph {graph.name}: {error}") from None

@@ -39,9 +39,8 @@ class Summary:
             lines.append(f"layers        {sum(self.layers.values())}, {len(self.layers)} different: {kinds}")
         lines.append(f"parameters    {self.parameters:,} in {_bytes(self.parameter_bytes)}")
         lines.append(f"state         {_bytes(self.state_bytes)} per sequence of {self.context:,} tokens")
-        lines.append(
-            f"work          {self.totals.flops / 1e9:,.2f} GFLOP, moves {_bytes(self.totals.bytes)} node by node"
-        )
+        gflop, moved = self.totals.flops / 1e9, _bytes(self.totals.bytes)
+        lines.append(f"work          {gflop:,.2f} GFLOP, moves {moved} node by node")
         if self.bytes_per_token:
             total = sum(self.bytes_per_token.values())
             lines.append(f"bytes/token   {_bytes(total)} at least, at {self.context:,} tokens of context")
@@ -95,13 +94,13 @@ def _bytes_per_token(graph: Graph, config: ModelConfig, context: int) -> dict[st
     if not any(s.name.startswith("layers.") for s in graph.states):
         return {}
     stored = stored_types(config)
-    types = {
-        p.name: p.type for p in graph.params if p.name in stored and p.type.shape == stored[p.name].shape
-    }
+    of_shape = {name: type_.shape for name, type_ in stored.items()}
+    types = {p.name: p.type for p in graph.params if of_shape.get(p.name) == p.type.shape}
     window = next(s.type for s in graph.states if s.name.endswith(".attn.window"))
-    cache = (
-        Cache.OFFICIAL if isinstance(window, QuantType) else Cache.F32 if window.dtype is F32 else Cache.BF16
-    )
+    if isinstance(window, QuantType):
+        cache = Cache.OFFICIAL
+    else:
+        cache = Cache.F32 if window.dtype is F32 else Cache.BF16
     return token_traffic(config, context, cache=cache, types=types).parts
 
 
@@ -145,9 +144,8 @@ def _folded(group: Fold) -> list[str]:
         return [f"# {group.shown.prefix}"] if group.shown.prefix else []
     kind = group.shown.prefix.rpartition(".")[0]
     others = len(group.members) - 1
-    return [
-        f"# {kind}.{group.numbers} (x{others}) {'is' if others == 1 else 'are'} equal to {group.shown.prefix}"
-    ]
+    verb = "is" if others == 1 else "are"
+    return [f"# {kind}.{group.numbers} (x{others}) {verb} equal to {group.shown.prefix}"]
 
 
 def _one_layer(graph: Graph, section: Section) -> str:

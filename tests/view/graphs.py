@@ -1,4 +1,4 @@
-"""Graphs to look at: real ones in the official recipe, and a stage with two fused ops of this module's own."""
+"""Graphs to look at: real ones in the official recipe, and one with a fused op of this module's own."""
 
 from __future__ import annotations
 

@@ -188,9 +188,8 @@ def test_a_layer_as_a_graph(page: Any) -> None:
         if n.scope.startswith("layers.3.") or n.scope == "layers.3"
     ]
     assert len(page.texts(".canvas .box")) == len(nodes)
-    page.script(
-        "document.querySelector('.canvas .box[data-name=\"layers.3.attn.qa\"]').dispatchEvent(new Event('click'))"
-    )
+    box = "document.querySelector('.canvas [data-name=\"layers.3.attn.qa\"]')"
+    page.script(f"{box}.dispatchEvent(new Event('click'))")
     assert page.text("#details .name") == "layers.3.attn.qa"
     assert len(page.texts(".canvas .edge.near")) == 2
 
