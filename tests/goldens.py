@@ -158,6 +158,19 @@ class Recorded:
         value, expected = self.rows(name, value)
         return float((value.double() - expected.double()).norm() / expected.double().norm())
 
+    def exceeded(
+        self, name: str, value: torch.Tensor, bounds: Mapping[str, float]
+    ) -> dict[str, tuple[float, float]]:
+        """Statistics of the rows' distances (median, p95, max; rms of the tensor) that exceed their bound."""
+        rows = self.distances(name, value)
+        found = {
+            "median": float(rows.median()),
+            "p95": float(rows.quantile(0.95)),
+            "max": float(rows.max()),
+            "rms": self.distance(name, value),
+        }
+        return {key: (found[key], bound) for key, bound in bounds.items() if not found[key] <= bound}
+
     def deviation(self, prefix: str, name: str, values: Mapping[str, torch.Tensor]) -> float:
         """Distance of one recorded tensor of a layer, as the model's `values` go by the recorded names.
 

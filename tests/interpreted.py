@@ -218,3 +218,32 @@ def streams_after(graph: Graph, layer: int) -> str:
     if any(n.scope == following for n in graph.nodes):
         return operand(graph, following, MixStreams, 0)
     return graph.outputs["streams"].name
+
+
+# Recorded state -> ours. What a slot holds that no position names yet does not matter.
+STATES = {
+    "window": "attn.window",
+    "entries": "attn.entries",
+    "index_keys": "attn.indexer.keys",
+    "kv_state": "attn.compressor.kv",
+    "score_state": "attn.compressor.score",
+    "index_kv_state": "attn.indexer.compressor.kv",
+    "index_score_state": "attn.indexer.compressor.score",
+}
+
+
+def recorded_slots(name: str, rows: int, position: int) -> list[tuple[int, int]]:
+    """(recorded row, token or entry it belongs to), before the step at `position`.
+
+    The window is a ring. A compressor keeps the tokens of the unfinished window (rows ratio.. with overlap)
+    and, with overlap, those of the one before it.
+    """
+    if name in ("entries", "index_keys"):
+        return [(row, row) for row in range(rows)]
+    if name == "window":
+        return [(p % rows, p) for p in range(max(0, position - rows), position)]
+    ratio = 4 if rows == 8 else rows
+    begin = position // ratio * ratio
+    current = [(p - begin + (rows - ratio), p) for p in range(begin, position)]
+    previous = [(p - begin + ratio, p) for p in range(begin - ratio, begin)] if rows == 8 else []
+    return previous + current

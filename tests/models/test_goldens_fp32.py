@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.goldens import Recorded, recorded
-from tests.interpreted import Model, layer_value, logits_of, padded
+from tests.interpreted import STATES, Model, layer_value, logits_of, padded, recorded_slots
 
 WHOLE = -1  # the prompt in one call
 
@@ -60,35 +60,6 @@ def test_every_intermediate_of_the_prefill(case: Recorded) -> None:
         compared.add(f"prefill.{name}")
     assert compared >= {n for n in case.packed_names if n.startswith("prefill.")}
     assert len(compared) >= 60
-
-
-# Recorded state -> ours. What a slot holds that no position names yet does not matter.
-STATES = {
-    "window": "attn.window",
-    "entries": "attn.entries",
-    "index_keys": "attn.indexer.keys",
-    "kv_state": "attn.compressor.kv",
-    "score_state": "attn.compressor.score",
-    "index_kv_state": "attn.indexer.compressor.kv",
-    "index_score_state": "attn.indexer.compressor.score",
-}
-
-
-def recorded_slots(name: str, rows: int, position: int) -> list[tuple[int, int]]:
-    """(recorded row, token or entry it belongs to), before the step at `position`.
-
-    The window is a ring. A compressor keeps the tokens of the unfinished window (rows ratio.. with overlap)
-    and, with overlap, those of the one before it.
-    """
-    if name in ("entries", "index_keys"):
-        return [(row, row) for row in range(rows)]
-    if name == "window":
-        return [(p % rows, p) for p in range(max(0, position - rows), position)]
-    ratio = 4 if rows == 8 else rows
-    begin = position // ratio * ratio
-    current = [(p - begin + (rows - ratio), p) for p in range(begin, position)]
-    previous = [(p - begin + ratio, p) for p in range(begin - ratio, begin)] if rows == 8 else []
-    return previous + current
 
 
 def test_one_decode_step_from_the_recorded_state(case: Recorded) -> None:
