@@ -1,4 +1,4 @@
-"""The decode attention family: per-head norm, RoPE, window and compressed keys, sink softmax, values, inverse RoPE.
+"""The decode attention family: query norm, RoPE, window and compressed keys, sink softmax, inverse RoPE.
 
 `AttentionSpec` says what to compute; `emit_attention` splits the keys over a cluster and stitches
 `templates/attention.py.jinja`. K = V is one head, so 16 query heads are the rows of every MMA.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 
 from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
-from dsv4c.codegen.lib.geometry import BLOCK, Attention, Row
+from dsv4c.codegen.lib.geometry import HEADS, Attention, Row
 from dsv4c.errors import BuildError
 
 SHARED_PER_CTA = 227 * 1024
@@ -18,12 +18,12 @@ FORMATS = {"fp8": "q[e4m3,ue8m0,1x64,tail=64]", "bf16": "bf16"}
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """q bf16[batch, heads, width] before norm and RoPE -> out bf16[batch, heads, width]; strings name operands.
+    """q bf16[batch, heads, width] before norm and RoPE -> out bf16[batch, heads, width].
 
-    Keys: the last `window` tokens in a ring of `ring` rows, and of a cache of `capacity` entries, one per `ratio`
-    tokens, those that `entries` says: "none", "all" complete ones, or the `selected_count` numbers of i32 `selected`
-    (-1 for none; what the token may see comes first). `exact_norm` rounds the per-head norm's steps to bf16, as the
-    release does. `splits` and `tile` override how keys are spread over CTAs.
+    Keys: the last `window` tokens in a ring of `ring` rows, and of a cache of `capacity` entries, one per
+    `ratio` tokens, those that `entries` says: "none", "all" complete ones, or the `selected_count` numbers of
+    i32 `selected` (-1 for none; what the token may see comes first). `exact_norm` rounds the per-head norm's
+    steps to bf16, as the release does. `splits` and `tile` override how keys are spread over CTAs.
     """
 
     name: str
@@ -90,12 +90,22 @@ def emit_attention(spec: AttentionSpec) -> Emission:
 
 
 def plan_attention(spec: AttentionSpec) -> Attention:
-    """Spread the keys: clusters of 8 CTAs, and the smallest tile that covers all keys at once, up to 80 keys."""
-    splits = spec.splits or min(8, spec.width // 16)
-    warps = spec.width // BLOCK
-    step = 16 if 16 % max(warps, 1) == 0 else warps
+    """Spread the keys over clusters of 8 CTAs, or of 16 where there are many keys and few clusters.
+
+    One tile per CTA if that fits. Where positions decide how many of many entries exist, tiles are small, so
+    that a few keys still occupy every CTA.
+    """
     keys = spec.window + spec.extra
-    tile = spec.tile or min(80, step * -(-keys // (splits * step)))
+    clusters = spec.batch * -(-spec.heads // HEADS)
+    wide = keys > 2304 and clusters <= 4
+    splits = spec.splits or min(16 if wide else 8, spec.width // 16)
+    largest = 144 if spec.format == "fp8" else 80
+    tile = 16 * -(-keys // (splits * 16))
+    if spec.entries == "all" and tile > 48:
+        tile = 48 if keys <= 2304 else 80
+    if tile > largest:
+        tile = 80 if spec.format == "fp8" else 48
+    tile = spec.tile or tile
     return Attention(
         heads=spec.heads,
         width=spec.width,
@@ -121,8 +131,14 @@ def _check(spec: AttentionSpec, a: Attention) -> None:
     expect(spec.format in FORMATS, f"keys must be {' or '.join(FORMATS)}, got {spec.format}")
     expect(spec.width in (128, 256, 512), f"head width must be 128, 256 or 512, got {spec.width}")
     expect(spec.ring >= spec.window, f"a ring of {spec.ring} rows cannot hold a window of {spec.window}")
-    expect(a.splits in (1, 2, 4, 8, 16) and a.slice >= 16, f"cannot split {spec.width} dimensions {a.splits} ways")
-    expect(a.tile % 16 == 0 and a.tile <= 32 * a.warps, f"tiles are multiples of 16 up to {32 * a.warps}, got {a.tile}")
+    expect(
+        a.splits in (1, 2, 4, 8, 16) and a.slice >= 16,
+        f"cannot split {spec.width} dimensions {a.splits} ways",
+    )
+    expect(
+        a.tile % 16 == 0 and a.tile <= 32 * a.warps,
+        f"tiles are multiples of 16 up to {32 * a.warps}, got {a.tile}",
+    )
     expect(a.shared <= SHARED_PER_CTA, f"needs {a.shared} bytes of shared memory, a CTA has {SHARED_PER_CTA}")
 
 

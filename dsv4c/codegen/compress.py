@@ -1,7 +1,7 @@
-"""State writes of a decode step: the window's new KV row, and the compressors' rows and entries, as one launch.
+"""State writes of a decode step in one launch: the window's KV row, the compressors' rows and entries.
 
-`KvStoreSpec` and `CompressSpec` are stages of one CTA per sequence; a skeleton may give them CTAs of another launch
-(`templates/state_stages.py.jinja` holds the calls). `emit_state_update` launches them by themselves.
+`KvStoreSpec` and `CompressSpec` are stages of one CTA per sequence; a skeleton may give them CTAs of another
+launch (`templates/state_stages.py.jinja` holds the calls). `emit_state_update` launches them by themselves.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ FORMATS = {"fp8": "q[e4m3,ue8m0,1x64,tail=64]", "bf16": "bf16", "mxfp4": "q[e2m1
 
 @dataclass(frozen=True)
 class KvStoreSpec:
-    """kv bf16[B, width] -> RMSNorm with gain, RoPE, the window's format, slot position % ring. Strings name operands."""
+    """kv bf16[B, width] -> norm with gain, RoPE, the window's format, slot position % ring."""
 
     width: int
     format: str
@@ -50,8 +50,9 @@ class KvStoreSpec:
     def text(self) -> str:
         """What the stage computes."""
         return (
-            f"{self.window}: {FORMATS[self.format]}[B,{self.ring},{self.width}] at slot position % {self.ring} <- "
-            f"rope(rms_norm({self.kv}: bf16[B,{self.width}], {self.gain}: bf16[{self.width}], eps={self.eps}), position)"
+            f"{self.window}: {FORMATS[self.format]}[B,{self.ring},{self.width}] at position % {self.ring}\n"
+            f"        <- rope(rms_norm({self.kv}: bf16[B,{self.width}], {self.gain}: bf16[{self.width}], "
+            f"eps={self.eps}), position)"
         )
 
     @property
@@ -62,9 +63,10 @@ class KvStoreSpec:
 
 @dataclass(frozen=True)
 class CompressSpec:
-    """u, s f32[B, channels] -> rings f32[B, ring, channels]; at a window's last token the pooled entry, in `format`.
+    """u, s f32[B, channels] -> rings f32[B, ring, channels]; at a window's last token its entry.
 
-    Operand names are `name` and a suffix; `capacity` entries per sequence, Hadamard-transformed first if `hadamard`.
+    Operand names are `name` and a suffix; `capacity` entries per sequence, Hadamard-transformed first if
+    `hadamard`.
     """
 
     name: str
@@ -130,20 +132,31 @@ class CompressSpec:
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """In ABI order."""
-        names = (self.u, self.s, self.ape, self.gain, self.frequencies, self.positions, self.kv_ring, self.score_ring)
+        names = (
+            self.u,
+            self.s,
+            self.ape,
+            self.gain,
+            self.frequencies,
+            self.positions,
+            self.kv_ring,
+            self.score_ring,
+        )
         return (*map(Parameter, names), *(Parameter(self.entries, c) for c in self.pool.row.components))
 
     @property
     def text(self) -> str:
         """What the stage computes."""
-        c = self.pool.channels
-        last = "hadamard" if self.hadamard else ""
-        entry = f"rope(rms_norm(bf16(compress_pool), {self.gain}: bf16[{self.width}], eps={self.eps}), w * {self.ratio})"
+        c, width = self.pool.channels, self.width
+        entry = f"rope(rms_norm(bf16(pooled), {self.gain}: bf16[{width}], eps={self.eps}), w * {self.ratio})"
+        if self.hadamard:
+            entry = f"hadamard({entry})"
         return (
-            f"{self.kv_ring}, {self.score_ring}: f32[B,{self.ring},{c}] at row position % {self.ring} <- {self.u}, "
-            f"{self.s}: f32[B,{c}] + {self.ape}: f32[{self.ratio},{c}];\n"
-            f"    {self.entries}: {FORMATS[self.format]}[B,{self.capacity},{self.width}] at w <- {last}{'(' if last else ''}"
-            f"{entry}{')' if last else ''}, over {self.pool.tokens} tokens, when (position + 1) % {self.ratio} == 0"
+            f"{self.kv_ring}, {self.score_ring}: f32[B,{self.ring},{c}] at row position % {self.ring}\n"
+            f"        <- {self.u}, {self.s}: f32[B,{c}] + {self.ape}: f32[{self.ratio},{c}]\n"
+            f"    {self.entries}: {FORMATS[self.format]}[B,{self.capacity},{width}] at w, "
+            f"when (position + 1) % {self.ratio} == 0\n"
+            f"        <- {entry}, softmax pooling over {self.pool.tokens} tokens"
         )
 
     @property
@@ -163,12 +176,14 @@ class StateUpdateSpec:
 
 
 def emit_state_update(spec: StateUpdateSpec) -> Emission:
-    """The kernel of a spec: CTA p * batch + b does stage p for sequence b. Raises BuildError for shapes it lacks."""
+    """The kernel of a spec: CTA p * batch + b does stage p for sequence b. Raises BuildError."""
     parts: Sequence[KvStoreSpec | CompressSpec] = (spec.kv_store, *spec.compressors)
     for part in parts:
         check_row(spec.name, part.row if isinstance(part, KvStoreSpec) else part.pool.row)
         if isinstance(part, CompressSpec) and part.ring < part.pool.tokens:
-            raise BuildError(f"{spec.name}: {part.name} pools {part.pool.tokens} tokens, its ring holds {part.ring}")
+            raise BuildError(
+                f"{spec.name}: {part.name} pools {part.pool.tokens} tokens, its ring holds {part.ring}"
+            )
     parameters = tuple(dict.fromkeys(p for part in parts for p in part.parameters))
     shared = max(part.shared for part in parts)
     grid = spec.batch * len(parts)
@@ -191,6 +206,8 @@ def emit_state_update(spec: StateUpdateSpec) -> Emission:
 def check_row(name: str, row: Row) -> None:
     """Raise BuildError unless the device library can hold the row."""
     if (row.format == "mxfp4" or row.hadamard) and row.width != 128:
-        raise BuildError(f"{name}: MXFP4 and Hadamard rows must be 128 wide (one warp holds them), got {row.width}")
+        raise BuildError(
+            f"{name}: MXFP4 and Hadamard rows must be 128 wide (one warp holds them), got {row.width}"
+        )
     if row.width % 128 or not 128 <= row.width <= THREADS * 4:
         raise BuildError(f"{name}: rows must be a multiple of 128 up to {THREADS * 4} wide, got {row.width}")

@@ -1,7 +1,8 @@
 """The indexer families: scores of every visible entry, and the exact top-k of them.
 
-`emit_index_scores` transforms the queries and scores the keys in one launch; `emit_top_k` selects. Both stop early at what
-the position on the device makes visible, and do nothing but list all entries while there are no more than k.
+`emit_index_scores` transforms the queries and scores the keys in one launch; `emit_top_k` selects. Both stop
+early at what the position on the device makes visible, and do nothing but list all entries while there are no
+more than k.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ CTAS = 264  # two per SM
 
 @dataclass(frozen=True)
 class IndexScoresSpec:
-    """q bf16[batch, heads, 128] before RoPE, keys [batch, capacity, 128] in `format`, weights bf16[batch, heads]
-    -> scores f32[batch, capacity], written only where visible, and only if more than `k` entries are. Strings name
-    operands. Queries are Hadamard-transformed, and quantized like the keys."""
+    """q bf16[batch, heads, 128] before RoPE, keys [batch, capacity, 128] in `format`, weights bf16[batch,
+    heads] -> scores f32[batch, capacity], written only where visible, and only if more than `k` entries are.
+    Strings name operands. Queries are Hadamard-transformed, and quantized like the keys; weights are taken
+    times `factor`, rounded to bf16.
+    """
 
     name: str
     batch: int
@@ -29,6 +32,7 @@ class IndexScoresSpec:
     capacity: int
     ratio: int
     k: int
+    factor: float = 1.0
     q: str = "q"
     keys: str = "keys"
     weights: str = "weights"
@@ -60,7 +64,8 @@ def emit_index_scores(spec: IndexScoresSpec) -> Emission:
         spec=spec,
         x=x,
         signature=(
-            f"q: bf16[{B},{spec.heads},128]; keys: {FORMATS[spec.format]}[{B},{spec.capacity},128]; weights: bf16[{B},{spec.heads}];\n"
+            f"q: bf16[{B},{spec.heads},128]; keys: {FORMATS[spec.format]}[{B},{spec.capacity},128];\n"
+            f"weights: bf16[{B},{spec.heads}]; "
             f"frequencies: f32[32]; positions: i32[{B}], -1 for none; scores: f32[{B},{spec.capacity}]."
         ),
         pointers=[p.name for p in spec.parameters],
@@ -72,7 +77,7 @@ def emit_index_scores(spec: IndexScoresSpec) -> Emission:
 
 @dataclass(frozen=True)
 class TopKSpec:
-    """scores f32[batch, capacity] -> out i32[batch, min(k, capacity)]; `bits` is 16 when scores are bf16 values."""
+    """scores f32[batch, capacity] -> out i32[batch, min(k, capacity)]; `bits` is 16 for bf16 values."""
 
     name: str
     batch: int
@@ -96,7 +101,11 @@ def emit_top_k(spec: TopKSpec) -> Emission:
         raise BuildError(f"{spec.name}: keys have 16 or 32 bits, got {spec.bits}")
     if spec.capacity > 1 << 20:
         raise BuildError(f"{spec.name}: at most {1 << 20} scores per row, got {spec.capacity}")
-    splits = next((n for n in (1, 2, 4, 8) if spec.capacity <= 8192 * n), 16)
+    if spec.capacity > 8192 and spec.capacity % 4:
+        raise BuildError(
+            f"{spec.name}: rows of more than 8192 scores must be a multiple of 4 long, got {spec.capacity}"
+        )
+    splits = next((n for n in (1, 2, 4, 8) if spec.capacity <= (8192 if n == 1 else 4096 * n)), 16)
     threads = min(1024, -(-spec.capacity // (4 * 32)) * 32)
     t = Selection(spec.capacity, spec.k, spec.ratio, spec.bits, splits, threads)
     B, nbytes = spec.batch, spec.batch * spec.capacity * 4
@@ -104,9 +113,11 @@ def emit_top_k(spec: TopKSpec) -> Emission:
         "top_k.py.jinja",
         spec=spec,
         t=t,
-        signature=f"scores: f32[{B},{spec.capacity}]; positions: i32[{B}], -1 for none; out: i32[{B},{t.out}].",
+        signature=f"scores: f32[{B},{spec.capacity}]; positions: i32[{B}], -1: none; out: i32[{B},{t.out}]",
         pointers=[p.name for p in spec.parameters],
         nbytes=nbytes,
         floor=floor_us(nbytes),
     )
-    return Emission(f"{spec.name}_0", source, (splits * B, 1, 1), threads, t.shared, spec.parameters, (splits, 1, 1))
+    return Emission(
+        f"{spec.name}_0", source, (splits * B, 1, 1), threads, t.shared, spec.parameters, (splits, 1, 1)
+    )

@@ -2,9 +2,9 @@
 
     python tests/gpu/check_attention.py [--only NAME,...] [--no-time]
 
-Needs torch and cuda-bindings. Inputs are fresh and random, outputs and every cache slot that a position hides are poisoned
-with NaN. Times are medians of 25 replays of a graph of launches over at least 64 distinct sets of operands, in
-microseconds per launch, on plain and on programmatic edges.
+Needs torch and cuda-bindings. Inputs are fresh and random, outputs and every cache slot that a position hides
+are poisoned with NaN. Times are medians of 25 replays of a graph of launches over at least 64 distinct sets
+of operands, in microseconds per launch, on plain and on programmatic edges.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ import torch
 from torch import Tensor
 
 import dsv4c.reference  # noqa: F401  (registers the meanings)
-from dsv4c.ir.ops.attention import AttentionScores, AttentionValues, Gather, SinkSoftmax, VisibleEntries, WindowIndex
+from dsv4c.ir.ops.attention import (
+    AttentionScores,
+    AttentionValues,
+    Gather,
+    SinkSoftmax,
+    VisibleEntries,
+    WindowIndex,
+)
 from dsv4c.ir.ops.compress import CompletedEntries, CompressPool
 from dsv4c.ir.ops.index import IndexScores, TopK
 from dsv4c.ir.ops.norm import RmsNorm
@@ -40,7 +47,7 @@ FREQUENCIES = run(RopeFrequencies(160000.0, 64, 16.0, 65536, 32.0, 1.0))
 Operands = dict[str, Any]  # operand name -> tensor or Quantized, on the CPU
 
 
-class Failure(Exception):
+class WrongResultError(Exception):
     """A kernel's result is wrong."""
 
 
@@ -86,11 +93,13 @@ def positions_of(spec: dict[str, Any], limit: int) -> list[list[int]]:
     """Position vectors that cover empty, partial, wrapped and full windows, and idle sequences."""
     pool = [0, limit - 1, 5, -1, limit // 2, 127, 3, 128, min(700, limit - 1), limit - 2]
     batch = spec["batch"]
-    vectors = [[pool[(i * batch + j) % len(pool)] for j in range(batch)] for i in range(-(-len(pool) // batch))]
+    vectors = [
+        [pool[(i * batch + j) % len(pool)] for j in range(batch)] for i in range(-(-len(pool) // batch))
+    ]
     return [[min(p, limit - 1) for p in vector] for vector in vectors]
 
 
-# What each family's inputs are, and what should come out ---------------------------------------------------------------
+# What each family's inputs are, and what should come out ----------------------------------------------------
 
 
 def attention_inputs(spec: dict[str, Any], positions: list[int]) -> Operands:
@@ -126,7 +135,8 @@ def attention_inputs(spec: dict[str, Any], positions: list[int]) -> Operands:
 def attention_expected(spec: dict[str, Any], x: Operands) -> Operands:
     """The graph's ops, one after the other."""
     positions = x["positions"]
-    q = run(RmsNorm(eps=spec["eps"], precision=BF16 if spec["exact_norm"] else F32), x["q"])
+    # On the device: torch's CPU rsqrt rounds short bf16 tensors twice, to bf16 after the root as well.
+    q = run(RmsNorm(eps=spec["eps"], precision=BF16 if spec["exact_norm"] else F32), x["q"].cuda()).cpu()
     q = run(Rope(), q, positions, FREQUENCIES)
     index = run(WindowIndex(window=spec["window"]), positions)
     keys = wide(run(Gather(), x["window"], index))
@@ -263,7 +273,7 @@ def limit_of(case: dict[str, Any]) -> int:
     return spec["capacity"] * spec["ratio"]
 
 
-# Comparing ------------------------------------------------------------------------------------------------------------
+# Comparing --------------------------------------------------------------------------------------------------
 
 
 def raw(x: Tensor) -> Tensor:
@@ -272,7 +282,7 @@ def raw(x: Tensor) -> Tensor:
 
 
 def compare(case: dict[str, Any], name: str, got: Any, want: Any) -> float:
-    """Error of one output, 1 = the allowed one. Raises Failure when something untouched changed."""
+    """Error of one output, 1 = the allowed one. Raises WrongResultError when something untouched changed."""
     family, error = case["family"], 0.0
     if family == "TopKSpec":
         return 0.0 if torch.equal(got, want) else math.inf
@@ -282,13 +292,13 @@ def compare(case: dict[str, Any], name: str, got: Any, want: Any) -> float:
         return error
     if family == "IndexScoresSpec":
         if not torch.equal(got.isnan(), want.isnan()):
-            raise Failure(f"{name}: scores are missing, or written where nothing is visible")
+            raise WrongResultError(f"{name}: scores are missing, or written where nothing is visible")
         return relative(got.nan_to_num(0), want.nan_to_num(0)) / 4e-3
     for part, w in parts(want).items():  # state: few codes may round the other way, nothing else may change
         g = parts(got)[part]
         changed = raw(w) != raw(g)
         if bool((g.float().isnan() != w.float().isnan()).any()):
-            raise Failure(f"{name}.{part}: a slot is missing, or another was written")
+            raise WrongResultError(f"{name}.{part}: a slot is missing, or another was written")
         error = max(error, changed.sum().item() / max(2.0, 0.02 * w.shape[0] * w.shape[-1]))
     return max(error, relative(wide(got).nan_to_num(0), wide(want).nan_to_num(0)) / 4e-3)
 
@@ -303,7 +313,7 @@ def relative(got: Tensor, want: Tensor) -> float:
     return difference / size if size else (math.inf if difference else 0.0)
 
 
-# Running --------------------------------------------------------------------------------------------------------------
+# Running ----------------------------------------------------------------------------------------------------
 
 
 def on_device(x: Operands) -> dict[tuple[str, str], Tensor]:
@@ -320,7 +330,9 @@ def back(x: Operands, device: dict[tuple[str, str], Tensor], name: str) -> Any:
 def launch_of(case: dict[str, Any], kernel: Kernel, device: dict[tuple[str, str], Tensor]) -> Launch:
     """The launch with its operands' addresses."""
     arguments = tuple(device[operand, component].data_ptr() for operand, component in case["parameters"])
-    return Launch(kernel, tuple(case["grid"]), case["block"], case["shared"], arguments, tuple(case["cluster"]))
+    return Launch(
+        kernel, tuple(case["grid"]), case["block"], case["shared"], arguments, tuple(case["cluster"])
+    )
 
 
 def run_once(launch: Launch) -> None:
@@ -344,7 +356,7 @@ def check(case: dict[str, Any], kernel: Kernel) -> float:
         for name, want in expected(case["spec"], x).items():
             error = compare(case, name, back(x, device, name), want)
             if not error <= 1.0:
-                raise Failure(f"{name} at positions {positions}: error {error:.3g} of the allowed")
+                raise WrongResultError(f"{name} at positions {positions}: error {error:.3g} of the allowed")
             worst = max(worst, error)
     return worst
 
@@ -397,7 +409,7 @@ def main() -> int:
             if case["timed_at"] is not None and not options.no_time:
                 plain, programmatic = (time_case(case, kernel, p) for p in (False, True))
                 line += f"   {plain:7.2f} {programmatic:7.2f} us"
-        except Failure as failure:
+        except WrongResultError as failure:
             failed += 1
             line = f"{symbol:24} FAILED {failure}"
         print(line, flush=True)

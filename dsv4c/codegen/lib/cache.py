@@ -1,7 +1,7 @@
 """New rows of the caches: norm, rotation, quantization, and the write into the row's slot.
 
-A row is held by the first `width / 4` threads of a CTA, four neighboring elements each, as floats. Every thread runs every
-line (there are barriers inside); the others carry zeros and store nothing.
+A row is held by the first `width / 4` threads of a CTA, four neighboring elements each, as floats. Every
+thread runs every line (there are barriers inside); the others carry zeros and store nothing.
 """
 
 import cutlass.cute as cute
@@ -13,7 +13,7 @@ from dsv4c.codegen.lib.geometry import ROPE, Row
 
 @cute.jit
 def prefetch(row: Constexpr[Row], g_gain: Int64, g_frequencies: Int64, tid: Int32):
-    """The thread's gains (bf16, two words) and, where it holds rotated elements, its two frequencies. Constants."""
+    """The thread's gains (bf16, two words) and, where it holds rotated elements, two frequencies."""
     r = cute.make_rmem_tensor((4,), Float32)
     r.fill(0.0)
     pair = tid * 2 - (row.width - ROPE) // 2
@@ -26,15 +26,21 @@ def prefetch(row: Constexpr[Row], g_gain: Int64, g_frequencies: Int64, tid: Int3
 
 
 @cute.jit
-def normalize(row: Constexpr[Row], s_squares: Int32, r: cute.Tensor, constants: cute.Tensor, eps: Constexpr[float], tid: Int32):
-    """r * rsqrt(mean(r^2) + eps) * gain in f32, rounded to bf16. One barrier; `s_squares` is 16 bytes of its own."""
+def normalize(
+    row: Constexpr[Row],
+    s_squares: Int32,
+    r: cute.Tensor,
+    constants: cute.Tensor,
+    eps: Constexpr[float],
+    tid: Int32,
+):
+    """r * rsqrt(mean(r^2) + eps) * gain in f32, rounded to bf16. One barrier, 16 bytes."""
     squares = Float32(0.0)
     for i in range_constexpr(4):
         squares = squares + r[i] * r[i]
     squares = ptx.lanes_sum(squares, 32)
-    if tid < row.lanes:
-        if tid % 32 == 0:
-            ptx.sts_f32(s_squares + tid // 8, squares)
+    if tid < row.lanes and tid % 32 == 0:
+        ptx.sts_f32(s_squares + tid // 8, squares)
     cute.arch.sync_threads()
     total = Float32(0.0)
     for i in range_constexpr(row.lanes // 32):
@@ -57,7 +63,9 @@ def rotate(row: Constexpr[Row], r: cute.Tensor, constants: cute.Tensor, position
 
 
 @cute.jit
-def store(row: Constexpr[Row], r: cute.Tensor, g_data: Int64, g_scale: Int64, g_tail: Int64, slot: Int64, tid: Int32):
+def store(
+    row: Constexpr[Row], r: cute.Tensor, g_data: Int64, g_scale: Int64, g_tail: Int64, slot: Int64, tid: Int32
+):
     """Write the row to place `slot` of the component arrays, in the row's domain and format."""
     if const_expr(row.hadamard):
         hadamard.hadamard128(r, tid % 32)
@@ -76,7 +84,9 @@ def _store_bf16(r: cute.Tensor, g: Int64):
 
 
 @cute.jit
-def _store_fp8(row: Constexpr[Row], r: cute.Tensor, g_data: Int64, g_scale: Int64, g_tail: Int64, slot: Int64, tid: Int32):
+def _store_fp8(
+    row: Constexpr[Row], r: cute.Tensor, g_data: Int64, g_scale: Int64, g_tail: Int64, slot: Int64, tid: Int32
+):
     """Blocks of 64 are 16 neighboring threads; the last 64 elements stay bf16."""
     amax = Float32(0.0)
     for i in range_constexpr(4):
@@ -121,7 +131,7 @@ def kv_store(
     sequence: Int32,
     tid: Int32,
 ):
-    """One CTA: row `sequence` of kv bf16[B, width], normed and rotated, into slot position % ring of its window.
+    """One CTA: row `sequence` of kv bf16[B, width], normed and rotated, into its window's slot.
 
     16 bytes of shared memory. Position -1 writes nothing.
     """

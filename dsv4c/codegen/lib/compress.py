@@ -1,12 +1,12 @@
-"""The KV compressor's step for one token: remember its row, and at the end of a window pool, norm, rotate and store.
+"""The KV compressor's step for one token: remember its row; at a window's end make its entry.
 
-Pooling is a softmax over tokens, per channel, in one pass with a running maximum; the current token is taken from the
-projections themselves, so nothing waits for the ring. Tokens before position 0 are never read.
+Pooling is a softmax over tokens, per channel, in one pass with a running maximum; the current token is taken
+from the projections themselves, so nothing waits for the ring. Tokens before position 0 are never read.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, const_expr, range_constexpr
+from cutlass import Constexpr, Float32, Int32, Int64, range_constexpr
 
 from dsv4c.codegen.lib import cache, ptx, softmax
 from dsv4c.codegen.lib.geometry import Pool
@@ -98,8 +98,7 @@ def pool_group(
     position: Int32,
     tid: Int32,
 ):
-    """The group's run of tokens, for the thread's four channels -> rmem [3][4]: maximum, weight, weighted sum."""
-    width = pool.row.width
+    """The group's run of tokens, for the thread's four channels: [maximum, weight, weighted sum][4]."""
     group = tid // pool.row.lanes
     channel = tid % pool.row.lanes * 4
     first = position + 1 - pool.tokens
@@ -118,9 +117,8 @@ def pool_group(
             token = first + j
             if token >= 0 and i < pool.run and j < pool.tokens:
                 at = Int32(channel)
-                if const_expr(pool.overlap):
-                    if j >= pool.ratio:
-                        at = at + width
+                if j >= pool.ratio:  # with overlap: the current window, the second half of the channels
+                    at = at + pool.row.width
                 place = ((ring + token % pool.ring) * pool.channels + at) * 4
                 if token == position:
                     now = add_bias(ptx.ldg128(g_s + at * 4), g_ape + at * 4)

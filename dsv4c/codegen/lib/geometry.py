@@ -5,7 +5,7 @@ Places in shared memory (`o_*`) are bytes from the CTA's allocation.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 ROPE = 64  # rotated elements at the end of a row
 BLOCK = 64  # elements under one ue8m0 scale of a KV row; also the dimensions that one attention warp works on
@@ -16,8 +16,8 @@ HEADS = 16  # heads of an attention CTA: the rows of one MMA tile
 class Row:
     """A cache row of `width` elements, held by `width / 4` threads, four neighbors each.
 
-    format: "fp8" = q[e4m3,ue8m0,1x64,tail=64], "bf16", or "mxfp4" = q[e2m1,ue8m0,1x32]. `hadamard` rows (128 wide) are
-    transformed before they are stored.
+    format: "fp8" = q[e4m3,ue8m0,1x64,tail=64], "bf16", or "mxfp4" = q[e2m1,ue8m0,1x32]. `hadamard` rows (128
+    wide) are transformed before they are stored.
     """
 
     width: int
@@ -37,10 +37,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Pool:
-    """How a compressor pools: entry w is the softmax-weighted sum of `ratio` tokens (twice that with `overlap`).
+    """How a compressor pools: an entry is the softmax-weighted sum of `ratio` tokens (or 2 * `ratio`).
 
-    The rings f32 [B, ring, channels] hold token p in row p % ring; `capacity` entries of `row` per sequence. A CTA of
-    `threads` threads splits the pooled tokens over as many groups as it has threads for.
+    The rings f32 [B, ring, channels] hold token p in row p % ring; `capacity` entries of `row` per sequence.
+    A CTA of `threads` threads splits the pooled tokens over as many groups as it has threads for.
     """
 
     row: Row
@@ -85,10 +85,11 @@ class Pool:
 class Attention:
     """One query token against `window` ring rows and up to `extra` cache entries per sequence.
 
-    A cluster of `splits` CTAs shares the keys of 16 heads: CTA r takes tiles r, r + splits, ... of `tile` keys. Warp w
-    works on dimensions 64w..64w+63: one scale block of an FP8 row, or its BF16 tail.
-    entries: "none", "selected" (i32[B, extra] entry numbers) or "all" (w < (t+1) // ratio). exact_norm: the per-head
-    norm in bf16 steps.
+    A cluster of `splits` CTAs shares the keys of 16 heads: CTA r takes tiles r, r + splits, ... of `tile`
+    keys. Warps 2n and 2n + 1 work on dimensions 64n..64n+63, one scale block of an FP8 row or its BF16 tail:
+    each scores every other group of 16 keys, and sums up the values of 32 dimensions. entries: "none",
+    "selected" (i32[B, extra] entry numbers) or "all" (w < (t+1) // ratio). exact_norm: the per-head norm in
+    bf16 steps.
     """
 
     heads: int
@@ -106,9 +107,14 @@ class Attention:
     eps: float
 
     @property
+    def blocks(self) -> int:
+        """Blocks of 64 dimensions."""
+        return self.width // BLOCK
+
+    @property
     def warps(self) -> int:
         """Warps of a CTA."""
-        return self.width // BLOCK
+        return 2 * self.blocks
 
     @property
     def head_tiles(self) -> int:
@@ -141,13 +147,13 @@ class Attention:
         return self.width - ROPE if self.format == "fp8" else self.width * 2
 
     @property
-    def blocks(self) -> int:
+    def scales(self) -> int:
         """Scales of a row."""
-        return (self.width - ROPE) // BLOCK if self.format == "fp8" else 0
+        return self.blocks - 1 if self.format == "fp8" else 0
 
     @property
     def row_bytes(self) -> int:
-        """Bytes between staged rows: rows 2i and 2i+2 start 8 banks apart (modulo 32), so MMA fragments load without conflicts."""
+        """Bytes between staged rows: rows 2i and 2i + 2 start 8 banks apart, so fragments load freely."""
         payload = self.data_bytes + (ROPE * 2 if self.format == "fp8" else 0)
         return payload + (16 - payload) % 64
 
@@ -165,17 +171,17 @@ class Attention:
     def _places(self) -> dict[str, int]:
         sizes = {
             "keys": self.stages * self.tile * self.row_bytes,
-            "part": self.warps * HEADS * self.part_stride * 4,
-            "inbox": self.splits * HEADS * self.slice * 4,
-            "stats": self.splits * HEADS * 16,
+            "part": self.blocks * HEADS * self.part_stride * 4,
+            "inbox": self.splits * HEADS * self.slice * 2,
+            "stats": self.splits * HEADS * 8,
             "p_bf16": HEADS * self.p_stride * 2,
             "p_f16": HEADS * self.p_stride * 2,
-            "factor": self.warps * self.tile * 2,
-            "scale": self.warps * self.tile,
+            "factor": self.blocks * self.tile * 2,
+            "scale": self.blocks * self.tile,
             "bias": self.tile * 4,
-            "squares": HEADS * self.warps * 4,
+            "squares": HEADS * self.blocks * 4,
             "correction": HEADS * 4,
-            "frequencies": ROPE // 2 * 4,
+            "turns": ROPE // 2 * 8,
             "sink": HEADS * 4,
             "barrier": 16,
         }
@@ -192,17 +198,17 @@ class Attention:
 
     @property
     def o_part(self) -> int:
-        """Scores over one warp's dimensions f32 [warps][heads][part_stride]."""
+        """Scores over one block of dimensions f32 [blocks][heads][part_stride]."""
         return self._places["part"]
 
     @property
     def o_inbox(self) -> int:
-        """Every split's unnormalized output of this CTA's dimensions f32 [splits][heads][slice]."""
+        """Every split's undivided output of this CTA's dimensions, times 2^-6, f16 [splits][heads][slice]."""
         return self._places["inbox"]
 
     @property
     def o_stats(self) -> int:
-        """Every split's (maximum, weight, 0, 0) f32 [splits][heads][4]."""
+        """Every split's (maximum, weight) f32 [splits][heads][2]."""
         return self._places["stats"]
 
     @property
@@ -217,12 +223,12 @@ class Attention:
 
     @property
     def o_factor(self) -> int:
-        """Key scales relative to the tile's largest f16 [warps][tile]."""
+        """Key scales relative to the tile's largest f16 [blocks][tile]."""
         return self._places["factor"]
 
     @property
     def o_scale(self) -> int:
-        """Key scales ue8m0 [warps][tile]."""
+        """Key scales ue8m0 [blocks][tile]."""
         return self._places["scale"]
 
     @property
@@ -232,7 +238,7 @@ class Attention:
 
     @property
     def o_squares(self) -> int:
-        """Sums of squares of q over one warp's dimensions f32 [heads][warps]."""
+        """Sums of squares of q over one block of dimensions f32 [heads][blocks]."""
         return self._places["squares"]
 
     @property
@@ -241,9 +247,9 @@ class Attention:
         return self._places["correction"]
 
     @property
-    def o_frequencies(self) -> int:
-        """RoPE frequencies f32 [32]."""
-        return self._places["frequencies"]
+    def o_turns(self) -> int:
+        """Cosine and sine of each rotated pair at the query's position f32 [32][2]."""
+        return self._places["turns"]
 
     @property
     def o_sink(self) -> int:
@@ -263,10 +269,10 @@ class Attention:
 
 @dataclass(frozen=True)
 class Index:
-    """Index scores of one token: `heads` queries of 128 against up to `capacity` keys, one per `ratio` tokens.
+    """Index scores: `heads` queries of 128 against up to `capacity` keys, one per `ratio` tokens.
 
-    A warp scores `tiles` times 16 keys at a time; `ctas` CTAs of 8 warps share the keys of a sequence. Nothing is
-    scored while at most `k` keys exist. format: "mxfp4" or "bf16", of queries and keys.
+    A warp scores `tiles` times 16 keys at a time; `ctas` CTAs of 8 warps share the keys of a sequence.
+    Nothing is scored while at most `k` keys exist. format: "mxfp4" or "bf16", of queries and keys.
     """
 
     heads: int
@@ -288,9 +294,14 @@ class Index:
         return self.warps * self.tiles * 16
 
     @property
-    def shared(self) -> int:
-        """Bytes: the queries as MMA fragments [heads / 8][4][32 lanes][16 bytes]."""
+    def o_turns(self) -> int:
+        """After queries [heads / 8][4][32 lanes][16 bytes]: each warp's cosines and sines f32 [32][2]."""
         return self.heads * 256
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.o_turns + self.warps * 256
 
 
 @dataclass(frozen=True)
@@ -322,11 +333,21 @@ class Selection:
         """(lowest bit, width) of each digit, leading digit first."""
         return ((21, 11), (16, 5)) if self.bits == 16 else ((21, 11), (10, 11), (0, 10))
 
+    @property
+    def alone(self) -> Selection:
+        """The same, for as many scores as one CTA holds."""
+        return replace(self, capacity=min(self.capacity, 4 * self.quads * self.threads), splits=1)
+
     def o_histogram(self, step: int) -> int:
         """Counts by digit u32, of pass `step`."""
         return 256 + sum(4 << width for _, width in self.passes[:step])
 
     @property
-    def shared(self) -> int:
-        """Bytes: warp sums (128), choice and totals (128), histograms."""
+    def o_sums(self) -> int:
+        """The cluster's counts of one pass u32 [2048]."""
         return self.o_histogram(len(self.passes))
+
+    @property
+    def shared(self) -> int:
+        """Bytes: warp sums (128), choice and totals (128), histograms, the cluster's counts."""
+        return self.o_sums + (8192 if self.splits > 1 else 0)

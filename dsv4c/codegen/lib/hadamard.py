@@ -30,7 +30,7 @@ def hadamard128(r: cute.Tensor, lane: Int32):
 
 @cute.jit
 def mxfp4_exponent(amax: Float32):
-    """The ue8m0 byte of a block whose largest magnitude is `amax`: 2^ceil(log2(max(amax, 6 * 2^-126) / 6))."""
+    """The ue8m0 byte of a block of largest magnitude `amax`: 2^ceil(log2(max(amax, 6 * 2^-126) / 6))."""
     bits = cute.arch.fmax(amax, Float32(6.0 * 2.0**-126)).bitcast(Int32)
     return ((bits - Int32(_6) + Int32(0x7FFFFF)) >> Int32(23)) + Int32(127)
 
@@ -51,34 +51,21 @@ def power(byte: Int32):
 
 
 @cute.jit
-def round_e2m1(x: Float32, byte: Int32):
-    """Magnitude of x / 2^(byte - 127) rounded to e2m1, ties to the even code, saturating at 6."""
-    y = cute.arch.fmax(x, -x) * power(Int32(254) - byte)
-    step = Float32(0.5)
-    if y >= Float32(2.0):
-        step = Float32(1.0)
-    if y >= Float32(4.0):
-        step = Float32(2.0)
-    whole = cute.arch.inline_ptx(
-        "{ .reg .f32 q; div.rn.f32 q, {$r0}, {$r1}; cvt.rni.f32.f32 {$w0}, q; }",
-        write_only_types=[Float32],
-        read_only_args=[y, step],
-    )
-    return cute.arch.fmin(whole * step, Float32(6.0))
+def round_e2m1(y: Float32):
+    """y, within ±6, rounded to the nearest e2m1 value, ties to the even code.
+
+    Steps are half the power of two below |y|, at least 0.5; adding and subtracting 1.5 * 2^23 of them rounds.
+    """
+    power_below = cute.arch.fmax((y.bitcast(Uint32) & Uint32(0x7F800000)).bitcast(Float32), Float32(1.0))
+    magic = power_below * Float32(1.5 * 2.0**22)
+    return (y + magic) - magic
 
 
 @cute.jit
 def e2m1_code(x: Float32, byte: Int32):
     """The 4-bit code of x under block scale `byte`."""
-    y = round_e2m1(x, byte)
+    y = round_e2m1(cute.arch.fmax(x, -x) * power(Int32(254) - byte))
     code = (y.bitcast(Uint32) >> Uint32(22)) - Uint32(252)  # exponent and first mantissa bit; 1.0 is code 2
     if y < Float32(1.0):
         code = (y * Float32(2.0)).to(Uint32)
     return code | ((x.bitcast(Uint32) >> Uint32(31)) << Uint32(3))
-
-
-@cute.jit
-def e2m1_value(x: Float32, byte: Int32):
-    """x rounded to e2m1 under block scale `byte`, scaled back: exact in bf16."""
-    y = (round_e2m1(x, byte) * power(byte)).bitcast(Uint32)
-    return (y | (x.bitcast(Uint32) & Uint32(0x80000000))).bitcast(Float32)

@@ -1,8 +1,9 @@
 """Index scores: rotated, Hadamard-transformed queries against the index keys, weighted ReLU sum over heads.
 
-Keys are the 16 rows of an MMA, 8 heads its columns. Lane (g, q) holds dimensions 32q..32q+31 of keys g and g + 8: one scale
-block. In every 8 dimensions the k order is that of the FP4 expansion: pairs (3,7), (2,6) in one MMA, (1,5), (0,4) in the
-next; queries are stored in that order. Keys expand times 2^-64 and queries carry 2^64, which keeps bf16 in range.
+Keys are the 16 rows of an MMA, 8 heads its columns. Lane (g, q) holds dimensions 32q..32q+31 of keys g and g
++ 8: one scale block. In every 8 dimensions the k order is that of the FP4 expansion: pairs (3,7), (2,6) in
+one MMA, (1,5), (0,4) in the next; queries are stored in that order. Keys expand times 2^-64 and queries carry
+2^64, which keeps bf16 in range.
 """
 
 import cutlass.cute as cute
@@ -18,7 +19,9 @@ _CARRY = 2.0**64
 @cute.jit
 def _relu_bf16x2(lo: Float32, hi: Float32):
     """max(0, bf16(x)) of two floats."""
-    return _asm("cvt.rn.relu.bf16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Uint32], read_only_args=[lo, hi])
+    return _asm(
+        "cvt.rn.relu.bf16x2.f32 {$w0}, {$r1}, {$r0};", write_only_types=[Uint32], read_only_args=[lo, hi]
+    )
 
 
 @cute.jit
@@ -35,7 +38,9 @@ def _expand(codes: Uint32, f: Uint32, pair: Constexpr[int]):
 @cute.jit
 def _pick(a: Uint32, b: Uint32, selector: Constexpr[int]):
     return _asm(
-        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Uint32], read_only_args=[a, b, Uint32(selector)]
+        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};",
+        write_only_types=[Uint32],
+        read_only_args=[a, b, Uint32(selector)],
     )
 
 
@@ -44,66 +49,89 @@ def _load_u8(g: Int64):
     return _asm("ld.global.u8 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
 
 
-# Queries --------------------------------------------------------------------------------------------------------------
+# Queries ----------------------------------------------------------------------------------------------------
 
 
 @cute.jit
-def load_queries(
+def prepare_turns(sm: Int32, frequency: Float32, position: Int32, lane: Int32):
+    """Cosine and sine of the 32 pairs to the warp's own shared memory [32][2]."""
+    c, s = rope.cos_sin(position.to(Float32) * frequency)
+    ptx.sts64(sm + lane * 8, c.bitcast(Uint32), s.bitcast(Uint32))
+    cute.arch.sync_warp()
+
+
+@cute.jit
+def prepare_queries(
+    x: Constexpr[Index], sm: Int32, s_turns: Int32, g_q: Int64, sequence: Int32, warp: Int32, lane: Int32
+):
+    """Rotate, transform and quantize heads 8 * warp.. of q bf16[B, heads, 128] into MMA fragments.
+
+    Lane (g, q) works on dimensions 32q..32q+31 of head g: one scale block, and its own part of the fragments.
+    """
+    if warp < x.heads // 8:
+        r = cute.make_rmem_tensor((32,), Float32)
+        g = g_q + ((Int64(sequence) * x.heads + warp * 8 + lane // 4) * 128 + lane % 4 * 32) * 2
+        words = [ptx.ldg128(g + 16 * n) for n in range(4)]
+        for n in range_constexpr(16):
+            r[2 * n], r[2 * n + 1] = ptx.bf16x2_to_f32x2(words[n // 4][n % 4])
+        if lane % 4 >= 2:
+            for n in range_constexpr(8):
+                turns = ptx.lds128(s_turns + (lane % 4 - 2) * 128 + n * 16)
+                for i in range_constexpr(2):
+                    c, s = turns[2 * i].bitcast(Float32), turns[2 * i + 1].bitcast(Float32)
+                    even, odd = r[4 * n + 2 * i], r[4 * n + 2 * i + 1]
+                    r[4 * n + 2 * i] = ptx.round_bf16(even * c - odd * s)
+                    r[4 * n + 2 * i + 1] = ptx.round_bf16(even * s + odd * c)
+        _transform(r, lane)
+        if const_expr(x.format == "mxfp4"):
+            _quantize(r)
+        for w in range_constexpr(4):
+            fragment = [ptx.f32x2_to_bf16x2(r[8 * w + 3 - n], r[8 * w + 7 - n]) for n in range(4)]
+            ptx.sts128(sm + ((warp * 4 + w) * 32 + lane) * 16, *fragment)
+
+
+@cute.jit
+def _transform(r: cute.Tensor, lane: Int32):
+    """Hadamard transform of 128 elements over the quad's four lanes, rounded to bf16."""
+    for i in range_constexpr(5):
+        for n in range_constexpr(32):
+            if const_expr(n & (1 << i) == 0):
+                other = n | (1 << i)
+                r[n], r[other] = r[n] + r[other], r[n] - r[other]
+    for i in range_constexpr(2):
+        sign = Float32(-1.0) if (lane & Int32(1 << i)) != Int32(0) else Float32(1.0)
+        for n in range_constexpr(32):
+            r[n] = rope.fma(r[n], sign, cute.arch.shuffle_sync_bfly(r[n], offset=1 << i))
+    for n in range_constexpr(32):
+        r[n] = ptx.round_bf16(r[n] * Float32(128.0**-0.5))
+
+
+@cute.jit
+def _quantize(r: cute.Tensor):
+    """A block of 32 rounded to MXFP4 and scaled back, times 2^64: exact in bf16."""
+    amax = Float32(0.0)
+    for n in range_constexpr(32):
+        amax = cute.arch.fmax(amax, cute.arch.fmax(r[n], -r[n]))
+    byte = hadamard.mxfp4_exponent(amax)
+    down, up = hadamard.power(Int32(254) - byte), hadamard.power(byte) * Float32(_CARRY)
+    for n in range_constexpr(32):
+        r[n] = hadamard.round_e2m1(r[n] * down) * up
+
+
+# Keys -------------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def load_keys(
     x: Constexpr[Index],
-    sm: Int32,
-    g_q: Int64,
-    frequency: cute.Tensor,
+    keys: cute.Tensor,
+    g_data: Int64,
+    g_scale: Int64,
     sequence: Int32,
-    position: Int32,
-    warp: Int32,
+    first: Int32,
     lane: Int32,
 ):
-    """Rotate, transform and quantize the warp's eighth of q bf16[B, heads, 128]; fragments to shared memory.
-
-    Lane l works on dimensions 4l..4l+3; `frequency` holds its two (lanes 16..31).
-    """
-    c = cute.make_rmem_tensor((2,), Float32)
-    s = cute.make_rmem_tensor((2,), Float32)
-    for i in range_constexpr(2):
-        c[i], s[i] = rope.cos_sin(position.to(Float32) * frequency[i])
-    per_warp = x.heads // x.warps
-    words = [
-        ptx.ldg64(g_q + ((Int64(sequence) * x.heads + warp * per_warp + n) * 128 + lane * 4) * 2) for n in range(per_warp)
-    ]
-    for n in range_constexpr(per_warp):
-        r = cute.make_rmem_tensor((4,), Float32)
-        for i in range_constexpr(2):
-            r[2 * i], r[2 * i + 1] = ptx.bf16x2_to_f32x2(words[n][i])
-            if lane >= 16:
-                even = ptx.round_bf16(r[2 * i] * c[i] - r[2 * i + 1] * s[i])
-                r[2 * i + 1] = ptx.round_bf16(r[2 * i] * s[i] + r[2 * i + 1] * c[i])
-                r[2 * i] = even
-        hadamard.hadamard128(r, lane)
-        if const_expr(x.format == "mxfp4"):
-            byte = hadamard.block32_exponent(r)
-            for i in range_constexpr(4):
-                r[i] = hadamard.e2m1_value(r[i], byte) * Float32(_CARRY)
-        _store_query(sm, r, warp * per_warp + n, lane)
-
-
-@cute.jit
-def _store_query(sm: Int32, r: cute.Tensor, head: Int32, lane: Int32):
-    """Words (3,7), (2,6), (1,5), (0,4) of each 8 dimensions: even lanes hold 0..3, odd ones 4..7."""
-    words = []
-    for i in range_constexpr(4):
-        other = cute.arch.shuffle_sync_bfly(r[3 - i], offset=1)
-        words.append(ptx.f32x2_to_bf16x2(r[3 - i], other))
-    if lane % 2 == 0:
-        to = head % 8 * 4 + lane // 8
-        ptx.sts128(sm + ((head // 8 * 4 + lane % 8 // 2) * 32 + to) * 16, *words)
-
-
-# Keys -----------------------------------------------------------------------------------------------------------------
-
-
-@cute.jit
-def load_keys(x: Constexpr[Index], keys: cute.Tensor, g_data: Int64, g_scale: Int64, sequence: Int32, first: Int32, lane: Int32):
-    """Keys first + 16m + 8i + g into registers [m][i][words], for FP4 followed by the block scale; zeros past the end."""
+    """Keys first + 16m + 8i + g into registers [m][i][words], for FP4 followed by the block scale."""
     words = 4 if const_expr(x.format == "mxfp4") else 16
     for m in range_constexpr(x.tiles):
         for i in range_constexpr(2):
@@ -139,21 +167,26 @@ def fragments(x: Constexpr[Index], keys: cute.Tensor):
     return a
 
 
-# Scores ---------------------------------------------------------------------------------------------------------------
+# Scores -----------------------------------------------------------------------------------------------------
 
 
 @cute.jit
-def load_weights(x: Constexpr[Index], g_weights: Int64, sequence: Int32, lane: Int32):
-    """The lane's head weights, bf16x2 [heads / 8]: heads 8n + 2q and the next."""
+def load_weights(
+    x: Constexpr[Index], g_weights: Int64, factor: Constexpr[float], sequence: Int32, lane: Int32
+):
+    """The lane's head weights times `factor`, bf16x2 [heads / 8]: heads 8n + 2q and the next."""
     r = cute.make_rmem_tensor((x.heads // 8,), Uint32)
     for n in range_constexpr(x.heads // 8):
         r[n] = ptx.ldg32(g_weights + (sequence * x.heads + 8 * n + lane % 4 * 2) * 2)
+        if const_expr(factor != 1.0):
+            lo, hi = ptx.bf16x2_to_f32x2(r[n])
+            r[n] = ptx.f32x2_to_bf16x2(lo * Float32(factor), hi * Float32(factor))
     return r
 
 
 @cute.jit
 def score(x: Constexpr[Index], sm: Int32, a: cute.Tensor, weights: cute.Tensor, lane: Int32):
-    """Scores [m][i] of keys 16m + 8i + g, in every lane of the quad: each dot, product and the sum rounded to bf16."""
+    """Scores [m][i] of keys 16m + 8i + g: each dot, product and the sum rounded to bf16."""
     total = cute.make_rmem_tensor((x.tiles, 2), Float32)
     total.fill(0.0)
     for n in range_constexpr(x.heads // 8):
@@ -177,7 +210,15 @@ def score(x: Constexpr[Index], sm: Int32, a: cute.Tensor, weights: cute.Tensor, 
 
 
 @cute.jit
-def store_scores(x: Constexpr[Index], total: cute.Tensor, g_scores: Int64, sequence: Int32, first: Int32, visible: Int32, lane: Int32):
+def store_scores(
+    x: Constexpr[Index],
+    total: cute.Tensor,
+    g_scores: Int64,
+    sequence: Int32,
+    first: Int32,
+    visible: Int32,
+    lane: Int32,
+):
     """Scores of visible keys to f32[B, capacity]: lane q of a quad stores that of half q."""
     for m in range_constexpr(x.tiles):
         key = first + 16 * m + lane % 4 * 8 + lane // 4

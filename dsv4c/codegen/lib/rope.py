@@ -1,9 +1,7 @@
-"""Rotary embedding on the device: interleaved pairs, turned by the f32 angle (position * stride) * frequency."""
+"""Rotary embedding on the device: interleaved pairs turned by the f32 angle position * frequency."""
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Int64, Uint32
-
-from dsv4c.codegen.lib import ptx
+from cutlass import Float32, Int32, Uint32
 
 _asm = cute.arch.inline_ptx
 
@@ -11,16 +9,23 @@ _asm = cute.arch.inline_ptx
 @cute.jit
 def fma(a: Float32, b: Float32, c: Float32):
     """a * b + c, rounded once."""
-    return _asm("fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c])
+    return _asm(
+        "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c]
+    )
 
 
 @cute.jit
 def cos_sin(angle: Float32):
     """Cosine and sine of an angle below 2^20, to about 1e-7.
 
-    pi/2 is taken off in two parts; k * (f32 of pi/2) is a multiple of 2^-23, so the first difference is exact.
+    pi/2 is taken off in two parts; k * (f32 of pi/2) is a multiple of 2^-23, so the first difference is
+    exact.
     """
-    k = _asm("cvt.rni.s32.f32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[angle * Float32(0.63661977)])
+    k = _asm(
+        "cvt.rni.s32.f32 {$w0}, {$r0};",
+        write_only_types=[Int32],
+        read_only_args=[angle * Float32(0.63661977)],
+    )
     turns = k.to(Float32)
     r = fma(turns, Float32(-1.5707963705062866), angle)
     r = fma(turns, Float32(4.371139000186241e-08), r)
@@ -45,10 +50,3 @@ def turn(even: Float32, odd: Float32, angle: Float32):
     """The pair (even, odd) turned by `angle`, in f32. A negative angle turns back."""
     c, s = cos_sin(angle)
     return even * c - odd * s, even * s + odd * c
-
-
-@cute.jit
-def load_frequencies(s: Int32, g: Int64, tid: Int32):
-    """Bring the 32 frequencies (constants of the model) to shared memory."""
-    if tid < 32:
-        ptx.sts_f32(s + tid * 4, ptx.ldg_f32_constant(g + tid * 4))

@@ -10,7 +10,7 @@ LOG2_E = 1.4426950408889634
 
 @cute.jit
 def reference(maximum: Float32):
-    """What to subtract for a maximum that may be -inf (nothing seen yet): then 0, so that 2^(-inf - 0) is 0, not NaN."""
+    """What to subtract: the maximum, or 0 while nothing was seen, so that 2^(-inf - 0) is 0, not NaN."""
     r = maximum
     if maximum == -Float32.inf:
         r = Float32(0.0)

@@ -1,12 +1,13 @@
-"""Exact top-k over a cluster: digits of order-preserving keys find the k-th largest, then a scan places the result.
+"""Exact top-k over a cluster: digits of order-preserving keys find the k-th largest, a scan places.
 
-Every thread holds a run of neighboring scores in registers. For each digit the CTAs count into histograms of their own,
-and every CTA adds the cluster's up. Equal scores at the threshold are taken from the lowest index on; the result ascends.
+Every thread holds a run of neighboring scores in registers. For each digit the CTAs count into histograms of
+their own, and every CTA adds the cluster's up. Equal scores at the threshold are taken from the lowest index
+on; the result ascends.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64, Uint32, const_expr, range_constexpr
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import ptx
 from dsv4c.codegen.lib.geometry import Selection
@@ -79,7 +80,7 @@ def _of_rank(t: Constexpr[Selection], s: Int32, rank: Int32):
 @cute.jit
 def clear(t: Constexpr[Selection], sm: Int32, tid: Int32):
     """Zero the histograms."""
-    words = (t.shared - 256) // 4
+    words = (t.o_sums - 256) // 4
     for n in range_constexpr(-(-words // t.threads)):
         i = tid + n * t.threads
         if i < words:
@@ -133,13 +134,36 @@ def threshold(t: Constexpr[Selection], sm: Int32, key: cute.Tensor, tid: Int32):
                     digit = (key[n] >> Uint32(shift)) & Uint32((1 << width) - 1)
                     _count(s_counts + (digit * Uint32(4)).bitcast(Int32))
         _meet(t)
-        digit, need = _choose(t, sm, s_counts, width, need, tid)
+        digit, need = _choose(t, sm, _add_up(t, sm, s_counts, width, tid), width, need, tid)
         prefix = (prefix << Uint32(width)) | digit.bitcast(Uint32)
     return prefix, need
 
 
 @cute.jit
-def _choose(t: Constexpr[Selection], sm: Int32, s_counts: Int32, width: Constexpr[int], need: Int32, tid: Int32):
+def _add_up(t: Constexpr[Selection], sm: Int32, s_counts: Int32, width: Constexpr[int], tid: Int32):
+    """Address of the cluster's counts: every CTA adds up its share of digits and sends it to all."""
+    if const_expr(t.splits == 1):
+        return s_counts
+    share = (1 << width) // t.splits
+    rank = cute.arch.block_idx_in_cluster()
+    for n in range_constexpr(-(-share // t.threads)):
+        i = tid + n * t.threads
+        if i < share:
+            at = (rank * share + i) * 4
+            counts = [_of_rank(t, s_counts + at, Int32(other)).bitcast(Int32) for other in range(t.splits)]
+            total = counts[0]
+            for other in range_constexpr(1, t.splits):
+                total = total + counts[other]
+            for other in range_constexpr(t.splits):
+                ptx.store_remote_f32(sm + t.o_sums + at, Int32(other), total.bitcast(Float32))
+    _meet(t)
+    return sm + t.o_sums
+
+
+@cute.jit
+def _choose(
+    t: Constexpr[Selection], sm: Int32, s_counts: Int32, width: Constexpr[int], need: Int32, tid: Int32
+):
     """The digit where the counts from the top reach `need`, and what is left to take inside it."""
     per_thread = -(-(1 << width) // t.threads)
     top = Int32((1 << width) - 1) - tid * per_thread
@@ -148,8 +172,7 @@ def _choose(t: Constexpr[Selection], sm: Int32, s_counts: Int32, width: Constexp
     total = Int32(0)
     for i in range_constexpr(per_thread):
         if top - i >= 0:
-            for rank in range_constexpr(t.splits):
-                counts[i] = counts[i] + _of_rank(t, s_counts + (top - i) * 4, Int32(rank)).bitcast(Int32)
+            counts[i] = ptx.lds32(s_counts + (top - i) * 4).bitcast(Int32)
         total = total + counts[i]
     before, _all = _block_scan(t, sm, total, tid)
     for i in range_constexpr(per_thread):
@@ -202,3 +225,13 @@ def place(
             above = above + 1
         if digits == prefix:
             equal = equal + 1
+
+
+@cute.jit
+def select(
+    t: Constexpr[Selection], sm: Int32, g_scores: Int64, g_out: Int64, visible: Int32, rank: Int32, tid: Int32
+):
+    """The `k` best of `visible` > k scores, by all threads of `t.splits` CTAs."""
+    key, first = load(t, g_scores, visible, rank * t.threads + tid)
+    prefix, need = threshold(t, sm, key, tid)
+    place(t, sm, key, first, prefix, need, g_out, rank, tid)
