@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -115,14 +116,24 @@ _E2M1_PAIRS = torch.stack(
 
 def encode_e2m1(x: Tensor) -> Tensor:
     """f32 [..., K] to packed e2m1 uint8 [..., K/2]: nearest, ties to the even code, saturating at 6."""
-    code = torch.bucketize(x.abs(), _UPPER, out_int32=True).to(torch.uint8)
+    code = torch.bucketize(x.abs(), _upper(x.device), out_int32=True).to(torch.uint8)
     code |= torch.signbit(x).to(torch.uint8) << 3
     return code[..., 0::2] | code[..., 1::2] << 4
 
 
 def decode_e2m1(packed: Tensor) -> Tensor:
     """Packed e2m1 uint8 [..., K/2] to f32 [..., K], exact."""
-    return _E2M1_PAIRS[packed.to(torch.int32)].flatten(-2)
+    return _pairs(packed.device)[packed.to(torch.int32)].flatten(-2)
+
+
+@cache
+def _upper(device: torch.device) -> Tensor:
+    return _UPPER.to(device)
+
+
+@cache
+def _pairs(device: torch.device) -> Tensor:
+    return _E2M1_PAIRS.to(device)
 
 
 def decode_ue8m0(exponent: Tensor) -> Tensor:

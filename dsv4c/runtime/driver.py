@@ -150,3 +150,13 @@ class Graph:
         if self._executable is not None:
             call("destroy graph", cuda.cuGraphExecDestroy(self._executable))
         call("destroy graph", cuda.cuGraphDestroy(self._graph))
+
+
+def synchronize(what: str) -> None:
+    """Wait for all work of the current context. Raises DriverError naming `what` if any of it failed."""
+    call(what, cuda.cuCtxSynchronize())
+
+
+def version() -> int:
+    """The CUDA version that the driver speaks: 1000 * major + 10 * minor."""
+    return int(call("ask for the driver's version", cuda.cuDriverGetVersion()))

@@ -296,10 +296,9 @@ def bind(
 ) -> Session:
     """See `Plan.bind`."""
     if plan.target != "cpu":
-        raise PlanError(
-            f"plan {plan.name} is compiled for {plan.target} and holds launches without kernels, which "
-            "cannot run; compile with --target cpu"
-        )
+        from dsv4c.runtime import cuda
+
+        return cuda.bind(plan, weights, progress=progress, workers=workers, poison=poison)
     from dsv4c.runtime.cpu import CpuExecutor
 
     checkpoint = Checkpoint.open(weights)

@@ -1,0 +1,139 @@
+"""Weights on their way to the device: converted, packed and copied to their place, a slab of rows at a time.
+
+Where a parameter goes and in which form is plan data. Memory in flight is bounded: one parameter per reading
+thread on the host, a few slabs on the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4c.errors import PlanError
+from dsv4c.runtime.checkpoint import Checkpoint, ParamRecord, Progress
+from dsv4c.runtime.codec import Quantized, Value
+from dsv4c.runtime.packing import Packing, pack, parse_packing
+from dsv4c.types import DType, QuantType
+
+SLAB = 64 << 20  # bytes of a matrix packed at once; a slab's temporaries are a few times that
+PLAIN, WIDENED = "plain", "f32"
+
+
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A parameter's place in the weights' block. `form` is "plain", "f32" (widened from bf16) or the name of
+    a packing; `components` are (name, byte offset in the block, bytes).
+    """
+
+    record: ParamRecord
+    form: str
+    components: tuple[tuple[str, int, int], ...]
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Resident:
+        """Read a weight record of a GPU plan. Raises PlanError if it is not one."""
+        try:
+            components = tuple((c["name"], int(c["offset"]), int(c["nbytes"])) for c in data["components"])
+            form = str(data["form"])
+            if form not in (PLAIN, WIDENED):
+                parse_packing(form)
+        except (KeyError, TypeError, ValueError) as error:
+            name = data.get("name", "?")
+            raise PlanError(
+                f"weight {name}: its place in memory cannot be read: {error!r}; compile the plan again"
+            ) from None
+        return Resident(ParamRecord.from_json(data), form, components)
+
+    def store(self, block: Tensor, value: Value) -> None:
+        """Copy `value`, which lies on the host and has the record's type, to its place."""
+        parts = _parts(value)
+        for name, offset, nbytes in self.components:
+            if name not in parts:
+                raise PlanError(
+                    f"weight {self.record.name}: has a place for {name}, but {self.record.type} has only "
+                    f"{', '.join(parts)}; compile the plan again"
+                )
+            target = block[offset : offset + nbytes]
+            if name == "data" and self.form not in (PLAIN, WIDENED):
+                _store_packed(target, parse_packing(self.form), parts["data"], self._block_scales(parts))
+            else:
+                _store_plain(target, parts[name], widened=self.form == WIDENED, what=self.record.name)
+
+    def _block_scales(self, parts: Mapping[str, Tensor]) -> Tensor | None:
+        """The scales that live in the packed units: those of FP4 formats."""
+        type_ = self.record.type
+        in_unit = isinstance(type_, QuantType) and type_.format.value is DType.E2M1
+        return parts["scale"] if in_unit else None
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    residents: Sequence[Resident],
+    block: Tensor,
+    *,
+    progress: Progress | None = None,
+    workers: int | None = None,
+) -> None:
+    """Read every parameter into `block`, the weights' uint8 block. Raises CheckpointError."""
+    places = {resident.record.name: resident for resident in residents}
+
+    def sink(name: str, value: Value) -> None:
+        places[name].store(block, value)
+        if block.is_cuda:
+            torch.cuda.current_stream(block.device).synchronize()  # the value goes away with this call
+
+    records = [resident.record for resident in residents]
+    checkpoint.load(records, sink, progress=progress, workers=workers)
+
+
+def _parts(value: Value) -> dict[str, Tensor]:
+    if not isinstance(value, Quantized):
+        return {"data": value}
+    parts = {"data": value.data, "scale": value.scale, "tail": value.tail, "global_scale": value.global_scale}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _store_plain(target: Tensor, part: Tensor, *, widened: bool, what: str) -> None:
+    part = part.to(target.device).contiguous()
+    if widened:
+        part = part.to(torch.float32)
+    flat = part.view(-1).view(torch.uint8)
+    if flat.numel() != target.numel():
+        raise PlanError(
+            f"weight {what}: {flat.numel()} bytes for a place of {target.numel()}; compile the plan again"
+        )
+    target.copy_(flat)
+
+
+def _store_packed(target: Tensor, packing: Packing, data: Tensor, scale: Tensor | None) -> None:
+    """Matrices one after the other, each in slabs of whole tile groups of rows."""
+    position = 0
+    for matrix, scales in _matrices(data, scale):
+        group = 16 * packing.tiles
+        step = max(SLAB // max(matrix.shape[1] * matrix.element_size(), 1) // group, 1) * group
+        for start in range(0, matrix.shape[0], step):
+            rows = matrix[start : start + step].to(target.device)
+            slab = None if scales is None else scales[start : start + step].to(target.device)
+            packed = pack(packing, rows, slab)
+            if position + packed.numel() > target.numel():
+                raise PlanError(f"a matrix packed as {packing} outgrows its place; compile the plan again")
+            target[position : position + packed.numel()].copy_(packed)
+            position += packed.numel()
+    if position != target.numel():
+        raise PlanError(
+            f"matrices packed as {packing} take {position} bytes, their place has {target.numel()}; "
+            "compile the plan again"
+        )
+
+
+def _matrices(data: Tensor, scale: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    count = math.prod(data.shape[:-2])
+    matrices = data.reshape(count, *data.shape[-2:])
+    scales = None if scale is None else scale.reshape(count, *scale.shape[-2:])
+    for i in range(count):
+        yield matrices[i], None if scales is None else scales[i]
