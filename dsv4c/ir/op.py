@@ -26,11 +26,17 @@ def expect(condition: bool, message: str) -> None:
         raise GraphError(message)
 
 
-def expect_tensor(type_: Type, name: str, rank: int | None = None, dtype: DType | None = None) -> TensorType:
-    """`type_` as a plain tensor of that rank and element type. Raises GraphError naming the operand."""
+def expect_tensor(
+    type_: Type, name: str, rank: int | None = None, dtype: DType | None = None, least: int = 0
+) -> TensorType:
+    """`type_` as a plain tensor of that rank (or at least `least`) and element type.
+
+    Raises GraphError naming the operand.
+    """
     expect(isinstance(type_, TensorType), f"{name} must be a plain tensor, got {type_}; dequantize it first")
     assert isinstance(type_, TensorType)
     expect(rank is None or len(type_.shape) == rank, f"{name} must have {rank} dimensions, got {type_}")
+    expect(len(type_.shape) >= least, f"{name} must have at least {least} dimension, got {type_}")
     expect(dtype is None or type_.dtype is dtype, f"{name} must be {dtype}, got {type_}")
     return type_
 
@@ -97,7 +103,10 @@ class Op:
             least <= len(operands) <= most,
             f"{self.name} takes {least if least == most else f'{least} to {most}'} operands, got {len(operands)}",
         )
-        inferred = self.infer(*operands)
+        try:
+            inferred = self.infer(*operands)
+        except ValueError as error:  # a format that does not fit a shape
+            raise GraphError(str(error)) from None
         return inferred if isinstance(inferred, tuple) else (inferred,)
 
     def attributes(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ class WindowIndex(Op):
 
     def infer(self, positions: Type) -> TensorType:
         rows = expect_tensor(positions, "positions", 1, I32).shape[0]
+        expect(self.window > 0, f"window must be positive, got {self.window}")
         return TensorType(I32, (rows, self.window))
 
 
@@ -26,6 +27,7 @@ class VisibleEntries(Op):
 
     def infer(self, positions: Type) -> TensorType:
         rows = expect_tensor(positions, "positions", 1, I32).shape[0]
+        expect(self.ratio > 0, f"ratio must be positive, got {self.ratio}")
         return TensorType(I32, (rows, self.capacity))
 
 
@@ -95,6 +97,7 @@ class AttentionValues(Op):
         expect_tensor(denominator, "denominator", 2, F32)
         tensor = expect_tensor(keys, "keys", 3)
         expect(p.shape[2] == keys.shape[1], f"p {p} and keys {keys} differ in keys")
+        expect(p.shape[0] == keys.shape[0], f"p {p} and keys {keys} differ in rows")
         expect(p.shape[:2] == denominator.shape, f"p {p} and denominator {denominator} differ")
         return TensorType(tensor.dtype, (*p.shape[:2], tensor.shape[2]))
 

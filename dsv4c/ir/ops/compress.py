@@ -18,6 +18,7 @@ class CompletedEntries(Op):
 
     def infer(self, positions: Type) -> TensorType:
         rows = expect_tensor(positions, "positions", 1, I32).shape[0]
+        expect(self.ratio > 0, f"ratio must be positive, got {self.ratio}")
         expect(rows % self.sequences == 0, f"{rows} rows do not divide over {self.sequences} sequences")
         return TensorType(I32, (self.sequences * -(-(rows // self.sequences) // self.ratio),))
 
@@ -38,6 +39,8 @@ class CompressPool(Op):
         ring = expect_tensor(kv, "kv", 3, F32)
         expect(score == kv, f"kv {kv} and score {score} differ")
         expect_tensor(entries, "entries", 1, I32)
+        sequences, count = ring.shape[0], entries.shape[0]
+        expect(count % sequences == 0, f"{count} entries do not divide over {sequences} sequences")
         parts = 2 if self.overlap else 1
         expect(
             ring.shape[1] >= parts * self.ratio,

@@ -22,6 +22,9 @@ class IndexScores(Op):
         expect_tensor(weights, "weights", 2)
         expect(weights.shape == q.shape[:2], f"weights {weights} do not fit q {q}")
         expect_tensor(positions, "positions", 1, I32)
+        rows, sequences = q.shape[0], keys.shape[0]
+        expect(positions.shape == (rows,), f"q {q} and positions {positions} differ in rows")
+        expect(rows % sequences == 0, f"{rows} rows do not divide over {sequences} sequences")
         return TensorType(F32, (q.shape[0], keys.shape[1]))
 
     def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:

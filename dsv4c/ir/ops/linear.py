@@ -8,6 +8,7 @@ from dsv4c.types import BF16, F32, I32, DType, QuantType, TensorType, Type
 
 def _float_operand(type_: Type, name: str) -> None:
     if isinstance(type_, TensorType):
+        expect_tensor(type_, name, least=1)
         expect(type_.dtype in (F32, BF16), f"{name} must be f32, bf16 or quantized, got {type_}")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dsv4c.ir.op import Op, expect, expect_tensor, primitive
-from dsv4c.types import F32, DType, TensorType, Type
+from dsv4c.types import E2M1, E4M3, F32, UE8M0, DType, TensorType, Type
 
 
 def broadcast(a: Type, b: Type) -> TensorType:
@@ -69,6 +69,8 @@ class Clamp(Op):
 
     def infer(self, x: Type) -> TensorType:
         expect(self.low is not None or self.high is not None, "clamp needs a bound")
+        if self.low is not None and self.high is not None:
+            expect(self.low <= self.high, f"low {self.low} is above high {self.high}")
         return _same(x)
 
 
@@ -103,6 +105,8 @@ class Cast(Op):
     to: DType
 
     def infer(self, x: Type) -> TensorType:
+        coded = self.to in (E4M3, E2M1, UE8M0)
+        expect(not coded, f"cast gives f32, bf16, f16 or an integer, not {self.to}; use quantize")
         return TensorType(self.to, expect_tensor(x, "x").shape)
 
 

@@ -11,7 +11,7 @@ class Embedding(Op):
     """Rows of a table: table[V, ...], ids i32[N] -> [N, ...]. The hash router's expert table is one too."""
 
     def infer(self, table: Type, ids: Type) -> TensorType:
-        tensor = expect_tensor(table, "table")
+        tensor = expect_tensor(table, "table", least=1)
         expect_tensor(ids, "ids", 1, I32)
         return TensorType(tensor.dtype, (*ids.shape, *tensor.shape[1:]))
 

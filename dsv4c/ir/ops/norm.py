@@ -17,7 +17,7 @@ class RmsNorm(Op):
     precision: DType = F32
 
     def infer(self, x: Type, gain: Type | None = None) -> TensorType:
-        tensor = expect_tensor(x, "x")
+        tensor = expect_tensor(x, "x", least=1)
         expect(tensor.dtype.is_float, f"x must be floating point, got {x}")
         expect(self.precision in (F32, BF16), f"precision must be f32 or bf16, got {self.precision}")
         if gain is not None:
@@ -34,7 +34,7 @@ class RsqrtMeanSquare(Op):
     eps: float
 
     def infer(self, x: Type) -> TensorType:
-        return TensorType(F32, (*expect_tensor(x, "x").shape[:-1], 1))
+        return TensorType(F32, (*expect_tensor(x, "x", least=1).shape[:-1], 1))
 
 
 @primitive

@@ -16,7 +16,7 @@ class Quantize(Op):
     format: QuantFormat
 
     def infer(self, x: Type, global_scale: Type | None = None) -> QuantType:
-        tensor = expect_tensor(x, "x")
+        tensor = expect_tensor(x, "x", least=1)
         expect(tensor.dtype.is_float, f"x must be floating point, got {x}")
         expect(self.format.tail < x.shape[-1], f"{self.format} leaves nothing to quantize in {x}")
         shape = tensor.shape
@@ -50,9 +50,10 @@ class Hadamard(Op):
     """Orthonormal Sylvester-Hadamard transform of the last dimension (a power of two); f32 inside, one cast."""
 
     def infer(self, x: Type) -> TensorType:
-        n = x.shape[-1]
-        expect(n & (n - 1) == 0, f"the last dimension must be a power of two, got {x}")
-        return expect_tensor(x, "x")
+        tensor = expect_tensor(x, "x", least=1)
+        n = tensor.shape[-1]
+        expect(n > 0 and n & (n - 1) == 0, f"the last dimension must be a power of two, got {x}")
+        return tensor
 
 
 quantize, dequantize, hadamard = Quantize.apply, Dequantize.apply, Hadamard.apply

@@ -51,7 +51,9 @@ class Concat(Op):
 
     def infer(self, *parts: Type) -> Type:
         expect(len(parts) >= 2, "concat joins at least two values")
-        axis = self.axis % len(parts[0].shape)
+        rank = len(parts[0].shape)
+        expect(-rank <= self.axis < rank, f"axis {self.axis} is outside {parts[0]}")
+        axis = self.axis % rank
         shape = list(parts[0].shape)
         shape[axis] = 0
         for part in parts:
