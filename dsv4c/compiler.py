@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +22,16 @@ from dsv4c.ir.text import print_attribute, print_graph
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode, build
 from dsv4c.models.weights import records
+from dsv4c.passes.base import Context
 from dsv4c.passes.memory import MemoryPlan, lay_out, plan_memory
+from dsv4c.passes.pipeline import (
+    Contributions,
+    Pipeline,
+    Stage,
+    contributions,
+    installed,
+    parse_pipeline,
+)
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import Recipe, recipe_named
 from dsv4c.passes.schedule import Order, Schedule, schedule
@@ -44,46 +53,63 @@ def compile(
     max_context: int = 4096,
     chunk: int | None = None,
     mtp: bool = False,
-    pipeline: str | None = None,
+    pipeline: str | Pipeline | None = None,
+    rules: Contributions | None = None,
+    expected: Mapping[str, int] | None = None,
     order: Order = "source",
     progress: Progress | None = None,
 ) -> Plan:
     """Compile a model (a config, a built-in name, a config.json or a checkpoint folder) to a plan.
 
     `batch` sequences of at most `max_context` tokens decode together; prefill takes `chunk` tokens of one of
-    them per call (64, or less in a shorter context). `mtp` adds the draft block's bucket. `order` "memory"
-    looks for a launch order that needs a smaller arena. `progress(stage, done, all)` is called on the way.
+    them per call (64, or less in a shorter context). `mtp` adds the draft block's bucket. `pipeline` (or its spec)
+    replaces the default one, whose recipe is `recipe`; `rules` are what may fold, by default the built-in rules and
+    those of installed packages; `expected` counts of applications must hold for the decode bucket. `order` "memory"
+    looks for a launch order that needs a smaller arena.
+    `progress(stage, done, all)` is called on the way.
 
     Raises ConfigError for a model, deployment or recipe that cannot be compiled, GraphError where a recipe
-    does not fit the model.
+    does not fit the model or a rule's count differs.
     """
-    # 1. What to compile.
-    stages = _Stages(progress, buckets=3 if mtp else 2)
+    # 1. What to compile, and how.
     config, deployment, numerics = settings(
         model, target=target, recipe=recipe, batch=batch, max_context=max_context, chunk=chunk, mtp=mtp
     )
-    if pipeline:
-        raise ConfigError(f"pipeline: {pipeline!r} names passes that do not exist; expected none")
-
-    # 2. One graph per bucket: the paper's operations, then the recipe's formats.
-    graphs: dict[Mode, Graph] = {}
+    known = contributions(installed()) if rules is None else rules
+    line = pipeline_of(pipeline, numerics, known, order)
     modes: tuple[Mode, ...] = ("decode", "prefill", "mtp") if mtp else ("decode", "prefill")
+    stages = _Stages(progress, total=len(modes) * (1 + len(line.passes)) + 1)
+
+    # 2. One graph per bucket: the paper's operations, rewritten pass by pass to launches with places for their bytes.
+    placed: dict[str, Compiled] = {}
     for mode in modes:
         with stages(f"build {mode}"):
-            graphs[mode] = graph_of(config, deployment, numerics, mode)
+            graph = verify(build(config, deployment, mode, numerics.activation))
+        context = Context(rules=known.rules, parallel=target != "cpu")
+        if mode == "decode" and expected:
+            context = replace(context, expected=expected)
+        placed[mode] = Compiled(context, line.run(graph, context, watch=stages.watch(mode)))
 
-    # 3. Launches in order, and bytes for every value. A CPU plan runs one launch after the other.
-    placed: dict[str, _Placed] = {}
-    for mode, graph in graphs.items():
-        with stages(f"schedule {mode}"):
-            launches = schedule(graph, order)
-        with stages(f"memory {mode}"):
-            memory = plan_memory(graph, launches, parallel=target != "cpu")
-        placed[mode] = _Placed(graph, launches, memory)
-
-    # 4. Everything as data.
+    # 3. Everything as data.
     with stages("assemble"):
-        return _assemble(config, deployment, numerics, placed, stages)
+        return _assemble(config, deployment, numerics, line, placed, stages)
+
+
+def pipeline_of(
+    pipeline: str | Pipeline | None, recipe: Recipe, rules: Contributions, order: Order = "source"
+) -> Pipeline:
+    """The passes of a compile: the given ones, or the default list under `recipe` with contributed passes put in.
+
+    Raises GraphError for a spec that does not parse or an order that does not work.
+    """
+    if isinstance(pipeline, str):
+        return parse_pipeline(pipeline, rules.passes)
+    if pipeline is not None:
+        return pipeline
+    line = Pipeline().with_options("quantize", recipe=recipe.name).with_options("schedule", order=order)
+    for extra in rules.instances:
+        line = line.with_pass(extra)
+    return line
 
 
 def settings(
@@ -107,9 +133,33 @@ def settings(
 
 
 def graph_of(config: ModelConfig, deployment: Deployment, recipe: Recipe, mode: Mode) -> Graph:
-    """One bucket's verified graph in the formats of `recipe`. Raises ConfigError, GraphError."""
+    """One bucket's verified graph in the formats of `recipe`, nothing folded. Raises ConfigError, GraphError."""
     graph = verify(build(config, deployment, mode, recipe.activation))
     return verify(quantize(graph, recipe))
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One bucket after its pipeline: what the passes left, stage by stage."""
+
+    context: Context
+    stages: Sequence[Stage]
+
+    @property
+    def graph(self) -> Graph:
+        return self.stages[-1].graph
+
+    @property
+    def schedule(self) -> Schedule:
+        if self.context.schedule is None:
+            raise GraphError("pipeline: no pass schedules launches; a plan needs schedule and memory")
+        return self.context.schedule
+
+    @property
+    def memory(self) -> MemoryPlan:
+        if self.context.memory is None:
+            raise GraphError("pipeline: no pass plans memory; a plan needs schedule and memory")
+        return self.context.memory
 
 
 @dataclass
@@ -117,27 +167,27 @@ class _Stages:
     """Times the stages and tells `progress` about them."""
 
     progress: Progress | None
-    buckets: int
+    total: int
     done: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         if self.progress is not None:
-            self.progress(stage, self.done, 3 * self.buckets + 1)
+            self.progress(stage, self.done, self.total)
         start = time.perf_counter()
         yield
+        self._finish(stage, time.perf_counter() - start)
+
+    def watch(self, mode: str) -> Callable[[Stage], None]:
+        """For the passes of one bucket."""
+        return lambda stage: self._finish(f"{stage.name} {mode}", stage.seconds)
+
+    def _finish(self, stage: str, seconds: float) -> None:
         self.done += 1
-        self.seconds[stage] = time.perf_counter() - start
+        self.seconds[stage] = seconds
         if self.progress is not None:
-            self.progress(stage, self.done, 3 * self.buckets + 1)
-
-
-@dataclass(frozen=True)
-class _Placed:
-    graph: Graph
-    schedule: Schedule
-    memory: MemoryPlan
+            self.progress(stage, self.done, self.total)
 
 
 # --- assembling ---
@@ -147,7 +197,8 @@ def _assemble(
     config: ModelConfig,
     deployment: Deployment,
     recipe: Recipe,
-    placed: Mapping[str, _Placed],
+    line: Pipeline,
+    placed: Mapping[str, Compiled],
     stages: _Stages,
 ) -> Plan:
     from dsv4c.runtime.plan import Plan, StateSlot
@@ -157,10 +208,13 @@ def _assemble(
         for p in placed.values()
         for v in p.graph.states
     )
-    params = _union((p.graph, v.name, v.type) for p in placed.values() for v in p.graph.params)
+    loads = {mode: p.context.prepack for mode, p in placed.items() if p.context.prepack is not None}
+    packed = {v.name for load in loads.values() for v in load.outputs.values()}
+    graphs = [*(p.graph for p in placed.values()), *loads.values()]
+    params = _union((g, v.name, v.type) for g in graphs for v in g.params)
     state_offsets, state_bytes = lay_out(states)
     weight_offsets, weights_bytes = lay_out(params)
-    wanted = [(name, type_, recipe.requantize) for name, type_ in params.items()]
+    wanted = [(name, type_, recipe.requantize) for name, type_ in params.items() if name not in packed]
     bodies = _Bodies()
     weights = [r | {"offset": weight_offsets[r["name"]]} for r in records(config, wanted)]
     return Plan(
@@ -169,15 +223,18 @@ def _assemble(
         config_digest=config.digest,
         deployment=asdict(deployment),
         recipe=recipe.name,
-        pipeline=f"quantize{{recipe={recipe.name}}}",
+        pipeline=str(line),
         buckets={mode: _bucket(mode, p, state_offsets, weight_offsets, bodies) for mode, p in placed.items()},
+        loads={mode: _load(mode, load, weight_offsets, bodies) for mode, load in loads.items()},
         state=tuple(StateSlot(name, type_, state_offsets[name]) for name, type_ in states.items()),
         state_bytes=state_bytes,
         weights=tuple(weights),
         weights_bytes=weights_bytes,
         report=_report(deployment, placed),
         versions=_versions(),
-        files={_graph_file(mode): print_graph(p.graph).encode() for mode, p in placed.items()} | bodies.files,
+        files={_graph_file(mode): print_graph(p.graph).encode() for mode, p in placed.items()}
+        | {_graph_file(f"load.{mode}"): print_graph(load).encode() for mode, load in loads.items()}
+        | bodies.files,
         timings=stages.seconds,
     )
 
@@ -197,7 +254,7 @@ def _union(declared: Iterator[tuple[Graph, str, Type]]) -> dict[str, Type]:
 
 def _bucket(
     mode: str,
-    placed: _Placed,
+    placed: Compiled,
     state_offsets: Mapping[str, int],
     weight_offsets: Mapping[str, int],
     bodies: _Bodies,
@@ -227,6 +284,34 @@ def _bucket(
         input_bytes=input_bytes,
         inputs=tuple(v.name for v in graph.inputs),
         outputs={label: v.name for label, v in graph.outputs.items()},
+        launches=tuple(_launches(launches, bodies)),
+    )
+
+
+def _load(mode: str, graph: Graph, weight_offsets: Mapping[str, int], bodies: _Bodies) -> Bucket:
+    """What runs once, after the weights are there: results that calls read lie among the weights."""
+    from dsv4c.runtime.plan import Bucket, Slot
+
+    launches = schedule(graph)
+    memory = plan_memory(graph, launches)
+
+    def slot(value: Value) -> Slot:
+        if value.name in weight_offsets:
+            return Slot(value.type, "weights", weight_offsets[value.name])
+        owner = launches.owner(value)
+        if owner.name in weight_offsets:
+            return Slot(value.type, "weights", weight_offsets[owner.name])
+        return Slot(value.type, "arena", memory.offsets[value])
+
+    return Bucket(
+        graph=_graph_file(f"load.{mode}"),
+        tokens=0,
+        sequences=0,
+        values={v.name: slot(v) for v in graph.values()},
+        arena_bytes=memory.bytes,
+        input_bytes=0,
+        inputs=(),
+        outputs={},
         launches=tuple(_launches(launches, bodies)),
     )
 
@@ -273,7 +358,7 @@ class _Bodies:
         return self._names[key]
 
 
-def _report(deployment: Deployment, placed: Mapping[str, _Placed]) -> dict[str, Any]:
+def _report(deployment: Deployment, placed: Mapping[str, Compiled]) -> dict[str, Any]:
     report: dict[str, Any] = {
         mode: {
             "nodes": len(p.graph.nodes),

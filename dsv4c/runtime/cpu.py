@@ -36,7 +36,7 @@ class CpuExecutor:
 
     def __init__(self, plan: Plan, weights: Tensor, *, poison: bool = False) -> None:
         self.plan, self.weights, self.poison = plan, weights, poison
-        buckets = plan.buckets.values()
+        buckets = (*plan.buckets.values(), *plan.loads.values())
         self.arena = _block(max(bucket.arena_bytes for bucket in buckets))
         self.inputs = _block(max(bucket.input_bytes for bucket in buckets))
         self.state = _block(plan.state_bytes)
@@ -44,6 +44,9 @@ class CpuExecutor:
         self._offsets = {slot.offset: slot for slot in plan.state}
         self._programs: dict[tuple[str, int], _Program] = {}
         self.clear()
+        for bucket in plan.loads.values():
+            for step in _Program(self, bucket, 0).steps:
+                _execute(step)
 
     def clear(self) -> None:
         """Fresh state: zeros, or NaN with `poison`. Positions are the caller's."""

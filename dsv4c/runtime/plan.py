@@ -126,7 +126,8 @@ class Plan:
 
     weights: for every parameter its name, type, offset in the weights' block, and where each spelling of a
     checkpoint keeps it (`dsv4c.runtime.checkpoint.ParamRecord`); on a GPU target also its form in memory.
-    kernels, constants: what a GPU target runs, by hash, and the arrays computed at compile time. files: contents of all files but plan.json.
+    loads: what each bucket computes once from the weights, when they are loaded. kernels, constants: what a GPU
+    target runs, by hash, and the arrays computed at compile time. files: contents of all files but plan.json.
     timings: seconds per stage of the compile; the only part that differs between two equal compiles, and in
     no digest.
     """
@@ -145,6 +146,7 @@ class Plan:
     certificates: tuple[Mapping[str, Any], ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    loads: Mapping[str, Bucket] = field(default_factory=dict)
     kernels: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     constants: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
@@ -178,13 +180,14 @@ class Plan:
         return self.text.split('"', 4)[3]
 
     def _to_json(self) -> dict[str, Any]:
-        kept = ("buckets", "state", "files", "timings", "weights")
+        kept = ("buckets", "loads", "state", "files", "timings", "weights")
         data: dict[str, Any] = {"schema": SCHEMA}
         data |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in kept}
         data["files"] = {name: _sha256(content) for name, content in sorted(self.files.items())}
         data["state"] = [{"name": s.name, "type": str(s.type), "offset": s.offset} for s in self.state]
         data["weights"] = list(self.weights)
         data["buckets"] = {mode: _bucket_to_json(bucket) for mode, bucket in self.buckets.items()}
+        data["loads"] = {mode: _bucket_to_json(bucket) for mode, bucket in self.loads.items()}
         return data
 
     def save(self, folder: str | Path, *, force: bool = False) -> Path:
@@ -395,6 +398,7 @@ def _plan_from_json(
         weights=tuple(data["weights"]),
         weights_bytes=data["weights_bytes"],
         certificates=tuple(data["certificates"]),
+        loads={mode: _bucket_from_json(bucket) for mode, bucket in data["loads"].items()},
         report=data["report"],
         versions=data["versions"],
         kernels=data.get("kernels", {}),
