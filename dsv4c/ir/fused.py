@@ -56,6 +56,8 @@ class Fused(Op):
     """Op of the body that a search starts from; by default the one that is rarest in the graph."""
     apart: ClassVar[tuple[str, ...]] = ()
     """Operands to which no wire of the body leads from the anchor: proposals give their values, by label."""
+    home: ClassVar[int] = 0
+    """The result of the body whose scope a fused node takes."""
     example: ClassVar[Mapping[str, Any]] = {}
     """Values of fields, and types of operands as text, where the registration check needs them."""
 

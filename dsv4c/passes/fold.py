@@ -277,7 +277,7 @@ class Work:
 
     def replace(self, match: Match) -> Node:
         """Put the fused node in place of the match's nodes."""
-        home = self.made_by[match.op.kept(match.results)[0]]
+        home = self.made_by[match.results[match.op.home]]
         origin = [name for node in match.nodes for name in node.provenance]
         new = Node(match.op, match.operands, home.scope, tuple(dict.fromkeys(origin)))
         new.outputs = match.op.kept(match.results)

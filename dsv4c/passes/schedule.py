@@ -1,4 +1,4 @@
-"""Turns a graph into launches: an order, and for every launch the earlier ones it must wait for.
+"""Turns a graph into launches: an order, what each waits for, and which independent nodes share a launch.
 
 Waits come from data (a result is read after it is made) and from shared bytes (a state's old contents are
 read before they are overwritten). A reshape is no launch: its result is a view of its operand's bytes.
@@ -7,8 +7,10 @@ read before they are overwritten). A reshape is no launch: its result is a view 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 from dsv4c.errors import GraphError
@@ -16,43 +18,159 @@ from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.ir.ops.shape import Reshape
 
 Order = Literal["source", "memory"]
+LAYERS = ("layers", "mtp")  # scopes that count layers
+
+GROUPS: tuple[frozenset[str], ...] = (
+    frozenset({"in_proj"}),  # one row in two encodings, weights streamed together
+    frozenset({"q_norm_quantize", "kv_norm_rope_store", "compressor"}),  # small work beside a large stream
+)
+"""Ops of one layer that share a launch, as CTAs of their own, when none of them waits for another."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Launches in order. `after[i]` are the launches that launch `i` waits for, without those that one of
-    them already waits for. `views` maps every value that is another one's bytes to the value that owns them.
+    """Nodes in order. `after[i]` are the nodes that node `i` waits for, without those that one of them
+    already waits for. `views` maps every value that is another one's bytes to the value that owns them.
+    `groups` are the launches: nodes by index, next to each other in order, most of them alone.
     """
 
     nodes: tuple[Node, ...]
     after: tuple[tuple[int, ...], ...]
     views: Mapping[Value, Value]
+    groups: tuple[tuple[int, ...], ...]
+
+    @cached_property
+    def launch_of(self) -> tuple[int, ...]:
+        """Which launch each node is in."""
+        return tuple(launch for launch, members in enumerate(self.groups) for _ in members)
+
+    @cached_property
+    def launch_after(self) -> tuple[tuple[int, ...], ...]:
+        """The launches that each launch waits for, without those that one of them already waits for."""
+        place = self.launch_of
+        return tuple(_reduce([{place[w] for i in members for w in self.after[i]} for members in self.groups]))
+
+    @cached_property
+    def launches(self) -> dict[str, int]:
+        """How many launches each layer has, by its scope; "" is what lies outside. Constants are none."""
+        counts: dict[str, int] = {}
+        for members in self.groups:
+            first = self.nodes[members[0]]
+            if first.inputs:
+                layer = layer_of(first)
+                counts[layer] = counts.get(layer, 0) + 1
+        return counts
 
     def owner(self, value: Value) -> Value:
         """The value whose bytes `value` is: itself, what it reshapes, or the state it was written to."""
         return self.views.get(value, value)
 
 
-def schedule(graph: Graph, order: Order = "source") -> Schedule:
+def layer_of(node: Node) -> str:
+    """The layer that a node belongs to ("layers.3", "mtp.0"), or "" outside of layers."""
+    kind, _, rest = node.scope.partition(".")
+    number = rest.partition(".")[0]
+    return f"{kind}.{number}" if kind in LAYERS and number.isdecimal() else ""
+
+
+def schedule(
+    graph: Graph, order: Order = "source", groups: Sequence[Collection[str]] = GROUPS
+) -> Schedule:
     """Launches of `graph` in the order of its nodes, or in one that needs less memory where there is one.
 
-    Raises GraphError for an unknown order.
+    Ops of a set in `groups` share a launch where they may. Raises GraphError for an unknown order.
     """
     views = find_views(graph)
     nodes = tuple(node for node in graph.nodes if node.outputs[0] not in views or node.op.alias)
-    if order == "source":
-        return Schedule(nodes, tuple(_reduce(_waits(nodes, views))), views)
-    if order != "memory":
-        raise GraphError(f"unknown order {order!r}; expected 'source' or 'memory'")
     waits = _waits(nodes, views)
-    picked = _thrifty(graph, nodes, waits, views)
-    source_peak = peak_bytes(graph, nodes, views)
-    reordered = tuple(nodes[i] for i in picked)
-    if peak_bytes(graph, reordered, views) >= source_peak:
-        return Schedule(nodes, tuple(_reduce(waits)), views)
+    if order == "memory":
+        nodes, waits = _saving(graph, nodes, waits, views)
+    elif order != "source":
+        raise GraphError(f"unknown order {order!r}; expected 'source' or 'memory'")
+    members = _grouped(nodes, waits, groups)
+    picked = [i for group in members for i in group]
+    nodes, waits = _reordered(nodes, waits, picked)
+    ends = list(accumulate(len(group) for group in members))
+    launches = tuple(tuple(range(end - len(group), end)) for end, group in zip(ends, members, strict=True))
+    return Schedule(nodes, tuple(_reduce(waits)), views, launches)
+
+
+def _saving(
+    graph: Graph, nodes: tuple[Node, ...], waits: list[set[int]], views: Mapping[Value, Value]
+) -> tuple[tuple[Node, ...], list[set[int]]]:
+    """The thrifty order, if it has a lower peak than the given one."""
+    better, moved = _reordered(nodes, waits, _thrifty(graph, nodes, waits, views))
+    if peak_bytes(graph, better, views) >= peak_bytes(graph, nodes, views):
+        return nodes, waits
+    return better, moved
+
+
+def _reordered(
+    nodes: tuple[Node, ...], waits: list[set[int]], picked: list[int]
+) -> tuple[tuple[Node, ...], list[set[int]]]:
     place = {old: new for new, old in enumerate(picked)}
-    moved = [{place[w] for w in waits[old]} for old in picked]
-    return Schedule(reordered, tuple(_reduce(moved)), views)
+    return tuple(nodes[i] for i in picked), [{place[w] for w in waits[old]} for old in picked]
+
+
+def _grouped(
+    nodes: tuple[Node, ...], waits: list[set[int]], kinds: Sequence[Collection[str]]
+) -> list[list[int]]:
+    """Launches as lists of nodes, in an order that keeps all waits: each where its last member was."""
+    launch = list(range(len(nodes)))  # of every node: the first member of its launch
+    members = {i: [i] for i in range(len(nodes))}
+    before = [set(own) for own in waits]  # of every launch, by its first member: nodes that it waits for
+    open_: dict[tuple[str, int], list[int]] = {}  # launches of a layer that may grow
+    for index, node in enumerate(nodes):
+        layer = layer_of(node)
+        for kind, names in enumerate(kinds):
+            if not layer or node.op.name not in names:
+                continue
+            hosts = open_.setdefault((layer, kind), [])
+            host = next((h for h in hosts if not _ordered(launch, before, h, index)), None)
+            if host is None:
+                hosts.append(index)
+                continue
+            launch[index] = host
+            members[host].append(index)
+            before[host] |= before[index]
+    last = {host: group[-1] for host, group in members.items() if launch[host] == host}
+    return [members[host] for host in _in_order(launch, before, last)]
+
+
+def _ordered(launch: list[int], before: list[set[int]], host: int, other: int) -> bool:
+    """Does one of two launches have to wait for the other, directly or through others?"""
+    for start, goal in ((other, host), (host, other)):
+        stack, seen = [start], {start}
+        while stack:
+            for wait in before[stack.pop()]:
+                earlier = launch[wait]
+                if earlier == goal:
+                    return True
+                if earlier not in seen:
+                    seen.add(earlier)
+                    stack.append(earlier)
+    return False
+
+
+def _in_order(launch: list[int], before: list[set[int]], last: Mapping[int, int]) -> list[int]:
+    """Launches so that none comes before one it waits for; of those that may go, the one whose last member
+    was first."""
+    blocked = {host: len({launch[w] for w in before[host]}) for host in last}
+    followers: dict[int, list[int]] = {host: [] for host in last}
+    for host in last:
+        for earlier in {launch[w] for w in before[host]}:
+            followers[earlier].append(host)
+    ready = [(last[host], host) for host, count in blocked.items() if not count]
+    heapq.heapify(ready)
+    picked = []
+    while ready:
+        _, host = heapq.heappop(ready)
+        picked.append(host)
+        for follower in followers[host]:
+            blocked[follower] -= 1
+            if not blocked[follower]:
+                heapq.heappush(ready, (last[follower], follower))
+    return picked
 
 
 def find_views(graph: Graph) -> dict[Value, Value]:

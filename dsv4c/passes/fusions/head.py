@@ -16,6 +16,7 @@ class Head(Fused):
     """Results: the mixed streams, and the normed row that lm_head reads."""
 
     literals = ("linear.out", "rms_norm.precision")
+    home = 1
     example = EXAMPLE
     norm_eps: float
     hc_eps: float

@@ -111,6 +111,8 @@ class HyperNormFirst(Fused):
 class HyperNorm(HyperNormFirst):
     """A boundary between two sublayers. Results: the mixed streams, then those of `HyperNormFirst`."""
 
+    home = 1  # it belongs to the sublayer that it feeds
+
     def body(  # type: ignore[override]
         self,
         f: Value,
