@@ -21,7 +21,7 @@ from typing import Any, ClassVar, NoReturn, Protocol, TypeVar
 from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.op import Cost, Op, expect, register, snake_case
-from dsv4c.types import BF16, F32, QuantType, TensorType, Type, parse_type
+from dsv4c.types import BF16, F32, DType, QuantType, TensorType, Type, parse_type
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -121,7 +121,7 @@ class Body:
         place: dict[Value, int] = {}
         start = 0
         for node in self.graph.nodes:
-            inner = range(len(node.outputs))
+            inner: Sequence[int] = range(len(node.outputs))
             if isinstance(node.op, Fused):
                 inner = node.op.kept(trace(node.op, tuple(v.type for v in node.inputs)).places)
             place.update((v, start + i) for v, i in zip(node.outputs, inner, strict=True))
@@ -242,6 +242,11 @@ def _checked_results(op: type[Fused], returned: Any, operands: Sequence[Value]) 
         expect(value not in operands, f"{op.name}: the body returns its operand {value.name} unchanged")
     expect(len(set(results)) == len(results), f"{op.name}: the body returns a value twice")
     return results
+
+
+def dtype_of(value: Value) -> DType:
+    """Element type of a plain operand, for a body. Compare it with ==: the trace may not know it."""
+    return value.type.dtype  # type: ignore[union-attr]
 
 
 @_cached
@@ -595,6 +600,7 @@ def _draw_once(
 F = TypeVar("F", bound=type[Fused])
 
 
+@typing.dataclass_transform(frozen_default=True)
 def fused(cls: F) -> F:
     """Declare a fused op: freezes the dataclass, names it after the class, checks its body, registers it.
 
@@ -714,5 +720,5 @@ def _check_connected(op: type[Fused], pattern: Pattern) -> None:
             group[find(value)] = find(near[0])
     expect(
         len({find(v) for v in group}) == 1,
-        f"{op.name}: the body falls into parts that share no value; propose operands of one, named in `apart`",
+        f"{op.name}: the body falls into parts that share no value; propose one's operands, see `apart`",
     )

@@ -386,7 +386,10 @@ class _Search:
         """Nodes to start from: of the declared anchor, else of the body's rarest op in this graph."""
         kind = self.op.anchor
         if kind is None:
-            ways = [{type(n.op): None for n in p.nodes} for p in sketches(self.op, count or 0, tuple(sorted(fields.items())))]
+            ways = [
+                {type(n.op): None for n in p.nodes}
+                for p in sketches(self.op, count or 0, tuple(sorted(fields.items())))
+            ]
             shared = [k for k in ways[0] if all(k in way for way in ways)]
             kind = min(shared, key=lambda k: len(self.work.by_op.get(k, ())))
         return list(self.work.by_op.get(kind, ()))
@@ -627,7 +630,9 @@ class _Wiring:
 
     def matched(self) -> Match | None:
         """All is placed: the body traced with real values must be what was found, attribute by attribute."""
-        missing = [f.name for f in own_fields(self.search.op) if f.name not in self.fields and f.default is MISSING]
+        missing = [
+            f.name for f in own_fields(self.search.op) if f.name not in self.fields and f.default is MISSING
+        ]
         if missing:
             self.fail("field", self.anchor.name, f"{', '.join(missing)} to follow from the graph", "nothing")
             return None

@@ -73,9 +73,7 @@ def layer_of(node: Node) -> str:
     return f"{kind}.{number}" if kind in LAYERS and number.isdecimal() else ""
 
 
-def schedule(
-    graph: Graph, order: Order = "source", groups: Sequence[Collection[str]] = GROUPS
-) -> Schedule:
+def schedule(graph: Graph, order: Order = "source", groups: Sequence[Collection[str]] = GROUPS) -> Schedule:
     """Launches of `graph` in the order of its nodes, or in one that needs less memory where there is one.
 
     Ops of a set in `groups` share a launch where they may. Raises GraphError for an unknown order.

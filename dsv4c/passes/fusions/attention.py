@@ -1,12 +1,11 @@
-"""Decode and prefill attention in one op: query norm and RoPE, window and compressed keys, sink softmax, values,
-inverse RoPE."""
+"""Attention in one op: query norm and RoPE, window and compressed keys, sink softmax, values, inverse RoPE."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from dsv4c.ir.fused import OPERANDS, Fused, Neighborhood, fused
+from dsv4c.ir.fused import OPERANDS, Fused, Neighborhood, dtype_of, fused
 from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.ops import (
     attention_scores,
@@ -27,8 +26,10 @@ from dsv4c.types import BF16, FP8_ROW, DType, QuantFormat, QuantType
 
 def keys_of(cache: Value, index: Value, out: DType) -> Value:
     """Rows of a cache as plain keys."""
-    rows = gather(cache, index)
-    return dequantize(rows, out=out) if isinstance(cache.type, QuantType) else rows
+    rows: Value = gather(cache, index)
+    if isinstance(cache.type, QuantType):
+        rows = dequantize(rows, out=out)
+    return rows
 
 
 def operands_of(rotation: Node, around: Neighborhood) -> int | None:
@@ -56,7 +57,7 @@ class Attention(Fused):
 
     literals = ("concat.axis",)
     anchor = InverseRope
-    example = {
+    example: ClassVar[Mapping[str, Any]] = {
         "q": "bf16[1,4,128]",
         "positions": "i32[1]",
         "frequencies": "f32[32]",
@@ -84,7 +85,8 @@ class Attention(Fused):
     def propose(cls, anchor: Node, around: Neighborhood) -> Iterable[Mapping[str, Any]]:
         assert isinstance(anchor.op, InverseRope)
         operands = operands_of(anchor, around)
-        return ({OPERANDS: operands, "groups": anchor.op.groups, "format": anchor.op.format},) if operands else ()
+        if operands:
+            yield {OPERANDS: operands, "groups": anchor.op.groups, "format": anchor.op.format}
 
     def body(
         self,
@@ -96,7 +98,7 @@ class Attention(Fused):
         entries: Value | None = None,
         chosen: Value | None = None,
     ) -> Value:
-        act = q.type.dtype
+        act = dtype_of(q)
         q = q_norm_rope(q, positions, frequencies, eps=self.eps, precision=self.precision)
         index = window_index(positions, window=self.window)
         keys = keys_of(ring, index, act)

@@ -1,11 +1,11 @@
-"""The KV compressor: keep this call's rows, pool the windows that they finish, normalize, rotate, encode, store."""
+"""The KV compressor: keep this call's rows, pool the windows they finish, normalize, rotate, encode, store."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from dsv4c.ir.fused import Fused, Neighborhood, fused
+from dsv4c.ir.fused import Fused, Neighborhood, dtype_of, fused
 from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.ops import (
     add_position_bias,
@@ -26,14 +26,17 @@ from dsv4c.types import F32, QuantType
 
 @fused
 class Compressor(Fused):
-    """kv, gate f32[N, W] into their rings, finished entries into the cache. Returns entries, kv ring, score ring.
+    """kv, gate f32[N, W] into their rings, finished entries into the cache. Returns cache, kv ring, score ring.
 
     `rotated` entries are index keys: under the Hadamard transform.
     """
 
     literals = ("rms_norm.precision", "rope.inverse")
     anchor = CompressPool
-    example = {"entries": "q[e4m3,ue8m0,1x64,tail=64][1,128,512]", "gain": "bf16[512]"}
+    example: ClassVar[Mapping[str, Any]] = {
+        "entries": "q[e4m3,ue8m0,1x64,tail=64][1,128,512]",
+        "gain": "bf16[512]",
+    }
     ratio: int
     overlap: bool
     sequences: int
@@ -65,13 +68,11 @@ class Compressor(Fused):
         score_ring = cache_write(score_ring, score, positions)
         done = completed_entries(positions, ratio=self.ratio, sequences=self.sequences)
         z = compress_pool(kv_ring, score_ring, done, ratio=self.ratio, overlap=self.overlap)
-        if gain.type.dtype != F32:
-            z = cast(z, to=gain.type.dtype)
+        if dtype_of(gain) != F32:
+            z = cast(z, to=dtype_of(gain))
         e = rope(rms_norm(z, gain, eps=self.eps), done, frequencies, stride=self.ratio)
         if self.rotated:
             e = hadamard(e)
         if isinstance(entries.type, QuantType):
             e = quantize(e, format=entries.type.format)
         return cache_write(entries, e, done), kv_ring, score_ring
-
-

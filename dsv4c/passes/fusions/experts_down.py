@@ -14,7 +14,7 @@ from dsv4c.types import F32, DType, QuantFormat
 
 @fused
 class ExpertsDown(Fused):
-    """h[N, k, I], h_shared[N, I] -> [N, H]. The formats say how each is encoded before its product, None: not."""
+    """h[N, k, I], h_shared[N, I] -> [N, H]. The formats say how each is encoded first; None: not."""
 
     literals = ("sum.axis", "sum.out")
     anchor = Sum

@@ -5,7 +5,10 @@ lm_head stays a launch of its own: it streams a gigabyte, and this row is ready 
 
 from __future__ import annotations
 
-from dsv4c.ir.fused import Fused, fused
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from dsv4c.ir.fused import Fused, dtype_of, fused
 from dsv4c.ir.graph import Value
 from dsv4c.ir.ops import add, collapse_streams, mul, rms_norm, shift, sigmoid
 from dsv4c.passes.fusions.hyper_norm import EXAMPLE, mixes_of, post_mix
@@ -17,7 +20,7 @@ class Head(Fused):
 
     literals = ("linear.out", "rms_norm.precision")
     home = 1
-    example = EXAMPLE
+    example: ClassVar[Mapping[str, Any]] = EXAMPLE
     norm_eps: float
     hc_eps: float
 
@@ -34,5 +37,5 @@ class Head(Fused):
     ) -> tuple[Value, ...]:
         mixed = post_mix(f, streams, post, comb)
         weights = sigmoid(add(mul(mixes_of(mixed, fn, self.norm_eps), scales), base))
-        x = collapse_streams(mixed, shift(weights, offset=self.hc_eps), out=streams.type.dtype)
+        x = collapse_streams(mixed, shift(weights, offset=self.hc_eps), out=dtype_of(streams))
         return mixed, rms_norm(x, gain, eps=self.norm_eps)

@@ -1,14 +1,14 @@
-"""One boundary between sublayers: mHC post of the last one, coefficients of the next, collapse, RMSNorm, quantize.
+"""A boundary between sublayers: mHC post of the last, coefficients of the next, collapse, RMSNorm, quantize.
 
-The streams are read once and written once. Sinkhorn is off the critical path: only the next boundary needs `comb`.
+Streams are read once and written once. Sinkhorn is off the critical path: the next boundary reads `comb`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
-from dsv4c.ir.fused import Fused, Neighborhood, fused
+from dsv4c.ir.fused import Fused, Neighborhood, dtype_of, fused
 from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.ops import (
     add,
@@ -43,8 +43,8 @@ LITERALS = ("linear.out", "slice.axis", "slice.start", "slice.stop", "scale.fact
 def post_mix(f: Value, streams: Value, post: Value, comb: Value) -> Value:
     """X'_k = post_k * f + sum_j comb[j, k] * X_j, in the streams' type."""
     mixed = add(spread_streams(f, post), mix_streams(streams, comb))
-    if streams.type.dtype != F32:
-        mixed = cast(mixed, to=streams.type.dtype)
+    if dtype_of(streams) != F32:
+        mixed = cast(mixed, to=dtype_of(streams))
     out: Value = mixed
     return out
 
@@ -76,7 +76,7 @@ class HyperNormFirst(Fused):
 
     literals = LITERALS
     anchor = CollapseStreams
-    example = EXAMPLE
+    example: ClassVar[Mapping[str, Any]] = EXAMPLE
     norm_eps: float
     hc_eps: float
     iterations: int
@@ -100,7 +100,7 @@ class HyperNormFirst(Fused):
         post = scale(sigmoid(part(1, s, 2 * s)), factor=2.0)
         comb = reshape(part(2, 2 * s, 2 * s + s * s), shape=(n, s, s))
         comb = sinkhorn(comb, iterations=self.iterations, eps=self.hc_eps)
-        x = collapse_streams(streams, pre, out=streams.type.dtype)
+        x = collapse_streams(streams, pre, out=dtype_of(streams))
         normed = rms_norm(x, gain, eps=self.norm_eps)
         if self.format is None:
             return normed, post, comb
@@ -125,4 +125,4 @@ class HyperNorm(HyperNormFirst):
         gain: Value,
     ) -> tuple[Value, ...]:
         mixed = post_mix(f, streams, post, comb)
-        return mixed, *HyperNormFirst.body(self, mixed, fn, base, scales, gain)  # type: ignore[operator]
+        return mixed, *HyperNormFirst.body(self, mixed, fn, base, scales, gain)

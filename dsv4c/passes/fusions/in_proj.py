@@ -1,9 +1,9 @@
-"""Linear layers that share their input become one grouped linear: one pass over the row, one stream of weights."""
+"""Linear layers that share their input become one: one pass over the row, one stream of weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from dsv4c.ir.fused import OPERANDS, Fused, Neighborhood, fused
 from dsv4c.ir.graph import Kind, Node, Value
@@ -17,7 +17,7 @@ class InProj(Fused):
     """x[N, K] times several weights -> one result each, of the element types in `outs`."""
 
     anchor = Linear
-    example = {OPERANDS: 3, "outs": (BF16, BF16)}
+    example: ClassVar[Mapping[str, Any]] = {OPERANDS: 3, "outs": (BF16, BF16)}
     outs: tuple[DType, ...]
 
     @classmethod
@@ -29,7 +29,8 @@ class InProj(Fused):
             if isinstance(n.op, Linear) and n.inputs[0] is anchor.inputs[0] and n.inputs[1].kind is Kind.PARAM
         ]
         if len(group) > 1 and group[0] is anchor:
-            yield {OPERANDS: 1 + len(group), "outs": tuple(n.op.out for n in group if isinstance(n.op, Linear))}
+            outs = tuple(n.op.out for n in group if isinstance(n.op, Linear))
+            yield {OPERANDS: 1 + len(group), "outs": outs}
 
     def body(self, x: Value, *weights: Value) -> tuple[Value, ...]:
         return tuple(linear(x, w, out=out) for w, out in zip(weights, self.outs, strict=True))

@@ -1,6 +1,9 @@
-"""The indexer's scores: queries rotated, transformed and encoded like the keys, head weights scaled, ReLU products summed."""
+"""The indexer's scores: queries rotated, transformed and encoded like the keys; weighted ReLU products."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from dsv4c.ir.fused import Fused, fused
 from dsv4c.ir.graph import Value
@@ -13,7 +16,7 @@ class Indexer(Fused):
     """q[N, H, D] before RoPE, keys[B, C, D], weights[N, H] -> scores f32[N, C], -inf where not visible."""
 
     literals = ("rope.inverse", "rope.stride")
-    example = {"keys": "q[e2m1,ue8m0,1x32][1,64,128]"}
+    example: ClassVar[Mapping[str, Any]] = {"keys": "q[e2m1,ue8m0,1x32][1,64,128]"}
     ratio: int
     factor: float
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from dsv4c.ir.fused import Fused, Neighborhood, fused
 from dsv4c.ir.graph import Node, Value
@@ -19,7 +19,7 @@ class InverseRope(Fused):
 
     literals = ("rope.inverse", "rope.stride")
     anchor = Reshape
-    example = {"o": "bf16[1,4,128]", "groups": 2}
+    example: ClassVar[Mapping[str, Any]] = {"o": "bf16[1,4,128]", "groups": 2}
     groups: int
     format: QuantFormat | None
 
@@ -27,8 +27,8 @@ class InverseRope(Fused):
     def propose(cls, anchor: Node, around: Neighborhood) -> Iterable[Mapping[str, Any]]:
         shape = anchor.outputs[0].type.shape
         users = around.users(anchor.outputs[0])
-        formats = [u.op.format for u in users if isinstance(u.op, Quantize)] or [None]
-        return ({"groups": shape[1], "format": f} for f in formats) if len(shape) == 3 else ()
+        formats: list[QuantFormat | None] = [u.op.format for u in users if isinstance(u.op, Quantize)]
+        return ({"groups": shape[1], "format": f} for f in formats or [None]) if len(shape) == 3 else ()
 
     def body(self, o: Value, positions: Value, frequencies: Value) -> Value:
         n, heads, dim = o.type.shape

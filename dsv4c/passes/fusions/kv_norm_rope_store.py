@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from dsv4c.ir.fused import Fused, fused
 from dsv4c.ir.graph import Value
 from dsv4c.ir.ops import cache_write, quantize, rms_norm, rope
@@ -13,7 +16,7 @@ class KvNormRopeStore(Fused):
     """kv[N, D] into the ring window[B, W, D] at slots positions % W. Returns the window."""
 
     literals = ("rms_norm.precision", "rope.inverse", "rope.stride")
-    example = {"window": "q[e4m3,ue8m0,1x64,tail=64][1,128,512]"}
+    example: ClassVar[Mapping[str, Any]] = {"window": "q[e4m3,ue8m0,1x64,tail=64][1,128,512]"}
     eps: float
 
     def body(self, window: Value, kv: Value, gain: Value, positions: Value, frequencies: Value) -> Value:

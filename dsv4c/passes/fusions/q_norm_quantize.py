@@ -11,7 +11,7 @@ from dsv4c.types import DType, QuantFormat
 
 @fused
 class QNormQuantize(Fused):
-    """qa[N, r] -> wq_b · quantize(rms_norm(qa)), and the indexer's projection of the same row where there is one."""
+    """qa[N, r] -> wq_b · quantize(rms_norm(qa)), and the indexer's projection of that row if there is one."""
 
     literals = ("rms_norm.precision", "rmsnorm_quantize.keep")
     eps: float

@@ -1,4 +1,4 @@
-"""A linear layer that quantizes its own input row: nobody else reads the encoded row, so it never reaches memory."""
+"""A linear layer that quantizes its own input row; nobody else reads it, so it never reaches memory."""
 
 from __future__ import annotations
 

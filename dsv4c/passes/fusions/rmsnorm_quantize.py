@@ -1,4 +1,4 @@
-"""RMSNorm and the block quantization of its result. The plain row is a second result, for consumers that want it."""
+"""RMSNorm and the block quantization of its result. The plain row is a second result, for who wants it."""
 
 from __future__ import annotations
 

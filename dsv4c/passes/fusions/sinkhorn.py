@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from dsv4c.ir.fused import Fused, Neighborhood, fused
 from dsv4c.ir.graph import Node, Value
@@ -13,12 +13,12 @@ from dsv4c.ir.ops.norm import Normalize, Softmax
 
 @fused
 class Sinkhorn(Fused):
-    """Logits f32[N, S, S] to an almost doubly stochastic matrix: one column step, then iterations-1 row and column
-    steps. DeepSeek-V4's hc_split_sinkhorn."""
+    """Logits f32[N, S, S] to an almost doubly stochastic matrix: one column step, then iterations-1 row and
+    column steps. DeepSeek-V4's hc_split_sinkhorn."""
 
     literals = ("softmax.axis", "normalize.axis")
     anchor = Softmax
-    example = {"iterations": 2}
+    example: ClassVar[Mapping[str, Any]] = {"iterations": 2}
     iterations: int
     eps: float
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dsv4c.ir.fused import Fused, Neighborhood, fused
+from dsv4c.ir.fused import Fused, Neighborhood, dtype_of, fused
 from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.ops import cast, clamp, expert_linear, linear, mul, reshape, silu
 from dsv4c.ir.ops.linear import ExpertLinear, Linear
@@ -16,17 +16,18 @@ from dsv4c.types import F32, DType
 
 def swiglu(gate: Value, up: Value, limit: float, weights: Value | None) -> Value:
     """silu(min(gate, limit)) * clamp(up, ±limit) * weights in f32, rounded to the operands' type."""
-    act = gate.type.dtype
+    act = dtype_of(gate)
     if act != F32:
         gate, up = cast(gate, to=F32), cast(up, to=F32)
     h = mul(silu(clamp(gate, low=None, high=limit)), clamp(up, low=-limit, high=limit))
     if weights is not None:
         h = mul(h, reshape(weights, shape=(*weights.type.shape, 1)))
-    return cast(h, to=act) if act != F32 else h
+    out: Value = cast(h, to=act) if act != F32 else h
+    return out
 
 
 def shared_input(routed: Node, around: Neighborhood) -> Value | None:
-    """The input of the shared expert's first layer, by way of the sum in which it meets a routed layer's result."""
+    """The input of the shared expert's first layer, by way of the sum in which it meets a routed result."""
     node = routed
     while not isinstance(node.op, Add):
         readers = around.users(node.outputs[0])
@@ -47,7 +48,7 @@ def shared_input(routed: Node, around: Neighborhood) -> Value | None:
 class Swiglu(Fused):
     """Results: h[N, k, I] of the routed experts, h[N, I] of the shared one."""
 
-    literals = ("cast.to", "clamp.low")  # f32 inside; the gate has no lower bound, up's is minus its upper one
+    literals = ("cast.to", "clamp.low")  # f32 inside; gate has no lower bound, up's is minus its upper one
     anchor = ExpertLinear
     apart = ("x_shared",)
     out: DType
@@ -78,8 +79,8 @@ class Swiglu(Fused):
 
 @fused
 class HashSwiglu(Fused):
-    """`Swiglu` behind a hash router: the table names the experts before the step starts, so only their rows of the
-    gate are needed and the router is a prologue. Results: experts, h, h of the shared expert.
+    """`Swiglu` behind a hash router: the table names the experts before the step starts, so only their rows
+    of the gate are needed and the router is a prologue. Results: experts, h, h of the shared expert.
     """
 
     out: DType
