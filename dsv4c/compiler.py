@@ -5,6 +5,7 @@ Nothing here loads torch: a plan is made from names, types and text.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -57,6 +58,7 @@ def compile(
     rules: Contributions | None = None,
     expected: Mapping[str, int] | None = None,
     order: Order = "source",
+    cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Compile a model (a config, a built-in name, a config.json or a checkpoint folder) to a plan.
@@ -65,11 +67,12 @@ def compile(
     them per call (64, or less in a shorter context). `mtp` adds the draft block's bucket. `pipeline` (or its spec)
     replaces the default one, whose recipe is `recipe`; `rules` are what may fold, by default the built-in rules and
     those of installed packages; `expected` counts of applications must hold for the decode bucket. `order` "memory"
-    looks for a launch order that needs a smaller arena.
+    looks for a launch order that needs a smaller arena. A GPU target has kernels and the decode bucket alone, and
+    `cache` is the folder of compiled kernels (default: dsv4c's in the user's cache).
     `progress(stage, done, all)` is called on the way.
 
     Raises ConfigError for a model, deployment or recipe that cannot be compiled, GraphError where a recipe
-    does not fit the model or a rule's count differs.
+    does not fit the model or a rule's count differs, BuildError where no kernel takes an op.
     """
     # 1. What to compile, and how.
     config, deployment, numerics = settings(
@@ -78,6 +81,8 @@ def compile(
     known = contributions(installed()) if rules is None else rules
     line = pipeline_of(pipeline, numerics, known, order)
     modes: tuple[Mode, ...] = ("decode", "prefill", "mtp") if mtp else ("decode", "prefill")
+    if target != "cpu":
+        modes = ("decode",)
     stages = _Stages(progress, total=len(modes) * (1 + len(line.passes)) + 1)
 
     # 2. One graph per bucket: the paper's operations, rewritten pass by pass to launches with places for their bytes.
@@ -90,7 +95,11 @@ def compile(
             context = replace(context, expected=expected)
         placed[mode] = Compiled(context, line.run(graph, context, watch=stages.watch(mode)))
 
-    # 3. Everything as data.
+    # 3. On a GPU: kernels for the launches, their weights' layouts, cubins.
+    if target != "cpu":
+        return _with_kernels(config, deployment, numerics, line, placed["decode"], stages, order, cache)
+
+    # 4. Everything as data.
     with stages("assemble"):
         return _assemble(config, deployment, numerics, line, placed, stages)
 
@@ -124,11 +133,13 @@ def settings(
 ) -> tuple[ModelConfig, Deployment, Recipe]:
     """The arguments of `compile`, checked. Raises ConfigError."""
     config = model if isinstance(model, ModelConfig) else load_config(model)
-    size = chunk if chunk is not None else min(CHUNK, max_context)
+    size = chunk if chunk is not None else min(CHUNK, max_context) if target == "cpu" else 1
     deployment = Deployment(target, recipe, batch, max_context, size)
     check_deployment(config, deployment)
     if mtp and not config.mtp_layers:
         raise ConfigError(f"{config.name}: has no MTP block (mtp_layers is 0); compile without mtp")
+    if mtp and target != "cpu":
+        raise ConfigError(f"{target}: no bucket for the MTP block on GPU targets; compile without mtp, or for cpu")
     return config, deployment, recipe_named(recipe)
 
 
@@ -188,6 +199,109 @@ class _Stages:
         self.seconds[stage] = seconds
         if self.progress is not None:
             self.progress(stage, self.done, self.total)
+
+
+# --- kernels ---
+
+
+def _with_kernels(
+    config: ModelConfig,
+    deployment: Deployment,
+    recipe: Recipe,
+    line: Pipeline,
+    placed: Compiled,
+    stages: _Stages,
+    order: Order,
+    cache: Path | None,
+) -> Plan:
+    """A GPU target's plan: lower the decode bucket, build its kernels."""
+    from dsv4c.codegen.build import build as build_kernels
+    from dsv4c.codegen.build import toolchain
+    from dsv4c.codegen.lower import CONSTANTS_FILE, GROUPS, lower
+    from dsv4c.runtime.plan import Argument, Bucket, KernelLaunch, Plan, Slot, StateSlot
+
+    graph, target = placed.graph, deployment.target
+    states, state_bytes = lay_out({v.name: v.type for v in graph.states})
+    inputs, input_bytes = lay_out({v.name: v.type for v in graph.inputs})
+    with stages("lower"):
+        lowered = lower(graph, schedule(graph, order, GROUPS), target, states, inputs, placed.context.prepack)
+    with stages("build"):
+
+        def watch(done: int, total: int, _: object) -> None:
+            if stages.progress is not None:
+                stages.progress("build", done, total)
+
+        store = cache if cache is not None else default_cache()
+        built = build_kernels(list(lowered.sources.values()), target, store, progress=watch)
+
+    kernels, files = {}, {_graph_file("decode"): print_graph(graph).encode()}
+    for (key, source), made in zip(lowered.sources.items(), built, strict=True):
+        files |= {f"kernels/{key}.py": source.text.encode(), f"kernels/{key}.ptx": made.ptx.encode()}
+        files |= {f"kernels/{key}.cubin": made.cubin}
+        paths = {"source": f"kernels/{key}.py", "cubin": f"kernels/{key}.cubin", "ptx": f"kernels/{key}.ptx"}
+        kernels[key] = {"symbol": made.symbol, **paths, **asdict(made.resources)}
+        kernels[key]["not_run_here"] = target == "sm_100a"
+    if lowered.constants:
+        files[CONSTANTS_FILE] = lowered.constants_file
+    wanted = [(w.name, w.type, recipe.requantize) for w in lowered.weights]
+    launches = [
+        KernelLaunch(**{**vars(launch), "arguments": tuple(Argument(**vars(a)) for a in launch.arguments)})
+        for launch in lowered.launches
+    ]
+    bucket = Bucket(
+        graph=_graph_file("decode"),
+        tokens=deployment.batch,
+        sequences=deployment.batch,
+        values={name: Slot(p.type, p.space, p.offset) for name, p in lowered.values.items()},  # type: ignore[arg-type]
+        arena_bytes=lowered.arena_bytes,
+        input_bytes=input_bytes,
+        inputs=tuple(v.name for v in graph.inputs),
+        outputs={label: v.name for label, v in graph.outputs.items()},
+        launches=tuple(launches),
+    )
+    report = {
+        "nodes": len(graph.nodes),
+        "launches": len(launches),
+        "arena_bytes": lowered.arena_bytes,
+        "arena_lower_bound": lowered.arena_lower_bound,
+    }
+    notes = [] if target != "sm_100a" else ["kernels for sm_100a assemble; they have not been run on that hardware"]
+    return Plan(
+        name=config.name,
+        config=config.to_dict(),
+        config_digest=config.digest,
+        deployment=asdict(deployment),
+        recipe=recipe.name,
+        pipeline=str(line),
+        buckets={"decode": bucket},
+        state=tuple(StateSlot(v.name, v.type, states[v.name]) for v in graph.states),
+        state_bytes=state_bytes,
+        weights=tuple(
+            r
+            | {"offset": w.offset, "nbytes": w.nbytes, "form": w.form}
+            | {"components": [{"name": name, "offset": at, "nbytes": size} for name, at, size in w.components]}
+            for r, w in zip(records(config, wanted), lowered.weights, strict=True)
+        ),
+        weights_bytes=lowered.weights_bytes,
+        report={"buckets": {"decode": report}, "kernels": len(kernels), "notes": notes},
+        versions=_versions() | {"toolchain": toolchain()},
+        kernels=kernels,
+        constants={
+            "file": CONSTANTS_FILE,
+            "bytes": lowered.constants_bytes,
+            "values": {n: {"type": str(p.type), "offset": p.offset} for n, p in lowered.constants.items()},
+        }
+        if lowered.constants
+        else {},
+        files=files,
+        timings=stages.seconds,
+        cache_hits=sum(made.cached for made in built),
+    )
+
+
+def default_cache() -> Path:
+    """Where compiled kernels are kept unless the caller says otherwise."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv4c" / "kernels"
 
 
 # --- assembling ---

@@ -36,6 +36,7 @@ STAGINGS = {
     ("f16", "quantize"),
     ("f16", "expand"),
     ("e4m3", "normalize"),
+    ("bf16", "normalize"),
 }
 BITS = {"fp8": 8, "bf16": 16, "mxfp4": 4.25, "nvfp4": 4.5}
 
@@ -47,7 +48,7 @@ class Activations:
     copy: e4m3 rows with ue8m0 scales per 128 (kind "e4m3"), or bf16 rows (kind "bf16"), as a producer left
     them. expand: e4m3 rows with scales, held as f16 (kind "f16"): cheaper per weight, twice the shared
     memory. quantize: bf16 rows, FP8-quantized here (kind "e4m3"), or kept, as f16 under a power of two (kind
-    "f16"). normalize: RMSNorm with f32 operand `gain` first, rounded to bf16, then FP8.
+    "f16"). normalize: RMSNorm with f32 operand `gain` first, rounded to bf16, then FP8 (or not: kind "bf16").
     """
 
     name: str
@@ -140,7 +141,7 @@ class Part:
             "ring": r.ring_bytes,
             "x": r.product.x_bytes,
             "fx": r.product.fx_bytes,
-            "squares": r.product.fx_bytes if normalizes else 0,
+            "squares": r.product.rows * r.product.blocks * 4 if normalizes else 0,
             "gain": 4 * r.product.k if normalizes else 0,
             "scale": r.scale_bytes,
             "part": r.part_bytes,
@@ -210,6 +211,8 @@ def _check(spec: GemvSpec) -> None:
             raise BuildError(
                 f"{spec.name}.{m.name}: {m.format} weights of {spec.k} columns: want a multiple of 128"
             )
+        if m.x.prologue == "normalize" and spec.k % 128:
+            raise BuildError(f"{spec.name}.{m.name}: a norm of {spec.k} columns: want a multiple of 128")
         if spec.k % 8:
             raise BuildError(f"{spec.name}: rows of {spec.k} are not a multiple of 16 bytes")
         if m.rows % (16 * spec.groups):

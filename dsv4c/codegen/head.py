@@ -33,6 +33,14 @@ class AdvanceSpec:
     rows: int
 
 
+@dataclass(frozen=True)
+class PositionsSpec:
+    """start i32[sequences], lengths i32[sequences] -> positions i32[sequences * tokens], -1 beyond lengths."""
+
+    sequences: int
+    tokens: int = 1
+
+
 def emit_embed(spec: EmbedSpec) -> Emission:
     """The embedding's copy. Raises BuildError unless rows are whole 16-byte pieces."""
     if spec.hidden % 8:
@@ -98,6 +106,18 @@ def emit_argmax(spec: ArgmaxSpec) -> Emission:
         parameters,
         cluster=(ctas, 1, 1),
     )
+
+
+def emit_positions(spec: PositionsSpec) -> Emission:
+    """The positions of a step's tokens. Raises BuildError for more than one CTA has threads."""
+    rows = spec.sequences * spec.tokens
+    if rows > 1024:
+        raise BuildError(f"positions of {rows} tokens: one CTA has threads for 1024")
+    parameters = tuple(map(Parameter, ("start", "lengths", "positions")))
+    threads = -(-rows // 32) * 32
+    names = [p.name for p in parameters]
+    source = render("positions.py.jinja", symbol="positions", parameters=names, spec=spec, threads=threads)
+    return Emission("positions_0", source, (1, 1, 1), threads, 0, parameters)
 
 
 def emit_advance(spec: AdvanceSpec) -> Emission:

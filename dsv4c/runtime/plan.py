@@ -151,6 +151,7 @@ class Plan:
     constants: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, bytes] = field(default_factory=dict, repr=False, compare=False)
     timings: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
+    cache_hits: int = field(default=0, repr=False, compare=False)  # kernels that this compile found built
 
     @property
     def target(self) -> str:
@@ -180,7 +181,7 @@ class Plan:
         return self.text.split('"', 4)[3]
 
     def _to_json(self) -> dict[str, Any]:
-        kept = ("buckets", "loads", "state", "files", "timings", "weights")
+        kept = ("buckets", "loads", "state", "files", "timings", "cache_hits", "weights")
         data: dict[str, Any] = {"schema": SCHEMA}
         data |= {f.name: getattr(self, f.name) for f in fields(self) if f.name not in kept}
         data["files"] = {name: _sha256(content) for name, content in sorted(self.files.items())}

@@ -122,8 +122,8 @@ def load_blocks(
     w = cute.make_rmem_tensor((4 * number,), Uint32)
     for n in range_constexpr(number):
         block = block_of(p, first + n, thread, threads)
-        column = block % p.units * 256 + thread % 16 * 16
-        v = ptx.ldg128(g_x + Int64(block // p.units * row_bytes + column))
+        column = block % p.blocks * 256 + thread % 16 * 16
+        v = ptx.ldg128(g_x + Int64(block // p.blocks * row_bytes + column))
         for j in range_constexpr(4):
             w[4 * n + j] = v[j]
     return w
@@ -132,7 +132,7 @@ def load_blocks(
 @cute.jit
 def block_of(p: Constexpr[Product], n: Constexpr[int], thread: Int32, threads: Constexpr[int]):
     """Block of 128 that the thread's half-warp has in round `n`; the last round repeats the last block."""
-    return cutlass.min(thread // 16 + n * (threads // 16), Int32(p.rows * p.units - 1))
+    return cutlass.min(thread // 16 + n * (threads // 16), Int32(p.rows * p.blocks - 1))
 
 
 @cute.jit
@@ -149,8 +149,8 @@ def store_blocks(
     """What `load_blocks` loaded as p.x wants it, e4m3 or scaled f16; a half-warp per block of 128."""
     for n in range_constexpr(number):
         block = block_of(p, first + n, thread, threads)
-        s_row = s_x + block // p.units * p.x_stride
-        put_block(p, quantize.floats8(w, n), s_row, s_fx + block * 4, block % p.units, thread % 32)
+        s_row = s_x + block // p.blocks * p.x_stride
+        put_block(p, quantize.floats8(w, n), s_row, s_fx + block * 4, block % p.blocks, thread % 32)
 
 
 @cute.jit
@@ -176,6 +176,9 @@ def put_block(p: Constexpr[Product], r: cute.Tensor, s_row: Int32, s_scale: Int3
     """A block of 128 as p.x wants it, into its row."""
     if const_expr(p.x == "e4m3"):
         quantize.quantize_block(r, s_row + unit * 128, s_scale, lane)
+    elif const_expr(p.x == "bf16"):
+        w = [ptx.f32x2_to_bf16x2(r[2 * i], r[2 * i + 1]) for i in range(4)]
+        ptx.sts128(s_row + unit * 256 + (lane % 16) * 16, w[0], w[1], w[2], w[3])
     else:
         quantize.scale_block_f16(r, s_row + unit * 256, s_scale, lane)
 
@@ -200,9 +203,9 @@ def normalize_quantize_rows(
     thread: Int32,
     threads: Constexpr[int],
 ):
-    """RMSNorm with f32 gain, rounded to bf16, then FP8: (x * rsqrt(mean(x^2) + eps)) * gain.
+    """RMSNorm with f32 gain, rounded to bf16, then as p.x wants it: (x * rsqrt(mean(x^2) + eps)) * gain.
 
-    `s_squares` is scratch, f32 [rows][units]; `s_bar` completes when the gain has arrived. Contains a CTA
+    `s_squares` is scratch, f32 [rows][blocks]; `s_bar` completes when the gain has arrived. Contains a CTA
     barrier.
     """
     rounds = const_expr(p.block_rounds(threads))
@@ -219,10 +222,10 @@ def normalize_quantize_rows(
     arrived(s_bar)
     for n in range_constexpr(rounds):
         block = block_of(p, n, thread, threads)
-        row, unit = block // p.units, block % p.units
+        row, unit = block // p.blocks, block % p.blocks
         mean = Float32(0.0)
-        for j in range_constexpr(p.units):
-            mean = mean + ptx.lds_f32(s_squares + (row * p.units + j) * 4)
+        for j in range_constexpr(p.blocks):
+            mean = mean + ptx.lds_f32(s_squares + (row * p.blocks + j) * 4)
         inverse = cute.math.rsqrt(mean * Float32(1.0 / p.k) + Float32(eps))
         r = quantize.floats8(w, n)
         for half in range_constexpr(2):

@@ -44,9 +44,14 @@ class Product:
         """Shared bytes of their scales, f32 [rows][units]."""
         return self.rows * self.units * 4 if self.x != "bf16" else 0
 
+    @property
+    def blocks(self) -> int:
+        """Blocks of 128 columns of a row."""
+        return -(-self.k // 128)
+
     def block_rounds(self, threads: int) -> int:
         """Rounds in which `threads` threads, 16 to a block, go over all blocks of 128 of the rows."""
-        return -(-self.rows * self.units // (threads // 16))
+        return -(-self.rows * self.blocks // (threads // 16))
 
     @property
     def finish(self) -> float:

@@ -1,0 +1,532 @@
+"""The kernels of a decode step, bound to the ops they compute: one function per family.
+
+Each reads a spec off the op's fields and types, or says why it cannot.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from dsv4c.codegen.attention import AttentionSpec, emit_attention
+from dsv4c.codegen.compress import CompressSpec, KvStoreSpec, StateUpdateSpec, emit_state_update
+from dsv4c.codegen.experts import ExpertsSpec, emit_experts_down, emit_experts_up
+from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
+from dsv4c.codegen.head import (
+    AdvanceSpec,
+    ArgmaxSpec,
+    EmbedSpec,
+    PositionsSpec,
+    emit_advance,
+    emit_argmax,
+    emit_embed,
+    emit_positions,
+)
+from dsv4c.codegen.hyper import HyperNormSpec, emit_hyper_norm
+from dsv4c.codegen.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
+from dsv4c.codegen.lib.slices import STREAMS
+from dsv4c.codegen.registry import Call, Launchable, No, Request, kernel, launchable
+from dsv4c.codegen.router import RouterChoiceSpec, RouterGateSpec, emit_router_choice, emit_router_gate
+from dsv4c.ir.ops.linear import GroupedLinear, Linear
+from dsv4c.ir.ops.sample import Argmax
+from dsv4c.ir.ops.state import Advance, Positions
+from dsv4c.passes.fusions import (
+    Attention,
+    Compressor,
+    Embed,
+    ExpertsDown,
+    HashSwiglu,
+    Head,
+    HyperNorm,
+    HyperNormFirst,
+    Indexer,
+    IndexTopk,
+    InProj,
+    KvNormRopeStore,
+    QNormQuantize,
+    QuantizeLinear,
+    Router,
+    Swiglu,
+)
+from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, KV_FP8, MXFP4, NVFP4, QuantFormat, QuantType, Type
+
+Answer = Sequence[Launchable] | No
+
+WEIGHTS = {FP8_WEIGHT: "fp8", MXFP4: "mxfp4", NVFP4: "nvfp4"}
+CACHES = {KV_FP8: "fp8", MXFP4: "mxfp4"}
+ROPE_DIMS = 64  # rotated at the end of a head, in every kernel
+INDEX_WIDTH = 128
+
+
+def format_name(type_: Type, names: dict[QuantFormat, str]) -> str:
+    """What the kernel families call the number format of a type; "" for one they do not have."""
+    if isinstance(type_, QuantType):
+        return names.get(type_.format, "")
+    return "bf16" if type_.dtype is BF16 else ""
+
+
+def _is(type_: Type, dtype: object) -> bool:
+    return not isinstance(type_, QuantType) and type_.dtype is dtype
+
+
+# The ends of a step -----------------------------------------------------------------------------------------
+
+
+@kernel(Positions)
+def positions(request: Request) -> Answer:
+    call = request.call
+    assert isinstance(call.op, Positions)
+    start, lengths = call.inputs
+    spec = PositionsSpec(request.types[start].shape[0], call.op.tokens)
+    values = {"start": start, "lengths": lengths, "positions": call.outputs[0]}
+    return [launchable(request, emit_positions(spec), values)]
+
+
+@kernel(Embed)
+def embed(request: Request) -> Answer:
+    call = request.call
+    assert isinstance(call.op, Embed)
+    x = call.operands
+    table = request.types[x["table"]]
+    if not _is(table, BF16):
+        return No(f"copies rows of bf16, the table is {table}")
+    if call.op.streams != STREAMS:
+        return No(f"copies to {STREAMS} streams, not {call.op.streams}")
+    spec = EmbedSpec(request.types[x["tokens"]].shape[0], table.shape[1])
+    values = {"table": x["table"], "ids": x["tokens"], "x": call.outputs[0]}
+    return [launchable(request, emit_embed(spec), values)]
+
+
+@kernel(Argmax)
+def argmax(request: Request) -> Answer:
+    call = request.call
+    logits = request.types[call.inputs[0]]
+    if not _is(logits, F32) or len(logits.shape) != 2:
+        return No(f"takes logits f32[N,V], not {logits}")
+    values = {"logits": call.inputs[0], "token": call.outputs[0]}
+    return [launchable(request, emit_argmax(ArgmaxSpec(*logits.shape)), values)]
+
+
+@kernel(Advance)
+def advance(request: Request) -> Answer:
+    call = request.call
+    start, lengths = call.inputs
+    spec = AdvanceSpec(request.types[start].shape[0])
+    return [launchable(request, emit_advance(spec), {"start": start, "lengths": lengths})]
+
+
+# Hyper-connections ------------------------------------------------------------------------------------------
+
+
+@kernel(HyperNorm, HyperNormFirst, Head)
+def hyper_norm(request: Request) -> Answer:
+    call = request.call
+    op, x = call.op, call.operands
+    assert isinstance(op, HyperNormFirst | Head)
+    streams = request.types[x["streams"]]
+    if not _is(streams, BF16) or streams.shape[1] != STREAMS:
+        return No(f"mixes {STREAMS} streams of bf16, not {streams}")
+    names = ["normed", "post_out", "comb_out", "q"] if isinstance(op, HyperNormFirst) else ["normed"]
+    if not isinstance(op, HyperNormFirst) or isinstance(op, HyperNorm):
+        names = ["x_out", *names]
+    made = {names[place]: number for place, number in call.made.items()}
+    if isinstance(op, HyperNormFirst):
+        if op.format not in (None, FP8_ROW):
+            return No(f"quantizes the row to {FP8_ROW}, not {op.format}")
+        if not {"post_out", "comb_out"} <= made.keys():
+            return No("writes the coefficients of the next mixing, which nobody reads")
+    spec = HyperNormSpec(
+        rows=streams.shape[0],
+        hidden=streams.shape[2],
+        norm_eps=op.norm_eps,
+        hc_eps=op.hc_eps,
+        iterations=op.iterations if isinstance(op, HyperNormFirst) else 1,
+        mix="f" in x,
+        keep="x_out" in made,
+        head=isinstance(op, Head),
+        bf16="normed" in made,
+        fp8="q" in made,
+    )
+    values = {"x": x["streams"], "scale": x["scales"], **{n: i for n, i in x.items() if n != "streams"}, **made}
+    return [launchable(request, emit_hyper_norm(spec), values)]
+
+
+# Linear layers ----------------------------------------------------------------------------------------------
+
+
+def _staging(request: Request, name: str, x: int, w: int, quantize: QuantFormat | None) -> Activations | No:
+    """How the rows of value `x` meet weight `w`; `quantize` is what the op encodes them to first."""
+    format_ = format_name(request.types[w], WEIGHTS)
+    type_ = request.types[x]
+    if not format_:
+        return No(f"takes weights of bf16, {', '.join(map(str, WEIGHTS))}, not {request.types[w]}")
+    if quantize is not None:
+        if quantize != FP8_ROW or not _is(type_, BF16) or format_ == "bf16":
+            return No(f"quantizes bf16 to {FP8_ROW} for quantized weights, not {type_} to {quantize}")
+        return Activations(name, "e4m3", "quantize")
+    if isinstance(type_, QuantType):
+        if type_.format != FP8_ROW or format_ == "bf16":
+            return No(f"multiplies {FP8_ROW} rows with quantized weights, not {type_} with {format_}")
+        return Activations(name, "e4m3")
+    if type_.dtype is not BF16:
+        return No(f"multiplies rows of bf16 or {FP8_ROW}, not {type_}")
+    return Activations(name, "bf16") if format_ == "bf16" else Activations(name, "f16", "quantize")
+
+
+def _gemv(
+    request: Request,
+    name: str,
+    products: Sequence[tuple[Activations, int, int]],
+    values: dict[str, int],
+    k: int,
+    groups: int = 1,
+) -> Answer:
+    """One GEMV launch; products are (activations, weight, result)."""
+    matrices = []
+    for number, (x, w, y) in enumerate(products):
+        type_, result = request.types[w], request.types[y]
+        if not (_is(result, BF16) or _is(result, F32)):
+            return No(f"writes bf16 or f32, not {result}")
+        label = request.labels[w] or f"w{number}"
+        matrix = Matrix(
+            label, math.prod(type_.shape[:-1]), format_name(type_, WEIGHTS), x, f"{label}_out", str(result.dtype)
+        )
+        values |= {matrix.name: w, matrix.out: y}
+        matrices.append(matrix)
+    if len({m.name for m in matrices}) < len(matrices):
+        return No(f"two of its weights are called {', '.join(m.name for m in matrices)}")
+    rows = math.prod(request.types[products[0][2]].shape[:1])
+    spec = GemvSpec(name, rows, k, tuple(matrices), groups)
+    gains = {x.gain: "f32" for x, _, _ in products if x.gain}
+    return [launchable(request, emit_gemv(spec), values, forms=gains)]
+
+
+@kernel(InProj, Linear, several=True)
+def linears(request: Request) -> Answer:
+    """Projections of one row, or of the same row encoded in several ways."""
+    products: list[tuple[Activations, int, int]] = []
+    values: dict[str, int] = {}
+    widths = set()
+    for call in request.calls:
+        x, *weights = call.inputs
+        name = {v: n for n, v in values.items()}.get(x, f"x{len(values) or ''}")
+        values[name] = x
+        widths.add(request.types[x].shape[-1])
+        if len(request.types[x].shape) != 2:
+            return No(f"takes rows [N,K], not {request.types[x]}")
+        for w, y in zip(weights, call.outputs, strict=True):
+            staged = _staging(request, name, x, w, None)
+            if isinstance(staged, No):
+                return staged
+            products.append((staged, w, y))
+    if len(widths) > 1:
+        return No(f"the rows of one launch have one width, these have {', '.join(map(str, sorted(widths)))}")
+    name = "in_proj" if len(products) > 1 else request.labels[products[0][1]] or "linear"
+    return _gemv(request, name, products, values, widths.pop())
+
+
+@kernel(QuantizeLinear)
+def quantize_linear(request: Request) -> Answer:
+    call = request.call
+    assert isinstance(call.op, QuantizeLinear)
+    x, w = call.inputs
+    staged = _staging(request, "x", x, w, call.op.format)
+    if isinstance(staged, No):
+        return staged
+    if len(request.types[x].shape) != 2:
+        return No(f"takes rows [N,K], not {request.types[x]}")
+    name = request.labels[w] or "quantize_linear"
+    return _gemv(request, name, [(staged, w, call.outputs[0])], {"x": x}, request.types[x].shape[-1])
+
+
+@kernel(GroupedLinear)
+def grouped_linear(request: Request) -> Answer:
+    call = request.call
+    x, w = call.inputs
+    staged = _staging(request, "x", x, w, None)
+    if isinstance(staged, No):
+        return staged
+    if isinstance(request.types[x], QuantType):
+        return No(f"takes groups of plain bf16 rows, not {request.types[x]}")
+    _, groups, k = request.types[x].shape
+    name = request.labels[w] or "grouped_linear"
+    return _gemv(request, name, [(staged, w, call.outputs[0])], {"x": x}, k, groups)
+
+
+@kernel(QNormQuantize)
+def q_norm_quantize(request: Request) -> Answer:
+    call = request.call
+    assert isinstance(call.op, QNormQuantize)
+    x, gain, *weights = call.inputs
+    row = request.types[x]
+    if not _is(row, BF16) or not _is(request.types[gain], BF16):
+        return No(f"normalizes bf16 rows under bf16 gains, not {row} under {request.types[gain]}")
+    if call.op.format not in (None, FP8_ROW):
+        return No(f"quantizes the normed row to {FP8_ROW}, not {call.op.format}")
+    kind = "bf16" if call.op.format is None else "e4m3"
+    for w in weights:
+        if (format_name(request.types[w], WEIGHTS) == "bf16") != (kind == "bf16"):
+            return No(f"multiplies {kind} rows, which do not fit weights {request.types[w]}")
+    staged = Activations("x", kind, "normalize", gain="gain", eps=call.op.eps)
+    products = [(staged, w, y) for w, y in zip(weights, call.outputs, strict=True)]
+    return _gemv(request, "q_proj", products, {"x": x, "gain": gain}, row.shape[-1])
+
+
+# State ------------------------------------------------------------------------------------------------------
+
+
+@kernel(KvNormRopeStore, Compressor, several=True)
+def state_update(request: Request) -> Answer:
+    """The window's row and the compressors' rows and entries: a CTA each."""
+    stores = [c for c in request.calls if isinstance(c.op, KvNormRopeStore)]
+    others = [c for c in request.calls if isinstance(c.op, Compressor)]
+    if len(stores) != 1:
+        return No(f"writes one window per launch, not {len(stores)}; compressors ride along with it")
+    values: dict[str, int] = {}
+
+    def shared(call: Call, operand: str) -> str:
+        """A name for an operand that several stages may share."""
+        number = call.operands[operand]
+        taken = {v: n for n, v in values.items()}
+        name = taken.get(number) or (operand if operand not in values else f"{operand}_{number}")
+        values[name] = number
+        return name
+
+    (call,) = stores
+    assert isinstance(call.op, KvNormRopeStore)
+    x = call.operands
+    window, batch = request.types[x["window"]], request.types[x["kv"]].shape[0]
+    if batch != window.shape[0]:
+        return No(f"stores one token per sequence, not {batch} tokens in {window.shape[0]} windows")
+    if not format_name(window, CACHES):
+        return No(f"stores {KV_FP8} or bf16, not {window}")
+    values |= {"kv": x["kv"], "kv_norm": x["gain"], "window": x["window"]}
+    store = KvStoreSpec(
+        window.shape[2],
+        format_name(window, CACHES),
+        window.shape[1],
+        call.op.eps,
+        frequencies=shared(call, "frequencies"),
+        positions=shared(call, "positions"),
+    )
+    compressors = []
+    for call in others:
+        op, x = call.op, call.operands
+        assert isinstance(op, Compressor)
+        entries, ring = request.types[x["entries"]], request.types[x["kv_ring"]]
+        if not format_name(entries, CACHES):
+            return No(f"stores {KV_FP8}, {MXFP4} or bf16, not {entries}")
+        if op.sequences != batch:
+            return No(f"compresses one token per sequence, not {batch} tokens of {op.sequences} sequences")
+        spec = CompressSpec(
+            "index" if op.rotated else "compress",
+            entries.shape[2],
+            format_name(entries, CACHES),
+            op.ratio,
+            op.overlap,
+            ring.shape[1],
+            entries.shape[1],
+            op.eps,
+            hadamard=op.rotated,
+            frequencies=shared(call, "frequencies"),
+            positions=shared(call, "positions"),
+        )
+        compressors.append(spec)
+        values |= {spec.u: x["kv"], spec.s: x["gate"], spec.ape: x["bias"], spec.gain: x["gain"]}
+        values |= {spec.kv_ring: x["kv_ring"], spec.score_ring: x["score_ring"], spec.entries: x["entries"]}
+    if len({c.name for c in compressors}) < len(compressors):
+        return No("takes one compressor of entries and one of index keys per launch")
+    spec = StateUpdateSpec("state_update", batch, store, tuple(compressors))
+    return [launchable(request, emit_state_update(spec), values)]
+
+
+# Indexer and attention --------------------------------------------------------------------------------------
+
+
+@kernel(Indexer, IndexTopk, several=True)
+def indexer(request: Request) -> Answer:
+    """Scores, then the best of them: the first leaves out what the second need not look at."""
+    ops = [call.op for call in request.calls]
+    if len(ops) != 2 or not isinstance(ops[0], Indexer) or not isinstance(ops[1], IndexTopk):
+        return No(f"takes an indexer and the index_topk of its scores together, not {', '.join(o.name for o in ops)}")
+    op, best = ops
+    x, (scores,) = request.calls[0].operands, request.calls[0].outputs
+    if request.calls[1].inputs != (scores,) or request.readers[scores]:
+        return No("leaves out scores that index_topk does not look at; somebody else reads them")
+    q, keys, weights = (request.types[x[n]] for n in ("q", "keys", "weights"))
+    if not _is(q, BF16) or not _is(weights, BF16):
+        return No(f"takes bf16 queries and head weights, not {q} and {weights}")
+    if q.shape[2] != INDEX_WIDTH or q.shape[0] != keys.shape[0]:
+        return No(f"takes one token per sequence in heads of {INDEX_WIDTH}, not {q} against {keys}")
+    format_ = format_name(keys, CACHES)
+    if format_ not in ("mxfp4", "bf16"):
+        return No(f"takes keys of {MXFP4} or bf16, not {keys}")
+    batch, heads, _ = q.shape
+    capacity = keys.shape[1]
+    first = IndexScoresSpec(
+        "index_scores", batch, heads, format_, capacity, op.ratio, best.k, op.factor
+    )
+    second = TopKSpec("index_topk", batch, capacity, best.k, op.ratio)  # of scores rounded to bf16
+    values = {**x, "scores": scores, "out": request.calls[1].outputs[0]}
+    return [
+        launchable(request, emit_index_scores(first), values, stage="scores"),
+        launchable(request, emit_top_k(second), values, stage="topk"),
+    ]
+
+
+@kernel(Attention)
+def attention(request: Request) -> Answer:
+    call = request.call
+    op, x = call.op, call.operands
+    assert isinstance(op, Attention)
+    q, ring = request.types[x["q"]], request.types[x["ring"]]
+    entries = request.types[x["entries"]] if "entries" in x else None
+    batch, heads, width = q.shape
+    if not _is(q, BF16):
+        return No(f"takes bf16 queries, not {q}")
+    if op.format is not None:
+        return No(f"leaves its result in bf16, it does not quantize to {op.format}")
+    if batch != ring.shape[0]:
+        return No(f"takes one token per sequence, not {batch} against {ring}")
+    if not math.isclose(op.scale, width**-0.5, rel_tol=1e-6):
+        return No(f"scales scores by {width**-0.5} (head width {width}), not {op.scale}")
+    form = format_name(ring, CACHES)
+    if form not in ("fp8", "bf16") or (entries is not None and format_name(entries, CACHES) != form):
+        return No(f"takes caches of {KV_FP8} or of bf16, not {ring} and {entries}")
+    kind = "none" if entries is None else "selected" if "chosen" in x else "all"
+    spec = AttentionSpec(
+        {"none": "attention_swa", "selected": "attention_csa", "all": "attention_hca"}[kind],
+        batch,
+        heads,
+        width,
+        form,
+        op.window,
+        ring.shape[1],
+        op.eps,
+        entries=kind,
+        selected_count=request.types[x["chosen"]].shape[1] if kind == "selected" else 0,
+        ratio=max(1, op.ratio),
+        capacity=entries.shape[1] if entries is not None else 0,
+        exact_norm=op.precision is BF16,
+    )
+    values = {**x, "window": x["ring"], "out": call.outputs[0]}
+    if kind == "selected":
+        values["selected"] = x["chosen"]
+    return [launchable(request, emit_attention(spec), values)]
+
+
+# Experts ----------------------------------------------------------------------------------------------------
+
+
+def _router(
+    request: Request, op: Router | HashSwiglu, k: int, values: dict[str, int], scratch: dict[str, int]
+) -> list[Launchable] | No:
+    """The gate's products and the choice, as two launches; what `values` does not bind goes through scratch."""
+    x, gate = request.types[values["x"]], request.types[values["gate"]]
+    if not _is(x, BF16) or not _is(gate, BF16):
+        return No(f"takes bf16 rows and gate, not {x} and {gate}")
+    rows, (experts, hidden) = x.shape[0], gate.shape
+    choice = RouterChoiceSpec(rows, experts, k, op.factor, hashed=isinstance(op, HashSwiglu))
+    logits = rows * experts * 4
+
+    def through(access: str) -> dict[str, tuple[int, str]]:
+        return {"logits": (logits, "r" if access == "w" else "w"), **{n: (s, access) for n, s in scratch.items()}}
+
+    first = launchable(
+        request,
+        emit_router_gate(RouterGateSpec(rows, hidden, experts)),
+        values,
+        stage="gate",
+        scratch=through("r"),
+    )
+    second = launchable(request, emit_router_choice(choice), values, stage="choice", scratch=through("w"))
+    return [first, second]
+
+
+@kernel(Router)
+def router(request: Request) -> Answer:
+    call = request.call
+    assert isinstance(call.op, Router)
+    values = {**call.operands, "experts": call.outputs[0], "weights": call.outputs[1]}
+    return _router(request, call.op, call.op.k, values, {})
+
+
+def _experts(request: Request, name: str, op: Swiglu | HashSwiglu, x: dict[str, int], k: int) -> ExpertsSpec | No:
+    row, shared_row = request.types[x["x"]], x.get("x_shared", x["x"])
+    if shared_row != x["x"]:
+        return No(f"gives routed and shared experts the same row, not {row} and {request.types[shared_row]}")
+    routed, shared = request.types[x["w1"]], request.types[x["shared_w1"]]
+    formats = format_name(routed, WEIGHTS), format_name(shared, WEIGHTS)
+    if not all(formats):
+        return No(f"takes weights of bf16, {', '.join(map(str, WEIGHTS))}, not {routed} and {shared}")
+    quantized = isinstance(row, QuantType)
+    if (quantized and row.format != FP8_ROW) or quantized != (formats[0] != "bf16"):
+        return No(f"takes {FP8_ROW} rows for quantized weights and bf16 for bf16, not {row} for {routed}")
+    if op.out is not BF16:
+        return No(f"rounds products to bf16, not {op.out}")
+    experts, intermediate, hidden = routed.shape
+    if shared.shape[0] != intermediate:
+        return No(f"has a shared expert as wide as the routed ones, not {shared} beside {routed}")
+    return ExpertsSpec(name, row.shape[0], hidden, intermediate, experts, k, *formats, op.limit)
+
+
+@kernel(Swiglu)
+def swiglu(request: Request) -> Answer:
+    call = request.call
+    assert isinstance(call.op, Swiglu)
+    x = call.operands
+    spec = _experts(request, "experts_up", call.op, x, request.types[x["experts"]].shape[1])
+    if isinstance(spec, No):
+        return spec
+    h, shared_h = call.outputs
+    values = {**x, "expert_ids": x["experts"], "expert_weights": x["weights"], "h": h, "shared_h": shared_h}
+    return [launchable(request, emit_experts_up(spec), values)]
+
+
+@kernel(HashSwiglu)
+def hash_swiglu(request: Request) -> Answer:
+    """Router and experts, three launches: the routing weights pass through scratch."""
+    call = request.call
+    op, x = call.op, call.operands
+    assert isinstance(op, HashSwiglu)
+    k = request.types[x["table"]].shape[1]
+    rows = request.types[x["x"]].shape[0]
+    if call.results != (0, 1, 2):
+        return No("writes the chosen experts, which nobody reads")
+    experts, h, shared_h = call.outputs
+    routing = {"x": x["x"], "gate": x["gate"], "table": x["table"], "ids": x["tokens"], "experts": experts}
+    routed = _router(request, op, k, routing, {"weights": rows * k * 4})
+    spec = _experts(request, "experts_up", op, {**x, "x": x["x_routed"]}, k)
+    if isinstance(routed, No):
+        return routed
+    if isinstance(spec, No):
+        return spec
+    values = {**x, "x": x["x_routed"], "expert_ids": experts, "h": h, "shared_h": shared_h}
+    up = launchable(
+        request, emit_experts_up(spec), values, stage="up", scratch={"expert_weights": (rows * k * 4, "r")}
+    )
+    return [*routed, up]
+
+
+@kernel(ExpertsDown)
+def experts_down(request: Request) -> Answer:
+    call = request.call
+    op, x = call.op, call.operands
+    assert isinstance(op, ExpertsDown)
+    h, routed, shared = (request.types[x[n]] for n in ("h", "w2", "shared_w2"))
+    formats = format_name(routed, WEIGHTS), format_name(shared, WEIGHTS)
+    if not all(formats):
+        return No(f"takes weights of bf16, {', '.join(map(str, WEIGHTS))}, not {routed} and {shared}")
+    wanted = None if formats[0] == "bf16" else FP8_ROW
+    if op.format != wanted or op.shared_format != wanted:
+        return No(
+            f"encodes hidden rows as {wanted} for {formats[0]} weights, not as {op.format} and {op.shared_format}"
+        )
+    if not _is(h, BF16) or op.out is not BF16:
+        return No(f"takes and makes bf16, not {h} and {op.out}")
+    experts, hidden, intermediate = routed.shape
+    spec = ExpertsSpec(
+        "experts_down", h.shape[0], hidden, intermediate, experts, h.shape[1], *formats, limit=math.inf
+    )
+    values = {**x, "shared_h": x["h_shared"], "expert_ids": x["experts"], "y": call.outputs[0]}
+    return [launchable(request, emit_experts_down(spec), values)]

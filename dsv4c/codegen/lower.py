@@ -1,0 +1,383 @@
+"""A folded, scheduled graph as launches of kernels over blocks of bytes: arena, states, weights, constants, inputs.
+
+Launches form one chain, each behind its predecessor on a programmatic edge. That orders all of them: a kernel
+touches what others write only after its wait, the wait returns when the predecessor has completed, and the
+predecessor could not complete before its own wait had returned.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from dsv4c.codegen.build import Source, source_key
+from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
+from dsv4c.codegen.registry import Launchable, choose, request_of
+from dsv4c.errors import BuildError
+from dsv4c.ir.graph import Graph, Kind, Node, Value
+from dsv4c.ir.ops.rope import RopeFrequencies
+from dsv4c.passes.fusions import Indexer, IndexTopk
+from dsv4c.passes.memory import aligned, plan_memory
+from dsv4c.passes.schedule import Schedule
+from dsv4c.types import BF16, F32, Component, QuantType, TensorType, Type
+
+GROUPS = (frozenset({"in_proj", "linear"}), frozenset({"kv_norm_rope_store", "compressor"}))
+"""Independent ops of a layer that have a kernel together, for `dsv4c.passes.schedule.schedule`."""
+
+CONSTANTS_FILE = "constants.safetensors"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a value lives: `offset` bytes into a block."""
+
+    type: Type
+    space: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Pointer:
+    """One kernel argument: `component` of `value`, `nbytes` bytes from `offset` of a block."""
+
+    space: str
+    offset: int
+    value: str
+    component: str
+    nbytes: int
+    access: str
+
+
+@dataclass(frozen=True)
+class Launched:
+    """One kernel of the step, for one node or several; fields as in the plan."""
+
+    name: str
+    op: str
+    nodes: tuple[str, ...]
+    scope: str
+    kernel: str
+    grid: tuple[int, int, int]
+    block: int
+    cluster: tuple[int, int, int]
+    shared: int
+    programmatic: bool
+    waits: bool
+    arguments: tuple[Pointer, ...]
+    after: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter in the weights' block: `components` are (name, offset in the block, bytes)."""
+
+    name: str
+    type: Type
+    form: str
+    offset: int
+    nbytes: int
+    components: tuple[tuple[str, int, int], ...]
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """A decode step as data. `sources` are the kernels to build, by the names that launches call them."""
+
+    launches: tuple[Launched, ...]
+    sources: Mapping[str, Source]
+    values: Mapping[str, Place]
+    arena_bytes: int
+    arena_lower_bound: int
+    weights: tuple[Weight, ...]
+    weights_bytes: int
+    constants: Mapping[str, Place]
+    constants_file: bytes
+    constants_bytes: int
+
+
+def lower(
+    graph: Graph,
+    schedule: Schedule,
+    target: str,
+    states: Mapping[str, int],
+    inputs: Mapping[str, int],
+    load: Graph | None = None,
+) -> Lowered:
+    """Kernels, launches and bytes of a folded graph. `states` and `inputs` are offsets in their blocks, `load`
+    is what the prepack pass set aside.
+
+    Raises BuildError naming the node that no kernel takes, with every reason.
+    """
+    tables = constants_of(schedule, load)
+    schedule = _in_a_chain(schedule, steps(schedule))
+    memory = plan_memory(graph, schedule, parallel=True)
+    chosen = [_choose(graph, schedule, members, target) for members in schedule.groups]
+    params = [v for v in graph.params if v.name not in tables]
+    weights, weights_bytes = lay_out_weights(params, _forms(chosen))
+    constants, constants_file, constants_bytes = _constants(tables)
+    places: dict[Value, Place] = {v: Place(v.type, "arena", at) for v, at in memory.offsets.items()}
+    places |= {v: Place(v.type, "state", states[v.name]) for v in graph.states}
+    places |= {v: Place(v.type, "input", inputs[v.name]) for v in graph.inputs}
+    places |= {v: Place(v.type, "weights", w.offset) for v, w in zip(params, weights, strict=True)}
+    places |= {v: constants[v.name] for v in graph.values() if v.name in constants}
+    places |= {v: replace(places[o], type=v.type) for v, o in schedule.views.items()}
+    parts = {w.name: {name: (at, size) for name, at, size in w.components} for w in weights}
+    return Lowered(
+        launches=tuple(_launches(schedule, chosen, places, parts, memory.bytes, target)),
+        sources={_key(e, target): Source(e.symbol, e.source) for e in _emissions(chosen)},
+        values={v.name: places[v] for v in graph.values()},
+        arena_bytes=memory.bytes + max((_scratch_bytes(answer) for _, answer in chosen), default=0),
+        arena_lower_bound=memory.lower_bound,
+        weights=weights,
+        weights_bytes=weights_bytes,
+        constants=constants,
+        constants_file=constants_file,
+        constants_bytes=constants_bytes,
+    )
+
+
+# Launches ---------------------------------------------------------------------------------------------------
+
+Chosen = tuple[tuple[Value, ...], tuple[Launchable, ...]]  # values by number, and the launches that compute them
+
+
+def steps(schedule: Schedule) -> list[tuple[Node, ...]]:
+    """What is computed together, in order: the launches of `schedule` without constants, and an index_topk with
+    the indexer whose scores it alone reads.
+    """
+    best = {n.inputs[0]: n for n in schedule.nodes if isinstance(n.op, IndexTopk)}
+    moved = {best[n.outputs[0]] for n in schedule.nodes if isinstance(n.op, Indexer) and n.outputs[0] in best}
+    ordered = []
+    for members in schedule.groups:
+        nodes = tuple(schedule.nodes[i] for i in members)
+        if isinstance(nodes[0].op, RopeFrequencies) or nodes[0] in moved:
+            continue
+        if isinstance(nodes[0].op, Indexer) and nodes[0].outputs[0] in best:
+            nodes = (*nodes, best[nodes[0].outputs[0]])
+        ordered.append(nodes)
+    return ordered
+
+
+def _in_a_chain(schedule: Schedule, ordered: Sequence[tuple[Node, ...]]) -> Schedule:
+    """The schedule of these steps one after the other; the nodes of a step are not ordered among themselves."""
+    groups, after, last, at = [], [], (), 0
+    for nodes in ordered:
+        members = tuple(range(at, at + len(nodes)))
+        after += [last] * len(nodes)
+        groups.append(members)
+        last, at = members, at + len(nodes)
+    return replace(
+        schedule, nodes=tuple(n for nodes in ordered for n in nodes), after=tuple(after), groups=tuple(groups)
+    )
+
+
+def _choose(graph: Graph, schedule: Schedule, members: Sequence[int], target: str) -> Chosen:
+    nodes = [schedule.nodes[i] for i in members]
+    labels = {p: label_of(p.name) for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
+    request, values = request_of(nodes, target, graph.users, labels)
+    try:
+        return values, choose(request)
+    except BuildError as error:
+        raise BuildError(f"at {nodes[0].name}: {error}") from None
+
+
+def label_of(name: str) -> str:
+    """A parameter's name inside its layer, as an identifier."""
+    return re.sub(r"^(layers|mtp)\.\d+\.((attn|ffn)\.)?", "", name).replace(".", "_")
+
+
+def _emissions(chosen: Iterable[Chosen]) -> Iterable[Emission]:
+    return (launch.emission for _, answer in chosen for launch in answer)
+
+
+def _key(emission: Emission, target: str) -> str:
+    return source_key(Source(emission.symbol, emission.source), target)[:24]
+
+
+def _scratch(answer: Sequence[Launchable]) -> dict[str, int]:
+    """Offsets of a request's scratch arrays."""
+    sizes = {name: size for launch in answer for name, size in launch.scratch.items()}
+    offsets, at = {}, 0
+    for name, size in sizes.items():
+        offsets[name] = at
+        at += aligned(size)
+    return offsets
+
+
+def _scratch_bytes(answer: Sequence[Launchable]) -> int:
+    return sum(aligned(size) for size in {n: s for launch in answer for n, s in launch.scratch.items()}.values())
+
+
+def _launches(
+    schedule: Schedule,
+    chosen: Sequence[Chosen],
+    places: Mapping[Value, Place],
+    parts: Mapping[str, Mapping[str, tuple[int, int]]],
+    scratch_base: int,
+    target: str,
+) -> Iterable[Launched]:
+    index = 0
+    for members, (values, answer) in zip(schedule.groups, chosen, strict=True):
+        nodes = [schedule.nodes[i] for i in members]
+        scratch = _scratch(answer)
+        for launch in answer:
+            emission = launch.emission
+            pointers = []
+            for b in launch.bindings:
+                if b.value is None:
+                    at, size = scratch_base + scratch[b.scratch], launch.scratch[b.scratch]
+                    name = f"{nodes[0].name}.{b.scratch}"
+                    pointers.append(Pointer("arena", at, name, b.component, size, b.access))
+                    continue
+                value = values[b.value]
+                place = places[value]
+                if place.space == "weights":
+                    at, size = parts[value.name][b.component]
+                else:
+                    c = _component(place.type, b.component)
+                    at, size = place.offset + c.offset, c.nbytes
+                pointers.append(Pointer(place.space, at, value.name, b.component, size, b.access))
+            yield Launched(
+                name=f"{nodes[0].name}.{launch.stage}" if launch.stage else nodes[0].name,
+                op=" + ".join(n.op.name for n in nodes),
+                nodes=tuple(n.name for n in nodes),
+                scope=nodes[0].scope,
+                kernel=_key(emission, target),
+                grid=emission.grid,
+                block=emission.block,
+                cluster=emission.cluster,
+                shared=emission.shared,
+                programmatic=index > 0 and emission.programmatic and emission.waits,
+                waits=emission.waits,
+                arguments=tuple(pointers),
+                after=(index - 1,) if index else (),
+            )
+            index += 1
+
+
+def _component(type_: Type, name: str) -> Component:
+    return next(c for c in type_.components if c.name == name)
+
+
+# Weights ----------------------------------------------------------------------------------------------------
+
+
+def _forms(chosen: Iterable[Chosen]) -> dict[Value, str]:
+    """How each weight must lie in memory. Raises BuildError when two kernels disagree."""
+    forms: dict[Value, str] = {}
+    for values, answer in chosen:
+        for launch in answer:
+            wanted = {b.value: "plain" for b in launch.bindings if b.value is not None} | dict(launch.forms)
+            for number, form in wanted.items():
+                value = values[number]
+                if value.kind is not Kind.PARAM:
+                    if form != "plain":
+                        raise BuildError(f"{launch.emission.symbol} wants %{value.name} as {form}: it is no weight")
+                elif forms.setdefault(value, form) != form:
+                    raise BuildError(f"%{value.name} is wanted as {forms[value]} and, elsewhere, as {form}")
+    return forms
+
+
+def packed_bytes(packing: str, rows: int, columns: int) -> int:
+    """Bytes of one matrix in a packing `format/TxS`: whole tiles of 16 rows, T at a time, and S units."""
+    format_, tiles, span = re.fullmatch(r"(\w+)/(\d+)x(\d+)", packing).groups()  # type: ignore[union-attr]
+    across = math.ceil(math.ceil(rows / 16) / int(tiles)) * int(tiles)
+    along = math.ceil(math.ceil(columns / COLUMNS[format_]) / int(span)) * int(span)
+    return across * along * BYTES[format_]
+
+
+def lay_out_weights(
+    params: Iterable[Value], forms: Mapping[Value, str]
+) -> tuple[tuple[Weight, ...], int]:
+    """Offsets of the parameters in their block, one after the other, and the bytes of all."""
+    weights, end = [], 0
+    for value in params:
+        form = forms.get(value, "plain")
+        sizes = component_bytes(value.type, form)
+        components, at = [], end
+        for name, size in sizes.items():
+            components.append((name, at, size))
+            at += -(-size // 16) * 16
+        weights.append(Weight(value.name, value.type, form, end, at - end, tuple(components)))
+        end += aligned(at - end)
+    return tuple(weights), end
+
+
+def component_bytes(type_: Type, form: str) -> dict[str, int]:
+    """Bytes of a weight's arrays in memory. Block scales of FP4 formats lie inside of their packing."""
+    plain = {c.name: c.nbytes for c in type_.components}
+    if form == "plain":
+        return plain
+    if form == "f32":
+        if isinstance(type_, QuantType) or type_.dtype is not BF16:
+            raise BuildError(f"f32 is a form of bf16 weights, not of {type_}")
+        return {"data": 2 * plain["data"]}
+    *lead, rows, columns = type_.shape
+    data = math.prod(lead) * packed_bytes(form, rows, columns)
+    inside = form.partition("/")[0] in ("mxfp4", "nvfp4")
+    return {"data": data} | {n: s for n, s in plain.items() if n != "data" and not (inside and n == "scale")}
+
+
+# Constants --------------------------------------------------------------------------------------------------
+
+
+def _f32(x: float) -> float:
+    """x rounded to f32."""
+    return float(struct.unpack("<f", struct.pack("<f", x))[0])
+
+
+def rope_table(op: RopeFrequencies) -> list[float]:
+    """theta^(-2i/dims) with YaRN's blend, every step rounded to f32 as in `precompute_freqs_cis` of DeepSeek-V4
+    inference/model.py; two roundings of a sum, product or quotient of f32 numbers in f64 are one.
+    """
+    plain = [_f32(1.0 / _f32(op.theta ** _f32(2 * i / op.dims))) for i in range(op.dims // 2)]
+    if op.factor == 1:
+        return plain
+
+    def pair_of(turns: float) -> float:
+        wavelengths = op.original_max_position / (turns * 2 * math.pi)
+        return op.dims * math.log(wavelengths) / (2 * math.log(op.theta))
+
+    low = max(math.floor(pair_of(op.beta_fast)), 0)
+    high = min(math.ceil(pair_of(op.beta_slow)), op.dims - 1)
+    span = _f32(high - low if high > low else 0.001)
+    table = []
+    for i, frequency in enumerate(plain):
+        fast = _f32(1 - min(max(_f32((i - low) / span), 0.0), 1.0))
+        stretched = _f32(_f32(frequency / _f32(op.factor)) * _f32(1 - fast))
+        table.append(_f32(stretched + _f32(frequency * fast)))
+    return table
+
+
+def constants_of(schedule: Schedule, load: Graph | None) -> dict[str, RopeFrequencies]:
+    """Values computed at compile time, by name. Raises BuildError for work at load time that is none of them."""
+    tables = {n.name: n.op for n in schedule.nodes if isinstance(n.op, RopeFrequencies)}
+    for node in load.nodes if load is not None else ():
+        if not isinstance(node.op, RopeFrequencies):
+            raise BuildError(
+                f"at {node.name}: {node.op.name} of weights is left over; kernels take the weights themselves, "
+                "expected it folded into the op that reads it"
+            )
+        tables[node.name] = node.op
+    return tables
+
+
+def _constants(tables: Mapping[str, RopeFrequencies]) -> tuple[dict[str, Place], bytes, int]:
+    """Places of the frequency tables, the safetensors file that holds them, and the block's bytes."""
+    places: dict[str, Place] = {}
+    header: dict[str, object] = {}
+    data = b""
+    for name, op in tables.items():
+        table = rope_table(op)
+        begin = len(data)
+        places[name] = Place(TensorType(F32, (len(table),)), "constants", begin)
+        data += struct.pack(f"<{len(table)}f", *table)
+        header[name] = {"dtype": "F32", "shape": [len(table)], "data_offsets": [begin, len(data)]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return places, struct.pack("<Q", len(text)) + text + data, len(data)

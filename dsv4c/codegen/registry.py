@@ -1,0 +1,250 @@
+"""Which kernel computes a launch: candidates by op, asked in turn with the launch's ops and types.
+
+A candidate answers with its launches, every kernel parameter bound to a value or to scratch, or with `No` and
+the reason. If all say no, `choose` raises BuildError with every reason. Equal requests share one answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from itertools import chain
+
+from dsv4c.codegen.emit import Emission
+from dsv4c.errors import BuildError
+from dsv4c.ir.fused import Fused, operand_labels, trace
+from dsv4c.ir.graph import Kind, Node, Value
+from dsv4c.ir.op import Op, operand_names
+from dsv4c.types import Type
+
+
+@dataclass(frozen=True)
+class Call:
+    """One op of a launch. Values go by number within their request; `results` are places among the results of
+    the op's whole body, since a fused op drops those that nobody reads.
+    """
+
+    op: Op
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    names: tuple[str, ...]  # of the inputs
+    results: tuple[int, ...]
+
+    @property
+    def operands(self) -> dict[str, int]:
+        """Value numbers by operand name."""
+        return dict(zip(self.names, self.inputs, strict=True))
+
+    @property
+    def made(self) -> dict[int, int]:
+        """Value numbers by place among the results."""
+        return dict(zip(self.results, self.outputs, strict=True))
+
+
+@dataclass(frozen=True)
+class Request:
+    """A launch to find kernels for: what decides the choice and nothing else, so that equal layers are equal.
+
+    Per value: its type, a label for readable kernels (of params: their name inside the layer), and how many
+    nodes outside of the launch read what it makes.
+    """
+
+    calls: tuple[Call, ...]
+    types: tuple[Type, ...]
+    labels: tuple[str, ...]
+    readers: tuple[int, ...]
+    target: str
+
+    @property
+    def call(self) -> Call:
+        """The only call."""
+        (call,) = self.calls
+        return call
+
+    @cached_property
+    def access(self) -> tuple[str, ...]:
+        """Per value "r", "w" or "rw"; an operand that a result overwrites is read and written."""
+        marks = [""] * len(self.types)
+        for call in self.calls:
+            for number in call.inputs:
+                marks[number] = marks[number] or "r"
+            for number in call.outputs:
+                marks[number] = "w"
+        for call in self.calls:
+            for result, operand in call.op.alias.items():
+                marks[call.inputs[operand]] = marks[call.outputs[result]] = "rw"
+        return tuple(marks)
+
+    @property
+    def text(self) -> str:
+        """Ops, types and target, for errors."""
+        lines = []
+        for call in self.calls:
+            operands = ", ".join(f"{n}: {self.types[i]}" for n, i in zip(call.names, call.inputs, strict=True))
+            results = ", ".join(str(self.types[i]) for i in call.outputs)
+            fields = ", ".join(f"{k}={v}" for k, v in call.op.attributes().items())
+            lines.append(f"{call.op.name}({operands}) {{{fields}}} -> {results}")
+        return " + ".join(lines) + f" for {self.target}"
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What a kernel parameter points to: a component of value number `value`, or scratch of that name."""
+
+    component: str
+    access: str
+    value: int | None = None
+    scratch: str = ""
+
+
+@dataclass(frozen=True)
+class Launchable:
+    """One launch: a kernel and its bindings in ABI order.
+
+    scratch: bytes by name, which the launches of one request share. forms: how a weight must lie in memory,
+    by value number: a packing's name, or "f32".
+    """
+
+    emission: Emission
+    bindings: tuple[Binding, ...]
+    stage: str = ""  # told apart by when a request takes several launches
+    scratch: Mapping[str, int] = field(default_factory=dict)
+    forms: Mapping[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class No:
+    """Why a candidate does not take a request."""
+
+    reason: str
+
+
+Candidate = Callable[[Request], Sequence[Launchable] | No]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A registered candidate: the ops it covers, and whether one launch may hold several of them."""
+
+    name: str
+    ops: frozenset[type[Op]]
+    several: bool
+    ask: Candidate
+
+
+KERNELS: list[Kernel] = []
+"""All candidates, in the order in which they are asked. Filled by importing `dsv4c.codegen.kernels`."""
+
+
+def kernel(*ops: type[Op], several: bool = False) -> Callable[[Candidate], Candidate]:
+    """Register a candidate for launches of these ops; `several` of them may be one launch."""
+
+    def register(candidate: Candidate) -> Candidate:
+        KERNELS.append(Kernel(candidate.__name__, frozenset(ops), several, candidate))
+        return candidate
+
+    return register
+
+
+def groupable(ops: Sequence[Op]) -> bool:
+    """Whether some candidate makes one launch of these ops."""
+    return any(k.several and all(type(op) in k.ops for op in ops) for k in KERNELS)
+
+
+@cache
+def choose(request: Request) -> tuple[Launchable, ...]:
+    """The first answer that is not `No`.
+
+    Raises BuildError with the reason of every candidate when there is none.
+    """
+    import dsv4c.codegen.kernels  # noqa: F401  (fills KERNELS)
+
+    reasons = []
+    for candidate in KERNELS:
+        if not all(type(call.op) in candidate.ops for call in request.calls):
+            continue
+        if len(request.calls) > 1 and not candidate.several:
+            reasons.append(f"{candidate.name}: takes one op per launch, not {len(request.calls)}")
+            continue
+        try:
+            answer = candidate.ask(request)
+        except BuildError as error:
+            answer = No(str(error))
+        if not isinstance(answer, No):
+            return tuple(answer)
+        reasons.append(f"{candidate.name}: {answer.reason}")
+    names = " + ".join(call.op.name for call in request.calls)
+    why = reasons or [f"no kernel is registered for {names}; expected the graph's ops folded into fused ones"]
+    raise BuildError(f"no kernel for {request.text}\n  " + "\n  ".join(why))
+
+
+def request_of(
+    nodes: Sequence[Node], target: str, readers: Mapping[Value, Sequence[Node]], labels: Mapping[Value, str]
+) -> tuple[Request, tuple[Value, ...]]:
+    """The request of a launch of `nodes`, and the values by number."""
+    number: dict[Value, int] = {}
+    for value in chain.from_iterable((*node.inputs, *node.outputs) for node in nodes):
+        number.setdefault(value, len(number))
+    own = set(nodes)
+    outside = [sum(n not in own for n in readers.get(v, ())) if v.node in own else 0 for v in number]
+    calls = tuple(_call(node, number) for node in nodes)
+    request = Request(
+        calls,
+        tuple(v.type for v in number),
+        tuple(labels.get(v, "") if v.kind is Kind.PARAM else "" for v in number),
+        tuple(outside),
+        target,
+    )
+    return request, tuple(number)
+
+
+def _call(node: Node, number: Mapping[Value, int]) -> Call:
+    op = node.op
+    places = tuple(range(len(node.outputs)))
+    if isinstance(op, Fused):
+        names = operand_labels(type(op), len(node.inputs))
+        whole = range(len(trace(op, tuple(v.type for v in node.inputs)).results))
+        places = op.kept(tuple(whole))
+    else:
+        names = list(operand_names(type(op)))[: len(node.inputs)]
+    inputs = tuple(number[v] for v in node.inputs)
+    return Call(op, inputs, tuple(number[v] for v in node.outputs), tuple(names), places)
+
+
+def launchable(
+    request: Request,
+    emission: Emission,
+    values: Mapping[str, int],
+    *,
+    stage: str = "",
+    scratch: Mapping[str, tuple[int, str]] | None = None,
+    forms: Mapping[str, str] | None = None,
+) -> Launchable:
+    """A launch of `emission` with its operands bound by name: to value numbers, or to scratch (bytes, access).
+
+    `forms` are those of weights, by operand, that the emission's packing does not name.
+    """
+    scratch = scratch or {}
+    bindings = []
+    for p in emission.parameters:
+        if p.operand in values:
+            value = values[p.operand]
+            known = [c.name for c in request.types[value].components]
+            if p.component not in known:
+                raise BuildError(
+                    f"{emission.symbol}: wants {p.component} of {p.operand}, which is {request.types[value]}"
+                )
+            bindings.append(Binding(p.component, request.access[value], value))
+        elif p.operand in scratch:
+            bindings.append(Binding(p.component, scratch[p.operand][1], scratch=p.operand))
+        else:
+            raise BuildError(f"{emission.symbol}: nothing is bound to its parameter {p.name}")
+    wanted = {**emission.packing, **(forms or {})}
+    return Launchable(
+        emission,
+        tuple(bindings),
+        stage,
+        {name: size for name, (size, _) in scratch.items()},
+        {values[operand]: form for operand, form in wanted.items()},
+    )
