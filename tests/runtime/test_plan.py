@@ -1,0 +1,247 @@
+"""Plans on disk: they come back equal, never half-written, and nothing wrong with one goes unnoticed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import dsv4c
+from dsv4c.errors import PlanError
+from dsv4c.ir.text import make_op, parse_graph
+from dsv4c.ir.verify import verify
+from dsv4c.runtime import plan as plans
+from dsv4c.runtime.plan import PLAN_FILE, TIMINGS_FILE, Plan, check_target, load
+
+
+@pytest.fixture
+def saved(plan: Plan, tmp_path: Path) -> Path:
+    return plan.save(tmp_path / "tiny.plan")
+
+
+def test_a_saved_plan_comes_back_equal(plan: Plan, saved: Path) -> None:
+    again = load(saved)
+    assert again == plan
+    assert again.files == plan.files
+    assert again.digest == plan.digest
+    assert again.timings == plan.timings
+
+
+def test_the_same_input_gives_the_same_bytes(plan: Plan, checkpoint: Path) -> None:
+    d = plan.deployment
+    again = dsv4c.compile(
+        checkpoint, batch=d["batch"], max_context=d["max_context"], chunk=d["chunk"], mtp=True
+    )
+    assert again.text == plan.text
+    assert again.files == plan.files
+
+
+def test_a_plan_is_plain_data_without_absolute_paths(saved: Path, checkpoint: Path) -> None:
+    for file in saved.rglob("*"):
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
+            assert str(checkpoint) not in text
+            assert str(saved.parent) not in text
+    data = json.loads((saved / PLAN_FILE).read_text())
+    assert data["schema"] == plans.SCHEMA
+    assert data["deployment"]["target"] == "cpu"
+    assert set(data["files"]) >= {"graph.decode.txt", "graph.prefill.txt", "graph.mtp.txt"}
+    written = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
+    assert written == {*data["files"], PLAN_FILE, TIMINGS_FILE}
+
+
+def test_the_graphs_of_a_plan_parse_and_its_launches_are_theirs(plan: Plan) -> None:
+    for mode, bucket in plan.buckets.items():
+        graph = verify(parse_graph(plan.graph_text(mode)))
+        assert set(bucket.values) == set(graph.by_name)
+        for launch in bucket.launches:
+            node = graph.by_name[launch.name].node
+            assert node is not None
+            assert make_op(launch.op, launch.attributes) == node.op
+            assert launch.inputs == tuple(v.name for v in node.inputs)
+            assert all(wait < bucket.launches.index(launch) for wait in launch.after[:1])
+
+
+def test_blocks_of_a_plan_do_not_overlap(plan: Plan) -> None:
+    for records, size in (
+        ([(s.offset, s.type.extent) for s in plan.state], plan.state_bytes),
+        (
+            [(w["offset"], plans.parse_type(w["type"]).extent) for w in plan.weights],
+            plan.weights_bytes,
+        ),
+    ):
+        end = 0
+        for offset, extent in sorted(records):
+            assert offset >= end
+            end = offset + extent
+        assert end <= size
+
+
+def test_a_plan_may_be_moved_but_not_renamed_inside(saved: Path, plan: Plan) -> None:
+    moved = saved.rename(saved.with_name("elsewhere"))
+    assert load(moved) == plan
+    (moved / TIMINGS_FILE).unlink()
+    assert load(moved).timings == {}
+
+
+def altered(path: Path, change: Callable[[str], str]) -> None:
+    path.write_text(change(path.read_text()))
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a graph edited": (
+        lambda p: altered(p / "graph.decode.txt", lambda t: t.replace("eps=1e-06", "eps=1e-05", 1)),
+        r"graph\.decode\.txt: was altered after it was compiled",
+    ),
+    "an offset edited": (
+        lambda p: altered(p / PLAN_FILE, lambda t: t.replace('"offset": 256', '"offset": 512', 1)),
+        r"plan\.json: was altered after it was compiled",
+    ),
+    "a file gone": (
+        lambda p: (p / "graph.mtp.txt").unlink(),
+        r"graph\.mtp\.txt: is missing from the plan",
+    ),
+    "cut short": (
+        lambda p: altered(p / PLAN_FILE, lambda t: t[: len(t) // 2]),
+        r"plan\.json: is damaged: .*compile the plan again",
+    ),
+    "another schema": (
+        lambda p: altered(p / PLAN_FILE, lambda t: t.replace('"schema": 1', '"schema": 99', 1)),
+        r"has schema 99, this version of dsv4c reads 1; compile the plan again",
+    ),
+    "another program's": (
+        lambda p: (p / PLAN_FILE).write_text('{"steps": []}'),
+        r"plan\.json: is no plan of dsv4c",
+    ),
+    "a list": (lambda p: (p / PLAN_FILE).write_text("[]"), r"holds a JSON list"),
+    "not text": (lambda p: (p / PLAN_FILE).write_bytes(b"\xff\xfe\x00"), r"plan\.json: cannot be read"),
+    "no plan.json": (lambda p: (p / PLAN_FILE).unlink(), r"no plan\.json here; expected a folder"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_plan_is_refused(saved: Path, damage: str) -> None:
+    harm, message = DAMAGE[damage]
+    harm(saved)
+    with pytest.raises(PlanError, match=message):
+        load(saved)
+
+
+def signed(data: dict[str, object]) -> str:
+    """A plan.json whose digest is right: made by hand, not by accident."""
+    _, *rest = json.dumps(data, indent=0).split("\n")
+    body = "\n".join([*rest, ""])
+    return plans._first_lines(body) + body
+
+
+def test_a_file_outside_of_the_plan_is_refused(saved: Path) -> None:
+    data = json.loads((saved / PLAN_FILE).read_text())
+    del data["digest"]
+    data["files"]["../outside.txt"] = "0" * 64
+    (saved / PLAN_FILE).write_text(signed(data))
+    with pytest.raises(PlanError, match=r"names the file '\.\./outside\.txt'; expected files inside"):
+        load(saved)
+
+
+def test_a_record_that_lacks_a_field_is_refused(saved: Path) -> None:
+    data = json.loads((saved / PLAN_FILE).read_text())
+    del data["digest"]
+    del data["buckets"]["decode"]["launches"][3]["after"]
+    (saved / PLAN_FILE).write_text(signed(data))
+    with pytest.raises(PlanError, match=r"a record cannot be read: KeyError\('after'\)"):
+        load(saved)
+
+
+def test_what_is_no_plan_is_refused(tmp_path: Path, checkpoint: Path) -> None:
+    with pytest.raises(PlanError, match=r"no such folder; compile a plan with `dsv4c compile"):
+        load(tmp_path / "nothing")
+    with pytest.raises(PlanError, match="holds a model, not a compiled plan"):
+        load(checkpoint)
+    with pytest.raises(PlanError, match=r"no plan\.json here"):
+        load(tmp_path)
+
+
+def test_an_unknown_bucket_is_named(plan: Plan, checkpoint: Path) -> None:
+    without = replace(plan, buckets={k: v for k, v in plan.buckets.items() if k != "mtp"})
+    with pytest.raises(PlanError, match=r"has no bucket 'mtp', only decode, prefill; compile with mtp=True"):
+        without.bucket("mtp")
+
+
+# --- writing ---
+
+
+def test_a_plan_replaces_another_only_by_force(plan: Plan, saved: Path) -> None:
+    with pytest.raises(PlanError, match="holds a plan; give another folder, or --force"):
+        plan.save(saved)
+    other = replace(plan, name="other")
+    other.save(saved, force=True)
+    assert load(saved).name == "other"
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_folders_that_are_no_plans_are_never_replaced(plan: Plan, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("words")
+    with pytest.raises(PlanError, match="is not empty and holds no plan"):
+        plan.save(tmp_path / "full", force=True)
+    (tmp_path / "file").write_text("words")
+    with pytest.raises(PlanError, match="exists and is no folder"):
+        plan.save(tmp_path / "file", force=True)
+    with pytest.raises(PlanError, match=r"cannot be written: .*file is no folder"):
+        check_target(tmp_path / "file" / "plan")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(plans.tempfile, "TemporaryDirectory", refuse)
+    target = tmp_path / "a.plan"
+    with pytest.raises(PlanError, match=rf"{re.escape(str(target))}: cannot be written: Permission denied"):
+        plan.save(target)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError(28, "No space left on device")])
+def test_an_interrupted_save_leaves_nothing(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    write, written = Path.write_bytes, []
+
+    def stop(path: Path, content: bytes) -> int:
+        if len(written) == 2:
+            raise failure
+        written.append(path)
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", stop)
+    with pytest.raises((KeyboardInterrupt, PlanError)) as caught:
+        plan.save(tmp_path / "a.plan")
+    assert len(written) == 2
+    assert list(tmp_path.iterdir()) == []
+    if isinstance(failure, OSError):
+        assert "cannot be written: No space left on device" in str(caught.value)
+
+
+def test_an_interrupted_replacement_keeps_the_old_plan(
+    plan: Plan, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rename = Path.rename
+
+    def stop(path: Path, target: Path) -> Path:
+        if path.name == "plan":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", stop)
+    with pytest.raises(KeyboardInterrupt):
+        replace(plan, name="other").save(saved, force=True)
+    monkeypatch.undo()
+    assert load(saved) == plan
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]

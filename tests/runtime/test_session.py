@@ -1,0 +1,470 @@
+"""Sessions: the arena changes nothing, requests are checked before anything moves, state can be kept."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import dsv4c
+from dsv4c.errors import CheckpointError, PlanError, SessionError
+from dsv4c.ir.text import parse_graph
+from dsv4c.models.synth import synthesize
+from dsv4c.reference import interpret
+from dsv4c.runtime.checkpoint import Checkpoint, ParamRecord
+from dsv4c.runtime.codec import Quantized, Value, nan_fill, view
+from dsv4c.runtime.plan import Plan
+from dsv4c.runtime.session import Session
+from tests.goldens import golden_case
+from tests.runtime.conftest import BATCH, CHUNK, CONTEXT
+
+PROMPT = [(7 * i * i + 3 * i + 1) % 512 for i in range(61)]
+
+
+@pytest.fixture(scope="module")
+def bound(plan: Plan, checkpoint: Path) -> Session:
+    return plan.bind(checkpoint)
+
+
+@pytest.fixture
+def session(bound: Session) -> Session:
+    bound.reset()
+    return bound
+
+
+def bits(value: Value) -> list[Tensor]:
+    parts = value.parts if isinstance(value, Quantized) else (value,)
+    return [part.contiguous().view(-1).view(torch.uint8).clone() for part in parts]
+
+
+def same(a: Value, b: Value) -> bool:
+    """Equal bit for bit, NaN included."""
+    return all(torch.equal(x, y) for x, y in zip(bits(a), bits(b), strict=True))
+
+
+# --- the arena ---
+
+
+class Interpreter:
+    """Runs a plan's graphs plainly: no arena, no launch order, state as separate tensors."""
+
+    def __init__(self, plan: Plan, checkpoint: Path) -> None:
+        self.graphs = {mode: parse_graph(plan.graph_text(mode)) for mode in plan.buckets}
+        self.params: dict[str, Value] = {}
+        records = [ParamRecord.from_json(record) for record in plan.weights]
+        Checkpoint.open(checkpoint).load(records, self._keep)
+        self.states: dict[str, Value] = {}
+        for slot in plan.state:
+            value = view(torch.zeros(slot.type.extent, dtype=torch.uint8), slot.type)
+            nan_fill(value)
+            self.states[slot.name] = value
+        for name in ("position", "mtp.position"):
+            self.states[name].zero_()
+        for load in plan.loads.values():  # what is computed once, from the weights
+            graph = parse_graph(plan.files[load.graph].decode())
+            given = {p.name: self.params[p.name] for p in graph.params}
+            made = interpret(graph, {}, {}, given)
+            self.params |= {graph.outputs[label].name: value for label, value in made.items()}
+
+    def _keep(self, name: str, value: Value) -> None:
+        self.params[name] = value.map(torch.clone) if isinstance(value, Quantized) else value.clone()
+
+    def run(
+        self, mode: str, inputs: dict[str, Tensor], sequence: int
+    ) -> tuple[dict[str, Value], dict[str, Value]]:
+        """Outputs by label, and every result by name."""
+        graph, seen = self.graphs[mode], {}
+
+        def cut(part: Tensor) -> Tensor:
+            return part if mode == "decode" else part[sequence : sequence + 1]
+
+        states = {
+            s.name: v.map(cut) if isinstance(v := self.states[s.name], Quantized) else cut(v)
+            for s in graph.states
+        }
+        params = {p.name: self.params[p.name] for p in graph.params}
+
+        def keep(name: str, value: Value) -> None:
+            seen[name] = value.map(torch.clone) if isinstance(value, Quantized) else value.clone()
+
+        return interpret(graph, inputs, states, params, watch=keep), seen
+
+
+def steps(plan: Plan) -> list[tuple[str, dict[str, Tensor], int]]:
+    """Calls of every bucket: a padded chunk, a full chunk, decode with an idle sequence, the draft block."""
+    i32 = torch.int32
+    tokens = torch.tensor(PROMPT[:CHUNK], dtype=i32)
+    bucket = plan.bucket("mtp")
+    streams = torch.randn(bucket.values["streams"].type.shape, generator=torch.Generator().manual_seed(3))
+    full = {"tokens": tokens, "lengths": torch.tensor([CHUNK], dtype=i32)}
+    part = {"tokens": tokens, "lengths": torch.tensor([5], dtype=i32)}
+    row = {"tokens": tokens[:BATCH], "lengths": torch.tensor([1, 0, 1], dtype=i32)}
+    return [
+        ("prefill", full, 1),
+        ("prefill", part, 1),
+        ("decode", row, 0),
+        ("prefill", part, 0),
+        ("decode", row, 0),
+        ("mtp", full | {"streams": streams.bfloat16()}, 1),
+    ]
+
+
+def test_a_plan_in_its_poisoned_arena_equals_plain_interpretation(plan: Plan, checkpoint: Path) -> None:
+    """Every result of every launch, and all state afterwards, bit for bit."""
+    executor = plan.bind(checkpoint, poison=True).executor
+    plain = Interpreter(plan, checkpoint)
+    for mode, inputs, sequence in steps(plan):
+        outputs_wanted, wanted = plain.run(mode, inputs, sequence)
+        wrong = []
+
+        def compare(name: str, value: Value, wanted: dict = wanted, wrong: list = wrong) -> None:
+            if not same(value, wanted[name]):
+                wrong.append(name)
+
+        outputs = executor.run(mode, inputs, sequence, compare)
+        assert wrong == [], mode
+        for label, value in outputs.items():
+            assert same(value, outputs_wanted[label]), label
+    for name, value in plain.states.items():
+        assert same(executor.states[name], value), name
+
+
+def test_poison_changes_nothing(plan: Plan, checkpoint: Path, session: Session) -> None:
+    poisoned = plan.bind(checkpoint, poison=True)
+    for s in (session, poisoned):
+        s.prefill(PROMPT, sequence=2)
+    assert torch.equal(session.prefill(PROMPT), poisoned.prefill(PROMPT))
+    a, b = session.decode([5, None, 6]), poisoned.decode([5, None, 6])
+    assert same(a, b)
+    assert a[[0, 2]].isfinite().all()
+
+
+def test_a_wrong_lifetime_shows(plan: Plan, checkpoint: Path, session: Session) -> None:
+    """A value that is put on another one's bytes while both are needed changes the logits."""
+    bucket = plan.bucket("decode")
+
+    def in_arena(names: tuple[str, ...]) -> dict[int, str]:
+        return {bucket.values[n].offset: n for n in names if bucket.values[n].space == "arena"}
+
+    reader = next(launch for launch in bucket.launches if len(in_arena(launch.inputs)) > 1)
+    (offset, _), (_, late), *_ = in_arena(reader.inputs).items()
+    values = {**bucket.values, late: replace(bucket.values[late], offset=offset)}
+    broken = replace(plan, buckets={**plan.buckets, "decode": replace(bucket, values=values)})
+    right = session.decode([5, 6, 7])
+    assert not torch.equal(broken.bind(checkpoint).decode([5, 6, 7]), right)
+
+
+def test_a_launch_that_gives_another_shape_is_refused(plan: Plan, checkpoint: Path) -> None:
+    bucket = plan.bucket("decode")
+    slot = bucket.values["logits"] if "logits" in bucket.values else bucket.values[bucket.outputs["logits"]]
+    name = bucket.outputs["logits"]
+    values = {**bucket.values, name: replace(slot, type=slot.type.with_shape((BATCH, 511)))}
+    broken = replace(plan, buckets={**plan.buckets, "decode": replace(bucket, values=values)})
+    with pytest.raises(PlanError, match=r"gave torch\.float32\[3, 512\], the plan has room for .*\[3, 511\]"):
+        broken.bind(checkpoint).decode([1, 2, 3])
+
+
+def test_an_offset_outside_of_the_arena_is_refused(plan: Plan, checkpoint: Path) -> None:
+    bucket = plan.bucket("decode")
+    name = bucket.outputs["logits"]
+    values = {**bucket.values, name: replace(bucket.values[name], offset=1 << 30)}
+    broken = replace(plan, buckets={**plan.buckets, "decode": replace(bucket, values=values)})
+    with pytest.raises(PlanError, match="a value has no place"):
+        broken.bind(checkpoint).decode([1, 2, 3])
+
+
+# --- the model's memory ---
+
+
+@pytest.mark.parametrize("sizes", [[61], [1] * 9, [23, 1, 24, 13], [24, 25, 12]])
+def test_how_a_prompt_is_cut_does_not_matter(checkpoint: Path, sizes: list[int]) -> None:
+    session = dsv4c.compile(checkpoint, recipe="fp32", max_context=CONTEXT, chunk=CHUNK).bind(checkpoint)
+    whole = session.prefill(PROMPT[: sum(sizes)])
+    session.reset()
+    rows, start = [], 0
+    for size in sizes:
+        part = PROMPT[start : start + size]
+        rows.append(session.decode(part) if size == 1 else session.prefill(part))
+        start += size
+    assert torch.equal(torch.cat(rows), whole)
+    assert session.positions == [sum(sizes)]
+
+
+def test_sequences_do_not_see_each_other(session: Session, checkpoint: Path) -> None:
+    alone = [session.prefill(PROMPT[:30], sequence=1), session.decode([None, 9, None])[1:2]]
+    session.reset()
+    session.prefill(PROMPT[20:], sequence=0)
+    session.prefill(PROMPT[5:9], sequence=2)
+    first = session.prefill(PROMPT[:30], sequence=1)
+    step = session.decode([4, 9, None])
+    assert torch.equal(first, alone[0])
+    assert torch.equal(step[1:2], alone[1])
+    assert step[2].isnan().all()
+    assert session.positions == [42, 31, 4]
+
+
+def test_an_idle_sequence_keeps_its_state(session: Session) -> None:
+    session.prefill(PROMPT[:10], sequence=1)
+    before = {n: [p[1].clone() for p in _parts(v)] for n, v in session.executor.states.items()}
+    session.decode([3, None, 4])
+    for name, value in session.executor.states.items():
+        for old, part in zip(before[name], _parts(value), strict=True):
+            assert same(part[1], old), name
+
+
+def _parts(value: Value) -> tuple[Tensor, ...]:
+    return value.parts if isinstance(value, Quantized) else (value,)
+
+
+def test_reset_forgets_one_sequence_or_all(session: Session) -> None:
+    fresh = session.prefill(PROMPT[:12], sequence=0)
+    session.prefill(PROMPT[:7], sequence=1)
+    session.reset(0)
+    assert session.positions == [0, 7, 0]
+    assert torch.equal(session.prefill(PROMPT[:12], sequence=0), fresh)
+    session.reset()
+    assert session.positions == [0, 0, 0]
+
+
+def test_streams_and_next_tokens_belong_to_the_last_call(
+    session: Session, plan: Plan, checkpoint: Path
+) -> None:
+    new = plan.bind(checkpoint)
+    with pytest.raises(SessionError, match="no streams yet"):
+        _ = new.streams
+    with pytest.raises(SessionError, match="no next tokens yet"):
+        _ = new.next_tokens
+    logits = session.prefill(PROMPT[:30])
+    assert session.streams.shape == (30, *plan.bucket("mtp").values["streams"].type.shape[1:])
+    assert session.next_tokens == logits.argmax(1).tolist()
+    kept = session.streams.clone()
+    session.decode([1, None, None])
+    assert session.streams.shape[0] == BATCH
+    assert len(session.next_tokens) == BATCH
+    assert not torch.equal(session.streams[:1], kept[:1])
+
+
+def test_logits_are_not_overwritten_by_the_next_call(session: Session) -> None:
+    logits = session.prefill(PROMPT[:5])
+    kept = logits.clone()
+    session.prefill(PROMPT[5:20])
+    assert torch.equal(logits, kept)
+
+
+# --- recorded results ---
+
+
+def test_the_draft_block_gives_the_recorded_logits() -> None:
+    folder = golden_case("fp32")
+    expected = load_file(folder / "expected.safetensors")["mtp.logits"].double()
+    run = json.loads((folder / "case.json").read_text())["runs"][0]
+    session = dsv4c.compile(folder, recipe="fp32", max_context=256, chunk=48, mtp=True).bind(folder)
+    ids = run["ids"][: run["prefill"] + 1]
+    session.prefill(ids[:-1])
+    streams = session.streams
+    rows = [session.draft(streams[:100], ids[1:101]), session.draft(streams[100:], ids[101:])]
+    error = (torch.cat(rows).double() - expected).norm(dim=1) / expected.norm(dim=1)
+    assert error.max() < 1e-5
+    assert session.draft_positions == [len(expected)]
+
+
+# --- refusals ---
+
+REFUSED = {
+    "id too large": (lambda s: s.prefill([1, 2, 512]), r"token 2 is 512, out of range; .* 0 to 511"),
+    "id negative": (lambda s: s.prefill([-1]), "token 0 is -1, out of range"),
+    "id no number": (lambda s: s.prefill(["a"]), "token 0 is 'a', expected a token id"),
+    "id a bool": (lambda s: s.prefill([True]), "token 0 is True, expected a token id"),
+    "empty prompt": (lambda s: s.prefill([]), "the prompt is empty"),
+    "no such sequence": (lambda s: s.prefill([1], sequence=3), r"no sequence 3; this plan has 0 to 2"),
+    "negative sequence": (lambda s: s.prefill([1], sequence=-1), "no sequence -1"),
+    "reset of none": (lambda s: s.reset(5), "no sequence 5"),
+    "prompt too long": (
+        lambda s: s.prefill([1] * (CONTEXT - 9)),
+        rf"sequence 0 holds 10 tokens; {CONTEXT - 9} more exceed the context of {CONTEXT}",
+    ),
+    "too few to decode": (lambda s: s.decode([1]), "one token per sequence, 3 in all, got 1"),
+    "nothing to decode": (lambda s: s.decode([None] * 3), "no token for any sequence"),
+    "decode out of range": (lambda s: s.decode([1, None, 9999]), "token 1 is 9999, out of range"),
+    "full sequence": (lambda s: s.decode([1, None, 1]), rf"sequence 2 holds {CONTEXT} tokens; 1 more exceed"),
+    "streams of other tokens": (
+        lambda s: s.draft(torch.zeros(2, 4, 128), [1]),
+        r"one row of streams per token, \[1, .*\], got \[2, 4, 128\]",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def busy(bound: Session) -> Tensor:
+    """State in which sequence 0 holds ten tokens and sequence 2 is full."""
+    bound.reset()
+    bound.prefill(PROMPT[:10])
+    bound.prefill((PROMPT * 3)[:CONTEXT], sequence=2)
+    return bound.executor.state.clone()
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_refused_request_changes_nothing(session: Session, busy: Tensor, case: str) -> None:
+    request, message = REFUSED[case]
+    before = session.executor.state.copy_(busy).clone()
+    with pytest.raises(SessionError, match=message):
+        request(session)
+    assert torch.equal(session.executor.state, before)
+    assert session.positions == [10, 0, CONTEXT]
+
+
+def test_a_context_can_be_used_to_its_last_token(session: Session) -> None:
+    prompt = (PROMPT * 3)[: CONTEXT - 1]
+    session.prefill(prompt)
+    assert session.decode([3, None, None])[0].isfinite().all()
+    assert session.positions[0] == CONTEXT
+
+
+def test_an_interrupted_step_must_be_reset(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = session.prefill(PROMPT[:5])
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "executor", SimpleNamespace(**vars(session.executor), run=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        session.prefill(PROMPT[:5], sequence=1)
+    monkeypatch.undo()
+    for request in (
+        lambda: session.prefill([1]),
+        lambda: session.decode([1, 1, 1]),
+        lambda: session.reset(0),
+    ):
+        with pytest.raises(SessionError, match=r"an earlier step was interrupted.*call reset\(\)"):
+            request()
+    with pytest.raises(SessionError, match="interrupted"):
+        session.save_state(Path("never"))
+    session.reset()
+    assert torch.equal(session.prefill(PROMPT[:5]), fresh)
+
+
+# --- state files ---
+
+
+def test_a_saved_state_goes_on_where_it_was(
+    session: Session, plan: Plan, checkpoint: Path, tmp_path: Path
+) -> None:
+    session.prefill(PROMPT[:40], sequence=1)
+    session.prefill(PROMPT[:3], sequence=2)
+    path = session.save_state(tmp_path / "state.safetensors")
+    wanted = session.decode([None, 8, 9])
+    other = plan.bind(checkpoint)
+    other.load_state(path)
+    assert other.positions == [0, 40, 3]
+    assert same(other.decode([None, 8, 9]), wanted)
+    session.load_state(path)
+    assert same(session.decode([None, 8, 9]), wanted)
+    assert [p.name for p in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+def test_a_foreign_state_is_refused(session: Session, plan: Plan, tmp_path: Path) -> None:
+    session.prefill(PROMPT[:4])
+    good = session.save_state(tmp_path / "good")
+    before = session.executor.state.clone()
+    state = load_file(good)["state"]
+    metadata = {"format": "dsv4c-state", "schema": "1", "plan": plan.digest}
+    save_file({"state": state}, tmp_path / "other-plan", metadata | {"plan": "0" * 64})
+    save_file({"state": state}, tmp_path / "other-schema", metadata | {"schema": "2"})
+    save_file({"state": state}, tmp_path / "weights")
+    save_file({"state": state[:-16]}, tmp_path / "short", metadata)
+    (tmp_path / "cut").write_bytes(good.read_bytes()[:-100])
+    position = next(s for s in plan.state if s.name == "position")
+    far = state.clone()
+    view(far, position.type, position.offset).fill_(CONTEXT + 1)
+    save_file({"state": far}, tmp_path / "far", metadata)
+    for name, message in {
+        "other-plan": r"was saved with another plan \(000000000000\)",
+        "other-schema": "is no saved state of this version",
+        "weights": "is no saved state of this version",
+        "short": r"expected \d+ bytes of state",
+        "cut": "cannot be read as a saved state",
+        "far": rf"is damaged: position is \[{CONTEXT + 1}",
+        "absent": "cannot be read as a saved state",
+    }.items():
+        with pytest.raises(SessionError, match=message):
+            session.load_state(tmp_path / name)
+        assert torch.equal(session.executor.state, before)
+
+
+def test_a_state_that_cannot_be_written_leaves_the_old_file(
+    session: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = session.save_state(tmp_path / "state")
+    content = path.read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    session.prefill(PROMPT[:4])
+    with pytest.raises(SessionError, match=r"the state cannot be written: .*No space left"):
+        session.save_state(path)
+    assert path.read_bytes() == content
+    with pytest.raises(SessionError, match="cannot be written"):
+        session.save_state(tmp_path / "absent" / "state")
+
+
+# --- binding ---
+
+
+def test_weights_of_another_model_are_refused_by_name(plan: Plan, tmp_path: Path) -> None:
+    narrower = replace(dsv4c.load_config("tiny"), vocab_size=500)
+    other = synthesize(narrower, tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match=r"embed\.weight in .* is \[500, 256\], expected \[512, 256\]"):
+        plan.bind(other)
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        plan.bind(tmp_path / "absent")
+
+
+def test_a_missing_tensor_is_named(plan: Plan, checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    del tensors["layers.1.attn.wq_a.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 tensors missing: layers\.1\.attn\.wq_a\.weight"):
+        plan.bind(tmp_path)
+
+
+def test_nan_weights_are_named(plan: Plan, checkpoint: Path, tmp_path: Path) -> None:
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["layers.2.ffn_norm.weight"][5] = torch.nan
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"layers\.2\.ffn_norm\.weight is not finite.* at \[5\]"):
+        plan.bind(tmp_path)
+
+
+def test_progress_reaches_the_end(plan: Plan, checkpoint: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    plan.bind(checkpoint, progress=lambda *call: calls.append(call))
+    assert len(calls) == len(plan.weights)
+    assert {name for name, _, _ in calls} == {w["name"] for w in plan.weights}
+    assert calls[-1][1] == calls[-1][2]
+
+
+def test_plans_that_cannot_run_here_say_so(plan: Plan, checkpoint: Path) -> None:
+    if not torch.cuda.is_available():
+        device = replace(plan, deployment={**plan.deployment, "target": "sm_90a"})
+        with pytest.raises(PlanError, match="compile with --target cpu"):
+            device.bind(checkpoint)
+    huge = replace(plan, weights_bytes=1 << 50)
+    with pytest.raises(PlanError, match=r"needs 1,125,8.* GB of memory .*this machine has"):
+        huge.bind(checkpoint)
+
+
+def test_a_damaged_weight_record_is_refused(plan: Plan, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "w")
+    broken = replace(plan, weights=({"name": "embed"}, *plan.weights[1:]))
+    with pytest.raises(CheckpointError, match="weight record 'embed' cannot be read"):
+        broken.bind(tmp_path / "w")
