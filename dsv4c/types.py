@@ -1,7 +1,7 @@
 """What a value is: element types, quantized formats, and their bytes in memory.
 
 The bottom of the house: standard library only, imported by the IR, the reference and the runtime alike.
-A quantized tensor is one value (data + scales + what goes with them); its text names every part of its format:
+A quantized tensor is one value, data with scales and what goes with them; its text names the whole format:
 
     bf16[1,4096]                             a plain tensor
     q[e4m3,ue8m0,1x128][1,4096]              FP8 activations, one power-of-two scale per 128 elements
@@ -182,7 +182,7 @@ class QuantType:
     shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        rows, columns = self.format.block
+        rows, _ = self.format.block
         if not self.shape or (rows > 1 and len(self.shape) < 2):
             raise ValueError(f"{self.format} needs {2 if rows > 1 else 1} dimensions, got {self.shape}")
         if self.format.tail >= self.shape[-1]:

@@ -2,7 +2,7 @@
 
 A graph is a list of nodes in execution order over four kinds of values: inputs, states, params, node results.
 Graphs are frozen once built; a pass makes a new one with `Builder.like` and `Builder.copy`.
-State is a value: a node that overwrites a buffer returns the new value (`Op.alias` says which operand it replaces).
+State is a value: a node that overwrites a buffer returns the new value; `Op.alias` says which operand it was.
 """
 
 from __future__ import annotations
@@ -136,7 +136,8 @@ class Graph:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        return f"<graph {self.name}: {len(self.nodes)} nodes, {len(self.params)} params, {len(self.states)} states>"
+        counts = f"{len(self.nodes)} nodes, {len(self.params)} params, {len(self.states)} states"
+        return f"<graph {self.name}: {counts}>"
 
 
 _builders: ContextVar[tuple[Builder, ...]] = ContextVar("builders", default=())
@@ -168,7 +169,9 @@ class Builder:
         """A builder with the same signature as `graph`, and the map from its values to the new ones."""
         new = cls(graph.name)
         declare = {Kind.INPUT: new.input, Kind.STATE: new.state, Kind.PARAM: new.param}
-        return new, {v: declare[v.kind](v.name, v.type) for v in (*graph.inputs, *graph.states, *graph.params)}
+        return new, {
+            v: declare[v.kind](v.name, v.type) for v in (*graph.inputs, *graph.states, *graph.params)
+        }
 
     def __enter__(self) -> Builder:
         _builders.set((*_builders.get(), self))

@@ -98,11 +98,9 @@ class Op:
 
     def results(self, operands: tuple[Type, ...]) -> tuple[Type, ...]:
         """`infer`, checked for the number of operands and always a tuple."""
-        least, most = arity(type(self))
-        expect(
-            least <= len(operands) <= most,
-            f"{self.name} takes {least if least == most else f'{least} to {most}'} operands, got {len(operands)}",
-        )
+        least, most = arity(type(self))  # type: ignore[arg-type]  # mypy takes the class for an instance
+        wanted = least if least == most else f"{least} to {most}"
+        expect(least <= len(operands) <= most, f"{self.name} takes {wanted} operands, got {len(operands)}")
         try:
             inferred = self.infer(*operands)
         except ValueError as error:  # a format that does not fit a shape
@@ -134,7 +132,7 @@ def arity(op: type[Op]) -> tuple[int, int]:
 OPS: dict[str, type[Op]] = {}
 """Every declared op by its name in the text form. Filled by the imports in `dsv4c.ir.ops`; clashes raise."""
 
-O = TypeVar("O", bound=type[Op])
+OpClass = TypeVar("OpClass", bound=type[Op])
 
 
 def snake_case(name: str) -> str:
@@ -152,7 +150,7 @@ def register(op: type[Op]) -> None:
     OPS[op.name] = op
 
 
-def primitive(cls: O) -> O:
+def primitive(cls: OpClass) -> OpClass:
     """Declare an op: freezes the dataclass, names it after the class, registers it."""
     made: Any = dataclass(frozen=True)(cls)
     if "name" not in cls.__dict__:

@@ -7,8 +7,8 @@
     %.qa: bf16[1,128] = linear(%.x, %.wq_a) {out=bf16}
     return logits=%logits
 
-Names that start with the section's scope are shortened to `%.rest`. `from [..]` names the unfused results that a
-rewritten node stands for.
+Names that start with the section's scope are shortened to `%.rest`. `from [..]` names the unfused results
+that a rewritten node stands for.
 """
 
 from __future__ import annotations
@@ -63,7 +63,9 @@ def print_node(node: Node, scope: str = "") -> str:
     results = ", ".join(f"{short(v.name)}: {v.type}" for v in node.outputs)
     operands = ", ".join(short(v.name) for v in node.inputs)
     attributes = node.op.attributes()
-    tail = f" {{{', '.join(f'{k}={print_attribute(v)}' for k, v in attributes.items())}}}" if attributes else ""
+    tail = (
+        f" {{{', '.join(f'{k}={print_attribute(v)}' for k, v in attributes.items())}}}" if attributes else ""
+    )
     origin = f" from [{' '.join(node.origin)}]" if node.origin else ""
     return f"{results} = {node.op.name}({operands}){tail}{origin}"
 
@@ -91,15 +93,18 @@ def print_graph(graph: Graph) -> str:
 
 _NAME = r"[A-Za-z0-9_.]+"
 _DECLARATION = re.compile(rf"(input|state|param) %({_NAME}): (\S+)")
-_RESULT = re.compile(rf"%({_NAME}): ((?:q\[[^\]]*\])?[a-z0-9]*\[[0-9,]*\])(?:, )?")
+_TYPE = r"(?:q\[[^\]]*\])?[a-z0-9]*\[[0-9,]*\]"
+_RESULT = re.compile(rf"%({_NAME}): ({_TYPE})")
+_RESULTS = re.compile(rf"%{_NAME}: {_TYPE}(?:, %{_NAME}: {_TYPE})*")
+_OPERANDS = re.compile(rf"(?:%{_NAME}(?:, ?%{_NAME})*)?")
 _NODE = re.compile(
-    rf"(?P<results>%.*?) = (?P<op>[a-z][a-z0-9_]*)\((?P<operands>[^)]*)\)"
-    rf"(?: \{{(?P<attributes>.*?)\}})?(?: from \[(?P<origin>[^\]]*)\])?"
+    r"(?P<results>%.*?) = (?P<op>[a-z][a-z0-9_]*)\((?P<operands>[^)]*)\)"
+    r"(?: \{(?P<attributes>.*?)\})?(?: from \[(?P<origin>[^\]]*)\])?"
 )
 _ATTRIBUTE = re.compile(
     r'(?P<name>\w+)=(?P<value>q\[[^\]]*\]|"(?:[^"\\]|\\.)*"|\((?:[^()]|\([^()]*\))*\)|[^,\s]+)(?:, )?'
 )
-_ELEMENT = re.compile(r'(q\[[^\]]*\]|"(?:[^"\\]|\\.)*"|[^,]+)(?:,|$)')
+_ELEMENT = re.compile(r'(q\[[^\]]*\]|"(?:[^"\\]|\\.)*"|\([^()]*\)|[^,]+)(?:,|$)')
 _KEYWORDS = {"none": None, "true": True, "false": False}
 
 
@@ -127,7 +132,7 @@ def parse_attribute(text: str) -> Any:
 
 @cache
 def make_op(name: str, attributes: str) -> Op:
-    """An op from its name and the text of its attributes. Raises GraphError naming what is missing or unknown."""
+    """An op from its name and its attributes' text. Raises GraphError naming what is missing or unknown."""
     op = lookup(name)
     fields: dict[str, Any] = {}
     position = 0
@@ -135,6 +140,8 @@ def make_op(name: str, attributes: str) -> Op:
         match = _ATTRIBUTE.match(attributes, position)
         if match is None:
             raise GraphError(f"cannot read the attributes {attributes[position:]!r} of {name}")
+        if match["name"] in fields:
+            raise GraphError(f"{name}: attribute {match['name']} is given twice")
         fields[match["name"]] = parse_attribute(match["value"])
         position = match.end()
     return build_op(op, fields)
@@ -167,11 +174,16 @@ class _Parser:
 
     def node(self, line: str, builder: Builder, scope: str) -> None:
         match = _NODE.fullmatch(line)
-        if match is None:
+        if (
+            match is None
+            or not _RESULTS.fullmatch(match["results"])
+            or not _OPERANDS.fullmatch(match["operands"])
+        ):
             raise self.fail("expected `%result: type = op(%operand, ...) {attribute=value}`")
         results = _RESULT.findall(match["results"])
         names = [f"{scope}{n}" if n.startswith(".") else n for n, _ in results]
-        operands = [self.value(o.strip().removeprefix("%"), scope) for o in match["operands"].split(",") if o]
+        given = match["operands"].split(",") if match["operands"] else []
+        operands = [self.value(o.strip()[1:], scope) for o in given]
         try:
             op = make_op(match["op"], match["attributes"] or "")
             origin = (match["origin"] or "").split()
@@ -182,8 +194,22 @@ class _Parser:
             raise self.fail(f"{match['op']} does not have {len(names)} results") from None
         for (_, written), value in zip(results, made, strict=True):
             if str(value.type) != written:
-                raise self.fail(f"%{value.name} is written as {written} but {match['op']} gives {value.type}", written)
+                raise self.fail(
+                    f"%{value.name} is written as {written} but {match['op']} gives {value.type}", written
+                )
             self.values[value.name] = value
+
+    def outputs(self, line: str) -> dict[str, Value]:
+        outputs: dict[str, Value] = {}
+        listed = line[len("return") :].strip()
+        for pair in listed.split(",") if listed else []:
+            label, equals, name = pair.strip().partition("=%")
+            if not (label and equals and name):
+                raise self.fail("expected `return label=%value, ...`", pair.strip())
+            if label in outputs:
+                raise self.fail(f"output {label} is returned twice", pair.strip())
+            outputs[label] = self.value(name, "")
+        return outputs
 
     def parse(self) -> Graph:
         outputs: dict[str, Value] | None = None
@@ -209,8 +235,7 @@ class _Parser:
             elif line.startswith("@"):
                 scope = line[1:].strip()
             elif line.startswith("return"):
-                pairs = (p.strip().partition("=%") for p in line[6:].split(",") if p.strip())
-                outputs = {name: self.value(v, "") for name, _, v in pairs}
+                outputs = self.outputs(line)
             else:
                 self.node(line, builder, scope)
         if builder is None or outputs is None:
@@ -274,10 +299,12 @@ def graph_from_json(data: dict[str, Any]) -> Graph:
             )
             for v, written in zip(made, record["outputs"], strict=True):
                 if str(v.type) != written["type"]:
-                    raise GraphError(f"%{v.name} is written as {written['type']} but {record['op']} gives {v.type}")
+                    raise GraphError(
+                        f"%{v.name} is written as {written['type']} but {record['op']} gives {v.type}"
+                    )
             values.update(zip(names, made, strict=True))
         return builder.finish({name: values[v] for name, v in data["outputs"].items()})
     except KeyError as error:
         raise GraphError(f"graph JSON lacks {error}; is it damaged?") from None
-    except TypeSyntaxError as error:
-        raise GraphError(f"graph JSON: {error}") from None
+    except (TypeError, AttributeError, ValueError) as error:
+        raise GraphError(f"graph JSON is damaged: {error}") from None

@@ -55,7 +55,8 @@ def writes_go_to_state(graph: Graph) -> Iterator[str]:
         for operand in node.op.alias.values():
             target = node.inputs[operand]
             if target not in graph.root_of:
-                yield f"{node.name}: {node.op.name} overwrites %{target.name}, a {target.kind.value}, not a state"
+                kind = target.kind.value
+                yield f"{node.name}: {node.op.name} overwrites %{target.name}, a {kind}, not a state"
 
 
 def overwritten_values_are_not_read(graph: Graph) -> Iterator[str]:
@@ -117,11 +118,13 @@ RULES: tuple[Rule, ...] = (
 
 
 def verify(graph: Graph) -> Graph:
-    """`graph` itself when every rule holds. Raises GraphError listing up to ten violations of the first broken rule."""
+    """`graph` itself when every rule holds. Raises GraphError with what breaks the first broken rule."""
     for rule in RULES:
         broken = list(rule(graph))
         if broken:
             shown = "\n  ".join(broken[:10])
             more = f"\n  and {len(broken) - 10} more" if len(broken) > 10 else ""
-            raise GraphError(f"graph {graph.name}: {rule.__name__.replace('_', ' ')} does not hold:\n  {shown}{more}")
+            raise GraphError(
+                f"graph {graph.name}: {rule.__name__.replace('_', ' ')} does not hold:\n  {shown}{more}"
+            )
     return graph

@@ -8,7 +8,7 @@ from dsv4c.types import F32, I32, DType, TensorType, Type
 
 @primitive
 class WindowIndex(Op):
-    """Positions i32[N] -> i32[N, window]: slot s holds the position p in (t-window, t] with p % window = s, or -1."""
+    """Positions i32[N] -> i32[N, window]: slot s holds the p in (t-window, t] with p % window = s, or -1."""
 
     window: int
 
@@ -107,4 +107,8 @@ class AttentionValues(Op):
 
 
 window_index, visible_entries, gather = WindowIndex.apply, VisibleEntries.apply, Gather.apply
-attention_scores, sink_softmax, attention_values = AttentionScores.apply, SinkSoftmax.apply, AttentionValues.apply
+attention_scores, sink_softmax, attention_values = (
+    AttentionScores.apply,
+    SinkSoftmax.apply,
+    AttentionValues.apply,
+)

@@ -28,8 +28,8 @@ class CompressPool(Op):
     """Per-channel softmax over the tokens of a window, weighting their kv -> f32[B·E, d].
 
     kv and score are rings f32[B, R, c·d] (token p in row p % R; score includes the position bias), entries
-    i32[B·E]. With `overlap` (c = 2) entry w pools tokens ratio·(w-1).. of channels [:d] and ratio·w.. of [d:];
-    tokens before the start weigh nothing, whatever their row holds. Entry -1 gives zeros.
+    i32[B·E]. With `overlap` (c = 2) entry w pools tokens ratio·(w-1).. of channels [:d] and ratio·w.. of
+    [d:]; tokens before the start weigh nothing, whatever their row holds. Entry -1 gives zeros.
     """
 
     ratio: int
@@ -50,10 +50,12 @@ class CompressPool(Op):
         return TensorType(F32, (entries.shape[0], ring.shape[2] // parts))
 
     def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
-        # Averaged over steps: a call of T tokens finishes T/ratio entries, and decode fires once in `ratio` calls.
         kv, _, entries = operands
-        pooled = entries.shape[0] * self.ratio * kv.shape[2] * 4 // (self.ratio if entries.shape[0] == kv.shape[0] else 1)
-        return Cost(4 * elements(results[0]) * self.ratio, (pooled, pooled, entries.nbytes), (results[0].nbytes,))
+        window = self.ratio * kv.shape[2] * 4  # bytes that one entry pools
+        once_in = self.ratio if entries.shape[0] == kv.shape[0] else 1  # decode pools in one of `ratio` calls
+        pooled = entries.shape[0] * window // once_in
+        flops = 4 * elements(results[0]) * self.ratio
+        return Cost(flops, (pooled, pooled, entries.nbytes), (results[0].nbytes,))
 
 
 @primitive

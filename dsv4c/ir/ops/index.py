@@ -8,7 +8,7 @@ from dsv4c.types import F32, I32, TensorType, Type
 
 @primitive
 class IndexScores(Op):
-    """Indexer scores: sum over heads of relu(q_h · key_w) * weight_h -> f32[N, C], -inf for w >= (t+1)//ratio.
+    """Sum over heads of relu(q_h · key_w) * weight_h -> f32[N, C], -inf for entries w >= (t+1)//ratio.
 
     q[N, H, D] and keys[B, C, D], quantized or plain; weights[N, H]; with bf16 weights the dot products, the
     products with the weights and the sum are each rounded to bf16.
@@ -17,7 +17,10 @@ class IndexScores(Op):
     ratio: int
 
     def infer(self, q: Type, keys: Type, weights: Type, positions: Type) -> TensorType:
-        expect(len(q.shape) == 3 and len(keys.shape) == 3, f"q must be [N, H, D], keys [B, C, D]; got {q}, {keys}")
+        expect(
+            len(q.shape) == 3 and len(keys.shape) == 3,
+            f"q must be [N, H, D], keys [B, C, D]; got {q}, {keys}",
+        )
         expect(q.shape[2] == keys.shape[2], f"q {q} and keys {keys} differ in width")
         expect_tensor(weights, "weights", 2)
         expect(weights.shape == q.shape[:2], f"weights {weights} do not fit q {q}")

@@ -61,7 +61,7 @@ class GroupedLinear(Op):
 
 @primitive
 class ExpertLinear(Op):
-    """Each token through its chosen experts: x[N, K] or x[N, k, K], w[E, M, K], experts i32[N, k] -> out[N, k, M]."""
+    """Tokens through their experts: x[N, K] or x[N, k, K], w[E, M, K], experts i32[N, k] -> out[N, k, M]."""
 
     out: DType
 

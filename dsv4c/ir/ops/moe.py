@@ -27,7 +27,8 @@ class TakeAlong(Op):
         tensor = expect_tensor(x, "x")
         expect_tensor(index, "index", 2, I32)
         expect(
-            len(tensor.shape) == 1 or tensor.shape[:-1] == index.shape[:1], f"x {x} and index {index} differ in rows"
+            len(tensor.shape) == 1 or tensor.shape[:-1] == index.shape[:1],
+            f"x {x} and index {index} differ in rows",
         )
         return TensorType(tensor.dtype, index.shape)
 

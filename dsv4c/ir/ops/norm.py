@@ -10,7 +10,7 @@ from dsv4c.types import BF16, F32, DType, TensorType, Type
 class RmsNorm(Op):
     """x * rsqrt(mean(x²) + eps) * gain over the last dimension, computed in f32 with one cast at the end.
 
-    `precision=bf16` rounds after each step (square, mean, rsqrt, product), as the official per-head q norm does.
+    `precision=bf16` rounds after each step (square, mean, rsqrt, product), as the official q norm per head.
     """
 
     eps: float

@@ -47,7 +47,7 @@ class Dequantize(Op):
 
 @primitive
 class Hadamard(Op):
-    """Orthonormal Sylvester-Hadamard transform of the last dimension (a power of two); f32 inside, one cast."""
+    """Orthonormal Sylvester-Hadamard transform of the last dimension, a power of two; f32 inside."""
 
     def infer(self, x: Type) -> TensorType:
         tensor = expect_tensor(x, "x", least=1)

@@ -14,7 +14,10 @@ class Reshape(Op):
 
     def infer(self, x: Type) -> TensorType:
         result = TensorType(expect_tensor(x, "x").dtype, self.shape)
-        expect(elements(x) == elements(result), f"{x} has {elements(x)} elements, {result} has {elements(result)}")
+        expect(
+            elements(x) == elements(result),
+            f"{x} has {elements(x)} elements, {result} has {elements(result)}",
+        )
         return result
 
     def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
@@ -61,7 +64,11 @@ class Concat(Op):
             shape[axis] += part.shape[axis]
             expect(
                 parts[0].with_shape(part.shape) == part
-                and all(m == n for i, (m, n) in enumerate(zip(part.shape, parts[0].shape, strict=True)) if i != axis),
+                and all(
+                    m == n
+                    for i, (m, n) in enumerate(zip(part.shape, parts[0].shape, strict=True))
+                    if i != axis
+                ),
                 f"{part} does not join {parts[0]} along axis {axis}",
             )
         if isinstance(parts[0], QuantType):

@@ -10,7 +10,7 @@ from dsv4c.types import I32, TensorType, Type
 
 @primitive
 class CacheWrite(Op):
-    """cache[B, C, ...] with rows[M, ...] stored at slots index % C, in place; a negative index stores nothing.
+    """cache[B, C, ...] with rows[M, ...] stored at slots index % C, in place; negative indices store nothing.
 
     Row m belongs to sequence m // (M/B).
     """
@@ -21,7 +21,9 @@ class CacheWrite(Op):
         expect_tensor(index, "index", 1, I32)
         expect(len(cache.shape) >= 2, f"cache must be [B, C, ...], got {cache}")
         expect(rows.shape[:1] == index.shape, f"rows {rows} and index {index} differ")
-        expect(index.shape[0] % cache.shape[0] == 0, f"{index} does not divide over {cache.shape[0]} sequences")
+        expect(
+            index.shape[0] % cache.shape[0] == 0, f"{index} does not divide over {cache.shape[0]} sequences"
+        )
         wanted = cache.with_shape((rows.shape[0], *cache.shape[2:]))
         expect(rows == wanted, f"rows must be {wanted} to go into {cache}, got {rows}")
         return cache
