@@ -1,0 +1,152 @@
+"""Inputs that find mistakes: zeros and -0, ties of a block's maximum, subnormals, saturation, huge elements,
+odd tails, positions at the edges of windows and entries. Deterministic by pattern and seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import TYPE_CHECKING
+
+from dsv4c.ir.fused import Fused
+from dsv4c.ir.graph import Graph, Value
+from dsv4c.passes.fold import expand
+from dsv4c.types import I32, QuantType, TensorType
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from dsv4c.runtime import codec
+
+GROUP = 32  # neighbors that share a profile; blocks of 16, 32, 64 and 128 begin with one
+FIRST_POSITIONS = {"mixed": 127, "zeros": 0, "random": 255, "tiny": 1023, "large": 300, "edges": 511}
+"""Position of the first token: 4·k - 1 and 128·k - 1 complete an entry of either kind."""
+
+
+def operands_for(graph: Graph, pattern: str, seed: int) -> list[codec.Value]:
+    """A value for every input of `graph`, within what its ops accept (indices inside their tables)."""
+    import torch
+
+    plain = expand(graph) if any(isinstance(n.op, Fused) for n in graph.nodes) else graph
+    generator = torch.Generator().manual_seed(seed * 1009 + 17)
+    return [_value(v, plain, pattern, generator) for v in plain.inputs]
+
+
+def _value(value: Value, graph: Graph, pattern: str, generator: torch.Generator) -> codec.Value:
+    from dsv4c.runtime.codec import TORCH_DTYPES, quantize
+
+    type_ = value.type
+    if isinstance(type_, QuantType):
+        return quantize(
+            _floats(type_.shape, "random" if pattern == "zeros" else pattern, generator), type_.format
+        )
+    if type_.dtype is I32:
+        return _integers(value, graph, pattern, generator)
+    wanted = "random" if pattern == "zeros" and _is_weight(value, graph) else pattern
+    return _floats(type_.shape, wanted, generator).to(TORCH_DTYPES[type_.dtype])
+
+
+def _is_weight(value: Value, graph: Graph) -> bool:
+    """An operand that scales or projects others; zeros there would hide what the others do."""
+    roles = {"linear": 1, "grouped_linear": 1, "expert_linear": 1, "rms_norm": 1, "rope": 2, "embedding": 0}
+    return any(
+        roles.get(n.op.name) == i for n in graph.users[value] for i, v in enumerate(n.inputs) if v is value
+    )
+
+
+def _floats(shape: tuple[int, ...], pattern: str, generator: torch.Generator) -> Tensor:
+    import torch
+
+    x = torch.randn(shape, generator=generator)
+    if pattern == "zeros":
+        return torch.zeros(shape)
+    if pattern == "tiny":
+        return x * 1e-4
+    if pattern == "large":
+        return x * 24.0
+    if pattern == "mixed":
+        flat = x.reshape(-1)
+        groups = flat[: flat.numel() // GROUP * GROUP].view(-1, GROUP)
+        for i, make in enumerate(_PROFILES):
+            groups[i :: len(_PROFILES)] = make(groups[i :: len(_PROFILES)])
+    if pattern == "edges" and shape:
+        for width in (16, 128):  # the first element of a block decides its scale, and the neighbors' differ
+            first = x[..., ::width]
+            first.copy_(first.sign() * 2.0 ** (width // 16 + torch.arange(first.shape[-1]) * 5 % 7))
+    return x
+
+
+def _zero(x: Tensor) -> Tensor:
+    return x.sign() * 0.0  # both zeros
+
+
+def _ties(x: Tensor) -> Tensor:
+    return x.sign() * 6.0
+
+
+def _halfway(x: Tensor) -> Tensor:
+    return (x * 16).round() / 16 + 1 / 32
+
+
+def _subnormal(x: Tensor) -> Tensor:
+    return x * 2.0**-130
+
+
+def _saturating(x: Tensor) -> Tensor:
+    return x.sign() * 448.0 * (1 + x.abs())
+
+
+def _one_huge(x: Tensor) -> Tensor:
+    out = x.clone()
+    out[:, 0] = 3e4
+    return out
+
+
+def _plain(x: Tensor) -> Tensor:
+    return x
+
+
+_PROFILES = (_plain, _zero, _ties, _plain, _halfway, _subnormal, _plain, _saturating, _one_huge)
+
+
+def _integers(value: Value, graph: Graph, pattern: str, generator: torch.Generator) -> Tensor:
+    import torch
+
+    assert isinstance(value.type, TensorType)
+    shape = value.type.shape
+    bounds = list(_bounds(value, graph, set()))
+    if bounds:  # indices into a table
+        bound = min(bounds)
+        if len(shape) < 2 or bound < shape[-1]:
+            return torch.randint(0, bound, shape, generator=generator, dtype=torch.int32)
+        rows = [torch.randperm(bound, generator=generator)[: shape[-1]] for _ in range(prod(shape[:-1]))]
+        return torch.stack(rows).sort(1).values.reshape(shape).to(torch.int32)
+    first = FIRST_POSITIONS[pattern]
+    count = prod(shape)
+    if len(shape) > 1:  # chosen entries: ascending, then none
+        row = torch.arange(shape[-1], dtype=torch.int32) * 2
+        row[shape[-1] * 3 // 4 :] = -1
+        return row.expand(shape).contiguous()
+    positions = torch.arange(first, first + count, dtype=torch.int32)
+    if count > 4:
+        positions[-2:] = -1  # padding
+    return positions.reshape(shape)
+
+
+def _bounds(value: Value, graph: Graph, seen: set[Value]) -> Iterator[int]:
+    """Sizes of the tables that `value`, or what is looked up in it, is an index of."""
+    if value in seen:
+        return
+    seen.add(value)
+    for node in graph.users[value]:
+        places = [i for i, v in enumerate(node.inputs) if v is value]
+        match node.op.name:
+            case "expert_linear" if 2 in places:
+                yield node.inputs[1].type.shape[0]
+            case "take_along" if 1 in places:
+                yield node.inputs[0].type.shape[-1]
+            case "embedding" if 1 in places:
+                yield node.inputs[0].type.shape[0]
+            case "embedding" | "reshape" | "slice" | "concat" | "take_along":
+                yield from _bounds(node.outputs[0], graph, seen)

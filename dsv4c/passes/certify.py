@@ -1,0 +1,363 @@
+"""Certificates: for every way a rule applied, the matched nodes and the fused op give the same results.
+
+Left, the nodes as the graph had them, with their own wiring and attributes; right, what the fused op means
+(its body, or the meaning that replaces it). Both run on adversarial inputs, with huge dimensions cut down where
+the ops allow. Results are kept by digest, so a second compile pays nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsv4c.errors import GraphError
+from dsv4c.ir.fused import Fused, trace
+from dsv4c.ir.graph import Builder, Graph, Value
+from dsv4c.ir.op import Op
+from dsv4c.ir.text import print_graph, print_op
+from dsv4c.passes.compare import BIT_EXACT, DIFFERENT, ORDER, Finding, worse
+from dsv4c.passes.fold import Match, expand
+from dsv4c.types import Type
+
+if TYPE_CHECKING:
+    from dsv4c.passes.defects import Kill
+
+VERSION = 1  # of the procedure; part of every digest
+PATTERNS = ("mixed", "edges", "zeros", "random", "tiny", "large")
+LIMIT = 3e8  # operations one side may take on one pattern; costlier ones see fewer patterns
+
+
+@dataclass(frozen=True)
+class Application:
+    """One way a rule applied: the op, the nodes it replaced as a graph over its operands, how often."""
+
+    op: Fused
+    nodes: Graph  # the operands as inputs, in the order in which the fused op takes them
+    operands: tuple[int, ...]  # input of `nodes` that is each operand of the op
+    count: int = 1
+
+    @property
+    def rule(self) -> str:
+        return self.op.name
+
+    @property
+    def types(self) -> tuple[Type, ...]:
+        return tuple(self.nodes.inputs[i].type for i in self.operands)
+
+    @property
+    def digest(self) -> str:
+        text = f"{VERSION} {_sources()} {self.op!r} {self.operands} {print_graph(self.nodes)}"
+        text += print_graph(trace(self.op, self.types).graph)
+        return sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was found: `kind` is bit-exact, reassociation, requantization, approximate, or different.
+
+    `allowed` is the worst kind that the fused op declares in `certified_as`; bit-exact unless it says so.
+    """
+
+    rule: str
+    op: str
+    operands: tuple[str, ...]
+    count: int
+    digest: str
+    kind: str
+    worst: float  # ulps, codes, or relative error, as the kind says
+    patterns: tuple[str, ...]
+    allowed: str = BIT_EXACT
+    reduced: tuple[str, ...] = ()  # the operand types that were evaluated, where they were cut down
+    reason: str = ""  # why it is `different`
+
+    @property
+    def holds(self) -> bool:
+        return ORDER.index(self.kind) <= ORDER.index(self.allowed)
+
+
+@dataclass
+class Certificates:
+    """All certificates of a graph, how many were computed now, and the seconds it took."""
+
+    all: list[Certificate] = field(default_factory=list)
+    computed: int = 0
+    seconds: float = 0.0
+
+    @property
+    def failed(self) -> list[Certificate]:
+        return [c for c in self.all if not c.holds]
+
+
+def applications(matches: Iterable[Match]) -> list[Application]:
+    """The distinct ways the rules applied, in order of first appearance."""
+    found: dict[Any, Application] = {}
+    for match in matches:
+        key = _key(match)
+        old = found.get(key)
+        found[key] = application(match) if old is None else replace(old, count=old.count + 1)
+    return list(found.values())
+
+
+def _key(match: Match) -> tuple[Any, ...]:
+    """Equal for matches with the same op, nodes, wiring and types."""
+    number = {v: i for i, v in enumerate(match.operands)}
+    wiring = []
+    for node in match.nodes:
+        wiring.append((node.op, tuple(number.setdefault(v, len(number)) for v in node.inputs)))
+        for v in node.outputs:
+            number[v] = len(number)
+    types = tuple(v.type for v in match.operands)
+    return match.op, types, tuple(number[v] for v in match.operands), tuple(wiring)
+
+
+def application(match: Match) -> Application:
+    """The matched nodes as a graph of their own, wired as the nodes themselves say.
+
+    Raises GraphError when the op does not read exactly what its nodes read.
+    """
+    made = {v for node in match.nodes for v in node.outputs}
+    external = list(dict.fromkeys(v for node in match.nodes for v in node.inputs if v not in made))
+    if set(external) != set(match.operands):
+        odd = sorted(v.name for v in set(external) ^ set(match.operands))
+        raise GraphError(f"{match.op.name} {match.name}: operand {', '.join(odd)} is not read by both sides")
+    order = list(dict.fromkeys(match.operands))
+    builder = Builder(match.op.name)
+    values = {v: builder.input(f"x{i}", v.type) for i, v in enumerate(order)}
+    for i, node in enumerate(match.nodes):
+        names = [f"v{i}" if j == 0 else f"v{i}.{j}" for j in range(len(node.outputs))]
+        outputs = builder.emit(node.op, tuple(values[v] for v in node.inputs), names=names, scope="")
+        values.update(zip(node.outputs, outputs, strict=True))
+    kept = match.op.kept(match.results)
+    graph = builder.finish({str(i): values[v] for i, v in enumerate(kept)})
+    return Application(match.op, graph, tuple(order.index(v) for v in match.operands))
+
+
+def certify(matches: Iterable[Match], *, folder: Path | None = None, fresh: bool = False) -> Certificates:
+    """A certificate for every distinct application; kept in `folder` (None: the user's cache) by digest.
+
+    `fresh` evaluates again whatever was kept. Two processes may share the folder.
+    """
+    started = time.perf_counter()
+    store = default_folder() if folder is None else folder
+    result = Certificates()
+    for applied in applications(matches):
+        digest = applied.digest
+        kept = None if fresh else _load(store, digest)
+        if kept is None:
+            kept = evaluate(applied)
+            result.computed += 1
+            _save(store, kept)
+        result.all.append(replace(kept, count=applied.count))
+    result.seconds = time.perf_counter() - started
+    return result
+
+
+def inject(matches: Iterable[Match]) -> list[Kill]:
+    """Every catalogued defect put into the body of every rule, and whether a certificate noticed.
+
+    A rule that applied in several ways is judged by all of its certificates: one that turns red is enough.
+    """
+    from dsv4c.passes.defects import kills
+
+    by_rule: dict[str, list[Application]] = {}
+    for applied in applications(matches):
+        by_rule.setdefault(applied.rule, []).append(applied)
+    found: list[Kill] = []
+    for ways in by_rule.values():
+        best: dict[str, Kill] = {}
+        for applied in map(reduce_sizes, ways):
+            for kill in kills(applied, {name for name, k in best.items() if k.caught}):
+                best[kill.defect] = kill
+        found += best.values()
+    return found
+
+
+def evaluate(applied: Application) -> Certificate:
+    """Run both sides on every pattern that the cost allows; the worst of them is the certificate."""
+    from dsv4c.reference import run
+
+    reduced = reduce_sizes(applied)
+    patterns = patterns_for(reduced)
+    worst = Finding(BIT_EXACT, 0.0, "")
+    for seed, pattern in enumerate(patterns):
+        try:
+            finding = both_sides(reduced, pattern, seed, lambda operands: run(reduced.op, *operands))
+        except GraphError as error:
+            finding = Finding(DIFFERENT, 0.0, f"{pattern}: {error}")
+        worst = worse(worst, finding)
+    return Certificate(
+        applied.rule,
+        print_op(applied.op),
+        tuple(map(str, applied.types)),
+        applied.count,
+        applied.digest,
+        worst.kind,
+        worst.worst,
+        patterns,
+        allowed(applied.op),
+        tuple(map(str, reduced.types)) if reduced.types != applied.types else (),
+        worst.reason,
+    )
+
+
+def allowed(op: Fused) -> str:
+    """The worst kind of difference that this op may show. Raises GraphError for a kind there is none of."""
+    kind = str(getattr(op, "certified_as", BIT_EXACT))
+    if kind not in ORDER[:-1]:
+        raise GraphError(f"{op.name}: certified_as is {kind!r}; expected one of {', '.join(ORDER[:-1])}")
+    return kind
+
+
+def both_sides(applied: Application, pattern: str, seed: int, right: Any) -> Any:
+    """One comparison: results and, after the run, all operands, which may only differ where both wrote."""
+    from dsv4c.passes.adversarial import operands_for
+    from dsv4c.passes.compare import compare
+    from dsv4c.reference.interpret import clone, interpret
+
+    given = operands_for(applied.nodes, pattern, seed)
+    ours, theirs = [clone(v) for v in given], [clone(v) for v in given]
+    named = {v.name: value for v, value in zip(applied.nodes.inputs, ours, strict=True)}
+    expected = list(interpret(applied.nodes, named, {}, {}).values())
+    made = right([theirs[i] for i in applied.operands])
+    results = list(made) if type(made) is tuple else [made]
+    return compare([*expected, *ours], [*results, *theirs], pattern)
+
+
+def patterns_for(applied: Application) -> tuple[str, ...]:
+    flops = sum(
+        n.op.cost(tuple(v.type for v in n.inputs), tuple(v.type for v in n.outputs)).flops
+        for n in applied.nodes.nodes
+    )
+    return PATTERNS[: max(1, min(len(PATTERNS), int(LIMIT / max(flops, 1))))]
+
+
+# --- cutting sizes down ---
+
+GEOMETRY = frozenset({"reshape.shape", "slice.start", "slice.stop", "visible_entries.capacity"})
+"""Attributes that follow from shapes, so they change with them."""
+
+SMALL = 512  # dimensions up to this stay
+
+
+@cache
+def _smaller(size: int) -> tuple[int, ...]:
+    return tuple(n for n in (8, 256, 384, 512, 640, 1024) if n < size and (n > 8 or size <= 1024))
+
+
+def reduce_sizes(applied: Application) -> Application:
+    """The same application with dimensions above 512 cut down, and experts to 8, where all ops accept it."""
+    experts = {
+        v.type.shape[0]
+        for n in _primitives(applied.nodes).nodes
+        if n.op.name == "expert_linear"
+        for v in n.inputs[1:2]
+    }
+    sizes = {n for v in applied.nodes.inputs for n in v.type.shape if n > SMALL or n in experts}
+    taken: set[int] = set()
+    for size in sorted(sizes):
+        candidates = (8,) if size in experts else [n for n in _smaller(size) if n > 8 and n not in taken]
+        for multiples in (False,) if size in experts else (True, False):
+            new = next(filter(None, (_resized(applied, size, n, multiples) for n in candidates)), None)
+            if new is not None:
+                applied, done = new
+                taken.add(done)
+                break
+    return applied
+
+
+def _primitives(graph: Graph) -> Graph:
+    return expand(graph) if any(isinstance(n.op, Fused) for n in graph.nodes) else graph
+
+
+def _resized(applied: Application, size: int, new: int, multiples: bool) -> tuple[Application, int] | None:
+    """`applied` with dimension `size` (and its multiples) as `new`, or None where an op refuses."""
+
+    def resize(n: int) -> int:
+        if n == size:
+            return new
+        return n // size * new if multiples and n % size == 0 else n
+
+    try:
+        types = [v.type.with_shape(tuple(map(resize, v.type.shape))) for v in applied.nodes.inputs]
+        body = trace(applied.op, tuple(types[i] for i in applied.operands)).graph
+        builder = Builder(applied.nodes.name)
+        values: dict[Value, Value] = {
+            v: builder.input(v.name, t) for v, t in zip(applied.nodes.inputs, types, strict=True)
+        }
+        for node, traced in zip(applied.nodes.nodes, body.nodes, strict=True):
+            op = _regrown(node.op, traced.op)
+            outputs = builder.emit(
+                op, tuple(values[v] for v in node.inputs), names=[v.name for v in node.outputs]
+            )
+            values.update(zip(node.outputs, outputs, strict=True))
+    except (GraphError, ValueError):
+        return None
+    graph = builder.finish({k: values[v] for k, v in applied.nodes.outputs.items()})
+    return replace(applied, nodes=graph), new
+
+
+def _regrown(op: Op, traced: Op) -> Op:
+    """`op` with the geometry that the traced body has at the smaller size; every other attribute its own."""
+    if type(op) is not type(traced):
+        return op
+    changed = {k: v for k, v in traced.attributes().items() if f"{op.name}.{k}" in GEOMETRY}
+    return replace(op, **changed) if changed else op  # type: ignore[type-var]
+
+
+# --- the store ---
+
+
+def default_folder() -> Path:
+    """Where certificates are kept: $XDG_CACHE_HOME/dsv4c/certificates, below ~/.cache by default."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv4c" / "certificates"
+
+
+@cache
+def _sources() -> str:
+    """Digest of the sources that decide a certificate: meanings, codec, and this procedure."""
+    package = Path(__file__).parents[1]
+    files = [
+        *sorted((package / "reference").glob("*.py")),
+        package / "runtime" / "codec.py",
+        package / "types.py",
+    ]
+    files += [package / "passes" / f"{name}.py" for name in ("certify", "adversarial", "compare")]
+    h = sha256()
+    for path in files:
+        h.update(path.read_bytes())
+    return h.hexdigest()
+
+
+def _load(folder: Path, digest: str) -> Certificate | None:
+    try:
+        record = json.loads((folder / f"{digest}.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return from_dict(record)
+
+
+def _save(folder: Path, certificate: Certificate) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
+    with os.fdopen(handle, "w") as file:
+        json.dump(to_dict(certificate), file)
+    os.replace(name, folder / f"{certificate.digest}.json")  # whole or not at all, whoever else writes
+
+
+def to_dict(certificate: Certificate) -> dict[str, Any]:
+    """As plain data, for the plan."""
+    return asdict(certificate)
+
+
+def from_dict(record: Mapping[str, Any]) -> Certificate:
+    """`to_dict` read back."""
+    lists = {k: tuple(v) for k, v in record.items() if isinstance(v, list | tuple)}
+    return Certificate(**{**record, **lists})

@@ -1,0 +1,364 @@
+"""Catalogued mistakes, put into fused bodies on purpose: a certificate that notices none is worthless.
+
+A defect changes one primitive of the expanded body: its attributes, its operands, or what it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+from dsv4c.errors import GraphError
+from dsv4c.ir.fused import trace
+from dsv4c.ir.graph import Graph, Node
+from dsv4c.ir.op import Op
+from dsv4c.passes.certify import PATTERNS, Application, allowed, both_sides
+from dsv4c.passes.compare import ORDER
+from dsv4c.passes.fold import COMMUTATIVE, expand
+from dsv4c.types import BF16, E2M1, E4M3, F32, TensorType
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dsv4c.runtime.codec import Quantized
+
+Meaning = Callable[..., Any]  # operands of the node -> its result or results
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One defect in one rule: where it was put, and which pattern gave it away (none: it survived)."""
+
+    rule: str
+    defect: str
+    at: str
+    caught_by: str
+    reason: str
+
+    @property
+    def caught(self) -> bool:
+        return bool(self.caught_by)
+
+
+def totals(kills: list[Kill]) -> dict[str, Any]:
+    """injected, caught, and the survivors by name."""
+    survivors = [f"{k.rule}: {k.defect} at {k.at}" for k in kills if not k.caught]
+    return {"injected": len(kills), "caught": len(kills) - len(survivors), "survivors": survivors}
+
+
+def kills(applied: Application, known: Collection[str] = ()) -> Iterator[Kill]:
+    """Try every defect, but those `known`, that has a place in the body of this application."""
+    body = trace(applied.op, applied.types).graph
+    kept = {str(i): v for i, v in enumerate(applied.op.kept(tuple(body.outputs.values())))}
+    plain = expand(Graph(body.name, body.inputs, (), (), body.nodes, kept))
+    for name, find in DEFECTS.items():
+        for node in plain.nodes if name not in known else ():
+            meaning = find(node)
+            if meaning is not None and not (find is wrong_type and _rounded_anyway(plain, node)):
+                yield _tried(applied, plain, name, f"{node.op.name} {node.name}", {node: meaning})
+                break
+    for a, b in _interchangeable(plain) if "swap operands" not in known else ():
+        if applied.operands[a] == applied.operands[b]:
+            continue  # one value for both
+        order = list(range(len(plain.inputs)))
+        order[a], order[b] = b, a
+        at = f"{plain.inputs[a].name} and {plain.inputs[b].name}"
+        yield _tried(applied, plain, "swap operands", at, {}, order)
+        break
+
+
+def _tried(
+    applied: Application,
+    body: Graph,
+    defect: str,
+    at: str,
+    changed: dict[Node, Meaning],
+    order: list[int] | None = None,
+) -> Kill:
+    for seed, pattern in enumerate(PATTERNS):
+
+        def right(operands: list[Any]) -> tuple[Any, ...]:
+            return run_changed(body, [operands[i] for i in order] if order else operands, changed)
+
+        try:
+            finding = both_sides(applied, pattern, seed, right)
+        except (GraphError, RuntimeError, ValueError, IndexError) as error:
+            return Kill(applied.rule, defect, at, pattern, f"refused: {str(error).splitlines()[0]}")
+        if ORDER.index(finding.kind) > ORDER.index(allowed(applied.op)):
+            return Kill(applied.rule, defect, at, pattern, finding.reason)
+    return Kill(applied.rule, defect, at, "", "")
+
+
+def run_changed(body: Graph, operands: list[Any], changed: dict[Node, Meaning]) -> tuple[Any, ...]:
+    """Interpret a body of primitives with other meanings for some of its nodes."""
+    from dsv4c.reference import run
+
+    values = dict(zip(body.inputs, operands, strict=True))
+    for node in body.nodes:
+        given = [values[v] for v in node.inputs]
+        made = changed[node](*given) if node in changed else run(node.op, *given)
+        results = made if type(made) is tuple else (made,)
+        values.update(zip(node.outputs, results, strict=True))
+    return tuple(values[v] for v in body.outputs.values())
+
+
+def _rounded_anyway(body: Graph, node: Node) -> bool:
+    """Every reader rounds to bf16 first, so a detour through bf16 changes nothing."""
+    readers = body.users[node.outputs[0]]
+    casts = [n for n in readers if n.op.name == "cast" and n.op.attributes()["to"] is BF16]
+    return bool(readers) and len(casts) == len(readers) and node.outputs[0] not in body.outputs.values()
+
+
+def _interchangeable(body: Graph) -> Iterator[tuple[int, int]]:
+    """Pairs of operands of one type that are not just the two sides of a sum or product."""
+    for (a, x), (b, y) in combinations(enumerate(body.inputs), 2):
+        readers = {*body.users[x], *body.users[y]}
+        if x.type == y.type and not (len(readers) == 1 and next(iter(readers)).op.name in COMMUTATIVE):
+            yield a, b
+
+
+# --- the catalogue: node -> what it computes with the defect, or None where it has no place ---
+
+Find = Callable[[Node], Meaning | None]
+
+
+def _other(op: Op) -> Meaning:
+    from dsv4c.reference import run
+
+    return lambda *operands: run(op, *operands)
+
+
+def _after(node: Node, change: Callable[[Any], Any]) -> Meaning:
+    """The node's own meaning, its first result changed."""
+    from dsv4c.reference import run
+
+    def meaning(*operands: Any) -> Any:
+        made = run(node.op, *operands)
+        return (change(made[0]), *made[1:]) if type(made) is tuple else change(made)
+
+    return meaning
+
+
+def drop_eps(node: Node) -> Meaning | None:
+    eps = node.op.attributes().get("eps", 0.0)
+    if node.op.name == "shift" and 0 < node.op.attributes()["offset"] < 1e-3:
+        return _other(replace(node.op, offset=0.0))  # type: ignore[type-var]
+    return _other(replace(node.op, eps=0.0)) if eps else None  # type: ignore[type-var]
+
+
+def swap_scale_axes(node: Node) -> Meaning | None:
+    """The scales of a block go to the wrong blocks: their order along a row is reversed."""
+    if node.op.name != "quantize" or node.outputs[0].type.components[1].shape[-1] < 2:
+        return None
+    return _after(node, lambda q: q._replace(scale=q.scale.flip(-1)))
+
+
+def skip_clamp(node: Node) -> Meaning | None:
+    return (lambda x: x) if node.op.name == "clamp" else None
+
+
+def off_by_one_block(node: Node) -> Meaning | None:
+    """Blocks begin one element late."""
+    if node.op.name != "quantize":
+        return None
+
+    from dsv4c.reference import run
+
+    def shifted(x: Tensor, *scales: Any) -> Any:
+        q = run(node.op, x, *scales)
+        late = run(node.op, x.roll(-1, -1), *scales)
+        return q._replace(scale=late.scale)  # type: ignore[union-attr]
+
+    return shifted
+
+
+def truncate(node: Node) -> Meaning | None:
+    """Toward zero instead of to nearest."""
+    if node.op.name == "quantize":
+
+        def quantized(x: Tensor, *scales: Any) -> Any:
+            from dsv4c.reference import run
+
+            return _toward_zero(x, run(node.op, x, *scales))  # type: ignore[arg-type]
+
+        return quantized
+    result, first = node.outputs[0].type, node.inputs[0].type if node.inputs else None
+    if (
+        isinstance(result, TensorType)
+        and result.dtype is BF16
+        and node.op.name == "cast"
+        and first is not None
+    ):
+        return lambda x: _cut(x)
+    return None
+
+
+def _cut(x: Tensor) -> Tensor:
+    import torch
+
+    return (x.to(torch.float32).view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
+
+
+def _toward_zero(x: Tensor, q: Quantized) -> Quantized:
+    import torch
+
+    from dsv4c.runtime.codec import dequantize
+
+    body = q.shape[-1] - q.format.tail
+    rows = x if x.shape == q.shape else x.unsqueeze(-2).expand(q.shape)
+    up = (dequantize(q).abs() > rows.to(torch.float32).abs())[..., :body]
+    if q.format.value is E4M3:
+        codes = q.data.view(torch.uint8)
+        less = codes - ((codes & 127) > 0).to(torch.uint8) * up.to(torch.uint8)
+        return q._replace(data=less.view(q.data.dtype))
+    assert q.format.value is E2M1
+    low, high = q.data & 15, q.data >> 4
+    low = low - ((low & 7) > 0).to(torch.uint8) * up[..., 0::2].to(torch.uint8)
+    high = high - ((high & 7) > 0).to(torch.uint8) * up[..., 1::2].to(torch.uint8)
+    return q._replace(data=low | high << 4)
+
+
+def drop_residual(node: Node) -> Meaning | None:
+    """What is added to the new contribution is forgotten."""
+    if node.op.name == "mix_streams":
+        return _after(node, lambda x: x * 0)
+    if node.op.name == "add" and len(node.inputs) == 2:
+        same = [i for i, v in enumerate(node.inputs) if v.type == node.outputs[0].type]
+        return (lambda *ab: ab[same[-1]].clone()) if same else None
+    return None
+
+
+def flip_rotation(node: Node) -> Meaning | None:
+    if node.op.name != "rope":
+        return None
+    inverse = not node.op.attributes()["inverse"]
+    return _other(replace(node.op, inverse=inverse))  # type: ignore[type-var]
+
+
+def forget_sink(node: Node) -> Meaning | None:
+    if node.op.name != "sink_softmax":
+        return None
+    from dsv4c.reference import run
+
+    return lambda scores, sink: run(node.op, scores, sink * 0 - float("inf"))
+
+
+def wrong_axis(node: Node) -> Meaning | None:
+    axis = node.op.attributes().get("axis")
+    if node.op.name not in ("normalize", "softmax") or axis is None or len(node.inputs[0].type.shape) < 2:
+        return None
+    rank = len(node.inputs[0].type.shape)
+    other = -2 if axis % rank == rank - 1 else -1
+    return _other(replace(node.op, axis=other))  # type: ignore[type-var]
+
+
+def wrong_type(node: Node) -> Meaning | None:
+    """An f32 inner value takes a detour through bf16."""
+    import torch
+
+    type_ = node.outputs[0].type
+    computed = node.op.name in (
+        "linear",
+        "cast",
+        "mul",
+        "compress_pool",
+        "sum",
+        "attention_scores",
+        "softmax",
+    )
+    if not computed or not isinstance(type_, TensorType) or type_.dtype is not F32:
+        return None
+    if node.op.name == "cast" and node.inputs[0].type.dtype is BF16:  # type: ignore[union-attr]
+        return None  # nothing to lose
+    return _after(node, lambda x: x.to(torch.bfloat16).to(torch.float32))
+
+
+def wrong_slot(node: Node) -> Meaning | None:
+    if node.op.name != "cache_write" or node.inputs[0].type.shape[1] < 2:
+        return None
+    from dsv4c.reference import run
+
+    return lambda cache, rows, index: run(node.op, cache, rows, index + (index >= 0).to(index.dtype))
+
+
+def short_window(node: Node) -> Meaning | None:
+    """One index fewer than asked for."""
+    if node.op.name not in ("window_index", "top_k", "visible_entries"):
+        return None
+
+    def short(index: Tensor) -> Tensor:
+        out = index.clone()
+        out.scatter_(-1, out.argmax(-1, keepdim=True), -1)
+        return out
+
+    return _after(node, short)
+
+
+def drop_factor(node: Node) -> Meaning | None:
+    name = {"scale": "factor", "attention_scores": "scale"}.get(node.op.name)
+    if name is None or node.op.attributes()[name] == 1.0:
+        return None
+    return _other(replace(node.op, **{name: 1.0}))  # type: ignore[type-var]
+
+
+def skip_hadamard(node: Node) -> Meaning | None:
+    return (lambda x: x.clone()) if node.op.name == "hadamard" else None
+
+
+def drop_gain(node: Node) -> Meaning | None:
+    if node.op.name != "rms_norm" or len(node.inputs) < 2:
+        return None
+    return lambda x, gain: _other(node.op)(x)
+
+
+def wrong_ratio(node: Node) -> Meaning | None:
+    ratio = node.op.attributes().get("ratio")
+    if node.op.name not in ("completed_entries", "index_scores") or not ratio:
+        return None
+    return _other(replace(node.op, ratio=2 * ratio))  # type: ignore[type-var]
+
+
+def wrong_row(node: Node) -> Meaning | None:
+    """A table is read one row off."""
+    if node.op.name != "embedding":
+        return None
+    from dsv4c.reference import run
+
+    return lambda table, ids: run(node.op, table, (ids + 1) % table.shape[0])
+
+
+def perturb(node: Node) -> Meaning | None:
+    """One expert's product is left out."""
+    if node.op.name != "expert_linear":
+        return None
+
+    def lose(x: Tensor) -> Tensor:
+        out = x.clone()
+        out[:, -1] = 0
+        return out
+
+    return _after(node, lose)
+
+
+DEFECTS: dict[str, Find] = {
+    "drop eps": drop_eps,
+    "swap scale axes": swap_scale_axes,
+    "skip clamp": skip_clamp,
+    "off-by-one block": off_by_one_block,
+    "wrong rounding": truncate,
+    "drop residual": drop_residual,
+    "rotate the other way": flip_rotation,
+    "forget sink": forget_sink,
+    "wrong axis": wrong_axis,
+    "wrong type": wrong_type,
+    "wrong slot": wrong_slot,
+    "short window": short_window,
+    "drop factor": drop_factor,
+    "skip Hadamard": skip_hadamard,
+    "drop gain": drop_gain,
+    "wrong ratio": wrong_ratio,
+    "wrong row": wrong_row,
+    "lose an expert": perturb,
+}
