@@ -14,8 +14,13 @@ if TYPE_CHECKING:
     from dsv4c.config import ModelConfig as Config
     from dsv4c.config import load_config as load_config
     from dsv4c.errors import Dsv4cError as Dsv4cError
+    from dsv4c.ir.fused import Fused as Fused
+    from dsv4c.ir.fused import fused as fused
     from dsv4c.ir.graph import Builder as Builder
     from dsv4c.ir.graph import Graph as Graph
+    from dsv4c.ir.graph import Value as Value
+    from dsv4c.passes.base import Pass as Pass
+    from dsv4c.passes.fold import Rule as Rule
     from dsv4c.runtime.plan import Plan as Plan
     from dsv4c.runtime.plan import load as load
     from dsv4c.runtime.session import Session as Session
@@ -25,10 +30,15 @@ _HOME = {
     "Config": ("dsv4c.config", "ModelConfig"),
     "Deployment": ("dsv4c.config", "Deployment"),
     "Dsv4cError": ("dsv4c.errors", "Dsv4cError"),
+    "Fused": ("dsv4c.ir.fused", "Fused"),
     "Graph": ("dsv4c.ir.graph", "Graph"),
+    "Pass": ("dsv4c.passes.base", "Pass"),
     "Plan": ("dsv4c.runtime.plan", "Plan"),
+    "Rule": ("dsv4c.passes.fold", "Rule"),
     "Session": ("dsv4c.runtime.session", "Session"),
+    "Value": ("dsv4c.ir.graph", "Value"),
     "compile": ("dsv4c.compiler", "compile"),
+    "fused": ("dsv4c.ir.fused", "fused"),
     "load": ("dsv4c.runtime.plan", "load"),
     "load_config": ("dsv4c.config", "load_config"),
 }
@@ -39,10 +49,15 @@ __all__ = [
     "Config",
     "Deployment",
     "Dsv4cError",
+    "Fused",
     "Graph",
+    "Pass",
     "Plan",
+    "Rule",
     "Session",
+    "Value",
     "compile",
+    "fused",
     "load",
     "load_config",
 ]

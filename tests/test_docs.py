@@ -1,0 +1,71 @@
+"""The tutorial is run block by block, and the example package is installed and seen to fire."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+TUTORIAL = ROOT / "docs" / "write-a-pass.md"
+BLOCK = re.compile(r"^```(python|sh)(?: file=(\S+))?\n(.*?)^```$", re.M | re.S)
+
+
+def environment(*paths: Path, cache: Path) -> dict[str, str]:
+    given = [str(p) for p in (*paths, ROOT)]
+    bin_folder = str(Path(sys.executable).parent)
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(given),
+        "PATH": bin_folder + os.pathsep + os.environ["PATH"],
+        "XDG_CACHE_HOME": str(cache),
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def run(command: list[str], cwd: Path, env: dict[str, str]) -> str:
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def test_every_block_of_the_tutorial_runs(tmp_path: Path) -> None:
+    env = environment(tmp_path, cache=tmp_path / "cache")
+    blocks = BLOCK.findall(TUTORIAL.read_text())
+    assert len(blocks) >= 8
+    for language, file, text in blocks:
+        if file:
+            (tmp_path / file).write_text(text)
+        script = text.replace("dsv4c ", f"{sys.executable} -m dsv4c ") if language == "sh" else text
+        shell = ["bash", "-euo", "pipefail", "-c"] if language == "sh" else [sys.executable, "-c"]
+        run([*shell, script], tmp_path, env)
+
+
+def test_the_tutorials_fusion_is_short() -> None:
+    code = [text for language, file, text in BLOCK.findall(TUTORIAL.read_text()) if file == "greedy.py"]
+    assert len(code) == 1
+    assert len([line for line in code[0].splitlines() if line.strip()]) < 40
+
+
+def test_an_installed_package_contributes_its_fusion(tmp_path: Path) -> None:
+    fresh = tmp_path / "venv"
+    venv.create(fresh, with_pip=True)
+    python = fresh / "bin" / "python"
+    if not python.exists():
+        pytest.fail(f"no interpreter in {fresh}")
+    site = next(fresh.glob("lib/python*/site-packages"))
+    (site / "tested.pth").write_text(f"{sysconfig.get_paths()['purelib']}\n{ROOT}\n")
+    package = tmp_path / "greedy_head"
+    run(["cp", "-r", str(ROOT / "examples" / "greedy_head"), str(package)], tmp_path, dict(os.environ))
+    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
+    run([str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", str(package)], tmp_path, env)
+    command = [str(python), "-m", "dsv4c", "compile", "tiny", "-o", "tiny.plan", "--max-context", "256"]
+    figures = json.loads(run([*command, "--expect", "greedy_head=1", "--json"], tmp_path, env))
+    assert figures["rules"]["greedy_head"] == 1
