@@ -65,7 +65,7 @@ KEEP = {
         "prefill.?.z",
         "prefill.hc_head@",
         "prefill.final_norm@",
-        "decode.[01].*",
+        "decode.1.*",
     ],
     "nvfp4-experts": [
         "*.logits",

@@ -1,0 +1,56 @@
+"""Recorded results through what a user calls: compile, save, load, bind, then prefill, decode and draft."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import dsv4c
+from tests.goldens import recorded
+from tests.interpreted import MAX_CONTEXT, logits_of
+
+CHUNK = 64
+
+
+def session(folder: Path, recipe: str, target: Path, mtp: bool = False) -> dsv4c.Session:
+    plan = dsv4c.compile(folder, recipe=recipe, max_context=MAX_CONTEXT, chunk=CHUNK, mtp=mtp)
+    return dsv4c.load(plan.save(target / "plan")).bind(folder)
+
+
+def test_the_unquantized_model(tmp_path: Path) -> None:
+    """Runs of one session after another, and the drafts of the prompt."""
+    case = recorded("fp32")
+    bound = case.tolerance["logits_rel_l2_per_position"]
+    model = session(case.folder, "fp32", tmp_path, mtp=True)
+    run = case.run()
+    logits = [model.prefill(run.ids[: run.prefill])]
+    drafts = model.draft(model.streams, run.ids[1 : run.prefill + 1])
+    assert case.distances("mtp.logits", drafts).max() <= bound
+    logits += [model.decode([token]) for token in run.ids[run.prefill :]]
+    assert case.distances("main.logits", torch.cat(logits)).max() <= bound
+    for name in ("short", "one"):
+        run = case.run(name)
+        model.reset()
+        logits = [model.prefill(run.ids[: run.prefill]), *(model.decode([t]) for t in run.ids[run.prefill :])]
+        assert case.distances(f"{name}.logits", torch.cat(logits)).max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "key"),
+    [
+        ("official-quant", "official", "logits"),
+        ("nvfp4-experts", "nvfp4-experts", "logits"),
+        ("nvfp4-experts", "nvfp4-experts-w4a4", "logits_w4a4"),
+    ],
+)
+def test_quantized_models(name: str, recipe: str, key: str, tmp_path: Path) -> None:
+    """The short run: bit by bit what plain interpretation gives, and close to what was recorded."""
+    case = recorded(name)
+    run = case.run("short")
+    model = session(case.folder, recipe, tmp_path)
+    logits = [model.prefill(run.ids[: run.prefill]), *(model.decode([t]) for t in run.ids[run.prefill :])]
+    assert torch.equal(torch.cat(logits), logits_of(case.folder, recipe, run, CHUNK))
+    largest = case.tolerance[key]["same_rounding_points"]["max"]
+    assert case.distances(f"short.{key}", torch.cat(logits)).max() <= largest
