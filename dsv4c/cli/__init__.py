@@ -59,9 +59,12 @@ app = typer.Typer(
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        print(f"dsv4c {version('dsv4c')}")
+        try:
+            print(f"dsv4c {version('dsv4c')}")
+        except PackageNotFoundError:
+            print("dsv4c, from a source tree that is not installed")
         raise typer.Exit
 
 

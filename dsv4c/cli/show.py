@@ -97,7 +97,7 @@ def show_command(
     else:
         write_text(output, text, GraphError)
     if output is not None:
-        note(f"{output}: {len(text):,} characters of {format.value}")
+        note(f"{output}: {format.value}, {len(text):,} characters")
 
 
 def _subject(
@@ -108,7 +108,10 @@ def _subject(
     from dsv4c.runtime.plan import PLAN_FILE, load
 
     if (Path(subject) / PLAN_FILE).exists():
+        from dsv4c.passes.pipeline import contributions, installed
+
         plan = load(subject)
+        contributions(installed())  # declares the fused ops that the text may name
         return parse_graph(plan.graph_text(mode)), ModelConfig.from_dict(plan.config), plan
     from dsv4c.compiler import graph_of, settings
 

@@ -1,0 +1,370 @@
+"""The command line: what commands print, JSON alone on stdout, exit codes, no traceback for a mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+import dsv4c
+from dsv4c.cli import COMMANDS, app
+from dsv4c.cli.run import token_ids
+from dsv4c.errors import SessionError
+from dsv4c.models.synth import synthesize
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+class Result:
+    """What a command left: exit code, stdout, stderr."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def dsv4c_command(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], prog_name="dsv4c")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Result(result.exit_code, result.stdout, result.stderr)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthesize(dsv4c.load_config("tiny"), tmp_path_factory.mktemp("cli") / "weights", seed=1)
+
+
+@pytest.fixture(scope="module")
+def plan(weights: Path) -> Path:
+    folder = weights.parent / "tiny.plan"
+    result = dsv4c_command("compile", weights, "-o", folder, "--max-context", 64, "--chunk", 5, "--batch", 2)
+    assert result.code == 0, result.err
+    return folder
+
+
+# --- compile ---
+
+
+def test_compile_writes_a_plan_and_says_what_it_is(weights: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a.plan"
+    result = dsv4c_command(
+        "compile", weights, "-o", target, "--max-context", 64, "--mtp", "--order", "memory"
+    )
+    assert result.code == 0
+    assert "recipe official" in result.out
+    assert "64 tokens of context, prefill in chunks of 64" in result.out
+    assert list(dsv4c.load(target).buckets) == ["decode", "prefill", "mtp"]
+
+
+def test_compile_prints_json_alone(weights: Path, tmp_path: Path) -> None:
+    result = dsv4c_command(
+        "compile", weights, "-o", tmp_path / "p", "--recipe", "fp32", "--batch", 2, "--json"
+    )
+    data = result.json
+    loaded = dsv4c.load(tmp_path / "p")
+    assert data["digest"] == loaded.digest
+    assert data["deployment"] == {
+        "target": "cpu",
+        "recipe": "fp32",
+        "batch": 2,
+        "max_context": 4096,
+        "chunk": 64,
+    }
+    assert data["buckets"]["decode"]["launches"] == len(loaded.buckets["decode"].launches)
+    assert data["weights_bytes"] == loaded.weights_bytes
+    assert data["seconds"]["build decode"] > 0
+
+
+def test_compile_names_the_plan_after_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert dsv4c_command("compile", "tiny", "--max-context", 32).code == 0
+    assert [p.name for p in tmp_path.iterdir()] == ["tiny.plan"]
+    assert dsv4c.load("tiny.plan").deployment["chunk"] == 32
+    again = dsv4c_command("compile", "tiny", "--max-context", 32)
+    assert again.code == 5
+    assert again.err == "error: tiny.plan: holds a plan; give another folder, or --force to replace it\n"
+    assert dsv4c_command("compile", "tiny", "--max-context", 32, "--force").code == 0
+
+
+def test_an_output_folder_that_cannot_be_written_is_found_before_compiling(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("dsv4c.compiler.compile", lambda *_, **__: pytest.fail("compiled all the same"))
+    result = dsv4c_command("compile", "tiny", "-o", tmp_path / "file" / "plan")
+    assert result.code == 5
+    assert result.err == f"error: {tmp_path}/file/plan: cannot be written: {tmp_path}/file is no folder\n"
+
+
+MISTAKES = {
+    ("compile", "nothing-here"): (2, "error: nothing-here: no such file; expected a config.json"),
+    ("compile", "tiny", "--recipe", "int8"): (2, "error: recipe: unknown recipe 'int8'; known: fp32, bf16"),
+    ("compile", "tiny", "--chunk", "99", "--max-context", "50"): (
+        2,
+        "chunk is 99; expected at most max_context",
+    ),
+    ("compile", "tiny", "--batch", "0"): (2, "Invalid value for '--batch'"),
+    ("compile", "tiny", "--target", "tpu"): (2, "Invalid value for '--target'"),
+    ("compile",): (2, "Missing argument 'CONFIG'"),
+    ("compil", "tiny"): (2, "No such command 'compil'"),
+    ("show", "nothing-here"): (2, "error: nothing-here: no such file"),
+    ("show", "tiny", "--layer", "99"): (3, "has no layer layers.99"),
+    ("run", "nothing-here", "--weights", "w", "--tokens", "1"): (
+        5,
+        "error: nothing-here: no such folder; compile",
+    ),
+    ("weights", "nothing-here"): (4, "error: nothing-here: no such file or folder"),
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_a_mistake_is_one_message_and_an_exit_code(
+    arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, message = MISTAKES[arguments]
+    result = dsv4c_command(*arguments)
+    assert result.code == code
+    assert message in " ".join(result.err.split())
+    assert result.out == ""
+    assert "Traceback" not in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiled_plan_is_no_config(plan: Path) -> None:
+    result = dsv4c_command("compile", plan)
+    assert (result.code, "is a compiled plan" in result.err) == (2, True)
+
+
+# --- show ---
+
+
+def test_show_gives_figures_then_the_folded_graph(plan: Path) -> None:
+    for subject in ("tiny", plan):
+        out = dsv4c_command("show", subject).out
+        assert out.startswith("graph ")
+        assert out.index("ops by family") < out.index("\nreturn logits=")
+        assert "equal to layers." in out
+    assert "equal to layers." not in dsv4c_command("show", "tiny", "--no-fold").out
+
+
+def test_show_of_a_layer(plan: Path) -> None:
+    for subject in ("tiny", plan):
+        out = dsv4c_command("show", subject, "--layer", "1").out
+        assert "# layers.1 of graph" in out
+        assert "param %layers.1.attn.wq_a" in out
+        assert "@layers.2" not in out
+
+
+def test_show_as_json_dot_and_file(plan: Path, tmp_path: Path) -> None:
+    figures = dsv4c_command("show", plan, "--json").json
+    assert figures["digest"] == dsv4c.load(plan).digest
+    assert figures["summary"]["parameters"] > 9_000_000
+    assert sum(figures["summary"]["bytes_per_token"].values()) > 1_000_000
+    graph = dsv4c_command("show", plan, "--format", "json", "--mode", "prefill").json
+    assert graph["name"] == "weights.prefill"
+    assert {"inputs", "states", "params", "nodes", "outputs"} <= set(graph)
+    file = tmp_path / "g.dot"
+    result = dsv4c_command("show", "tiny", "--layer", "0", "--format", "dot", "-o", file)
+    assert (result.code, result.out) == (0, "")
+    assert file.read_text().startswith("digraph")
+    assert dsv4c_command("show", "tiny", "-o", tmp_path / "no" / "file").code == 3
+
+
+def test_show_reads_a_plan_in_a_fresh_process(plan: Path) -> None:
+    """Its graph names fused ops, which somebody must have declared."""
+    found = subprocess.run(
+        [sys.executable, "-m", "dsv4c", "show", str(plan), "--layer", "0"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
+    assert "hyper_norm" in found.stdout
+
+
+# --- run ---
+
+
+def test_run_gives_a_row_of_logits_per_token(plan: Path, weights: Path, tmp_path: Path) -> None:
+    file = tmp_path / "out.safetensors"
+    prompt, forced = [3, 17, 5, 200, 9, 8, 7], [11, 12]
+    result = dsv4c_command(
+        *("run", plan, "--weights", weights, "--tokens", "3,17, 5,200,9,8,7", "--force", "11,12"),
+        *("--logits", file, "--json", "--max-new-tokens", 3, "--poison"),
+    )
+    assert result.code == 0, result.err
+    logits = load_file(file)["logits"]
+    assert logits.shape == (9, 512)
+    session = dsv4c.load(plan).bind(weights)
+    rows = session.prefill([*prompt, *forced])
+    assert (logits[:7] == rows[:7]).all()
+    assert ((logits - rows).norm(dim=1) / rows.norm(dim=1)).max() < 0.2  # decode steps may round elsewhere
+    data = result.json
+    assert data["tokens"] == prompt + forced
+    assert data["top"][0]["token"] == data["generated"][0] == int(logits[-1].argmax())
+    assert data["positions"] == [11, 0]
+    session.reset()
+    session.prefill(prompt)
+    for token in forced:
+        session.decode([token, None])
+    greedy = [session.next_tokens[0]]
+    while len(greedy) < 3:
+        session.decode([greedy[-1], None])
+        greedy.append(session.next_tokens[0])
+    assert data["generated"] == greedy
+
+
+def test_run_prints_what_it_generated(plan: Path, weights: Path) -> None:
+    base = ("run", plan, "--weights", weights, "--tokens", "3,17")
+    tokens = dsv4c_command(*base, "--max-new-tokens", "4").out.strip().split(",")
+    assert len(tokens) == 4
+    assert all(0 <= int(t) < 512 for t in tokens)
+    likeliest = dsv4c_command(*base).out
+    assert likeliest.startswith(f"likeliest after 2 tokens: {tokens[0]} (")
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--tokens", "1,x"), 6, "--tokens: 'x' is no token id; expected numbers like 3,17,5"),
+        (("--tokens", ""), 6, "the prompt is empty"),
+        (("--tokens", "1,512"), 6, "token 1 is 512, out of range; expected ids from 0 to 511"),
+        (("--tokens", "1", "--force", "-3"), 6, "token 0 is -3, out of range"),
+        (("--tokens", "1", "--max-new-tokens", "65"), 6, "65 tokens exceed the context of 64"),
+        (
+            ("--tokens", "1", "--logits", "no/such/folder/x"),
+            6,
+            "no/such/folder/x: the logits cannot be written",
+        ),
+    ],
+)
+def test_run_refuses_a_bad_request(
+    plan: Path, weights: Path, options: tuple[str, ...], code: int, message: str
+) -> None:
+    result = dsv4c_command("run", plan, "--weights", weights, *options)
+    assert result.code == code
+    assert message in result.err
+    assert result.out == ""
+
+
+def test_run_refuses_the_weights_of_another_model(plan: Path, tmp_path: Path) -> None:
+    config = json.loads((plan.parent / "weights" / "config.json").read_text())
+    (tmp_path / "w").mkdir()
+    (tmp_path / "w" / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0}))
+    (tmp_path / "w" / "model.safetensors").symlink_to(plan.parent / "weights" / "model.safetensors")
+    result = dsv4c_command("run", plan, "--weights", tmp_path / "w", "--tokens", "1")
+    assert result.code == 4
+    assert "is the checkpoint of another model: rope_theta is 5000.0, the plan has 10000.0" in result.err
+
+
+def test_an_altered_plan_does_not_run(plan: Path, weights: Path, tmp_path: Path) -> None:
+    other = dsv4c.load(plan).save(tmp_path / "p")
+    text = (other / "graph.decode.txt").read_text()
+    (other / "graph.decode.txt").write_text(text.replace("eps=1e-06", "eps=1e-05"))
+    result = dsv4c_command("run", other, "--weights", weights, "--tokens", "1")
+    assert result.code == 5
+    assert "graph.decode.txt: was altered after it was compiled" in result.err
+
+
+def test_token_ids() -> None:
+    assert token_ids(" 3, 17,5", "--tokens") == [3, 17, 5]
+    assert token_ids("", "--force") == []
+    with pytest.raises(SessionError, match="--force: '' is no token id"):
+        token_ids("3,,5", "--force")
+
+
+# --- weights and synth ---
+
+
+def test_weights_of_a_complete_checkpoint(weights: Path) -> None:
+    text = dsv4c_command("weights", weights)
+    assert text.code == 0
+    assert "complete" in text.out
+    data = dsv4c_command("weights", weights, "--json").json
+    assert data["complete"] is True
+    assert data["table"] == "release"
+    assert data["tensors"] == len(load_file(weights / "model.safetensors"))
+
+
+def test_weights_of_an_incomplete_checkpoint(weights: Path, tmp_path: Path) -> None:
+    tensors = load_file(weights / "model.safetensors")
+    del tensors["layers.0.attn.wkv.weight"]
+    tensors["surplus"] = tensors["norm.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    result = dsv4c_command("weights", tmp_path, "--config", "tiny", "--json")
+    assert result.code == 4
+    assert result.json["missing"] == ["layers.0.attn.wkv.weight"]
+    assert result.json["unexpected"] == ["surplus"]
+    assert "does not fit tiny: 1 tensors missing, 1 tensors unexpected" in result.err
+    assert "layers.0.attn.wkv.weight" in dsv4c_command("weights", tmp_path, "--config", "tiny").out
+    alone = dsv4c_command("weights", tmp_path)
+    assert (alone.code, "name one with --config" in alone.err) == (4, True)
+
+
+def test_synth_writes_what_weights_accepts(tmp_path: Path) -> None:
+    data = dsv4c_command("synth", "tiny", "-o", tmp_path / "w", "--seed", 3, "--shards", 2, "--json").json
+    assert data["seed"] == 3
+    assert sum(name.endswith(".safetensors") for name in data["files"]) == 2
+    assert dsv4c_command("weights", tmp_path / "w").code == 0
+    again = dsv4c_command("synth", "tiny", "-o", tmp_path / "w")
+    assert (again.code, "is not empty" in again.err) == (4, True)
+
+
+# --- the whole ---
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help_with_examples_and_json(command: str) -> None:
+    out = dsv4c_command(command, "--help").out
+    assert f"dsv4c {command} " in out.split("Examples:")[1]
+    assert "--json" in out
+
+
+def test_help_needs_neither_torch_nor_long() -> None:
+    script = "import sys, dsv4c.cli; print(*({'torch', 'numpy', 'networkx', 'rich'} & sys.modules.keys()))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert loaded.stdout.split() == []
+    command, seconds = [sys.executable, "-m", "dsv4c", "--help"], []
+    for _ in range(3):  # processor time: the machine may be busy with other things
+        before = os.times()
+        shown = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+        after = os.times()
+        seconds.append(sum(after[2:4]) - sum(before[2:4]))
+    assert "compile" in shown.stdout
+    assert min(seconds) <= 0.4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_compile_leaves_nothing(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "dsv4c", "compile", "deepseek-v4-pro", "-o", str(tmp_path / "a.plan")]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        time.sleep(1.5)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert error == "interrupted: nothing was left half-written\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_version() -> None:
+    result = dsv4c_command("--version")
+    assert result.code == 0
+    assert result.out.startswith("dsv4c")
