@@ -139,7 +139,7 @@ def settings(
     if mtp and not config.mtp_layers:
         raise ConfigError(f"{config.name}: has no MTP block (mtp_layers is 0); compile without mtp")
     if mtp and target != "cpu":
-        raise ConfigError(f"{target}: no bucket for the MTP block on GPU targets; compile without mtp, or for cpu")
+        raise ConfigError(f"mtp: {target} plans have no bucket for the MTP block; compile without mtp, or for cpu")
     return config, deployment, recipe_named(recipe)
 
 
@@ -265,7 +265,7 @@ def _with_kernels(
         "arena_bytes": lowered.arena_bytes,
         "arena_lower_bound": lowered.arena_lower_bound,
     }
-    notes = [] if target != "sm_100a" else ["kernels for sm_100a assemble; they have not been run on that hardware"]
+    notes = ["kernels for sm_100a assemble; they have not been run on that hardware"]
     return Plan(
         name=config.name,
         config=config.to_dict(),
@@ -276,14 +276,9 @@ def _with_kernels(
         buckets={"decode": bucket},
         state=tuple(StateSlot(v.name, v.type, states[v.name]) for v in graph.states),
         state_bytes=state_bytes,
-        weights=tuple(
-            r
-            | {"offset": w.offset, "nbytes": w.nbytes, "form": w.form}
-            | {"components": [{"name": name, "offset": at, "nbytes": size} for name, at, size in w.components]}
-            for r, w in zip(records(config, wanted), lowered.weights, strict=True)
-        ),
+        weights=tuple(r | w.record for r, w in zip(records(config, wanted), lowered.weights, strict=True)),
         weights_bytes=lowered.weights_bytes,
-        report={"buckets": {"decode": report}, "kernels": len(kernels), "notes": notes},
+        report={"buckets": {"decode": report}, "kernels": len(kernels), "notes": notes if target == "sm_100a" else []},
         versions=_versions() | {"toolchain": toolchain()},
         kernels=kernels,
         constants={

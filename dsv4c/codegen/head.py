@@ -35,7 +35,7 @@ class AdvanceSpec:
 
 @dataclass(frozen=True)
 class PositionsSpec:
-    """start i32[sequences], lengths i32[sequences] -> positions i32[sequences * tokens], -1 beyond lengths."""
+    """start, lengths i32[sequences] -> positions i32[sequences * tokens], -1 beyond lengths."""
 
     sequences: int
     tokens: int = 1

@@ -25,29 +25,25 @@ from dsv4c.codegen.head import (
 from dsv4c.codegen.hyper import HyperNormSpec, emit_hyper_norm
 from dsv4c.codegen.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
 from dsv4c.codegen.lib.slices import STREAMS
-from dsv4c.codegen.registry import Call, Launchable, No, Request, kernel, launchable
+from dsv4c.codegen.registry import Call, Launchable, No, Request, Scratch, kernel, launchable
 from dsv4c.codegen.router import RouterChoiceSpec, RouterGateSpec, emit_router_choice, emit_router_gate
 from dsv4c.ir.ops.linear import GroupedLinear, Linear
 from dsv4c.ir.ops.sample import Argmax
 from dsv4c.ir.ops.state import Advance, Positions
-from dsv4c.passes.fusions import (
-    Attention,
-    Compressor,
-    Embed,
-    ExpertsDown,
-    HashSwiglu,
-    Head,
-    HyperNorm,
-    HyperNormFirst,
-    Indexer,
-    IndexTopk,
-    InProj,
-    KvNormRopeStore,
-    QNormQuantize,
-    QuantizeLinear,
-    Router,
-    Swiglu,
-)
+from dsv4c.passes.fusions.attention import Attention
+from dsv4c.passes.fusions.compressor import Compressor
+from dsv4c.passes.fusions.embed import Embed
+from dsv4c.passes.fusions.experts_down import ExpertsDown
+from dsv4c.passes.fusions.head import Head
+from dsv4c.passes.fusions.hyper_norm import HyperNorm, HyperNormFirst
+from dsv4c.passes.fusions.in_proj import InProj
+from dsv4c.passes.fusions.index_topk import IndexTopk
+from dsv4c.passes.fusions.indexer import Indexer
+from dsv4c.passes.fusions.kv_norm_rope_store import KvNormRopeStore
+from dsv4c.passes.fusions.q_norm_quantize import QNormQuantize
+from dsv4c.passes.fusions.quantize_linear import QuantizeLinear
+from dsv4c.passes.fusions.router import HashRouter, Router
+from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
 from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, KV_FP8, MXFP4, NVFP4, QuantFormat, QuantType, Type
 
 Answer = Sequence[Launchable] | No
@@ -147,7 +143,7 @@ def hyper_norm(request: Request) -> Answer:
         bf16="normed" in made,
         fp8="q" in made,
     )
-    values = {"x": x["streams"], "scale": x["scales"], **{n: i for n, i in x.items() if n != "streams"}, **made}
+    values = {**x, "x": x["streams"], "scale": x["scales"], **made}
     return [launchable(request, emit_hyper_norm(spec), values)]
 
 
@@ -185,12 +181,12 @@ def _gemv(
     matrices = []
     for number, (x, w, y) in enumerate(products):
         type_, result = request.types[w], request.types[y]
-        if not (_is(result, BF16) or _is(result, F32)):
+        if isinstance(result, QuantType) or result.dtype not in (BF16, F32):
             return No(f"writes bf16 or f32, not {result}")
         label = request.labels[w] or f"w{number}"
-        matrix = Matrix(
-            label, math.prod(type_.shape[:-1]), format_name(type_, WEIGHTS), x, f"{label}_out", str(result.dtype)
-        )
+        height = math.prod(type_.shape[:-1])
+        format_ = format_name(type_, WEIGHTS)
+        matrix = Matrix(label, height, format_, x, f"{label}_out", str(result.dtype))
         values |= {matrix.name: w, matrix.out: y}
         matrices.append(matrix)
     if len({m.name for m in matrices}) < len(matrices):
@@ -336,8 +332,8 @@ def state_update(request: Request) -> Answer:
         values |= {spec.kv_ring: x["kv_ring"], spec.score_ring: x["score_ring"], spec.entries: x["entries"]}
     if len({c.name for c in compressors}) < len(compressors):
         return No("takes one compressor of entries and one of index keys per launch")
-    spec = StateUpdateSpec("state_update", batch, store, tuple(compressors))
-    return [launchable(request, emit_state_update(spec), values)]
+    update = StateUpdateSpec("state_update", batch, store, tuple(compressors))
+    return [launchable(request, emit_state_update(update), values)]
 
 
 # Indexer and attention --------------------------------------------------------------------------------------
@@ -346,10 +342,10 @@ def state_update(request: Request) -> Answer:
 @kernel(Indexer, IndexTopk, several=True)
 def indexer(request: Request) -> Answer:
     """Scores, then the best of them: the first leaves out what the second need not look at."""
-    ops = [call.op for call in request.calls]
-    if len(ops) != 2 or not isinstance(ops[0], Indexer) or not isinstance(ops[1], IndexTopk):
-        return No(f"takes an indexer and the index_topk of its scores together, not {', '.join(o.name for o in ops)}")
-    op, best = ops
+    op, best = request.calls[0].op, request.calls[-1].op
+    if len(request.calls) != 2 or not isinstance(op, Indexer) or not isinstance(best, IndexTopk):
+        names = ", ".join(call.op.name for call in request.calls)
+        return No(f"takes an indexer and the index_topk of its scores together, not {names}")
     x, (scores,) = request.calls[0].operands, request.calls[0].outputs
     if request.calls[1].inputs != (scores,) or request.readers[scores]:
         return No("leaves out scores that index_topk does not look at; somebody else reads them")
@@ -363,9 +359,7 @@ def indexer(request: Request) -> Answer:
         return No(f"takes keys of {MXFP4} or bf16, not {keys}")
     batch, heads, _ = q.shape
     capacity = keys.shape[1]
-    first = IndexScoresSpec(
-        "index_scores", batch, heads, format_, capacity, op.ratio, best.k, op.factor
-    )
+    first = IndexScoresSpec("index_scores", batch, heads, format_, capacity, op.ratio, best.k, op.factor)
     second = TopKSpec("index_topk", batch, capacity, best.k, op.ratio)  # of scores rounded to bf16
     values = {**x, "scores": scores, "out": request.calls[1].outputs[0]}
     return [
@@ -419,39 +413,42 @@ def attention(request: Request) -> Answer:
 
 
 def _router(
-    request: Request, op: Router | HashSwiglu, k: int, values: dict[str, int], scratch: dict[str, int]
+    request: Request, op: Router | HashRouter | HashSwiglu, k: int, values: dict[str, int]
 ) -> list[Launchable] | No:
-    """The gate's products and the choice, as two launches; what `values` does not bind goes through scratch."""
+    """The gate's products and the choice, two launches. Weights that are no value go to scratch "weights"."""
     x, gate = request.types[values["x"]], request.types[values["gate"]]
     if not _is(x, BF16) or not _is(gate, BF16):
         return No(f"takes bf16 rows and gate, not {x} and {gate}")
     rows, (experts, hidden) = x.shape[0], gate.shape
-    choice = RouterChoiceSpec(rows, experts, k, op.factor, hashed=isinstance(op, HashSwiglu))
+    choice = RouterChoiceSpec(rows, experts, k, op.factor, hashed=not isinstance(op, Router))
     logits = rows * experts * 4
-
-    def through(access: str) -> dict[str, tuple[int, str]]:
-        return {"logits": (logits, "r" if access == "w" else "w"), **{n: (s, access) for n, s in scratch.items()}}
-
-    first = launchable(
-        request,
-        emit_router_gate(RouterGateSpec(rows, hidden, experts)),
-        values,
-        stage="gate",
-        scratch=through("r"),
-    )
-    second = launchable(request, emit_router_choice(choice), values, stage="choice", scratch=through("w"))
-    return [first, second]
+    made = {"logits": Scratch("logits", logits, "w")}
+    read = {"logits": Scratch("logits", logits, "r")}
+    if "weights" not in values:
+        read["weights"] = Scratch("weights", rows * k * 4, "w")
+    gate_kernel = emit_router_gate(RouterGateSpec(rows, hidden, experts))
+    return [
+        launchable(request, gate_kernel, values, stage="gate", scratch=made),
+        launchable(request, emit_router_choice(choice), values, stage="choice", scratch=read),
+    ]
 
 
-@kernel(Router)
+@kernel(Router, HashRouter)
 def router(request: Request) -> Answer:
     call = request.call
-    assert isinstance(call.op, Router)
-    values = {**call.operands, "experts": call.outputs[0], "weights": call.outputs[1]}
-    return _router(request, call.op, call.op.k, values, {})
+    op, x = call.op, call.operands
+    assert isinstance(op, Router | HashRouter)
+    if call.results != (0, 1):
+        return No("writes experts and weights, one of which nobody reads")
+    values = {**x, "experts": call.outputs[0], "weights": call.outputs[1]}
+    if isinstance(op, Router):
+        return _router(request, op, op.k, values)
+    return _router(request, op, request.types[x["table"]].shape[1], {**values, "ids": x["tokens"]})
 
 
-def _experts(request: Request, name: str, op: Swiglu | HashSwiglu, x: dict[str, int], k: int) -> ExpertsSpec | No:
+def _experts(
+    request: Request, name: str, op: Swiglu | HashSwiglu, x: dict[str, int], k: int
+) -> ExpertsSpec | No:
     row, shared_row = request.types[x["x"]], x.get("x_shared", x["x"])
     if shared_row != x["x"]:
         return No(f"gives routed and shared experts the same row, not {row} and {request.types[shared_row]}")
@@ -459,8 +456,8 @@ def _experts(request: Request, name: str, op: Swiglu | HashSwiglu, x: dict[str, 
     formats = format_name(routed, WEIGHTS), format_name(shared, WEIGHTS)
     if not all(formats):
         return No(f"takes weights of bf16, {', '.join(map(str, WEIGHTS))}, not {routed} and {shared}")
-    quantized = isinstance(row, QuantType)
-    if (quantized and row.format != FP8_ROW) or quantized != (formats[0] != "bf16"):
+    encoded = row.format if isinstance(row, QuantType) else None
+    if encoded != (None if formats[0] == "bf16" else FP8_ROW):
         return No(f"takes {FP8_ROW} rows for quantized weights and bf16 for bf16, not {row} for {routed}")
     if op.out is not BF16:
         return No(f"rounds products to bf16, not {op.out}")
@@ -495,17 +492,15 @@ def hash_swiglu(request: Request) -> Answer:
         return No("writes the chosen experts, which nobody reads")
     experts, h, shared_h = call.outputs
     routing = {"x": x["x"], "gate": x["gate"], "table": x["table"], "ids": x["tokens"], "experts": experts}
-    routed = _router(request, op, k, routing, {"weights": rows * k * 4})
+    routed = _router(request, op, k, routing)
     spec = _experts(request, "experts_up", op, {**x, "x": x["x_routed"]}, k)
     if isinstance(routed, No):
         return routed
     if isinstance(spec, No):
         return spec
     values = {**x, "x": x["x_routed"], "expert_ids": experts, "h": h, "shared_h": shared_h}
-    up = launchable(
-        request, emit_experts_up(spec), values, stage="up", scratch={"expert_weights": (rows * k * 4, "r")}
-    )
-    return [*routed, up]
+    weights = {"expert_weights": Scratch("weights", rows * k * 4, "r")}
+    return [*routed, launchable(request, emit_experts_up(spec), values, stage="up", scratch=weights)]
 
 
 @kernel(ExpertsDown)
@@ -519,9 +514,8 @@ def experts_down(request: Request) -> Answer:
         return No(f"takes weights of bf16, {', '.join(map(str, WEIGHTS))}, not {routed} and {shared}")
     wanted = None if formats[0] == "bf16" else FP8_ROW
     if op.format != wanted or op.shared_format != wanted:
-        return No(
-            f"encodes hidden rows as {wanted} for {formats[0]} weights, not as {op.format} and {op.shared_format}"
-        )
+        found = f"{op.format} and {op.shared_format}"
+        return No(f"encodes hidden rows as {wanted} for {formats[0]} weights, not as {found}")
     if not _is(h, BF16) or op.out is not BF16:
         return No(f"takes and makes bf16, not {h} and {op.out}")
     experts, hidden, intermediate = routed.shape

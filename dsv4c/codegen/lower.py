@@ -1,4 +1,4 @@
-"""A folded, scheduled graph as launches of kernels over blocks of bytes: arena, states, weights, constants, inputs.
+"""A folded, scheduled graph as launches of kernels over blocks: arena, states, weights, constants, inputs.
 
 Launches form one chain, each behind its predecessor on a programmatic edge. That orders all of them: a kernel
 touches what others write only after its wait, the wait returns when the predecessor has completed, and the
@@ -21,7 +21,8 @@ from dsv4c.codegen.registry import Launchable, choose, request_of
 from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.ir.ops.rope import RopeFrequencies
-from dsv4c.passes.fusions import Indexer, IndexTopk
+from dsv4c.passes.fusions.index_topk import IndexTopk
+from dsv4c.passes.fusions.indexer import Indexer
 from dsv4c.passes.memory import aligned, plan_memory
 from dsv4c.passes.schedule import Schedule
 from dsv4c.types import BF16, F32, Component, QuantType, TensorType, Type
@@ -83,6 +84,12 @@ class Weight:
     nbytes: int
     components: tuple[tuple[str, int, int], ...]
 
+    @property
+    def record(self) -> dict[str, object]:
+        """Plan data beside the parameter's sources."""
+        parts = [{"name": name, "offset": at, "nbytes": size} for name, at, size in self.components]
+        return {"offset": self.offset, "nbytes": self.nbytes, "form": self.form, "components": parts}
+
 
 @dataclass(frozen=True)
 class Lowered:
@@ -108,8 +115,9 @@ def lower(
     inputs: Mapping[str, int],
     load: Graph | None = None,
 ) -> Lowered:
-    """Kernels, launches and bytes of a folded graph. `states` and `inputs` are offsets in their blocks, `load`
-    is what the prepack pass set aside.
+    """Kernels, launches and bytes of a folded graph.
+
+    `states` and `inputs` are offsets in their blocks, `load` is what the prepack pass set aside.
 
     Raises BuildError naming the node that no kernel takes, with every reason.
     """
@@ -143,12 +151,13 @@ def lower(
 
 # Launches ---------------------------------------------------------------------------------------------------
 
-Chosen = tuple[tuple[Value, ...], tuple[Launchable, ...]]  # values by number, and the launches that compute them
+Chosen = tuple[tuple[Value, ...], tuple[Launchable, ...]]
+"""Values by number, and the launches that compute them."""
 
 
 def steps(schedule: Schedule) -> list[tuple[Node, ...]]:
-    """What is computed together, in order: the launches of `schedule` without constants, and an index_topk with
-    the indexer whose scores it alone reads.
+    """What is computed together, in order: the launches of `schedule` without constants, and an index_topk
+    with the indexer whose scores it reads.
     """
     best = {n.inputs[0]: n for n in schedule.nodes if isinstance(n.op, IndexTopk)}
     moved = {best[n.outputs[0]] for n in schedule.nodes if isinstance(n.op, Indexer) and n.outputs[0] in best}
@@ -164,8 +173,11 @@ def steps(schedule: Schedule) -> list[tuple[Node, ...]]:
 
 
 def _in_a_chain(schedule: Schedule, ordered: Sequence[tuple[Node, ...]]) -> Schedule:
-    """The schedule of these steps one after the other; the nodes of a step are not ordered among themselves."""
-    groups, after, last, at = [], [], (), 0
+    """The schedule of these steps one after the other; a step's nodes are not ordered among themselves."""
+    groups: list[tuple[int, ...]] = []
+    after: list[tuple[int, ...]] = []
+    last: tuple[int, ...] = ()
+    at = 0
     for nodes in ordered:
         members = tuple(range(at, at + len(nodes)))
         after += [last] * len(nodes)
@@ -210,7 +222,8 @@ def _scratch(answer: Sequence[Launchable]) -> dict[str, int]:
 
 
 def _scratch_bytes(answer: Sequence[Launchable]) -> int:
-    return sum(aligned(size) for size in {n: s for launch in answer for n, s in launch.scratch.items()}.values())
+    sizes = {name: size for launch in answer for name, size in launch.scratch.items()}
+    return sum(map(aligned, sizes.values()))
 
 
 def _launches(
@@ -277,7 +290,8 @@ def _forms(chosen: Iterable[Chosen]) -> dict[Value, str]:
                 value = values[number]
                 if value.kind is not Kind.PARAM:
                     if form != "plain":
-                        raise BuildError(f"{launch.emission.symbol} wants %{value.name} as {form}: it is no weight")
+                        symbol = launch.emission.symbol
+                        raise BuildError(f"{symbol} wants %{value.name} as {form}: it is no weight")
                 elif forms.setdefault(value, form) != form:
                     raise BuildError(f"%{value.name} is wanted as {forms[value]} and, elsewhere, as {form}")
     return forms
@@ -291,9 +305,7 @@ def packed_bytes(packing: str, rows: int, columns: int) -> int:
     return across * along * BYTES[format_]
 
 
-def lay_out_weights(
-    params: Iterable[Value], forms: Mapping[Value, str]
-) -> tuple[tuple[Weight, ...], int]:
+def lay_out_weights(params: Iterable[Value], forms: Mapping[Value, str]) -> tuple[tuple[Weight, ...], int]:
     """Offsets of the parameters in their block, one after the other, and the bytes of all."""
     weights, end = [], 0
     for value in params:
@@ -332,8 +344,8 @@ def _f32(x: float) -> float:
 
 
 def rope_table(op: RopeFrequencies) -> list[float]:
-    """theta^(-2i/dims) with YaRN's blend, every step rounded to f32 as in `precompute_freqs_cis` of DeepSeek-V4
-    inference/model.py; two roundings of a sum, product or quotient of f32 numbers in f64 are one.
+    """theta^(-2i/dims) with YaRN's blend, every step rounded to f32, as `precompute_freqs_cis` of
+    DeepSeek-V4 inference/model.py does. Sums, products and quotients of f32 numbers may pass through f64.
     """
     plain = [_f32(1.0 / _f32(op.theta ** _f32(2 * i / op.dims))) for i in range(op.dims // 2)]
     if op.factor == 1:
@@ -355,13 +367,13 @@ def rope_table(op: RopeFrequencies) -> list[float]:
 
 
 def constants_of(schedule: Schedule, load: Graph | None) -> dict[str, RopeFrequencies]:
-    """Values computed at compile time, by name. Raises BuildError for work at load time that is none of them."""
+    """Values computed at compile time, by name. Raises BuildError for other work on weights alone."""
     tables = {n.name: n.op for n in schedule.nodes if isinstance(n.op, RopeFrequencies)}
     for node in load.nodes if load is not None else ():
         if not isinstance(node.op, RopeFrequencies):
             raise BuildError(
-                f"at {node.name}: {node.op.name} of weights is left over; kernels take the weights themselves, "
-                "expected it folded into the op that reads it"
+                f"at {node.name}: {node.op.name} of weights is left over; kernels take the weights "
+                "themselves, expected it folded into the op that reads it"
             )
         tables[node.name] = node.op
     return tables

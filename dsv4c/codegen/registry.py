@@ -7,9 +7,10 @@ the reason. If all say no, `choose` raises BuildError with every reason. Equal r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import chain
+from typing import Any
 
 from dsv4c.codegen.emit import Emission
 from dsv4c.errors import BuildError
@@ -81,7 +82,7 @@ class Request:
         """Ops, types and target, for errors."""
         lines = []
         for call in self.calls:
-            operands = ", ".join(f"{n}: {self.types[i]}" for n, i in zip(call.names, call.inputs, strict=True))
+            operands = ", ".join(f"{n}: {self.types[i]}" for n, i in call.operands.items())
             results = ", ".join(str(self.types[i]) for i in call.outputs)
             fields = ", ".join(f"{k}={v}" for k, v in call.op.attributes().items())
             lines.append(f"{call.op.name}({operands}) {{{fields}}} -> {results}")
@@ -96,6 +97,15 @@ class Binding:
     access: str
     value: int | None = None
     scratch: str = ""
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """An array between the launches of one request that is no value of the graph, shared by name."""
+
+    name: str
+    nbytes: int
+    access: str
 
 
 @dataclass(frozen=True)
@@ -172,11 +182,23 @@ def choose(request: Request) -> tuple[Launchable, ...]:
         except BuildError as error:
             answer = No(str(error))
         if not isinstance(answer, No):
-            return tuple(answer)
+            return _in_turn(answer)
         reasons.append(f"{candidate.name}: {answer.reason}")
     names = " + ".join(call.op.name for call in request.calls)
     why = reasons or [f"no kernel is registered for {names}; expected the graph's ops folded into fused ones"]
     raise BuildError(f"no kernel for {request.text}\n  " + "\n  ".join(why))
+
+
+def _in_turn(answer: Sequence[Launchable]) -> tuple[Launchable, ...]:
+    """The launches of one answer: what the first of them writes the others read."""
+    written: set[int] = set()
+    launches = []
+    for launch in answer:
+        own = {b.value for b in launch.bindings if b.value in written}
+        bindings = tuple(replace(b, access="r") if b.value in own else b for b in launch.bindings)
+        written |= {b.value for b in bindings if b.value is not None and b.access == "w"}
+        launches.append(replace(launch, bindings=bindings))
+    return tuple(launches)
 
 
 def request_of(
@@ -207,7 +229,8 @@ def _call(node: Node, number: Mapping[Value, int]) -> Call:
         whole = range(len(trace(op, tuple(v.type for v in node.inputs)).results))
         places = op.kept(tuple(whole))
     else:
-        names = list(operand_names(type(op)))[: len(node.inputs)]
+        kind: Any = type(op)
+        names = list(operand_names(kind))[: len(node.inputs)]
     inputs = tuple(number[v] for v in node.inputs)
     return Call(op, inputs, tuple(number[v] for v in node.outputs), tuple(names), places)
 
@@ -218,10 +241,10 @@ def launchable(
     values: Mapping[str, int],
     *,
     stage: str = "",
-    scratch: Mapping[str, tuple[int, str]] | None = None,
+    scratch: Mapping[str, Scratch] | None = None,
     forms: Mapping[str, str] | None = None,
 ) -> Launchable:
-    """A launch of `emission` with its operands bound by name: to value numbers, or to scratch (bytes, access).
+    """A launch of `emission` with its operands bound by name: to value numbers, or to scratch.
 
     `forms` are those of weights, by operand, that the emission's packing does not name.
     """
@@ -237,7 +260,8 @@ def launchable(
                 )
             bindings.append(Binding(p.component, request.access[value], value))
         elif p.operand in scratch:
-            bindings.append(Binding(p.component, scratch[p.operand][1], scratch=p.operand))
+            array = scratch[p.operand]
+            bindings.append(Binding(p.component, array.access, scratch=array.name))
         else:
             raise BuildError(f"{emission.symbol}: nothing is bound to its parameter {p.name}")
     wanted = {**emission.packing, **(forms or {})}
@@ -245,6 +269,6 @@ def launchable(
         emission,
         tuple(bindings),
         stage,
-        {name: size for name, (size, _) in scratch.items()},
+        {array.name: array.nbytes for array in scratch.values()},
         {values[operand]: form for operand, form in wanted.items()},
     )
