@@ -1,0 +1,342 @@
+"""Run a compiled plan on a GPU and check it from end to end: python -m tests.gpu.run_plan PLAN CASE.
+
+Recorded runs (prompt token by token, then every forced step) against their `any` bounds; equal bits in two
+replays and with a poisoned arena; a thousand steps without an allocation, a wait or anything on the stream
+but graph launches. `--reference FILE` (of `dump_reference.py`) compares every launch's results instead.
+Needs torch and cuda-bindings, no compiler. Prints a table; --json FILE keeps the numbers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
+
+from dsv4c.errors import Dsv4cError
+from dsv4c.runtime.codec import Quantized, dequantize, view
+from dsv4c.runtime.cuda import CudaExecutor, CudaSession, block_bytes
+from dsv4c.runtime.plan import KernelLaunch, Plan, load
+from tests.goldens import Recorded, Run, recorded
+
+WAITS = ("Synchronize", "Sync", "Malloc", "Free", "MemAlloc", "EventQuery")
+ALLOCATIONS = ("allocation.all.allocated", "segment.all.allocated", "num_device_alloc")
+
+
+class Table:
+    """Lines of name, value, bound and verdict."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, name: str, value: float, bound: float | None = None) -> None:
+        """A number, which must be at most `bound` if there is one."""
+        self.rows.append(
+            {"name": name, "value": value, "bound": bound, "ok": bound is None or value <= bound}
+        )
+        print(self._line(self.rows[-1]), flush=True)
+
+    @property
+    def failures(self) -> list[str]:
+        return [self._line(row) for row in self.rows if not row["ok"]]
+
+    @staticmethod
+    def _line(row: Mapping[str, Any]) -> str:
+        bound = "" if row["bound"] is None else f"<= {row['bound']:<10.4g}"
+        return f"{row['name']:58} {row['value']:12.5g} {bound:14} {'' if row['ok'] else 'FAILS'}"
+
+
+# --- recorded runs ---
+
+
+def run_logits(session: CudaSession, run: Run) -> Tensor:
+    """Logits of a whole run from a fresh state, on the host."""
+    session.reset()
+    rows = [session.prefill(run.ids[: run.prefill])]
+    rows += [session.decode([token])[:1] for token in run.ids[run.prefill :]]
+    session.wait()
+    return torch.cat(rows).cpu()
+
+
+def check_runs(session: CudaSession, case: Recorded, table: Table) -> None:
+    """Every recorded run that fits the context, within the bound for any rounding points."""
+    for described in case.description["runs"]:
+        run = case.run(described["name"])
+        if len(run.ids) > session.max_context:
+            continue
+        logits = run_logits(session, run)
+        name, bounds = f"{run.name}.logits", case.tolerance["logits"]["any"]
+        rows = case.distances(name, logits)
+        found = {
+            "median": rows.median(),
+            "p95": rows.quantile(0.95),
+            "rms": case.distance(name, logits),
+            "max": rows.max(),
+        }
+        for key, value in found.items():
+            table.add(
+                f"{name} {key}",
+                float(torch.as_tensor(value)),
+                bounds[key] if run.name == "main" else bounds["max"],
+            )
+
+
+# --- the same bits ---
+
+
+def check_replays(session: CudaSession, case: Recorded, table: Table) -> None:
+    """Two replays from one state, and a prompt through a poisoned arena, leave the same bits."""
+    ids = case.run().ids
+    half = min(len(ids) // 2, session.max_context - 8)
+    session.reset()
+    session.prefill(ids[:half])
+    state = session.executor.state.clone()
+    left = []
+    for _ in range(2):
+        session.executor.state.copy_(state)
+        session._held[0] = half
+        logits = [session.decode([token])[0] for token in ids[half : half + 4]]
+        left.append(torch.stack([*logits]).view(torch.int32).clone())
+        left.append(session.executor.state.clone())
+    table.add("changed words of logits in a second replay", int((left[0] != left[2]).sum()), 0)
+    table.add("changed bytes of state in a second replay", int((left[1] != left[3]).sum()), 0)
+    plain = run_logits(session, Run("", tuple(ids[:half]), half))
+    session.executor.poison = True
+    poisoned = run_logits(session, Run("", tuple(ids[:half]), half))
+    session.executor.poison = False
+    wrong = int((plain.view(torch.int32) != poisoned.view(torch.int32)).sum())
+    table.add("changed words of logits with a poisoned arena", wrong, 0)
+
+
+def check_greedy(session: CudaSession, case: Recorded, table: Table) -> None:
+    """Tokens fed back on the device are those that the host would have chosen from the logits."""
+    ids = case.run().ids[:16]
+    count = min(40, session.max_context - len(ids))
+    session.reset()
+    session.prefill(ids)
+    enqueued = session.generate(count).cpu()[:, 0].tolist()
+    session.reset()
+    logits, chosen = session.prefill(ids)[-1], []
+    for _ in range(count):
+        token = int(logits.argmax())
+        logits = session.decode([token])[0]
+        chosen.append(int(logits.argmax()))
+    wrong = sum(a != b for a, b in zip(enqueued, chosen, strict=True))
+    table.add(f"tokens of {count} that differ when fed back on the device", wrong, 0)
+
+
+# --- nothing else ---
+
+
+def check_quiet(session: CudaSession, case: Recorded, table: Table, steps: int) -> None:
+    """Steps enqueued ahead: what was allocated, what ran on the device, and what the host waited for."""
+    launches, ids = len(session.executor.launches), case.run().ids[:4]
+    chunk = min(steps, session.max_context - len(ids))
+    allocated = done = 0
+    while done < steps:
+        count = min(chunk, steps - done)
+        session.reset()
+        session.prefill(ids)
+        session.wait()
+        before, free = torch.cuda.memory_stats(), torch.cuda.mem_get_info()[0]
+        torch.cuda.set_sync_debug_mode("error")
+        _steps_only(session, count)
+        torch.cuda.set_sync_debug_mode("default")
+        session.wait()
+        after = torch.cuda.memory_stats()
+        allocated += sum(after.get(key, 0) - before.get(key, 0) for key in ALLOCATIONS)
+        allocated += int(torch.cuda.mem_get_info()[0] != free)
+        done += count
+    table.add(f"allocations in {done} steps", allocated, 0)
+    kinds: Counter[str] = Counter()
+    graphs: Counter[int] = Counter()
+    names: Counter[str] = Counter()
+    done = 0
+    while done < steps:
+        count = min(chunk, steps - done)
+        session.reset()
+        session.prefill(ids)
+        session.wait()
+        for event in _traced(lambda count=count: _steps_only(session, count)):
+            kinds[event["cat"]] += 1
+            if event["cat"] in ("kernel", "gpu_memcpy", "gpu_memset"):
+                graphs[event["args"]["correlation"] + (done << 32)] += 1
+                names[event["name"]] += 1
+            elif event["cat"] in ("cuda_runtime", "cuda_driver", "cuda_sync"):
+                names[event["name"]] += 1
+        done += count
+    print("trace:", dict(kinds), dict(names))
+    table.add(f"graph launches beside one per step, {done} steps", abs(len(graphs) - done), 0)
+    table.add(
+        "launches that do not run exactly the plan's kernels", sum(n != launches for n in graphs.values()), 0
+    )
+    table.add("copies and fills on the device", kinds["gpu_memcpy"] + kinds["gpu_memset"], 0)
+    traces = -(-steps // chunk)
+    waits = sum(n for name, n in names.items() if any(w in name for w in WAITS))
+    table.add("waits and allocations seen, beside the two that end a trace", waits - 2 * traces, 0)
+
+
+def _traced(work: Callable[[], None]) -> list[dict[str, Any]]:
+    """The profiler's events around `work`, those of the device and of the CUDA calls."""
+    detailed = _ExperimentalConfig(enable_cuda_sync_events=True)
+    both = [ProfilerActivity.CPU, ProfilerActivity.CUDA]
+    with tempfile.TemporaryDirectory() as folder:
+        with profile(activities=both, experimental_config=detailed) as trace:
+            work()
+        path = Path(folder) / "trace.json"
+        trace.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    return [
+        e for e in events if e.get("cat", "").startswith(("kernel", "gpu_mem", "cuda_")) and e["ph"] == "X"
+    ]
+
+
+def _steps_only(session: CudaSession, count: int) -> None:
+    """The steps of `enqueue`, without what goes before and after them."""
+    for _ in range(count):
+        session.executor.step()
+
+
+def step_microseconds(session: CudaSession, ids: tuple[int, ...], steps: int = 100) -> float:
+    """Device time of a step in a row of steps, median of five rows."""
+    times = []
+    for _ in range(5):
+        session.reset()
+        session.prefill(ids[:4])
+        count = min(steps, session.max_context - 4)
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        session.enqueue(count)
+        stop.record()
+        session.wait()
+        times.append(1e3 * start.elapsed_time(stop) / count)
+    return statistics.median(times)
+
+
+# --- launch by launch ---
+
+
+def compare_launches(session: CudaSession, case: Recorded, reference: Path) -> None:
+    """A table of every launch's results at the dumped steps, beside the reference's."""
+    with safe_open(reference, "pt") as file:
+        expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        ids = case.run((file.metadata() or {})["run"]).ids
+    steps = sorted({int(name.partition("/")[0]) for name in expected})
+    executor = session.executor
+    session.reset()
+    for step in range(max(steps) + 1):
+        executor.inputs["tokens"].fill_(ids[step])
+        executor.inputs["lengths"].fill_(1)
+        executor.step_by_step(_comparer(executor, expected, step) if step in steps else None)
+
+
+def _comparer(
+    executor: CudaExecutor, expected: Mapping[str, Tensor], step: int
+) -> Callable[[int, KernelLaunch], None]:
+    def compare(index: int, launch: KernelLaunch) -> None:
+        written = dict.fromkeys(a.value for a in launch.arguments if "w" in a.access)
+        for name in written:
+            known = expected.get(f"{step}/{name}")
+            slot = executor.bucket.values.get(name)
+            if known is None or slot is None:
+                print(f"{step:4} {index:3} {launch.name:44} {name:44} (no reference)")
+                continue
+            made = view(executor.blocks[slot.space], slot.type, slot.offset)
+            if name == executor.bucket.outputs["next"] and executor.feeds_back:
+                made = executor.outputs["next"]
+            got = (dequantize(made) if isinstance(made, Quantized) else made).cpu().double()
+            want = known.double()
+            finite = want.isfinite() & got.isfinite()
+            bad = int((want.isfinite() != got.isfinite()).sum())
+            difference = (got - want).masked_fill(~finite, 0)
+            distance = float(difference.norm() / want.masked_fill(~finite, 0).norm().clamp(min=1e-30))
+            mark = "" if distance <= 0.02 and not bad else "  <--"
+            print(
+                f"{step:4} {index:3} {launch.name:44} {name:44} rel {distance:9.3g} "
+                f"max {float(difference.abs().max()):9.3g} nan {bad}{mark}"
+            )
+
+    return compare
+
+
+# --- faults ---
+
+
+def fault(plan: Plan, weights: Path) -> int:
+    """Break one launch's first pointer; the error must name the launch. Runs in a process of its own."""
+    session = plan.bind(weights, poison=True)
+    assert isinstance(session, CudaSession)
+    victim = len(session.executor.launches) // 2
+    broken = session.executor._bound[victim]
+    addresses = (0x10, *broken.arguments[1:])
+    launch = type(broken)(broken.kernel, broken.grid, broken.block, broken.shared, addresses, broken.cluster)
+    session.executor._bound[victim] = launch
+    try:
+        session.decode([0] * session.batch)
+    except Dsv4cError as error:
+        print(f"named: {error}")
+        return int(session.executor.launches[victim].name not in str(error))
+    print("no error was raised")
+    return 1
+
+
+def main() -> int:
+    """Load, run, compare, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("case")
+    parser.add_argument("--reference", type=Path)
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--fault", action="store_true", help="break a pointer, want the launch named")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, for compute-sanitizer")
+    options = parser.parse_args()
+    started = time.perf_counter()
+    plan, case = load(options.plan), recorded(options.case)
+    if options.fault:
+        return fault(plan, case.folder)
+    torch.cuda.init()
+    loaded = time.perf_counter()
+    session = plan.bind(case.folder)
+    assert isinstance(session, CudaSession)
+    session.wait()
+    bound = time.perf_counter()
+    print(
+        f"{torch.cuda.get_device_name()}: {plan.name}, {len(session.executor.launches)} launches, "
+        f"{len(plan.kernels)} kernels, {sum(block_bytes(plan).values()) / 2**20:.1f} MiB; plan read in "
+        f"{loaded - started:.2f} s, bound in {bound - loaded:.2f} s"
+    )
+    if options.reference:
+        compare_launches(session, case, options.reference)
+        return 0
+    table = Table()
+    if options.smoke:
+        session.prefill(case.run().ids[:6])
+        session.decode([case.run().ids[6]])
+        session.generate(2)
+        session.wait()
+        return 0
+    check_runs(session, case, table)
+    check_replays(session, case, table)
+    check_greedy(session, case, table)
+    table.add("microseconds per step", step_microseconds(session, case.run().ids))
+    check_quiet(session, case, table, options.steps)
+    if options.json:
+        options.json.write_text(json.dumps(table.rows, indent=1))
+    print("\n".join(table.failures) or "all checks pass")
+    return bool(table.failures)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
