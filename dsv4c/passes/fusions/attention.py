@@ -1,4 +1,4 @@
-"""Attention in one op: query norm and RoPE, window and compressed keys, sink softmax, values, inverse RoPE."""
+"""Attention in one op: query norm and RoPE, window and entry keys, sink softmax, values, inverse RoPE."""
 
 from __future__ import annotations
 

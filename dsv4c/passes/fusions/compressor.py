@@ -1,4 +1,4 @@
-"""The KV compressor: keep this call's rows, pool the windows they finish, normalize, rotate, encode, store."""
+"""The KV compressor: keep new rows, pool the windows they finish, normalize, rotate, encode, store."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from dsv4c.types import F32, QuantType
 
 @fused
 class Compressor(Fused):
-    """kv, gate f32[N, W] into their rings, finished entries into the cache. Returns cache, kv ring, score ring.
+    """kv, gate f32[N, W] to their rings, finished entries to the cache. Returns cache, kv ring, score ring.
 
     `rotated` entries are index keys: under the Hadamard transform.
     """

@@ -1,0 +1,181 @@
+"""Where the fusions fire, what is left beside them, and that nothing gets lost on the way there and back."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import pytest
+
+from dsv4c.config import Deployment, load_config
+from dsv4c.ir.graph import Graph, Kind
+from dsv4c.ir.op import OPS
+from dsv4c.ir.text import parse_graph, print_graph
+from dsv4c.ir.verify import verify
+from dsv4c.models.deepseek_v4 import Mode
+from dsv4c.models.schedule import layer_plans
+from dsv4c.models.traffic import token_traffic
+from dsv4c.passes.fold import cost_of, expand, fold
+from dsv4c.passes.fusions import FUSIONS
+from dsv4c.passes.schedule import schedule
+from tests.conftest import Golden
+from tests.passes.fusions.cases import CASES, RULES, folded, graph_of, unfolded, wiring
+
+LARGE = ("deepseek-v4-flash", "deepseek-v4-pro")
+NAMES = (
+    "rmsnorm_quantize hyper_norm sinkhorn q_norm_quantize q_norm_rope kv_norm_rope_store compressor indexer "
+    "index_topk attention inverse_rope in_proj router swiglu experts_down head"
+).split()
+LEFT = {
+    "positions",
+    "advance",
+    "argmax",
+    "reshape",
+    "rope_frequencies",
+    "grouped_linear",
+    "linear",
+}
+LEFT_OF = {  # the routed input under its expert's scale; the draft's two inputs meeting
+    ("nvfp4-experts-w4a4", "decode"): {"take_along", "quantize"},
+    ("nvfp4-experts-w4a4", "prefill"): {"take_along", "quantize"},
+}
+LEFT_OF |= {(recipe, mode): {"embedding", "add"} for recipe, mode in CASES if mode == "mtp"}
+
+
+def ops(graph: Graph) -> Counter[str]:
+    return Counter(node.op.name for node in graph.nodes)
+
+
+def test_every_named_fusion_is_a_rule() -> None:
+    names = [op.name for op in FUSIONS]
+    assert set(NAMES) <= set(names)
+    assert len(set(names)) == len(names)
+    assert all(OPS[name] is op for name, op in zip(names, FUSIONS, strict=True))
+
+
+@pytest.mark.parametrize(("recipe", "mode"), CASES)
+def test_little_is_left_beside_fused_ops(recipe: str, mode: Mode) -> None:
+    graph, _ = folded("tiny", recipe, mode)
+    fused = {op.name for op in FUSIONS}
+    found = {name for name in ops(graph) if name not in fused}
+    assert found - LEFT - LEFT_OF.get((recipe, mode), set()) == set()
+
+
+@pytest.mark.parametrize("recipe", ["official", "nvfp4-experts", "nvfp4-experts-w4a4", "nvfp4"])
+def test_single_linears_left_are_the_ones_named(recipe: str) -> None:
+    graph, _ = folded("tiny", recipe, "decode")
+    assert [n.inputs[1].name for n in graph.nodes if n.op.name == "linear"] == ["head"]
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "bf16"])
+def test_without_quantization_the_output_projection_stays_a_linear(recipe: str) -> None:
+    graph, _ = folded("tiny", recipe, "decode")
+    left = [n.inputs[1].name for n in graph.nodes if n.op.name == "linear"]
+    assert left == [*(f"layers.{i}.attn.wo_b" for i in range(6)), "head"]
+
+
+@pytest.mark.parametrize(("recipe", "mode"), CASES)
+def test_expanding_gives_the_unfused_graph_back(recipe: str, mode: Mode) -> None:
+    graph, _ = folded("tiny", recipe, mode)
+    back = verify(expand(graph))
+    assert wiring(back) == wiring(unfolded("tiny", recipe, mode))
+    assert wiring(fold(back, RULES)[0]) == wiring(graph)
+
+
+@pytest.mark.parametrize(("recipe", "mode"), CASES)
+def test_folding_twice_changes_nothing(recipe: str, mode: Mode) -> None:
+    graph, _ = folded("tiny", recipe, mode)
+    again, report = fold(graph, RULES)
+    assert again == graph
+    assert set(report.counts.values()) == {0}
+
+
+@pytest.mark.parametrize(("recipe", "mode"), CASES)
+def test_the_folded_graph_can_be_written_and_read(recipe: str, mode: Mode) -> None:
+    text = print_graph(folded("tiny", recipe, mode)[0])
+    assert print_graph(verify(parse_graph(text))) == text
+
+
+def test_the_folded_graph_of_tiny(golden: Golden) -> None:
+    """One layer of each kind: SWA behind a hash router, CSA, HCA."""
+    golden(print_graph(folded("tiny", "official", "decode")[0]), "passes/folded_tiny.txt")
+
+
+def test_in_proj_takes_all_plain_products_of_a_row_and_nothing_else() -> None:
+    graph, _ = folded("tiny", "official", "decode")
+    groups = [[v.name.split(".", 2)[2] for v in n.inputs[1:]] for n in graph.nodes if n.op.name == "in_proj"]
+    assert sorted({tuple(g) for g in groups}) == [
+        ("attn.compressor.wkv", "attn.compressor.wgate"),
+        (
+            "attn.compressor.wkv",
+            "attn.compressor.wgate",
+            "attn.indexer.weights_proj",
+            "attn.indexer.compressor.wkv",
+            "attn.indexer.compressor.wgate",
+        ),
+        ("attn.wq_a", "attn.wkv"),
+    ]
+    assert all(v.kind is Kind.PARAM for n in graph.nodes if n.op.name == "in_proj" for v in n.inputs[1:])
+
+
+# --- the large models ---
+
+
+def launches(graph: Graph, model: str) -> dict[str, list[int]]:
+    """Launches of every layer by kind, and those outside."""
+    plan = schedule(graph)
+    kinds: dict[str, list[int]] = {}
+    for layer in layer_plans(load_config(model)):
+        kinds.setdefault(str(layer.attention).lower(), []).append(plan.launches[layer.prefix])
+    return kinds | {"outside": [plan.launches[""]]}
+
+
+def test_rule_counts(golden: Golden) -> None:
+    counts = {model: folded(model, "official", "decode")[1].counts for model in LARGE}
+    lines = [f"{'rule':<20}{'Flash':>8}{'Pro':>8}"]
+    lines += [f"{rule:<20}{n:>8}{counts[LARGE[1]][rule]:>8}" for rule, n in counts[LARGE[0]].items()]
+    lines.append("")
+    for model in LARGE:
+        for kind, each in launches(folded(model, "official", "decode")[0], model).items():
+            numbers = ", ".join(f"{n} x {count}" for count, n in sorted(Counter(each).items()))
+            lines.append(f"{model} {kind}: {numbers} launches")
+    golden("\n".join(lines), "passes/rule_counts.txt")
+
+
+@pytest.mark.parametrize("model", ["tiny", *LARGE])
+def test_launches_per_layer(model: str) -> None:
+    found = launches(folded(model, "official", "decode")[0], model)
+    most = {"csa": 12, "hca": 10, "swa": 9, "outside": 6}
+    assert {kind: max(each) for kind, each in found.items() if max(each) > most[kind]} == {}
+
+
+@pytest.mark.parametrize("model", LARGE)
+def test_sinkhorn_is_one_op_of_each_boundary(model: str) -> None:
+    config = load_config(model)
+    graph, report = folded(model, "official", "decode")
+    assert report.counts["sinkhorn"] == 2 * config.num_layers == {LARGE[0]: 86, LARGE[1]: 122}[model]
+    assert {n.op.iterations for n in graph.nodes if n.op.name == "hyper_norm"} == {config.hc_sinkhorn_iters}
+
+
+@pytest.mark.parametrize("model", LARGE)
+@pytest.mark.parametrize("recipe", ["official"])
+def test_planned_bytes_are_close_to_compulsory(model: str, recipe: str) -> None:
+    context = 131072
+    graph, _ = folded(model, recipe, "decode", context)
+    planned = sum(cost_of(node).bytes for node in graph.nodes)
+    before = sum(cost_of(node).bytes for node in unfolded(model, recipe, "decode", context).nodes)
+    compulsory = token_traffic(load_config(model), context).bytes
+    print(
+        f"{model}: planned {planned / 1e6:.1f} MB, {planned / compulsory:.4f} of compulsory; "
+        f"unfused {before / compulsory:.4f}"
+    )
+    assert 1 <= planned / compulsory <= 1.02
+    assert planned < before
+
+
+@pytest.mark.parametrize(("model", "limit"), [(LARGE[0], 3.0), (LARGE[1], 5.0)])
+def test_folding_is_fast(model: str, limit: float) -> None:
+    graph = graph_of(load_config(model), "official", "decode", Deployment(max_context=4096, chunk=1))
+    started = time.process_time()
+    fold(graph, RULES)
+    assert time.process_time() - started <= limit

@@ -1,0 +1,91 @@
+"""Folding changes no bit: unfused and folded graphs on the same random model, and recorded results."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from dsv4c.config import load_config
+from dsv4c.ir.graph import Graph
+from dsv4c.ir.verify import verify
+from dsv4c.models.deepseek_v4 import Mode
+from dsv4c.passes.fold import fold
+from dsv4c.passes.recipes import RECIPES
+from dsv4c.reference.interpret import clone, interpret
+from dsv4c.runtime import codec
+from tests.goldens import recorded
+from tests.interpreted import Model, fresh_states, padded
+from tests.passes.fusions.cases import CHUNK, RULES, differing, folded, random_weights, unfolded
+
+DECODED = 5  # crosses the end of a window of four
+
+
+def tokens(count: int, vocab: int) -> list[int]:
+    return torch.randint(vocab, (count,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_folding_changes_no_bit_of_prefill_and_decode(recipe: str) -> None:
+    config = load_config("tiny")
+    plain = {mode: unfolded("tiny", recipe, mode) for mode in ("prefill", "decode")}
+    fused = {mode: folded("tiny", recipe, mode)[0] for mode in ("prefill", "decode")}
+    weights = random_weights(plain["decode"], config.n_routed_experts)
+    ids = tokens(CHUNK + DECODED, config.vocab_size)
+    first = fresh_states(plain["prefill"])
+    second = {name: clone(value) for name, value in first.items()}
+    calls = [("prefill", padded(ids[: CHUNK - 1], CHUNK))]
+    calls += [("decode", padded([token], 1)) for token in ids[CHUNK - 1 :]]
+    for mode, inputs in calls:
+        expected = interpret(plain[mode], inputs, first, weights)
+        found = interpret(fused[mode], inputs, second, weights)
+        assert bool(expected["logits"][: int(inputs["lengths"])].isfinite().all())
+        assert differing(expected, found) == []
+        assert differing(first, second) == []
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_folding_changes_no_bit_of_a_draft(recipe: str) -> None:
+    config = load_config("tiny")
+    plain, fused = unfolded("tiny", recipe, "mtp"), folded("tiny", recipe, "mtp")[0]
+    weights = random_weights(plain, config.n_routed_experts)
+    (streams,) = (v for v in plain.inputs if v.name == "streams")
+    rows = torch.randn(streams.type.shape, generator=torch.Generator().manual_seed(2))
+    inputs = padded(tokens(7, config.vocab_size), CHUNK)
+    inputs["streams"] = rows.to(torch.float32 if recipe == "fp32" else torch.bfloat16)
+    first = fresh_states(plain)
+    second: dict[str, codec.Value] = {name: clone(value) for name, value in first.items()}
+    expected = interpret(plain, inputs, first, weights)
+    assert bool(expected["logits"][:7].isfinite().all())
+    assert differing(expected, interpret(fused, inputs, second, weights)) == []
+    assert differing(first, second) == []
+
+
+@cache
+def _folded(graph: Graph) -> Graph:
+    return verify(fold(graph, RULES)[0])
+
+
+class FoldedModel(Model):
+    """A recorded model whose graphs are folded."""
+
+    def graph(self, mode: Mode) -> Graph:
+        return _folded(super().graph(mode))
+
+
+def test_the_folded_official_model_is_within_tolerance_of_its_recording() -> None:
+    case = recorded("official-quant")
+    run = case.run("p128")
+    model = FoldedModel(case.folder, "official", run.prefill)
+    assert any(node.op.name == "attention" for node in model.graph("prefill").nodes)
+    logits = torch.cat([model.prefill(run.ids[: run.prefill]), model.decode(run.ids[run.prefill :])])
+    assert case.exceeded("p128.logits", logits, case.tolerance["logits"]["same_rounding_points"]) == {}
+
+
+def test_the_folded_unquantized_model_is_within_tolerance_of_its_recording() -> None:
+    case = recorded("fp32")
+    run = case.run("short")
+    model = FoldedModel(case.folder, "fp32", run.prefill)
+    logits = torch.cat([model.prefill(run.ids[: run.prefill]), model.decode(run.ids[run.prefill :])])
+    assert case.distances("short.logits", logits).max() <= case.tolerance["logits_rel_l2_per_position"]
