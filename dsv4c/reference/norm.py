@@ -26,10 +26,14 @@ def rms_norm(op: RmsNorm, x: Tensor, gain: Tensor | None = None) -> Tensor:
 
 
 def _rms_norm_bf16(x: Tensor, eps: float) -> Tensor:
-    """`q *= torch.rsqrt(q.square().mean(-1, keepdim=True) + eps)` on bf16 tensors, every step rounded."""
+    """`q *= torch.rsqrt(q.square().mean(-1, keepdim=True) + eps)` on bf16 tensors, every step rounded once.
+
+    The root is taken in f32: torch's own bf16 rsqrt rounds twice on a CPU when the tensor is short.
+    """
     rounded = x.to(torch.bfloat16)
     mean = round_once(rounded.square().to(torch.float64).mean(-1, keepdim=True), torch.bfloat16)
-    return (rounded * torch.rsqrt(mean + eps)).to(x.dtype)
+    root = torch.rsqrt((mean + eps).to(torch.float32)).to(torch.bfloat16)
+    return (rounded * root).to(x.dtype)
 
 
 @meaning(RsqrtMeanSquare)
