@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,10 +13,7 @@ from dsv4c.cli.options import JsonOption, PlanArgument
 from dsv4c.errors import CheckpointError, SessionError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dsv4c.runtime.plan import Plan
-    from dsv4c.runtime.session import Session
 
 WeightsOption = Annotated[
     Path, typer.Option(help="Checkpoint folder, or a .safetensors file.", metavar="DIR", show_default=False)
@@ -71,6 +65,7 @@ def run_command(
 
       dsv4c run tiny.plan --weights tiny-weights --tokens 3,17 --force 5,9 --logits out.safetensors
     """
+    from dsv4c.runtime.generate import generate, save_logits
     from dsv4c.runtime.plan import load
 
     prompt, forced = token_ids(tokens, "--tokens"), token_ids(force, "--force")
@@ -79,10 +74,11 @@ def run_command(
     with progress_bar("weights", bytes_counted=True) as progress:
         session = compiled.bind(weights, progress=progress, poison=poison)
     started = time.perf_counter()
-    rows, generated = generate(session, prompt, forced, max_new_tokens)
+    with progress_bar("run") as progress:
+        rows, generated = generate(session, prompt, forced, max_new_tokens, progress=progress)
     seconds = time.perf_counter() - started
     if logits is not None:
-        _save_logits(logits, rows)
+        save_logits(logits, rows)
     top = rows[-1].topk(min(5, rows.shape[1]))
     if json:
         print_json(
@@ -103,39 +99,6 @@ def run_command(
         print(f"likeliest after {len(rows)} tokens: {likely}")
     if logits is not None:
         print(f"{logits}: logits f32 {list(rows.shape)}")
-
-
-def generate(
-    session: Session, prompt: Sequence[int], forced: Sequence[int], new: int
-) -> tuple[Tensor, list[int]]:
-    """Prefill, forced steps, then `new` greedy tokens in sequence 0; the others wait. Returns the logits of
-    prompt and forced tokens, and the new tokens.
-    """
-    import torch
-
-    waiting: list[int | None] = [None] * (session.batch - 1)
-    room = session.max_context - session.positions[0]
-    if (wanted := len(prompt) + len(forced) + max(new - 1, 0)) > room:
-        raise SessionError(
-            f"{wanted} tokens exceed the context of {room}; compile with a larger --max-context"
-        )
-    with progress_bar("run") as progress:
-        rows = [session.prefill(prompt)]
-        following = session.next_tokens[-1]
-        for done, token in enumerate(forced):
-            if progress:
-                progress("forced tokens", done, len(forced) + new)
-            rows.append(session.decode([token, *waiting])[:1])
-            following = session.next_tokens[0]
-        generated: list[int] = []
-        while len(generated) < new:
-            generated.append(following)
-            if progress:
-                progress("new tokens", len(forced) + len(generated), len(forced) + new)
-            if len(generated) < new:
-                session.decode([following, *waiting])
-                following = session.next_tokens[0]
-    return torch.cat(rows), generated
 
 
 def token_ids(text: str, option: str) -> list[int]:
@@ -169,15 +132,3 @@ def _check_config(plan: Plan, weights: Path) -> None:
 def _short(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _save_logits(path: Path, rows: Tensor) -> None:
-    from safetensors.torch import save_file
-
-    try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-            made = Path(scratch) / "logits"
-            save_file({"logits": rows}, made)
-            os.replace(made, path)
-    except OSError as error:
-        raise SessionError(f"{path}: the logits cannot be written: {error.strerror or error}") from None

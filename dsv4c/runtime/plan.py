@@ -126,10 +126,10 @@ class Plan:
 
     weights: for every parameter its name, type, offset in the weights' block, and where each spelling of a
     checkpoint keeps it (`dsv4c.runtime.checkpoint.ParamRecord`); on a GPU target also its form in memory.
-    loads: what each bucket computes once from the weights, when they are loaded. kernels, constants: what a GPU
-    target runs, by hash, and the arrays computed at compile time. files: contents of all files but plan.json.
-    timings: seconds per stage of the compile; the only part that differs between two equal compiles, and in
-    no digest.
+    loads: what each bucket computes once from the weights, when they are loaded. kernels, constants: what a
+    GPU target runs, by hash, and the arrays computed at compile time. files: contents of all files but
+    plan.json. timings: seconds per stage of the compile; the only part that differs between two equal
+    compiles, and in no digest.
     """
 
     name: str

@@ -196,6 +196,10 @@ class Session:
 
     # --- checks ---
 
+    def check_tokens(self, tokens: Iterable[Any]) -> None:
+        """Raise SessionError unless all are token ids of the model."""
+        self._ids(tokens)
+
     def _ids(self, tokens: Iterable[Any]) -> list[int]:
         ids = []
         for place, token in enumerate(tokens):
