@@ -58,6 +58,10 @@ class Fused(Op):
     """Operands to which no wire of the body leads from the anchor: proposals give their values, by label."""
     home: ClassVar[int] = 0
     """The result of the body whose scope a fused node takes."""
+    optional: ClassVar[bool] = False
+    """Some recipes or models have nothing to fold here: no warning where not even an anchor is found."""
+    unless: ClassVar[tuple[str, ...]] = ()
+    """Rules in whose company this one has no place: no warning where one of them applied."""
     example: ClassVar[Mapping[str, Any]] = {}
     """Values of fields, and types of operands as text, where the registration check needs them."""
 
@@ -92,7 +96,7 @@ class Fused(Op):
 
     def attributes(self) -> dict[str, Any]:
         """Fields by name; `keep` comes last, and only when a result is left out."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "keep"}
+        own = {f.name: getattr(self, f.name) for f in own_fields(type(self))}
         return {**own, "keep": self.keep} if self.keep else own
 
     def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
@@ -615,6 +619,7 @@ def fused(cls: F) -> F:
     return made  # type: ignore[no-any-return]
 
 
+@_cached
 def optional_fields(op: type[Fused]) -> tuple[str, ...]:
     """Fields that may be None: with and without them are two shapes of the body."""
     hints = typing.get_type_hints(op)

@@ -1,4 +1,4 @@
-"""Fusions refuse where an inner value is read outside, and never swallow an attribute that they do not know."""
+"""Fusions refuse where an inner value is read outside, and never swallow an attribute unknown to them."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_without_the_check_an_escaping_value_would_be_lost(monkeypatch: pytest.M
 def test_the_plain_row_of_a_norm_is_a_result_for_those_who_read_it() -> None:
     graph, match = match_of("rmsnorm_quantize")
     quantized, plain = match.results
-    kept, report = fold(graph, [Rule(RmsnormQuantize)])
+    kept, _ = fold(graph, [Rule(RmsnormQuantize)])
     ops = {n.outputs[0].name: n.op for n in kept.nodes}
     assert ops[quantized.name].keep == (0,)
     leak, _ = fold(leaking(graph, plain), [Rule(RmsnormQuantize)])
