@@ -30,6 +30,10 @@ OutputOption = Annotated[
 MtpOption = Annotated[
     bool, typer.Option("--mtp", help="Compile the draft (multi-token prediction) block, too.")
 ]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder of compiled kernels.", show_default="the user's cache", metavar="DIR"),
+]
 OrderOption = Annotated[str, typer.Option(help="Launch order: source, or memory for a smaller arena.")]
 
 
@@ -47,6 +51,7 @@ def compile_command(
     chunk: ChunkOption = None,
     mtp: MtpOption = False,
     order: OrderOption = "source",
+    cache: CacheOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
 ) -> None:
@@ -77,6 +82,7 @@ def compile_command(
             chunk=chunk,
             mtp=mtp,
             order=order,  # type: ignore[arg-type]  # checked by the scheduler
+            cache=cache,
             progress=progress,
         )
     plan.save(folder, force=force)
@@ -101,6 +107,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "state_bytes": plan.state_bytes,
         "weights_bytes": plan.weights_bytes,
         **plan.report,
+        **({"cache_hits": plan.cache_hits} if plan.kernels else {}),
         "seconds": {stage: round(seconds, 4) for stage, seconds in plan.timings.items()},
     }
 
@@ -115,6 +122,9 @@ def describe(plan: Plan) -> str:
     ]
     for mode, bucket in plan.buckets.items():
         lines.append(f"  {mode:8} {len(bucket.launches):,} launches, arena {size(bucket.arena_bytes)}")
+    if plan.kernels:
+        size_of_all = sum(len(content) for content in plan.files.values())
+        lines.append(f"  {len(plan.kernels)} kernels for {plan.target}, files {size(size_of_all)}")
     if plan.timings:
         lines.append(f"  compiled in {sum(plan.timings.values()):.2f} s")
     return "\n".join(lines) + "\n"

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json as json_text
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from dsv4c.cli.compile import describe, figures
-from dsv4c.cli.console import note, print_json, write_text
+from dsv4c.cli.console import note, print_json, print_table, write_text
 from dsv4c.cli.options import (
     CONFIG_HELP,
     BatchOption,
@@ -21,7 +21,7 @@ from dsv4c.cli.options import (
     RecipeOption,
 )
 from dsv4c.config import ModelConfig
-from dsv4c.errors import GraphError
+from dsv4c.errors import GraphError, PlanError
 
 if TYPE_CHECKING:
     from dsv4c.ir.graph import Graph
@@ -50,6 +50,9 @@ OutputOption = Annotated[
     typer.Option("-o", "--output", help="Write the graph to a file.", metavar="FILE", show_default=False),
 ]
 ModeOption = Annotated[Mode, typer.Option(help="Which bucket.")]
+KernelsOption = Annotated[
+    bool, typer.Option("--kernels", help="A GPU plan's kernels: launches, registers, memory, code.")
+]
 FoldOption = Annotated[bool, typer.Option("--fold/--no-fold", help="Show equal layers once, with a count.")]
 
 
@@ -64,6 +67,7 @@ def show_command(
     output: OutputOption = None,
     mode: ModeOption = Mode.DECODE,
     fold: FoldOption = True,
+    kernels: KernelsOption = False,
     recipe: RecipeOption = "official",
     batch: BatchOption = 1,
     max_context: ContextOption = 4096,
@@ -82,7 +86,12 @@ def show_command(
       dsv4c show tiny.plan --json
 
       dsv4c show tiny --layer 1 --format svg -o layer.svg
+
+      dsv4c show flash.plan --kernels
     """
+    if kernels:
+        _show_kernels(subject, json)
+        return
     from dsv4c.view.text import summarize
 
     graph, config, plan = _subject(subject, mode.value, recipe, batch, max_context, chunk)
@@ -98,6 +107,45 @@ def show_command(
         write_text(output, text, GraphError)
     if output is not None:
         note(f"{output}: {format.value}, {len(text):,} characters")
+
+
+def _show_kernels(subject: str, json: bool) -> None:
+    from dsv4c.runtime.plan import load
+
+    plan = load(subject)
+    if not plan.kernels:
+        raise PlanError(f"{subject}: is compiled for {plan.target}, which has no kernels; compile for sm_90a")
+    rows = kernel_rows(plan)
+    if json:
+        print_json({"kernels": rows})
+        return
+    from rich.table import Table
+
+    table = Table(*rows[0], title=f"{plan.name} for {plan.target}")
+    for row in rows:
+        table.add_row(*(str(v)[:48] for v in (row | {"kernel": row["kernel"][:8]}).values()))
+    print_table(table)
+
+
+def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
+    """One row per kernel, by number of launches. Bytes, registers and stack (spills) are per thread."""
+    launches: Any = plan.bucket("decode").launches
+    rows = []
+    for key, record in plan.kernels.items():
+        own = [launch for launch in launches if launch.kernel == key]
+        rows.append(
+            {
+                "kernel": key,
+                "name": record["symbol"],
+                "op": own[0].op,
+                "launches": len(own),
+                "registers": record["registers"],
+                "shared": own[0].shared,
+                "stack": record["stack"],
+                "code": record["code"],
+            }
+        )
+    return sorted(rows, key=lambda row: -int(row["launches"]))
 
 
 def _subject(
