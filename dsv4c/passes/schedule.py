@@ -68,7 +68,12 @@ class Schedule:
 
 def layer_of(node: Node) -> str:
     """The layer that a node belongs to ("layers.3", "mtp.0"), or "" outside of layers."""
-    kind, _, rest = node.scope.partition(".")
+    return layer_in(node.scope)
+
+
+def layer_in(scope: str) -> str:
+    """The layer that a scope lies in, or ""."""
+    kind, _, rest = scope.partition(".")
     number = rest.partition(".")[0]
     return f"{kind}.{number}" if kind in LAYERS and number.isdecimal() else ""
 
@@ -168,6 +173,8 @@ def _in_order(launch: list[int], before: list[set[int]], last: Mapping[int, int]
             blocked[follower] -= 1
             if not blocked[follower]:
                 heapq.heappush(ready, (last[follower], follower))
+    if len(picked) != len(last):
+        raise GraphError("launches wait for each other in a circle: a fault of grouping itself")
     return picked
 
 
