@@ -15,10 +15,9 @@ from typing import Any
 
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph, Kind, Node, Value
-from dsv4c.ir.op import Op
 from dsv4c.ir.text import print_attribute
 from dsv4c.types import Type
-from dsv4c.view.diff import totals
+from dsv4c.view.diff import Difference, diff, totals
 from dsv4c.view.layers import Section, body_of, body_results, cost_of, family, layer_of, sections
 
 STATIC = Path(__file__).parent / "static"
@@ -67,15 +66,19 @@ class _Page:
         self.given = sources
         self.names, self.types, self.ops, self.sources = _Table(), _Table(), _Table(), _Table()
         self.blocks, self.bodies, self.changes = _Table(), _Table(), _Table()
-        self.lines: list[dict[str, tuple[int, Any]]] = []  # block -> node name -> (index, description)
-        self.costs: dict[tuple[Op, tuple[Type, ...]], tuple[int, int]] = {}
+        self.costs: dict[tuple[int, ...], tuple[int, int]] = {}
+        # Objects seen before, by identity: passes share ops and types of what they leave alone, and hashing
+        # them takes longer than all the rest. The graphs outlive the page, so no identity is reused.
+        self.seen: dict[int, int] = {}
+        self.canonical: dict[tuple[str, str], int] = {}
 
     def page(self, stages: Sequence[tuple[str, Graph]]) -> dict[str, Any]:
         written: list[dict[str, Any]] = []
-        before: dict[str, list[int]] | None = None
+        before: tuple[Graph, Places] | None = None
         for position, (name, graph) in enumerate(stages):
-            stage, before = self.stage(name, graph, before, last=position == len(stages) - 1)
+            stage, places = self.stage(name, graph, before, last=position == len(stages) - 1)
             written.append(stage)
+            before = graph, places
         return {
             "names": self.names.rows,
             "types": self.types.rows,
@@ -88,26 +91,22 @@ class _Page:
         }
 
     def stage(
-        self, name: str, graph: Graph, before: dict[str, list[int]] | None, last: bool
-    ) -> tuple[dict[str, Any], dict[str, list[int]]]:
-        """One stage, and its blocks by layer for the next one to be compared with."""
-        groups: dict[Hashable, dict[str, Any]] = {}
-        now: dict[str, list[int]] = {}
+        self, name: str, graph: Graph, before: tuple[Graph, Places] | None, last: bool
+    ) -> tuple[dict[str, Any], Places]:
+        """One stage, and where each of its nodes is."""
         cut = [(section, *self.block(section)) for section in sections(graph)]
-        for section, block, _ in cut:
-            now.setdefault(section.prefix, []).append(block)
-        counts = [0, 0, 0]
-        seen: set[str] = set()
+        places = {
+            node.name: (section.prefix, block, i)
+            for section, block, _ in cut
+            for i, node in enumerate(section.nodes)
+        }
+        changes = _Changes(diff(before[0], graph), before[1]) if before else None
+        groups: dict[Hashable, dict[str, Any]] = {}
         for section, block, foreign in cut:
             change = None
-            if before is not None:
-                old = before.get(section.prefix, [])
-                current = now[section.prefix]
-                first = section.prefix not in seen
-                change = self.change(block, tuple(old), tuple(current), gone=first)
-                for i, nodes in enumerate(self.changes.rows[change]):
-                    counts[i] += sum(len(b) - 1 for b in nodes) if i == 2 else len(nodes)
-            seen.add(section.prefix)
+            if changes is not None:
+                row = changes.of(section)
+                change = self.changes.add(repr(row), row)
             key = (block, change) if section.prefix else section
             group = groups.setdefault(
                 key, {"title": section.title, "block": block, "change": change, "members": [], "foreign": []}
@@ -116,20 +115,19 @@ class _Page:
             group["foreign"].append(foreign)
             if last and len(group["members"]) == 1:
                 self.attach(group, section)
-        vanished = [layer for layer in (before or {}) if layer and layer not in now]
         stage = {
             "name": name,
             "graph": graph.name,
             "totals": asdict(totals(graph)),
-            "counts": counts if before is not None else None,
+            "counts": changes.counts if changes else None,
             "groups": list(groups.values()),
-            "vanished": vanished,
+            "vanished": [layer for layer in changes.gone if layer] if changes else [],
             "inputs": [[v.name, str(v.type)] for v in graph.inputs],
             "outputs": [[label, v.name] for label, v in graph.outputs.items()],
             "params": len(graph.params),
             "states": len(graph.states),
         }
-        return stage, now
+        return stage, places
 
     def attach(self, group: dict[str, Any], section: Section) -> None:
         """Generated sources of the group's nodes, those of its first member."""
@@ -145,10 +143,7 @@ class _Page:
         """The section's block, and the names of the values it takes from elsewhere, in the block's order."""
         rows, outside, foreign = self.nodes(section.nodes, section)
         key = (tuple(rows), tuple(outside))
-        index = self.blocks.add(key, lambda: {"nodes": rows, "outside": outside})
-        if index == len(self.lines):
-            self.lines.append(self.described(rows, outside))
-        return index, foreign
+        return self.blocks.add(key, lambda: {"nodes": rows, "outside": outside}), foreign
 
     def nodes(
         self, nodes: Iterable[Node], section: Section
@@ -179,18 +174,23 @@ class _Page:
             results: list[int] = []
             for value in node.outputs:
                 number[value] = len(number)
-                results += (self.name(section.canonical(value.name)), self.type(value.type))
-            origin = tuple([self.name(section.canonical(n)) for n in node.origin])
-            scope = self.name(section.canonical(node.scope))
-            cost = self.cost(node)
-            rows.append((self.op(node), scope, operands, tuple(results), origin, self.body(node), *cost))
+                results += (self.name(value.name, section), self.type(value.type))
+            origin = tuple([self.name(n, section) for n in node.origin])
+            scope, op = self.name(node.scope, section), self.op(node)
+            rows.append((op, scope, operands, tuple(results), origin, self.body(node), *self.cost(node, op)))
         return rows, described, foreign
 
-    def name(self, name: str) -> int:
-        return self.names.add(name, name)
+    def name(self, name: str, section: Section) -> int:
+        key = (section.prefix, name)
+        if key not in self.canonical:
+            canonical = section.canonical(name)
+            self.canonical[key] = self.names.add(canonical, canonical)
+        return self.canonical[key]
 
     def type(self, type_: Type) -> int:
-        return self.types.add(type_, lambda: str(type_))
+        if id(type_) not in self.seen:
+            self.seen[id(type_)] = self.types.add(type_, lambda: str(type_))
+        return self.seen[id(type_)]
 
     def op(self, node: Node) -> int:
         def row() -> list[Any]:
@@ -202,10 +202,12 @@ class _Page:
                 (type(node.op).__doc__ or "").partition("\n\n")[0],
             ]
 
-        return self.ops.add((type(node.op), node.op), row)
+        if id(node.op) not in self.seen:
+            self.seen[id(node.op)] = self.ops.add((type(node.op), node.op), row)
+        return self.seen[id(node.op)]
 
-    def cost(self, node: Node) -> tuple[int, int]:
-        key = (node.op, tuple([v.type for v in node.inputs]))
+    def cost(self, node: Node, op: int) -> tuple[int, int]:
+        key = (op, *[self.type(v.type) for v in node.inputs])
         if key not in self.costs:
             cost = cost_of(node)
             self.costs[key] = cost.bytes, cost.flops
@@ -225,43 +227,30 @@ class _Page:
             self.bodies.add(key, {"nodes": rows, "outside": outside, "results": results})
         return self.bodies.index[key]
 
-    # --- what a pass changed ---
 
-    def described(self, rows: list[tuple[Any, ...]], outside: list[tuple[str, int, str]]) -> dict[str, Any]:
-        """By name of its first result, each node's index and what must agree for it to be unchanged."""
-        made = [row[3][i] for row in rows for i in range(0, len(row[3]), 2)]
+Places = dict[str, tuple[str, int, int]]
+"""Where a stage's nodes are, by name: layer, block, index in it."""
 
-        def operand(number: int) -> Any:
-            if number >= 0:
-                return made[number]
-            name, type_, _ = outside[-1 - number]
-            return ("^", type_) if name.startswith("^") else name
 
-        return {
-            self.names.rows[row[3][0]]: (i, (row[0], row[1], tuple(map(operand, row[2])), row[3]))
-            for i, row in enumerate(rows)
-        }
+class _Changes:
+    """What a pass changed, section by section."""
 
-    def change(self, block: int, old: tuple[int, ...], current: tuple[int, ...], gone: bool) -> int:
-        """Index of [new nodes, changed nodes, gone nodes by old block], nodes by index in their blocks."""
+    def __init__(self, difference: Difference, places: Places) -> None:
+        self.new = set(difference.new)
+        self.changed = {change.after for change in difference.changed}
+        self.counts = [len(self.new), len(self.changed), len(difference.gone)]
+        # layer -> old block -> indices; a layer's first section takes its own
+        self.gone: dict[str, dict[int, list[int]]] = {}
+        for node in difference.gone:
+            layer, block, index = places[node.name]
+            self.gone.setdefault(layer, {}).setdefault(block, []).append(index)
 
-        def row() -> list[Any]:
-            before = {name: line for b in old for name, (_, line) in self.lines[b].items()}
-            here = self.lines[block]
-            new = [i for name, (i, _) in here.items() if name not in before]
-            changed = [i for name, (i, line) in here.items() if name in before and before[name] != line]
-            kept = {name for b in current for name in self.lines[b]}
-            left = (
-                [[b, i] for b in old for name, (i, _) in self.lines[b].items() if name not in kept]
-                if gone
-                else []
-            )
-            by_block: dict[int, list[int]] = {}
-            for b, i in left:
-                by_block.setdefault(b, [b]).append(i)
-            return [new, changed, list(by_block.values())]
-
-        return self.changes.add((block, old, current, gone), row)
+    def of(self, section: Section) -> list[Any]:
+        """[new nodes, changed nodes, gone nodes as [old block, index, ...]], nodes by index."""
+        new = [i for i, node in enumerate(section.nodes) if node in self.new]
+        changed = [i for i, node in enumerate(section.nodes) if node in self.changed]
+        gone = self.gone.pop(section.prefix, {})
+        return [new, changed, [[block, *indices] for block, indices in gone.items()]]
 
 
 def _moves(value: Value) -> bool:

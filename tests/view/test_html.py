@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 
+from dsv4c.ir.graph import Builder, Graph
+from dsv4c.ir.ops import silu
+from dsv4c.ir.ops.math import Scale
 from dsv4c.ir.text import print_graph
+from dsv4c.types import BF16, TensorType
+from dsv4c.view.diff import diff
 from dsv4c.view.html import html
 from tests.view.graphs import folded, official, plain
 
@@ -55,15 +60,55 @@ def test_equal_layers_are_stored_once(flash: str) -> None:
     )  # the frame, before and after the layers, is the same in all stages
 
 
-def test_changes_count_every_layer(flash: str) -> None:
-    """Equal layers count as often as they are there."""
-    data = page_data(flash)
-    before = {n.name for n in plain("deepseek-v4-flash").nodes}
-    after = {n.name for n in official("deepseek-v4-flash").nodes}
-    new, _, gone = data["stages"][1]["counts"]
-    assert (new, gone) == (len(after - before), len(before - after))
+def test_changes_are_those_of_the_diff(flash: str) -> None:
+    """In every layer, equal ones included."""
+    data, graphs = page_data(flash), [graph for _, graph in stages("deepseek-v4-flash")]
     assert data["stages"][0]["counts"] is None
+    for stage, a, b in zip(data["stages"][1:], graphs, graphs[1:], strict=False):
+        found = diff(a, b)
+        counts = [len(found.new), len(found.changed), len(found.gone)]
+        assert stage["counts"] == counts
+        rows = [(data["changes"][g["change"]], len(g["members"])) for g in stage["groups"]]
+        assert counts == [
+            sum(len(change[0]) * times for change, times in rows),
+            sum(len(change[1]) * times for change, times in rows),
+            sum((len(block) - 1) * times for change, times in rows for block in change[2]),
+        ]
     assert data["stages"][2]["counts"] == [0, 43, 43]
+
+
+def test_a_node_that_moves_to_another_layer_is_changed() -> None:
+    """And not gone from the one and new in the other."""
+
+    def graph(scope: str, factor: float) -> Graph:
+        with Builder("g") as b:
+            x = b.input("x", TensorType(BF16, (4,)))
+            with b.scope("layers.0"):
+                y = silu(x, name="kept")
+            op = Scale(factor=factor)
+            (z,) = b.emit(op, (y,), names=["layers.0.moved"], scope=scope)
+            with b.scope("layers.1"):
+                z = silu(z, name="end")
+        return b.finish({"z": z})
+
+    data = page_data(html([("a", graph("layers.0", 1.0)), ("b", graph("layers.1", 2.0))]))
+    assert data["stages"][1]["counts"] == [0, 1, 0]
+    first, second = data["stages"][1]["groups"]
+    assert [data["changes"][g["change"]] for g in (first, second)] == [[[], [], []], [[], [0], []]]
+    assert data["names"][data["blocks"][second["block"]]["nodes"][0][3][0]] == "-1.moved"
+
+
+def test_a_layer_that_is_gone_is_named() -> None:
+    def graph(layers: int) -> Graph:
+        with Builder("g") as b:
+            x = b.input("x", TensorType(BF16, (4,)))
+            for i in range(layers):
+                with b.scope(f"layers.{i}"):
+                    x = silu(x, name="y")
+        return b.finish({"x": x})
+
+    stage = page_data(html([("a", graph(3)), ("b", graph(2))]))["stages"][1]
+    assert (stage["vanished"], stage["counts"]) == (["layers.2"], [0, 0, 1])
 
 
 def test_the_data_of_a_block_is_the_graph(flash: str) -> None:

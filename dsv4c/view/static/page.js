@@ -95,7 +95,7 @@ function bytes(n) {
   return `${n} B`;
 }
 const colorOf = (node) => `--family:${FAMILIES[opOf(node)[1]] ?? "#9a9a95"}`;
-const short = (name) => (name[0] === "." ? name.slice(1) : name);
+const short = (name, prefix) => (name[0] === "." ? name.slice(1) : absolute(name, prefix));
 const ranges = (members) => {
   const numbers = members.map((m) => m.slice(m.lastIndexOf(".") + 1));
   return numbers.length > 12 ? `${numbers.slice(0, 10).join(", ")}, … ${numbers.at(-1)}` : numbers.join(", ");
@@ -196,7 +196,7 @@ function drawRow(group, node, index) {
     row.replaceWith(...drawn);
   } }, open ? "▾" : "▸") : make("span");
   const prefix = data.names[node[1]];
-  const trim = (n) => short(prefix && n.startsWith(`${prefix}.`) ? n.slice(prefix.length) : n);
+  const trim = (n) => short(prefix && n.startsWith(`${prefix}.`) ? n.slice(prefix.length) : n, prefixOf(group));
   const row = make("div", { class: `row ${stateOf(group, index)}${chosen ? " chosen" : ""}`, "data-name": name, onclick: () => go(view.stage, name) },
     caret, make("span", { title: name }, resultsOf(node).map((r) => trim(r.name)).join(", ")),
     make("span", { class: "op", style: colorOf(node) }, opOf(node)[0]),
@@ -216,9 +216,9 @@ function drawBody(node) {
 function plainRow(source, node, prefix, kind) {
   const operands = node[2].map((n) => operand(source, n, prefix, []));
   const attributes = Object.entries(opOf(node)[2]).map(([k, v]) => `${k}=${v}`).join(", ");
-  return make("div", { class: `row ${kind}`, title: attributes }, make("span"), make("span", {}, resultsOf(node).map((r) => short(r.name)).join(", ")),
+  return make("div", { class: `row ${kind}`, title: attributes }, make("span"), make("span", {}, resultsOf(node).map((r) => short(r.name, prefix)).join(", ")),
     make("span", { class: "op", style: colorOf(node) }, opOf(node)[0]),
-    make("span", { class: "operands" }, [operands.map((o) => short(o.name ?? "^")).join(", "), attributes].filter(Boolean).join("  ")),
+    make("span", { class: "operands" }, [operands.map((o) => short(o.name ?? "^", prefix)).join(", "), attributes].filter(Boolean).join("  ")),
     make("span", { class: "type" }, resultsOf(node).map((r) => r.type).join(", ")));
 }
 
@@ -343,7 +343,7 @@ function drawCanvas(group) {
     const box = svg("g", { class: `box ${stateOf(group, i)}${name === view.chosen ? " chosen" : ""}`, "data-name": name, transform: `translate(${x[i]} ${y[i]})` },
       svg("title", {}, `${name}: ${result.type}`), svg("rect", { width: BOX.width, height: BOX.height }),
       svg("rect", { width: 4, height: BOX.height, style: `fill:${FAMILIES[opOf(node)[1]] ?? "#9a9a95"};stroke:none` }),
-      svg("text", { x: 12, y: 14 }, fit(opOf(node)[0], 22)), svg("text", { x: 12, y: 27, class: "sub" }, fit(short(result.name), 25)));
+      svg("text", { x: 12, y: 14 }, fit(opOf(node)[0], 22)), svg("text", { x: 12, y: 27, class: "sub" }, fit(short(result.name, prefixOf(group)), 25)));
     box.addEventListener("click", () => go(view.stage, name));
     return box;
   });
