@@ -70,6 +70,11 @@ class AddPositionBias(Op):
         expect(positions.shape == tensor.shape[:1], f"score {score} and positions {positions} differ in rows")
         return tensor
 
+    def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
+        score, bias, positions = operands
+        touched = min(bias.nbytes, score.nbytes)  # one row of the bias per token
+        return Cost(elements(score), (score.nbytes, touched, positions.nbytes), (results[0].nbytes,))
+
 
 completed_entries, compress_pool = CompletedEntries.apply, CompressPool.apply
 add_position_bias = AddPositionBias.apply
