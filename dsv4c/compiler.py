@@ -23,19 +23,12 @@ from dsv4c.ir.text import print_attribute, print_graph
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode, build
 from dsv4c.models.weights import records
-from dsv4c.passes.base import Context
-from dsv4c.passes.memory import MemoryPlan, lay_out, plan_memory
-from dsv4c.passes.pipeline import (
-    Contributions,
-    Pipeline,
-    Stage,
-    contributions,
-    installed,
-    parse_pipeline,
-)
+from dsv4c.passes.memory import lay_out, plan_memory
+from dsv4c.passes.pipeline import Contributions, Pipeline, Stage, parse_pipeline
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import Recipe, recipe_named
-from dsv4c.passes.schedule import Order, Schedule, schedule
+from dsv4c.passes.schedule import Order, Schedule, layer_in, schedule
+from dsv4c.stages import Compiled, Job, Saved, choose_rules, figures, resume, rules_of
 from dsv4c.types import Type
 
 if TYPE_CHECKING:
@@ -58,56 +51,71 @@ def compile(
     rules: Contributions | None = None,
     expected: Mapping[str, int] | None = None,
     order: Order = "source",
+    disable: Sequence[str] = (),
+    enable: Sequence[str] = (),
+    resumed: Saved | None = None,
+    certify: bool = False,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Plan:
     """Compile a model (a config, a built-in name, a config.json or a checkpoint folder) to a plan.
 
     `batch` sequences of at most `max_context` tokens decode together; prefill takes `chunk` tokens of one of
-    them per call (64, or less in a shorter context). `mtp` adds the draft block's bucket. `pipeline` (or its spec)
-    replaces the default one, whose recipe is `recipe`; `rules` are what may fold, by default the built-in rules and
-    those of installed packages; `expected` counts of applications must hold for the decode bucket. `order` "memory"
-    looks for a launch order that needs a smaller arena. A GPU target has kernels and the decode bucket alone, and
+    them per call (64, or less in a shorter context). `mtp` adds the draft block's bucket. `pipeline` (or its
+    spec) replaces the default one, whose recipe is `recipe`; `rules` are what may fold, by default the
+    built-in ones and those of installed packages, without those of `disable` ("all": every one) that `enable`
+    does not take back; `expected` counts of applications must hold for the decode bucket. `order` "memory" looks for a
+    launch order that needs a smaller arena. `certify` stores a certificate of every way a rule applied; those
+    that were not kept from before take seconds. A GPU target has kernels and the decode bucket alone, and
     `cache` is the folder of compiled kernels (default: dsv4c's in the user's cache).
+    `resumed` (`dsv4c.stages.read_saved`) goes on where a compile stopped: of the other arguments only rules,
+    expected, certify, cache and progress count then.
     `progress(stage, done, all)` is called on the way.
 
     Raises ConfigError for a model, deployment or recipe that cannot be compiled, GraphError where a recipe
     does not fit the model or a rule's count differs, BuildError where no kernel takes an op.
     """
     # 1. What to compile, and how.
-    config, deployment, numerics = settings(
-        model, target=target, recipe=recipe, batch=batch, max_context=max_context, chunk=chunk, mtp=mtp
-    )
-    known = contributions(installed()) if rules is None else rules
-    line = pipeline_of(pipeline, numerics, known, order)
-    modes: tuple[Mode, ...] = ("decode", "prefill", "mtp") if mtp else ("decode", "prefill")
-    if target != "cpu":
-        modes = ("decode",)
-    stages = _Stages(progress, total=len(modes) * (1 + len(line.passes)) + 1)
+    known = rules_of() if rules is None else rules
+    if resumed is not None:
+        job = resumed.job(known, expected)
+    else:
+        config, deployment, numerics = settings(
+            model, target=target, recipe=recipe, batch=batch, max_context=max_context, chunk=chunk, mtp=mtp
+        )
+        line = choose_rules(pipeline_of(pipeline, numerics, known, order), known, disable, enable)
+        job = Job(config, deployment, numerics, line, known, modes_of(deployment, mtp=mtp), expected or {})
+    stages = _Stages(progress, total=len(job.modes) * (1 + len(job.line.passes)) + 1 + certify)
 
-    # 2. One graph per bucket: the paper's operations, rewritten pass by pass to launches with places for their bytes.
+    # 2. One graph per bucket: the paper's operations, rewritten to launches with places for bytes.
     placed: dict[str, Compiled] = {}
-    for mode in modes:
+    for mode in job.modes:
+        if resumed is not None:
+            placed[mode] = resume(job, resumed, mode, stages.watch(mode))
+            continue
         with stages(f"build {mode}"):
-            graph = verify(build(config, deployment, mode, numerics.activation))
-        context = Context(rules=known.rules, parallel=target != "cpu")
-        if mode == "decode" and expected:
-            context = replace(context, expected=expected)
-        placed[mode] = Compiled(context, line.run(graph, context, watch=stages.watch(mode)))
+            graph = job.built(mode)
+        placed[mode] = job.bucket(mode, graph=graph, watch=stages.watch(mode))
+    certificates: Sequence[dict[str, Any]] = ()
+    if certify:
+        with stages("certify"):
+            certificates = _certify(placed)
 
-    # 3. On a GPU: kernels for the launches, their weights' layouts, cubins.
-    if target != "cpu":
-        return _with_kernels(config, deployment, numerics, line, placed["decode"], stages, order, cache)
-
-    # 4. Everything as data.
-    with stages("assemble"):
-        return _assemble(config, deployment, numerics, line, placed, stages)
+    # 3. On a GPU: kernels for the launches, their weights' layouts, cubins. Everything as data.
+    deployment = job.deployment
+    spec = str(job.line) if resumed is None else resumed.pipeline
+    if deployment.target != "cpu":
+        plan = _with_kernels(job.config, deployment, job.recipe, spec, placed["decode"], stages, order, cache)
+    else:
+        with stages("assemble"):
+            plan = _assemble(job.config, deployment, job.recipe, spec, placed, stages)
+    return _reported(plan, job, placed, certificates, stages, resumed)
 
 
 def pipeline_of(
     pipeline: str | Pipeline | None, recipe: Recipe, rules: Contributions, order: Order = "source"
 ) -> Pipeline:
-    """The passes of a compile: the given ones, or the default list under `recipe` with contributed passes put in.
+    """The passes of a compile: the given ones, or the default ones under `recipe` and contributed ones.
 
     Raises GraphError for a spec that does not parse or an order that does not work.
     """
@@ -119,6 +127,13 @@ def pipeline_of(
     for extra in rules.instances:
         line = line.with_pass(extra)
     return line
+
+
+def modes_of(deployment: Deployment, *, mtp: bool) -> tuple[Mode, ...]:
+    """The buckets of a plan. A GPU target has kernels for decode steps, and prefills by them."""
+    if deployment.target != "cpu":
+        return ("decode",)
+    return ("decode", "prefill", "mtp") if mtp else ("decode", "prefill")
 
 
 def settings(
@@ -139,38 +154,16 @@ def settings(
     if mtp and not config.mtp_layers:
         raise ConfigError(f"{config.name}: has no MTP block (mtp_layers is 0); compile without mtp")
     if mtp and target != "cpu":
-        raise ConfigError(f"mtp: {target} plans have no bucket for the MTP block; compile without mtp, or for cpu")
+        raise ConfigError(
+            f"mtp: {target} plans have no bucket for the MTP block; compile without mtp, or for cpu"
+        )
     return config, deployment, recipe_named(recipe)
 
 
 def graph_of(config: ModelConfig, deployment: Deployment, recipe: Recipe, mode: Mode) -> Graph:
-    """One bucket's verified graph in the formats of `recipe`, nothing folded. Raises ConfigError, GraphError."""
+    """One bucket's graph in the formats of `recipe`, nothing folded. Raises ConfigError, GraphError."""
     graph = verify(build(config, deployment, mode, recipe.activation))
     return verify(quantize(graph, recipe))
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """One bucket after its pipeline: what the passes left, stage by stage."""
-
-    context: Context
-    stages: Sequence[Stage]
-
-    @property
-    def graph(self) -> Graph:
-        return self.stages[-1].graph
-
-    @property
-    def schedule(self) -> Schedule:
-        if self.context.schedule is None:
-            raise GraphError("pipeline: no pass schedules launches; a plan needs schedule and memory")
-        return self.context.schedule
-
-    @property
-    def memory(self) -> MemoryPlan:
-        if self.context.memory is None:
-            raise GraphError("pipeline: no pass plans memory; a plan needs schedule and memory")
-        return self.context.memory
 
 
 @dataclass
@@ -208,7 +201,7 @@ def _with_kernels(
     config: ModelConfig,
     deployment: Deployment,
     recipe: Recipe,
-    line: Pipeline,
+    line: str,
     placed: Compiled,
     stages: _Stages,
     order: Order,
@@ -272,13 +265,17 @@ def _with_kernels(
         config_digest=config.digest,
         deployment=asdict(deployment),
         recipe=recipe.name,
-        pipeline=str(line),
+        pipeline=line,
         buckets={"decode": bucket},
         state=tuple(StateSlot(v.name, v.type, states[v.name]) for v in graph.states),
         state_bytes=state_bytes,
         weights=tuple(r | w.record for r, w in zip(records(config, wanted), lowered.weights, strict=True)),
         weights_bytes=lowered.weights_bytes,
-        report={"buckets": {"decode": report}, "kernels": len(kernels), "notes": notes if target == "sm_100a" else []},
+        report={
+            "buckets": {"decode": report},
+            "kernels": len(kernels),
+            "notes": notes if target == "sm_100a" else [],
+        },
         versions=_versions() | {"toolchain": toolchain()},
         kernels=kernels,
         constants={
@@ -306,7 +303,7 @@ def _assemble(
     config: ModelConfig,
     deployment: Deployment,
     recipe: Recipe,
-    line: Pipeline,
+    line: str,
     placed: Mapping[str, Compiled],
     stages: _Stages,
 ) -> Plan:
@@ -332,14 +329,14 @@ def _assemble(
         config_digest=config.digest,
         deployment=asdict(deployment),
         recipe=recipe.name,
-        pipeline=str(line),
+        pipeline=line,
         buckets={mode: _bucket(mode, p, state_offsets, weight_offsets, bodies) for mode, p in placed.items()},
         loads={mode: _load(mode, load, weight_offsets, bodies) for mode, load in loads.items()},
         state=tuple(StateSlot(name, type_, state_offsets[name]) for name, type_ in states.items()),
         state_bytes=state_bytes,
         weights=tuple(weights),
         weights_bytes=weights_bytes,
-        report=_report(deployment, placed),
+        report=_report(placed),
         versions=_versions(),
         files={_graph_file(mode): print_graph(p.graph).encode() for mode, p in placed.items()}
         | {_graph_file(f"load.{mode}"): print_graph(load).encode() for mode, load in loads.items()}
@@ -467,7 +464,7 @@ class _Bodies:
         return self._names[key]
 
 
-def _report(deployment: Deployment, placed: Mapping[str, Compiled]) -> dict[str, Any]:
+def _report(placed: Mapping[str, Compiled]) -> dict[str, Any]:
     report: dict[str, Any] = {
         mode: {
             "nodes": len(p.graph.nodes),
@@ -477,10 +474,41 @@ def _report(deployment: Deployment, placed: Mapping[str, Compiled]) -> dict[str,
         }
         for mode, p in placed.items()
     }
-    notes: Sequence[str] = ()
-    if deployment.target != "cpu":
-        notes = [f"no kernels for {deployment.target} yet: this plan holds launches, and cannot run"]
-    return {"buckets": report, "notes": list(notes)}
+    return {"buckets": report, "notes": []}
+
+
+def _reported(
+    plan: Plan,
+    job: Job,
+    placed: Mapping[str, Compiled],
+    certificates: Sequence[dict[str, Any]],
+    stages: _Stages,
+    resumed: Saved | None,
+) -> Plan:
+    """`plan` with what its passes did, in figures, warnings, and certificates."""
+    made: dict[str, int] = {}
+    for launch in plan.buckets["decode"].launches if plan.kernels else ():
+        layer = layer_in(launch.scope)
+        made[layer] = made.get(layer, 0) + 1
+    report = dict(plan.report) | figures(placed, job, made, resumed.counts if resumed is not None else None)
+    report["warnings"] = list(placed["decode"].context.warnings)
+    if resumed is not None:
+        note = f"resumed after {resumed.after}: commands that compile again do not see edits made there"
+        report["notes"] = [*report.get("notes", ()), note]
+    fold = placed["decode"].context.fold
+    rules = {f"rule {name}": r.ms / 1e3 for name, r in fold.rules.items()} if fold is not None else {}
+    return replace(plan, report=report, certificates=tuple(certificates), timings={**stages.seconds, **rules})
+
+
+def _certify(placed: Mapping[str, Compiled]) -> list[dict[str, Any]]:
+    """Certificates of all buckets, equal applications once. Raises GraphError for a rule that is wrong."""
+    from dsv4c.passes.certify import certify, to_dict
+
+    matches = [m for p in placed.values() if p.context.fold is not None for m in p.context.fold.matches]
+    found = certify(matches)
+    for wrong in found.failed:
+        raise GraphError(f"the rule {wrong.rule} is wrong on {', '.join(wrong.operands)}: {wrong.reason}")
+    return [to_dict(certificate) for certificate in found.all]
 
 
 def _versions() -> dict[str, str]:

@@ -48,10 +48,17 @@ HOUSE = {
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
     "codegen.lib": Room((), ("cutlass", "cuda")),
     "codegen": Room((*COMPILER, "codegen.lib"), ("jinja2",), (), ("cutlass", "cuda", "torch")),
-    "compiler": Room((*COMPILER, "codegen", "view"), (), ("runtime", "reference"), ("torch", "rich")),
+    "stages": Room((*COMPILER,), (), ("runtime", "view")),
+    "bisect": Room((*COMPILER, "stages"), (), ("runtime", "reference"), ("torch",)),
+    "codegen.check": Room(("ir",), rooms_inside=("runtime",)),  # reads plans, for their types alone
+    "compiler": Room(
+        (*COMPILER, "stages", "codegen", "view"), (), ("runtime", "reference"), ("torch", "rich")
+    ),
     "": Room((*CONFIG, "ir", "passes", "compiler"), (), ("runtime", "models", "codegen", "view")),
     "cli": Room(
-        ("", *CONFIG), ("typer", "rich", "click"), (*COMPILER, "compiler", "runtime", "view", "codegen")
+        ("", *CONFIG),
+        ("typer", "rich", "click"),
+        (*COMPILER, "stages", "bisect", "compiler", "runtime", "view", "codegen"),
     ),
     "__main__": Room(("cli",)),
 }

@@ -18,7 +18,7 @@ from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.verify import verify
 from dsv4c.passes.base import Context, Pass, parse_spec, split_specs
-from dsv4c.passes.fold import Rule, fold
+from dsv4c.passes.fold import FoldReport, Rule, fold
 from dsv4c.passes.memory import plan_memory
 from dsv4c.passes.prepack import prepack
 from dsv4c.passes.quantize import quantize
@@ -62,17 +62,28 @@ class Fold(Pass):
         return [r for n, r in known.items() if n not in self.without and (not self.rules or n in self.rules)]
 
     def run(self, graph: Graph, context: Context) -> Graph:
-        folded, report = fold(graph, self.chosen(context.rules))
+        chosen = self.chosen(context.rules)
+        folded, report = fold(graph, chosen)
         context.fold = report
-        for name, count in report.counts.items():
-            if not count and name not in context.expected:
-                context.warnings.append(f"{graph.name}: the rule {name} matched nothing; ask why-not {name}")
+        for rule in chosen:
+            if rule.name not in context.expected and surprising(rule, report):
+                context.warnings.append(
+                    f"{graph.name}: the rule {rule.name} matched nothing; ask why-not {rule.name}"
+                )
         for name, count in context.expected.items():
             found = report.counts.get(name)
             if found != count:
                 state = "was not tried" if found is None else f"matched {found} times"
                 raise GraphError(f"{graph.name}: the rule {name} {state}, expected {count}")
         return folded
+
+
+def surprising(rule: Rule, report: FoldReport) -> bool:
+    """Did the rule match nothing where something was to be expected? `Fused.optional` and `unless` say."""
+    found = report.rules[rule.name]
+    if found.matched or (rule.op.optional and not found.tried):
+        return False
+    return not any(other in report.rules and report.rules[other].matched for other in rule.op.unless)
 
 
 @dataclass(frozen=True)

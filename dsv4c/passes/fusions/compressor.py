@@ -31,6 +31,7 @@ class Compressor(Fused):
     `rotated` entries are index keys: under the Hadamard transform.
     """
 
+    optional = True
     literals = ("rms_norm.precision", "rope.inverse")
     anchor = CompressPool
     example: ClassVar[Mapping[str, Any]] = {

@@ -16,6 +16,7 @@ from dsv4c.types import F32, DType, QuantFormat
 class ExpertsDown(Fused):
     """h[N, k, I], h_shared[N, I] -> [N, H]. The formats say how each is encoded first; None: not."""
 
+    unless = ("scaled_experts_down",)
     literals = ("sum.axis", "sum.out")
     anchor = Sum
     out: DType
@@ -53,6 +54,8 @@ class ExpertsDown(Fused):
 class ScaledExpertsDown(ExpertsDown):
     """The same with the routed rows encoded under their expert's static `input_scale` f32[E]."""
 
+    optional = True
+    unless = ("experts_down",)
     literals = ExpertsDown.literals
     anchor = Sum
     format: QuantFormat

@@ -11,6 +11,7 @@ from dsv4c.ir.ops import top_k
 class IndexTopk(Fused):
     """scores f32[N, C] -> i32[N, min(k, C)], -1 padded."""
 
+    optional = True
     k: int
 
     def body(self, scores: Value) -> Value:

@@ -15,6 +15,7 @@ from dsv4c.types import QuantType
 class Indexer(Fused):
     """q[N, H, D] before RoPE, keys[B, C, D], weights[N, H] -> scores f32[N, C], -inf where not visible."""
 
+    optional = True
     literals = ("rope.inverse", "rope.stride")
     example: ClassVar[Mapping[str, Any]] = {"keys": "q[e2m1,ue8m0,1x32][1,64,128]"}
     ratio: int

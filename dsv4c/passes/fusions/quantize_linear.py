@@ -12,6 +12,7 @@ from dsv4c.types import DType, QuantFormat
 class QuantizeLinear(Fused):
     """linear(quantize(x), w)."""
 
+    optional = True
     format: QuantFormat
     out: DType
 

@@ -12,6 +12,7 @@ from dsv4c.types import QuantFormat
 class RmsnormQuantize(Fused):
     """quantize(rms_norm(x, gain)), rms_norm(x, gain)."""
 
+    optional = True
     literals = ("rms_norm.precision",)  # a norm with a gain is f32 inside
     eps: float
     format: QuantFormat

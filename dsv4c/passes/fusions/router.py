@@ -20,6 +20,7 @@ def routing_weights(scores: Value, experts: Value, factor: float) -> Value:
 class Router(Fused):
     """Dense: the k experts of largest score + bias. Results: experts i32[N, k], weights f32[N, k]."""
 
+    optional = True
     literals = LITERALS
     k: int
     factor: float
@@ -34,6 +35,7 @@ class Router(Fused):
 class HashRouter(Fused):
     """The experts that a table gives to the token. Results: experts i32[N, k], weights f32[N, k]."""
 
+    optional = True
     literals = LITERALS
     factor: float
 

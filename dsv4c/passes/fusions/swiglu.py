@@ -83,6 +83,8 @@ class HashSwiglu(Fused):
     of the gate are needed and the router is a prologue. Results: experts, h, h of the shared expert.
     """
 
+    optional = True
+    unless = ("scaled_experts_down",)  # its take_along reads the experts before the gate is there
     out: DType
     limit: float
     factor: float
