@@ -213,7 +213,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Part:
-    """What one launch adds to the step."""
+    """What one launch adds to the step: the median over the inner layers of its kind."""
 
     layer: int
     kind: str
@@ -251,10 +251,7 @@ def measure(folder: Path, options: argparse.Namespace, bandwidth: float) -> dict
     begins = {layer: owners.index(layer) for layer in ends}
     kinds = {layer: KINDS[plan.config["compress_ratios"][layer]] for layer in ends}
     inner = {kinds[layer]: layer for layer in list(ends)[1:-1]}  # the last inner layer of every kind
-    wanted = {len(launches), *begins.values(), *ends.values()}
-    for layer in inner.values():
-        wanted |= set(range(begins[layer], ends[layer] + 1))
-    times = clock.prefixes(sorted(wanted))
+    times = clock.prefixes(range(len(launches) + 1))
     parts, layers = [], []
     for layer, end in ends.items():
         nbytes = sum(moved_bytes(plan, launches[i], position) for i in range(begins[layer], end))
@@ -270,18 +267,23 @@ def measure(folder: Path, options: argparse.Namespace, bandwidth: float) -> dict
             )
         )
     for kind, layer in inner.items():
+        alike = [
+            other
+            for other in list(ends)[1:-1]
+            if kinds[other] == kind and ends[other] - begins[other] == ends[layer] - begins[layer]
+        ]
         for i in range(begins[layer], ends[layer]):
             nbytes = moved_bytes(plan, launches[i], position)
-            grid = launches[i].grid[0] * launches[i].grid[1] * launches[i].grid[2]
-            own = times[i + 1] - times[i]
+            places = [begins[other] + i - begins[layer] for other in alike]
+            grid = launches[i].grid
             parts.append(
                 Part(
                     layer,
                     kind,
                     launches[i].name,
                     launches[i].op,
-                    grid,
-                    own,
+                    grid[0] * grid[1] * grid[2],
+                    statistics.median(times[place + 1] - times[place] for place in places),
                     nbytes / 1e6,
                     1e6 * nbytes / bandwidth,
                 )

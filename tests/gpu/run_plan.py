@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,36 +60,65 @@ class Table:
 # --- recorded runs ---
 
 
+def alone(session: CudaSession, token: int) -> list[int | None]:
+    """Tokens of a step in which sequence 0 moves on and the others wait."""
+    return [token, *[None] * (session.batch - 1)]
+
+
 def run_logits(session: CudaSession, run: Run) -> Tensor:
     """Logits of a whole run from a fresh state, on the host."""
     session.reset()
     rows = [session.prefill(run.ids[: run.prefill])]
-    rows += [session.decode([token])[:1] for token in run.ids[run.prefill :]]
+    rows += [session.decode(alone(session, token))[:1] for token in run.ids[run.prefill :]]
     session.wait()
     return torch.cat(rows).cpu()
 
 
+def run_together(session: CudaSession, runs: Sequence[Run]) -> list[Tensor]:
+    """Logits of several runs, a sequence each: prompts one after the other, then all decode together until
+    each has ended.
+    """
+    session.reset()
+    rows = [[session.prefill(run.ids[: run.prefill], sequence=s)] for s, run in enumerate(runs)]
+    for step in range(max(len(run.ids) - run.prefill for run in runs)):
+        places = [run.prefill + step for run in runs]
+        row: list[int | None] = [
+            run.ids[p] if p < len(run.ids) else None for run, p in zip(runs, places, strict=True)
+        ]
+        logits = session.decode(row + [None] * (session.batch - len(runs)))
+        for s, token in enumerate(row):
+            if token is not None:
+                rows[s].append(logits[s : s + 1].clone())
+    session.wait()
+    return [torch.cat(own).cpu() for own in rows]
+
+
 def check_runs(session: CudaSession, case: Recorded, table: Table) -> None:
-    """Every recorded run that fits the context, within the bound for any rounding points."""
-    for described in case.description["runs"]:
-        run = case.run(described["name"])
-        if len(run.ids) > session.max_context:
-            continue
-        logits = run_logits(session, run)
-        name, bounds = f"{run.name}.logits", case.tolerance["logits"]["any"]
-        rows = case.distances(name, logits)
-        found = {
-            "median": rows.median(),
-            "p95": rows.quantile(0.95),
-            "rms": case.distance(name, logits),
-            "max": rows.max(),
-        }
-        for key, value in found.items():
-            table.add(
-                f"{name} {key}",
-                float(torch.as_tensor(value)),
-                bounds[key] if run.name == "main" else bounds["max"],
-            )
+    """Every recorded run that fits the context, within the bound for any rounding points: one after the
+    other, and in a batch also side by side at their different positions.
+    """
+    names = [described["name"] for described in case.description["runs"]]
+    runs = [run for run in map(case.run, names) if len(run.ids) <= session.max_context]
+    for run in runs:
+        _check_logits(case, run, run_logits(session, run), table, "")
+    for start in range(0, len(runs) if session.batch > 1 else 0, session.batch):
+        some = runs[start : start + session.batch]
+        for run, logits in zip(some, run_together(session, some), strict=True):
+            _check_logits(case, run, logits, table, f" side by side ({len(some)})")
+
+
+def _check_logits(case: Recorded, run: Run, logits: Tensor, table: Table, how: str) -> None:
+    name, bounds = f"{run.name}.logits", case.tolerance["logits"]["any"]
+    rows = case.distances(name, logits)
+    found = {
+        "median": rows.median(),
+        "p95": rows.quantile(0.95),
+        "rms": case.distance(name, logits),
+        "max": rows.max(),
+    }
+    for key, value in found.items():
+        bound = bounds[key] if run.name == "main" else bounds["max"]
+        table.add(f"{name} {key}{how}", float(torch.as_tensor(value)), bound)
 
 
 # --- the same bits ---
@@ -106,7 +135,7 @@ def check_replays(session: CudaSession, case: Recorded, table: Table) -> None:
     for _ in range(2):
         session.executor.state.copy_(state)
         session._held[0] = half
-        logits = [session.decode([token])[0] for token in ids[half : half + 4]]
+        logits = [session.decode(alone(session, token))[0] for token in ids[half : half + 4]]
         left.append(torch.stack([*logits]).view(torch.int32).clone())
         left.append(session.executor.state.clone())
     table.add("changed words of logits in a second replay", int((left[0] != left[2]).sum()), 0)
@@ -125,12 +154,12 @@ def check_greedy(session: CudaSession, case: Recorded, table: Table) -> None:
     count = min(40, session.max_context - len(ids))
     session.reset()
     session.prefill(ids)
-    enqueued = session.generate(count).cpu()[:, 0].tolist()
+    enqueued = session.generate(count, [0]).cpu()[:, 0].tolist()
     session.reset()
     logits, chosen = session.prefill(ids)[-1], []
     for _ in range(count):
         token = int(logits.argmax())
-        logits = session.decode([token])[0]
+        logits = session.decode(alone(session, token))[0]
         chosen.append(int(logits.argmax()))
     wrong = sum(a != b for a, b in zip(enqueued, chosen, strict=True))
     table.add(f"tokens of {count} that differ when fed back on the device", wrong, 0)
@@ -217,7 +246,7 @@ def step_microseconds(session: CudaSession, ids: tuple[int, ...], steps: int = 1
         count = min(steps, session.max_context - 4)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        session.enqueue(count)
+        session.enqueue(count, [0])
         stop.record()
         session.wait()
         times.append(1e3 * start.elapsed_time(stop) / count)
@@ -323,8 +352,8 @@ def main() -> int:
     table = Table()
     if options.smoke:
         session.prefill(case.run().ids[:6])
-        session.decode([case.run().ids[6]])
-        session.generate(2)
+        session.decode(alone(session, case.run().ids[6]))
+        session.generate(2, [0])
         session.wait()
         return 0
     check_runs(session, case, table)
