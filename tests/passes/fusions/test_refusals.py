@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dsv4c.errors import GraphError
-from dsv4c.ir.fused import Fused
+from dsv4c.ir.fused import Fused, is_hole
 from dsv4c.ir.graph import Builder, Graph, Node, Value
 from dsv4c.ir.ops.attention import AttentionScores
 from dsv4c.ir.ops.rope import Rope
@@ -70,6 +70,36 @@ def test_without_the_check_an_escaping_value_would_be_lost(monkeypatch: pytest.M
     monkeypatch.setattr(folding._Search, "objection", lambda *_: None)
     with pytest.raises((GraphError, KeyError)):
         verify(fold(leaking(graph, inner_values(match)[-1]), RULES)[0])
+
+
+def test_without_the_check_a_cycle_would_close(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding.Work, "way_back", lambda *_: None)
+    with pytest.raises(GraphError, match="cycle"):
+        fold(unfolded("tiny", "nvfp4-experts-w4a4", "decode"), RULES)
+
+
+def test_without_the_check_an_attribute_would_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A factor that differs between two steps of Sinkhorn: equal attributes are what refuses it."""
+    graph = one_layer(4)
+    place = next(i for i, n in enumerate(graph.nodes) if n.op.name == "normalize")
+    mutant = with_attribute(graph, place, "eps", 0.5)
+    assert mutant is not None
+    monkeypatch.setattr(folding._Wiring, "unify", capture_only)
+    monkeypatch.setattr(folding, "_same", lambda *_: True)
+    monkeypatch.setattr(type(graph.nodes[place].op), "__eq__", lambda a, b: type(a) is type(b))
+    monkeypatch.setattr(type(graph.nodes[place].op), "__hash__", lambda a: 0)
+    kept, report = fold(mutant, [r for r in RULES if r.name == "sinkhorn"])
+    assert report.counts["sinkhorn"] == 2
+    monkeypatch.undo()
+    assert wiring(expand(kept)) != wiring(mutant)
+
+
+def capture_only(wiring: Any, wanted: Any, actual: Any, undo: list[Any]) -> None:
+    """`unify` without its comparison: the first value of a field wins."""
+    name = getattr(wanted, "hole_field", "") if is_hole(wanted) else ""
+    if name and name not in wiring.fields:
+        wiring.fields[name] = actual
+        undo.append(name)
 
 
 def test_the_plain_row_of_a_norm_is_a_result_for_those_who_read_it() -> None:
