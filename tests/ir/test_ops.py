@@ -333,6 +333,8 @@ COSTS = [  # op, operands, flops, bytes read, bytes written
     ("mix_streams", "f32[1,4,8] f32[1,4,4]", 2 * 4 * 4 * 8, (128, 64), (128,)),
     ("collapse_streams {out=bf16}", "bf16[1,4,8] f32[1,4]", 2 * 4 * 8, (64, 16), (16,)),
     ("silu", "f32[8]", 8, (32,), (32,)),
+    # one row of the bias for every token
+    ("add_position_bias", "f32[1,64] f32[4,64] i32[1]", 64, (256, 256, 4), (256,)),
     # decode finishes an entry every fourth time: half of each of 8 rows, a quarter of that per token
     (
         "compress_pool {ratio=4, overlap=true}",

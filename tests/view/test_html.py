@@ -77,21 +77,22 @@ def test_changes_are_those_of_the_diff(flash: str) -> None:
     assert data["stages"][2]["counts"] == [0, 43, 43]
 
 
+def moving(scope: str, factor: float) -> Graph:
+    with Builder("g") as b:
+        x = b.input("x", TensorType(BF16, (4,)))
+        with b.scope("layers.0"):
+            y = silu(x, name="kept")
+        op = Scale(factor=factor)
+        (z,) = b.emit(op, (y,), names=["layers.0.moved"], scope=scope)
+        with b.scope("layers.1"):
+            z = silu(z, name="end")
+    return b.finish({"z": z})
+
+
 def test_a_node_that_moves_to_another_layer_is_changed() -> None:
     """And not gone from the one and new in the other."""
 
-    def graph(scope: str, factor: float) -> Graph:
-        with Builder("g") as b:
-            x = b.input("x", TensorType(BF16, (4,)))
-            with b.scope("layers.0"):
-                y = silu(x, name="kept")
-            op = Scale(factor=factor)
-            (z,) = b.emit(op, (y,), names=["layers.0.moved"], scope=scope)
-            with b.scope("layers.1"):
-                z = silu(z, name="end")
-        return b.finish({"z": z})
-
-    data = page_data(html([("a", graph("layers.0", 1.0)), ("b", graph("layers.1", 2.0))]))
+    data = page_data(html([("a", moving("layers.0", 1.0)), ("b", moving("layers.1", 2.0))]))
     assert data["stages"][1]["counts"] == [0, 1, 0]
     first, second = data["stages"][1]["groups"]
     assert [data["changes"][g["change"]] for g in (first, second)] == [[[], [], []], [[], [0], []]]
@@ -244,6 +245,14 @@ def test_light_and_dark(page: Any) -> None:
     before = page.script(colors)
     page.click("#theme")
     assert page.script(colors) != before
+
+
+def test_a_result_named_after_another_layer_has_its_whole_name(browser: Any, tmp_path: Path) -> None:
+    path = tmp_path / "moved.html"
+    path.write_text(html([("a", moving("layers.1", 1.0))]), encoding="utf-8")
+    browser.open(path.as_uri())
+    browser.click('[data-title="layers.1"] > header')
+    assert browser.texts(".row > span:nth-child(2)") == ["layers.0.moved", "end"]
 
 
 def test_every_stage_of_pro_opens(browser: Any, tmp_path: Path) -> None:
