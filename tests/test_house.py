@@ -58,7 +58,7 @@ HOUSE = {
     "cli": Room(
         ("", *CONFIG),
         ("typer", "rich", "click"),
-        (*COMPILER, "stages", "bisect", "compiler", "runtime", "view", "codegen"),
+        (*COMPILER, "stages", "bisect", "compiler", "runtime", "view", "codegen", "codegen.check"),
     ),
     "__main__": Room(("cli",)),
 }
