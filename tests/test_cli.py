@@ -212,8 +212,7 @@ def test_run_gives_a_row_of_logits_per_token(plan: Path, weights: Path, tmp_path
     assert logits.shape == (9, 512)
     session = dsv4c.load(plan).bind(weights)
     rows = session.prefill([*prompt, *forced])
-    assert (logits[:7] == rows[:7]).all()
-    assert ((logits - rows).norm(dim=1) / rows.norm(dim=1)).max() < 0.2  # decode steps may round elsewhere
+    assert (logits == rows).all()
     data = result.json
     assert data["tokens"] == prompt + forced
     assert data["top"][0]["token"] == data["generated"][0] == int(logits[-1].argmax())

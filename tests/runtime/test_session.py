@@ -184,9 +184,16 @@ def test_an_offset_outside_of_the_arena_is_refused(plan: Plan, checkpoint: Path)
 # --- the model's memory ---
 
 
+@pytest.fixture(scope="module", params=["fp32", "official"])
+def single(checkpoint: Path, request: pytest.FixtureRequest) -> Session:
+    """One sequence under a plain and a quantized recipe."""
+    return dsv4c.compile(checkpoint, recipe=request.param, max_context=CONTEXT, chunk=CHUNK).bind(checkpoint)
+
+
 @pytest.mark.parametrize("sizes", [[61], [1] * 9, [23, 1, 24, 13], [24, 25, 12]])
-def test_how_a_prompt_is_cut_does_not_matter(checkpoint: Path, sizes: list[int]) -> None:
-    session = dsv4c.compile(checkpoint, recipe="fp32", max_context=CONTEXT, chunk=CHUNK).bind(checkpoint)
+def test_how_a_prompt_is_cut_does_not_matter(single: Session, sizes: list[int]) -> None:
+    session = single
+    session.reset()
     whole = session.prefill(PROMPT[: sum(sizes)])
     session.reset()
     rows, start = [], 0
