@@ -1,8 +1,8 @@
 """Certificates: for every way a rule applied, the matched nodes and the fused op give the same results.
 
 Left, the nodes as the graph had them, with their own wiring and attributes; right, what the fused op means
-(its body, or the meaning that replaces it). Both run on adversarial inputs, with huge dimensions cut down where
-the ops allow. Results are kept by digest, so a second compile pays nothing.
+(its body, or the meaning that replaces it). Both run on adversarial inputs, huge dimensions cut down where
+ops allow it. Results are kept by digest, so a second compile pays nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from hashlib import sha256
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, trace
-from dsv4c.ir.graph import Builder, Graph, Value
+from dsv4c.ir.graph import Builder, Graph, Kind, Value
 from dsv4c.ir.op import Op
 from dsv4c.ir.text import print_graph, print_op
 from dsv4c.passes.compare import BIT_EXACT, DIFFERENT, ORDER, Finding, worse
@@ -42,6 +42,9 @@ class Application:
     op: Fused
     nodes: Graph  # the operands as inputs, in the order in which the fused op takes them
     operands: tuple[int, ...]  # input of `nodes` that is each operand of the op
+    rows: tuple[
+        int, ...
+    ] = ()  # inputs with a row per token, as far as their kind tells: neither weight nor state
     count: int = 1
 
     @property
@@ -137,7 +140,8 @@ def application(match: Match) -> Application:
         values.update(zip(node.outputs, outputs, strict=True))
     kept = match.op.kept(match.results)
     graph = builder.finish({str(i): values[v] for i, v in enumerate(kept)})
-    return Application(match.op, graph, tuple(order.index(v) for v in match.operands))
+    rows = tuple(i for i, v in enumerate(order) if v.kind in (Kind.INPUT, Kind.RESULT))
+    return Application(match.op, graph, tuple(order.index(v) for v in match.operands), rows)
 
 
 def certify(matches: Iterable[Match], *, folder: Path | None = None, fresh: bool = False) -> Certificates:
@@ -253,7 +257,8 @@ def _smaller(size: int) -> tuple[int, ...]:
 
 
 def reduce_sizes(applied: Application) -> Application:
-    """The same application with dimensions above 512 cut down, and experts to 8, where all ops accept it."""
+    """The same application with fewer rows, dimensions above 512 cut down, 8 experts, where all ops accept it."""
+    applied = _fewer_rows(applied)
     experts = {
         v.type.shape[0]
         for n in _primitives(applied.nodes).nodes
@@ -277,6 +282,24 @@ def _primitives(graph: Graph) -> Graph:
     return expand(graph) if any(isinstance(n.op, Fused) for n in graph.nodes) else graph
 
 
+ROWS = 5
+
+
+def _fewer_rows(applied: Application) -> Application:
+    """With 5 tokens where there are more; their count is the leading dimension that most operands share."""
+    leading = [
+        applied.nodes.inputs[i].type.shape[0] for i in applied.rows if applied.nodes.inputs[i].type.shape
+    ]
+    count = max(leading, key=leading.count, default=0)
+    if count <= ROWS:
+        return applied
+    shapes = [v.type.shape for v in applied.nodes.inputs]
+    for i in applied.rows:
+        if shapes[i][:1] == (count,):
+            shapes[i] = (ROWS, *shapes[i][1:])
+    return _reshaped(applied, shapes) or applied
+
+
 def _resized(applied: Application, size: int, new: int, multiples: bool) -> tuple[Application, int] | None:
     """`applied` with dimension `size` (and its multiples) as `new`, or None where an op refuses."""
 
@@ -285,8 +308,14 @@ def _resized(applied: Application, size: int, new: int, multiples: bool) -> tupl
             return new
         return n // size * new if multiples and n % size == 0 else n
 
+    resized = _reshaped(applied, [tuple(map(resize, v.type.shape)) for v in applied.nodes.inputs])
+    return None if resized is None else (resized, new)
+
+
+def _reshaped(applied: Application, shapes: Sequence[tuple[int, ...]]) -> Application | None:
+    """`applied` with operands of these shapes, or None where an op refuses."""
     try:
-        types = [v.type.with_shape(tuple(map(resize, v.type.shape))) for v in applied.nodes.inputs]
+        types = [v.type.with_shape(shape) for v, shape in zip(applied.nodes.inputs, shapes, strict=True)]
         body = trace(applied.op, tuple(types[i] for i in applied.operands)).graph
         builder = Builder(applied.nodes.name)
         values: dict[Value, Value] = {
@@ -301,7 +330,7 @@ def _resized(applied: Application, size: int, new: int, multiples: bool) -> tupl
     except (GraphError, ValueError):
         return None
     graph = builder.finish({k: values[v] for k, v in applied.nodes.outputs.items()})
-    return replace(applied, nodes=graph), new
+    return replace(applied, nodes=graph)
 
 
 def _regrown(op: Op, traced: Op) -> Op:
