@@ -55,6 +55,7 @@ def compile(
     enable: Sequence[str] = (),
     resumed: Saved | None = None,
     certify: bool = False,
+    inspect: Callable[[str, Compiled], None] | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
 ) -> Plan:
@@ -64,10 +65,11 @@ def compile(
     them per call (64, or less in a shorter context). `mtp` adds the draft block's bucket. `pipeline` (or its
     spec) replaces the default one, whose recipe is `recipe`; `rules` are what may fold, by default the
     built-in ones and those of installed packages, without those of `disable` ("all": every one) that `enable`
-    does not take back; `expected` counts of applications must hold for the decode bucket. `order` "memory" looks for a
-    launch order that needs a smaller arena. `certify` stores a certificate of every way a rule applied; those
-    that were not kept from before take seconds. A GPU target has kernels and the decode bucket alone, and
-    `cache` is the folder of compiled kernels (default: dsv4c's in the user's cache).
+    does not take back; `expected` counts of applications must hold for the decode bucket. `order` "memory"
+    looks for a launch order that needs a smaller arena. `inspect(mode, compiled)` sees every bucket's stages.
+    `certify` stores a certificate of every way a rule applied; those that were not kept from before take
+    seconds. A GPU target has kernels and the decode bucket alone. `cache` is the folder of compiled kernels
+    and certificates (default: dsv4c's in the user's cache).
     `resumed` (`dsv4c.stages.read_saved`) goes on where a compile stopped: of the other arguments only rules,
     expected, certify, cache and progress count then.
     `progress(stage, done, all)` is called on the way.
@@ -76,15 +78,24 @@ def compile(
     does not fit the model or a rule's count differs, BuildError where no kernel takes an op.
     """
     # 1. What to compile, and how.
-    known = rules_of() if rules is None else rules
     if resumed is not None:
-        job = resumed.job(known, expected)
+        job = resumed.job(rules, expected)
     else:
-        config, deployment, numerics = settings(
-            model, target=target, recipe=recipe, batch=batch, max_context=max_context, chunk=chunk, mtp=mtp
+        job = job_for(
+            model,
+            target=target,
+            recipe=recipe,
+            batch=batch,
+            max_context=max_context,
+            chunk=chunk,
+            mtp=mtp,
+            pipeline=pipeline,
+            rules=rules,
+            expected=expected,
+            order=order,
+            disable=disable,
+            enable=enable,
         )
-        line = choose_rules(pipeline_of(pipeline, numerics, known, order), known, disable, enable)
-        job = Job(config, deployment, numerics, line, known, modes_of(deployment, mtp=mtp), expected or {})
     stages = _Stages(progress, total=len(job.modes) * (1 + len(job.line.passes)) + 1 + certify)
 
     # 2. One graph per bucket: the paper's operations, rewritten to launches with places for bytes.
@@ -96,10 +107,13 @@ def compile(
         with stages(f"build {mode}"):
             graph = job.built(mode)
         placed[mode] = job.bucket(mode, graph=graph, watch=stages.watch(mode))
+    if inspect is not None:
+        for name, compiled in placed.items():
+            inspect(name, compiled)
     certificates: Sequence[dict[str, Any]] = ()
     if certify:
         with stages("certify"):
-            certificates = _certify(placed)
+            certificates = _certify(placed, cache)
 
     # 3. On a GPU: kernels for the launches, their weights' layouts, cubins. Everything as data.
     deployment = job.deployment
@@ -110,6 +124,31 @@ def compile(
         with stages("assemble"):
             plan = _assemble(job.config, deployment, job.recipe, spec, placed, stages)
     return _reported(plan, job, placed, certificates, stages, resumed)
+
+
+def job_for(
+    model: ModelConfig | str | Path,
+    *,
+    target: str = "cpu",
+    recipe: str = "official",
+    batch: int = 1,
+    max_context: int = 4096,
+    chunk: int | None = None,
+    mtp: bool = False,
+    pipeline: str | Pipeline | None = None,
+    rules: Contributions | None = None,
+    expected: Mapping[str, int] | None = None,
+    order: Order = "source",
+    disable: Sequence[str] = (),
+    enable: Sequence[str] = (),
+) -> Job:
+    """The arguments of `compile` as what decides its graphs. Raises ConfigError, GraphError."""
+    config, deployment, numerics = settings(
+        model, target=target, recipe=recipe, batch=batch, max_context=max_context, chunk=chunk, mtp=mtp
+    )
+    known = rules_of() if rules is None else rules
+    line = choose_rules(pipeline_of(pipeline, numerics, known, order), known, disable, enable)
+    return Job(config, deployment, numerics, line, known, modes_of(deployment, mtp=mtp), expected or {})
 
 
 def pipeline_of(
@@ -500,12 +539,12 @@ def _reported(
     return replace(plan, report=report, certificates=tuple(certificates), timings={**stages.seconds, **rules})
 
 
-def _certify(placed: Mapping[str, Compiled]) -> list[dict[str, Any]]:
+def _certify(placed: Mapping[str, Compiled], cache: Path | None) -> list[dict[str, Any]]:
     """Certificates of all buckets, equal applications once. Raises GraphError for a rule that is wrong."""
     from dsv4c.passes.certify import certify, to_dict
 
     matches = [m for p in placed.values() if p.context.fold is not None for m in p.context.fold.matches]
-    found = certify(matches)
+    found = certify(matches, folder=None if cache is None else cache / "certificates")
     for wrong in found.failed:
         raise GraphError(f"the rule {wrong.rule} is wrong on {', '.join(wrong.operands)}: {wrong.reason}")
     return [to_dict(certificate) for certificate in found.all]

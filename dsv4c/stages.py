@@ -50,6 +50,7 @@ class Compiled:
     context: Context
     stages: Sequence[Stage]
     start: Graph
+    begins: str = BUILD  # the stage that `start` is
 
     @property
     def graph(self) -> Graph:
@@ -69,8 +70,8 @@ class Compiled:
 
     @property
     def named(self) -> list[tuple[str, Graph]]:
-        """(stage, graph) from the paper's operations to the last pass's; names are distinct."""
-        found: dict[str, Graph] = {BUILD: self.start}
+        """(stage, graph) from the first, the paper's operations, to the last pass's; names are distinct."""
+        found: dict[str, Graph] = {self.begins: self.start}
         for stage in self.stages:
             name, n = stage.name, 1
             while name in found:
@@ -228,7 +229,7 @@ def resume(job: Job, saved: Saved, mode: Mode, watch: Callable[[Stage], None] | 
     """One bucket's passes behind the one that `saved` stopped after. Raises GraphError."""
     context = replace(job.context(mode), prepack=saved.loads.get(mode))
     start = saved.graphs[mode]
-    return Compiled(context, job.line.run(start, context, watch=watch), start)
+    return Compiled(context, job.line.run(start, context, watch=watch), start, saved.after)
 
 
 def read_saved(text: str, name: str = "the file") -> Saved:

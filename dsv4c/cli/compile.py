@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv4c.cli.console import note, print_json, progress_bar, size
+from dsv4c.cli.console import note, print_json, progress_bar, size, write_text
 from dsv4c.cli.options import (
+    CONFIG_HELP,
     BatchOption,
     ChunkOption,
-    ConfigArgument,
     ContextOption,
     ForceOption,
     JsonOption,
+    PassOption,
     RecipeOption,
     Target,
     TargetOption,
 )
+from dsv4c.errors import ConfigError, GraphError
 
 if TYPE_CHECKING:
     from dsv4c.runtime.plan import Plan
+    from dsv4c.stages import Compiled, Job
+
+ConfigOrNothing = Annotated[
+    str | None,
+    typer.Argument(metavar="CONFIG", help=f"{CONFIG_HELP} Left out with --resume.", show_default=False),
+]
 
 OutputOption = Annotated[
     Path | None,
@@ -32,9 +41,61 @@ MtpOption = Annotated[
 ]
 CacheOption = Annotated[
     Path | None,
-    typer.Option(help="Folder of compiled kernels.", show_default="the user's cache", metavar="DIR"),
+    typer.Option(
+        help="Folder of compiled kernels and certificates.", show_default="the user's cache", metavar="DIR"
+    ),
 ]
 OrderOption = Annotated[str, typer.Option(help="Launch order: source, or memory for a smaller arena.")]
+DisableOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Leave a rule out, `all` for every one.", metavar="RULE", show_default=False),
+]
+EnableOption = Annotated[
+    list[str] | None,
+    typer.Option(help="Take a rule back that is left out.", metavar="RULE", show_default=False),
+]
+ExpectOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Fail unless the rule applied N times in a decode step.", metavar="RULE=N", show_default=False
+    ),
+]
+PipelineOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The passes, as the figures of a plan spell them: `quantize{recipe=official},fold,...`.",
+        metavar="SPEC",
+        show_default=False,
+    ),
+]
+StopOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Write the graphs after that pass as text to -o FILE, and stop.",
+        metavar="PASS",
+        show_default=False,
+    ),
+]
+ResumeOption = Annotated[
+    Path | None,
+    typer.Option(help="Go on from such a file, edited or not.", metavar="FILE", show_default=False),
+]
+DumpOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write the decode graph after every pass: 00-build.txt, 01-quantize.txt, ...",
+        metavar="DIR",
+        show_default=False,
+    ),
+]
+CertifyOption = Annotated[
+    bool,
+    typer.Option(
+        "--certify/--no-certify",
+        help="Store a certificate of every way a rule applied. Off because evaluating them takes longer than "
+        "the compile, the first time (5 to 90 s); `dsv4c check PLAN` evaluates them for any plan.",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -42,7 +103,7 @@ def register(app: typer.Typer) -> None:
 
 
 def compile_command(
-    config: ConfigArgument,
+    config: ConfigOrNothing = None,
     output: OutputOption = None,
     target: TargetOption = Target.CPU,
     recipe: RecipeOption = "official",
@@ -51,6 +112,15 @@ def compile_command(
     chunk: ChunkOption = None,
     mtp: MtpOption = False,
     order: OrderOption = "source",
+    disable: DisableOption = None,
+    enable: EnableOption = None,
+    extra: PassOption = None,
+    expect: ExpectOption = None,
+    pipeline: PipelineOption = None,
+    stop_after: StopOption = None,
+    resume: ResumeOption = None,
+    dump_stages: DumpOption = None,
+    certify: CertifyOption = False,
     cache: CacheOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
@@ -64,28 +134,50 @@ def compile_command(
       dsv4c compile ./my-checkpoint --batch 4 --max-context 8192 --chunk 128
 
       dsv4c compile deepseek-v4-flash --recipe nvfp4-experts --json
+
+      dsv4c compile tiny --disable all --enable sinkhorn --expect sinkhorn=12
+
+      dsv4c compile tiny --stop-after fold -o x.ir; dsv4c compile --resume x.ir -o tiny.plan
     """
-    from dsv4c.compiler import compile
+    from dsv4c.compiler import compile, job_for
     from dsv4c.config import load_config
     from dsv4c.runtime.plan import check_target
+    from dsv4c.stages import read_saved, rules_of
 
-    model = load_config(config)
+    rules = rules_of(extra or ())
+    if (config is None) == (resume is None):
+        raise ConfigError("compile: give a CONFIG, or --resume FILE, one of them")
+    saved = None if resume is None else read_saved(_read(resume), str(resume))
+    model = load_config(config) if config is not None else saved.config  # type: ignore[union-attr]
+    asked: dict[str, Any] = {
+        "target": target.value,
+        "recipe": recipe,
+        "batch": batch,
+        "max_context": max_context,
+        "chunk": chunk,
+        "mtp": mtp,
+        "pipeline": pipeline,
+        "rules": rules,
+        "expected": counts(expect or ()),
+        "order": order,
+        "disable": disable or (),
+        "enable": enable or (),
+    }
+    if stop_after is not None:
+        if saved is not None:
+            raise ConfigError("compile: --stop-after and --resume are for different calls; give one")
+        _stop(job_for(model, **asked), stop_after, output, force)
+        return
     folder = output or Path(f"{model.name}.plan")
     check_target(folder, force=force)
+    dump = _dumper(dump_stages) if dump_stages is not None else None
     with progress_bar("compile") as progress:
         plan = compile(
-            model,
-            target=target.value,
-            recipe=recipe,
-            batch=batch,
-            max_context=max_context,
-            chunk=chunk,
-            mtp=mtp,
-            order=order,  # type: ignore[arg-type]  # checked by the scheduler
-            cache=cache,
-            progress=progress,
+            model, **asked, resumed=saved, certify=certify, inspect=dump, cache=cache, progress=progress
         )
     plan.save(folder, force=force)
+    for warning in plan.report.get("warnings", ()):
+        note(f"warning: {warning}")
     for remark in (*model.notes, *plan.report.get("notes", ())):
         note(f"note: {remark}")
     if json:
@@ -93,6 +185,55 @@ def compile_command(
     else:
         print(f"{folder}: {plan.name} for {plan.target}, recipe {plan.recipe}")
         print(describe(plan), end="")
+
+
+def counts(expected: Iterable[str]) -> dict[str, int]:
+    """RULE=N options as data. Raises GraphError."""
+    found = {}
+    for text in expected:
+        rule, _, number = text.partition("=")
+        if not number.isdecimal():
+            raise GraphError(f"--expect {text}: expected a rule and a number, sinkhorn=86")
+        found[rule] = int(number)
+    return found
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise GraphError(f"{path}: cannot be read: {error}") from None
+
+
+def _stop(job: Job, after: str, output: Path | None, force: bool) -> None:
+    from dsv4c.stages import stop
+
+    if output is not None and output.exists() and not force:
+        raise GraphError(f"{output}: exists; give another file, or --force to replace it")
+    saved = stop(job, after)
+    write_text(output, saved.text(), GraphError)
+    if output is not None:
+        nodes = ", ".join(f"{mode} {len(graph.nodes):,} nodes" for mode, graph in saved.graphs.items())
+        note(f"{output}: {nodes} after {after}; edit it, then dsv4c compile --resume {output}")
+
+
+def _dumper(folder: Path) -> Callable[[str, Compiled], None]:
+    """Writes the stages of the decode bucket as numbered files."""
+
+    def write(mode: str, compiled: Compiled) -> None:
+        from dsv4c.ir.text import print_graph
+
+        if mode != "decode":
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise GraphError(f"{folder}: cannot be written: {error.strerror}") from None
+        for number, (name, graph) in enumerate(compiled.named):
+            write_text(folder / f"{number:02}-{name}.txt", print_graph(graph), GraphError)
+        note(f"{folder}: {len(compiled.named)} stages")
+
+    return write
 
 
 def figures(plan: Plan) -> dict[str, Any]:
@@ -108,8 +249,14 @@ def figures(plan: Plan) -> dict[str, Any]:
         "weights_bytes": plan.weights_bytes,
         **plan.report,
         **({"cache_hits": plan.cache_hits} if plan.kernels else {}),
-        "seconds": {stage: round(seconds, 4) for stage, seconds in plan.timings.items()},
+        "certificates": len(plan.certificates),
+        "seconds": {stage: round(seconds, 4) for stage, seconds in stage_seconds(plan).items()},
     }
+
+
+def stage_seconds(plan: Plan) -> dict[str, float]:
+    """Seconds by stage, without those of single rules inside of fold."""
+    return {name: seconds for name, seconds in plan.timings.items() if not name.startswith("rule ")}
 
 
 def describe(plan: Plan) -> str:
@@ -126,5 +273,5 @@ def describe(plan: Plan) -> str:
         size_of_all = sum(len(content) for content in plan.files.values())
         lines.append(f"  {len(plan.kernels)} kernels for {plan.target}, files {size(size_of_all)}")
     if plan.timings:
-        lines.append(f"  compiled in {sum(plan.timings.values()):.2f} s")
+        lines.append(f"  compiled in {sum(stage_seconds(plan).values()):.2f} s")
     return "\n".join(lines) + "\n"

@@ -48,3 +48,13 @@ ChunkOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+PassOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--pass",
+        help="Add a pass, fused op or rule of your own; may be repeated. Commands that read a plan need what "
+        "it was compiled with.",
+        metavar="MODULE:OBJECT",
+        show_default=False,
+    ),
+]
