@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, dataclass_transform
 
 from dsv4c.errors import GraphError
 from dsv4c.types import DType, QuantType, TensorType, Type
@@ -150,6 +150,7 @@ def register(op: type[Op]) -> None:
     OPS[op.name] = op
 
 
+@dataclass_transform(frozen_default=True)
 def primitive(cls: OpClass) -> OpClass:
     """Declare an op: freezes the dataclass, names it after the class, registers it."""
     made: Any = dataclass(frozen=True)(cls)
