@@ -1,0 +1,67 @@
+"""`run_plan.py` as tests: on a machine with a GPU, compile the recorded models and check their plans there."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[2]
+CAPABILITY = (9, 0)
+
+
+def missing() -> str:
+    """Why plans for sm_90a cannot run here; empty if they can."""
+    if not torch.cuda.is_available():
+        return "torch finds no NVIDIA GPU"
+    if torch.cuda.get_device_capability() != CAPABILITY:
+        return f"{torch.cuda.get_device_name()} is not of the architecture sm_90a"
+    return ""
+
+
+REASON = missing()
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON or "has a GPU")]
+CASES = [
+    ("official-quant", "official", 1),
+    ("official-quant", "official", 3),
+    ("nvfp4-experts", "nvfp4-experts", 1),
+]
+
+
+@pytest.fixture(scope="session")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("plans")
+
+
+def compiled(plans: Path, case: str, recipe: str, batch: int) -> Path:
+    """The plan's folder, compiled once per run of the tests."""
+    from dsv4c.compiler import compile
+    from tests.goldens import golden_case
+
+    folder = plans / f"{case}-{recipe}-{batch}"
+    if not folder.exists():
+        plan = compile(golden_case(case), target="sm_90a", recipe=recipe, batch=batch, max_context=512)
+        plan.save(folder)
+    return folder
+
+
+def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`run_plan.py` in a process of its own, as a CUDA error takes its context along."""
+    command = [sys.executable, "-m", "tests.gpu.run_plan", *arguments]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("case", "recipe", "batch"), CASES)
+def test_a_recorded_model_on_the_device(plans: Path, case: str, recipe: str, batch: int) -> None:
+    done = run_plan(str(compiled(plans, case, recipe, batch)), case)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all checks pass" in done.stdout
+
+
+def test_a_fault_names_its_launch(plans: Path) -> None:
+    done = run_plan(str(compiled(plans, *CASES[0])), CASES[0][0], "--fault")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "named: launch " in done.stdout
