@@ -244,6 +244,8 @@ def grouped_linear(request: Request) -> Answer:
         return staged
     if isinstance(request.types[x], QuantType):
         return No(f"takes groups of plain bf16 rows, not {request.types[x]}")
+    if staged.kind == "f16" and request.types[w].shape[1] % 128:
+        return No(f"takes whole 128x128 scale blocks per group, not {request.types[w]}")
     _, groups, k = request.types[x].shape
     name = request.labels[w] or "grouped_linear"
     return _gemv(request, name, [(staged, w, call.outputs[0])], {"x": x}, k, groups)

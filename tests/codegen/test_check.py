@@ -1,0 +1,197 @@
+"""The launch-graph verifier: sound plans pass, every planted fault is found where it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from dsv4c.codegen.check import Violation, check
+from dsv4c.errors import PlanError
+from dsv4c.runtime.plan import Argument, KernelLaunch, Plan
+from tests.codegen.lowered import gpu_plan
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return gpu_plan()
+
+
+def launches(plan: Plan) -> list[KernelLaunch]:
+    return [launch for launch in plan.bucket("decode").launches if isinstance(launch, KernelLaunch)]
+
+
+def rebuilt(plan: Plan, changed: list[KernelLaunch], **bucket: Any) -> Plan:
+    decode = replace(plan.bucket("decode"), launches=tuple(changed), **bucket)
+    return replace(plan, buckets={"decode": decode})
+
+
+def with_launch(plan: Plan, name: str, change: Callable[[KernelLaunch], KernelLaunch]) -> Plan:
+    every = launches(plan)
+    assert name in [launch.name for launch in every]
+    return rebuilt(plan, [change(launch) if launch.name == name else launch for launch in every])
+
+
+def with_argument(plan: Plan, name: str, value: str, **fields: Any) -> Plan:
+    def change(launch: KernelLaunch) -> KernelLaunch:
+        assert value in [a.value for a in launch.arguments]
+        return replace(
+            launch,
+            arguments=tuple(replace(a, **fields) if a.value == value else a for a in launch.arguments),
+        )
+
+    return with_launch(plan, name, change)
+
+
+def kinds(found: list[Violation]) -> set[tuple[str, str]]:
+    return {(v.kind, v.launch) for v in found}
+
+
+def argument(plan: Plan, name: str, value: str) -> Argument:
+    (launch,) = (launch for launch in launches(plan) if launch.name == name)
+    return next(a for a in launch.arguments if a.value == value)
+
+
+def test_a_compiled_plan_is_sound(plan: Plan) -> None:
+    assert check(plan) == []
+
+
+def test_a_launch_without_its_edge_races_with_what_it_reads(plan: Plan) -> None:
+    found = check(with_launch(plan, "layers.0.attn.qa", lambda x: replace(x, after=())))
+    assert ("order", "layers.0.attn.qa") in kinds(found)
+    assert any("layers.0.attn_in_quantized" in v.text and "hc_attn.post" in v.text for v in found)
+
+
+def test_an_edge_around_the_reader_lets_the_writer_overtake_it(plan: Plan) -> None:
+    """Write after read: the bytes of what attention still reads are written by a later launch."""
+    every = launches(plan)
+    index = next(i for i, launch in enumerate(every) if launch.name == "layers.0.attn.attn_out")
+    every[index] = replace(every[index], after=(index - 3,))
+    found = check(rebuilt(plan, every))
+    assert ("order", "layers.0.attn.attn_out") in kinds(found)
+
+
+def test_a_programmatic_edge_needs_a_kernel_that_waits(plan: Plan) -> None:
+    found = check(with_launch(plan, "layers.1.x_attn", lambda x: replace(x, waits=False)))
+    assert ("wait", "layers.1.x_attn") in kinds(found)
+    assert ("order", "layers.1.x_attn") in kinds(found)  # and nothing orders it
+
+
+def test_a_full_edge_orders_a_kernel_that_does_not_wait(plan: Plan) -> None:
+    sound = with_launch(plan, "layers.1.x_attn", lambda x: replace(x, waits=False, programmatic=False))
+    assert check(sound) == []
+
+
+def test_an_edge_to_a_later_launch_is_found(plan: Plan) -> None:
+    found = check(with_launch(plan, "streams", lambda x: replace(x, after=(7,))))
+    assert ("order", "streams") in kinds(found)
+
+
+def test_a_read_without_a_writer_is_found(plan: Plan) -> None:
+    every = [launch for launch in launches(plan) if launch.name != "layers.0.ffn.router.experts.choice"]
+    every = [replace(launch, after=(i - 1,) if i else ()) for i, launch in enumerate(every)]
+    found = check(rebuilt(plan, every))
+    assert any(v.kind in ("unwritten", "stale") and "router.experts.weights" in v.text for v in found)
+    assert {v.kind for v in found} <= {"unwritten", "stale"}
+
+
+def test_scratch_under_two_names_is_found(plan: Plan) -> None:
+    """The routing weights of a hash layer, read from another place than where they were written."""
+    place = argument(plan, "layers.0.ffn.router.experts.up", "layers.0.ffn.router.experts.weights")
+    found = check(
+        with_argument(
+            rebuilt(plan, launches(plan), arena_bytes=plan.bucket("decode").arena_bytes + 256),
+            "layers.0.ffn.router.experts.up",
+            place.value,
+            offset=plan.bucket("decode").arena_bytes,
+        )
+    )
+    assert kinds(found) == {("unwritten", "layers.0.ffn.router.experts.up")}
+
+
+def test_overwritten_bytes_are_found(plan: Plan) -> None:
+    """Two values at one place while both are alive."""
+    decode = plan.bucket("decode")
+    qa, q = decode.values["layers.0.attn.qa"], decode.values["layers.0.attn.kv_out"]
+    moved = rebuilt(
+        plan, launches(plan), values={**decode.values, "layers.0.attn.kv_out": replace(q, offset=qa.offset)}
+    )
+    for launch in launches(plan):
+        if "layers.0.attn.kv_out" in [a.value for a in launch.arguments]:
+            moved = with_argument(moved, launch.name, "layers.0.attn.kv_out", offset=qa.offset)
+    found = check(moved)
+    assert ("stale", "layers.0.attn.qb") in kinds(found)
+
+
+def test_a_state_read_after_its_write_must_be_the_new_value(plan: Plan) -> None:
+    """Attention before the row of its own token is stored: it finds the old window."""
+    every = launches(plan)
+    names = [launch.name for launch in every]
+    store, attention = names.index("layers.0.attn.window_written"), names.index("layers.0.attn.reshape_2")
+    every[store], every[attention] = every[attention], every[store]
+    every = [replace(launch, after=(i - 1,) if i else ()) for i, launch in enumerate(every)]
+    found = check(rebuilt(plan, every))
+    assert any(v.kind == "stale" and "window" in v.text for v in found)
+
+
+def test_a_write_that_is_not_in_place_is_found(plan: Plan) -> None:
+    decode = plan.bucket("decode")
+    slot = decode.values["layers.0.attn.window_written"]
+    values = {**decode.values, "layers.0.attn.window_written": replace(slot, offset=slot.offset + 256)}
+    found = check(rebuilt(plan, launches(plan), values=values))
+    assert any(v.kind == "alias" and "layers.0.attn.window_written overwrites" in v.text for v in found)
+
+
+@pytest.mark.parametrize("space", ["arena", "state", "weights", "constants", "input"])
+def test_an_argument_outside_of_its_block_is_found(plan: Plan, space: str) -> None:
+    name, value = next((x.name, a.value) for x in launches(plan) for a in x.arguments if a.space == space)
+    for offset in (1 << 40, -16):
+        found = check(with_argument(plan, name, value, offset=offset))
+        assert ("outside", name) in kinds(found)
+
+
+def test_an_unknown_block_is_found(plan: Plan) -> None:
+    found = check(with_argument(plan, "streams", "tokens", space="attic"))
+    assert ("outside", "streams") in kinds(found)
+
+
+def test_an_argument_beside_its_value_is_found(plan: Plan) -> None:
+    place = argument(plan, "layers.0.attn.qa", "layers.0.attn.wq_a")
+    found = check(with_argument(plan, "layers.0.attn.qa", place.value, offset=place.offset + 16))
+    assert ("misplaced", "layers.0.attn.qa") in kinds(found)
+    found = check(with_argument(plan, "layers.0.attn.qa", "layers.0.attn.kv_out", nbytes=2))
+    assert ("misplaced", "layers.0.attn.qa") in kinds(found)
+
+
+def test_a_written_weight_is_found(plan: Plan) -> None:
+    found = check(with_argument(plan, "streams", "embed", access="w"))
+    assert ("misplaced", "streams") in kinds(found)
+
+
+def test_overlapping_weights_and_states_are_found(plan: Plan) -> None:
+    first, second, *rest = (dict(record) for record in plan.weights)
+    second["components"] = [second["components"][0] | {"offset": first["components"][0]["offset"] + 16}]
+    found = check(replace(plan, weights=(first, second, *rest)))
+    assert any(v.kind == "overlap" and second["name"] in v.text and first["name"] in v.text for v in found)
+    states = (plan.state[0], replace(plan.state[1], offset=plan.state[0].offset), *plan.state[2:])
+    assert any(v.kind == "overlap" and "state" in v.text for v in check(replace(plan, state=states)))
+    short = check(replace(plan, weights_bytes=plan.weights_bytes // 2))
+    assert any(v.kind == "outside" and not v.launch for v in short)
+
+
+def test_a_missing_kernel_or_launch_is_found(plan: Plan) -> None:
+    found = check(with_launch(plan, "streams", lambda x: replace(x, kernel="0" * 24)))
+    assert ("kernel", "streams") in kinds(found)
+    every = [replace(x, after=(i - 1,) if i else ()) for i, x in enumerate(launches(plan)[:-1])]
+    found = check(rebuilt(plan, every))
+    assert [v.kind for v in found] == ["missing"]
+    assert "advance" in found[0].text
+    found = check(with_launch(plan, "streams", lambda x: replace(x, nodes=(*x.nodes, "nobody"))))
+    assert ("missing", "streams") in kinds(found)
+
+
+def test_only_buckets_of_the_plan_can_be_checked(plan: Plan) -> None:
+    with pytest.raises(PlanError, match="no bucket 'prefill'"):
+        check(plan, "prefill")

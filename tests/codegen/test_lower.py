@@ -1,0 +1,190 @@
+"""Plans for GPU targets: launches bound, weights in the forms that kernels want, constants the reference's."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsv4c.codegen.build import TARGETS
+from dsv4c.codegen.check import check
+from dsv4c.codegen.lower import component_bytes, packed_bytes, rope_table
+from dsv4c.compiler import compile
+from dsv4c.config import load_config
+from dsv4c.errors import BuildError, ConfigError
+from dsv4c.ir.ops.rope import RopeFrequencies
+from dsv4c.reference.registry import run
+from dsv4c.runtime.packing import pack, parse_packing
+from dsv4c.runtime.plan import KernelLaunch, Plan, load
+from dsv4c.types import parse_type
+from tests.codegen.lowered import gpu_plan
+
+
+def launches(plan: Plan) -> list[KernelLaunch]:
+    return [launch for launch in plan.bucket("decode").launches if isinstance(launch, KernelLaunch)]
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Plan:
+    return gpu_plan()
+
+
+@pytest.mark.parametrize("recipe", ["official", "bf16", "nvfp4-experts"])
+@pytest.mark.parametrize("batch", [1, 3, 8])
+def test_every_node_of_a_tiny_model_has_a_kernel(recipe: str, batch: int) -> None:
+    plan = gpu_plan(recipe=recipe, batch=batch)
+    assert check(plan) == []
+    assert plan.bucket("decode").tokens == batch
+    for launch in launches(plan):
+        pointers = plan.files[plan.kernels[launch.kernel]["source"]].decode().count(": cute.Pointer,")
+        assert pointers >= 2 * len(launch.arguments)  # of the kernel and of its host function
+
+
+def test_release_models_share_kernels_between_equal_layers() -> None:
+    flash = gpu_plan("deepseek-v4-flash", max_context=131072)
+    assert check(flash) == []
+    assert len(flash.kernels) < 35
+    assert len(launches(flash)) > 10 * 43
+    used = {launch.kernel for launch in launches(flash)}
+    assert used == set(flash.kernels)
+    text = sum(len(content) for content in flash.files.values()) + len(flash.text)
+    assert text < 8 << 20  # without cubins and PTX
+
+
+def test_launches_are_a_chain_of_programmatic_edges(tiny: Plan) -> None:
+    for index, launch in enumerate(launches(tiny)):
+        assert launch.waits
+        assert launch.after == ((index - 1,) if index else ())
+        assert launch.programmatic == (index > 0)
+
+
+def test_the_step_begins_with_positions_and_ends_by_advancing_them(tiny: Plan) -> None:
+    ops = [launch.op for launch in launches(tiny)]
+    assert ops[:2] == ["positions", "embed"]
+    assert ops[-3:] == ["linear", "argmax", "advance"]
+    assert ops.count("in_proj + in_proj") == 4  # of the layers with a compressor
+    assert ops.count("kv_norm_rope_store + compressor + compressor") == 2
+    assert ops.count("indexer + index_topk") == 2 * 2
+
+
+def test_a_plan_reads_back_as_it_was_written(tiny: Plan, tmp_path: Path) -> None:
+    tiny.save(tmp_path / "plan")
+    again = load(tmp_path / "plan")
+    assert again == tiny
+    assert again.digest == tiny.digest
+    written = json.loads((tmp_path / "plan" / "plan.json").read_text())
+    record = next(iter(written["kernels"].values()))
+    assert {"symbol", "source", "cubin", "ptx", "registers", "stack", "not_run_here"} <= record.keys()
+
+
+def test_a_second_compile_gives_the_same_bytes(tiny: Plan) -> None:
+    assert gpu_plan().text == tiny.text
+
+
+def test_weights_lie_in_the_forms_that_kernels_want(tiny: Plan) -> None:
+    records = {record["name"]: record for record in tiny.weights}
+    forms = {name: record["form"] for name, record in records.items()}
+    assert forms["layers.0.attn.wq_a"].startswith("fp8/")
+    assert forms["layers.0.ffn.experts.w2"].startswith("mxfp4/")
+    assert forms["layers.2.attn.compressor.wkv"].startswith("bf16/")
+    assert forms["layers.0.attn.q_norm"] == "f32"
+    assert forms["embed"] == forms["layers.0.attn_norm"] == forms["layers.0.ffn.gate"] == "plain"
+    assert [c["name"] for c in records["layers.0.attn.wo_a"]["components"]] == ["data", "scale"]
+    assert [c["name"] for c in records["layers.0.ffn.experts.w1"]["components"]] == ["data"]
+    assert "frequencies" not in records  # a constant
+
+
+@pytest.mark.parametrize("format_", ["fp8", "bf16", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("shape", [(48, 128), (208, 384), (16, 640)])
+def test_packed_bytes_are_those_of_the_packing(format_: str, shape: tuple[int, int]) -> None:
+    for tiles, span in ((1, 1), (2, 1), (4, 2), (8, 4)):
+        name = f"{format_}/{tiles}x{span}"
+        assert packed_bytes(name, *shape) == parse_packing(name).nbytes(*shape)
+
+
+def test_component_bytes_are_those_that_pack_makes() -> None:
+    data = torch.zeros(3, 80, 256, dtype=torch.float8_e4m3fn)
+    sizes = component_bytes(parse_type("q[e4m3,ue8m0,128x128][3,80,256]"), "fp8/2x1")
+    assert sizes == {"data": pack(parse_packing("fp8/2x1"), data).numel(), "scale": 3 * 1 * 2}
+    sizes = component_bytes(parse_type("q[e2m1,e4m3,1x16,tensor][3,80,256]"), "nvfp4/1x2")
+    assert sizes == {"data": 3 * parse_packing("nvfp4/1x2").nbytes(80, 256), "global_scale": 12}
+    assert component_bytes(parse_type("bf16[7]"), "f32") == {"data": 28}
+    with pytest.raises(BuildError, match="f32 is a form of bf16 weights"):
+        component_bytes(parse_type("i32[7]"), "f32")
+
+
+@pytest.mark.parametrize("factor", [1.0, 16.0, 4.0])
+@pytest.mark.parametrize("theta", [10000.0, 160000.0, 1e6])
+def test_frequencies_are_the_references_to_the_last_bit(factor: float, theta: float) -> None:
+    op = RopeFrequencies(theta, 64, factor, 65536, 32.0, 1.0)
+    table = rope_table(op)
+    assert struct.pack("<32f", *table) == run(op).numpy().tobytes()
+
+
+def test_constants_are_a_safetensors_file(tiny: Plan) -> None:
+    from safetensors.torch import load as read
+
+    tensors = read(tiny.files[tiny.constants["file"]])
+    assert set(tensors) == set(tiny.constants["values"]) == {"frequencies", "compress_frequencies"}
+    op = RopeFrequencies(10000.0, 64, 1.0, 65536, 32.0, 1.0)
+    assert torch.equal(tensors["frequencies"], run(op))
+    assert tiny.constants["bytes"] == 256
+
+
+def test_work_on_weights_alone_must_be_folded() -> None:
+    with pytest.raises(BuildError, match=r"at layers\.0\.hc_attn\.slice.*: slice of weights is left over"):
+        gpu_plan(
+            pipeline="quantize{recipe=official},fold{without=hyper_norm+hyper_norm_first},prepack,tidy,schedule,memory"
+        )
+
+
+def test_an_unfolded_op_is_named_with_its_place() -> None:
+    with pytest.raises(
+        BuildError, match=r"at layers\.0\.attn\.attn_out.*no kernel for|no kernel is registered"
+    ):
+        gpu_plan(
+            pipeline="quantize{recipe=official},fold{without=quantize_linear},prepack,tidy,schedule,memory"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        ({"batch": 9}, "1 to 8 rows"),
+        ({"recipe": "fp32"}, "embed: copies rows of bf16"),
+        ({"recipe": "nvfp4"}, "quantizes the row to"),
+    ],
+)
+def test_what_no_kernel_covers_is_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(BuildError, match=why):
+        gpu_plan(**options)
+
+
+def test_the_mtp_block_has_no_gpu_bucket() -> None:
+    with pytest.raises(ConfigError, match="no bucket for the MTP block"):
+        gpu_plan(mtp=True)
+
+
+def test_block_scales_that_straddle_groups_are_refused() -> None:
+    config = replace(load_config("tiny"), o_lora_rank=64)
+    with pytest.raises(BuildError, match="grouped_linear: takes whole 128x128 scale blocks per group"):
+        gpu_plan(config)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_kernels_of_a_tiny_plan_assemble_without_spills(
+    target: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = tmp_path_factory.getbasetemp() / "store"
+    plan = compile("tiny", target=target, max_context=256, cache=store)
+    assert plan.cache_hits == 0
+    assert all(record["stack"] == 0 for record in plan.kernels.values())
+    assert {record["not_run_here"] for record in plan.kernels.values()} == {target == "sm_100a"}
+    again = compile("tiny", target=target, max_context=256, cache=store)
+    assert again.cache_hits == len(plan.kernels)
+    assert again.text == plan.text

@@ -1,0 +1,250 @@
+"""Kernels are chosen by op, types and target; every refusal says why."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from dsv4c.codegen.registry import Launchable, Request, choose, request_of
+from dsv4c.errors import BuildError
+from dsv4c.ir.graph import Builder, Graph, Node, Value
+from dsv4c.ir.ops import add, linear, positions
+from dsv4c.passes.fusions.attention import Attention
+from dsv4c.passes.fusions.compressor import Compressor
+from dsv4c.passes.fusions.experts_down import ExpertsDown
+from dsv4c.passes.fusions.index_topk import IndexTopk
+from dsv4c.passes.fusions.indexer import Indexer
+from dsv4c.passes.fusions.kv_norm_rope_store import KvNormRopeStore
+from dsv4c.passes.fusions.q_norm_quantize import QNormQuantize
+from dsv4c.passes.fusions.quantize_linear import QuantizeLinear
+from dsv4c.passes.fusions.swiglu import HashSwiglu
+from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4_ROW, parse_type
+
+Values = Callable[..., Value]
+
+
+def graph_of(make: Callable[[Values, Values], object]) -> Graph:
+    """A graph whose operands are declared on the way: `param(name, type)` and `state(name, type)`."""
+    with Builder("test") as b:
+
+        def param(name: str, text: str) -> Value:
+            return b.param(name, parse_type(text))
+
+        def state(name: str, text: str) -> Value:
+            return b.state(name, parse_type(text))
+
+        made = make(param, state)
+    results = made if isinstance(made, tuple) else (made,)
+    return b.finish({str(i): v for i, v in enumerate(results)})
+
+
+def requests(graph: Graph, target: str = "sm_90a") -> list[Request]:
+    """One request per node."""
+    return [request_of([node], target, graph.users, {})[0] for node in graph.nodes]
+
+
+def together(graph: Graph, *nodes: Node, labels: dict[Value, str] | None = None) -> tuple[Launchable, ...]:
+    return choose(request_of(nodes or graph.nodes, "sm_90a", graph.users, labels or {})[0])
+
+
+def refused(graph: Graph) -> str:
+    with pytest.raises(BuildError) as error:
+        together(graph)
+    return str(error.value)
+
+
+def test_no_candidate_names_op_types_and_target() -> None:
+    graph = graph_of(lambda p, _: add(p("a", "bf16[1,8]"), p("b", "bf16[1,8]")))
+    text = refused(graph)
+    assert "no kernel for add(" in text
+    assert "bf16[1,8]" in text
+    assert "sm_90a" in text
+    assert "no kernel is registered for add" in text
+
+
+@pytest.mark.parametrize(
+    ("x", "w", "why"),
+    [
+        ("f32[1,256]", "bf16[128,256]", "multiplies rows of bf16"),
+        ("q[e2m1,e4m3,1x16,row][1,256]", f"{FP8_WEIGHT}[128,256]", "multiplies q[e4m3,ue8m0,1x128] rows"),
+        ("bf16[1,256]", "q[e4m3,ue8m0,1x128][128,256]", "takes weights of bf16"),
+        ("bf16[9,256]", "bf16[128,256]", "1 to 8 rows"),
+        ("bf16[1,256]", "bf16[120,256]", "multiples of 16"),
+    ],
+)
+def test_a_linear_layer_is_refused_with_the_reason(x: str, w: str, why: str) -> None:
+    text = refused(graph_of(lambda p, _: linear(p("x", x), p("w", w), out=BF16)))
+    assert "linears: " in text
+    assert why in text
+
+
+def test_equal_requests_share_one_answer() -> None:
+    def two(p: Values, _: Values) -> tuple[Value, ...]:
+        x = p("x", f"{FP8_ROW}[2,256]")
+        return tuple(linear(x, p(f"layers.{i}.w", f"{FP8_WEIGHT}[128,256]"), out=BF16) for i in range(2))
+
+    first, second = requests(graph_of(two))
+    assert first == second
+    assert choose(first) is choose(second)
+
+
+def test_a_target_is_part_of_the_key() -> None:
+    graph = graph_of(lambda p, _: positions(p("s", "i32[3]"), p("n", "i32[3]"), tokens=1))
+    (hopper,), (blackwell,) = requests(graph), requests(graph, "sm_100a")
+    assert hopper != blackwell
+    assert choose(hopper)[0].emission == choose(blackwell)[0].emission
+
+
+def test_parameters_are_bound_in_the_order_of_the_kernel() -> None:
+    graph = graph_of(
+        lambda p, _: linear(p("x", f"{FP8_ROW}[1,256]"), p("w", f"{FP8_WEIGHT}[128,256]"), out=F32)
+    )
+    (launch,) = together(graph, labels={graph.by_name["w"]: "wq_a"})
+    wanted = [(0, "data", "r"), (0, "scale", "r"), (1, "data", "r"), (1, "scale", "r"), (2, "data", "w")]
+    assert [(b.value, b.component, b.access) for b in launch.bindings] == wanted
+    assert [p.operand for p in launch.emission.parameters][2:] == ["wq_a", "wq_a", "wq_a_out"]
+    assert re.fullmatch(r"fp8/\d+x\d+", launch.forms[1])
+
+
+def test_the_norms_gain_is_wanted_in_f32() -> None:
+    def make(p: Values, _: Values) -> Value:
+        op = QNormQuantize(eps=1e-6, format=FP8_ROW, out=BF16)
+        out: Value = op(p("x", "bf16[1,128]"), p("g", "bf16[128]"), p("w", f"{FP8_WEIGHT}[256,128]"))
+        return out
+
+    (launch,) = together(graph_of(make))
+    assert launch.forms[1] == "f32"
+    assert "fp8(rms_norm(x: bf16[1,128], gain: f32[128]" in launch.emission.source
+
+
+def test_without_quantization_the_normed_row_stays_bf16() -> None:
+    def make(p: Values, _: Values) -> Value:
+        op = QNormQuantize(eps=1e-6, format=None, out=BF16)
+        out: Value = op(p("x", "bf16[2,128]"), p("g", "bf16[128]"), p("w", "bf16[256,128]"))
+        return out
+
+    (launch,) = together(graph_of(make))
+    assert "rms_norm(x: bf16[2,128], gain: f32[128], eps=1e-06) x w0: bf16[256,128]" in launch.emission.source
+    assert "fp8(" not in launch.emission.source
+
+
+def test_one_launch_writes_the_window_and_both_compressors() -> None:
+    def make(p: Values, state: Values) -> tuple[Value, ...]:
+        at, f = p("at", "i32[1]"), p("f", "f32[32]")
+        kv = "q[e4m3,ue8m0,1x64,tail=64]"
+        made = [
+            KvNormRopeStore(eps=1e-6)(
+                state("w", f"{kv}[1,128,128]"), p("kv", "bf16[1,128]"), p("g", "bf16[128]"), at, f
+            )
+        ]
+        for name, type_, rotated in (("e", f"{kv}[1,16,128]", False), ("k", f"{MXFP4}[1,16,128]", True)):
+            rings = [state(f"{name}_{r}", "f32[1,8,256]") for r in ("kv", "score")]
+            rows = [p(f"{name}_{r}", "f32[1,256]") for r in ("u", "s")]
+            op = Compressor(ratio=4, overlap=True, sequences=1, eps=1e-6, rotated=rotated)
+            bias, gain = p(f"{name}_b", "f32[4,256]"), p(f"{name}_g", "bf16[128]")
+            made += op(state(name, type_), *rings, *rows, bias, gain, at, f)
+        return tuple(made)
+
+    graph = graph_of(make)
+    (launch,) = together(graph)
+    assert launch.emission.grid == (3, 1, 1)
+    pointers = [p.name for p in launch.emission.parameters]
+    assert len(pointers) == len(set(pointers))
+    written = [b for b in launch.bindings if b.access == "rw"]
+    assert len(written) == 3 + 2 + 3 + 2 + 2  # window, rings and entries, rings and keys, by component
+    with pytest.raises(BuildError, match="writes one window per launch, not 0"):
+        together(graph, graph.nodes[1])
+
+
+def indexed(extra_reader: bool) -> Graph:
+    def make(p: Values, _: Values) -> tuple[Value, ...]:
+        scores = Indexer(ratio=4, factor=0.015625)(
+            p("q", "bf16[1,32,128]"),
+            p("keys", f"{MXFP4}[1,64,128]"),
+            p("weights", "bf16[1,32]"),
+            p("at", "i32[1]"),
+            p("f", "f32[32]"),
+        )
+        chosen: Value = IndexTopk(k=8)(scores)
+        return (chosen, add(scores, scores)) if extra_reader else (chosen,)
+
+    return graph_of(make)
+
+
+def test_scores_and_their_topk_are_two_launches_of_one_request() -> None:
+    graph = indexed(extra_reader=False)
+    first, second = together(graph)
+    assert (first.stage, second.stage) == ("scores", "topk")
+    assert "bf16(weights * 0.015625)" in first.emission.source
+    number = next(b.value for b in first.bindings if b.access == "w")
+    assert [b.access for b in second.bindings if b.value == number] == ["r"]
+
+
+def test_scores_that_somebody_else_reads_are_refused() -> None:
+    graph = indexed(extra_reader=True)
+    with pytest.raises(BuildError, match="somebody else reads them"):
+        together(graph, *graph.nodes[:2])
+    with pytest.raises(BuildError, match="takes an indexer and the index_topk of its scores together"):
+        together(graph, graph.nodes[0])
+
+
+def test_a_hash_layers_routing_weights_pass_from_choice_to_up() -> None:
+    def make(p: Values, _: Values) -> object:
+        x = p("x", f"{FP8_ROW}[2,256]")
+        up, shared = f"{MXFP4}[8,128,256]", f"{FP8_WEIGHT}[128,256]"
+        return HashSwiglu(out=BF16, limit=10.0, factor=1.5)(
+            p("row", "bf16[2,256]"), p("gate", "bf16[8,256]"), p("table", "i32[64,2]"), p("tokens", "i32[2]"),
+            x, p("w1", up), p("w3", up), x, p("s1", shared), p("s3", shared),
+        )  # fmt: skip
+
+    gate, choice, up = together(graph_of(make))
+    assert [launch.stage for launch in (gate, choice, up)] == ["gate", "choice", "up"]
+
+    def scratch(launch: Launchable) -> dict[str, str]:
+        return {b.scratch: b.access for b in launch.bindings if b.scratch}
+
+    assert scratch(gate) == {"logits": "w"}
+    assert scratch(choice) == {"logits": "r", "weights": "w"}
+    assert scratch(up) == {"weights": "r"}
+    assert choice.scratch["weights"] == up.scratch["weights"] == 2 * 2 * 4
+    experts = next(b.value for b in choice.bindings if b.access == "w" and b.value is not None)
+    assert [b.access for b in up.bindings if b.value == experts] == ["r"]
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (
+            lambda p, _: QuantizeLinear(format=NVFP4_ROW, out=BF16)(
+                p("x", "bf16[1,256]"), p("w", "q[e2m1,e4m3,1x16,tensor][128,256]")
+            ),
+            "quantizes bf16 to q[e4m3,ue8m0,1x128]",
+        ),
+        (
+            lambda p, _: ExpertsDown(out=BF16, format=NVFP4_ROW, shared_format=FP8_ROW)(
+                p("h", "bf16[1,2,128]"),
+                p("hs", "bf16[1,128]"),
+                p("e", "i32[1,2]"),
+                p("w2", "q[e2m1,e4m3,1x16,tensor][8,256,128]"),
+                p("s2", f"{FP8_WEIGHT}[256,128]"),
+            ),
+            "encodes hidden rows as q[e4m3,ue8m0,1x128]",
+        ),
+        (
+            lambda p, state: Attention(
+                eps=1e-6, precision=BF16, window=128, scale=0.5, groups=2, format=None
+            )(
+                p("q", "bf16[1,4,128]"),
+                p("at", "i32[1]"),
+                p("f", "f32[32]"),
+                p("sink", "f32[4]"),
+                state("ring", "bf16[1,128,128]"),
+            ),
+            "scales scores by 0.088",
+        ),
+    ],
+)
+def test_numerics_that_a_kernel_lacks_are_refused(make: Callable[..., object], why: str) -> None:
+    assert why in refused(graph_of(make))
