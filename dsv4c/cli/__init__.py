@@ -1,4 +1,4 @@
-"""The command line: `dsv4c compile`, `show`, `verify`, `run`, `weights`, `synth`. Commands parse and print.
+"""The command line: one module of this package per command, listed in `COMMANDS`. Commands parse and print.
 
 A command is a module of this package with a `register(app)`; add it to `COMMANDS`. Results go to stdout (with
 --json nothing but JSON), the rest to stderr. Exit codes are those of `dsv4c.errors`, 130 when interrupted.
@@ -17,7 +17,18 @@ from typer.core import TyperGroup
 
 from dsv4c.errors import Dsv4cError
 
-COMMANDS = ("compile", "show", "verify", "run", "weights", "synth")
+COMMANDS = (
+    "compile",
+    "show",
+    "diff",
+    "passes",
+    "why_not",
+    "check",
+    "verify",
+    "run",
+    "weights",
+    "synth",
+)
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 

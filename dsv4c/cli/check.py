@@ -1,0 +1,157 @@
+"""`dsv4c check PLAN`: certificates of a plan's rewrites; `--inject`: mistakes that they must notice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsv4c.cli.console import note, print_json, print_table
+from dsv4c.cli.options import CONFIG_HELP, JsonOption, PassOption
+from dsv4c.cli.subject import Asked, ask
+from dsv4c.errors import GraphError
+
+if TYPE_CHECKING:
+    from dsv4c.passes.certify import Certificate
+    from dsv4c.passes.fold import Match
+
+EVERY_RULE = (("tiny", "official"), ("tiny", "nvfp4-experts-w4a4"))
+"""Configs and recipes in whose decode steps every built-in rule applies."""
+
+SubjectOption = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PLAN|CONFIG",
+        help=f"A plan folder, or: {CONFIG_HELP} May be left out with --inject: every built-in rule.",
+        show_default=False,
+    ),
+]
+InjectOption = Annotated[
+    bool, typer.Option("--inject", help="Put catalogued mistakes into every rule; all must be caught.")
+]
+FreshOption = Annotated[bool, typer.Option("--fresh", help="Evaluate again what is kept from before.")]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder that keeps certificates.", show_default="the user's cache", metavar="DIR"),
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("check")(check_command)
+
+
+def check_command(
+    subject: SubjectOption = None,
+    inject: InjectOption = False,
+    fresh: FreshOption = False,
+    cache: CacheOption = None,
+    extra: PassOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Check every way a rule applied: the nodes it replaced and the fused op agree on adversarial inputs.
+
+    Exit code 3 if one does not, differs from the certificate in the plan, or an injected mistake survives.
+
+    Examples:
+
+      dsv4c check tiny.plan
+
+      dsv4c check --inject --json
+    """
+    if inject:
+        _inject(subject, extra, json)
+        return
+    if subject is None:
+        raise GraphError("check: name a plan or a config, or give --inject")
+    from dsv4c.passes.certify import certify, to_dict
+
+    asked = ask(subject, extra=extra)
+    folder = cache / "certificates" if cache is not None else None
+    found = certify(_matches(asked, asked.job.modes), folder=folder, fresh=fresh)
+    changed = _changed(asked, found.all)
+    if json:
+        print_json(
+            {
+                "certificates": [to_dict(c) for c in found.all],
+                "failed": [c.rule for c in found.failed],
+                "changed": changed,
+                "computed": found.computed,
+                "seconds": round(found.seconds, 3),
+            }
+        )
+    else:
+        _print(subject, found.all)
+        print(f"{len(found.all)} certificates, {found.computed} evaluated now, {found.seconds:.2f} s")
+    for wrong in found.failed:
+        note(f"different: {wrong.rule} on {', '.join(wrong.operands)}: {wrong.reason}")
+    for line in changed:
+        note(f"changed: {line}")
+    if found.failed or changed:
+        raise GraphError(
+            f"{subject}: {len(found.failed)} rewrites differ, {len(changed)} certificates changed"
+        )
+
+
+def _matches(asked: Asked, modes: tuple[str, ...]) -> list[Match]:
+    folds = [asked.compiled(mode).context.fold for mode in modes]
+    return [match for fold in folds if fold is not None for match in fold.matches]
+
+
+def _changed(asked: Asked, found: list[Certificate]) -> list[str]:
+    """Certificates of the plan that are not what is found now."""
+    if asked.plan is None:
+        return []
+    now = {(c.op, c.operands): c for c in found}
+    lines = []
+    for stored in asked.plan.certificates:
+        made = now.get((stored["op"], tuple(stored["operands"])))
+        if made is None:
+            lines.append(f"{stored['rule']} on {', '.join(stored['operands'])} does not apply any more")
+        elif (made.kind, made.worst) != (stored["kind"], stored["worst"]):
+            old = f"{stored['kind']} {stored['worst']:g}"
+            lines.append(f"{made.rule}: {old} in the plan, {made.kind} {made.worst:g} now")
+    return lines
+
+
+def _print(subject: str, certificates: list[Certificate]) -> None:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=f"{subject}: both sides of every rewrite")
+    table.add_column("rule", no_wrap=True)
+    table.add_column("result")
+    for heading in ("worst", "patterns", "applied"):
+        table.add_column(heading, justify="right")
+    table.add_column("first operand")
+    for c in certificates:
+        operand = escape(c.operands[0]) if c.operands else ""
+        worst = f"{c.worst:g}" if c.worst else ""
+        table.add_row(c.rule, c.kind, worst, str(len(c.patterns)), str(c.count), operand)
+    print_table(table)
+
+
+def _inject(subject: str | None, extra: list[str] | None, json: bool) -> None:
+    from dsv4c.passes.certify import inject
+    from dsv4c.passes.defects import totals
+
+    asked = (
+        [ask(subject, extra=extra)]
+        if subject is not None
+        else [ask(config, recipe=recipe, extra=extra) for config, recipe in EVERY_RULE]
+    )
+    kills = inject([match for each in asked for match in _matches(each, ("decode",))])
+    found: dict[str, Any] = totals(kills)
+    if json:
+        rows = [{"rule": k.rule, "defect": k.defect, "at": k.at, "caught_by": k.caught_by} for k in kills]
+        print_json(found | {"defects": rows})
+    else:
+        from rich.table import Table
+
+        table = Table("rule", "defect", "at", "caught by", title="Injected mistakes")
+        for k in kills:
+            table.add_row(k.rule, k.defect, k.at, k.caught_by or "NOTHING: it survived")
+        print_table(table)
+        print(f"{found['injected']} injected, {found['caught']} caught, {len(found['survivors'])} survived")
+    if found["survivors"]:
+        raise GraphError(f"{len(found['survivors'])} mistakes survived: {'; '.join(found['survivors'][:5])}")

@@ -1,0 +1,74 @@
+"""`dsv4c diff A B`: what differs between two plans, or two stages."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dsv4c.cli.console import print_json
+from dsv4c.cli.options import (
+    BatchOption,
+    ChunkOption,
+    ContextOption,
+    JsonOption,
+    Mode,
+    PassOption,
+    RecipeOption,
+)
+from dsv4c.cli.subject import ask, split_stage
+
+HELP = "A plan folder or a config, with @STAGE (build, quantize, fold, ...) for the graph after that pass."
+Left = Annotated[str, typer.Argument(metavar="A", help=HELP, show_default=False)]
+Right = Annotated[str, typer.Argument(metavar="B", help="The same; @STAGE alone: of A.", show_default=False)]
+ModeOption = Annotated[Mode, typer.Option(help="Which bucket.")]
+LimitOption = Annotated[int, typer.Option(help="Nodes of each sort to list.", min=0)]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("diff")(diff_command)
+
+
+def diff_command(
+    a: Left,
+    b: Right,
+    mode: ModeOption = Mode.DECODE,
+    limit: LimitOption = 20,
+    recipe: RecipeOption = "official",
+    batch: BatchOption = 1,
+    max_context: ContextOption = 4096,
+    chunk: ChunkOption = None,
+    extra: PassOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Compare two graphs: nodes gone, new and changed; launches, bytes and operations.
+
+    Examples:
+
+      dsv4c diff old.plan new.plan
+
+      dsv4c diff tiny.plan@quantize @fold
+    """
+    from dsv4c.view.diff import diff
+
+    graphs = []
+    subject = a
+    for given in (a, b):
+        name, stage = split_stage(given)
+        subject = name or subject
+        asked = ask(
+            subject,
+            mode=mode.value,
+            extra=extra,
+            recipe=recipe,
+            batch=batch,
+            max_context=max_context,
+            chunk=chunk,
+        )
+        graphs.append(asked.stage(mode.value, stage))
+        subject = name or subject
+    found = diff(*graphs)
+    if json:
+        print_json(found.to_dict())
+    else:
+        print(found.text(limit), end="")

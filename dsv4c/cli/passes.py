@@ -1,0 +1,63 @@
+"""`dsv4c passes PLAN`: what every rule did for a plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dsv4c.cli.console import print_json, print_table, size
+from dsv4c.cli.options import JsonOption, PlanArgument
+
+if TYPE_CHECKING:
+    from dsv4c.runtime.plan import Plan
+
+
+def register(app: typer.Typer) -> None:
+    app.command("passes")(passes_command)
+
+
+def passes_command(plan: PlanArgument, json: JsonOption = False) -> None:
+    """Show the pipeline of a plan and what every rule saved in a decode step.
+
+    tried: places where a search began. Launches and bytes are those of the nodes it replaced, less its own.
+
+    Examples:
+
+      dsv4c passes tiny.plan
+
+      dsv4c passes flash.plan --json
+    """
+    from dsv4c.runtime.plan import load
+
+    compiled = load(plan)
+    rows = rule_rows(compiled)
+    if json:
+        print_json({"pipeline": compiled.pipeline, "rules": rows})
+        return
+    from rich.table import Table
+
+    print(compiled.pipeline)
+    table = Table(title=f"{compiled.name}, recipe {compiled.recipe}, one decode step")
+    table.add_column("rule", no_wrap=True)
+    for heading in ("tried", "matched", "launches saved", "HBM bytes saved", "ms"):
+        table.add_column(heading, justify="right")
+    for r in rows:
+        ms = "" if r["ms"] is None else f"{r['ms']:.1f}"
+        counts = (f"{r[k]:,}" for k in ("tried", "matched", "launches_saved"))
+        table.add_row(r["rule"], *counts, size(r["bytes_saved"]), ms)
+    table.add_section()
+    total = {k: sum(r[k] for r in rows) for k in ("matched", "launches_saved", "bytes_saved")}
+    whole = sum(r["ms"] or 0.0 for r in rows)
+    saved = f"{total['launches_saved']:,}"
+    table.add_row("all", "", f"{total['matched']:,}", saved, size(total["bytes_saved"]), f"{whole:.1f}")
+    print_table(table)
+
+
+def rule_rows(plan: Plan) -> list[dict[str, Any]]:
+    """The rules in order; ms is None for a plan without its timings."""
+    rows = []
+    for row in plan.report.get("passes", ()):
+        seconds = plan.timings.get(f"rule {row['rule']}")
+        rows.append({**row, "ms": None if seconds is None else round(1e3 * seconds, 3)})
+    return rows

@@ -1,0 +1,73 @@
+"""What a command is asked about: a config, a plan, or one stage of either (`tiny.plan@fold`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dsv4c.cli.options import CONFIG_HELP
+
+if TYPE_CHECKING:
+    from dsv4c.ir.graph import Graph
+    from dsv4c.runtime.plan import Plan
+    from dsv4c.stages import Compiled, Job
+
+Subject = Annotated[
+    str,
+    typer.Argument(metavar="CONFIG|PLAN", help=f"{CONFIG_HELP} Or a plan folder.", show_default=False),
+]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A subject and what it is made from; `plan` is None for a config."""
+
+    name: str
+    job: Job
+    plan: Plan | None
+
+    def compiled(self, mode: str) -> Compiled:
+        """Its stages, made now. Raises PlanError for a bucket that the plan does not have."""
+        if self.plan is not None:
+            self.plan.bucket(mode)
+        return self.job.bucket(mode)  # type: ignore[arg-type]
+
+    def stage(self, mode: str, stage: str | None) -> Graph:
+        """The graph after that stage; the last one's, as it was stored, for None."""
+        from dsv4c.ir.text import parse_graph
+
+        if stage is None and self.plan is not None:
+            return parse_graph(self.plan.graph_text(mode))
+        compiled = self.compiled(mode)
+        return compiled.graph if stage is None else compiled.after(stage)
+
+
+def ask(
+    subject: str,
+    *,
+    mode: str = "decode",
+    extra: Iterable[str] | None = None,
+    recipe: str = "official",
+    **deployment: Any,
+) -> Asked:
+    """Read a plan folder, or a config under that deployment. Raises ConfigError, PlanError, GraphError."""
+    from dsv4c.compiler import job_for
+    from dsv4c.runtime.plan import PLAN_FILE, load
+    from dsv4c.stages import job_of, rules_of
+
+    rules = rules_of(extra or ())
+    if (Path(subject) / PLAN_FILE).exists():
+        plan = load(subject)
+        return Asked(subject, job_of(plan, rules), plan)
+    job = job_for(subject, recipe=recipe, mtp=mode == "mtp", rules=rules, **deployment)
+    return Asked(subject, job, None)
+
+
+def split_stage(text: str) -> tuple[str, str | None]:
+    """`a.plan@fold` as subject and stage."""
+    subject, at, stage = text.rpartition("@")
+    return (subject, stage) if at and not Path(text).exists() else (text, None)
