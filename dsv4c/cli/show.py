@@ -18,14 +18,17 @@ from dsv4c.cli.options import (
     ContextOption,
     JsonOption,
     Mode,
+    PassOption,
     RecipeOption,
 )
+from dsv4c.cli.subject import Asked, ask
 from dsv4c.config import ModelConfig
 from dsv4c.errors import GraphError, PlanError
 
 if TYPE_CHECKING:
     from dsv4c.ir.graph import Graph
     from dsv4c.runtime.plan import Plan
+    from dsv4c.stages import Compiled
 
 
 class Format(StrEnum):
@@ -35,6 +38,8 @@ class Format(StrEnum):
     JSON = "json"
     DOT = "dot"
     SVG = "svg"
+    HTML = "html"
+    MODEL_EXPLORER = "model-explorer"
 
 
 Subject = Annotated[
@@ -44,7 +49,16 @@ Subject = Annotated[
 LayerOption = Annotated[
     str | None, typer.Option(help="One layer only: 3, layers.3 or mtp.0.", metavar="N", show_default=False)
 ]
-FormatOption = Annotated[Format, typer.Option(help="Form of the graph.")]
+FormatOption = Annotated[
+    Format,
+    typer.Option(help="Form of the graph. html (one file, no network) and model-explorer show every stage."),
+]
+AfterOption = Annotated[
+    str | None,
+    typer.Option(
+        help="The graph after that pass: build, quantize, fold, ...", metavar="PASS", show_default=False
+    ),
+]
 OutputOption = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="Write the graph to a file.", metavar="FILE", show_default=False),
@@ -67,11 +81,13 @@ def show_command(
     output: OutputOption = None,
     mode: ModeOption = Mode.DECODE,
     fold: FoldOption = True,
+    after: AfterOption = None,
     kernels: KernelsOption = False,
     recipe: RecipeOption = "official",
     batch: BatchOption = 1,
     max_context: ContextOption = 4096,
     chunk: ChunkOption = None,
+    extra: PassOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show a model's graph: figures first, then the operations, equal layers folded into one.
@@ -88,13 +104,26 @@ def show_command(
       dsv4c show tiny --layer 1 --format svg -o layer.svg
 
       dsv4c show flash.plan --kernels
+
+      dsv4c show tiny --after fold --layer 2
+
+      dsv4c show deepseek-v4-pro --format html -o pro.html
     """
     if kernels:
         _show_kernels(subject, json)
         return
     from dsv4c.view.text import summarize
 
-    graph, config, plan = _subject(subject, mode.value, recipe, batch, max_context, chunk)
+    if format in (Format.HTML, Format.MODEL_EXPLORER) or after is not None:
+        deployment = {"batch": batch, "max_context": max_context, "chunk": chunk}
+        asked = ask(subject, mode=mode.value, extra=extra, recipe=recipe, **deployment)
+        compiled = asked.compiled(mode.value)
+        if after is None:
+            _write(output, staged(compiled, asked, format), format)
+            return
+        graph, config, plan = compiled.after(after), asked.job.config, None
+    else:
+        graph, config, plan = _subject(subject, mode.value, recipe, batch, max_context, chunk, extra)
     summary = summarize(graph, config)
     if json:
         print_json({"summary": summary.to_dict()} | (figures(plan) if plan else {}))
@@ -102,11 +131,33 @@ def show_command(
     text = _form(graph, format, int(layer) if layer and layer.isdigit() else layer, fold)
     if format is Format.TEXT:
         head = summary.text() + (describe(plan) if plan else "")
-        write_text(output, f"{head}\n{text}", GraphError)
-    else:
-        write_text(output, text, GraphError)
+        text = f"{head}\n{text}"
+    _write(output, text, format)
+
+
+def _write(output: Path | None, text: str, format: Format) -> None:
+    write_text(output, text, GraphError)
     if output is not None:
         note(f"{output}: {format.value}, {len(text):,} characters")
+
+
+def staged(compiled: Compiled, asked: Asked, format: Format) -> str:
+    """All stages of a bucket in one file; with the source of its kernels for a plan that has some."""
+    if format is Format.MODEL_EXPLORER:
+        from dsv4c.view.model_explorer import model_explorer
+
+        return json_text.dumps(model_explorer(compiled.named)) + "\n"
+    from dsv4c.view.html import html
+
+    title = f"{asked.job.config.name}, {asked.job.recipe.name}"
+    return html(compiled.named, title=title, sources=kernel_sources(asked.plan) if asked.plan else None)
+
+
+def kernel_sources(plan: Plan) -> dict[str, str]:
+    """The source of the kernel that runs each node of a decode step."""
+    launches: Any = plan.bucket("decode").launches if plan.kernels else ()
+    files = {key: plan.files[record["source"]].decode() for key, record in plan.kernels.items()}
+    return {name: files[launch.kernel] for launch in launches for name in launch.nodes}
 
 
 def _show_kernels(subject: str, json: bool) -> None:
@@ -149,17 +200,23 @@ def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
 
 
 def _subject(
-    subject: str, mode: str, recipe: str, batch: int, max_context: int, chunk: int | None
+    subject: str,
+    mode: str,
+    recipe: str,
+    batch: int,
+    max_context: int,
+    chunk: int | None,
+    extra: list[str] | None,
 ) -> tuple[Graph, ModelConfig, Plan | None]:
     """The graph of a plan's bucket, or the one that a config would be compiled to."""
     from dsv4c.ir.text import parse_graph
     from dsv4c.runtime.plan import PLAN_FILE, load
 
     if (Path(subject) / PLAN_FILE).exists():
-        from dsv4c.passes.pipeline import contributions, installed
+        from dsv4c.stages import rules_of
 
         plan = load(subject)
-        contributions(installed())  # declares the fused ops that the text may name
+        rules_of(extra or ())  # declares the fused ops that the text may name
         return parse_graph(plan.graph_text(mode)), ModelConfig.from_dict(plan.config), plan
     from dsv4c.compiler import graph_of, settings
 
@@ -182,6 +239,8 @@ def _form(graph: Graph, format: Format, layer: int | str | None, fold: bool) -> 
         from dsv4c.view.dot import dot
 
         return dot(graph, layer, fold)
-    from dsv4c.view.svg import svg
+    if format is Format.SVG:
+        from dsv4c.view.svg import svg
 
-    return svg(graph, layer, fold)
+        return svg(graph, layer, fold)
+    raise GraphError(f"--format {format.value} shows every stage; leave --after out")
