@@ -637,8 +637,8 @@ def proposes(op: type[Fused]) -> bool:
 
 def check(op: type[Fused]) -> None:
     """The registration check of `fused`, over every shape that operands and fields give the body."""
+    expect(hasattr(op, "body"), f"{op.name} declares no body")
     counts = operand_counts(op)
-    expect("body" in op.__dict__, f"{op.name} declares no body")
     expect(
         not proposes(op) or op.anchor is not None, f"{op.name} proposes fields; say at which op in `anchor`"
     )

@@ -257,7 +257,7 @@ def _smaller(size: int) -> tuple[int, ...]:
 
 
 def reduce_sizes(applied: Application) -> Application:
-    """The same application with fewer rows, dimensions above 512 cut down, 8 experts, where all ops accept it."""
+    """The same application with fewer rows, dimensions up to 512 or so, 8 experts, where ops accept it."""
     applied = _fewer_rows(applied)
     experts = {
         v.type.shape[0]
