@@ -1,4 +1,4 @@
-"""Every error a user can cause. The command line prints the message and exits with `exit_code`; no traceback."""
+"""Every error a user can cause. The command line prints the message and exits with `exit_code`."""
 
 from __future__ import annotations
 

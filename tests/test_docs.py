@@ -65,7 +65,11 @@ def test_an_installed_package_contributes_its_fusion(tmp_path: Path) -> None:
     package = tmp_path / "greedy_head"
     run(["cp", "-r", str(ROOT / "examples" / "greedy_head"), str(package)], tmp_path, dict(os.environ))
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    run([str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", str(package)], tmp_path, env)
+    run(
+        [str(python), "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", str(package)],
+        tmp_path,
+        env,
+    )
     command = [str(python), "-m", "dsv4c", "compile", "tiny", "-o", "tiny.plan", "--max-context", "256"]
     figures = json.loads(run([*command, "--expect", "greedy_head=1", "--json"], tmp_path, env))
     assert figures["rules"]["greedy_head"] == 1

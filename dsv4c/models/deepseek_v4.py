@@ -1,8 +1,9 @@
 """DeepSeek-V4 as a graph of the paper's operations, one bucket at a time.
 
-`build(config, deployment, mode, activation)` gives the whole model for B sequences of one token (`decode`), a chunk
-of one sequence starting anywhere (`prefill`), or the multi-token-prediction block (`mtp`). Weights and activations
-are plain here; `passes.quantize` turns them into a recipe's formats. Equations: DeepSeek-V4 inference/model.py.
+`build(config, deployment, mode, activation)` gives the whole model for B sequences of one token (`decode`), a
+chunk of one sequence starting anywhere (`prefill`), or the multi-token-prediction block (`mtp`). Weights and
+activations are plain here; `passes.quantize` turns them into a recipe's formats. Equations: DeepSeek-V4's
+inference/model.py.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ class _Model:
     # --- declarations --------------------------------------------------------------------------------------
 
     def weight(self, name: str) -> Value:
-        """The parameter of that canonical name: f32 and integer tables as stored, the rest in `activation`."""
+        """The parameter of that name: f32 and integer tables as stored, the rest in `activation`."""
         if name not in self.declared:
             param = self.layout[name]
             dtype = {"f32": F32, "i64": I32}.get(param.storage, self.activation)
@@ -152,7 +153,9 @@ class _Model:
     def mtp(self) -> dict[str, Value]:
         """The block that drafts one token more, from the streams and the token that follows."""
         c, (plan,) = self.config, mtp_plans(self.config)[:1]
-        streams = self.builder.input("streams", TensorType(self.activation, (self.rows, c.hc_mult, c.hidden_size)))
+        streams = self.builder.input(
+            "streams", TensorType(self.activation, (self.rows, c.hc_mult, c.hidden_size))
+        )
         self.frequencies = {False: self.rotary(False)}
         with self.builder.scope(plan.prefix):
             e = embedding(self.weight("embed"), self.tokens, name="embedding")
@@ -168,8 +171,12 @@ class _Model:
         c = self.config
         with self.builder.scope(f"{prefix}output"):
             mixes = self.mixes(f"{prefix}hc_head", streams)
-            weights = sigmoid(add(mul(mixes, self.weight(f"{prefix}hc_head_scale")), self.weight(f"{prefix}hc_head_base")))
-            x = collapse_streams(streams, shift(weights, offset=c.hc_eps), out=self.activation, name="hc_head")
+            weights = sigmoid(
+                add(mul(mixes, self.weight(f"{prefix}hc_head_scale")), self.weight(f"{prefix}hc_head_base"))
+            )
+            x = collapse_streams(
+                streams, shift(weights, offset=c.hc_eps), out=self.activation, name="hc_head"
+            )
             x = rms_norm(x, self.weight(f"{prefix}norm"), eps=c.rms_norm_eps, name="final_norm")
             logits = linear(x, self.weight("head"), out=F32, name="logits")
             chosen = argmax(logits, name="next")
@@ -205,7 +212,7 @@ class _Model:
         return mixes
 
     def hyper_pre(self, scope: str, name: str, streams: Value) -> _Mix:
-        """Weights of the streams from the streams: pre, post, and a doubly stochastic comb by Sinkhorn steps."""
+        """Weights from the streams: pre, post, and a doubly stochastic comb by Sinkhorn steps."""
         c, s = self.config, self.config.hc_mult
         with self.builder.scope(scope):
             mixes = self.mixes(name, streams)
@@ -275,7 +282,7 @@ class _Model:
         return out
 
     def compressor(self, plan: LayerPlan, name: str, cache: str, x: Value, dim: int, rotated: bool) -> Value:
-        """Project, keep in a ring, pool finished windows, normalize, rotate, store; returns the entries' cache.
+        """Project, keep in a ring, pool finished windows, normalize, rotate, store; returns the entries.
 
         `rotated` applies the Hadamard transform that index keys live under.
         """
@@ -307,7 +314,12 @@ class _Model:
         heads, dim = c.index_n_heads, c.index_head_dim
         with self.builder.scope("indexer"):
             q = linear(qr, self.weight(f"{name}.wq_b"), out=act, name="qb")
-            q = rope(reshape(q, shape=(self.rows, heads, dim)), self.positions, self.frequencies[True], name="q_rotated")
+            q = rope(
+                reshape(q, shape=(self.rows, heads, dim)),
+                self.positions,
+                self.frequencies[True],
+                name="q_rotated",
+            )
             q = hadamard(q, name="q")
             weights = linear(x, self.weight(f"{name}.weights_proj"), out=act, name="weights_out")
             weights = scale(weights, factor=dim**-0.5 * heads**-0.5, name="weights")

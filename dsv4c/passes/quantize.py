@@ -1,4 +1,4 @@
-"""Apply a recipe: weights, GEMM inputs, caches and index queries take their formats; every rounding is a node."""
+"""A recipe applied: weights, GEMM inputs, caches, index queries take their formats; each rounding is a node."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class _Quantizer:
 
     def run(self) -> Graph:
         weights = {
-            n.inputs[WEIGHT_OPERAND] for n in self.graph.nodes if isinstance(n.op, Linear | GroupedLinear | ExpertLinear)
+            n.inputs[WEIGHT_OPERAND]
+            for n in self.graph.nodes
+            if isinstance(n.op, Linear | GroupedLinear | ExpertLinear)
         }
         for value in self.graph.inputs:
             self.values[value] = self.builder.input(value.name, value.type)
@@ -91,7 +93,9 @@ class _Quantizer:
             operands = (x,) if scale is None else (x, scale)
             name = self.builder.fresh(f"{x.name}_quantized")
             scope = x.node.scope if x.node else node.scope
-            self.encoded[key] = self.builder.emit(Quantize(format=format_), operands, names=[name], scope=scope)[0]
+            self.encoded[key] = self.builder.emit(
+                Quantize(format=format_), operands, names=[name], scope=scope
+            )[0]
         return self.encoded[key]
 
     def static_scale(self, weight: str, experts: Value, node: Node) -> Value:

@@ -1,10 +1,10 @@
 """Recipes: where a model's values are quantized, as data. The first pattern that matches a name decides.
 
-    fp32, bf16            plain weights and activations (quantized checkpoints are dequantized at load)
-    official              the release's own numerics: FP8 GEMMs, MXFP4 experts, FP8 KV cache, FP4 index keys
-    nvfp4-experts         official, with routed experts in NVFP4 and FP8 activations (W4A8)
-    nvfp4-experts-w4a4    the same with NVFP4 activations under the checkpoint's static input scales
-    nvfp4                 every linear layer in NVFP4 with NVFP4 activations, global scale per token at run time
+fp32, bf16            plain weights and activations (quantized checkpoints are dequantized at load)
+official              the release's own numerics: FP8 GEMMs, MXFP4 experts, FP8 KV cache, FP4 index keys
+nvfp4-experts         official, with routed experts in NVFP4 and FP8 activations (W4A8)
+nvfp4-experts-w4a4    the same with NVFP4 activations under the checkpoint's static input scales
+nvfp4                 every linear layer in NVFP4 with NVFP4 activations, global scale per token at run time
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def format_of(formats: Formats, name: str) -> QuantFormat | None:
 class Recipe:
     """How one set of numerics departs from the plain model.
 
-    `weights` and `activations` are matched with a weight's name: the latter says how the GEMM's input is encoded.
-    `state` is matched with a cache's name, `queries` with that of the indexer's key cache.
+    `weights` and `activations` are matched with a weight's name; the latter says how the GEMM's input is
+    encoded. `state` is matched with a cache's name, `queries` with that of the indexer's key cache.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""`run_plan.py` as tests: on a machine with a GPU, compile the recorded models and check their plans there."""
+"""`run_plan.py` as tests: compile the recorded models and check their plans on a GPU, where there is one."""
 
 from __future__ import annotations
 

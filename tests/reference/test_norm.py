@@ -32,7 +32,8 @@ def test_rms_norm_rounds_to_bf16_once() -> None:
 def test_rms_norm_in_bf16_steps() -> None:
     q = (torch.randn(5, 4, 512) * 2).to(torch.bfloat16)
     mean = q.square().mean(-1, keepdim=True) + 1e-6
-    official = q * torch.rsqrt(mean.float()).to(torch.bfloat16)  # a GPU rounds the bf16 root once, a CPU may not
+    root = torch.rsqrt(mean.float()).to(torch.bfloat16)  # rounded once, as a GPU does; a CPU may not
+    official = q * root
     y = run(RmsNorm(eps=1e-6, precision=BF16), q)
     assert torch.equal(y, official)
     assert not torch.equal(y, run(RmsNorm(eps=1e-6), q))
