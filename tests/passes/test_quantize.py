@@ -1,4 +1,4 @@
-"""The pass that applies a recipe: every rounding is a node, each value is encoded once, misfits are refused."""
+"""The pass that applies a recipe: roundings are nodes, each value is encoded once, misfits are refused."""
 
 from __future__ import annotations
 
