@@ -1,4 +1,4 @@
-"""A recipe applied: weights, GEMM inputs, caches, index queries take their formats; each rounding is a node."""
+"""A recipe applied: weights, GEMM inputs, caches and queries take their formats; each rounding is a node."""
 
 from __future__ import annotations
 

@@ -282,15 +282,16 @@ class Checkpoint:
             report.mistyped.append(f"{name} {where} is {entry.dtype}, expected {' or '.join(part.dtypes)}")
 
     def table(self, params: Sequence[ParamRecord]) -> str:
-        """The name table of `params` that this checkpoint follows: the one under which fewest tensors are
-        missing.
+        """The name table of `params` that this checkpoint follows: the one of whose tensors the smallest share
+        is missing (tables merge experts or do not, so counts of tensors do not compare).
 
         Raises CheckpointError if it follows none or if two fit equally well and read different tensors.
         """
         tables = list(dict.fromkeys(table for param in params for table in param.sources))
         needed = {t: {n for p in params if t in p.sources for n, _ in p.sources[t].tensors()} for t in tables}
         found = {t: len(names & self.tensors.keys()) for t, names in needed.items()}
-        lacking = {t: len(needed[t]) - found[t] + sum(t not in p.sources for p in params) for t in tables}
+        untold = {t: sum(t not in p.sources for p in params) for t in tables}
+        lacking = {t: 1 - found[t] / (len(needed[t]) + untold[t]) for t in tables}
         ranked = sorted(tables, key=lambda t: (lacking[t], -found[t]))
         if not ranked or not found[ranked[0]]:
             have = ", ".join(list(self.tensors)[:3]) or "no tensors"
