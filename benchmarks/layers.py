@@ -15,6 +15,7 @@ import json
 import re
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -239,7 +240,11 @@ def measure(folder: Path, options: argparse.Namespace, bandwidth: float) -> dict
     experts = int(plan.config["n_routed_experts"])
     for record in plan.weights:
         fill_weight(block, Resident.from_json(record), experts)
+    torch.cuda.synchronize()
+    started = time.perf_counter()
     executor = CudaExecutor(plan, block)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
     fill_state(executor)
     position = min(options.position, int(plan.deployment["max_context"]) - 8)
     clock = Clock(executor, position, options.replays)
@@ -296,6 +301,7 @@ def measure(folder: Path, options: argparse.Namespace, bandwidth: float) -> dict
         "deployment": dict(plan.deployment),
         "position": position,
         "launches": len(launches),
+        "seconds_to_load_and_instantiate": seconds,
         "step_microseconds": times[len(launches)],
         "finite_logits": finite,
         "layers": [asdict(layer) for layer in layers],
@@ -308,7 +314,8 @@ def show(result: dict[str, Any]) -> None:
     print(
         f"\n{result['plan']}, {result['recipe']}, position {result['position']}: {result['launches']} "
         f"launches, {result['step_microseconds']:.1f} us from launch to end, "
-        f"logits finite: {result['finite_logits']}"
+        f"logits finite: {result['finite_logits']}; kernels loaded, graph instantiated in "
+        f"{result['seconds_to_load_and_instantiate']:.2f} s"
     )
     print(
         f"{'layer kind':12} {'layers':>6} {'us (median)':>12} {'least':>8} {'most':>8} {'MB':>8} "
