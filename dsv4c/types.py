@@ -152,8 +152,12 @@ class TensorType:
     dtype: DType
     shape: tuple[int, ...]
 
-    def __str__(self) -> str:
+    @cached_property
+    def _text(self) -> str:
         return f"{self.dtype}[{','.join(map(str, self.shape))}]"
+
+    def __str__(self) -> str:
+        return self._text
 
     @cached_property
     def components(self) -> tuple[Component, ...]:
@@ -190,8 +194,12 @@ class QuantType:
         if self.format.value is E2M1 and self.shape[-1] % 2:
             raise ValueError(f"{self.format} packs pairs: the last dimension of {self.shape} is odd")
 
-    def __str__(self) -> str:
+    @cached_property
+    def _text(self) -> str:
         return f"{self.format}[{','.join(map(str, self.shape))}]"
+
+    def __str__(self) -> str:
+        return self._text
 
     @property
     def scale_shape(self) -> tuple[int, ...]:

@@ -24,6 +24,7 @@ COMMANDS = (
     "passes",
     "why_not",
     "check",
+    "bisect",
     "verify",
     "run",
     "weights",

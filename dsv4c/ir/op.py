@@ -33,11 +33,14 @@ def expect_tensor(
 
     Raises GraphError naming the operand.
     """
-    expect(isinstance(type_, TensorType), f"{name} must be a plain tensor, got {type_}; dequantize it first")
-    assert isinstance(type_, TensorType)
-    expect(rank is None or len(type_.shape) == rank, f"{name} must have {rank} dimensions, got {type_}")
-    expect(len(type_.shape) >= least, f"{name} must have at least {least} dimension, got {type_}")
-    expect(dtype is None or type_.dtype is dtype, f"{name} must be {dtype}, got {type_}")
+    if not isinstance(type_, TensorType):
+        raise GraphError(f"{name} must be a plain tensor, got {type_}; dequantize it first")
+    if rank is not None and len(type_.shape) != rank:
+        raise GraphError(f"{name} must have {rank} dimensions, got {type_}")
+    if len(type_.shape) < least:
+        raise GraphError(f"{name} must have at least {least} dimension, got {type_}")
+    if dtype is not None and type_.dtype is not dtype:
+        raise GraphError(f"{name} must be {dtype}, got {type_}")
     return type_
 
 

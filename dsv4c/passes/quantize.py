@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.op import Op
 from dsv4c.ir.ops.attention import Gather
@@ -12,9 +13,10 @@ from dsv4c.ir.ops.linear import ExpertLinear, GroupedLinear, Linear
 from dsv4c.ir.ops.moe import TakeAlong
 from dsv4c.ir.ops.norm import RmsNorm
 from dsv4c.ir.ops.quant import Dequantize, Quantize
+from dsv4c.ir.ops.rope import RopeFrequencies
 from dsv4c.ir.ops.state import CacheWrite
 from dsv4c.passes.recipes import Recipe, format_of
-from dsv4c.types import F32, QuantFormat, QuantType, TensorType
+from dsv4c.types import F32, QuantFormat, QuantType, TensorType, Type
 
 WEIGHT_OPERAND = 1  # of every GEMM: x, w, ...
 
@@ -42,20 +44,38 @@ class _Quantizer:
             self.values[value] = self.builder.input(value.name, value.type)
         for value in self.graph.states:
             format_ = format_of(self.recipe.state, value.name)
-            type_ = QuantType(format_, value.type.shape) if format_ else value.type
-            self.values[value] = self.builder.state(value.name, type_)
+            self.values[value] = self.builder.state(value.name, self.typed(value, format_))
         for value in self.graph.params:
             format_ = format_of(self.recipe.weights, value.name) if value in weights else None
-            type_ = QuantType(format_, value.type.shape) if format_ else value.type
-            self.values[value] = self.builder.param(value.name, type_)
+            self.values[value] = self.builder.param(value.name, self.typed(value, format_))
         for node in self.graph.nodes:
             self.visit(node)
         return self.builder.finish({key: self.values[v] for key, v in self.graph.outputs.items()})
+
+    def typed(self, value: Value, format_: QuantFormat | None) -> Type:
+        """The type of a value in a format. Raises GraphError, naming it, where its shape forbids that."""
+        if format_ is None:
+            return value.type
+        try:
+            return QuantType(format_, value.type.shape)
+        except ValueError as error:
+            raise GraphError(f"recipe {self.recipe.name}: %{value.name}: {value.type}: {error}") from None
+
+    def check_rotary(self, dims: int) -> None:
+        """Caches keep the rotated elements plain: their number is part of a format."""
+        for pattern, format_ in self.recipe.state:
+            if format_ is not None and format_.tail not in (0, dims):
+                raise GraphError(
+                    f"recipe {self.recipe.name}: {pattern} keeps {format_.tail} elements of a row in BF16, "
+                    f"but the model rotates {dims} (qk_rope_head_dim)"
+                )
 
     def visit(self, node: Node) -> None:
         inputs = [self.values[v] for v in node.inputs]
         op = node.op
         match op:
+            case RopeFrequencies():
+                self.check_rotary(op.dims)
             case Linear() | GroupedLinear() | ExpertLinear():
                 inputs[0] = self.gemm_input(node, inputs)
             case CacheWrite():

@@ -115,7 +115,7 @@ class _Program:
             self.steps = [
                 _Step(
                     launch,
-                    _meaning(executor.plan, launch),
+                    meaning_of(executor.plan, launch),
                     tuple(map(value, launch.inputs)),
                     tuple(map(value, launch.outputs)),
                 )
@@ -128,7 +128,7 @@ class _Program:
             ) from None
 
 
-def _meaning(plan: Plan, launch: Launch) -> Callable[..., Any]:
+def meaning_of(plan: Plan, launch: Launch) -> Callable[..., Any]:
     """What a launch computes, as a function of its operands."""
     from dsv4c.ir.text import make_op
     from dsv4c.reference import run

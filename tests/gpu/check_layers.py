@@ -152,7 +152,7 @@ class Checker:
         return made
 
     def _needed_scores(self, got: Value, want: Value) -> tuple[Tensor, Tensor]:
-        """Scores of visible entries, and only where there are more than are chosen: others are not written."""
+        """Scores of visible entries, where there are more than are chosen: others are not written."""
         assert isinstance(got, Tensor)
         assert isinstance(want, Tensor)
         visible = want.isfinite()

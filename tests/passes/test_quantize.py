@@ -182,13 +182,18 @@ def test_an_input_format_that_does_not_fit_is_refused(
         quantize(plain(tiny), replace(OFFICIAL, activations=(("*.wq_a", format_),)))
 
 
-@pytest.mark.xfail(raises=ValueError, reason="the pass lets the type's own ValueError through")
 @pytest.mark.parametrize(
     ("change", "name"), [({"head_dim": 64}, "attn.window"), ({"moe_intermediate_size": 47}, "experts.w2")]
 )
 def test_a_width_that_the_format_does_not_fit_is_refused(change: dict[str, int], name: str) -> None:
     config = replace(load_config(recorded("fp32").folder), **change)
     with pytest.raises(GraphError, match=name):
+        quantize(plain(config), OFFICIAL)
+
+
+def test_a_cache_format_goes_with_the_rotated_width() -> None:
+    config = replace(load_config(recorded("fp32").folder), qk_rope_head_dim=32)
+    with pytest.raises(GraphError, match="keeps 64 elements of a row in BF16, but the model rotates 32"):
         quantize(plain(config), OFFICIAL)
 
 
