@@ -1,0 +1,106 @@
+"""Bisecting: a good plan has no suspect, a planted fault is found, switched off and reproduced."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import dsv4c
+from dsv4c.bisect import Bisection, rerun
+from dsv4c.cli import app
+from dsv4c.errors import SessionError
+from dsv4c.models.synth import synthesize
+from dsv4c.stages import job_of
+
+REPOSITORY = Path(__file__).parents[1]
+TOKENS = [3, 17, 5]
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return synthesize(dsv4c.load_config("tiny"), tmp_path_factory.mktemp("bisect") / "weights", seed=1)
+
+
+@pytest.fixture(scope="module")
+def plan() -> dsv4c.Plan:
+    return dsv4c.compile("tiny", max_context=64, chunk=5)
+
+
+def broken(plan: dsv4c.Plan, op: str, old: str, new: str) -> dsv4c.Plan:
+    """`plan` with a fault in the body of the second launch of `op`."""
+    launches = [x for x in plan.bucket("decode").launches if x.op == op]
+    body = launches[1].body  # type: ignore[union-attr]
+    text = plan.files[body].decode()
+    assert old in text
+    return replace(plan, files={**plan.files, body: text.replace(old, new, 1).encode()})
+
+
+def test_a_good_plan_has_no_suspect(plan: dsv4c.Plan, weights: Path) -> None:
+    verdict = Bisection(plan, weights, TOKENS, job_of(plan)).run()
+    assert verdict.right
+    assert verdict.gone
+    assert verdict.suspects == ()
+    assert (verdict.steps, verdict.launches) == (3, len(plan.bucket("decode").launches))
+
+
+@pytest.mark.parametrize(
+    ("op", "old", "new"),
+    [
+        ("attention", "inverse=true", "inverse=false"),
+        ("kv_norm_rope_store", "inverse=false", "inverse=true"),
+        ("q_norm_quantize", "eps=1e-06", "eps=1.0"),
+    ],
+)
+def test_a_planted_fault_is_found_and_switched_off(
+    plan: dsv4c.Plan, weights: Path, op: str, old: str, new: str
+) -> None:
+    bad = broken(plan, op, old, new)
+    verdict = Bisection(bad, weights, TOKENS, job_of(bad)).run()
+    assert not verdict.right
+    assert verdict.culprit is not None
+    assert {s.rule for s in verdict.suspects} == {op}
+    assert verdict.culprit.allowed == "bit-exact"
+    assert verdict.gone
+    assert verdict.rules == [op]
+
+
+def test_bounds_excuse_what_they_allow(plan: dsv4c.Plan, weights: Path) -> None:
+    from dsv4c.passes.compare import DIFFERENT, Finding
+
+    bad = broken(plan, "attention", "inverse=true", "inverse=false")
+    search = Bisection(bad, weights, TOKENS[:2], job_of(bad))
+    bounds = {search.key(x): Finding(DIFFERENT, 9.0, "") for x in search.launches if x.op == "attention"}
+    assert search.run(bounds).suspects == ()
+
+
+def test_the_command_writes_a_reproducer(plan: dsv4c.Plan, weights: Path, tmp_path: Path) -> None:
+    broken(plan, "attention", "inverse=true", "inverse=false").save(tmp_path / "bad.plan")
+    args = ["bisect", tmp_path / "bad.plan", "--weights", weights, "--tokens", "3,17", "-o", tmp_path / "out"]
+    result = CliRunner().invoke(app, [*map(str, args), "--json"], prog_name="dsv4c")
+    assert result.exit_code == 3
+    assert "the rule attention is at fault, first at layers." in result.stderr
+    assert json.loads(result.stdout)["rules"] == ["attention"]
+    assert rerun(tmp_path / "out").kind == "different"
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["rule"], report["tokens"]) == ("attention", [3, 17])
+    assert "= attention_scores(" in (tmp_path / "out" / "before.txt").read_text()
+    script = [sys.executable, str(tmp_path / "out" / "reproduce.py")]
+    again = subprocess.run(
+        script, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False
+    )
+    assert again.returncode == 1, again.stderr
+    assert again.stdout.startswith("different, worst")
+
+
+def test_wrong_tokens_are_refused(plan: dsv4c.Plan, weights: Path) -> None:
+    with pytest.raises(SessionError, match="token 512: give 1 to 64 tokens from 0 to 511"):
+        Bisection(plan, weights, [512], job_of(plan))
+    with pytest.raises(SessionError, match="0 tokens"):
+        Bisection(plan, weights, [], job_of(plan))

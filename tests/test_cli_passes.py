@@ -1,0 +1,276 @@
+"""Commands about rewrites: rules chosen, figures, stages, stop and resume, why-not, diff, certificates."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import dsv4c
+from dsv4c.cli import app
+from dsv4c.errors import GraphError
+from dsv4c.passes.recipes import RECIPES
+from dsv4c.stages import choose_rules, job_of, read_saved, rules_of
+
+SMALL = ("--max-context", 64, "--chunk", 5)
+
+
+class Result:
+    """What a command left: exit code, stdout, stderr."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+def command(*arguments: object) -> Result:
+    result = CliRunner().invoke(app, [str(a) for a in arguments], prog_name="dsv4c")
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return Result(result.exit_code, result.stdout, result.stderr)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("passes") / "tiny.plan"
+    result = command("compile", "tiny", "-o", folder, *SMALL)
+    assert result.code == 0, result.err
+    return folder
+
+
+# --- compile ---
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_default_compile_warns_of_nothing(recipe: str) -> None:
+    compiled = dsv4c.compile("tiny", recipe=recipe, max_context=64, chunk=5)
+    assert compiled.report["warnings"] == []
+    assert compiled.report["launches_outside_layers"] <= 6
+    assert compiled.report["rules"]["sinkhorn"] == 12
+
+
+def test_figures_are_the_same_at_compile_and_in_the_plan(tmp_path: Path) -> None:
+    made = command("compile", "tiny", "-o", tmp_path / "p", *SMALL, "--json").json
+    shown = command("show", tmp_path / "p", "--json").json
+    keys = ("launches_per_layer", "launches_outside_layers", "planned_bytes_per_token", "rules", "seconds")
+    for key in (*keys, "compulsory_bytes_per_token"):
+        assert made[key] == shown[key]
+    assert made["launches_per_layer"] == {"swa": 9, "csa": 12, "hca": 10}
+    assert made["compulsory_bytes_per_token"] < made["planned_bytes_per_token"]
+    assert "fold decode" in made["seconds"]
+    assert not any(name.startswith("rule ") for name in made["seconds"])
+
+
+def test_rules_are_left_out_and_taken_back(tmp_path: Path) -> None:
+    out = command(
+        "compile", "tiny", "-o", tmp_path / "p", *SMALL, "--disable", "all", "--enable", "sinkhorn", "--json"
+    ).json
+    assert {name: n for name, n in out["rules"].items() if n} == {"sinkhorn": 12}
+    assert "without=" in out["pipeline"]
+    job = job_of(dsv4c.load(tmp_path / "p"))
+    assert (
+        str(choose_rules(job.line, job.rules, enable=["all"]))
+        == out["pipeline"].partition(",fold")[0] + ",fold,prepack,tidy,schedule,memory"
+    )
+    assert command("compile", "tiny", "-o", tmp_path / "q", "--disable", "sinkhron").code == 3
+
+
+def test_a_count_that_differs_is_an_error(tmp_path: Path) -> None:
+    result = command("compile", "tiny", "-o", tmp_path / "p", *SMALL, "--expect", "sinkhorn=11")
+    assert result.code == 3
+    assert "the rule sinkhorn matched 12 times, expected 11" in result.err
+    assert not (tmp_path / "p").exists()
+    wrong = command("compile", "tiny", "-o", tmp_path / "p", "--expect", "sinkhorn")
+    assert "expected a rule and a number" in wrong.err
+
+
+MINE = """
+from dsv4c import Fused, fused
+from dsv4c.ir.ops import shift, sigmoid, silu
+
+@fused
+class ShiftedSigmoid(Fused):
+    offset: float
+
+    def body(self, x):
+        return shift(sigmoid(x), offset=self.offset)
+
+@fused
+class SiluSigmoid(Fused):
+    def body(self, x):
+        return silu(sigmoid(x))
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_for_cli.py").write_text(MINE)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_pass_of_ones_own_folds_or_is_warned_of(tmp_path: Path) -> None:
+    own = ("--pass", "mine_for_cli")
+    args = ("compile", "tiny", "-o", tmp_path / "p", *SMALL, *own, "--disable", "all")
+    result = command(*args, "--enable", "shifted_sigmoid", "--enable", "silu_sigmoid", "--json")
+    assert result.code == 0, result.err
+    assert result.json["rules"]["shifted_sigmoid"] > 0
+    assert result.err.count("warning:") == 1
+    assert "the rule silu_sigmoid matched nothing; ask why-not silu_sigmoid" in result.err
+    assert "shifted_sigmoid" in command("show", tmp_path / "p", *own, "--layer", "1").out
+    assert command("why-not", "shifted_sigmoid", tmp_path / "p", *own, "--json").json["matched"] > 0
+    assert (
+        "op, 6 times: expected silu reading" in command("why-not", "silu_sigmoid", tmp_path / "p", *own).out
+    )
+
+
+# --- stages ---
+
+
+def test_stages_are_dumped_with_numbers(tmp_path: Path) -> None:
+    folder = tmp_path / "stages"
+    assert command("compile", "tiny", "-o", tmp_path / "p", *SMALL, "--dump-stages", folder).code == 0
+    names = sorted(path.name for path in folder.iterdir())
+    assert names[:3] == ["00-build.txt", "01-quantize.txt", "02-fold.txt"]
+    assert names[-1] == "06-memory.txt"
+    assert (folder / names[-1]).read_text() == dsv4c.load(tmp_path / "p").graph_text()
+
+
+@pytest.mark.parametrize("after", ["build", "fold", "prepack"])
+def test_a_stopped_compile_goes_on_to_the_same_plan(plan: Path, tmp_path: Path, after: str) -> None:
+    file, resumed = tmp_path / "x.ir", tmp_path / "resumed"
+    assert command("compile", "tiny", *SMALL, "--stop-after", after, "-o", file).code == 0
+    result = command("compile", "--resume", file, "-o", resumed)
+    assert result.code == 0, result.err
+    one, other = dsv4c.load(plan), dsv4c.load(resumed)
+    assert other.buckets == one.buckets
+    assert other.loads == one.loads
+    assert other.pipeline == one.pipeline
+    assert other.report["rules"] == one.report["rules"]
+    assert "resumed after" in result.err
+
+
+def test_an_edit_is_in_the_resumed_plan(tmp_path: Path) -> None:
+    file = tmp_path / "x.ir"
+    command("compile", "tiny", *SMALL, "--stop-after", "fold", "-o", file)
+    text = file.read_text()
+    assert "eps=1e-06" in text
+    file.write_text(text.replace("eps=1e-06", "eps=1e-05"))
+    assert command("compile", "--resume", file, "-o", tmp_path / "p").code == 0
+    assert "eps=1e-05" in dsv4c.load(tmp_path / "p").graph_text()
+    file.write_text(text.replace("%tokens: i32[1]", "%tokens: i32[", 1))
+    broken = command("compile", "--resume", file, "-o", tmp_path / "q")
+    assert broken.code == 3
+    assert f"{file}: bucket decode, counted from line 4: line 2" in broken.err
+    with pytest.raises(GraphError, match="holds no stopped compile"):
+        read_saved("graph tiny\n")
+
+
+def test_a_stage_is_shown(plan: Path) -> None:
+    folded = command("show", plan, "--after", "fold", "--layer", 2)
+    built = command("show", "tiny", "--after", "build", "--layer", 2)
+    assert "experts_down(" in folded.out
+    assert "experts_down(" not in built.out
+    assert "quantize(" not in built.out
+    assert "there are: build, quantize, fold" in command("show", plan, "--after", "folds").err
+
+
+def test_files_of_all_stages(plan: Path, tmp_path: Path) -> None:
+    page, graphs = tmp_path / "a.html", tmp_path / "a.json"
+    assert command("show", plan, "--format", "html", "-o", page).code == 0
+    assert command("show", plan, "--format", "model-explorer", "-o", graphs).code == 0
+    assert "http://" not in page.read_text().replace("http://www.w3.org", "")
+    assert [g["id"] for g in json.loads(graphs.read_text())["graphs"]][:3] == ["build", "quantize", "fold"]
+
+
+def test_diff_of_stages_and_of_plans(plan: Path) -> None:
+    found = command("diff", f"{plan}@quantize", "@fold", "--json").json
+    assert found["before"]["launches"] > 10 * found["after"]["launches"]
+    assert any("sinkhorn" not in line and "normalize" in line for line in found["gone"])
+    assert "are equal" in command("diff", plan, plan).out
+    assert command("diff", plan, "nowhere").code == 2
+
+
+# --- what rules did ---
+
+
+def test_passes_shows_every_rule(plan: Path) -> None:
+    rows = {row["rule"]: row for row in command("passes", plan, "--json").json["rules"]}
+    assert set(rows) == set(rules_of().rules)
+    assert rows["sinkhorn"]["matched"] == 12
+    assert rows["sinkhorn"]["launches_saved"] == 12 * 40
+    assert rows["attention"]["bytes_saved"] > 0
+    assert all(row["ms"] >= 0 for row in rows.values())
+    assert "kv_norm_rope_store" in command("passes", plan).out
+
+
+def test_why_not_groups_refusals_and_tells_one(plan: Path) -> None:
+    recipe = ("--recipe", "nvfp4-experts-w4a4", "--max-context", 64)
+    grouped = command("why-not", "experts_down", "tiny", *recipe)
+    assert "experts_down: tried 6, matched 0" in grouped.out
+    assert grouped.out.count("operand, 6 times: expected 1 operands and 1 results, found 2 and 1") == 1
+    assert "would have saved 36 launches" in grouped.out
+    one = command("why-not", "experts_down", "tiny", *recipe, "--node", "layers.3")
+    assert one.out.count("would have saved 6 launches") == 1
+    assert "operand at layers.3.ffn.experts.h_quantized" in one.out
+    assert (
+        "was not tried at 'layers.9'"
+        in command("why-not", "experts_down", "tiny", *recipe, "--node", "layers.9").err
+    )
+    assert (
+        "the graph has no quantize" in command("why-not", "rmsnorm_quantize", "tiny", "--recipe", "fp32").out
+    )
+    assert command("why-not", "experts_up", plan).code == 3
+
+
+def test_why_not_tells_of_a_rule_that_is_left_out(tmp_path: Path) -> None:
+    command("compile", "tiny", "-o", tmp_path / "p", *SMALL, "--disable", "head")
+    assert "the pipeline leaves it out" in command("why-not", "head", tmp_path / "p").out
+
+
+# --- certificates ---
+
+
+def test_certificates_are_stored_kept_and_checked(tmp_path: Path) -> None:
+    cache = ("--cache", tmp_path / "cache")
+    args = ("compile", "tiny", *SMALL, "--disable", "all", "--enable", "sinkhorn", "--enable", "embed")
+    made = command(*args, "-o", tmp_path / "p", "--certify", *cache, "--json").json
+    stored = dsv4c.load(tmp_path / "p").certificates
+    assert made["certificates"] == len(stored) == 4  # two rules in two buckets
+    assert {c["kind"] for c in stored} == {"bit-exact"}
+    again = command("check", tmp_path / "p", *cache, "--json").json
+    assert again["computed"] == 0
+    assert again["failed"] == again["changed"] == []
+    fresh = command("check", tmp_path / "p", *cache, "--fresh", "--json").json
+    assert fresh["computed"] == 4
+    assert "sinkhorn" in command("check", tmp_path / "p", *cache).out
+
+
+def test_a_certificate_that_changed_fails_the_check(tmp_path: Path) -> None:
+    cache = ("--cache", tmp_path / "cache")
+    args = ("compile", "tiny", *SMALL, "--disable", "all", "--enable", "embed", "--certify", *cache)
+    command(*args, "-o", tmp_path / "p")
+    from dataclasses import replace
+
+    good = dsv4c.load(tmp_path / "p")
+    certificates = tuple({**c, "kind": "reassociation", "worst": 2.0} for c in good.certificates)
+    replace(good, certificates=certificates).save(tmp_path / "q")
+    result = command("check", tmp_path / "q", *cache)
+    assert result.code == 3
+    assert "embed: reassociation 2 in the plan, bit-exact 0 now" in result.err
+
+
+def test_injected_mistakes_are_counted(tmp_path: Path) -> None:
+    args = ("compile", "tiny", *SMALL, "--disable", "all", "--enable", "sinkhorn")
+    command(*args, "-o", tmp_path / "p")
+    found = command("check", tmp_path / "p", "--inject", "--json").json
+    assert found["injected"] == found["caught"] == len(found["defects"]) > 0
+    assert found["survivors"] == []
+    assert {row["rule"] for row in found["defects"]} == {"sinkhorn"}
+    assert "check: name a plan" in command("check").err
