@@ -283,6 +283,7 @@ def figures(
     must move, `dsv4c.models.traffic`. A layer kind has the launches of its largest layer, None without one.
     """
     from dsv4c.models.schedule import LayerKind, layer_plans
+    from dsv4c.passes.explain import table
     from dsv4c.view.diff import totals
     from dsv4c.view.text import summarize
 
@@ -293,16 +294,9 @@ def figures(
         kind = str(plan.attention).lower()
         per_kind[kind] = max(per_kind[kind] or 0, by_layer.get(f"layers.{i}", 0))
     report = decode.context.fold
-    rows = [
-        {
-            "rule": name,
-            "tried": r.tried,
-            "matched": r.matched,
-            "launches_saved": sum(a.launches_saved for a in r.applied),
-            "bytes_saved": sum(a.bytes_saved for a in r.applied),
-        }
-        for name, r in (report.rules.items() if report is not None else ())
-    ]
+    rows = [asdict(row) for row in table(report)] if report is not None else []
+    for row in rows:
+        del row["ms"]  # a plan holds nothing that differs from run to run; its timings have it
     return {
         "launches_per_layer": per_kind,
         "launches_outside_layers": by_layer.get("", 0),

@@ -126,7 +126,7 @@ def test_a_pass_of_ones_own_folds_or_is_warned_of(tmp_path: Path) -> None:
     assert "shifted_sigmoid" in command("show", tmp_path / "p", *own, "--layer", "1").out
     assert command("why-not", "shifted_sigmoid", tmp_path / "p", *own, "--json").json["matched"] > 0
     assert (
-        "op, 6 times: expected silu reading" in command("why-not", "silu_sigmoid", tmp_path / "p", *own).out
+        "op, 12 times: expected silu reading" in command("why-not", "silu_sigmoid", tmp_path / "p", *own).out
     )
 
 

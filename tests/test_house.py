@@ -49,7 +49,9 @@ HOUSE = {
     "codegen.lib": Room((), ("cutlass", "cuda")),
     "codegen": Room((*COMPILER, "codegen.lib"), ("jinja2",), (), ("cutlass", "cuda", "torch")),
     "stages": Room((*COMPILER,), (), ("runtime", "view")),
-    "bisect": Room((*COMPILER, "stages"), (), ("runtime", "reference"), ("torch",)),
+    "bisect": Room(
+        (*COMPILER, "stages"), (), ("runtime", "runtime.cpu", "reference"), ("torch", "safetensors")
+    ),
     "codegen.check": Room(("ir",), rooms_inside=("runtime",)),  # reads plans, for their types alone
     "compiler": Room(
         (*COMPILER, "stages", "codegen", "view"), (), ("runtime", "reference"), ("torch", "rich")

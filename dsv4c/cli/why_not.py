@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +23,7 @@ from dsv4c.cli.subject import Subject, ask
 from dsv4c.errors import GraphError
 
 if TYPE_CHECKING:
+    from dsv4c.passes.explain import WhyNot
     from dsv4c.passes.fold import FoldReport, Refusal, Rule
     from dsv4c.stages import Compiled, Job
 
@@ -32,10 +31,19 @@ RuleArgument = Annotated[str, typer.Argument(metavar="RULE", help="Name of a rul
 NodeOption = Annotated[
     str | None,
     typer.Option(
-        help="Only places with this text in their name or scope, each by itself.", show_default=False
+        help="Only at this node, or in this scope (layers.2), each place by itself.", show_default=False
     ),
 ]
 ModeOption = Annotated[Mode, typer.Option(help="Which bucket.")]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What is known of a rule: refusals by cause, where it applied if one asked there, why it was not tried."""
+
+    rule: WhyNot
+    applied: tuple[str, ...]
+    why: str
 
 
 def register(app: typer.Typer) -> None:
@@ -82,39 +90,24 @@ def why_not_command(
         raise GraphError(f"{subject}: its pipeline does not fold: {asked.job.line}")
     answer = explain(wanted, report, compiled, asked.job, node)
     if json:
-        print_json(answer)
+        print_json(asdict(answer.rule) | {"applied": list(answer.applied), "why": answer.why})
     else:
         print(text(answer, node is not None), end="")
 
 
-def explain(
-    wanted: Rule, report: FoldReport, compiled: Compiled, job: Job, node: str | None
-) -> dict[str, Any]:
-    """Applications and refusals of one rule; `why` where there are no refusals to tell.
+def explain(wanted: Rule, report: FoldReport, compiled: Compiled, job: Job, node: str | None) -> Answer:
+    """What is to be said about one rule. Raises GraphError when `node` is no place where it was tried."""
+    from dsv4c.passes.explain import WhyNot, why_not
 
-    Raises GraphError when `node` names no place where the rule was tried.
-    """
     found = report.rules.get(wanted.name)
-    answer: dict[str, Any] = {"rule": wanted.name, "tried": 0, "matched": 0, "why": "", "refusals": []}
     if found is None:
-        return answer | {"why": f"the pipeline leaves it out: {job.line}"}
-    answer |= {"tried": found.tried, "matched": found.matched, "applied": [a.node for a in found.applied]}
-    refusals = found.refusals
-    if node is not None:
-        refusals = [r for r in refusals if node in r.anchor or node in r.scope]
-        applied = [a for a in found.applied if node in a.node or any(node in m for m in a.members)]
-        answer["applied"] = [a.node for a in applied]
-        if not refusals and not applied and found.tried:
-            raise GraphError(f"{wanted.name} was not tried at {node!r}; {_places(found.refusals)}")
-    answer["refusals"] = [asdict(r) for r in refusals]
+        return Answer(WhyNot(wanted.name, 0, 0), (), f"the pipeline leaves it out: {job.line}")
+    fired = [a for a in found.applied if node is not None and (node == a.node or node in a.members)]
+    if fired:
+        return Answer(WhyNot(wanted.name, found.tried, found.matched), tuple(a.node for a in fired), "")
     if not found.tried:
-        answer["why"] = absent(wanted, compiled)
-    return answer
-
-
-def _places(refusals: list[Refusal]) -> str:
-    names = ", ".join(r.anchor for r in refusals[:5])
-    return f"refused at {names}{', ...' if len(refusals) > 5 else ''}" if refusals else "it refused nowhere"
+        return Answer(WhyNot(wanted.name, 0, 0), (), absent(wanted, compiled))
+    return Answer(why_not(wanted.name, report, node), (), "")
 
 
 def absent(wanted: Rule, compiled: Compiled) -> str:
@@ -136,46 +129,33 @@ def absent(wanted: Rule, compiled: Compiled) -> str:
     return "rules before it took every place where a search could begin, or nothing was proposed there"
 
 
-def text(answer: dict[str, Any], each: bool) -> str:
+def text(answer: Answer, each: bool) -> str:
     """The answer to read: refusals by cause, or each by itself."""
-    lines = [f"{answer['rule']}: tried {answer['tried']:,}, matched {answer['matched']:,}"]
-    if answer["why"]:
-        lines.append(f"  {answer['why']}")
-    if each:
-        lines += [f"  {name}: applied" for name in answer["applied"]]
-        lines += [line for r in answer["refusals"] for line in _refusal(r)]
-        return "\n".join(lines) + "\n"
-    for group in grouped(answer["refusals"]):
-        first = group[0]
-        saved = sum(r["launches"] for r in group)
-        lines.append(
-            f"  {first['cause']}, {len(group)} times: expected {first['expected']}, found {first['found']}"
-        )
-        lines.append(f"    matched {first['matched']} of {first['of']} ops; first at {first['at']}")
-        lines.append(
-            f"    fusing all of them would have saved {_saved(saved, sum(r['bytes'] for r in group))}"
-        )
-    if answer["refusals"]:
-        lines.append("  each by itself: --node NAME")
+    rule = answer.rule
+    lines = [f"{rule.rule}: tried {rule.tried:,}, matched {rule.matched:,}"]
+    if answer.why:
+        lines.append(f"  {answer.why}")
+    lines += [f"  applied: {node}" for node in answer.applied]
+    for cause in rule.causes:
+        if each:
+            lines += [line for r in cause.refusals for line in _refusal(r)]
+            continue
+        times = len(cause.refusals)
+        lines.append(f"  {cause.cause}, {times} times: expected {cause.expected}, found {cause.found}")
+        lines.append(f"    matched {cause.matched} of {cause.of} ops; first at {cause.example.at}")
+        lines.append(f"    fusing all of them would have saved {_saved(cause.launches, cause.bytes)}")
+    if rule.causes and not each:
+        lines.append("  each by itself: --node NAME, of a node or a scope")
     return "\n".join(lines) + "\n"
 
 
-def _refusal(r: dict[str, Any]) -> list[str]:
+def _refusal(r: Refusal) -> list[str]:
     return [
-        f"  {r['anchor']} ({r['scope']}): {r['cause']} at {r['at']}",
-        f"    matched {r['matched']} of {r['of']} ops; expected {r['expected']}, found {r['found']}",
-        f"    fusing would have saved {_saved(r['launches'], r['bytes'])}",
+        f"  {r.anchor} ({r.scope}): {r.cause} at {r.at}",
+        f"    matched {r.matched} of {r.of} ops; expected {r.expected}, found {r.found}",
+        f"    fusing would have saved {_saved(r.launches, r.bytes)}",
     ]
 
 
 def _saved(launches: int, count: int) -> str:
     return f"{launches:,} launches" + (f", {size(count)}" if count else "")
-
-
-def grouped(refusals: Iterable[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Refusals that differ in nothing but the layer together, the most frequent first."""
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for r in refusals:
-        key = tuple(re.sub(r"\d+", "#", str(r[k])) for k in ("cause", "expected", "found"))
-        groups.setdefault(key, []).append(r)
-    return sorted(groups.values(), key=len, reverse=True)
