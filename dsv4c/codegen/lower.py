@@ -300,6 +300,7 @@ def _forms(chosen: Iterable[Chosen]) -> dict[Value, str]:
 def packed_bytes(packing: str, rows: int, columns: int) -> int:
     """Bytes of one matrix in a packing `format/TxS`: whole tiles of 16 rows, T at a time, and S units."""
     format_, tiles, span = re.fullmatch(r"(\w+)/(\d+)x(\d+)", packing).groups()  # type: ignore[union-attr]
+    format_ = format_.removesuffix("_pairs")
     across = math.ceil(math.ceil(rows / 16) / int(tiles)) * int(tiles)
     along = math.ceil(math.ceil(columns / COLUMNS[format_]) / int(span)) * int(span)
     return across * along * BYTES[format_]
@@ -331,7 +332,7 @@ def component_bytes(type_: Type, form: str) -> dict[str, int]:
         return {"data": 2 * plain["data"]}
     *lead, rows, columns = type_.shape
     data = math.prod(lead) * packed_bytes(form, rows, columns)
-    inside = form.partition("/")[0] in ("mxfp4", "nvfp4")
+    inside = form.startswith(("mxfp4", "nvfp4"))
     return {"data": data} | {n: s for n, s in plain.items() if n != "data" and not (inside and n == "scale")}
 
 

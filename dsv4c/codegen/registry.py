@@ -235,6 +235,12 @@ def _call(node: Node, number: Mapping[Value, int]) -> Call:
     return Call(op, inputs, tuple(number[v] for v in node.outputs), tuple(names), places)
 
 
+def packing_for(name: str, target: str) -> str:
+    """The packing `name` as kernels for `target` read it: FP4 codes in pairs where e2m1 is converted."""
+    format_, _, tiles = name.partition("/")
+    return f"{format_}_pairs/{tiles}" if target == "sm_100a" and format_ in ("mxfp4", "nvfp4") else name
+
+
 def launchable(
     request: Request,
     emission: Emission,
@@ -246,7 +252,8 @@ def launchable(
 ) -> Launchable:
     """A launch of `emission` with its operands bound by name: to value numbers, or to scratch.
 
-    `forms` are those of weights, by operand, that the emission's packing does not name.
+    `scratch` goes by operand, components other than data by operand_component. `forms` are those of weights,
+    by operand, that the emission's packing does not name.
     """
     scratch = scratch or {}
     bindings = []
@@ -259,12 +266,13 @@ def launchable(
                     f"{emission.symbol}: wants {p.component} of {p.operand}, which is {request.types[value]}"
                 )
             bindings.append(Binding(p.component, request.access[value], value))
-        elif p.operand in scratch:
-            array = scratch[p.operand]
+        elif (name := p.name.removeprefix("m_")) in scratch:
+            array = scratch[name]
             bindings.append(Binding(p.component, array.access, scratch=array.name))
         else:
             raise BuildError(f"{emission.symbol}: nothing is bound to its parameter {p.name}")
-    wanted = {**emission.packing, **(forms or {})}
+    packing = {operand: packing_for(name, request.target) for operand, name in emission.packing.items()}
+    wanted = {**packing, **(forms or {})}
     return Launchable(
         emission,
         tuple(bindings),

@@ -4,20 +4,30 @@ them.
 A packing is named `format/TxS` (fp8, bf16, mxfp4, nvfp4): T tiles of 16 rows side by side, S units of a tile
 in a row. Bytes are [N/16/T][K/C/S][T][S][unit]; rows and columns are padded with zeros to whole units and
 tile groups. Block scales of FP4 formats live in the units; FP8 block scales and the NVFP4 global scale stay
-where they are.
+where they are. mxfp4_pairs and nvfp4_pairs have the codes of an mma register in one byte, for targets that
+convert e2m1.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-UNIT_COLUMNS = {"fp8": 128, "bf16": 64, "mxfp4": 128, "nvfp4": 128}
-UNIT_BYTES = {"fp8": 2048, "bf16": 2048, "mxfp4": 1088, "nvfp4": 1152}
-_BLOCK = {"mxfp4": 32, "nvfp4": 16}  # columns under one block scale
+UNIT_COLUMNS = {"fp8": 128, "bf16": 64, "mxfp4": 128, "nvfp4": 128, "mxfp4_pairs": 128, "nvfp4_pairs": 128}
+UNIT_BYTES = {
+    "fp8": 2048,
+    "bf16": 2048,
+    "mxfp4": 1088,
+    "nvfp4": 1152,
+    "mxfp4_pairs": 1088,
+    "nvfp4_pairs": 1152,
+}
+_BLOCK = {"mxfp4": 32, "nvfp4": 16, "mxfp4_pairs": 32, "nvfp4_pairs": 16}  # columns under one block scale
 
 
 @dataclass(frozen=True)
@@ -129,12 +139,20 @@ def _bf16_matrix(units: Tensor) -> tuple[Tensor, None]:
 _PLACES = ((15, 9), (7, 1), (8, 4), (0, 12))
 
 
-def _fp4_words(data: Tensor) -> Tensor:
-    """Codes of one matrix as the words of its units, int32 [tiles, units, 2, 8 g, 4 q, 4]."""
+def _fp4_words(data: Tensor, pairs: bool = False) -> Tensor:
+    """Codes of one matrix as the words of its units, int32 [tiles, units, 2, 8 g, 4 q, 4]; with `pairs`,
+    byte n of a word is register n's two codes.
+    """
     packed = _padded(data, 16, 64)
     codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2).to(torch.int32)
     # [tile, half, g, unit, 64-chunk, 32-chunk, q, step, pair, element]
     codes = codes.view(-1, 2, 8, codes.shape[1] // 128, 2, 2, 4, 2, 2, 2)
+    if pairs:
+        words = torch.zeros_like(codes[:, 0, ..., 0, 0])
+        for register in range(4):
+            code = codes[:, register % 2, ..., register // 2, :]
+            words |= (code[..., 0] | code[..., 1] << 4) << 8 * register
+        return _by_lane(words)
     halves: Tensor | int = 0
     for register, (sign, magnitude) in enumerate(_PLACES):
         code = codes[
@@ -143,17 +161,25 @@ def _fp4_words(data: Tensor) -> Tensor:
         halves = halves | (code >> 3) << sign | (code & 7) << magnitude
     assert isinstance(halves, Tensor)
     words = halves[..., 0] | halves[..., 1] << 16  # [tile, g, unit, 64-chunk, 32-chunk, q, step]
+    return _by_lane(words)
+
+
+def _by_lane(words: Tensor) -> Tensor:
+    """Words [tile, g, unit, 64-chunk, 32-chunk, q, step] as lanes read them."""
     return words.permute(0, 2, 3, 1, 5, 4, 6).reshape(words.shape[0], words.shape[2], 2, 8, 4, 4)
 
 
-def _fp4_data(words: Tensor) -> Tensor:
+def _fp4_data(words: Tensor, pairs: bool = False) -> Tensor:
     """The packed codes back, uint8 [rows, columns / 2], from int32 words [tiles, units, 2, 8, 4, 4]."""
     tiles, count = words.shape[:2]
     words = words.view(tiles, count, 2, 8, 4, 2, 2).permute(0, 3, 1, 2, 5, 4, 6)
     halves = torch.stack([words & 0xFFFF, words >> 16 & 0xFFFF], dim=-1)
     codes = torch.empty(tiles, 2, *halves.shape[1:-1], 2, 2, dtype=torch.uint8, device=words.device)
     for register, (sign, magnitude) in enumerate(_PLACES):
-        code = (halves >> sign & 1) << 3 | halves >> magnitude & 7
+        if pairs:
+            code = torch.stack([words >> 8 * register & 15, words >> 8 * register + 4 & 15], dim=-1)
+        else:
+            code = (halves >> sign & 1) << 3 | halves >> magnitude & 7
         codes[:, register % 2, ..., register // 2, :] = code.to(torch.uint8)
     flat = codes.reshape(tiles * 16, count * 64, 2)
     return flat[..., 0] | flat[..., 1] << 4
@@ -165,36 +191,50 @@ def _fp4_units(words: Tensor, scales: Tensor) -> Tensor:
     return torch.cat([codes, scales.reshape(tiles, count, -1)], dim=-1)
 
 
-def _mxfp4_units(data: Tensor, scale: Tensor | None) -> Tensor:
+def _mxfp4_units(data: Tensor, scale: Tensor | None, pairs: bool = False) -> Tensor:
     assert scale is not None, "mxfp4 units carry their block scales"
     scale = _padded(scale, 16, 4)
     scales = scale.view(-1, 2, 8, scale.shape[1] // 4, 4).permute(
         0, 3, 2, 4, 1
     )  # [tile, unit, g, block, half]
-    return _fp4_units(_fp4_words(data), scales)
+    return _fp4_units(_fp4_words(data, pairs), scales)
 
 
-def _mxfp4_matrix(units: Tensor) -> tuple[Tensor, Tensor]:
+def _mxfp4_matrix(units: Tensor, pairs: bool = False) -> tuple[Tensor, Tensor]:
     tiles, count, _ = units.shape
     scale = units[..., 1024:].reshape(tiles, count, 8, 4, 2).permute(0, 4, 2, 1, 3)
     words = units[..., :1024].contiguous().view(torch.int32).view(tiles, count, 2, 8, 4, 4)
-    return _fp4_data(words), scale.reshape(tiles * 16, count * 4)
+    return _fp4_data(words, pairs), scale.reshape(tiles * 16, count * 4)
 
 
-def _nvfp4_units(data: Tensor, scale: Tensor | None) -> Tensor:
+def _nvfp4_units(data: Tensor, scale: Tensor | None, pairs: bool = False) -> Tensor:
     assert scale is not None, "nvfp4 units carry their block scales"
     scale = _padded(scale.view(torch.uint8), 16, 8)
     # [tile, half, g, unit, chunk of 32, half chunk] -> [tile, unit, g, half chunk, chunk, half]
     scales = scale.view(-1, 2, 8, scale.shape[1] // 8, 4, 2).permute(0, 3, 2, 5, 4, 1)
-    return _fp4_units(_fp4_words(data), scales)
+    return _fp4_units(_fp4_words(data, pairs), scales)
 
 
-def _nvfp4_matrix(units: Tensor) -> tuple[Tensor, Tensor]:
+def _nvfp4_matrix(units: Tensor, pairs: bool = False) -> tuple[Tensor, Tensor]:
     tiles, count, _ = units.shape
     scale = units[..., 1024:].reshape(tiles, count, 8, 2, 4, 2).permute(0, 5, 2, 1, 4, 3)
     words = units[..., :1024].contiguous().view(torch.int32).view(tiles, count, 2, 8, 4, 4)
-    return _fp4_data(words), scale.reshape(tiles * 16, count * 8).view(torch.float8_e4m3fn)
+    return _fp4_data(words, pairs), scale.reshape(tiles * 16, count * 8).view(torch.float8_e4m3fn)
 
 
-_UNITS = {"fp8": _fp8_units, "bf16": _bf16_units, "mxfp4": _mxfp4_units, "nvfp4": _nvfp4_units}
-_MATRICES = {"fp8": _fp8_matrix, "bf16": _bf16_matrix, "mxfp4": _mxfp4_matrix, "nvfp4": _nvfp4_matrix}
+_UNITS: dict[str, Callable[[Tensor, Tensor | None], Tensor]] = {
+    "fp8": _fp8_units,
+    "bf16": _bf16_units,
+    "mxfp4": _mxfp4_units,
+    "nvfp4": _nvfp4_units,
+    "mxfp4_pairs": partial(_mxfp4_units, pairs=True),
+    "nvfp4_pairs": partial(_nvfp4_units, pairs=True),
+}
+_MATRICES: dict[str, Callable[[Tensor], tuple[Tensor, Tensor | None]]] = {
+    "fp8": _fp8_matrix,
+    "bf16": _bf16_matrix,
+    "mxfp4": _mxfp4_matrix,
+    "nvfp4": _nvfp4_matrix,
+    "mxfp4_pairs": partial(_mxfp4_matrix, pairs=True),
+    "nvfp4_pairs": partial(_nvfp4_matrix, pairs=True),
+}

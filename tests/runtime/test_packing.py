@@ -18,12 +18,12 @@ def _matrix(format: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.T
         return bytes_(rows, columns).view(torch.float8_e4m3fn), None
     if format == "bf16":
         return bytes_(rows, 2 * columns).view(torch.bfloat16), None
-    if format == "mxfp4":
+    if format.startswith("mxfp4"):
         return bytes_(rows, columns // 2), bytes_(rows, columns // 32)
     return bytes_(rows, columns // 2), bytes_(rows, columns // 16).view(torch.float8_e4m3fn)
 
 
-@pytest.mark.parametrize("format", ["fp8", "bf16", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("format", ["fp8", "bf16", "mxfp4", "nvfp4", "mxfp4_pairs", "nvfp4_pairs"])
 @pytest.mark.parametrize(
     ("rows", "columns", "tiles", "span"),
     [(16, 128, 1, 1), (128, 1024, 8, 2), (64, 512, 2, 4), (48, 256, 2, 1)],  # the last one pads a tile group
@@ -48,6 +48,16 @@ def test_bf16_columns_are_padded_with_zeros() -> None:
     assert packed.numel() == 3 * 2 * 2048
     assert torch.equal(unpack(packing, packed, 48, 96)[0].view(torch.int16), data.view(torch.int16))
     assert not unpack(packing, packed, 48, 128)[0][:, 96:].view(torch.int16).any()
+
+
+@pytest.mark.parametrize("format", ["mxfp4_pairs", "nvfp4_pairs"])
+def test_a_byte_of_a_pairs_word_is_a_register_as_the_matrix_holds_it(format: str) -> None:
+    data, scale = _matrix(format, 16, 128)
+    words = pack(Packing(format, 1, 1), data, scale)[:1024].view(2, 8, 4, 4, 4)  # 64-chunk, g, q, word, byte
+    c64, g, q, half, step = 1, 5, 3, 1, 1
+    word = words[c64, g, q, 2 * half + step]
+    first = (64 * c64 + 32 * half + 8 * q + 4 * step) // 2  # byte of the lane's column
+    assert word.tolist() == [data[g + 8 * (r % 2), first + r // 2] for r in range(4)]  # a0..a3
 
 
 def test_fp8_lane_reads_row_g_then_row_g_plus_8() -> None:

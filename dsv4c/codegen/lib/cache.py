@@ -106,9 +106,7 @@ def _store_fp8(
 def _store_mxfp4(r: cute.Tensor, g_data: Int64, g_scale: Int64, slot: Int64, tid: Int32):
     """A row of 128: 64 bytes of codes, the even element in the low nibble, and 4 scales."""
     byte = hadamard.block32_exponent(r)
-    codes = Uint32(0)
-    for i in range_constexpr(4):
-        codes = codes | (hadamard.e2m1_code(r[i], byte) << Uint32(4 * i))
+    codes = hadamard.e2m1_codes4(r, byte)
     if tid < 32:
         ptx.stg16(g_data + slot * 64 + tid * 2, codes)
         if tid % 8 == 0:

@@ -4,7 +4,7 @@ Sylvester order, times 128^-0.5; lane l holds elements 4l..4l+3. Blocks of 32 el
 """
 
 import cutlass.cute as cute
-from cutlass import Float32, Int32, Uint32, range_constexpr
+from cutlass import Float32, Int32, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import ptx
 
@@ -64,8 +64,30 @@ def round_e2m1(y: Float32):
 @cute.jit
 def e2m1_code(x: Float32, byte: Int32):
     """The 4-bit code of x under block scale `byte`."""
-    y = round_e2m1(cute.arch.fmax(x, -x) * power(Int32(254) - byte))
+    code = code_of(cute.arch.fmax(x, -x) * power(Int32(254) - byte))
+    return code | ((x.bitcast(Uint32) >> Uint32(31)) << Uint32(3))
+
+
+@cute.jit
+def e2m1_codes4(r: cute.Tensor, byte: Int32):
+    """The codes of this lane's four elements under block scale `byte`, the first in the lowest bits."""
+    codes = Uint32(0)
+    if const_expr(ptx.converts_e2m1()):
+        f = power(Int32(254) - byte)
+        codes = ptx.f32x2_to_e2m1x2(r[0] * f, r[1] * f) | (
+            ptx.f32x2_to_e2m1x2(r[2] * f, r[3] * f) << Uint32(8)
+        )
+    else:
+        for i in range_constexpr(4):
+            codes = codes | (e2m1_code(r[i], byte) << Uint32(4 * i))
+    return codes
+
+
+@cute.jit
+def code_of(y: Float32):
+    """The code of the e2m1 value next to y, 0 <= y <= 6."""
+    y = round_e2m1(y)
     code = (y.bitcast(Uint32) >> Uint32(22)) - Uint32(252)  # exponent and first mantissa bit; 1.0 is code 2
     if y < Float32(1.0):
         code = (y * Float32(2.0)).to(Uint32)
-    return code | ((x.bitcast(Uint32) >> Uint32(31)) << Uint32(3))
+    return code

@@ -26,7 +26,10 @@ def _relu_bf16x2(lo: Float32, hi: Float32):
 
 @cute.jit
 def _expand(codes: Uint32, f: Uint32, pair: Constexpr[int]):
-    """Nibbles 3 - pair and 7 - pair of a word of e2m1 codes, times f (bf16x2, including 2^126), as bf16x2."""
+    """Nibbles 3 - pair and 7 - pair of a word of e2m1 codes, times f (bf16x2, including 2^126), as bf16x2.
+
+    On every target: no instruction makes bf16 of e2m1, and f16 does not reach the scales.
+    """
     return _asm(
         "{ .reg .b32 t, m; shl.b32 t, {$r0}, {$r2}; shr.u32 m, t, 6; and.b32 m, m, 0x01C001C0; "
         "lop3.b32 m, t, 0x80008000, m, 0xEA; mul.rn.bf16x2 {$w0}, m, {$r1}; }",
@@ -114,8 +117,13 @@ def _quantize(r: cute.Tensor):
         amax = cute.arch.fmax(amax, cute.arch.fmax(r[n], -r[n]))
     byte = hadamard.mxfp4_exponent(amax)
     down, up = hadamard.power(Int32(254) - byte), hadamard.power(byte) * Float32(_CARRY)
-    for n in range_constexpr(32):
-        r[n] = hadamard.round_e2m1(r[n] * down) * up
+    if const_expr(ptx.converts_e2m1()):
+        for n in range_constexpr(16):
+            lo, hi = ptx.f16x2_to_f32x2(ptx.round_e2m1x2(r[2 * n] * down, r[2 * n + 1] * down))
+            r[2 * n], r[2 * n + 1] = lo * up, hi * up
+    else:
+        for n in range_constexpr(32):
+            r[n] = hadamard.round_e2m1(r[n] * down) * up
 
 
 # Keys -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ docstring says otherwise.
 
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint8, Uint32, const_expr, range_constexpr
+from cutlass.cutlass_dsl import CuTeDSL
 from cutlass.memory import SmemAllocator
 
 _asm = cute.arch.inline_ptx
@@ -277,6 +278,43 @@ def f32x2_to_e4m3x2(lo: Float32, hi: Float32):
     return _asm(
         "{ .reg .b16 c, z; cvt.rn.satfinite.e4m3x2.f32 c, {$r1}, {$r0}; "
         "mov.b16 z, 0; mov.b32 {$w0}, {c, z}; }",
+        write_only_types=[Uint32],
+        read_only_args=[lo, hi],
+    )
+
+
+def converts_e2m1() -> bool:
+    """Whether the target has conversions of e2m1, as Blackwell does; a compile-time fact."""
+    return bool(CuTeDSL._get_dsl().get_arch_enum().major >= 10)
+
+
+@cute.jit
+def e2m1x8_to_f16x2x4(r: Uint32):
+    """Eight e2m1 -> four f16x2, byte n of the word to register n, exact. Where `converts_e2m1`."""
+    return _asm(
+        "{ .reg .b8 b0, b1, b2, b3; mov.b32 {b0, b1, b2, b3}, {$r0}; "
+        "cvt.rn.f16x2.e2m1x2 {$w0}, b0; cvt.rn.f16x2.e2m1x2 {$w1}, b1; "
+        "cvt.rn.f16x2.e2m1x2 {$w2}, b2; cvt.rn.f16x2.e2m1x2 {$w3}, b3; }",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[r],
+    )
+
+
+@cute.jit
+def f32x2_to_e2m1x2(lo: Float32, hi: Float32):
+    """Two floats -> two e2m1 in the low byte, to nearest even, clamped to +-6. Where `converts_e2m1`."""
+    return _asm(
+        "{ .reg .b8 b; cvt.rn.satfinite.e2m1x2.f32 b, {$r1}, {$r0}; cvt.u32.u8 {$w0}, b; }",
+        write_only_types=[Uint32],
+        read_only_args=[lo, hi],
+    )
+
+
+@cute.jit
+def round_e2m1x2(lo: Float32, hi: Float32):
+    """Two floats rounded to e2m1 as `f32x2_to_e2m1x2` does -> f16x2, exact. Where `converts_e2m1`."""
+    return _asm(
+        "{ .reg .b8 b; cvt.rn.satfinite.e2m1x2.f32 b, {$r1}, {$r0}; cvt.rn.f16x2.e2m1x2 {$w0}, b; }",
         write_only_types=[Uint32],
         read_only_args=[lo, hi],
     )

@@ -55,7 +55,7 @@ class Product:
 
     @property
     def finish(self) -> float:
-        """Power of two that the accumulated products still lack."""
+        """Power of two that the accumulated products still lack where the bits of FP4 codes are placed."""
         if self.weight == "mxfp4":
             return 2.0**14  # e2m1 bits placed in an f16 are the value times 2^-14
         if self.weight == "nvfp4":

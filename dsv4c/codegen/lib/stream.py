@@ -143,8 +143,8 @@ def tile_sum(
     for part in range_constexpr(r.k_warps):
         warp = (matrix * r.k_warps + part) * r.tile_warps + tile
         value = value + ptx.lds_f32(s_part + ((i * r.warps + warp) * r.product.rows + row) * 64 + column * 4)
-    if const_expr(r.product.finish != 1.0):
-        value = value * Float32(r.product.finish)
+    if const_expr(units.finish(r.product) != 1.0):
+        value = value * Float32(units.finish(r.product))
     return value
 
 

@@ -3,7 +3,7 @@ activation rows.
 
 `accumulate` adds a unit's products, block scales included, to a warp's fragment: lane (g, q) = (lane/4,
 lane%4) holds rows g and g+8 of activation rows 2q and 2q+1, in mma.sync order. `runtime/packing.py` writes
-the units. What a format leaves to the end, a power of two, is `Product.finish`.
+the units. What a format leaves to the end, a power of two, is `finish`.
 """
 
 import cutlass
@@ -16,7 +16,19 @@ from dsv4c.codegen.lib.shapes import COLUMNS, Product
 
 @cute.jit
 def e2m1x8_to_f16x2x4(r: Uint32):
-    """Eight pre-placed e2m1 codes -> four f16x2, mma registers a0..a3, of the value times 2^-14, exact."""
+    """Eight e2m1 codes -> four f16x2, mma registers a0..a3, exact.
+
+    Where the target converts, byte n is register n ("pairs" packing); elsewhere bits are pre-placed and the
+    result is the value times 2^-14.
+    """
+    if const_expr(ptx.converts_e2m1()):
+        return ptx.e2m1x8_to_f16x2x4(r)
+    return place_e2m1x8(r)
+
+
+@cute.jit
+def place_e2m1x8(r: Uint32):
+    """Eight pre-placed e2m1 codes -> four f16x2 of the value times 2^-14."""
     return cute.arch.inline_ptx(
         "{ .reg .b32 a, b; and.b32 {$w0}, {$r0}, 0x8E008E00; "
         "shl.b32 a, {$r0}, 8; and.b32 {$w1}, a, 0x8E008E00; "
@@ -37,6 +49,19 @@ def spread_f16x2(r: Uint32):
         write_only_types=[Uint32] * 2,
         read_only_args=[r],
     )
+
+
+@cute.jit
+def carried(scales: Uint32):
+    """f16x2 block scales of NVFP4 with 2^7 of the 2^14 that placed bits lack; converted values lack none."""
+    if const_expr(ptx.converts_e2m1()):
+        return scales
+    return ptx.mul_f16x2(scales, Uint32(0x58005800))
+
+
+def finish(p: Product) -> float:
+    """Power of two that the products accumulated by `accumulate` still lack."""
+    return 1.0 if ptx.converts_e2m1() else p.finish
 
 
 @cute.jit
@@ -137,7 +162,7 @@ def dot_bf16(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, 
 
 @cute.jit
 def dot_mxfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, unit: Int32, lane: Int32):
-    """rD += scales per 32 k * (e2m1 unit x e4m3 activations), times 2^-14."""
+    """rD += scales per 32 k * (e2m1 unit x e4m3 activations), short of `finish`."""
     s = ptx.lds64(s_unit + 1024 + (lane // 4) * 8)
     for c64 in range_constexpr(2):
         a = ptx.lds128(s_unit + 512 * c64 + lane * 16)
@@ -159,7 +184,7 @@ def dot_mxfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32,
 
 @cute.jit
 def dot_nvfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, unit: Int32, lane: Int32):
-    """rD += (e2m1 unit times its e4m3 scales per 16 k, exact in f16) x e4m3 activations, times 2^-7."""
+    """rD += (e2m1 unit times its e4m3 scales per 16 k, exact in f16) x activations, short of `finish`."""
     g = lane // 4
     q = lane % 4
     s = ptx.lds64(s_unit + 1024 + (g * 2 + q // 2) * 8)
@@ -168,7 +193,7 @@ def dot_nvfp4(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32,
         scales = ptx.e4m3x4_to_f16x2x2(s[c64])
         for half in range_constexpr(2):
             b = x_words(p, s_x, unit, 2 * c64 + half, lane)
-            f = spread_f16x2(ptx.mul_f16x2(scales[half], Uint32(0x58005800)))
+            f = spread_f16x2(carried(scales[half]))
             for h in range_constexpr(2):
                 w = e2m1x8_to_f16x2x4(a[2 * half + h])
                 ptx.mma_f16(
