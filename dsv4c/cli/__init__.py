@@ -22,7 +22,7 @@ COMMANDS = (
     "show",
     "diff",
     "passes",
-    "why_not",
+    "why-not",
     "check",
     "bisect",
     "verify",
@@ -90,7 +90,7 @@ def _options(
 
 
 for _name in COMMANDS:
-    import_module(f"dsv4c.cli.{_name}").register(app)
+    import_module(f"dsv4c.cli.{_name.replace('-', '_')}").register(app)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -145,8 +145,10 @@ def compile_command(
     from dsv4c.stages import read_saved, rules_of
 
     rules = rules_of(extra or ())
-    if (config is None) == (resume is None):
-        raise ConfigError("compile: give a CONFIG, or --resume FILE, one of them")
+    if config is None and resume is None:
+        raise ConfigError("Missing argument 'CONFIG' (or --resume FILE)")
+    if config is not None and resume is not None:
+        raise ConfigError(f"compile: --resume {resume} has the config in it; leave {config} out")
     saved = None if resume is None else read_saved(_read(resume), str(resume))
     model = load_config(config) if config is not None else saved.config  # type: ignore[union-attr]
     asked: dict[str, Any] = {

@@ -39,7 +39,7 @@ ModeOption = Annotated[Mode, typer.Option(help="Which bucket.")]
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of a rule: refusals by cause, where it applied if one asked there, why it was not tried."""
+    """What is known of a rule: refusals by cause, where it applied if asked there, why it was not tried."""
 
     rule: WhyNot
     applied: tuple[str, ...]
