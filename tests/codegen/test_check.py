@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from dsv4c.cli import app
 from dsv4c.codegen.check import Violation, check
 from dsv4c.errors import PlanError
 from dsv4c.runtime.plan import Argument, KernelLaunch, Plan
@@ -190,6 +194,28 @@ def test_a_missing_kernel_or_launch_is_found(plan: Plan) -> None:
     assert "advance" in found[0].text
     found = check(with_launch(plan, "streams", lambda x: replace(x, nodes=(*x.nodes, "nobody"))))
     assert ("missing", "streams") in kinds(found)
+
+
+def test_the_command_prints_what_is_wrong_and_fails(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "sound")
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / "sound")])
+    assert result.exit_code == 0
+    assert "sound (82 decode launches" in result.stdout
+    with_argument(plan, "streams", "embed", access="w").save(tmp_path / "wrong")
+    result = CliRunner().invoke(app, ["verify", str(tmp_path / "wrong"), "--json"])
+    assert result.exit_code == PlanError.exit_code
+    (violation,) = json.loads(result.stdout)["violations"]
+    assert (violation["kind"], violation["launch"]) == ("misplaced", "streams")
+
+
+def test_the_kernels_of_a_plan_can_be_listed(plan: Plan, tmp_path: Path) -> None:
+    plan.save(tmp_path / "plan")
+    result = CliRunner().invoke(app, ["show", str(tmp_path / "plan"), "--kernels", "--json"])
+    assert result.exit_code == 0
+    rows = json.loads(result.stdout)["kernels"]
+    assert {row["kernel"] for row in rows} == set(plan.kernels)
+    assert sum(row["launches"] for row in rows) == len(launches(plan))
+    assert {"registers", "shared", "stack", "code"} <= rows[0].keys()
 
 
 def test_only_buckets_of_the_plan_can_be_checked(plan: Plan) -> None:

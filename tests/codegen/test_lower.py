@@ -1,4 +1,4 @@
-"""Plans for GPU targets: launches bound, weights in the forms that kernels want, constants the reference's."""
+"""Plans for GPU targets: launches bound, weights in the forms that kernels want, exact constants."""
 
 from __future__ import annotations
 
