@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -48,10 +49,20 @@ ChunkOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def _find_here(given: list[str] | None) -> list[str] | None:
+    """Modules beside the user are found, as with `python -m`."""
+    if given and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    return given
+
+
 PassOption = Annotated[
     list[str] | None,
     typer.Option(
         "--pass",
+        callback=_find_here,
         help="Add a pass, fused op or rule of your own; may be repeated. Commands that read a plan need what "
         "it was compiled with.",
         metavar="MODULE:OBJECT",
