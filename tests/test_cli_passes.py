@@ -276,3 +276,10 @@ def test_injected_mistakes_are_counted(tmp_path: Path) -> None:
     assert found["survivors"] == []
     assert {row["rule"] for row in found["defects"]} == {"sinkhorn"}
     assert "check: name a plan" in command("check").err
+
+
+def test_every_mistake_in_every_rule_is_caught() -> None:
+    found = command("check", "--inject", "--json").json
+    assert found["survivors"] == []
+    assert found["caught"] == found["injected"] > 100
+    assert {row["rule"] for row in found["defects"]} == set(rules_of().rules)

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from dsv4c.passes.fold import Match
 
 EVERY_RULE = (("deepseek-v4-flash", "official"), ("deepseek-v4-flash", "nvfp4-experts-w4a4"))
-"""Configs and recipes in whose decode steps every built-in rule applies, on rows of several blocks each: where
-a row is one block, a block that begins late is no mistake that could show.
+"""Configs and recipes in whose decode steps every built-in rule applies, on rows of several blocks each:
+a block that begins late is no mistake that could show in a row of one block.
 """
 
 SubjectOption = Annotated[
