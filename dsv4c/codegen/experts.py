@@ -25,7 +25,8 @@ class ExpertsSpec:
     """Shapes of one MoE layer: x [batch, hidden], `top_k` routed experts of `experts`, one shared expert.
 
     Formats are fp8, bf16, mxfp4 or nvfp4. With bf16 weights x is bf16 and the hidden rows stay so; else x is
-    FP8 (e4m3 with ue8m0 scales per 128) and the hidden rows are quantized to FP8.
+    FP8 (e4m3 with ue8m0 scales per 128) and the hidden rows are quantized to FP8. `packed`: x and the rows
+    that `down` reads are NVFP4 with a global scale each.
     """
 
     name: str
@@ -37,10 +38,11 @@ class ExpertsSpec:
     routed: str
     shared: str
     limit: float
+    packed: bool = False
 
     @property
     def quantized(self) -> bool:
-        """Whether activations meet the weights as FP8."""
+        """Whether activations meet the weights as FP8 or NVFP4."""
         return self.routed != "bf16"
 
     @property
@@ -68,6 +70,8 @@ def _check(spec: ExpertsSpec) -> None:
         raise BuildError(
             f"{spec.name}: {spec.routed} routed and {spec.shared} shared experts do not share activations"
         )
+    if spec.packed and not spec.quantized:
+        raise BuildError(f"{spec.name}: NVFP4 rows do not meet {spec.routed} weights")
     if spec.quantized and (spec.hidden % 128 or spec.intermediate % 128):
         sizes = f"hidden {spec.hidden}, intermediate {spec.intermediate}"
         raise BuildError(f"{spec.name}: {sizes}: {spec.routed} experts want multiples of 128")
@@ -80,6 +84,12 @@ def _scales(operand: str, format: str) -> list[Parameter]:
 
 def _weight(operand: str, format: str) -> list[Parameter]:
     return [Parameter(operand), *_scales(operand, format)]
+
+
+def _rows(operand: str, spec: ExpertsSpec, scaled: bool) -> list[Parameter]:
+    """Activation rows, with their scales if they come quantized."""
+    components = ["scale"] * scaled + ["global_scale"] * spec.packed
+    return [Parameter(operand), *(Parameter(operand, c) for c in components)]
 
 
 def _k_warps(columns: int, most: int) -> int:
@@ -171,9 +181,8 @@ def emit_experts_up(spec: ExpertsSpec) -> Emission:
     """h = bf16(silu(min(x w1, limit)) * clamp(x w3, -limit, limit) * weight), 1 for the shared expert."""
     _check(spec)
     parts = _up_parts(spec)
-    x = (Parameter("x"), Parameter("x", "scale")) if spec.quantized else (Parameter("x"),)
     parameters = (
-        *x,
+        *_rows("x", spec, spec.quantized),
         Parameter("expert_ids"),
         Parameter("expert_weights"),
         *_weight("w1", spec.routed),
@@ -253,7 +262,7 @@ def _down_rings(spec: ExpertsSpec) -> DownRings:
     tiles = -(-spec.hidden // 16)
     tile_warps = next(n for n in (1, 2, 4, 8) if n == 8 or -(-tiles // n) <= 2 * SMS)
     k_warps = _k_warps(spec.intermediate, WARPS // tile_warps)
-    kind = "e4m3" if spec.quantized else "bf16"
+    kind = "bf16" if not spec.quantized else "f16" if spec.packed else "e4m3"
     routed = Product(spec.routed, kind, 1, spec.intermediate)
     shared = Product(spec.shared, kind, 1, spec.intermediate)
     rows = Product(spec.routed, kind, spec.top_k, spec.intermediate)
@@ -275,8 +284,8 @@ def emit_experts_down(spec: ExpertsSpec) -> Emission:
     _check(spec)
     rings = _down_rings(spec)
     parameters = (
-        Parameter("h"),
-        Parameter("shared_h"),
+        *_rows("h", spec, spec.packed),
+        *_rows("shared_h", spec, spec.packed),
         Parameter("expert_ids"),
         *_weight("w2", spec.routed),
         *_weight("shared_w2", spec.shared),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
@@ -35,6 +35,7 @@ STAGINGS = {
     ("e4m3", "quantize"),
     ("f16", "quantize"),
     ("f16", "expand"),
+    ("f16", "unpack"),
     ("e4m3", "normalize"),
     ("bf16", "normalize"),
 }
@@ -47,8 +48,9 @@ class Activations:
 
     copy: e4m3 rows with ue8m0 scales per 128 (kind "e4m3"), or bf16 rows (kind "bf16"), as a producer left
     them. expand: e4m3 rows with scales, held as f16 (kind "f16"): cheaper per weight, twice the shared
-    memory. quantize: bf16 rows, FP8-quantized here (kind "e4m3"), or kept, as f16 under a power of two (kind
-    "f16"). normalize: RMSNorm with f32 operand `gain` first, rounded to bf16, then FP8 (or not: kind "bf16").
+    memory. unpack: NVFP4 rows with a global scale each, held as f16, exactly. quantize: bf16 rows,
+    FP8-quantized here (kind "e4m3"), or kept, as f16 under a power of two (kind "f16"). normalize: RMSNorm
+    with f32 operand `gain` first, rounded to bf16, then FP8 (or not: kind "bf16").
     """
 
     name: str
@@ -60,7 +62,11 @@ class Activations:
     @property
     def scaled(self) -> bool:
         """Whether the operand is quantized in memory, so that it has scales there."""
-        return self.prologue == "expand" or (self.prologue == "copy" and self.kind == "e4m3")
+        return self.prologue in ("expand", "unpack") or (self.prologue == "copy" and self.kind == "e4m3")
+
+    def row_bytes(self, k: int) -> int:
+        """Bytes of `k` columns in memory, without scales."""
+        return k // 2 if self.prologue == "unpack" else k if self.scaled else 2 * k
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,8 @@ class Part:
         x = [Parameter(self.x.name)]
         if self.x.scaled:
             x.append(Parameter(self.x.name, "scale"))
+        if self.x.prologue == "unpack":
+            x.append(Parameter(self.x.name, "global_scale"))
         if self.x.gain:
             x.append(Parameter(self.x.gain))
         scales = {"fp8": ["scale"], "nvfp4": ["global_scale"]}.get(self.ring.product.weight, [])
@@ -175,6 +183,7 @@ def emit_gemv(spec: GemvSpec) -> Emission:
         nbytes=nbytes,
         floor=floor_us(nbytes),
         formats=FORMATS,
+        libs=libs_of(part.x.prologue for part in parts),
     )
     packing = {
         slot.matrix.name: f"{slot.matrix.format}/{part.ring.tile_warps}x{part.ring.span}"
@@ -190,6 +199,13 @@ def emit_gemv(spec: GemvSpec) -> Emission:
         parameters=parameters,
         packing=packing,
     )
+
+
+def libs_of(prologues: Iterable[str]) -> str:
+    """Modules that a kernel with these prologues imports."""
+    used = set(prologues)
+    names = {"ptx", "stream", *(["nvfp4"] if "unpack" in used else [])}
+    return ", ".join(sorted(names | ({"activations"} if used - {"unpack"} else set())))
 
 
 def _check(spec: GemvSpec) -> None:
@@ -215,9 +231,10 @@ def _check(spec: GemvSpec) -> None:
             raise BuildError(f"{spec.name}.{m.name}: a norm of {spec.k} columns: want a multiple of 128")
         if spec.k % 8:
             raise BuildError(f"{spec.name}: rows of {spec.k} are not a multiple of 16 bytes")
-        if m.rows % (16 * spec.groups):
+        multiple = 8 if spec.groups == 1 else 16  # a lone matrix may end in half a tile
+        if m.rows % (multiple * spec.groups):
             raise BuildError(
-                f"{spec.name}.{m.name}: {m.rows} rows in {spec.groups} groups: want multiples of 16"
+                f"{spec.name}.{m.name}: {m.rows} rows in {spec.groups} groups: want multiples of {multiple}"
             )
 
 
@@ -290,9 +307,9 @@ def _part(
     span = span_of(product, k_warps, rounds)
     slots, at = [], 0
     for m in matrices:
-        groups = -(-(m.rows // 16) // tile_warps)
+        groups = -(-m.rows // (16 * tile_warps))
         ctas = -(-groups // rounds)
-        slots.append(Slot(m, at, ctas, m.rows // 16))
+        slots.append(Slot(m, at, ctas, -(-m.rows // 16)))
         at += ctas
     nbytes = int(sum(m.rows * spec.k * BITS[m.format] / 8 for m in matrices))
     name = f"{product.weight}_{x.name}_{out_dtype}"

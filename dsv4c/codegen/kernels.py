@@ -25,6 +25,7 @@ from dsv4c.codegen.head import (
 from dsv4c.codegen.hyper import HyperNormSpec, emit_hyper_norm
 from dsv4c.codegen.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
 from dsv4c.codegen.lib.slices import STREAMS
+from dsv4c.codegen.quantize import QuantizeSpec, emit_quantize
 from dsv4c.codegen.registry import Call, Launchable, No, Request, Scratch, kernel, launchable
 from dsv4c.codegen.router import RouterChoiceSpec, RouterGateSpec, emit_router_choice, emit_router_gate
 from dsv4c.ir.ops.linear import GroupedLinear, Linear
@@ -44,7 +45,20 @@ from dsv4c.passes.fusions.q_norm_quantize import QNormQuantize
 from dsv4c.passes.fusions.quantize_linear import QuantizeLinear
 from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
-from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, KV_FP8, MXFP4, NVFP4, QuantFormat, QuantType, Type
+from dsv4c.types import (
+    BF16,
+    F32,
+    FP8_ROW,
+    FP8_WEIGHT,
+    KV_FP8,
+    MXFP4,
+    NVFP4,
+    NVFP4_ROW,
+    QuantFormat,
+    QuantType,
+    TensorType,
+    Type,
+)
 
 Answer = Sequence[Launchable] | No
 
@@ -63,6 +77,39 @@ def format_name(type_: Type, names: dict[QuantFormat, str]) -> str:
 
 def _is(type_: Type, dtype: object) -> bool:
     return not isinstance(type_, QuantType) and type_.dtype is dtype
+
+
+# NVFP4 rows -------------------------------------------------------------------------------------------------
+
+
+def _packed(type_: Type) -> bool:
+    return isinstance(type_, QuantType) and type_.format == NVFP4_ROW
+
+
+def _array(name: str, type_: Type, access: str) -> dict[str, Scratch]:
+    """Scratch for a value of this type: an array per component."""
+    suffixed = {name if c.name == "data" else f"{name}_{c.name}": c.nbytes for c in type_.components}
+    return {n: Scratch(n, nbytes, access) for n, nbytes in suffixed.items()}
+
+
+def _quantize(
+    request: Request,
+    values: dict[str, int],
+    shape: Sequence[int],
+    name: str = "q",
+    eps: float | None = None,
+    x: str = "x",
+) -> Launchable:
+    """bf16 rows to NVFP4. What `values` do not bind, of `x` and `q`, are scratch "row" and `name`."""
+    *lead, k = shape
+    spec = QuantizeSpec("quantize" if eps is None else "norm_quantize", math.prod(lead), k, eps)
+    scratch: dict[str, Scratch] = {}
+    if "x" not in values:
+        scratch["x"] = _array("row", TensorType(BF16, tuple(shape)), "r")["row"]
+    if "q" not in values:
+        arrays = _array(name, QuantType(NVFP4_ROW, tuple(shape)), "w")
+        scratch |= {f"q{n.removeprefix(name)}": array for n, array in arrays.items()}
+    return launchable(request, emit_quantize(spec), values, stage=f"quantize_{x}", scratch=scratch)
 
 
 # The ends of a step -----------------------------------------------------------------------------------------
@@ -127,10 +174,11 @@ def hyper_norm(request: Request) -> Answer:
         names = ["x_out", *names]
     made = {names[place]: number for place, number in call.made.items()}
     if isinstance(op, HyperNormFirst):
-        if op.format not in (None, FP8_ROW):
-            return No(f"quantizes the row to {FP8_ROW}, not {op.format}")
+        if op.format not in (None, FP8_ROW, NVFP4_ROW):
+            return No(f"quantizes the row to {FP8_ROW} or {NVFP4_ROW}, not {op.format}")
         if not {"post_out", "comb_out"} <= made.keys():
             return No("writes the coefficients of the next mixing, which nobody reads")
+    packed = "q" in made and isinstance(op, HyperNormFirst) and op.format == NVFP4_ROW
     spec = HyperNormSpec(
         rows=streams.shape[0],
         hidden=streams.shape[2],
@@ -140,11 +188,19 @@ def hyper_norm(request: Request) -> Answer:
         mix="f" in x,
         keep="x_out" in made,
         head=isinstance(op, Head),
-        bf16="normed" in made,
-        fp8="q" in made,
+        bf16="normed" in made or packed,
+        fp8="q" in made and not packed,
     )
     values = {**x, "x": x["streams"], "scale": x["scales"], **made}
-    return [launchable(request, emit_hyper_norm(spec), values)]
+    if not packed:
+        return [launchable(request, emit_hyper_norm(spec), values)]
+    shape = request.types[made["q"]].shape
+    row = {} if "normed" in made else {"normed": _array("row", TensorType(BF16, shape), "w")["row"]}
+    operands = {"x": made["normed"], "q": made["q"]} if "normed" in made else {"q": made["q"]}
+    return [
+        launchable(request, emit_hyper_norm(spec), values, stage="norm", scratch=row),
+        _quantize(request, operands, shape),
+    ]
 
 
 # Linear layers ----------------------------------------------------------------------------------------------
@@ -161,8 +217,11 @@ def _staging(request: Request, name: str, x: int, w: int, quantize: QuantFormat 
             return No(f"quantizes bf16 to {FP8_ROW} for quantized weights, not {type_} to {quantize}")
         return Activations(name, "e4m3", "quantize")
     if isinstance(type_, QuantType):
+        if _packed(type_) and format_ == "nvfp4":
+            return Activations(name, "f16", "unpack")
         if type_.format != FP8_ROW or format_ == "bf16":
-            return No(f"multiplies {FP8_ROW} rows with quantized weights, not {type_} with {format_}")
+            wanted = f"{FP8_ROW} rows with quantized weights, {NVFP4_ROW} with {NVFP4}"
+            return No(f"multiplies {wanted}, not {type_} with {format_}")
         return Activations(name, "e4m3")
     if type_.dtype is not BF16:
         return No(f"multiplies rows of bf16 or {FP8_ROW}, not {type_}")
@@ -176,7 +235,9 @@ def _gemv(
     values: dict[str, int],
     k: int,
     groups: int = 1,
-) -> Answer:
+    stage: str = "",
+    scratch: dict[str, Scratch] | None = None,
+) -> Launchable | No:
     """One GEMV launch; products are (activations, weight, result)."""
     matrices = []
     for number, (x, w, y) in enumerate(products):
@@ -194,7 +255,31 @@ def _gemv(
     rows = math.prod(request.types[products[0][2]].shape[:1])
     spec = GemvSpec(name, rows, k, tuple(matrices), groups)
     gains = {x.gain: "f32" for x, _, _ in products if x.gain}
-    return [launchable(request, emit_gemv(spec), values, forms=gains)]
+    return launchable(request, emit_gemv(spec), values, stage=stage, scratch=scratch, forms=gains)
+
+
+def _packed_gemv(
+    request: Request,
+    name: str,
+    weights: Sequence[tuple[int, int]],
+    values: dict[str, int],
+    shape: Sequence[int],
+    eps: float | None = None,
+) -> Answer:
+    """Rows to NVFP4 in scratch, under a norm if `eps` is given, then (weight, result) products with them."""
+    for w, _ in weights:
+        if format_name(request.types[w], WEIGHTS) != "nvfp4":
+            return No(f"multiplies {NVFP4_ROW} rows with {NVFP4} weights, not {request.types[w]}")
+    first = _quantize(request, values, shape, eps=eps)
+    rows = _array("q", QuantType(NVFP4_ROW, tuple(shape)), "r")
+    staged = Activations("q", "f16", "unpack")
+    products = [(staged, w, y) for w, y in weights]
+    second = _gemv(request, name, products, {}, shape[-1], stage="product", scratch=rows)
+    return second if isinstance(second, No) else [first, second]
+
+
+def _alone(launch: Launchable | No) -> Answer:
+    return launch if isinstance(launch, No) else [launch]
 
 
 @kernel(InProj, Linear, several=True)
@@ -218,7 +303,7 @@ def linears(request: Request) -> Answer:
     if len(widths) > 1:
         return No(f"the rows of one launch have one width, these have {', '.join(map(str, sorted(widths)))}")
     name = "in_proj" if len(products) > 1 else request.labels[products[0][1]] or "linear"
-    return _gemv(request, name, products, values, widths.pop())
+    return _alone(_gemv(request, name, products, values, widths.pop()))
 
 
 @kernel(QuantizeLinear)
@@ -226,13 +311,16 @@ def quantize_linear(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, QuantizeLinear)
     x, w = call.inputs
+    name = request.labels[w] or "quantize_linear"
+    if call.op.format == NVFP4_ROW and _is(request.types[x], BF16):
+        return _packed_gemv(request, name, [(w, call.outputs[0])], {"x": x}, request.types[x].shape)
     staged = _staging(request, "x", x, w, call.op.format)
     if isinstance(staged, No):
         return staged
     if len(request.types[x].shape) != 2:
         return No(f"takes rows [N,K], not {request.types[x]}")
-    name = request.labels[w] or "quantize_linear"
-    return _gemv(request, name, [(staged, w, call.outputs[0])], {"x": x}, request.types[x].shape[-1])
+    products = [(staged, w, call.outputs[0])]
+    return _alone(_gemv(request, name, products, {"x": x}, request.types[x].shape[-1]))
 
 
 @kernel(GroupedLinear)
@@ -242,13 +330,13 @@ def grouped_linear(request: Request) -> Answer:
     staged = _staging(request, "x", x, w, None)
     if isinstance(staged, No):
         return staged
-    if isinstance(request.types[x], QuantType):
-        return No(f"takes groups of plain bf16 rows, not {request.types[x]}")
+    if isinstance(request.types[x], QuantType) and not _packed(request.types[x]):
+        return No(f"takes groups of bf16 or {NVFP4_ROW} rows, not {request.types[x]}")
     if staged.kind == "f16" and request.types[w].shape[1] % 128:
         return No(f"takes whole 128x128 scale blocks per group, not {request.types[w]}")
     _, groups, k = request.types[x].shape
     name = request.labels[w] or "grouped_linear"
-    return _gemv(request, name, [(staged, w, call.outputs[0])], {"x": x}, k, groups)
+    return _alone(_gemv(request, name, [(staged, w, call.outputs[0])], {"x": x}, k, groups))
 
 
 @kernel(QNormQuantize)
@@ -259,15 +347,18 @@ def q_norm_quantize(request: Request) -> Answer:
     row = request.types[x]
     if not _is(row, BF16) or not _is(request.types[gain], BF16):
         return No(f"normalizes bf16 rows under bf16 gains, not {row} under {request.types[gain]}")
+    products = list(zip(weights, call.outputs, strict=True))
+    if call.op.format == NVFP4_ROW:
+        return _packed_gemv(request, "q_proj", products, {"x": x, "gain": gain}, row.shape, call.op.eps)
     if call.op.format not in (None, FP8_ROW):
-        return No(f"quantizes the normed row to {FP8_ROW}, not {call.op.format}")
+        return No(f"quantizes the normed row to {FP8_ROW} or {NVFP4_ROW}, not {call.op.format}")
     kind = "bf16" if call.op.format is None else "e4m3"
     for w in weights:
         if (format_name(request.types[w], WEIGHTS) == "bf16") != (kind == "bf16"):
             return No(f"multiplies {kind} rows, which do not fit weights {request.types[w]}")
     staged = Activations("x", kind, "normalize", gain="gain", eps=call.op.eps)
-    products = [(staged, w, y) for w, y in zip(weights, call.outputs, strict=True)]
-    return _gemv(request, "q_proj", products, {"x": x, "gain": gain}, row.shape[-1])
+    staging = [(staged, w, y) for w, y in products]
+    return _alone(_gemv(request, "q_proj", staging, {"x": x, "gain": gain}, row.shape[-1]))
 
 
 # State ------------------------------------------------------------------------------------------------------
@@ -380,8 +471,8 @@ def attention(request: Request) -> Answer:
     batch, heads, width = q.shape
     if not _is(q, BF16):
         return No(f"takes bf16 queries, not {q}")
-    if op.format is not None:
-        return No(f"leaves its result in bf16, it does not quantize to {op.format}")
+    if op.format not in (None, NVFP4_ROW):
+        return No(f"leaves its result in bf16 or {NVFP4_ROW}, it does not quantize to {op.format}")
     if batch != ring.shape[0]:
         return No(f"takes one token per sequence, not {batch} against {ring}")
     if not math.isclose(op.scale, width**-0.5, rel_tol=1e-6):
@@ -408,7 +499,14 @@ def attention(request: Request) -> Answer:
     values = {**x, "window": x["ring"], "out": call.outputs[0]}
     if kind == "selected":
         values["selected"] = x["chosen"]
-    return [launchable(request, emit_attention(spec), values)]
+    if op.format is None:
+        return [launchable(request, emit_attention(spec), values)]
+    q_value = values.pop("out")
+    row = _array("row", TensorType(BF16, q.shape), "w")
+    return [
+        launchable(request, emit_attention(spec), values, stage="attend", scratch={"out": row["row"]}),
+        _quantize(request, {"q": q_value}, request.types[q_value].shape),
+    ]
 
 
 # Experts ----------------------------------------------------------------------------------------------------
@@ -419,8 +517,9 @@ def _router(
 ) -> list[Launchable] | No:
     """The gate's products and the choice, two launches. Weights that are no value go to scratch "weights"."""
     x, gate = request.types[values["x"]], request.types[values["gate"]]
-    if not _is(x, BF16) or not _is(gate, BF16):
-        return No(f"takes bf16 rows and gate, not {x} and {gate}")
+    packed = _packed(x) and format_name(gate, WEIGHTS) == "nvfp4"
+    if not packed and not (_is(x, BF16) and _is(gate, BF16)):
+        return No(f"takes bf16 rows and gate or {NVFP4_ROW} and {NVFP4}, not {x} and {gate}")
     rows, (experts, hidden) = x.shape[0], gate.shape
     choice = RouterChoiceSpec(rows, experts, k, op.factor, hashed=not isinstance(op, Router))
     logits = rows * experts * 4
@@ -428,7 +527,11 @@ def _router(
     read = {"logits": Scratch("logits", logits, "r")}
     if "weights" not in values:
         read["weights"] = Scratch("weights", rows * k * 4, "w")
-    gate_kernel = emit_router_gate(RouterGateSpec(rows, hidden, experts))
+    if packed:
+        matrix = Matrix("gate", experts, "nvfp4", Activations("x", "f16", "unpack"), "logits", "f32")
+        gate_kernel = emit_gemv(GemvSpec("router_gate", rows, hidden, (matrix,)))
+    else:
+        gate_kernel = emit_router_gate(RouterGateSpec(rows, hidden, experts))
     return [
         launchable(request, gate_kernel, values, stage="gate", scratch=made),
         launchable(request, emit_router_choice(choice), values, stage="choice", scratch=read),
@@ -459,14 +562,16 @@ def _experts(
     if not all(formats):
         return No(f"takes weights of bf16, {', '.join(map(str, WEIGHTS))}, not {routed} and {shared}")
     encoded = row.format if isinstance(row, QuantType) else None
-    if encoded != (None if formats[0] == "bf16" else FP8_ROW):
-        return No(f"takes {FP8_ROW} rows for quantized weights and bf16 for bf16, not {row} for {routed}")
+    packed = _packed(row) and len(row.shape) == 2 and formats == ("nvfp4", "nvfp4")
+    if not packed and encoded != (None if formats[0] == "bf16" else FP8_ROW):
+        wanted = f"{FP8_ROW} rows for quantized weights, bf16 for bf16, {NVFP4_ROW} if all are {NVFP4}"
+        return No(f"takes {wanted}, not {row} for {routed} and {shared}")
     if op.out is not BF16:
         return No(f"rounds products to bf16, not {op.out}")
     experts, intermediate, hidden = routed.shape
     if shared.shape[0] != intermediate:
         return No(f"has a shared expert as wide as the routed ones, not {shared} beside {routed}")
-    return ExpertsSpec(name, row.shape[0], hidden, intermediate, experts, k, *formats, op.limit)
+    return ExpertsSpec(name, row.shape[0], hidden, intermediate, experts, k, *formats, op.limit, packed)
 
 
 @kernel(Swiglu)
@@ -515,14 +620,24 @@ def experts_down(request: Request) -> Answer:
     if not all(formats):
         return No(f"takes weights of bf16, {', '.join(map(str, WEIGHTS))}, not {routed} and {shared}")
     wanted = None if formats[0] == "bf16" else FP8_ROW
-    if op.format != wanted or op.shared_format != wanted:
+    packed = op.format == op.shared_format == NVFP4_ROW and formats == ("nvfp4", "nvfp4")
+    if not packed and (op.format != wanted or op.shared_format != wanted):
         found = f"{op.format} and {op.shared_format}"
         return No(f"encodes hidden rows as {wanted} for {formats[0]} weights, not as {found}")
     if not _is(h, BF16) or op.out is not BF16:
         return No(f"takes and makes bf16, not {h} and {op.out}")
     experts, hidden, intermediate = routed.shape
     spec = ExpertsSpec(
-        "experts_down", h.shape[0], hidden, intermediate, experts, h.shape[1], *formats, limit=math.inf
+        "experts_down", h.shape[0], hidden, intermediate, experts, h.shape[1], *formats, math.inf, packed
     )
     values = {**x, "shared_h": x["h_shared"], "expert_ids": x["experts"], "y": call.outputs[0]}
-    return [launchable(request, emit_experts_down(spec), values)]
+    if not packed:
+        return [launchable(request, emit_experts_down(spec), values)]
+    launches: list[Launchable] = []
+    scratch: dict[str, Scratch] = {}
+    for name in ("h", "shared_h"):
+        number = values.pop(name)
+        shape = request.types[number].shape
+        launches.append(_quantize(request, {"x": number}, shape, name, x=name))
+        scratch |= _array(name, QuantType(NVFP4_ROW, shape), "r")
+    return [*launches, launchable(request, emit_experts_down(spec), values, stage="down", scratch=scratch)]

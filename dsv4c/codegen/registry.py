@@ -168,7 +168,8 @@ def choose(request: Request) -> tuple[Launchable, ...]:
 
     Raises BuildError with the reason of every candidate when there is none.
     """
-    import dsv4c.codegen.kernels  # noqa: F401  (fills KERNELS)
+    import dsv4c.codegen.blockscaled
+    import dsv4c.codegen.kernels  # noqa: F401  (they fill KERNELS)
 
     reasons = []
     for candidate in KERNELS:

@@ -13,6 +13,7 @@ from dsv4c.codegen.build import TARGETS, Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.experts import ExpertsSpec, emit_experts_down, emit_experts_up
 from dsv4c.codegen.gemv import SHARED_PER_SM, Activations, GemvSpec, Matrix, emit_gemv, plan_parts
+from dsv4c.codegen.quantize import QuantizeSpec, emit_quantize
 from dsv4c.errors import BuildError
 from dsv4c.runtime.packing import parse_packing
 from tests.conftest import Golden
@@ -20,6 +21,7 @@ from tests.conftest import Golden
 CODES = Activations("x", "e4m3")
 EXPANDED = Activations("x", "f16", "expand")
 ROWS = Activations("x_bf16", "bf16")
+UNPACKED = Activations("x", "f16", "unpack")
 KEPT = Activations("x_bf16", "f16", "quantize")
 QUANTIZED = Activations("x_bf16", "e4m3", "quantize")
 NORMALIZED = Activations("x_bf16", "e4m3", "normalize", gain="gain", eps=1e-6)
@@ -61,6 +63,8 @@ SMALL = [
     dense("normalized", 4608, 256, "fp8", NORMALIZED),
     dense("odd_bf16", 48, 96, "bf16", ROWS, 2),
     dense("nvfp4", 64, 384, "nvfp4", CODES),
+    dense("w4a4", 136, 384, "nvfp4", UNPACKED, 3),
+    dense("w4a4_groups", 256, 256, "nvfp4", UNPACKED, 2, groups=2),
     in_proj(1, 256),
 ]
 
@@ -71,12 +75,17 @@ def small_kernels() -> list[Emission]:
         spec = experts(routed, shared)
         kernels.append(emit_experts_up(replace(spec, name=f"up_{spec.name}")))
         kernels.append(emit_experts_down(replace(spec, name=f"down_{spec.name}")))
+    packed = replace(experts("nvfp4", "nvfp4"), packed=True)
+    kernels.append(emit_experts_up(replace(packed, name="up_w4a4")))
+    kernels.append(emit_experts_down(replace(packed, name="down_w4a4")))
     return kernels
 
 
 def test_goldens(golden: Golden) -> None:
     golden(emit_gemv(in_proj(1)).source, "kernels/gemv_in_proj.py.txt")
     golden(emit_gemv(dense("wq_b", 32768, 1024, "fp8", NORMALIZED)).source, "kernels/gemv_wq_b.py.txt")
+    golden(emit_gemv(dense("wo_b", 4096, 8192, "nvfp4", UNPACKED)).source, "kernels/gemv_w4a4.py.txt")
+    golden(emit_quantize(QuantizeSpec("norm_quantize", 3, 1536, 1e-6)).source, "kernels/norm_quantize.py.txt")
     flash = ExpertsSpec("experts", 1, 4096, 2048, 256, 6, "mxfp4", "fp8", 10.0)
     golden(emit_experts_up(flash).source, "kernels/experts_up.py.txt")
     golden(emit_experts_down(flash).source, "kernels/experts_down.py.txt")
@@ -98,7 +107,7 @@ def test_a_plan_covers_every_tile_once(spec: GemvSpec) -> None:
                     for tile in range(group * r.tile_warps, (group + 1) * r.tile_warps):
                         if tile < slot.tiles:
                             covered[slot.matrix.name, tile] += 1
-    assert covered == {(m.name, tile): 1 for m in spec.matrices for tile in range(m.rows // 16)}
+    assert covered == {(m.name, tile): 1 for m in spec.matrices for tile in range(-(-m.rows // 16))}
 
 
 @pytest.mark.parametrize("spec", FLASH, ids=lambda s: f"{s.name}-{s.batch}")
@@ -134,8 +143,26 @@ def test_text_waits_once_per_path_with_weights_in_flight() -> None:
             assert waits == ("stream.prefetch(" in path)
             if waits and not path.startswith("def routed("):  # the router decides what those read
                 assert path.index("stream.prefetch(") < path.index("ptx.wait()")
-            reads = [path.find(f"activations.{stage}_") for stage in ("copy", "load", "expand", "quantize")]
+            stages = ("copy", "load", "expand", "quantize")
+            reads = [path.find(f"{lib}.{stage}_") for lib in ("activations", "nvfp4") for stage in stages]
             assert all(at == -1 or path.index("ptx.wait()") < at for at in reads if "load_gain" not in path)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_rows_are_quantized_to_nvfp4_without_spills(store: Path, target: str) -> None:
+    specs = [QuantizeSpec("plain", 2, 8192), QuantizeSpec("normed", 1, 96, 1e-6)]
+    kernels = [emit_quantize(spec) for spec in specs]
+    assert [len(k.parameters) for k in kernels] == [4, 5]
+    assert [k.block for k in kernels] == [512, 32]
+    for result in build([Source(k.symbol, k.source) for k in kernels], target, store):
+        assert result.resources.stack == 0
+        assert result.resources.registers <= 128
+
+
+@pytest.mark.parametrize("k", [72, 65536])
+def test_rows_that_blocks_do_not_cut_are_refused(k: int) -> None:
+    with pytest.raises(BuildError, match=f"rows of {k}: want blocks of 16"):
+        emit_quantize(QuantizeSpec("q", 1, k))
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +193,8 @@ def test_every_small_kernel_assembles(store: Path, target: str) -> None:
         (dense("cast", 64, 128, "bf16", CODES), "bf16 weights take bf16 activations, not e4m3"),
         (dense("cast", 64, 128, "mxfp4", ROWS), "mxfp4 weights take e4m3 or f16 activations, not bf16"),
         (dense("odd", 64, 96, "fp8", CODES), "fp8 weights of 96 columns: want a multiple of 128"),
-        (dense("odd", 40, 128, "fp8", CODES), "40 rows in 1 groups: want multiples of 16"),
+        (dense("odd", 36, 128, "fp8", CODES), "36 rows in 1 groups: want multiples of 8"),
+        (dense("odd", 48, 128, "fp8", KEPT, groups=2), "48 rows in 2 groups: want multiples of 16"),
         (dense("odd", 48, 100, "bf16", ROWS), "rows of 100 are not a multiple of 16 bytes"),
         (dense("what", 48, 128, "int8", CODES), "'int8': known are fp8, bf16, mxfp4, nvfp4"),
         (

@@ -71,7 +71,7 @@ def test_no_candidate_names_op_types_and_target() -> None:
         ("q[e2m1,e4m3,1x16,row][1,256]", f"{FP8_WEIGHT}[128,256]", "multiplies q[e4m3,ue8m0,1x128] rows"),
         ("bf16[1,256]", "q[e4m3,ue8m0,1x128][128,256]", "takes weights of bf16"),
         ("bf16[9,256]", "bf16[128,256]", "1 to 8 rows"),
-        ("bf16[1,256]", "bf16[120,256]", "multiples of 16"),
+        ("bf16[1,256]", "bf16[124,256]", "multiples of 8"),
     ],
 )
 def test_a_linear_layer_is_refused_with_the_reason(x: str, w: str, why: str) -> None:
@@ -213,14 +213,31 @@ def test_a_hash_layers_routing_weights_pass_from_choice_to_up() -> None:
     assert [b.access for b in up.bindings if b.value == experts] == ["r"]
 
 
+def test_rows_are_quantized_to_nvfp4_once_for_all_their_readers() -> None:
+    graph = graph_of(
+        lambda p, _: QuantizeLinear(format=NVFP4_ROW, out=BF16)(
+            p("x", "bf16[2,256]"), p("w", "q[e2m1,e4m3,1x16,tensor][128,256]")
+        )
+    )
+    rows, product = together(graph)
+    parts = {"q": 2 * 128, "q_scale": 2 * 16, "q_global_scale": 2 * 4}
+    assert rows.scratch == product.scratch == parts
+    assert [b.scratch for b in rows.bindings] == ["", *parts]
+    assert [b.scratch for b in product.bindings] == [*parts, "", "", ""]
+    assert [b.component for b in product.bindings] == [
+        *("data", "scale", "global_scale"),
+        *("data", "global_scale", "data"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("make", "why"),
     [
         (
             lambda p, _: QuantizeLinear(format=NVFP4_ROW, out=BF16)(
-                p("x", "bf16[1,256]"), p("w", "q[e2m1,e4m3,1x16,tensor][128,256]")
+                p("x", "bf16[1,256]"), p("w", f"{FP8_WEIGHT}[128,256]")
             ),
-            "quantizes bf16 to q[e4m3,ue8m0,1x128]",
+            "multiplies q[e2m1,e4m3,1x16,row] rows with q[e2m1,e4m3,1x16,tensor] weights",
         ),
         (
             lambda p, _: ExpertsDown(out=BF16, format=NVFP4_ROW, shared_format=FP8_ROW)(

@@ -16,10 +16,12 @@ from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.experts import ExpertsSpec, emit_experts_down, emit_experts_up
 from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
+from dsv4c.codegen.quantize import QuantizeSpec, emit_quantize
 
 FOLDER = Path(".device/gemv")
 QUANTIZED = Activations("x", "e4m3")
 PLAIN = Activations("x_bf16", "bf16")
+UNPACK = Activations("x", "f16", "unpack")
 EXPAND = Activations("x", "f16", "expand")
 QUANTIZE = Activations("x_bf16", "e4m3", "quantize")
 KEEP = Activations("x_bf16", "f16", "quantize")
@@ -121,8 +123,22 @@ def cases() -> list[Case]:
             dense("small_fp8", 208, 1536, "fp8", batch=batch, out="f32"),
             dense("head", 256, 96, "bf16", PLAIN, batch=batch, out="f32"),
         ]
+        checked += [
+            dense("w4a4", 4096, 4096, "nvfp4", UNPACK, batch=batch, out="f32"),
+            dense("w4a4_gate", 8, 256, "nvfp4", UNPACK, batch=batch, out="f32"),
+            dense("w4a4_odd", 1032, 384, "nvfp4", UNPACK, batch=batch),
+            dense("w4a4_wo_a", 8192, 4096, "nvfp4", UNPACK, batch=batch, groups=8, out="f32"),
+        ]
     checked += [dense("mxfp4", 12288, 4096, "mxfp4", batch=8), dense("nvfp4", 12288, 4096, "nvfp4", batch=8)]
     return [Case(s, True) for s in timed] + [Case(s) for s in checked]
+
+
+def quantizers() -> list[QuantizeSpec]:
+    """Rows to NVFP4, plain and behind a norm."""
+    plain = [
+        QuantizeSpec(f"q_{n}x{k}", n, k) for n, k in ((1, 128), (1, 4096), (8, 8192), (48, 2048), (3, 16384))
+    ]
+    return [*plain, QuantizeSpec("qn_1x1024", 1, 1024, 1e-6), QuantizeSpec("qn_8x1536", 8, 1536, 1e-6)]
 
 
 def experts() -> list[tuple[ExpertsSpec, bool]]:
@@ -143,7 +159,9 @@ def experts() -> list[tuple[ExpertsSpec, bool]]:
     return [(s, True) for s in timed] + [(s, False) for s in checked]
 
 
-def describe(spec: GemvSpec | ExpertsSpec, timed: bool, emission: Emission) -> dict[str, object]:
+def describe(
+    spec: GemvSpec | ExpertsSpec | QuantizeSpec, timed: bool, emission: Emission
+) -> dict[str, object]:
     """What the device side needs to know, as JSON."""
     return {
         "symbol": emission.symbol,
@@ -163,25 +181,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="sm_90a")
     parser.add_argument("--store", type=Path, default=Path(".device/store"))
+    parser.add_argument("--only", default="", help="cases whose names contain this")
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    every = [(case.spec, case.timed, emit_gemv(case.spec)) for case in cases()]
+    folder = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    every: list[tuple[GemvSpec | QuantizeSpec, bool, Emission]]
+    every = [
+        (case.spec, case.timed, emit_gemv(case.spec)) for case in cases() if options.only in case.spec.name
+    ]
+    every += [
+        (spec, False, emit_quantize(spec))
+        for spec in quantizers()
+        if options.only in spec.name or options.only == "w4a4"
+    ]
     pairs = []
-    for spec, timed in experts():
+    for spec, timed in experts() if not options.only else []:
         up = emit_experts_up(replace(spec, name=f"up_{spec.name}"))
         down = emit_experts_down(replace(spec, name=f"down_{spec.name}"))
         pairs.append((spec, timed, up, down))
     emissions = [e for *_, e in every] + [e for *_, up, down in pairs for e in (up, down)]
     built = build([Source(e.symbol, e.source) for e in emissions], options.target, options.store)
     for emission, kernel in zip(emissions, built, strict=True):
-        (FOLDER / f"{emission.symbol}.cubin").write_bytes(kernel.cubin)
+        (folder / f"{emission.symbol}.cubin").write_bytes(kernel.cubin)
         r = kernel.resources
         print(
             f"{emission.symbol:26} grid {emission.grid[0]:5} {emission.shared:6} B {r.registers:3} registers"
         )
-    (FOLDER / "cases.json").write_text(json.dumps([describe(*case) for case in every], indent=1))
+    (folder / "cases.json").write_text(json.dumps([describe(*case) for case in every], indent=1))
     layers = [[describe(s, t, up), describe(s, t, down)] for s, t, up, down in pairs]
-    (FOLDER / "experts.json").write_text(json.dumps(layers, indent=1))
+    (folder / "experts.json").write_text(json.dumps(layers, indent=1))
 
 
 if __name__ == "__main__":

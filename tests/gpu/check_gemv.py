@@ -22,7 +22,7 @@ from torch import Tensor
 from dsv4c.runtime import codec
 from dsv4c.runtime.driver import Edge, Graph, Kernel, Launch, Library
 from dsv4c.runtime.packing import pack, parse_packing
-from dsv4c.types import FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4
+from dsv4c.types import FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4, NVFP4_ROW
 
 FORMATS = {"fp8": FP8_WEIGHT, "mxfp4": MXFP4, "nvfp4": NVFP4}
 ROTATE = 220 << 20  # bytes of distinct weights: more than three times the L2
@@ -85,6 +85,23 @@ def wide(value: codec.Quantized | Tensor) -> Tensor:
 def bind_activations(operands: Operands, spec: dict[str, Any], x: dict[str, Any]) -> Tensor:
     """Random rows for an activation operand; returns what the product uses, float64 [M, groups * k]."""
     shape = (spec["batch"], spec["groups"] * spec["k"])
+    if x["prologue"] == "unpack":
+        if (x["name"], "data") not in operands:
+            scale = (random_bytes(shape[0], shape[1] // 16) & 0x7F).clamp(max=0x7E)
+            operands[x["name"], "data"] = random_bytes(shape[0], shape[1] // 2)
+            operands[x["name"], "scale"] = scale.view(torch.float8_e4m3fn)
+            # one per row and group, as in [M, g, k]
+            operands[x["name"], "global_scale"] = torch.rand(shape[0], spec["groups"], device="cuda") + 0.1
+        names = ("data", "scale", "global_scale")
+        data, scale, total = (operands[x["name"], c] for c in names)
+        rows = codec.Quantized(
+            NVFP4_ROW,
+            data.view(-1, spec["k"] // 2),
+            scale.view(-1, spec["k"] // 16),
+            None,
+            total.flatten(),
+        )
+        return wide(rows).view(shape)
     if x["prologue"] == "expand" or (x["kind"] == "e4m3" and x["prologue"] == "copy"):
         if (x["name"], "data") not in operands:
             operands[x["name"], "data"] = random_e4m3(*shape)
@@ -105,6 +122,45 @@ def bind_activations(operands: Operands, spec: dict[str, Any], x: dict[str, Any]
         inverse = torch.rsqrt(f.double().square().mean(-1, keepdim=True) + x["eps"]).float()
         rows = (f * inverse * operands[x["gain"], "data"]).to(torch.bfloat16)
     return wide(codec.quantize(rows, FP8_ROW))
+
+
+def check_quantize(case: dict[str, Any], kernel: Kernel) -> float:
+    """Values that a kernel rounds otherwise than the codec: none, and a few behind a norm."""
+    rows, k = case["spec"]["rows"], case["spec"]["k"]
+    x = torch.randn(rows, k, device="cuda") * torch.logspace(-6, 3, rows, device="cuda")[:, None]
+    x[:, : k // 4] *= 1e-4  # some block scales are subnormal, or zero
+    x[rows // 2, k // 2 :] = 0
+    x[-1] = 0 if rows > 1 else x[-1]
+    x = x.to(torch.bfloat16)
+    operands = {("x", "data"): x, ("gain", "data"): torch.randn(k, device="cuda").to(torch.bfloat16)}
+    operands["q", "data"] = torch.full((rows, k // 2), 0x77, dtype=torch.uint8, device="cuda")
+    operands["q", "scale"] = torch.full((rows, k // 16), math.nan, device="cuda").to(torch.float8_e4m3fn)
+    operands["q", "global_scale"] = torch.full((rows,), math.nan, device="cuda")
+    eps = case["spec"]["eps"]
+    if eps is not None:
+        f = x.float().cpu()
+        inverse = torch.rsqrt(f.double().square().mean(-1, keepdim=True) + eps).float()
+        x = (f * inverse * operands["gain", "data"].float().cpu()).to(torch.bfloat16)
+    run_once(launch_of(case, kernel, operands))
+    want = codec.quantize(x.cpu(), NVFP4_ROW)
+    got = codec.Quantized(
+        NVFP4_ROW,
+        operands["q", "data"].cpu(),
+        operands["q", "scale"].cpu(),
+        None,
+        operands["q", "global_scale"].cpu(),
+    )
+    assert want.global_scale is not None
+    wrong = sum(
+        int((a != b).sum())
+        for a, b in zip(got.parts, want.parts, strict=True)
+        if a.dtype != torch.float8_e4m3fn
+    )
+    wrong += int((got.scale.view(torch.uint8) != want.scale.view(torch.uint8)).sum())
+    if eps is None:
+        return math.inf if wrong else 0.0
+    far = (codec.dequantize(got) - codec.dequantize(want)).norm() / codec.dequantize(want).norm()
+    return float(far) / 5e-3
 
 
 def launch_of(case: dict[str, Any], kernel: Kernel, operands: Operands) -> Launch:
@@ -133,6 +189,12 @@ def check(case: dict[str, Any], kernel: Kernel) -> tuple[Operands, float]:
     for m in spec["matrices"]:
         x = bind_activations(operands, spec, m["x"])
         weight = random_weight(m["format"], m["rows"], spec["k"])
+        if isinstance(weight, codec.Quantized) and weight.global_scale is not None and spec["groups"] > 1:
+            # each group is a matrix with a scale of its own
+            by_group = weight.map(
+                lambda part: part.view(spec["groups"], -1, *part.shape[1:]) if part.ndim else part
+            )
+            weight = by_group._replace(global_scale=torch.rand(spec["groups"], device="cuda") + 0.1)
         bind_weight(operands, m["name"], case["packing"][m["name"]], weight)
         w = wide(weight).view(spec["groups"], -1, spec["k"])
         expected = torch.einsum("mgk,grk->mgr", x.view(spec["batch"], spec["groups"], spec["k"]), w).flatten(
@@ -196,7 +258,11 @@ def main() -> int:
     for case in cases:
         library = Library((options.folder / f"{case['symbol']}.cubin").read_bytes(), case["symbol"])
         kernel = library.kernel(case["symbol"], shared=case["shared"])
-        operands, worst = check(case, kernel)
+        if "eps" in case["spec"]:
+            worst = check_quantize(case, kernel)
+            operands = {}
+        else:
+            operands, worst = check(case, kernel)
         status = "ok" if worst <= 1 else "WRONG"
         wrong += worst > 1
         line = f"{case['symbol']:24} {status:5} error/allowed {worst:8.3g}"

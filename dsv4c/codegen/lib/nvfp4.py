@@ -1,0 +1,194 @@
+"""NVFP4 rows: quantized by one CTA each, and expanded to f16 for the GEMVs.
+
+As `runtime/codec.py`: g = amax(row) / (6 * 448), scale = e4m3(amax16 / (6 g)), code = e2m1(x / (scale g)). A
+code times its scale has six significant bits and lies within 2^-10 .. 2688: exact in f16.
+"""
+
+import cutlass
+import cutlass.cute as cute
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, range_constexpr
+
+from dsv4c.codegen.lib import hadamard, ptx
+from dsv4c.codegen.lib.shapes import Product
+
+_2P14 = 0x74007400  # f16x2
+
+
+# Quantize ---------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def load_row(g_row: Int64, k: Constexpr[int], thread: Int32, threads: Constexpr[int]):
+    """The thread's blocks of 16 of a bf16 row, as floats; past the end, the last block again."""
+    rounds = -(-k // (16 * threads))
+    r = cute.make_rmem_tensor((16 * rounds,), Float32)
+    for n in range_constexpr(rounds):
+        block = cutlass.min(thread + n * threads, Int32(k // 16 - 1))
+        for half in range_constexpr(2):
+            w = ptx.ldg128(g_row + block * 32 + half * 16)
+            for j in range_constexpr(4):
+                at = 16 * n + 8 * half + 2 * j
+                r[at], r[at + 1] = ptx.bf16x2_to_f32x2(w[j])
+    return r
+
+
+@cute.jit
+def normalize(
+    r: cute.Tensor,
+    s: Int32,
+    g_gain: Int64,
+    k: Constexpr[int],
+    eps: Constexpr[float],
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """RMSNorm of the row with bf16 gain, rounded to bf16. `s`: 128 bytes. Contains a CTA barrier."""
+    rounds = -(-k // (16 * threads))
+    square = Float32(0.0)
+    for n in range_constexpr(rounds):
+        own = Float32(0.0)
+        for j in range_constexpr(16):
+            own = own + r[16 * n + j] * r[16 * n + j]
+        if thread + n * threads < k // 16:
+            square = square + own
+    square = ptx.lanes_sum(square, 32)
+    if thread % 32 == 0:
+        ptx.sts_f32(s + thread // 32 * 4, square)
+    cute.arch.sync_threads()
+    total = Float32(0.0)
+    for i in range_constexpr(threads // 32):
+        total = total + ptx.lds_f32(s + i * 4)
+    inverse = cute.math.rsqrt(total * Float32(1.0 / k) + Float32(eps))
+    for n in range_constexpr(rounds):
+        block = cutlass.min(thread + n * threads, Int32(k // 16 - 1))
+        for half in range_constexpr(2):
+            w = ptx.ldg128(g_gain + block * 32 + half * 16)
+            for j in range_constexpr(4):
+                lo, hi = ptx.bf16x2_to_f32x2(w[j])
+                at = 16 * n + 8 * half + 2 * j
+                r[at] = ptx.round_bf16(r[at] * inverse * lo)
+                r[at + 1] = ptx.round_bf16(r[at + 1] * inverse * hi)
+
+
+@cute.jit
+def magnitude(r: cute.Tensor, first: Constexpr[int], count: Constexpr[int]):
+    """Bits of the largest magnitude of r[first ..]; those of NaN are larger than any number's."""
+    bits = Int32(0)
+    for i in range_constexpr(count):
+        bits = cutlass.max(bits, r[first + i].bitcast(Int32) & Int32(0x7FFFFFFF))
+    return bits
+
+
+@cute.jit
+def row_scale(r: cute.Tensor, s: Int32, count: Constexpr[int], thread: Int32, threads: Constexpr[int]):
+    """The row's global scale, from all threads' `count` values. `s`: 128 bytes. Contains a CTA barrier."""
+    bits = magnitude(r, 0, count)
+    for i in range_constexpr(5):
+        bits = cutlass.max(bits, cute.arch.shuffle_sync_bfly(bits, offset=1 << i))
+    if thread % 32 == 0:
+        ptx.sts32(s + thread // 32 * 4, bits.to(Uint32))
+    cute.arch.sync_threads()
+    for i in range_constexpr(threads // 32):
+        bits = cutlass.max(bits, ptx.lds32(s + i * 4).bitcast(Int32))
+    return ptx.divide(bits.bitcast(Float32), Float32(6.0 * 448.0))
+
+
+@cute.jit
+def store_row(
+    r: cute.Tensor,
+    scale: Float32,
+    g_codes: Int64,
+    g_scales: Int64,
+    k: Constexpr[int],
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """Codes, the even element in the low nibble, and e4m3 scales of the thread's blocks under `scale`."""
+    for n in range_constexpr(-(-k // (16 * threads))):
+        block = thread + n * threads
+        amax = magnitude(r, 16 * n, 16).bitcast(Float32)
+        ratio = Float32(0.0)
+        if amax != Float32(0.0):
+            ratio = ptx.divide(amax, Float32(6.0) * scale)
+        byte = ptx.f32x2_to_e4m3x2(ratio, Float32(0.0))
+        block_scale, _ = ptx.f16x2_to_f32x2(ptx.e4m3x4_to_f16x2x2(byte)[0])
+        divisor = block_scale * scale
+        words = [Uint32(0), Uint32(0)]
+        for i in range_constexpr(16):
+            x = r[16 * n + i]
+            y = Float32(0.0)
+            if divisor != Float32(0.0):
+                y = cute.arch.fmin(ptx.divide(cute.arch.fmax(x, -x), divisor), Float32(6.0))
+            sign = (x.bitcast(Uint32) >> Uint32(31)) << Uint32(3)
+            words[i // 8] = words[i // 8] | ((hadamard.code_of(y) | sign) << Uint32(4 * (i % 8)))
+        if block < k // 16:
+            ptx.stg64(g_codes + block * 8, words[0], words[1])
+            ptx.stg_u8(g_scales + block, byte)
+
+
+# Expand -----------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def load_packed(
+    p: Constexpr[Product],
+    g_x: Int64,
+    g_scales: Int64,
+    row_bytes: Constexpr[int],
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """This thread's share of NVFP4 rows, in flight to registers: per block of 16 two words of codes and a
+    scale. Rows are `row_bytes` of codes apart.
+    """
+    width = p.k // 16
+    count = p.rows * width
+    rounds = -(-count // threads)
+    w = cute.make_rmem_tensor((3 * rounds,), Uint32)
+    for n in range_constexpr(rounds):
+        i = cutlass.min(thread + n * threads, Int32(count - 1))
+        codes = ptx.ldg64(g_x + Int64(i // width * row_bytes + i % width * 8))
+        w[3 * n] = codes[0]
+        w[3 * n + 1] = codes[1]
+        w[3 * n + 2] = ptx.ldg_u8(g_scales + Int64(i // width * (row_bytes // 8) + i % width))
+    return w
+
+
+@cute.jit
+def expand_rows(
+    p: Constexpr[Product],
+    w: cute.Tensor,
+    s_x: Int32,
+    s_fx: Int32,
+    g_global: Int64,
+    row_bytes: Constexpr[int],
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """Rows of `load_packed` as f16, codes times block scales; each unit's scale is its row's global one."""
+    width = p.k // 16
+    count = p.rows * width
+    for n in range_constexpr(-(-count // threads)):
+        i = cutlass.min(thread + n * threads, Int32(count - 1))
+        scale = ptx.e4m3x4_to_f16x2x2(w[3 * n + 2] * Uint32(0x101))[0]
+        for half in range_constexpr(2):
+            v = [
+                ptx.mul_f16x2(ptx.mul_f16x2(code_pair(w[3 * n + half], j), Uint32(_2P14)), scale)
+                for j in range(4)
+            ]
+            ptx.sts128(s_x + i // width * p.x_stride + i % width * 32 + half * 16, v[0], v[1], v[2], v[3])
+    scales = p.rows * p.units
+    for n in range_constexpr(-(-scales // threads)):
+        i = thread + n * threads
+        if i < scales:
+            row = i // p.units * (row_bytes // (p.k // 2))
+            ptx.sts_f32(s_fx + i * 4, ptx.ldg_f32(g_global + Int64(row * 4)))
+
+
+@cute.jit
+def code_pair(codes: Uint32, pair: Constexpr[int]):
+    """Codes 2 pair and 2 pair + 1 of a word of eight as f16x2, times 2^-14."""
+    byte = codes >> Uint32(8 * pair)
+    lo = ((byte & Uint32(0x08)) << Uint32(12)) | ((byte & Uint32(0x07)) << Uint32(9))
+    hi = ((byte & Uint32(0x80)) << Uint32(24)) | ((byte & Uint32(0x70)) << Uint32(21))
+    return lo | hi
