@@ -1,7 +1,8 @@
 """Compile the plans that `benchmarks.layers` measures: python -m benchmarks.plans FOLDER.
 
 The first layers of Flash (12) and Pro (8) in full width, `official`, batch 1, room for 8,448 tokens: as many
-as fit the 141 GB of an H200. No weights and no GPU are needed.
+as fit the 141 GB of an H200. With --model and --layers only that one, as FOLDER itself. No weights and no GPU
+are needed.
 """
 
 from __future__ import annotations
@@ -31,14 +32,26 @@ def first_layers(name: str, layers: int) -> ModelConfig:
 
 
 def main() -> None:
-    """Compile and save both."""
+    """Compile and save what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--target", default="sm_90a")
+    parser.add_argument("--model")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--context", type=int, default=CONTEXT)
     options = parser.parse_args()
-    for key, (name, layers) in PLANS.items():
-        plan = compile(first_layers(name, layers), target=options.target, max_context=CONTEXT)
-        print(plan.save(options.folder / key, force=True))
+    wanted = {options.folder / key: plan for key, plan in PLANS.items()}
+    if options.model:
+        wanted = {options.folder: (options.model, options.layers)}
+    for folder, (name, layers) in wanted.items():
+        plan = compile(
+            first_layers(name, layers),
+            target=options.target,
+            batch=options.batch,
+            max_context=options.context,
+        )
+        print(plan.save(folder, force=True))
 
 
 if __name__ == "__main__":
