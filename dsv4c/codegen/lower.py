@@ -300,7 +300,7 @@ def _forms(chosen: Iterable[Chosen]) -> dict[Value, str]:
 def packed_bytes(packing: str, rows: int, columns: int) -> int:
     """Bytes of one matrix in a packing `format/TxS`: whole tiles of 16 rows, T at a time, and S units."""
     format_, tiles, span = re.fullmatch(r"(\w+)/(\d+)x(\d+)", packing).groups()  # type: ignore[union-attr]
-    format_ = format_.removesuffix("_pairs")
+    format_ = format_.partition("_")[0]  # variants have the same bytes
     across = math.ceil(math.ceil(rows / 16) / int(tiles)) * int(tiles)
     along = math.ceil(math.ceil(columns / COLUMNS[format_]) / int(span)) * int(span)
     return across * along * BYTES[format_]

@@ -60,6 +60,26 @@ def test_a_byte_of_a_pairs_word_is_a_register_as_the_matrix_holds_it(format: str
     assert word.tolist() == [data[g + 8 * (r % 2), first + r // 2] for r in range(4)]  # a0..a3
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(128, 256), (256, 1024), (208, 768)])
+def test_stages_of_tcgen05_hold_swizzled_codes_and_atoms_of_scales(rows: int, columns: int) -> None:
+    packing = parse_packing("nvfp4_mma/8x2")
+    data, scale = _matrix("nvfp4", rows, columns)
+    packed = pack(packing, data, scale)
+    assert packed.numel() == packing.nbytes(rows, columns)
+    assert scale is not None
+    for r, byte in ((0, 0), (77, 5), (rows - 1, columns // 2 - 1), (100, columns // 2 - 20)):
+        stage = packed.view(-1, columns // 256, 18432)[r // 128, byte // 128]
+        row, piece = r % 128, byte % 128 // 16
+        assert stage[row * 128 + (piece ^ row % 8) * 16 + byte % 16] == data[r, byte]
+        block = byte // 8  # 16 columns each
+        at = 16384 + block % 16 // 4 * 512 + row % 32 * 16 + row // 32 * 4 + block % 4
+        assert stage[at] == scale.view(torch.uint8)[r, block]
+    data2, scale2 = unpack(packing, packed, rows, columns)
+    assert scale2 is not None
+    assert torch.equal(data, data2)
+    assert torch.equal(scale.view(torch.uint8), scale2.view(torch.uint8))
+
+
 def test_fp8_lane_reads_row_g_then_row_g_plus_8() -> None:
     data, _ = _matrix("fp8", 16, 128)
     unit = pack(Packing("fp8", 1, 1), data).view(4, 8, 4, 16)

@@ -6,6 +6,7 @@ Places in shared memory (`o_*`) are bytes from the CTA's allocation.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 ROPE = 64  # rotated elements at the end of a row
 BLOCK = 64  # elements under one ue8m0 scale of a KV row; also the dimensions that one attention warp works on
@@ -351,3 +352,39 @@ class Selection:
     def shared(self) -> int:
         """Bytes: warp sums (128), choice and totals (128), histograms, the cluster's counts."""
         return self.o_sums + (8192 if self.splits > 1 else 0)
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """NVFP4 x[rows, k] times w[columns, k]^T on tcgen05: a tile of both per CTA, `stages` of k in flight."""
+
+    TILE: ClassVar[int] = 128  # rows of x and of w per CTA, and threads
+    K_TILE: ClassVar[int] = 256  # columns per stage: 128 bytes of codes per row
+    CODES: ClassVar[int] = TILE * K_TILE // 2  # bytes of one side of a stage
+    SCALES: ClassVar[int] = TILE * K_TILE // 16
+    STAGE: ClassVar[int] = 2 * (CODES + SCALES)
+
+    rows: int
+    columns: int
+    k: int
+    stages: int
+
+    @property
+    def steps(self) -> int:
+        """Stages along k."""
+        return self.k // self.K_TILE
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """CTAs over columns and rows."""
+        return (-(-self.columns // self.TILE), -(-self.rows // self.TILE), 1)
+
+    @property
+    def bars(self) -> int:
+        """Where the barriers start: per stage full and free, then done, then the tensor memory's address."""
+        return self.stages * self.STAGE
+
+    @property
+    def shared(self) -> int:
+        """Dynamic shared memory: the stages start at a multiple of 1024 bytes."""
+        return 1024 + self.bars + self.stages * 16 + 16

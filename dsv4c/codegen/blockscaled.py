@@ -1,0 +1,88 @@
+"""The block-scaled GEMM family of Blackwell: y[M, N] = x[M, K] w[N, K]^T, both NVFP4, for more than 16 rows.
+
+One CTA per 128 x 128 tile of y, sums in tensor memory. Sums are f32 over all of k before both global scales
+multiply them. It assembles for sm_100a; it has not been run on that hardware.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.lib.geometry import Gemm
+from dsv4c.codegen.registry import Launchable, No, Request, kernel, launchable
+from dsv4c.errors import BuildError
+from dsv4c.ir.ops.linear import Linear
+from dsv4c.types import BF16, NVFP4, NVFP4_ROW, QuantType
+
+TARGET = "sm_100a"
+FEWEST_ROWS = 17  # a GEMV serves fewer
+STAGES = 4
+PACKING = "nvfp4_mma/8x2"
+
+
+@dataclass(frozen=True)
+class BlockScaledSpec:
+    """y bf16[rows, columns] = x w^T: x is NVFP4_ROW [rows, k], `w` names the weights, NVFP4 [columns, k]."""
+
+    name: str
+    rows: int
+    columns: int
+    k: int
+    w: str = "w"
+
+    @property
+    def shape(self) -> Gemm:
+        """Tiles and stages."""
+        return Gemm(self.rows, self.columns, self.k, STAGES)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Codes and block scales of w."""
+        return self.columns * self.k * 9 // 16
+
+
+def emit_blockscaled(spec: BlockScaledSpec) -> Emission:
+    """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
+    if spec.rows < FEWEST_ROWS:
+        raise BuildError(f"{spec.name}: {spec.rows} rows: the GEMM is for more than 16, fewer take a GEMV")
+    if spec.k % Gemm.K_TILE:
+        raise BuildError(f"{spec.name}: rows of {spec.k} elements: want a multiple of {Gemm.K_TILE}")
+    if spec.columns % 8:
+        raise BuildError(f"{spec.name}: rows of {spec.columns} results are not a multiple of 16 bytes")
+    parameters = (
+        *(Parameter("x", component) for component in ("data", "scale", "global_scale")),
+        *(Parameter(spec.w, component) for component in ("data", "global_scale")),
+        Parameter("y"),
+    )
+    pointers = [p.name for p in parameters]
+    source = render("blockscaled.py.jinja", spec=spec, x=spec.shape, pointers=pointers)
+    return Emission(
+        symbol=f"{spec.name}_0",
+        source=source,
+        grid=spec.shape.grid,
+        block=Gemm.TILE,
+        shared=spec.shape.shared,
+        parameters=parameters,
+        packing={spec.w: PACKING},
+    )
+
+
+@kernel(Linear)
+def blockscaled(request: Request) -> Sequence[Launchable] | No:
+    """A linear layer of NVFP4 rows and weights, for more rows than a GEMV takes."""
+    call = request.call
+    x, w = (request.types[i] for i in call.inputs)
+    result = request.types[call.outputs[0]]
+    quantized = isinstance(x, QuantType) and isinstance(w, QuantType) and len(x.shape) == 2
+    if not quantized or (x.format, w.format) != (NVFP4_ROW, NVFP4):  # type: ignore[union-attr]
+        return No(f"multiplies rows {NVFP4_ROW}[N,K] with weights {NVFP4}[M,K], not {x} with {w}")
+    if request.target != TARGET:
+        return No(f"is written in tcgen05 instructions, which {TARGET} has and {request.target} has not")
+    if isinstance(result, QuantType) or result.dtype is not BF16:
+        return No(f"writes bf16, not {result}")
+    label = request.labels[call.inputs[1]] or "w"
+    spec = BlockScaledSpec(f"{label}_gemm", x.shape[0], w.shape[0], x.shape[1], label)
+    values = {"x": call.inputs[0], label: call.inputs[1], "y": call.outputs[0]}
+    return [launchable(request, emit_blockscaled(spec), values)]
