@@ -93,22 +93,23 @@ def run_together(session: CudaSession, runs: Sequence[Run]) -> list[Tensor]:
     return [torch.cat(own).cpu() for own in rows]
 
 
-def check_runs(session: CudaSession, case: Recorded, table: Table) -> None:
+def check_runs(session: CudaSession, case: Recorded, table: Table, which: str) -> None:
     """Every recorded run that fits the context, within the bound for any rounding points: one after the
     other, and in a batch also side by side at their different positions.
     """
     names = [described["name"] for described in case.description["runs"]]
     runs = [run for run in map(case.run, names) if len(run.ids) <= session.max_context]
     for run in runs:
-        _check_logits(case, run, run_logits(session, run), table, "")
+        _check_logits(case, f"{run.name}.{which}", run_logits(session, run), table, "")
     for start in range(0, len(runs) if session.batch > 1 else 0, session.batch):
         some = runs[start : start + session.batch]
         for run, logits in zip(some, run_together(session, some), strict=True):
-            _check_logits(case, run, logits, table, f" side by side ({len(some)})")
+            _check_logits(case, f"{run.name}.{which}", logits, table, f" side by side ({len(some)})")
 
 
-def _check_logits(case: Recorded, run: Run, logits: Tensor, table: Table, how: str) -> None:
-    name, bounds = f"{run.name}.logits", case.tolerance["logits"]["any"]
+def _check_logits(case: Recorded, name: str, logits: Tensor, table: Table, how: str) -> None:
+    run, which = name.split(".")
+    bounds = case.tolerance[which]["any"]
     rows = case.distances(name, logits)
     found = {
         "median": rows.median(),
@@ -117,7 +118,7 @@ def _check_logits(case: Recorded, run: Run, logits: Tensor, table: Table, how: s
         "max": rows.max(),
     }
     for key, value in found.items():
-        bound = bounds[key] if run.name == "main" else bounds["max"]
+        bound = bounds[key] if run == "main" else bounds["max"]
         table.add(f"{name} {key}{how}", float(torch.as_tensor(value)), bound)
 
 
@@ -326,6 +327,7 @@ def main() -> int:
     parser.add_argument("plan", type=Path)
     parser.add_argument("case")
     parser.add_argument("--reference", type=Path)
+    parser.add_argument("--logits", default="logits", help="recorded logits of the plan's recipe")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--fault", action="store_true", help="break a pointer, want the launch named")
@@ -356,7 +358,7 @@ def main() -> int:
         session.generate(2, [0])
         session.wait()
         return 0
-    check_runs(session, case, table)
+    check_runs(session, case, table, options.logits)
     check_replays(session, case, table)
     check_greedy(session, case, table)
     table.add("microseconds per step", step_microseconds(session, case.run().ids))
