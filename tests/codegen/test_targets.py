@@ -1,0 +1,76 @@
+"""Every kernel of a tiny decode step, compiled for both targets; what the FP4 conversions become there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from dsv4c.codegen.build import TARGETS
+from dsv4c.compiler import compile
+from dsv4c.runtime.plan import Plan
+
+RECIPES = ("official", "bf16", "nvfp4-experts")
+TO_E2M1 = "cvt.rn.satfinite.e2m1x2.f32"
+FROM_E2M1 = "cvt.rn.f16x2.e2m1x2"
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Plan]:
+    """Plans by target and recipe, over one store, so that kernels they share are compiled once."""
+    store = tmp_path_factory.mktemp("kernels")
+    made = {}
+    for target in TARGETS:
+        for recipe in RECIPES:
+            made[target, recipe] = compile("tiny", target=target, max_context=256, recipe=recipe, cache=store)
+    return made
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_kernel_assembles_without_a_stack(
+    plans: dict[tuple[str, str], Plan], target: str, recipe: str
+) -> None:
+    plan = plans[target, recipe]
+    assert len(plan.kernels) > 20
+    for record in plan.kernels.values():
+        assert record["stack"] == 0, record["symbol"]
+        assert record["not_run_here"] == (target == "sm_100a")
+        assert plan.files[record["cubin"]].startswith(b"\x7fELF")
+        ptx = plan.files[record["ptx"]].decode()
+        assert f".target {target}" in ptx
+        assert f".entry {record['symbol']}(" in ptx
+
+
+def test_a_plan_says_that_sm_100a_has_not_been_run(plans: dict[tuple[str, str], Plan]) -> None:
+    text = {target: plans[target, "official"].text for target in TARGETS}
+    assert "have not been run on that hardware" in text["sm_100a"]
+    assert "have not been run on that hardware" not in text["sm_90a"]
+
+
+def conversions(plan: Plan) -> dict[str, set[str]]:
+    """Symbols of the kernels with each conversion of e2m1."""
+    found: dict[str, set[str]] = {}
+    for record in plan.kernels.values():
+        for name in re.findall(r"cvt\.\S*e2m1\S*", plan.files[record["ptx"]].decode()):
+            found.setdefault(name, set()).add(record["symbol"])
+    return found
+
+
+def test_only_sm_100a_converts_fp4_in_hardware(plans: dict[tuple[str, str], Plan]) -> None:
+    for recipe in RECIPES:
+        assert conversions(plans["sm_90a", recipe]) == {}
+    assert conversions(plans["sm_100a", "bf16"]) == {}
+    for recipe in ("official", "nvfp4-experts"):
+        found = conversions(plans["sm_100a", recipe])
+        assert found.keys() == {TO_E2M1, FROM_E2M1}
+        assert {"index_scores_0", "state_update_0"} <= found[TO_E2M1]  # queries, keys
+        assert {"experts_up_0", "experts_down_0"} <= found[FROM_E2M1]  # weights
+
+
+def test_fp4_weights_lie_as_their_target_reads_them(plans: dict[tuple[str, str], Plan]) -> None:
+    def forms(target: str) -> set[str]:
+        return {r["form"].partition("/")[0] for r in plans[target, "official"].weights if "fp4" in r["form"]}
+
+    assert forms("sm_90a") == {"mxfp4"}
+    assert forms("sm_100a") == {"mxfp4_pairs"}
