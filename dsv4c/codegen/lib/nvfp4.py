@@ -6,7 +6,7 @@ code times its scale has six significant bits and lies within 2^-10 .. 2688: exa
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, Uint32, range_constexpr
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import hadamard, ptx
 from dsv4c.codegen.lib.shapes import Product
@@ -114,16 +114,30 @@ def store_row(
         block_scale, _ = ptx.f16x2_to_f32x2(ptx.e4m3x4_to_f16x2x2(byte)[0])
         divisor = block_scale * scale
         words = [Uint32(0), Uint32(0)]
-        for i in range_constexpr(16):
-            x = r[16 * n + i]
-            y = Float32(0.0)
-            if divisor != Float32(0.0):
-                y = cute.arch.fmin(ptx.divide(cute.arch.fmax(x, -x), divisor), Float32(6.0))
-            sign = (x.bitcast(Uint32) >> Uint32(31)) << Uint32(3)
-            words[i // 8] = words[i // 8] | ((hadamard.code_of(y) | sign) << Uint32(4 * (i % 8)))
+        if const_expr(ptx.converts_e2m1()):
+            for i in range_constexpr(8):
+                lo, hi = over(r[16 * n + 2 * i], divisor), over(r[16 * n + 2 * i + 1], divisor)
+                words[i // 4] = words[i // 4] | (ptx.f32x2_to_e2m1x2(lo, hi) << Uint32(8 * (i % 4)))
+        else:
+            for i in range_constexpr(16):
+                x = r[16 * n + i]
+                y = Float32(0.0)
+                if divisor != Float32(0.0):
+                    y = cute.arch.fmin(ptx.divide(cute.arch.fmax(x, -x), divisor), Float32(6.0))
+                sign = (x.bitcast(Uint32) >> Uint32(31)) << Uint32(3)
+                words[i // 8] = words[i // 8] | ((hadamard.code_of(y) | sign) << Uint32(4 * (i % 8)))
         if block < k // 16:
             ptx.stg64(g_codes + block * 8, words[0], words[1])
             ptx.stg_u8(g_scales + block, byte)
+
+
+@cute.jit
+def over(x: Float32, divisor: Float32):
+    """x / divisor with the sign of x; zero when the divisor is."""
+    y = Float32(0.0)
+    if divisor != Float32(0.0):
+        y = ptx.divide(cute.arch.fmax(x, -x), divisor)
+    return (y.bitcast(Uint32) | (x.bitcast(Uint32) & Uint32(0x80000000))).bitcast(Float32)
 
 
 # Expand -----------------------------------------------------------------------------------------------------
@@ -172,10 +186,7 @@ def expand_rows(
         i = cutlass.min(thread + n * threads, Int32(count - 1))
         scale = ptx.e4m3x4_to_f16x2x2(w[3 * n + 2] * Uint32(0x101))[0]
         for half in range_constexpr(2):
-            v = [
-                ptx.mul_f16x2(ptx.mul_f16x2(code_pair(w[3 * n + half], j), Uint32(_2P14)), scale)
-                for j in range(4)
-            ]
+            v = scaled_pairs(w[3 * n + half], scale)
             ptx.sts128(s_x + i // width * p.x_stride + i % width * 32 + half * 16, v[0], v[1], v[2], v[3])
     scales = p.rows * p.units
     for n in range_constexpr(-(-scales // threads)):
@@ -183,6 +194,14 @@ def expand_rows(
         if i < scales:
             row = i // p.units * (row_bytes // (p.k // 2))
             ptx.sts_f32(s_fx + i * 4, ptx.ldg_f32(g_global + Int64(row * 4)))
+
+
+@cute.jit
+def scaled_pairs(codes: Uint32, scale: Uint32):
+    """A word of eight codes as four f16x2, times `scale`."""
+    if const_expr(ptx.converts_e2m1()):
+        return [ptx.mul_f16x2(pair, scale) for pair in ptx.e2m1x8_to_f16x2x4(codes)]
+    return [ptx.mul_f16x2(ptx.mul_f16x2(code_pair(codes, j), Uint32(_2P14)), scale) for j in range(4)]
 
 
 @cute.jit
