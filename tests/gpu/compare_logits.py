@@ -4,9 +4,9 @@
     python -m tests.gpu.compare_logits compare PLAN CASE FILE    (on the device)
 
 `record` also stores other right answers, to see how far they lie apart once roundings fall the other way:
-"exact", every quantized product exact instead of summed in f32 as the reference does; "jittered", the experts'
-products and the attention's values moved by up to 2^-8 of themselves, so that about a quarter are the next
-bf16: kernels do not round those in the reference's places.
+"exact", every quantized product exact instead of summed in f32 as the reference does; "jittered", products of
+experts and values of attention moved by up to 2^-8 of themselves, so that about a quarter are the next bf16:
+kernels do not round those in the reference's places.
 """
 
 from __future__ import annotations
