@@ -10,7 +10,7 @@ from dsv4c.codegen.build import TARGETS
 from dsv4c.compiler import compile
 from dsv4c.runtime.plan import Plan
 
-RECIPES = ("official", "bf16", "nvfp4-experts")
+RECIPES = ("official", "bf16", "nvfp4-experts", "nvfp4")
 TO_E2M1 = "cvt.rn.satfinite.e2m1x2.f32"
 FROM_E2M1 = "cvt.rn.f16x2.e2m1x2"
 
@@ -66,6 +66,9 @@ def test_only_sm_100a_converts_fp4_in_hardware(plans: dict[tuple[str, str], Plan
         assert found.keys() == {TO_E2M1, FROM_E2M1}
         assert {"index_scores_0", "state_update_0"} <= found[TO_E2M1]  # queries, keys
         assert {"experts_up_0", "experts_down_0"} <= found[FROM_E2M1]  # weights
+    found = conversions(plans["sm_100a", "nvfp4"])
+    assert {"quantize_0", "norm_quantize_0"} <= found[TO_E2M1]  # rows
+    assert {"q_proj_0", "experts_up_0"} <= found[FROM_E2M1]  # rows and weights
 
 
 def test_fp4_weights_lie_as_their_target_reads_them(plans: dict[tuple[str, str], Plan]) -> None:
