@@ -14,6 +14,7 @@ from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Builder
 from dsv4c.ir.ops.linear import Linear
 from dsv4c.types import BF16, F32, DType, parse_type
+from tests.codegen.sass import disassemble
 from tests.conftest import Golden
 
 ROW, WEIGHT = "q[e2m1,e4m3,1x16,row]", "q[e2m1,e4m3,1x16,tensor]"
@@ -47,6 +48,11 @@ def test_it_assembles_into_block_scaled_instructions(tmp_path: Path) -> None:
     assert {int(word) for word in mma} == {1 << 7 | 1 << 10 | 16 << 17 | 8 << 24}
     assert built.ptx.count("kind::mxf4nvf4.block_scale.block16") == len(mma)
     assert built.ptx.count("tcgen05.cp.cta_group::1.32x128b.warpx4") == 2 * len(mma)  # scales of both sides
+    code = disassemble(built.cubin, tmp_path)
+    assert code.count("UTCOMMA.4X") == len(mma)
+    assert code.count("UTCCP") == 2 * len(mma)
+    assert "LDTM" in code  # sums leave tensor memory
+    assert "UBLKCP" in code  # weights come in bulk
     for instruction in ("tcgen05.alloc", "tcgen05.dealloc", "tcgen05.ld", "cp.async.bulk.shared::cluster"):
         assert instruction in built.ptx
     header = built.ptx.split(f".entry {emission.symbol}(")[1].split(")")[0]

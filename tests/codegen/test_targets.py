@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from dsv4c.codegen.build import TARGETS
 from dsv4c.compiler import compile
 from dsv4c.runtime.plan import Plan
+from tests.codegen.sass import disassemble
 
 RECIPES = ("official", "bf16", "nvfp4-experts", "nvfp4")
 TO_E2M1 = "cvt.rn.satfinite.e2m1x2.f32"
@@ -69,6 +71,22 @@ def test_only_sm_100a_converts_fp4_in_hardware(plans: dict[tuple[str, str], Plan
     found = conversions(plans["sm_100a", "nvfp4"])
     assert {"quantize_0", "norm_quantize_0"} <= found[TO_E2M1]  # rows
     assert {"q_proj_0", "experts_up_0"} <= found[FROM_E2M1]  # rows and weights
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_machine_code_has_the_conversions(
+    plans: dict[tuple[str, str], Plan], target: str, tmp_path: Path
+) -> None:
+    plan = plans[target, "official"]
+    code: dict[str, str] = {}  # several layer types have a kernel of one name
+    for record in plan.kernels.values():
+        text = disassemble(plan.files[record["cubin"]], tmp_path)
+        assert "EXIT" in text
+        code[record["symbol"]] = code.get(record["symbol"], "") + text
+    for symbol in ("experts_up_0", "experts_down_0"):
+        assert ("F2FP.F16.E2M1.UNPACK_B" in code[symbol]) == (target == "sm_100a")
+    for symbol in ("index_scores_0", "state_update_0"):
+        assert ("F2FP.SATFINITE.E2M1.F32" in code[symbol]) == (target == "sm_100a")
 
 
 def test_fp4_weights_lie_as_their_target_reads_them(plans: dict[tuple[str, str], Plan]) -> None:
