@@ -282,8 +282,8 @@ class Checkpoint:
             report.mistyped.append(f"{name} {where} is {entry.dtype}, expected {' or '.join(part.dtypes)}")
 
     def table(self, params: Sequence[ParamRecord]) -> str:
-        """The name table of `params` that this checkpoint follows: the one that misses the smallest share of its
-        tensors (tables merge experts or do not, so counts of tensors do not compare).
+        """The name table of `params` that this checkpoint follows: the one missing the smallest share of its
+        tensors, because tables merge experts or do not, so that counts do not compare.
 
         Raises CheckpointError if it follows none or if two fit equally well and read different tensors.
         """
