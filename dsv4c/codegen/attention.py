@@ -102,7 +102,8 @@ def plan_attention(spec: AttentionSpec) -> Attention:
     largest = 144 if spec.format == "fp8" else 80
     tile = 16 * -(-keys // (splits * 16))
     if spec.entries == "all" and tile > 48:
-        tile = 48 if keys <= 2304 else 80
+        wide_rows = spec.format == "bf16" and spec.width == 512  # two tiles of 80 of them do not fit
+        tile = 48 if keys <= 2304 or wide_rows else 80
     if tile > largest:
         tile = 80 if spec.format == "fp8" else 48
     tile = spec.tile or tile

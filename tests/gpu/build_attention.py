@@ -89,6 +89,7 @@ def cases() -> Iterator[Case]:
     yield Case(csa("csa_s16_t48", 64, 512, splits=16, tile=48))
     yield Case(csa("csa_s4_t48", 64, 512, splits=4, tile=48))
     yield Case(csa("csa_bf16", 64, 512, format="bf16", exact_norm=False), 8191)
+    yield Case(hca("hca_bf16_1m", 64, 1 << 20, format="bf16", exact_norm=False), (1 << 20) - 1)
     yield Case(csa("csa_b3", 64, 512, 3))
     yield Case(hca("hca_b2", 64, 8192, 2))
     tiny = AttentionSpec("tiny", 3, 4, 128, "fp8", 16, 16, 1e-6, "selected", 6, 4, 64)
