@@ -1,8 +1,8 @@
 """The decode GEMV family: y[M, N] = x[M, K] w[N, K]^T for up to 8 rows, one or several matrices per launch.
 
-`GemvSpec` says what to compute, `emit_gemv` plans tiles, warps and stages and stitches the kernel from
+`GemvSpec` says what to compute, `emit_gemv` plans tiles, warps, stages and rows and stitches the kernel from
 `templates/gemv.py.jinja`. Matrices that share a weight format and activations form a part; a CTA works on one
-part.
+part, and on some of the rows where all do not fit.
 """
 
 from __future__ import annotations
@@ -108,10 +108,13 @@ class Slot:
 
 @dataclass(frozen=True)
 class Part:
-    """Matrices of one weight format, activation operand and output type."""
+    """Matrices of one weight format, activation operand and output type. Of `ctas` CTAs, `splits` neighbors
+    share a place in a slot: all read its weights, each for `ring.product.rows` of the activation rows.
+    """
 
     name: str
     ring: Ring
+    splits: int
     x: Activations
     out_dtype: str
     slots: tuple[Slot, ...]
@@ -247,8 +250,7 @@ def plan_parts(spec: GemvSpec) -> list[Part]:
     parts, first = [], 0
     heaviest_first = sorted(kinds.items(), key=lambda item: -BYTES[item[0][0]])
     for (format, x, out_dtype), matrices in heaviest_first:
-        product = Product(format, x.kind, spec.batch, spec.k)
-        part = _part(spec, product, x, out_dtype, matrices, tile_warps, rounds, first)
+        part = _part(spec, format, x, out_dtype, matrices, tile_warps, rounds, first)
         parts.append(part)
         first += part.ctas
     return parts
@@ -293,7 +295,7 @@ def span_of(product: Product, k_warps: int, rounds: int = 1) -> int:
 
 def _part(
     spec: GemvSpec,
-    product: Product,
+    format: str,
     x: Activations,
     out_dtype: str,
     matrices: Sequence[Matrix],
@@ -304,7 +306,6 @@ def _part(
     # Every part has the CTA's warps: bf16 units are half as wide, so k_warps that divides 128-column units
     # divides them.
     k_warps = max(n for n in range(1, WARPS // tile_warps + 1) if -(-spec.k // 128) % n == 0)
-    span = span_of(product, k_warps, rounds)
     slots, at = [], 0
     for m in matrices:
         groups = -(-m.rows // (16 * tile_warps))
@@ -312,16 +313,16 @@ def _part(
         slots.append(Slot(m, at, ctas, -(-m.rows // 16)))
         at += ctas
     nbytes = int(sum(m.rows * spec.k * BITS[m.format] / 8 for m in matrices))
-    name = f"{product.weight}_{x.name}_{out_dtype}"
+    name = f"{format}_{x.name}_{out_dtype}"
 
-    def planned(stages: int) -> Part:
-        ring = Ring(product, tile_warps, k_warps, span, stages, rounds)
-        return Part(name, ring, x, out_dtype, tuple(slots), first, at, nbytes)
+    def planned(splits: int, stages: int) -> Part:
+        product = Product(format, x.kind, -(-spec.batch // splits), spec.k)
+        ring = Ring(product, tile_warps, k_warps, span_of(product, k_warps, rounds), stages, rounds)
+        return Part(name, ring, splits, x, out_dtype, tuple(slots), first, at * splits, nbytes)
 
-    for limit in (SHARED_PER_SM // 2 - 1024, SHARED_PER_CTA):
-        for stages in range(STAGES, 1, -1):
-            if planned(stages).places["end"] <= limit:
-                return planned(stages)
-    raise BuildError(
-        f"{spec.name}: {spec.batch} rows of {spec.k} leave no shared memory for two stages of weights"
-    )
+    for splits in range(1, spec.batch + 1):
+        for limit in (SHARED_PER_SM // 2 - 1024, SHARED_PER_CTA):
+            for stages in range(STAGES, 1, -1):
+                if planned(splits, stages).places["end"] <= limit:
+                    return planned(splits, stages)
+    raise BuildError(f"{spec.name}: a row of {spec.k} leaves no shared memory for two stages of weights")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,10 +70,16 @@ SMALL = [
     dense("w4a4_groups", 256, 256, "nvfp4", UNPACKED, 2, groups=2),
     in_proj(1, 256),
 ]
+SPLIT = [  # eight rows do not fit beside two stages of weights
+    dense("split_bf16", 48, 16384, "bf16", ROWS, 7),
+    dense("split_w4a4", 256, 16384, "nvfp4", UNPACKED, 5, groups=2),
+    dense("split_codes", 256, 32768, "fp8", CODES, 8),
+    in_proj(8, 16384),
+]
 
 
 def small_kernels() -> list[Emission]:
-    kernels = [emit_gemv(spec) for spec in SMALL]
+    kernels = [emit_gemv(spec) for spec in SMALL + SPLIT]
     for routed, shared in (("mxfp4", "fp8"), ("nvfp4", "nvfp4"), ("fp8", "fp8"), ("bf16", "bf16")):
         spec = experts(routed, shared)
         kernels.append(emit_experts_up(replace(spec, name=f"up_{spec.name}")))
@@ -85,13 +94,14 @@ def test_goldens(golden: Golden) -> None:
     golden(emit_gemv(in_proj(1)).source, "kernels/gemv_in_proj.py.txt")
     golden(emit_gemv(dense("wq_b", 32768, 1024, "fp8", NORMALIZED)).source, "kernels/gemv_wq_b.py.txt")
     golden(emit_gemv(dense("wo_b", 4096, 8192, "nvfp4", UNPACKED)).source, "kernels/gemv_w4a4.py.txt")
+    golden(emit_gemv(SPLIT[1]).source, "kernels/gemv_split.py.txt")
     golden(emit_quantize(QuantizeSpec("norm_quantize", 3, 1536, 1e-6)).source, "kernels/norm_quantize.py.txt")
     flash = ExpertsSpec("experts", 1, 4096, 2048, 256, 6, "mxfp4", "fp8", 10.0)
     golden(emit_experts_up(flash).source, "kernels/experts_up.py.txt")
     golden(emit_experts_down(flash).source, "kernels/experts_down.py.txt")
 
 
-@pytest.mark.parametrize("spec", FLASH + SMALL, ids=lambda s: f"{s.name}-{s.batch}")
+@pytest.mark.parametrize("spec", FLASH + SMALL + SPLIT, ids=lambda s: f"{s.name}-{s.batch}")
 def test_a_plan_covers_every_tile_once(spec: GemvSpec) -> None:
     parts = plan_parts(spec)
     assert [p.first for p in parts] == [sum(q.ctas for q in parts[:i]) for i in range(len(parts))]
@@ -99,6 +109,8 @@ def test_a_plan_covers_every_tile_once(spec: GemvSpec) -> None:
     covered: Counter[tuple[str, int]] = Counter()
     for part in parts:
         r = part.ring
+        assert part.ctas == part.splits * sum(slot.ctas for slot in part.slots)
+        assert part.splits == math.ceil(spec.batch / r.product.rows)
         assert r.steps * r.k_warps * r.span == r.product.units  # a warp's steps cover k without a rest
         for slot in part.slots:
             for local in range(slot.ctas):
@@ -115,9 +127,31 @@ def test_two_ctas_fit_an_sm(spec: GemvSpec) -> None:
     assert 2 * (emit_gemv(spec).shared + 1024) <= SHARED_PER_SM
 
 
+def test_rows_are_split_only_where_they_do_not_fit() -> None:
+    splits = {spec.name: [part.splits for part in plan_parts(spec)] for spec in FLASH + SMALL}
+    assert set(itertools.chain(*splits.values())) == {1}
+    for spec, wanted in zip(SPLIT, ([2], [2], [2], [1, 2, 2]), strict=True):
+        assert [part.splits for part in plan_parts(spec)] == wanted
+        assert {part.splits for part in plan_parts(replace(spec, batch=1))} == {1}
+
+
+@pytest.mark.parametrize("batch", range(1, 9))
+@pytest.mark.parametrize("k", [16384, 49152])
+def test_the_splits_of_a_row_make_all_rows(batch: int, k: int) -> None:
+    """By the text's own arithmetic; two may share some."""
+    spec = dense("rows", 48, k, "bf16", ROWS, batch)
+    (part,) = plan_parts(spec)
+    found = re.search(r"\n    first = (.*)\n", emit_gemv(spec).source)
+    assert (found is None) == (part.splits == 1)
+    scope = {"cutlass": SimpleNamespace(min=min), "Int32": int}
+    starts = [eval(found[1], {"block": block, **scope}) if found else 0 for block in range(part.splits)]
+    own = part.ring.product.rows
+    assert sorted({row for first in starts for row in range(first, first + own)}) == list(range(batch))
+
+
 def test_packing_does_not_depend_on_the_batch() -> None:
     """One copy of the weights serves the plans of all batch sizes."""
-    for spec in FLASH:
+    for spec in FLASH + SPLIT:
         packings = {tuple(emit_gemv(replace(spec, batch=b)).packing.items()) for b in (1, 2, 3, 5, 8)}
         assert len(packings) == 1
         for name in dict(packings.pop()).values():
@@ -201,7 +235,7 @@ def test_every_small_kernel_assembles(store: Path, target: str) -> None:
             dense("stage", 48, 128, "fp8", Activations("x", "f16", "normalize")),
             "no prologue normalize for f16",
         ),
-        (dense("large", 4096, 32768, "fp8", KEPT, 8), "leave no shared memory for two stages"),
+        (dense("large", 4096, 131072, "fp8", KEPT, 8), "a row of 131072 leaves no shared memory for two"),
     ],
     ids=lambda value: value.name if isinstance(value, GemvSpec) else "",
 )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.plans import first_layers
 from dsv4c.codegen.build import TARGETS
 from dsv4c.codegen.check import check
 from dsv4c.codegen.lower import component_bytes, packed_bytes, rope_table
@@ -43,6 +44,20 @@ def test_every_node_of_a_tiny_model_has_a_kernel(recipe: str, batch: int) -> Non
     for launch in launches(plan):
         pointers = plan.files[plan.kernels[launch.kernel]["source"]].decode().count(": cute.Pointer,")
         assert pointers >= 2 * len(launch.arguments)  # of the kernel and of its host function
+
+
+@pytest.mark.parametrize("model", ["deepseek-v4-flash", "deepseek-v4-pro"])
+@pytest.mark.parametrize("recipe", ["official", "bf16", "nvfp4-experts", "nvfp4"])
+def test_every_node_of_a_release_model_has_a_kernel(model: str, recipe: str) -> None:
+    config = first_layers(model, 6)
+    for target, batch, max_context in (
+        ("sm_90a", 1, config.max_position_embeddings),
+        ("sm_90a", 2, 131072),
+        ("sm_90a", 5, 131072),
+        ("sm_100a", 8, config.max_position_embeddings),
+    ):
+        plan = gpu_plan(config, recipe=recipe, target=target, batch=batch, max_context=max_context)
+        assert check(plan) == []
 
 
 def test_release_models_share_kernels_between_equal_layers() -> None:

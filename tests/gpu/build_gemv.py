@@ -26,6 +26,7 @@ EXPAND = Activations("x", "f16", "expand")
 QUANTIZE = Activations("x_bf16", "e4m3", "quantize")
 KEEP = Activations("x_bf16", "f16", "quantize")
 NORMALIZE = Activations("x_bf16", "e4m3", "normalize", gain="gain", eps=1e-6)
+NORMED = Activations("x_bf16", "bf16", "normalize", gain="gain", eps=1e-6)
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,8 @@ def cases() -> list[Case]:
         dense("wo_b_quantize", 4096, 8192, x=QUANTIZE, batch=8),
         in_proj("in_proj", 4096, 1024, 8),
         dense("wo_a", 8192, 4096, "fp8", KEEP, groups=8, batch=8),
+        dense("split_bf16", 7168, 16384, "bf16", PLAIN, batch=8),
+        dense("split_w4a4", 7168, 16384, "nvfp4", UNPACK, batch=8),
     ]
     for batch in (2, 3):
         checked += [
@@ -130,6 +133,17 @@ def cases() -> list[Case]:
             dense("w4a4_wo_a", 8192, 4096, "nvfp4", UNPACK, batch=batch, groups=8, out="f32"),
         ]
     checked += [dense("mxfp4", 12288, 4096, "mxfp4", batch=8), dense("nvfp4", 12288, 4096, "nvfp4", batch=8)]
+    checked += [  # rows split over CTAs, some of them computed twice
+        dense("split_bf16", 7168, 16384, "bf16", PLAIN, batch=7, out="f32"),
+        dense("split_norm", 256, 10240, "bf16", NORMED, batch=7, out="f32"),
+        dense("split_quantize", 256, 32768, x=QUANTIZE, batch=7, out="f32"),
+        dense("split_expand", 256, 16384, "mxfp4", EXPAND, batch=7, out="f32"),
+        dense("split_keep", 512, 16384, "fp8", KEEP, groups=2, batch=7),
+        dense("split_codes", 256, 32768, batch=7, out="f32"),
+        in_proj("split_in_proj", 16384, 1024, 7),
+    ]
+    checked += [dense("split_w4a4", 7168, 16384, "nvfp4", UNPACK, batch=b, out="f32") for b in (5, 7)]
+    checked.append(dense("split_w4a4_wo_a", 512, 16384, "nvfp4", UNPACK, batch=7, groups=2, out="f32"))
     return [Case(s, True) for s in timed] + [Case(s) for s in checked]
 
 

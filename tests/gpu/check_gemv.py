@@ -121,6 +121,8 @@ def bind_activations(operands: Operands, spec: dict[str, Any], x: dict[str, Any]
         f = rows.float()
         inverse = torch.rsqrt(f.double().square().mean(-1, keepdim=True) + x["eps"]).float()
         rows = (f * inverse * operands[x["gain"], "data"]).to(torch.bfloat16)
+        if x["kind"] == "bf16":
+            return rows.double()
     return wide(codec.quantize(rows, FP8_ROW))
 
 
