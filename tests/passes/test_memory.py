@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -198,11 +196,8 @@ def test_blocks_are_laid_out_one_after_the_other():
 
 @pytest.mark.parametrize("name", ["deepseek-v4-flash", "deepseek-v4-pro"])
 @pytest.mark.parametrize("mode", ["decode", "prefill"])
-def test_the_full_models_fit_closely_and_quickly(name: str, mode: str) -> None:
+def test_the_full_models_fit_closely(name: str, mode: str) -> None:
     recipe = recipe_named("official")
     graph = quantize(build(load_config(name), Deployment(), mode, recipe.activation), recipe)
-    started = time.process_time()
     memory = plan_memory(graph, schedule(graph))
-    seconds = time.process_time() - started
     assert memory.bytes <= 1.15 * memory.lower_bound
-    assert seconds < 2

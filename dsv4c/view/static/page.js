@@ -399,8 +399,8 @@ function moveHit(by) {
 
 function go(index, name) {
   const hash = `#${encodeURIComponent(data.stages[index].name)}${name ? `/${encodeURIComponent(name)}` : ""}`;
-  if (location.hash === hash) show();
-  else location.hash = hash;
+  if (location.hash !== hash) history.pushState(null, "", hash);  // unlike location.hash =, without a later event
+  show();
 }
 
 function show() {

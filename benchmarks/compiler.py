@@ -1,0 +1,158 @@
+"""Seconds and memory of the compiler itself, each figure beside its limit: python -m benchmarks.compiler.
+
+Every row runs in a process of its own, several times; the least counts. No GPU. Plans for a GPU are compiled
+cold, into an empty store of kernels, and warm, from a full one. Limits are for two otherwise idle cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+FLASH, PRO = "deepseek-v4-flash", "deepseek-v4-pro"
+CONTEXT = 131_072
+HELP_LIMIT = 0.4
+
+Work = Callable[[], object]
+
+# --- what is measured: each function prepares, and returns what counts ---
+
+
+def build(name: str, store: Path) -> Work:
+    from dsv4c.config import Deployment, load_config
+    from dsv4c.ir.verify import verify
+    from dsv4c.models.deepseek_v4 import build
+
+    return lambda: verify(build(load_config(name), Deployment(max_context=CONTEXT), "decode"))
+
+
+def text(name: str, store: Path) -> Work:
+    from dsv4c.ir.text import parse_graph, print_graph
+
+    graph = build(name, store)()
+    return lambda: print_graph(parse_graph(print_graph(graph)))  # type: ignore[arg-type]
+
+
+def passes(name: str, store: Path) -> Work:
+    from dsv4c.compiler import compile
+
+    return lambda: compile(name, max_context=CONTEXT)
+
+
+def certificates(name: str, store: Path) -> Work:
+    from dsv4c.compiler import job_for
+    from dsv4c.passes.certify import certify
+
+    fold = job_for(name, max_context=CONTEXT).bucket("decode").context.fold
+    assert fold is not None
+    return lambda: certify(fold.matches, folder=store)
+
+
+def page(name: str, store: Path) -> Work:
+    from dsv4c.compiler import job_for
+    from dsv4c.view.html import html
+
+    named = job_for(name, max_context=CONTEXT).bucket("decode").named
+    return lambda: html(named)
+
+
+def kernels(name: str, store: Path) -> Work:
+    from dsv4c.compiler import compile
+
+    return lambda: compile(name, target="sm_90a", max_context=CONTEXT, cache=store)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. `store`: the folder it keeps things in is empty before each time, or full."""
+
+    title: str
+    prepare: Callable[[str, Path], Work]
+    model: str
+    limit: float
+    store: str = "full"
+
+
+ROWS = (
+    Row("build, verify: Flash", build, FLASH, 3),
+    Row("build, verify: Pro", build, PRO, 5),
+    Row("print, parse, print: Flash", text, FLASH, 2.5),
+    Row("print, parse, print: Pro", text, PRO, 2.5),
+    Row("CPU plan, all passes: Flash", passes, FLASH, 8),
+    Row("CPU plan, all passes: Pro", passes, PRO, 12),
+    Row("certificates, cold: Flash", certificates, FLASH, 90, "empty"),
+    Row("certificates, warm: Flash", certificates, FLASH, 1),
+    Row("HTML of all stages: Pro", page, PRO, 5),
+    Row("sm_90a plan, cold: Flash", kernels, FLASH, 60, "empty"),
+    Row("sm_90a plan, warm: Flash", kernels, FLASH, 3),
+)
+
+# --- measuring ---
+
+
+def run_here(number: int, store: Path) -> None:
+    """Row `number` in this process: prints [seconds, peak bytes]."""
+    work = ROWS[number].prepare(ROWS[number].model, store)
+    start = time.perf_counter()
+    work()
+    seconds = time.perf_counter() - start
+    print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+
+
+def run_apart(*arguments: str) -> tuple[float, str]:
+    """Seconds and output of a Python command. Exits with its message if it fails."""
+    start = time.perf_counter()
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return time.perf_counter() - start, done.stdout
+
+
+def measured(number: int, folder: Path, times: int) -> tuple[float, int]:
+    """Least seconds and most bytes of row `number`."""
+    row, found = ROWS[number], []
+    for i in range(times):
+        store = folder / (f"{number}-{i}" if row.store == "empty" else row.prepare.__name__)
+        command = ("benchmarks.compiler", "--row", str(number), "--store", str(store))
+        if row.store == "full" and i == 0:
+            run_apart(*command)  # fills the store, and the file cache
+        found.append(json.loads(run_apart(*command)[1]))
+    return min(seconds for seconds, _ in found), max(peak for _, peak in found)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the table. Exit code 1 if a figure is over its limit."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--store", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.row is not None:
+        run_here(options.row, options.store)
+        return
+    table = Table("", "seconds", "limit", "peak MB")
+    least = min(run_apart("dsv4c", "--help")[0] for _ in range(options.times))
+    table.add_row("dsv4c --help", f"{least:.2f}", f"{HELP_LIMIT}", "")
+    over = least > HELP_LIMIT
+    with tempfile.TemporaryDirectory() as folder:
+        for number, row in enumerate(ROWS):
+            seconds, peak = measured(number, Path(folder), options.times)
+            over |= seconds > row.limit
+            table.add_row(row.title, f"{seconds:.2f}", f"{row.limit:g}", f"{peak / 1e6:.0f}")
+    Console().print(table)
+    sys.exit(over)
+
+
+if __name__ == "__main__":
+    main()
