@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -20,6 +21,7 @@ from dsv4c.cli import COMMANDS, app
 from dsv4c.cli.run import token_ids
 from dsv4c.errors import SessionError
 from dsv4c.models.synth import synthesize
+from tests.codegen.lowered import gpu_plan
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -261,7 +263,10 @@ def test_run_refuses_a_bad_request(
     assert result.out == ""
 
 
-def test_run_refuses_the_weights_of_another_model(plan: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["cpu", "sm_90a"])
+def test_run_refuses_the_weights_of_another_model(plan: Path, target: str, tmp_path: Path) -> None:
+    if target != "cpu":
+        plan = gpu_plan(plan.parent / "weights", target=target).save(plan.parent / f"{target}.plan")
     config = json.loads((plan.parent / "weights" / "config.json").read_text())
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0}))
@@ -269,6 +274,15 @@ def test_run_refuses_the_weights_of_another_model(plan: Path, tmp_path: Path) ->
     result = dsv4c_command("run", plan, "--weights", tmp_path / "w", "--tokens", "1")
     assert result.code == 4
     assert "is the checkpoint of another model: rope_theta is 5000.0, the plan has 10000.0" in result.err
+
+
+def test_run_without_a_gpu_says_so(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("dsv4c.runtime.driver.version", lambda: 0)
+    folder = gpu_plan(weights).save(tmp_path / "p")
+    result = dsv4c_command("run", folder, "--weights", weights, "--tokens", "1")
+    assert result.code == 5
+    assert "no NVIDIA GPU that torch can use on this machine; run there, or compile with" in result.err
 
 
 def test_an_altered_plan_does_not_run(plan: Path, weights: Path, tmp_path: Path) -> None:

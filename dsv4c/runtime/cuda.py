@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from safetensors.torch import load as load_safetensors
@@ -46,8 +47,10 @@ class Device:
 
     @staticmethod
     def current() -> Device:
-        """Torch's current device. Raises PlanError if there is none."""
+        """Torch's current device. Raises PlanError if there is none, or torch cannot use its driver."""
         if not torch.cuda.is_available():
+            if 0 < (version := driver.version()) < OLDEST_DRIVER:
+                raise PlanError(_old_driver("a GPU plan", version))
             raise PlanError(
                 "no NVIDIA GPU that torch can use on this machine; run there, or compile with --target cpu"
             )
@@ -68,10 +71,7 @@ def check_device(plan: Plan, device: Device) -> None:
             f"compile with --target sm_{major}{minor}a, or run on a GPU of that architecture"
         )
     if device.driver < OLDEST_DRIVER:
-        raise PlanError(
-            f"plan {plan.name} needs a driver for CUDA {_version(OLDEST_DRIVER)} or newer, this machine's "
-            f"speaks CUDA {_version(device.driver)}; install driver 580 or newer"
-        )
+        raise PlanError(_old_driver(f"plan {plan.name}", device.driver))
     needs = block_bytes(plan)
     needed = sum(needs.values()) + HEADROOM
     if needed > device.free:
@@ -93,6 +93,13 @@ def block_bytes(plan: Plan) -> dict[str, int]:
         "constants": int(plan.constants.get("bytes", 0)),
         "input": bucket.input_bytes,
     }
+
+
+def _old_driver(who: str, version: int) -> str:
+    return (
+        f"{who} needs a driver for CUDA {_version(OLDEST_DRIVER)} or newer, this machine's speaks CUDA "
+        f"{_version(version)}; install driver 580 or newer"
+    )
 
 
 def _version(number: int) -> str:
@@ -282,6 +289,34 @@ def _stream() -> int:
 # --- the session --------------------------------------------------------------------------------------------
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _named(
+    method: Callable[Concatenate[CudaSession, P], R],
+) -> Callable[Concatenate[CudaSession, P], R]:
+    """What fails on the device comes up at whatever call is next: say which plan's step it was. With `poison`
+    the launch has been named.
+    """
+
+    @wraps(method)
+    def naming(self: CudaSession, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except (torch.AcceleratorError, driver.DriverError) as error:
+            self._broken = True
+            if self.executor.poison and isinstance(error, driver.DriverError):
+                raise
+            what, _, _ = str(error).partition("\n")
+            raise driver.DriverError(
+                f"one of the {len(self.executor.launches)} launches of a step of plan {self.plan.name} "
+                f"failed: {what}; bind with poison=True (--poison) to run them one at a time and learn which"
+            ) from error
+
+    return naming
+
+
 class CudaSession(Session):
     """`Session` on a GPU. Logits, streams and tokens are tensors on the device: looking at one waits for it.
 
@@ -298,6 +333,7 @@ class CudaSession(Session):
         self._followed = [False] * batch  # sequences whose likeliest next token `_following` holds
         super().__init__(plan, executor)
 
+    @_named
     def prefill(self, tokens: Sequence[int] | Tensor, sequence: int = 0) -> Tensor:
         """As `Session.prefill`; returns logits f32 [len, vocab] on the device, without waiting for them."""
         ids = self._prompt(tokens)
@@ -324,6 +360,7 @@ class CudaSession(Session):
         self._streams, self._next = rows["streams"], rows["next"]
         return rows["logits"]
 
+    @_named
     def decode(self, tokens: Sequence[int | None]) -> Tensor:
         """As `Session.decode`; returns logits f32 [batch, vocab] on the device, without waiting for them."""
         given = list(tokens)
@@ -356,12 +393,10 @@ class CudaSession(Session):
         self._greedy(count, sequences, chosen)
         return chosen
 
+    @_named
     def wait(self) -> None:
         """Wait for everything enqueued. Raises DriverError if a step failed on the device."""
-        driver.synchronize(
-            f"one of the {len(self.executor.launches)} launches of a step of plan {self.plan.name} (bind "
-            "with poison=True, --poison, to run them one at a time and learn which)"
-        )
+        driver.synchronize("wait for the device")
 
     def reset(self, sequence: int | None = None) -> None:
         """As `Session.reset`."""
@@ -380,6 +415,13 @@ class CudaSession(Session):
         """Tokens that every sequence has consumed once the device is through."""
         return list(self._held)
 
+    @property
+    def next_tokens(self) -> list[int]:
+        """As `Session.next_tokens`, of which it waits for the last. Raises DriverError as `wait` does."""
+        self.wait()
+        return super().next_tokens
+
+    @_named
     def _greedy(self, count: int, sequences: Sequence[int] | None, chosen: Tensor | None) -> None:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise SessionError(f"steps to enqueue: {count!r}, expected a number of at least 1")

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
-from dsv4c.errors import PlanError, SessionError
+from dsv4c.config import load_config
+from dsv4c.errors import CheckpointError, PlanError, SessionError
 from dsv4c.runtime import cuda, driver, residence
 from dsv4c.runtime.codec import Quantized, quantize
 from dsv4c.runtime.cuda import CudaExecutor, CudaSession, Device, check_device, feeds_back
@@ -22,6 +24,7 @@ from dsv4c.runtime.packing import pack, parse_packing
 from dsv4c.runtime.plan import Argument, Bucket, KernelLaunch, Plan, Slot, StateSlot, load
 from dsv4c.runtime.residence import Resident
 from dsv4c.types import BF16, F32, FP8_WEIGHT, I32, MXFP4, QuantType, TensorType, Type
+from tests.codegen.lowered import gpu_plan
 
 BATCH, VOCAB, CONTEXT, WIDTH = 2, 16, 24, 4
 H200 = Device("NVIDIA H200", (9, 0), 13000, 140 << 30, 141 << 30)
@@ -304,6 +307,18 @@ def test_a_full_context_is_refused_before_the_step() -> None:
     refused(s, lambda: s.enqueue(2, [0]), "sequence 0 holds 23 tokens; 2 more exceed")
 
 
+def test_a_full_sequence_is_refused_and_the_others_go_on() -> None:
+    s = session()
+    s.prefill([1] * CONTEXT, sequence=0)
+    before = s.executor.state.clone()
+    for request in (lambda: s.decode([1, 2]), lambda: s.generate(1, [0]), lambda: s.prefill([1])):
+        with pytest.raises(SessionError, match="sequence 0 holds 24 tokens; 1 more exceed the context of 24"):
+            request()
+    assert torch.equal(s.executor.state, before)
+    assert s.decode([None, 7])[1].argmax() == expected_next(7, 0)
+    assert s.positions == [CONTEXT, 1]
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -347,6 +362,49 @@ def test_a_machine_that_cannot_run_the_plan(device: dict[str, Any], message: str
         check_device(plan(), dataclasses.replace(H200, **device))
 
 
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ({"capability": (10, 0)}, "compile with --target sm_100a, or run on a GPU of that architecture"),
+        ({"driver": 12080}, "install driver 580 or newer"),
+        ({"free": 1 << 30}, r"needs 5\.00 GiB of GPU memory \(weights 4\.00 GiB.* has 1\.00 GiB free of 141"),
+    ],
+)
+def test_a_machine_is_refused_before_weights_are_opened(
+    device: dict[str, Any], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here(monkeypatch, **device)
+    with pytest.raises(PlanError, match=message):
+        plan(weights_bytes=4 << 30).bind(tmp_path / "absent")
+
+
+def here(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
+    """A machine on which `bind` may check, and must not allocate."""
+
+    def allocated(size: int, device: object) -> Tensor:
+        raise AssertionError(f"{size} bytes were allocated")
+
+    monkeypatch.setattr(Device, "current", lambda: dataclasses.replace(H200, **facts))
+    monkeypatch.setattr(cuda, "_block", allocated)
+
+
+def test_a_driver_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(driver, "version", lambda: 12080)
+    with pytest.raises(PlanError, match=r"a GPU plan needs a driver for CUDA 13\.0 .* speaks CUDA 12\.8"):
+        plan().bind(tmp_path)
+
+
+def test_weights_of_another_config_are_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+    compiled = gpu_plan(checkpoint)
+    with pytest.raises(AssertionError, match="bytes were allocated"):
+        compiled.bind(checkpoint)
+    wider = gpu_plan(dataclasses.replace(load_config(checkpoint), vocab_size=640))
+    with pytest.raises(CheckpointError, match=r"embed\.weight in .* is \[512, 256\], expected \[640, 256\]"):
+        wider.bind(checkpoint)
+
+
 def test_a_plan_for_no_gpu() -> None:
     with pytest.raises(PlanError, match="compiled for cpu, which is no GPU"):
         check_device(plan(deployment={"target": "cpu", "batch": 1, "max_context": 1}), H200)
@@ -354,6 +412,7 @@ def test_a_plan_for_no_gpu() -> None:
 
 def test_a_machine_without_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(driver, "version", lambda: 0)
     with pytest.raises(PlanError, match="no NVIDIA GPU"):
         plan().bind(tmp_path)
 
@@ -396,6 +455,55 @@ def test_an_error_on_the_device_names_launch_and_nodes(monkeypatch: pytest.Monke
     monkeypatch.setattr(driver, "synchronize", fail)
     with pytest.raises(driver.DriverError, match=r"launch 2, argmax\.2 \(nodes argmax, argmax_too\): CUDA_"):
         s.decode([1, None])
+    with pytest.raises(SessionError, match="half-written"):
+        s.decode([1, None])
+
+
+FAILED = (
+    r"one of the 4 launches of a step of plan toy failed: .*CUDA.*; bind with poison=True \(--poison\) to run"
+)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nCompile with ..."),
+        driver.DriverError("launch graph: CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure"),
+    ],
+    ids=["torch", "driver"],
+)
+def test_an_error_of_a_step_without_poison_names_the_plan(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = session()
+    s.prefill([3], sequence=0)
+
+    def fail(self: FakeGraph, stream: int) -> None:
+        raise error
+
+    monkeypatch.setattr(FakeGraph, "launch", fail)
+    for request in (lambda: s.prefill([1]), lambda: s.decode([1, 2])):
+        with pytest.raises(driver.DriverError, match=FAILED) as raised:
+            request()
+        assert "\n" not in str(raised.value)
+        with pytest.raises(SessionError, match="half-written"):
+            request()
+        s.reset()
+
+
+@pytest.mark.parametrize("look", [lambda s: s.wait(), lambda s: s.next_tokens], ids=["wait", "next_tokens"])
+def test_an_error_that_comes_up_later_names_the_plan(
+    look: Callable[[CudaSession], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    s = session()
+    s.prefill([3], sequence=0)
+
+    def fail(what: str) -> None:
+        raise driver.DriverError(f"{what}: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access")
+
+    monkeypatch.setattr(driver, "synchronize", fail)
+    with pytest.raises(driver.DriverError, match=FAILED):
+        look(s)
     with pytest.raises(SessionError, match="half-written"):
         s.decode([1, None])
 
