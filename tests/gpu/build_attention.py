@@ -144,20 +144,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="sm_90a")
     parser.add_argument("--store", type=Path, default=Path(".device/store"))
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    folder = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
     every = list(cases())
     emissions = [emit(case.spec) for case in every]
     built = build([Source(e.symbol, e.source) for e in emissions], options.target, options.store)
     for emission, kernel in zip(emissions, built, strict=True):
-        (FOLDER / f"{emission.symbol}.cubin").write_bytes(kernel.cubin)
+        (folder / f"{emission.symbol}.cubin").write_bytes(kernel.cubin)
         r = kernel.resources
         print(
             f"{emission.symbol:24} grid {emission.grid[0]:5} shared {emission.shared:6} "
             f"regs {r.registers:3} stack {r.stack}"
         )
     descriptions = [describe(c, e) for c, e in zip(every, emissions, strict=True)]
-    (FOLDER / "cases.json").write_text(json.dumps(descriptions, indent=1))
+    (folder / "cases.json").write_text(json.dumps(descriptions, indent=1))
 
 
 if __name__ == "__main__":

@@ -77,14 +77,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="sm_90a")
     parser.add_argument("--store", type=Path, default=Path(".device/store"))
+    parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
-    FOLDER.mkdir(parents=True, exist_ok=True)
+    folder = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
     every = list(specs())
     built = build([Source(e.symbol, e.source) for _, _, e in every], options.target, options.store)
     cases = []
     for (kind, spec, emission), kernel in zip(every, built, strict=True):
         name = f"{emission.symbol}_{kernel.key[:12]}.cubin"
-        (FOLDER / name).write_bytes(kernel.cubin)
+        (folder / name).write_bytes(kernel.cubin)
         assert kernel.resources.stack == 0, f"{spec} spills {kernel.resources.stack} bytes per thread"
         cases.append(
             {
@@ -100,8 +102,8 @@ def main() -> None:
                 "registers": kernel.resources.registers,
             }
         )
-    (FOLDER / "cases.json").write_text(json.dumps(cases, indent=1))
-    print(f"{len(cases)} cases in {FOLDER}")
+    (folder / "cases.json").write_text(json.dumps(cases, indent=1))
+    print(f"{len(cases)} cases in {folder}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ through 96 MB or more.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import statistics
@@ -32,9 +33,9 @@ Tensors = dict[str, Tensor]
 class Case:
     """One compiled kernel and how to launch it on tensors by operand name."""
 
-    def __init__(self, entry: dict[str, Any]) -> None:
+    def __init__(self, entry: dict[str, Any], folder: Path) -> None:
         self.kind, self.spec, self.parameters = entry["kind"], entry["spec"], entry["parameters"]
-        self.library = Library((FOLDER / entry["cubin"]).read_bytes(), entry["cubin"])
+        self.library = Library((folder / entry["cubin"]).read_bytes(), entry["cubin"])
         cluster = entry["cluster"][0]
         kernel = self.library.kernel(entry["symbol"], shared=entry["shared"], cluster=cluster)
         self.shape = (kernel, tuple(entry["grid"]), entry["block"], entry["shared"])
@@ -529,9 +530,14 @@ def time_together(cases: list[Case], rows: list[str], size: str, hidden: int, ex
 
 def main() -> int:
     """Check all, time some, print the table last."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--no-time", action="store_true")
+    options = parser.parse_args()
     torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
     torch.zeros(1, device=DEVICE)
-    cases = [Case(entry) for entry in json.loads((FOLDER / "cases.json").read_text())]
+    entries = json.loads((options.folder / "cases.json").read_text())
+    cases = [Case(entry, options.folder) for entry in entries]
     report = Report()
     for case in cases:
         if case.kind in CHECKS:
@@ -540,17 +546,19 @@ def main() -> int:
             check_chain(case, report)
         case.alive.clear()
     rows: list[str] = []
-    for case in cases:
+    for case in [] if options.no_time else cases:
         timed = case.spec.get("hidden", 4096) in (4096, 7168) and case.spec.get("experts", 256) > 8
         if case.kind in MAKERS and timed and case.spec["rows"] in (1, 2, 8):
             time_alone(case, rows)
-    time_together(cases, rows, "", 4096, 256)
-    time_together(cases, rows, "_pro", 7168, 384)
+    if not options.no_time:
+        time_together(cases, rows, "", 4096, 256)
+        time_together(cases, rows, "_pro", 7168, 384)
     print(f"{torch.cuda.get_device_name()}: {len(cases)} kernels")
     print("worst errors: " + ", ".join(f"{k} {v:.3g}" for k, v in report.worst.items()))
+    if rows:
+        print(f"{'us per launch':112} {'plain':>6} {'progr.':>6}")
+        print("\n".join(rows))
     print("\n".join(report.failures[:40]) or "all checks pass")
-    print(f"{'us per launch':112} {'plain':>6} {'progr.':>6}")
-    print("\n".join(rows))
     return bool(report.failures)
 
 

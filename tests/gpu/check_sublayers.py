@@ -1,8 +1,8 @@
 """Recorded inputs through a plan's launches, by sublayer: python -m tests.gpu.check_sublayers PLAN CASE.
 
-Row by row, what was recorded is put where the launch before would have left it, and what the launches leave is
-compared: `kv`, `entries`, index keys from the caches, selections as sets, all within the case's bounds. What a
-kernel keeps to itself (`qr`, `q`, `index_q`) the reference makes of what the device stored. Batch 1.
+Row by row, what was recorded is put where the launch before would have left it, and what the launches leave
+is compared: `kv`, `entries`, index keys from the caches, selections as sets, all within the case's bounds.
+What kernels keep to themselves (`qr`, `q`, `index_q`) the reference makes of what is stored. Batch 1.
 """
 
 from __future__ import annotations

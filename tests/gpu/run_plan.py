@@ -25,10 +25,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
 from dsv4c.errors import Dsv4cError
+from dsv4c.runtime import driver
 from dsv4c.runtime.codec import Quantized, dequantize, view
 from dsv4c.runtime.cuda import CudaExecutor, CudaSession, block_bytes
 from dsv4c.runtime.plan import KernelLaunch, Plan, load
 from tests.goldens import Recorded, Run, recorded
+from tests.gpu.plain import PlainGraph
 
 WAITS = ("Synchronize", "Sync", "Malloc", "Free", "MemAlloc", "EventQuery")
 ALLOCATIONS = ("allocation.all.allocated", "segment.all.allocated", "num_device_alloc")
@@ -300,6 +302,22 @@ def _comparer(
     return compare
 
 
+# --- for tools that watch ---
+
+
+def smoke(session: CudaSession, ids: Sequence[int]) -> int:
+    """A few steps: the first ones, ends of windows, more entries than are chosen."""
+    session.prefill(ids[:2])
+    at = session.executor.states["position"]
+    assert isinstance(at, Tensor)
+    for position in (3, 63, 127):
+        at.fill_(position)
+        session.executor.step()
+        session.wait()
+    print(f"{len(session.executor.launches)} launches, 5 steps")
+    return 0
+
+
 # --- faults ---
 
 
@@ -332,9 +350,13 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--fault", action="store_true", help="break a pointer, want the launch named")
     parser.add_argument("--smoke", action="store_true", help="a few steps, for compute-sanitizer")
+    parser.add_argument("--plain", action="store_true", help="kernels launched one by one, without a graph")
+    parser.add_argument("--quick", action="store_true", help="neither trace nor times: others use the GPU")
     options = parser.parse_args()
     started = time.perf_counter()
     plan, case = load(options.plan), recorded(options.case)
+    if options.plain:
+        driver.Graph = PlainGraph  # type: ignore[assignment, misc]
     if options.fault:
         return fault(plan, case.folder)
     torch.cuda.init()
@@ -353,16 +375,13 @@ def main() -> int:
         return 0
     table = Table()
     if options.smoke:
-        session.prefill(case.run().ids[:6])
-        session.decode(alone(session, case.run().ids[6]))
-        session.generate(2, [0])
-        session.wait()
-        return 0
+        return smoke(session, case.run().ids)
     check_runs(session, case, table, options.logits)
     check_replays(session, case, table)
     check_greedy(session, case, table)
-    table.add("microseconds per step", step_microseconds(session, case.run().ids))
-    check_quiet(session, case, table, options.steps)
+    if not (options.quick or options.plain):
+        table.add("microseconds per step", step_microseconds(session, case.run().ids))
+        check_quiet(session, case, table, options.steps)
     if options.json:
         options.json.write_text(json.dumps(table.rows, indent=1))
     print("\n".join(table.failures) or "all checks pass")

@@ -1,0 +1,234 @@
+"""All checks on a GPU: python -m tests.gpu FOLDER --out RESULTS, where `tests.gpu.build` made FOLDER.
+
+Every check runs in a process of its own with a time limit and a log in RESULTS: first side by side, as memory
+allows, then alone what measures. A table of verdicts comes last (also RESULTS/summary.txt); status 1 if any
+check failed. `--sanitize` runs compute-sanitizer's tools on a recorded plan instead. Needs no compiler.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, TextIO
+
+REPOSITORY = Path(__file__).parents[2]
+CONTEXT = 2.0  # GiB that a process takes beside its tensors
+
+
+@dataclass(frozen=True)
+class Job:
+    """One check. `alone`: nothing else may use the GPU meanwhile."""
+
+    name: str
+    command: tuple[str, ...]
+    gibibytes: float = 2.0
+    seconds: float = 240.0
+    alone: bool = False
+
+
+@dataclass
+class Running:
+    """A check under way."""
+
+    job: Job
+    process: subprocess.Popen[bytes]
+    log: TextIO
+    began: float
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a check ended."""
+
+    name: str
+    status: str
+    seconds: float
+    last: str
+
+    def __str__(self) -> str:
+        return f"{self.name:34} {self.status:9} {self.seconds:6.1f} s  {self.last[:90]}"
+
+
+def module(name: str, *arguments: object) -> tuple[str, ...]:
+    return (sys.executable, "-m", name, *map(str, arguments))
+
+
+def script(name: str, *arguments: object) -> tuple[str, ...]:
+    """The kernels' checks are scripts that import each other."""
+    return (sys.executable, str(REPOSITORY / "tests/gpu" / f"{name}.py"), *map(str, arguments))
+
+
+def jobs(folder: Path, out: Path) -> Iterator[Job]:
+    """Every check of what `folder` holds, long ones first."""
+    plans = json.loads((folder / "plans.json").read_text())
+    recorded = [plan for plan in plans if plan["use"] == "recorded"]
+    for plan in plans:
+        if plan["use"] != "times":
+            yield layers_job(folder, plan)
+    for name, only in (("attention", "swa,csa,hca,tiny"), ("state", "state"), ("index", "index,topk")):
+        yield Job(
+            f"kernels {name}",
+            script("check_attention", "--folder", folder / "attention", "--only", only, "--no-time"),
+        )
+    for name, kernels in (("gemv", "gemv"), ("experts", "gemv"), ("hyper", "hyper")):
+        command = script(f"check_{name}", "--folder", folder / kernels, "--no-time")
+        yield Job(f"kernels {name}", command, gibibytes=6.0)
+    for plan in recorded:
+        path, case, small = folder / plan["name"], plan["model"], plan["gibibytes"] + CONTEXT
+        yield Job(f"runs {plan['name']}", module("tests.gpu.run_plan", path, case, "--quick"), small)
+        if plan["batch"] > 1:
+            continue
+        yield Job(f"sublayers {plan['name']}", module("tests.gpu.check_sublayers", path, case), small)
+        yield Job(f"fault {plan['name']}", module("tests.gpu.run_plan", path, case, "--fault"), small)
+    for plan in recorded:
+        if plan["batch"] == 1:
+            command = module(
+                "tests.gpu.run_plan",
+                folder / plan["name"],
+                plan["model"],
+                "--json",
+                out / f"{plan['name']}.json",
+            )
+            yield Job(f"trace {plan['name']}", command, alone=True)
+    timed = [folder / plan["name"] for plan in plans if plan["use"] == "times"]
+    if timed:
+        yield Job("times", module("benchmarks.layers", *timed, "--json", out / "layers.json"), alone=True)
+
+
+def layers_job(folder: Path, plan: Mapping[str, Any]) -> Job:
+    """Launch by launch; the reference holds every weight a second time."""
+    command = ["tests.gpu.check_layers", folder / plan["name"], *(f"--at={at}" for at in plan["at"])]
+    if plan["use"] == "recorded":
+        command += ["--weights", plan["model"], "--every", 8]
+    else:
+        command += ["--every", 4]
+    return Job(f"layers {plan['name']}", module(*command), 2.1 * plan["gibibytes"] + 2 * CONTEXT)
+
+
+def sanitizer_jobs(folder: Path, sanitizer: str) -> Iterator[Job]:
+    """Few steps of a recorded plan. Torch's own kernels are left out, and for what keeps track of every access
+    the plan's run one by one, without a graph: the tools need memory for each launch not yet waited for.
+    """
+    plans = json.loads((folder / "plans.json").read_text())
+    plan = next(p for p in plans if p["use"] == "recorded" and p["batch"] == 1)
+    own = ("--kernel-name-exclude", "kns=native", "--error-exitcode", "9")
+    smoke = module("tests.gpu.run_plan", folder / plan["name"], plan["model"], "--smoke")
+    yield Job("memcheck", (sanitizer, "--tool", "memcheck", *own, *smoke), 16.0, 300.0)
+    for tool in ("racecheck", "synccheck"):
+        command = (sanitizer, "--tool", tool, "--force-blocking-launches", *own, *smoke, "--plain")
+        yield Job(tool, command, 32.0, 500.0)
+
+
+def run(job: Job, out: Path, threads: int) -> Running:
+    """Start it."""
+    log = (out / f"{job.name.replace(' ', '-')}.txt").open("w")
+    log.write(f"$ {' '.join(job.command[1:] if job.command[0] == sys.executable else job.command)}\n")
+    log.flush()
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": str(threads)}
+    process = subprocess.Popen(
+        job.command, cwd=REPOSITORY, env=environment, stdout=log, stderr=subprocess.STDOUT
+    )
+    return Running(job, process, log, time.monotonic())
+
+
+def ended(running: Running, deadline: float) -> Verdict | None:
+    """What came of it, or None while it runs. Past its time it is killed."""
+    seconds = time.monotonic() - running.began
+    status = running.process.poll()
+    late = seconds > running.job.seconds or time.monotonic() > deadline
+    if status is None and not late:
+        return None
+    if status is None:
+        running.process.kill()
+        running.process.wait()
+    running.log.close()
+    lines = [line for line in Path(running.log.name).read_text(errors="replace").splitlines() if line.strip()]
+    word = "too slow" if status is None else "ok" if status == 0 else f"FAILS {status}"
+    return Verdict(running.job.name, word, seconds, lines[-1].strip())
+
+
+def together(wanted: Sequence[Job], out: Path, limit: float, gibibytes: float, at_once: int) -> list[Verdict]:
+    """Run jobs side by side, as many as fit; those marked `alone` one by one after the others."""
+    deadline = time.monotonic() + limit
+    waiting = sorted(wanted, key=lambda job: job.alone)
+    under_way: list[Running] = []
+    verdicts: list[Verdict] = []
+    while waiting or under_way:
+        used = sum(r.job.gibibytes for r in under_way)
+        for job in list(waiting):
+            fits = used + job.gibibytes <= gibibytes and len(under_way) < at_once
+            if under_way and (job.alone or any(r.job.alone for r in under_way) or not fits):
+                continue
+            if job.alone and any(not other.alone for other in waiting):
+                continue
+            waiting.remove(job)
+            if time.monotonic() > deadline:
+                verdicts.append(Verdict(job.name, "not run", 0.0, "no time left"))
+                continue
+            under_way.append(run(job, out, max(1, (os.cpu_count() or 1) // (1 if job.alone else at_once))))
+            used += job.gibibytes
+        time.sleep(0.05)
+        for running in list(under_way):
+            verdict = ended(running, deadline)
+            if verdict is not None:
+                under_way.remove(running)
+                verdicts.append(verdict)
+                print(verdict, flush=True)
+    return verdicts
+
+
+def device() -> str:
+    """Name, driver and memory of the GPU, as nvidia-smi says."""
+    command = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
+    if shutil.which(command[0]) is None:
+        return "no nvidia-smi"
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def main() -> int:
+    """Run what is asked for, print the table, keep it."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", default="", help="checks whose names contain one of these words, a,b,...")
+    parser.add_argument(
+        "--sanitize", nargs="?", const="compute-sanitizer", help="run the tools of this compute-sanitizer"
+    )
+    parser.add_argument("--seconds", type=float, default=3600.0, help="for everything; the rest is not run")
+    parser.add_argument("--gibibytes", type=float, default=130.0, help="of the GPU's memory")
+    parser.add_argument("--at-once", type=int, default=8, help="processes side by side")
+    parser.add_argument("--list", action="store_true", help="print the commands and stop")
+    options = parser.parse_args()
+    folder, out = options.folder.resolve(), options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if options.sanitize and shutil.which(options.sanitize) is None:
+        parser.error(f"no {options.sanitize} on this machine; give its path to --sanitize")
+    known = sanitizer_jobs(folder, options.sanitize) if options.sanitize else jobs(folder, out)
+    words = [word for word in options.only.split(",") if word] or [""]
+    wanted = [job for job in known if any(word in job.name for word in words)]
+    if options.list:
+        print("\n".join(f"{job.name:34} {' '.join(job.command)}" for job in wanted))
+        return 0
+    began = datetime.now(UTC)
+    verdicts = together(wanted, out, options.seconds, options.gibibytes, options.at_once)
+    failed = [v for v in verdicts if v.status != "ok"]
+    spent = (datetime.now(UTC) - began).total_seconds()
+    total = f"{len(verdicts)} checks in {spent:.0f} s, {len(failed)} failed"
+    lines = [f"{began:%Y-%m-%d %H:%M} UTC, {device()}: {total}"]
+    lines += [str(verdict) for verdict in sorted(verdicts, key=lambda v: v.name)]
+    (out / "summary.txt").write_text("\n".join(lines) + "\n")
+    print("\n".join([lines[0], *map(str, failed)]))
+    return int(bool(failed) or not verdicts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
