@@ -115,8 +115,8 @@ def layers_job(folder: Path, plan: Mapping[str, Any]) -> Job:
 
 
 def sanitizer_jobs(folder: Path, sanitizer: str) -> Iterator[Job]:
-    """Few steps of a recorded plan. Torch's own kernels are left out, and for what keeps track of every access
-    the plan's run one by one, without a graph: the tools need memory for each launch not yet waited for.
+    """Few steps of a recorded plan, without torch's own kernels. For tools that keep track of every access
+    its kernels run one by one, without a graph: memory for tracking is held until a launch is waited for.
     """
     plans = json.loads((folder / "plans.json").read_text())
     plan = next(p for p in plans if p["use"] == "recorded" and p["batch"] == 1)

@@ -1,10 +1,10 @@
 """Every launch of a plan against the reference, on the operands that the device itself made: python -m
 tests.gpu.check_layers PLAN.
 
-Errors cannot pile up from launch to launch: a wrong launch shows itself. Each result has the limit of its kind
-(`limit`), selections must be equal. `--weights W` takes a checkpoint or a recorded case, not random weights;
-`--at 0:400` runs 400 steps from an empty context, `--at 130000:50` fills the caches at random first. In a
-batch sequence s starts s steps late. Needs torch and cuda-bindings, no compiler.
+Errors cannot pile up from launch to launch: a wrong launch shows itself. Each result has the limit of its
+kind (`limit`), selections must be equal. `--weights W` takes a checkpoint or a recorded case, not random
+weights; `--at 0:400` runs 400 steps from an empty context, `--at 130000:50` fills the caches at random first.
+In a batch sequence s starts s steps late. Needs torch and cuda-bindings, no compiler.
 """
 
 from __future__ import annotations

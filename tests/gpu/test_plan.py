@@ -1,4 +1,4 @@
-"""`run_plan.py` as tests: compile the recorded models and check their plans on a GPU, where there is one."""
+"""Checks of plans as tests: compile the recorded models and run them on a GPU, where there is one."""
 
 from __future__ import annotations
 
@@ -48,20 +48,35 @@ def compiled(plans: Path, case: str, recipe: str, batch: int) -> Path:
     return folder
 
 
-def run_plan(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """`run_plan.py` in a process of its own, as a CUDA error takes its context along."""
-    command = [sys.executable, "-m", "tests.gpu.run_plan", *arguments]
+def run_module(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A check in a process of its own, as a CUDA error takes its context along."""
+    command = [sys.executable, "-m", f"tests.gpu.{name}", *arguments]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize(("case", "recipe", "batch"), CASES)
 def test_a_recorded_model_on_the_device(plans: Path, case: str, recipe: str, batch: int) -> None:
-    done = run_plan(str(compiled(plans, case, recipe, batch)), case)
+    done = run_module("run_plan", str(compiled(plans, case, recipe, batch)), case)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "all checks pass" in done.stdout
 
 
+@pytest.mark.parametrize(("case", "recipe"), [(c, r) for c, r, batch in CASES if batch == 1])
+def test_recorded_inputs_of_sublayers(plans: Path, case: str, recipe: str) -> None:
+    done = run_module("check_sublayers", str(compiled(plans, case, recipe, 1)), case)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ", 0 beyond their bounds" in done.stdout
+
+
+def test_every_launch_against_the_reference(plans: Path) -> None:
+    case, recipe, batch = CASES[1]
+    plan = str(compiled(plans, case, recipe, batch))
+    done = run_module("check_layers", plan, "--weights", case, "--at", "0:140", "--every", "8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "all results within their limits" in done.stdout
+
+
 def test_a_fault_names_its_launch(plans: Path) -> None:
-    done = run_plan(str(compiled(plans, *CASES[0])), CASES[0][0], "--fault")
+    done = run_module("run_plan", str(compiled(plans, *CASES[0])), CASES[0][0], "--fault")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "named: launch " in done.stdout
