@@ -64,7 +64,9 @@ class Node:
 
 
 class Graph:
-    """A frozen program. Equality and hash are structural: they ignore the names of node results."""
+    """A frozen program. Equality and hash are structural: two graphs are equal if they compute the same values
+    of the same operands. Names of node results do not matter, nor the order of nodes where no operand tells it.
+    """
 
     def __init__(
         self,
@@ -119,15 +121,39 @@ class Graph:
     @cached_property
     def digest(self) -> str:
         """Structural hash: ops, wiring, types, and the names of inputs, states, params and outputs."""
-        number = {v: i for i, v in enumerate(self.values())}
+        nodes = self._from_outputs()
+        given = (*self.inputs, *self.states, *self.params)
+        number = {v: i for i, v in enumerate((*given, *(v for node in nodes for v in node.outputs)))}
         h = hashlib.sha256()
         for values in (self.inputs, self.states, self.params):
             h.update(repr([(v.kind.value, v.name, str(v.type)) for v in values]).encode())
-        for node in self.nodes:
+        for node in nodes:
             wiring = [number[v] for v in node.inputs]
             h.update(f"{node.op!r}{wiring}{[str(v.type) for v in node.outputs]}".encode())
         h.update(repr([(name, number[v]) for name, v in self.outputs.items()]).encode())
         return h.hexdigest()
+
+    def _from_outputs(self) -> list[Node]:
+        """All nodes, makers before readers, as a walk back from the outputs and the last writes meets them:
+        wiring alone decides this order. What neither depends on follows in its own."""
+        ends = [v.node for v in (*self.outputs.values(), *self.finals.values())]
+        ordered: list[Node] = []
+        seen: set[Node] = set()
+        for end in (*ends, *self.nodes):
+            if end is None or end in seen:
+                continue
+            seen.add(end)
+            stack = [(end, iter(end.inputs))]
+            while stack:
+                node, operands = stack[-1]
+                maker = next((v.node for v in operands if v.node is not None and v.node not in seen), None)
+                if maker is None:
+                    ordered.append(node)
+                    stack.pop()
+                else:
+                    seen.add(maker)
+                    stack.append((maker, iter(maker.inputs)))
+        return ordered
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Graph) and self.digest == other.digest

@@ -40,7 +40,9 @@ class Change:
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """From graph `a` to graph `b`; signature lists inputs, states, params and outputs that came or went."""
+    """From graph `a` to graph `b`; signature lists inputs, states, params and outputs that came, went or are
+    another value, and whether nodes that both have stand in another order.
+    """
 
     a: Graph
     b: Graph
@@ -131,7 +133,14 @@ def _signature(a: Graph, b: Graph) -> Iterable[str]:
             yield f"- output {label}"
         elif b.outputs[label].type != value.type:
             yield f"~ output {label}: {value.type} -> {b.outputs[label].type}"
+        elif b.outputs[label].name != value.name:
+            yield f"~ output {label}: %{value.name} -> %{b.outputs[label].name}"
     yield from (f"+ output {label}" for label in b.outputs if label not in a.outputs)
+    names = {node.name for node in a.nodes} & {node.name for node in b.nodes}
+    orders = [[node.name for node in graph.nodes if node.name in names] for graph in (a, b)]
+    moved = sum(one != other for one, other in zip(*orders, strict=True))
+    if moved:
+        yield f"~ order: {moved:,} nodes stand elsewhere"
 
 
 def _declarations(word: str, old: dict[str, Any], new: dict[str, Any]) -> Iterable[str]:

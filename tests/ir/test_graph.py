@@ -6,7 +6,7 @@ import pytest
 
 from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value, current_builder, rewrite
-from dsv4c.ir.ops import add, cache_write, rms_norm, scale, silu, sink_softmax
+from dsv4c.ir.ops import add, cache_write, gather, reshape, rms_norm, scale, silu, sink_softmax
 from dsv4c.ir.ops.math import Scale, Silu
 from dsv4c.types import BF16, F32, I32, TensorType
 
@@ -135,6 +135,39 @@ def test_equality_sees_wiring() -> None:
         return b.finish({"z": z})
 
     assert graph(False) != graph(True)
+
+
+def branches(order: str, crossed: bool = False, dead: str = "") -> Graph:
+    """Two chains that meet, a state that one reads and then the other writes, nodes emitted in `order`."""
+    with Builder("g") as b:
+        x, index = b.input("x", X), b.input("index", TensorType(I32, (2,)))
+        cache = b.state("cache", TensorType(BF16, (1, 8, 4)))
+        made: dict[str, Value] = {"x": x}
+        steps = {
+            "a": lambda: silu(x),
+            "A": lambda: scale(made["b" if crossed else "a"], factor=2.0),
+            "b": lambda: silu(x),
+            "B": lambda: scale(made["b"], factor=3.0),
+            "r": lambda: gather(cache, reshape(index, shape=(2, 1))),
+            "w": lambda: cache_write(cache, made["B"], index),
+            "d": lambda: silu(made["A"]),
+            "D": lambda: scale(made["A"], factor=5.0),
+        }
+        for step in order + dead:
+            made[step] = steps[step]()
+    return b.finish({"A": made["A"], "B": made["B"], "r": made["r"]})
+
+
+def test_equality_ignores_the_order_that_no_operand_tells() -> None:
+    orders = ["aAbBrw", "bBaArw", "abABrw", "rbBwaA"]
+    assert {branches(order) for order in orders} == {branches("aAbBrw")}
+    assert branches("abABrw", crossed=True) != branches("abABrw")  # equal nodes, another wiring
+    assert branches("abABrw", dead="d") != branches("abABrw")
+    assert branches("abABrw", dead="d") != branches("abABrw", dead="D")
+
+
+def test_equality_sees_a_write_that_no_output_shows() -> None:
+    assert branches("aAbBr") != branches("aAbBrw")
 
 
 def test_equality_sees_types_of_declarations() -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, Neighborhood, fused, trace
-from dsv4c.ir.graph import Builder, Graph, Node, Value
+from dsv4c.ir.graph import Builder, Graph, Node, Value, rewrite
 from dsv4c.ir.op import Op
 from dsv4c.ir.ops import (
     add,
@@ -36,7 +36,7 @@ from dsv4c.ir.ops import (
 from dsv4c.ir.ops.norm import Normalize, Softmax
 from dsv4c.ir.text import parse_graph, print_graph
 from dsv4c.ir.verify import verify
-from dsv4c.passes.fold import FoldReport, Match, Rule, expand, fold
+from dsv4c.passes.fold import COMMUTATIVE, FoldReport, Match, Rule, expand, fold
 from dsv4c.reference.interpret import interpret
 from dsv4c.runtime.codec import Quantized
 from dsv4c.types import BF16, F32, FP8_ROW, I32, MXFP4, DType, QuantFormat, TensorType, parse_type
@@ -513,6 +513,19 @@ def parts(value: Any) -> list[torch.Tensor]:
     return list(value.parts) if isinstance(value, Quantized) else [value]
 
 
+def commuted(graph: Graph) -> Graph:
+    """The operands of sums and products in the order of their names, for a match may take them either way."""
+
+    def visit(builder: Builder, node: Node, values: dict[Value, Value]) -> bool:
+        if node.op.name not in COMMUTATIVE:
+            return False
+        operands = tuple(values[v] for v in sorted(node.inputs, key=lambda v: v.name))
+        values.update(zip(node.outputs, builder.emit(node.op, operands, names=[node.name]), strict=True))
+        return True
+
+    return rewrite(graph, visit)
+
+
 @settings(max_examples=120, deadline=None)
 @given(graphs())
 def test_random_graphs_keep_their_meaning(graph: Graph) -> None:
@@ -525,5 +538,6 @@ def test_random_graphs_keep_their_meaning(graph: Graph) -> None:
             assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), name
     assert fold(new, RULES)[0] == new
     back = verify(expand(new))
+    assert commuted(back) == commuted(graph)
     assert fold(back, RULES)[0] == new
     assert sum(report.counts.values()) == sum(isinstance(n.op, Fused) for n in new.nodes)

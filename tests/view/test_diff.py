@@ -90,3 +90,24 @@ def test_outputs_that_came_went_or_changed() -> None:
         "~ output same: bf16[2,4] -> f32[2,4]",
         "+ output new",
     )
+
+
+def test_an_output_of_another_value_is_a_difference() -> None:
+    def either(first: bool) -> Graph:
+        with Builder("g") as b:
+            x = b.input("x", X)
+            y, z = silu(x, name="y"), scale(x, factor=2.0, name="z")
+        return b.finish({"out": y if first else z, "other": z})
+
+    assert diff(either(True), either(False)).signature == ("~ output out: %y -> %z",)
+
+
+def test_another_order_is_a_difference() -> None:
+    def either(first: bool) -> Graph:
+        with Builder("g") as b:
+            x = b.input("x", X)
+            for name in "yz" if first else "zy":
+                silu(x, name=name)
+        return b.finish({n.name: n.outputs[0] for n in sorted(b.nodes, key=lambda n: n.name)})
+
+    assert diff(either(True), either(False)).signature == ("~ order: 2 nodes stand elsewhere",)

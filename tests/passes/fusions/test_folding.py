@@ -91,8 +91,11 @@ def test_without_quantization_the_output_projection_stays_a_linear(recipe: str) 
 def test_expanding_gives_the_unfused_graph_back(recipe: str, mode: Mode) -> None:
     graph, _ = folded("tiny", recipe, mode)
     back = verify(expand(graph))
-    assert wiring(back) == wiring(unfolded("tiny", recipe, mode))
-    assert wiring(fold(back, RULES)[0]) == wiring(graph)
+    assert back == unfolded("tiny", recipe, mode)
+    assert wiring(back) == wiring(unfolded("tiny", recipe, mode))  # names too
+    again, _ = fold(back, RULES)
+    assert again == graph
+    assert wiring(again) == wiring(graph)
 
 
 @pytest.mark.parametrize(("recipe", "mode"), CASES)
@@ -168,6 +171,14 @@ def test_sinkhorn_is_one_op_of_each_boundary(model: str) -> None:
     graph, report = folded(model, "official", "decode")
     assert report.counts["sinkhorn"] == 2 * config.num_layers == {LARGE[0]: 86, LARGE[1]: 122}[model]
     assert {n.op.iterations for n in graph.nodes if n.op.name == "hyper_norm"} == {config.hc_sinkhorn_iters}
+
+
+@pytest.mark.parametrize("model", LARGE)
+def test_expanding_and_folding_a_large_model_are_each_others_undo(model: str) -> None:
+    graph, _ = folded(model, "official", "decode")
+    back = expand(graph)
+    assert back == unfolded(model, "official", "decode")
+    assert fold(back, RULES)[0] == graph
 
 
 @pytest.mark.parametrize("model", LARGE)
