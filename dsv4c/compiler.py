@@ -1,6 +1,6 @@
 """From a config to a plan, every stage in order. Read `compile` top to bottom; the rest serves it.
 
-Nothing here loads torch: a plan is made from names, types and text.
+A plan is made from names, types and text; only certificates that are not kept yet need torch, to evaluate them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def compile(
     disable: Sequence[str] = (),
     enable: Sequence[str] = (),
     resumed: Saved | None = None,
-    certify: bool = False,
+    certify: bool = True,
     inspect: Callable[[str, Compiled], None] | None = None,
     cache: Path | None = None,
     progress: Progress | None = None,
@@ -67,8 +67,8 @@ def compile(
     built-in ones and those of installed packages, without those of `disable` ("all": every one) that `enable`
     does not take back; `expected` counts of applications must hold for the decode bucket. `order` "memory"
     looks for a launch order that needs a smaller arena. `inspect(mode, compiled)` sees every bucket's stages.
-    `certify` stores a certificate of every way a rule applied; those that were not kept from before take
-    seconds. A GPU target has kernels and the decode bucket alone. `cache` is the folder of compiled kernels
+    `certify` stores a certificate of every way a rule applied; those not kept from before take 2 to 90 s once.
+    A GPU target has kernels and the decode bucket alone. `cache` is the folder of compiled kernels
     and certificates (default: dsv4c's in the user's cache).
     `resumed` (`dsv4c.stages.read_saved`) goes on where a compile stopped: of the other arguments only rules,
     expected, certify, cache and progress count then.
@@ -531,10 +531,14 @@ def _reported(
         made[layer] = made.get(layer, 0) + 1
     report = dict(plan.report) | figures(placed, job, made, resumed.counts if resumed is not None else None)
     report["warnings"] = list(placed["decode"].context.warnings)
-    if resumed is not None:
-        note = f"resumed after {resumed.after}: commands that compile again do not see edits made there"
-        report["notes"] = [*report.get("notes", ()), note]
     fold = placed["decode"].context.fold
+    if resumed is not None:
+        notes = [f"resumed after {resumed.after}: commands that compile again do not see edits made there"]
+        if fold is None:
+            notes.append(
+                "no certificates: the rules had applied before the stop; compile in one go for those"
+            )
+        report["notes"] = [*report.get("notes", ()), *notes]
     rules = {f"rule {name}": r.ms / 1e3 for name, r in fold.rules.items()} if fold is not None else {}
     return replace(plan, report=report, certificates=tuple(certificates), timings={**stages.seconds, **rules})
 
@@ -546,7 +550,10 @@ def _certify(placed: Mapping[str, Compiled], cache: Path | None) -> list[dict[st
     matches = [m for p in placed.values() if p.context.fold is not None for m in p.context.fold.matches]
     found = certify(matches, folder=None if cache is None else cache / "certificates")
     for wrong in found.failed:
-        raise GraphError(f"the rule {wrong.rule} is wrong on {', '.join(wrong.operands)}: {wrong.reason}")
+        raise GraphError(
+            f"the rule {wrong.rule} is wrong on {', '.join(wrong.operands)}: {wrong.reason}; "
+            f"mend it, or leave it out with --disable {wrong.rule}"
+        )
     return [to_dict(certificate) for certificate in found.all]
 
 

@@ -208,8 +208,12 @@ def test_passes_shows_every_rule(plan: Path) -> None:
     assert rows["sinkhorn"]["matched"] == 12
     assert rows["sinkhorn"]["launches_saved"] == 12 * 40
     assert rows["attention"]["bytes_saved"] > 0
+    assert {r["certificate"] for r in rows.values() if r["matched"]} == {"bit-exact"}
+    assert rows["scaled_experts_down"]["certificate"] is None
     assert all(row["ms"] >= 0 for row in rows.values())
-    assert "kv_norm_rope_store" in command("passes", plan).out
+    table = command("passes", plan).out
+    assert "kv_norm_rope_store" in table
+    assert "bit-exact" in table
 
 
 def test_why_not_groups_refusals_and_tells_one(plan: Path) -> None:
@@ -242,7 +246,7 @@ def test_why_not_tells_of_a_rule_that_is_left_out(tmp_path: Path) -> None:
 def test_certificates_are_stored_kept_and_checked(tmp_path: Path) -> None:
     cache = ("--cache", tmp_path / "cache")
     args = ("compile", "tiny", *SMALL, "--disable", "all", "--enable", "sinkhorn", "--enable", "embed")
-    made = command(*args, "-o", tmp_path / "p", "--certify", *cache, "--json").json
+    made = command(*args, "-o", tmp_path / "p", *cache, "--json").json
     stored = dsv4c.load(tmp_path / "p").certificates
     assert made["certificates"] == len(stored) == 4  # two rules in two buckets
     assert {c["kind"] for c in stored} == {"bit-exact"}
@@ -252,11 +256,13 @@ def test_certificates_are_stored_kept_and_checked(tmp_path: Path) -> None:
     fresh = command("check", tmp_path / "p", *cache, "--fresh", "--json").json
     assert fresh["computed"] == 4
     assert "sinkhorn" in command("check", tmp_path / "p", *cache).out
+    assert "4 certificates, all bit-exact" in command(*args, "-o", tmp_path / "q", *cache).out
+    assert command(*args, "-o", tmp_path / "r", "--no-certify", "--json").json["certificates"] == 0
 
 
 def test_a_certificate_that_changed_fails_the_check(tmp_path: Path) -> None:
     cache = ("--cache", tmp_path / "cache")
-    args = ("compile", "tiny", *SMALL, "--disable", "all", "--enable", "embed", "--certify", *cache)
+    args = ("compile", "tiny", *SMALL, "--disable", "all", "--enable", "embed", *cache)
     command(*args, "-o", tmp_path / "p")
     from dataclasses import replace
 

@@ -64,8 +64,9 @@ class Node:
 
 
 class Graph:
-    """A frozen program. Equality and hash are structural: two graphs are equal if they compute the same values
-    of the same operands. Names of node results do not matter, nor the order of nodes where no operand tells it.
+    """A frozen program. Equality and hash are structural: equal graphs compute the same from the same operands.
+
+    Names of node results do not matter, nor the order of nodes that do not depend on each other.
     """
 
     def __init__(
