@@ -1,6 +1,6 @@
 """From a config to a plan, every stage in order. Read `compile` top to bottom; the rest serves it.
 
-A plan is made from names, types and text; only certificates that are not kept yet need torch, to evaluate them.
+A plan is made from names, types and text. Torch is loaded only to evaluate certificates not kept from before.
 """
 
 from __future__ import annotations
@@ -67,9 +67,9 @@ def compile(
     built-in ones and those of installed packages, without those of `disable` ("all": every one) that `enable`
     does not take back; `expected` counts of applications must hold for the decode bucket. `order` "memory"
     looks for a launch order that needs a smaller arena. `inspect(mode, compiled)` sees every bucket's stages.
-    `certify` stores a certificate of every way a rule applied; those not kept from before take 2 to 90 s once.
-    A GPU target has kernels and the decode bucket alone. `cache` is the folder of compiled kernels
-    and certificates (default: dsv4c's in the user's cache).
+    `certify` stores a certificate of every way a rule applied; those not kept from before take seconds, once.
+    A GPU target has kernels and the decode bucket alone. `cache` is the folder of compiled kernels and
+    certificates (default: dsv4c's in the user's cache).
     `resumed` (`dsv4c.stages.read_saved`) goes on where a compile stopped: of the other arguments only rules,
     expected, certify, cache and progress count then.
     `progress(stage, done, all)` is called on the way.

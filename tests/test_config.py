@@ -561,6 +561,17 @@ def test_wrong_transformers_configs(change: Raw, message: str, refusal: Callable
     assert refusal(transformers(release()) | change).startswith(message)
 
 
+def test_yarn_without_an_attention_factor_is_noted(load: Callable[[Raw], ModelConfig]) -> None:
+    """transformers derives 0.1 ln(factor) + 1 from a nested entry without one; the model has 1.0."""
+    raw = transformers(release())
+    assert load(raw).notes == load(transformers(release())).notes
+    del raw["rope_parameters"]["compress"]["attention_factor"]
+    config = load(raw)
+    assert config == load(release())
+    (note,) = set(config.notes) - set(load(transformers(release())).notes)
+    assert note.startswith("rope_parameters.compress has no attention_factor: 1.0 was taken")
+
+
 def test_yarn_on_the_sliding_window_layers(refusal: Callable[[Raw], str]) -> None:
     raw = transformers(release())
     raw["rope_parameters"]["main"]["rope_type"] = "yarn"

@@ -118,7 +118,13 @@ def _rope_parameters(reading: Reading) -> None:
     if main != "default":
         expected = "'default', as sliding-window layers have no YaRN"
         reading.refuse("rope_parameters.main.rope_type", shown(main), expected)
-    rope_scaling(reading, "rope_parameters.compress", parameters["compress"])
+    compress = parameters["compress"]
+    rope_scaling(reading, "rope_parameters.compress", compress)
+    if rope_type(compress) == "yarn" and "attention_factor" not in compress:
+        reading.notes.append(
+            "rope_parameters.compress has no attention_factor: 1.0 was taken, as DeepSeek-V4 never rescales "
+            "cos and sin; transformers derives another from the factor there, so write the 1.0 down"
+        )
 
 
 def _rope_dims(reading: Reading) -> None:

@@ -64,9 +64,8 @@ class Node:
 
 
 class Graph:
-    """A frozen program. Equality and hash are structural: equal graphs compute the same from the same operands.
-
-    Names of node results do not matter, nor the order of nodes that do not depend on each other.
+    """A frozen program. Equality and hash are structural: they ignore the names of node results and the
+    order of nodes that do not depend on each other.
     """
 
     def __init__(
@@ -232,6 +231,11 @@ class Builder:
             n += 1
         self._counters[name] = n
         return f"{name}_{n}"
+
+    def rename(self, value: Value, name: str) -> None:
+        """Give a node's result another name below the current scope."""
+        self._names.remove(value.name)
+        value.name = self._claim(self.fresh(f"{self._scope}.{name}" if self._scope else name))
 
     def _declare(self, group: list[Value], name: str, type_: Type, kind: Kind) -> Value:
         value = Value(self._claim(name), type_, kind)

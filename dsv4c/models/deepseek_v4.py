@@ -137,7 +137,12 @@ class _Model:
         return frequencies
 
     def to(self, x: Value, dtype: DType, name: str = "") -> Value:
-        return x if x.type == TensorType(dtype, x.type.shape) else cast(x, to=dtype, name=name)
+        """`x` cast, and known by `name` whether or not there is anything to cast."""
+        if x.type != TensorType(dtype, x.type.shape):
+            x = cast(x, to=dtype, name=name)
+        elif name:
+            self.builder.rename(x, name)
+        return x
 
     # --- the frame -----------------------------------------------------------------------------------------
 

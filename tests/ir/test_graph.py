@@ -79,6 +79,15 @@ def test_a_fresh_name_skips_taken_ones() -> None:
     assert b.fresh("z") == "z"
 
 
+def test_a_result_gets_another_name() -> None:
+    with Builder("g") as b, b.scope("layers.0"):
+        x = b.input("x", X)
+        y, z = silu(x, name="sum"), silu(x, name="out")
+        b.rename(y, "out")
+    assert (y.name, z.name) == ("layers.0.out_2", "layers.0.out")
+    assert b.fresh("layers.0.sum") == "layers.0.sum"  # free again
+
+
 def test_a_name_is_taken_once() -> None:
     b = Builder("g")
     b.input("x", X)

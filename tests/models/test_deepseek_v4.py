@@ -149,3 +149,14 @@ def test_whole_text_of_the_rest(graphs: dict[str, Graph], golden) -> None:
     golden("\n".join(print_nodes(nodes)), "model/frame.decode.txt")
     nodes = [n for n in graphs["mtp"].nodes if n.scope in ("", "mtp.0", "mtp.0.output")]
     golden("\n".join(print_nodes(nodes)), "model/frame.mtp.txt")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_names_do_not_depend_on_the_activation_type(mode: Mode) -> None:
+    """Where F32 leaves nothing to cast, the value itself goes by the name that the cast would have."""
+
+    wide, narrow = (build(load_config("tiny"), DEPLOYMENT, mode, dtype) for dtype in (F32, BF16))
+    casts = [n.name for n in narrow.nodes if n.op.name == "cast"]
+    named = {name for name in casts if not name.rpartition(".")[2].startswith("cast")}
+    assert {name.rpartition(".")[2] for name in named} >= {"h", "ffn_out", "x_ffn"}
+    assert named - wide.by_name.keys() == set()

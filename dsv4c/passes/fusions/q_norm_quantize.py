@@ -11,7 +11,10 @@ from dsv4c.types import DType, QuantFormat
 
 @fused
 class QNormQuantize(Fused):
-    """qa[N, r] -> wq_b · quantize(rms_norm(qa)), and the indexer's projection of that row if there is one."""
+    """qa[N, r] -> wq_b · quantize(rms_norm(qa)), and the indexer's projection of that row if there is one.
+
+    The two inputs of the draft block have this form, too: enorm into e_proj, hnorm into h_proj.
+    """
 
     literals = ("rms_norm.precision", "rmsnorm_quantize.keep")
     eps: float

@@ -147,15 +147,24 @@ def launches(graph: Graph, model: str) -> dict[str, list[int]]:
 
 
 def test_rule_counts(golden: Golden) -> None:
-    counts = {model: folded(model, "official", "decode")[1].counts for model in LARGE}
-    lines = [f"{'rule':<20}{'Flash':>8}{'Pro':>8}"]
-    lines += [f"{rule:<20}{n:>8}{counts[LARGE[1]][rule]:>8}" for rule, n in counts[LARGE[0]].items()]
+    modes: tuple[Mode, ...] = ("decode", "mtp")
+    counts = [folded(model, "official", mode)[1].counts for mode in modes for model in LARGE]
+    lines = [f"{'rule':<20}" + "".join(f"{h:>12}" for h in ("Flash", "Pro", "Flash draft", "Pro draft"))]
+    lines += [f"{rule:<20}" + "".join(f"{each[rule]:>12}" for each in counts) for rule in counts[0]]
     lines.append("")
     for model in LARGE:
         for kind, each in launches(folded(model, "official", "decode")[0], model).items():
             numbers = ", ".join(f"{n} x {count}" for count, n in sorted(Counter(each).items()))
             lines.append(f"{model} {kind}: {numbers} launches")
     golden("\n".join(lines), "passes/rule_counts.txt")
+
+
+def test_norms_into_projections_are_the_ones_named() -> None:
+    """Besides the query, the draft's two inputs: enorm into e_proj, hnorm into h_proj."""
+    for mode, extra in (("decode", []), ("mtp", ["e_proj", "h_proj"])):
+        graph, _ = folded("tiny", "official", mode)  # type: ignore[arg-type]
+        weights = [n.inputs[2].name.split(".", 2)[2] for n in graph.nodes if n.op.name == "q_norm_quantize"]
+        assert sorted(set(weights)) == ["attn.wq_b", *extra]
 
 
 @pytest.mark.parametrize("model", ["tiny", *LARGE])
