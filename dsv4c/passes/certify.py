@@ -382,8 +382,8 @@ def _save(folder: Path, certificate: Certificate) -> None:
 
 
 def to_dict(certificate: Certificate) -> dict[str, Any]:
-    """As plain data, for the plan."""
-    return asdict(certificate)
+    """As plain data, for the plan: what JSON gives back."""
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(certificate).items()}
 
 
 def from_dict(record: Mapping[str, Any]) -> Certificate:

@@ -389,7 +389,9 @@ def test_two_processes_share_a_folder(tmp_path: Path) -> None:
 
 def test_as_plain_data(tmp_path: Path) -> None:
     (certificate,) = certify(simple(), folder=tmp_path).all
-    assert from_dict(json.loads(json.dumps(to_dict(certificate)))) == certificate
+    plain = to_dict(certificate)
+    assert json.loads(json.dumps(plain)) == plain
+    assert from_dict(plain) == certificate
 
 
 # --- defects ---
