@@ -88,7 +88,9 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
         if plan["batch"] > 1:
             continue
         yield Job(f"sublayers {plan['name']}", module("tests.gpu.check_sublayers", path, case), small)
-        yield Job(f"fault {plan['name']}", module("tests.gpu.run_plan", path, case, "--fault"), small)
+        for named in ("launch", "step"):
+            command = module("tests.gpu.run_plan", path, case, "--fault", named)
+            yield Job(f"fault {named} {plan['name']}", command, small)
     for plan in recorded:
         if plan["batch"] == 1:
             command = module(

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -321,20 +322,25 @@ def smoke(session: CudaSession, ids: Sequence[int]) -> int:
 # --- faults ---
 
 
-def fault(plan: Plan, weights: Path) -> int:
-    """Break one launch's first pointer; the error must name the launch. Runs in a process of its own."""
-    session = plan.bind(weights, poison=True)
+def fault(plan: Plan, weights: Path, poison: bool) -> int:
+    """Break one launch's first pointer; the error must name the launch, or without `poison` the plan and how
+    to learn the launch. Runs in a process of its own.
+    """
+    session = plan.bind(weights, poison=poison)
     assert isinstance(session, CudaSession)
-    victim = len(session.executor.launches) // 2
-    broken = session.executor._bound[victim]
-    addresses = (0x10, *broken.arguments[1:])
-    launch = type(broken)(broken.kernel, broken.grid, broken.block, broken.shared, addresses, broken.cluster)
-    session.executor._bound[victim] = launch
+    executor = session.executor
+    victim = len(executor.launches) // 2
+    broken = executor._bound[victim]
+    executor._bound[victim] = replace(broken, arguments=(0x10, *broken.arguments[1:]))
+    if not poison:
+        executor.graph = executor.graph_of(range(len(executor.launches)))
+    wanted = executor.launches[victim].name if poison else f"of a step of plan {plan.name} failed: "
     try:
         session.decode([0] * session.batch)
+        session.wait()
     except Dsv4cError as error:
         print(f"named: {error}")
-        return int(session.executor.launches[victim].name not in str(error))
+        return int(wanted not in str(error))
     print("no error was raised")
     return 1
 
@@ -348,7 +354,7 @@ def main() -> int:
     parser.add_argument("--logits", default="logits", help="recorded logits of the plan's recipe")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--fault", action="store_true", help="break a pointer, want the launch named")
+    parser.add_argument("--fault", choices=["launch", "step"], help="break a pointer, want this named")
     parser.add_argument("--smoke", action="store_true", help="a few steps, for compute-sanitizer")
     parser.add_argument("--plain", action="store_true", help="kernels launched one by one, without a graph")
     parser.add_argument("--quick", action="store_true", help="neither trace nor times: others use the GPU")
@@ -358,7 +364,7 @@ def main() -> int:
     if options.plain:
         driver.Graph = PlainGraph  # type: ignore[assignment, misc]
     if options.fault:
-        return fault(plan, case.folder)
+        return fault(plan, case.folder, poison=options.fault == "launch")
     torch.cuda.init()
     loaded = time.perf_counter()
     session = plan.bind(case.folder)

@@ -76,7 +76,10 @@ def test_every_launch_against_the_reference(plans: Path) -> None:
     assert "all results within their limits" in done.stdout
 
 
-def test_a_fault_names_its_launch(plans: Path) -> None:
-    done = run_module("run_plan", str(compiled(plans, *CASES[0])), CASES[0][0], "--fault")
+@pytest.mark.parametrize(
+    ("named", "words"), [("launch", "named: launch "), ("step", "named: one of the ")], ids=["launch", "step"]
+)
+def test_a_fault_is_named(plans: Path, named: str, words: str) -> None:
+    done = run_module("run_plan", str(compiled(plans, *CASES[0])), CASES[0][0], "--fault", named)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "named: launch " in done.stdout
+    assert words in done.stdout
