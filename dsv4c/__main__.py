@@ -1,5 +1,15 @@
-"""`python -m dsv4c` is `dsv4c`."""
+"""`dsv4c`, and `python -m dsv4c`."""
 
-from dsv4c.cli import main
+import signal
 
-main()
+
+def main() -> None:
+    """Entry point of the `dsv4c` command. Until it is loaded, Ctrl-C has nothing to clean up."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from dsv4c.cli import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()

@@ -147,6 +147,8 @@ def job_for(
         model, target=target, recipe=recipe, batch=batch, max_context=max_context, chunk=chunk, mtp=mtp
     )
     known = rules_of() if rules is None else rules
+    for name in expected or ():
+        known.rule(name)
     line = choose_rules(pipeline_of(pipeline, numerics, known, order), known, disable, enable)
     return Job(config, deployment, numerics, line, known, modes_of(deployment, mtp=mtp), expected or {})
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -16,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dsv4c import dialects
+from dsv4c import dialects, strict_json
 from dsv4c.dialects import problem, shown
 from dsv4c.errors import ConfigError
 
@@ -129,6 +130,8 @@ class ModelConfig:
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> ModelConfig:
         """The config that `to_dict` wrote. ConfigError on a missing, unknown or wrong field."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"config: {shown(data)}; expected the fields of ModelConfig by name")
         name = str(data.get("name", "config"))
         known = {item.name for item in fields(ModelConfig)}
         extra = [
@@ -173,7 +176,8 @@ def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
 def load_config(source: str | Path) -> ModelConfig:
     """The model that `source` names: a built-in name, a `config.json`, or a checkpoint folder that holds one.
 
-    Raises ConfigError that lists every problem of the file. What was ignored or filled in is in `notes`.
+    A built-in name comes before a folder that is called so: write `./tiny` for the folder. Raises ConfigError
+    that lists every problem of the file. What was ignored or filled in is in `notes`.
     """
     builtin = isinstance(source, str) and source in BUILTIN
     path = BUILTIN_FOLDER / f"{source}.json" if builtin else _config_file(Path(source))
@@ -185,6 +189,8 @@ def load_config(source: str | Path) -> ModelConfig:
         where, reading.problems + list(_problems(reading.fields, reading.spelling, reading.refused))
     )
     name = path.parent.resolve().name if path.name == "config.json" else path.stem
+    if builtin and os.path.isdir(source):
+        reading.notes.append(f"{source} is the built-in config; the folder here is ./{source}")
     return ModelConfig(name=name, notes=tuple(reading.notes), **reading.fields)
 
 
@@ -201,47 +207,32 @@ _EXPECTED_SOURCE = f"expected a config.json, a checkpoint folder or one of {', '
 
 
 def _config_file(path: Path) -> Path:
-    if path.is_dir():
-        if (path / "plan.json").exists():
-            raise ConfigError(f"{path}: is a compiled plan; {_EXPECTED_SOURCE}")
-        path = path / "config.json"
-    if not path.exists():
-        raise ConfigError(f"{path}: no such file; {_EXPECTED_SOURCE}")
+    try:
+        if path.is_dir():
+            if (path / "plan.json").exists():
+                raise ConfigError(f"{path}: is a compiled plan; {_EXPECTED_SOURCE}")
+            path = path / "config.json"
+        if not path.exists():
+            raise ConfigError(f"{path}: no such file; {_EXPECTED_SOURCE}")
+    except OSError as error:  # a folder above that may not be entered
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     return path
 
 
 def _parse(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-        raw = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_no_constant)
+        raw = strict_json.parse(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}:{error.lineno}:{error.colno}: malformed JSON: {error.msg}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: is not UTF-8 text at byte {error.start}; expected a JSON file") from error
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except _NotAConfigError as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds a JSON {type(raw).__name__}; expected an object")
     return raw
-
-
-class _NotAConfigError(Exception):
-    """JSON that Python would read and a config cannot mean."""
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    parsed = dict(pairs)
-    if len(parsed) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _NotAConfigError(problem(twice, "is given twice", "each key once"))
-    return parsed
-
-
-def _no_constant(name: str) -> float:
-    raise _NotAConfigError(f"malformed JSON: {name} is not a JSON number")
 
 
 # Judging the fields

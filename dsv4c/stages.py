@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from dsv4c import strict_json
 from dsv4c.config import Deployment, ModelConfig
-from dsv4c.errors import GraphError
+from dsv4c.errors import ConfigError, GraphError
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.text import parse_graph, print_graph
 from dsv4c.ir.verify import verify
@@ -197,6 +198,8 @@ class Saved:
     def job(self, rules: Contributions | None = None, expected: Mapping[str, int] | None = None) -> Job:
         """What is left to do. Raises GraphError for counts that are expected of a fold that is over."""
         known = rules_of() if rules is None else rules
+        for name in expected or ():
+            known.rule(name)
         line = parse_pipeline(self.pipeline, known.passes)
         rest = line if self.after == BUILD else line.after(self.after)
         if expected and all(p.name != "fold" for p in rest.passes):
@@ -239,10 +242,10 @@ def read_saved(text: str, name: str = "the file") -> Saved:
     if not first.startswith(FIRST_LINE) or not second.startswith("# {"):
         raise GraphError(f"{name}: holds no stopped compile; expected what `--stop-after PASS -o FILE` wrote")
     try:
-        asked = json.loads(second[2:])
+        asked = strict_json.parse(second[2:])
         config, deployment = ModelConfig.from_dict(asked["config"]), Deployment(**asked["deployment"])
         recipe, pipeline, counts = asked["recipe"], asked["pipeline"], asked["counts"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise GraphError(f"{name}: line 2: cannot be read: {error}; leave that line as it was") from None
     graphs: dict[str, dict[str, Graph]] = {"bucket": {}, "load": {}}
     for number, title, lines in _parts(rest):

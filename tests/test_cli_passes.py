@@ -5,36 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
 import dsv4c
-from dsv4c.cli import app
 from dsv4c.errors import GraphError
 from dsv4c.passes.recipes import RECIPES
 from dsv4c.stages import choose_rules, job_of, read_saved, rules_of
+from tests.commands import command
 
 SMALL = ("--max-context", 64, "--chunk", 5)
-
-
-class Result:
-    """What a command left: exit code, stdout, stderr."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-    @property
-    def json(self) -> Any:
-        return json.loads(self.out)
-
-
-def command(*arguments: object) -> Result:
-    result = CliRunner().invoke(app, [str(a) for a in arguments], prog_name="dsv4c")
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return Result(result.exit_code, result.stdout, result.stderr)
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,7 @@ class Room:
     packages_inside: tuple[str, ...] = ()
 
 
-LEAVES = ("types", "errors")
+LEAVES = ("types", "errors", "strict_json")
 CONFIG = (*LEAVES, "config")
 COMPILER = (*CONFIG, "ir", "models", "passes")
 
@@ -32,6 +32,7 @@ COMPILER = (*CONFIG, "ir", "models", "passes")
 HOUSE = {
     "types": Room(),
     "errors": Room(),
+    "strict_json": Room(),
     "dialects": Room(("errors",)),
     "config": Room((*LEAVES, "dialects")),
     # Runs plans, knows nothing of how they are made; the CPU executor alone interprets, and loads that late.

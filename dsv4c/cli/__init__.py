@@ -1,13 +1,17 @@
 """The command line: one module of this package per command, listed in `COMMANDS`. Commands parse and print.
 
 A command is a module of this package with a `register(app)`; add it to `COMMANDS`. Results go to stdout (with
---json nothing but JSON), the rest to stderr. Exit codes are those of `dsv4c.errors`, 130 when interrupted.
+--json nothing but JSON), the rest to stderr. Exit codes are those of `dsv4c.errors`, 130 when interrupted,
+141 when nobody reads the output to its end, 1 when the system fails at something else.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 from typing import Any
@@ -30,21 +34,48 @@ COMMANDS = (
     "weights",
     "synth",
 )
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells have it
+
+
+@contextmanager
+def _told_in_a_sentence() -> Iterator[None]:
+    """What a user or the system did wrong becomes one sentence on stderr and an exit code."""
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # a full disk must show while somebody can still say so
+    except Dsv4cError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted: nothing was left half-written", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    except BrokenPipeError:  # `| head`: enough was read; what is left in the buffer must not fail again
+        if sys.stdout is not None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(UNREAD) from None
+    except SystemExit as leaving:  # rich has done so, and leaves with a code of its own
+        if isinstance(leaving.__context__, BrokenPipeError):
+            raise typer.Exit(UNREAD) from None
+        raise
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        raise typer.Exit(Dsv4cError.exit_code) from None
 
 
 class _Group(TyperGroup):
-    """Turns a user's mistake into one sentence on stderr and its exit code."""
+    """The commands; help and parsing are part of what may go wrong."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _told_in_a_sentence():
+            return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _told_in_a_sentence():
             return super().invoke(ctx)
-        except Dsv4cError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
-            print("interrupted: nothing was left half-written", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -98,6 +129,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Entry point of the `dsv4c` command."""
+    """Run the command line until it exits."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="dsv4c")

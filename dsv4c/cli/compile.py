@@ -169,7 +169,7 @@ def compile_command(
     if stop_after is not None:
         if saved is not None:
             raise ConfigError("compile: --stop-after and --resume are for different calls; give one")
-        _stop(job_for(model, **asked), stop_after, output, force)
+        _stop(job_for(model, **asked), stop_after, output, force, json)
         return
     folder = output or Path(f"{model.name}.plan")
     check_target(folder, force=force)
@@ -195,7 +195,7 @@ def counts(expected: Iterable[str]) -> dict[str, int]:
     found = {}
     for text in expected:
         rule, _, number = text.partition("=")
-        if not number.isdecimal():
+        if not rule or not (number.isascii() and number.isdecimal()):
             raise GraphError(f"--expect {text}: expected a rule and a number, sinkhorn=86")
         found[rule] = int(number)
     return found
@@ -204,20 +204,28 @@ def counts(expected: Iterable[str]) -> dict[str, int]:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GraphError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise GraphError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise GraphError(f"{path}: is not text at byte {error.start}; expected a stopped compile") from None
 
 
-def _stop(job: Job, after: str, output: Path | None, force: bool) -> None:
+def _stop(job: Job, after: str, output: Path | None, force: bool, json: bool) -> None:
+    """With `json` the graphs go to stdout inside of it, unless they have a file."""
     from dsv4c.stages import stop
 
     if output is not None and output.exists() and not force:
         raise GraphError(f"{output}: exists; give another file, or --force to replace it")
     saved = stop(job, after)
-    write_text(output, saved.text(), GraphError)
+    nodes = {mode: len(graph.nodes) for mode, graph in saved.graphs.items()}
+    if output is not None or not json:
+        write_text(output, saved.text(), GraphError)
     if output is not None:
-        nodes = ", ".join(f"{mode} {len(graph.nodes):,} nodes" for mode, graph in saved.graphs.items())
-        note(f"{output}: {nodes} after {after}; edit it, then dsv4c compile --resume {output}")
+        counts = ", ".join(f"{mode} {count:,} nodes" for mode, count in nodes.items())
+        note(f"{output}: {counts} after {after}; edit it, then dsv4c compile --resume {output}")
+    if json:
+        graphs = {} if output is not None else {"graphs": saved.text()}
+        print_json({"after": after, "file": str(output) if output else None, "nodes": nodes} | graphs)
 
 
 def _dumper(folder: Path) -> Callable[[str, Compiled], None]:

@@ -61,7 +61,7 @@ def progress_bar(title: str, *, bytes_counted: bool = False) -> Iterator[Progres
 def write_text(path: Path | None, text: str, error: type[Dsv4cError]) -> None:
     """Write to a file, or to stdout when `path` is None. Raises `error` if the file cannot be written."""
     if path is None:
-        sys.stdout.write(text)
+        print(text, end="")
         return
     try:
         path.write_text(text, encoding="utf-8")

@@ -32,7 +32,10 @@ CONFIG_HELP = (
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, show_default=False)]
 PlanArgument = Annotated[
-    Path, typer.Argument(metavar="PLAN", help="A folder that `dsv4c compile` wrote.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="PLAN", help="A folder that `dsv4c compile` wrote.", show_default=False, readable=False
+    ),
 ]
 TargetOption = Annotated[Target, typer.Option(help="What the plan runs on.")]
 RecipeOption = Annotated[

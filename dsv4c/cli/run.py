@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +17,10 @@ if TYPE_CHECKING:
     from dsv4c.runtime.plan import Plan
 
 WeightsOption = Annotated[
-    Path, typer.Option(help="Checkpoint folder, or a .safetensors file.", metavar="DIR", show_default=False)
+    Path,
+    typer.Option(
+        help="Checkpoint folder, or a .safetensors file.", metavar="DIR", show_default=False, readable=False
+    ),
 ]
 TokensOption = Annotated[
     str, typer.Option(help="The prompt: token ids, separated by commas.", metavar="IDS", show_default=False)
@@ -65,10 +69,12 @@ def run_command(
 
       dsv4c run tiny.plan --weights tiny-weights --tokens 3,17 --force 5,9 --logits out.safetensors
     """
-    from dsv4c.runtime.generate import generate, save_logits
+    from dsv4c.runtime.generate import check_file, generate, save_logits
     from dsv4c.runtime.plan import load
 
     prompt, forced = token_ids(tokens, "--tokens"), token_ids(force, "--force")
+    if logits is not None:
+        check_file(logits)
     compiled = load(plan)
     _check_config(compiled, weights)
     with progress_bar("weights", bytes_counted=True) as progress:
@@ -105,10 +111,9 @@ def token_ids(text: str, option: str) -> list[int]:
     """Token ids from comma-separated text. Raises SessionError naming what is no number."""
     ids = []
     for part in text.replace(" ", "").split(",") if text.strip() else []:
-        try:
-            ids.append(int(part))
-        except ValueError:
-            raise SessionError(f"{option}: {part!r} is no token id; expected numbers like 3,17,5") from None
+        if not re.fullmatch(r"-?[0-9]{1,20}", part):
+            raise SessionError(f"{option}: {part!r} is no token id; expected numbers like 3,17,5")
+        ids.append(int(part))
     return ids
 
 
@@ -116,8 +121,11 @@ def _check_config(plan: Plan, weights: Path) -> None:
     """A checkpoint that comes with a config must be of the plan's model: shapes alone do not tell."""
     from dsv4c.config import ModelConfig, load_config
 
-    if not (weights / "config.json").is_file():
-        return
+    try:
+        if not (weights / "config.json").is_file():
+            return
+    except OSError as error:
+        raise CheckpointError(f"{weights}: cannot be read: {error.strerror}") from None
     found, wanted = load_config(weights), ModelConfig.from_dict(plan.config)
     if found == wanted:
         return

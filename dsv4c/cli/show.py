@@ -21,7 +21,7 @@ from dsv4c.cli.options import (
     PassOption,
     RecipeOption,
 )
-from dsv4c.cli.subject import Asked, ask
+from dsv4c.cli.subject import Asked, ask, is_plan
 from dsv4c.config import ModelConfig
 from dsv4c.errors import GraphError, PlanError
 
@@ -93,7 +93,8 @@ def show_command(
     """Show a model's graph: figures first, then the operations, equal layers folded into one.
 
     A plan is shown as it was compiled; --recipe, --batch, --max-context and --chunk are for configs.
-    With --json the figures are printed; --format json gives the graph itself.
+    With --json the figures are printed, and the graph is written only if -o names a file for it; --format
+    json gives the graph itself.
 
     Examples:
 
@@ -114,31 +115,29 @@ def show_command(
         return
     from dsv4c.view.text import summarize
 
-    if format in (Format.HTML, Format.MODEL_EXPLORER) or after is not None:
+    staging = format in (Format.HTML, Format.MODEL_EXPLORER) and after is None
+    if staging or after is not None:
         deployment = {"batch": batch, "max_context": max_context, "chunk": chunk}
         asked = ask(subject, mode=mode.value, extra=extra, recipe=recipe, **deployment)
         compiled = asked.compiled(mode.value)
-        if after is None:
-            _write(output, staged(compiled, asked, format), format)
-            return
-        graph, config, plan = compiled.after(after), asked.job.config, None
+        graph = compiled.graph if after is None else compiled.after(after)
+        config, plan = asked.job.config, None
     else:
         graph, config, plan = _subject(subject, mode.value, recipe, batch, max_context, chunk, extra)
     summary = summarize(graph, config)
-    if json:
-        print_json({"summary": summary.to_dict()} | (figures(plan) if plan else {}))
-        return
-    text = _form(graph, format, int(layer) if layer and layer.isdigit() else layer, fold)
+    if staging:
+        text = staged(compiled, asked, format)
+    else:
+        text = _form(graph, format, int(layer) if layer and layer.isdecimal() else layer, fold)
     if format is Format.TEXT:
         head = summary.text() + (describe(plan) if plan else "")
         text = f"{head}\n{text}"
-    _write(output, text, format)
-
-
-def _write(output: Path | None, text: str, format: Format) -> None:
-    write_text(output, text, GraphError)
+    if output is not None or not json:
+        write_text(output, text, GraphError)
     if output is not None:
         note(f"{output}: {format.value}, {len(text):,} characters")
+    if json:
+        print_json({"summary": summary.to_dict()} | (figures(plan) if plan else {}))
 
 
 def staged(compiled: Compiled, asked: Asked, format: Format) -> str:
@@ -210,9 +209,9 @@ def _subject(
 ) -> tuple[Graph, ModelConfig, Plan | None]:
     """The graph of a plan's bucket, or the one that a config would be compiled to."""
     from dsv4c.ir.text import parse_graph
-    from dsv4c.runtime.plan import PLAN_FILE, load
+    from dsv4c.runtime.plan import load
 
-    if (Path(subject) / PLAN_FILE).exists():
+    if is_plan(subject):
         from dsv4c.stages import rules_of
 
         plan = load(subject)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,18 +56,25 @@ def ask(
 ) -> Asked:
     """Read a plan folder, or a config under that deployment. Raises ConfigError, PlanError, GraphError."""
     from dsv4c.compiler import job_for
-    from dsv4c.runtime.plan import PLAN_FILE, load
+    from dsv4c.runtime.plan import load
     from dsv4c.stages import job_of, rules_of
 
     rules = rules_of(extra or ())
-    if (Path(subject) / PLAN_FILE).exists():
+    if is_plan(subject):
         plan = load(subject)
         return Asked(subject, job_of(plan, rules), plan)
     job = job_for(subject, recipe=recipe, mtp=mode == "mtp", rules=rules, **deployment)
     return Asked(subject, job, None)
 
 
+def is_plan(subject: str) -> bool:
+    """Is it a plan's folder? One that may not be entered is none, and its reader will say so."""
+    from dsv4c.runtime.plan import PLAN_FILE
+
+    return os.path.exists(os.path.join(subject, PLAN_FILE))
+
+
 def split_stage(text: str) -> tuple[str, str | None]:
     """`a.plan@fold` as subject and stage."""
     subject, at, stage = text.rpartition("@")
-    return (subject, stage) if at and not Path(text).exists() else (text, None)
+    return (subject, stage) if at and not os.path.exists(text) else (text, None)

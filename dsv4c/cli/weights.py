@@ -15,7 +15,12 @@ SHOWN = 10  # names per list; --json has all
 
 DirArgument = Annotated[
     Path,
-    typer.Argument(metavar="DIR", help="Checkpoint folder, or a .safetensors file.", show_default=False),
+    typer.Argument(
+        metavar="DIR",
+        help="Checkpoint folder, or a .safetensors file.",
+        show_default=False,
+        readable=False,
+    ),
 ]
 ConfigOption = Annotated[
     str | None,

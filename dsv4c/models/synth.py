@@ -7,6 +7,7 @@ are in memory at a time.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 SHARD_BYTES = 2_000_000_000
 CHUNK = 1 << 22  # elements made at a time; part of what a seed means
 
-INDEX = "model.safetensors.index.json"
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def synthesize(
@@ -50,21 +51,17 @@ def synthesize(
     `shards` is the number of files (by default as many as keep each near 2 GB); more than one get an index.
     Everything is written beside the target and renamed when complete. `progress(name, bytes done, bytes in
     all)` is called from worker threads, one at a time. Raises CheckpointError if the folder is not empty
-    (unless `force`, which replaces the checkpoint in it), cannot be written, or if the disk is too small.
+    (unless it holds a checkpoint and `force`, which replaces that) or cannot be written, or if the disk is
+    too small.
     """
     target = Path(directory)
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target}: is a file; expected a folder to write, or none")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise CheckpointError(
-            f"{target}: is not empty; give another folder, or --force to replace its checkpoint"
-        )
+    _check_target(target, force)
     table: Table = "nvfp4" if config.expert_format == "nvfp4" else "release"
     specs = inventory(config, table)
     total = sum(spec.nbytes for spec in specs)
     if shards is not None and not 1 <= shards <= len(specs):
         raise CheckpointError(
-            f"{target}: cannot split {len(specs)} tensors into {shards} files; expected 1 or more"
+            f"{target}: cannot split {len(specs)} tensors into {shards} files; expected 1 to {len(specs)}"
         )
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -79,13 +76,31 @@ def synthesize(
             files = _create(folder, specs, shards or max(1, -(-total // SHARD_BYTES)))
             _fill(config, table, seed, files, total, workers, progress)
             save_config(config, folder)
-            _publish(folder, target)
+            _publish(folder, target, force)
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from None
     return target
 
 
 # --- files --------------------------------------------------------------------------------------------------
+
+
+def _check_target(target: Path, force: bool) -> None:
+    """Raise CheckpointError unless a checkpoint may be written there."""
+    try:
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise CheckpointError(f"{target}: exists and is no folder; give a new folder for the checkpoint")
+        if not target.is_dir() or not any(target.iterdir()):
+            return
+        if not (target / SINGLE).exists() and not (target / INDEX).exists():
+            raise CheckpointError(f"{target}: is not empty and holds no checkpoint; give a new folder")
+        if not force:
+            raise CheckpointError(
+                f"{target}: holds a checkpoint; give another folder, or --force to replace it"
+            )
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error.strerror}") from None
+
 
 _ITEM_BYTES = {"I64": 8, "F32": 4, "BF16": 2}
 
@@ -121,7 +136,7 @@ def _create(folder: Path, specs: list[TensorSpec], count: int) -> dict[str, _Slo
         position += spec.nbytes
     names = [f"model-{i + 1:05}-of-{len(groups):05}.safetensors" for i in range(len(groups))]
     if len(groups) == 1:
-        names = ["model.safetensors"]
+        names = [SINGLE]
     slots: dict[str, _Slot] = {}
     for name, group in zip(names, groups, strict=True):
         slots.update(_create_file(folder / name, group))
@@ -160,9 +175,14 @@ def _create_file(path: Path, group: list[TensorSpec]) -> Iterator[tuple[str, _Sl
         yield spec.name, _Slot(spec, storage[start + offset : start + offset + spec.nbytes])
 
 
-def _publish(folder: Path, target: Path) -> None:
-    if not target.exists() or not any(target.iterdir()):
-        folder.rename(target)  # replaces an empty folder
+def _publish(folder: Path, target: Path, force: bool) -> None:
+    if not force or not target.exists() or not any(target.iterdir()):
+        try:
+            folder.rename(target)  # replaces an empty folder, and no other
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            raise CheckpointError(f"{target}: another process wrote it just now; it was left alone") from None
         return
     for stale in (*target.glob("model*.safetensors"), target / INDEX):
         stale.unlink(missing_ok=True)

@@ -388,9 +388,9 @@ _SIGNS: tuple[tuple[Table, re.Pattern[str]], ...] = (
 _RELEASE_LAYER = re.compile(r"layers\.\d+\.(attn|ffn)\..+")
 
 
-def detect_table(names: Iterable[str]) -> Table:
-    """The spelling that a checkpoint's tensor names follow. Raises CheckpointError if it is none or more
-    than one.
+def detect_table(names: Iterable[str], where: str) -> Table:
+    """The spelling that the tensor names of the checkpoint `where` follow. Raises CheckpointError if it is
+    none or more than one.
     """
     names = sorted(names)
     seen: dict[Table, str] = {}
@@ -406,12 +406,13 @@ def detect_table(names: Iterable[str]) -> Table:
     if not seen:
         examples = ", ".join(names[:3]) or "no tensors at all"
         raise CheckpointError(
-            f"these tensor names are not those of a DeepSeek-V4 checkpoint: {examples}; expected names like "
-            "layers.0.attn.wq_a.weight (release) or model.layers.0.self_attn.q_a_proj.weight (transformers)"
+            f"{where}: these tensor names are not those of a DeepSeek-V4 checkpoint: {examples}; expected "
+            "names like layers.0.attn.wq_a.weight (release) or model.layers.0.self_attn.q_a_proj.weight "
+            "(transformers)"
         )
     examples = "; ".join(f"{name} ({table})" for table, name in seen.items())
     raise CheckpointError(
-        f"the tensor names mix {len(seen)} spellings: {examples}; remove the tensors of all but one"
+        f"{where}: the tensor names mix {len(seen)} spellings: {examples}; remove the tensors of all but one"
     )
 
 
@@ -467,6 +468,8 @@ class _Checkpoint(Protocol):
     """What `describe` needs of `dsv4c.runtime.checkpoint.Checkpoint`."""
 
     @property
+    def path(self) -> Any: ...
+    @property
     def files(self) -> list[Any]: ...
     @property
     def tensors(self) -> Mapping[str, _Entry]: ...
@@ -487,7 +490,7 @@ def describe(checkpoint: _Checkpoint, config: ModelConfig) -> dict[str, Any]:
     missing, unexpected, misshapen, mistyped (lists of sentences or names), complete. MTP tensors are compared
     when the checkpoint has any. Raises CheckpointError if the names follow no table.
     """
-    table = detect_table(checkpoint.tensors)
+    table = detect_table(checkpoint.tensors, str(checkpoint.path))
     has_mtp = any(name.startswith("mtp.") for name in checkpoint.tensors)
     needed = {
         name: source.to_json()

@@ -7,7 +7,6 @@ found and expected.
 
 from __future__ import annotations
 
-import json
 import math
 import mmap
 import os
@@ -21,6 +20,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from dsv4c import strict_json
 from dsv4c.errors import CheckpointError
 from dsv4c.runtime.codec import ConversionError, Quantized, Value, convert, view
 from dsv4c.types import F32, UE8M0, QuantType, TensorType, Type, TypeSyntaxError, parse_type
@@ -217,25 +217,10 @@ class Checkpoint:
         there, a tensor held twice.
         """
         path = Path(path)
-        if path.is_file():
-            return Checkpoint(
-                path, _read_index(path) if path.name.endswith(".index.json") else read_header(path)
-            )
-        if not path.is_dir():
-            raise CheckpointError(
-                f"{path}: no such file or folder; expected a checkpoint folder or a .safetensors file"
-            )
-        single, index = path / SINGLE, path / INDEX
-        if single.exists() and index.exists():
-            raise CheckpointError(
-                f"{path}: holds both {SINGLE} and {INDEX}; remove the one that is not to be read"
-            )
-        if index.exists():
-            return Checkpoint(path, _read_index(index))
-        if single.exists():
-            return Checkpoint(path, read_header(single))
-        present = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder"
-        raise CheckpointError(f"{path}: no checkpoint here; expected {SINGLE} or {INDEX}, found {present}")
+        try:
+            return Checkpoint(path, _entries(path))
+        except OSError as error:
+            raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
     # checking
 
@@ -603,12 +588,25 @@ def _first_bad(tensor: Tensor) -> int | None:
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(n for n in names if names.count(n) > 1)!r} occurs twice")
-    return result
+def _entries(path: Path) -> dict[str, Entry]:
+    """Tensors of a checkpoint folder, of an index, or of a single file."""
+    if path.is_file():
+        return _read_index(path) if path.name.endswith(".index.json") else read_header(path)
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: no such file or folder; expected a checkpoint folder or a .safetensors file"
+        )
+    single, index = path / SINGLE, path / INDEX
+    if single.exists() and index.exists():
+        raise CheckpointError(
+            f"{path}: holds both {SINGLE} and {INDEX}; remove the one that is not to be read"
+        )
+    if index.exists():
+        return _read_index(index)
+    if single.exists():
+        return read_header(single)
+    present = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder"
+    raise CheckpointError(f"{path}: no checkpoint here; expected {SINGLE} or {INDEX}, found {present}")
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -631,7 +629,7 @@ def read_header(file: Path) -> dict[str, Entry]:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     try:
-        header = json.loads(text, object_pairs_hook=_unique)
+        header = strict_json.parse(text)
     except ValueError as error:
         raise CheckpointError(f"{file}: not a safetensors file: its header cannot be read: {error}") from None
     header.pop("__metadata__", None)
@@ -659,6 +657,7 @@ def _entry(file: Path, name: str, fields: object, payload: int) -> Entry:
         assert isinstance(fields, dict)
         dtype, shape, (begin, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
         assert all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+        assert isinstance(dtype, str)
     except (AssertionError, KeyError, TypeError, ValueError):
         raise CheckpointError(f"{file}: tensor {name} has a malformed header entry: {fields!r}") from None
     if dtype not in _BYTES:
@@ -696,7 +695,7 @@ def _check_offsets(file: Path, entries: list[Entry], payload: int, size: int) ->
 def _read_index(index: Path) -> dict[str, Entry]:
     """Tensors of all shards that an index names, which must agree with the index both ways."""
     try:
-        content = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        content = strict_json.parse(index.read_text(encoding="utf-8"))
         where = content["weight_map"]
         assert isinstance(where, dict)
         assert all(isinstance(shard, str) for shard in where.values())

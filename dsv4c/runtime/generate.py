@@ -37,7 +37,7 @@ def generate(
         raise SessionError(
             f"{wanted} tokens exceed the context of {room}; compile with a larger --max-context"
         )
-    session.check_tokens(forced)
+    session.check_tokens(forced, "forced token")
 
     def report(what: str, done: int) -> None:
         if progress is not None:
@@ -58,6 +58,17 @@ def generate(
             session.decode([following, *waiting])
             following = session.next_tokens[0]
     return torch.cat(rows), generated
+
+
+def check_file(path: Path) -> None:
+    """Raise SessionError unless logits may be written there, so that a long run fails before it starts."""
+    try:
+        if path.is_dir():
+            raise SessionError(f"{path}: the logits cannot be written: it is a folder; give a file")
+        with tempfile.TemporaryDirectory(dir=path.parent):
+            pass
+    except OSError as error:
+        raise SessionError(f"{path}: the logits cannot be written: {error.strerror or error}") from None
 
 
 def save_logits(path: Path, logits: Tensor) -> None:

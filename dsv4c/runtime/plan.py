@@ -6,8 +6,10 @@ bytes. Every file has its sha256 in plan.json, whose own is on its second line; 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
@@ -15,6 +17,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
+from dsv4c import strict_json
 from dsv4c.errors import PlanError
 from dsv4c.types import Type, TypeSyntaxError, parse_type
 
@@ -209,14 +212,18 @@ class Plan:
                     path.write_bytes(content)
                 if self.timings:
                     (made / TIMINGS_FILE).write_text(json.dumps(dict(self.timings), indent=1) + "\n")
-                if target.exists():
+                if force and target.exists():
                     target.rename(old)
                 try:
                     made.rename(target)
-                except BaseException:
-                    if old.exists():
+                except BaseException as problem:
+                    if old.exists() and not target.exists():
                         old.rename(target)
-                    raise
+                    if getattr(problem, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                    raise PlanError(
+                        f"{target}: another process wrote it just now; it was left alone"
+                    ) from None
         except OSError as error:
             raise PlanError(f"{target}: cannot be written: {error.strerror or error}") from None
         return target
@@ -244,18 +251,22 @@ class Plan:
 def check_target(folder: str | Path, *, force: bool = False) -> None:
     """Raise PlanError unless a plan may be written there, so that a long compile fails before it starts."""
     target = Path(folder)
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise PlanError(f"{target}: exists and is no folder; give a new folder for the plan")
-    if target.is_dir() and any(target.iterdir()):
-        if not (target / PLAN_FILE).is_file():
-            raise PlanError(f"{target}: is not empty and holds no plan; give a new or empty folder")
-        if not force:
-            raise PlanError(f"{target}: holds a plan; give another folder, or --force to replace it")
-    above = next(parent for parent in (target, *target.absolute().parents) if parent.exists())
-    if not above.is_dir():
-        raise PlanError(f"{target}: cannot be written: {above} is no folder")
     try:
-        with tempfile.TemporaryDirectory(dir=above if above != target else target.absolute().parent):
+        if target.is_symlink() or (target.exists() and not target.is_dir()):
+            raise PlanError(f"{target}: exists and is no folder; give a new folder for the plan")
+        if target.is_dir() and any(target.iterdir()):
+            if not (target / PLAN_FILE).is_file():
+                raise PlanError(f"{target}: is not empty and holds no plan; give a new or empty folder")
+            if not force:
+                raise PlanError(f"{target}: holds a plan; give another folder, or --force to replace it")
+        above = next(parent for parent in (target, *target.absolute().parents) if parent.exists())
+        if not above.is_dir():
+            raise PlanError(f"{target}: cannot be written: {above} is no folder")
+        if above == target:
+            if not os.access(target, os.W_OK):  # it will be moved aside, which takes the right to write to it
+                raise PlanError(f"{target}: cannot be written: {os.strerror(errno.EACCES)}")
+            above = target.absolute().parent
+        with tempfile.TemporaryDirectory(dir=above):
             pass
     except OSError as error:
         raise PlanError(f"{target}: cannot be written: {error.strerror or error}") from None
@@ -267,21 +278,24 @@ def load(folder: str | Path) -> Plan:
     Raises PlanError for a folder that is no plan, another schema version, a missing or altered file.
     """
     folder = Path(folder)
-    if not folder.exists():
-        raise PlanError(f"{folder}: no such folder; compile a plan with `dsv4c compile CONFIG -o {folder}`")
     path = folder / PLAN_FILE
-    if not path.is_file():
-        foreign = (folder / "config.json").exists()
-        what = "holds a model, not a compiled plan" if foreign else f"no {PLAN_FILE} here"
-        raise PlanError(f"{folder}: {what}; expected a folder that `dsv4c compile` wrote")
+    try:
+        if not folder.exists():
+            raise PlanError(
+                f"{folder}: no such folder; compile a plan with `dsv4c compile CONFIG -o {folder}`"
+            )
+        if not path.is_file():
+            foreign = (folder / "config.json").exists()
+            what = "holds a model, not a compiled plan" if foreign else f"no {PLAN_FILE} here"
+            raise PlanError(f"{folder}: {what}; expected a folder that `dsv4c compile` wrote")
+    except OSError as error:  # a folder that may not be entered
+        raise PlanError(f"{folder}: cannot be read: {error.strerror}") from None
     text = _read(path)
     data = _parse(path, text)
     _check_digest(path, text, data)
     files = {name: _checked(folder, name, digest) for name, digest in data["files"].items()}
-    timings = folder / TIMINGS_FILE
-    seconds = _parse(timings, _read(timings)) if timings.is_file() else {}
     try:
-        return _plan_from_json(data, files, seconds)
+        return _plan_from_json(data, files, _timings(folder / TIMINGS_FILE))
     except (KeyError, TypeError, ValueError, AttributeError, TypeSyntaxError) as error:
         raise PlanError(f"{path}: a record cannot be read: {error!r}; compile the plan again") from None
 
@@ -341,13 +355,27 @@ def _launch_to_json(launch: Launch | KernelLaunch) -> dict[str, Any]:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: cannot be read: {error}") from None
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise PlanError(
+            f"{path}: is damaged: no text at byte {error.start}; compile the plan again"
+        ) from None
+
+
+def _timings(path: Path) -> dict[str, float]:
+    """Seconds by stage; nothing in a plan that came without them."""
+    if not path.is_file():
+        return {}
+    timings = _parse(path, _read(path))
+    if not all(isinstance(seconds, int | float) for seconds in timings.values()):
+        raise PlanError(f"{path}: is damaged: holds more than seconds by stage; remove it, nothing needs it")
+    return timings
 
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        data = json.loads(text)
+        data = strict_json.parse(text)
     except ValueError as error:
         raise PlanError(f"{path}: is damaged: {error}; compile the plan again") from None
     if not isinstance(data, dict):

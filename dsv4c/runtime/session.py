@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -72,6 +73,8 @@ class Session:
         Raises SessionError for another number of tokens, nothing but None, an id out of range, a full
         context.
         """
+        if not isinstance(tokens, Iterable):
+            raise SessionError(f"decode got {tokens!r}, expected a token per sequence, [3]")
         given = list(tokens)
         if len(given) != self.batch:
             raise SessionError(
@@ -81,7 +84,7 @@ class Session:
         active = [sequence for sequence, token in enumerate(given) if token is not None]
         if not active:
             raise SessionError("decode got no token for any sequence; give at least one")
-        ids = dict(zip(active, self._ids(given[s] for s in active), strict=True))
+        ids = {sequence: self._id(given[sequence], f"token {sequence}") for sequence in active}
         for sequence in active:
             self._check_room(self.positions[sequence], 1, f"sequence {sequence}")
         lengths = torch.tensor([int(s in ids) for s in range(self.batch)], dtype=torch.int32)
@@ -166,7 +169,8 @@ class Session:
                 save_file({"state": self.executor.state.cpu()}, made, metadata)
                 os.replace(made, target)
         except (OSError, SafetensorError) as error:
-            raise SessionError(f"{target}: the state cannot be written: {error}") from None
+            reason = getattr(error, "strerror", None) or error
+            raise SessionError(f"{target}: the state cannot be written: {reason}") from None
         return target
 
     def load_state(self, path: str | Path) -> None:
@@ -196,23 +200,30 @@ class Session:
 
     # --- checks ---
 
-    def check_tokens(self, tokens: Iterable[Any]) -> None:
-        """Raise SessionError unless all are token ids of the model."""
-        self._ids(tokens)
+    def check_tokens(self, tokens: Iterable[Any], what: str = "token") -> None:
+        """Raise SessionError, in which they are called `what`, unless all are token ids of the model."""
+        self._ids(tokens, what)
 
-    def _ids(self, tokens: Iterable[Any]) -> list[int]:
-        ids = []
-        for place, token in enumerate(tokens):
-            if isinstance(token, bool) or not isinstance(token, int):
-                raise SessionError(f"token {place} is {token!r}, expected a token id")
-            if not 0 <= token < self.vocab_size:
-                raise SessionError(
-                    f"token {place} is {token}, out of range; expected ids from 0 to {self.vocab_size - 1}"
-                )
-            ids.append(token)
-        return ids
+    def _ids(self, tokens: Iterable[Any], what: str = "token") -> list[int]:
+        return [self._id(token, f"{what} {place}") for place, token in enumerate(tokens)]
+
+    def _id(self, token: Any, which: str) -> int:
+        """Integers of any library count, tensors of one among them; truth values do not."""
+        try:
+            number = None if isinstance(token, bool) else operator.index(token)
+        except TypeError:
+            number = None
+        if number is None:
+            raise SessionError(f"{which} is {token!r}, expected a token id")
+        if not 0 <= number < self.vocab_size:
+            raise SessionError(
+                f"{which} is {number}, out of range; expected ids from 0 to {self.vocab_size - 1}"
+            )
+        return number
 
     def _prompt(self, tokens: Sequence[int] | Tensor) -> list[int]:
+        if not isinstance(tokens, Iterable) or (isinstance(tokens, Tensor) and tokens.ndim != 1):
+            raise SessionError(f"the prompt is {tokens!r}, expected token ids in a row, [3, 17, 5]")
         ids = self._ids(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
         if not ids:
             raise SessionError("the prompt is empty; give at least one token")

@@ -136,8 +136,9 @@ def find_section(graph: Graph, layer: int | str) -> Section:
     for section in known:
         if section.prefix == prefix:
             return section
-    there = f"{known[0].prefix} to {known[-1].prefix}" if known else "none"
-    raise GraphError(f"graph {graph.name} has no layer {prefix}; its layers: {there}")
+    names = [section.prefix for section in known]
+    there = f"{names[0]} to {names[-1]}" if len(names) > 2 else " and ".join(names) or "none"
+    raise GraphError(f"graph {graph.name} has no layer {prefix!r}; its layers: {there}")
 
 
 def body_of(node: Node) -> Graph | None:

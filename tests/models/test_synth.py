@@ -132,7 +132,7 @@ def test_a_folder_with_content_is_not_overwritten_unless_forced(tiny, folder, tm
     target = tmp_path / "taken"
     shutil.copytree(folder, target)
     (target / "notes.txt").write_text("keep me")
-    with pytest.raises(CheckpointError, match=r"taken: is not empty; give another folder, or --force"):
+    with pytest.raises(CheckpointError, match=r"taken: holds a checkpoint; give another folder, or --force"):
         synthesize(tiny, target, seed=1)
     assert digest(target) == digest(folder)
     synthesize(tiny, target, seed=1, shards=2, force=True)
@@ -144,10 +144,32 @@ def test_a_folder_with_content_is_not_overwritten_unless_forced(tiny, folder, tm
 
 def test_a_file_in_the_way_is_refused(tiny, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="is a file; expected a folder"):
+    with pytest.raises(CheckpointError, match="exists and is no folder; give a new folder"):
         synthesize(tiny, tmp_path / "file", seed=1)
     with pytest.raises(CheckpointError, match="cannot be written"):
         synthesize(tiny, tmp_path / "file" / "below", seed=1)
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="link: exists and is no folder"):
+        synthesize(tiny, tmp_path / "link", seed=1)
+
+
+def test_a_folder_without_a_checkpoint_is_never_written_to(tiny, tmp_path):
+    (tmp_path / "thesis.txt").write_text("keep me")
+    with pytest.raises(CheckpointError, match="is not empty and holds no checkpoint; give a new folder"):
+        synthesize(tiny, tmp_path, seed=1, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_a_checkpoint_that_came_meanwhile_is_left_alone(tiny, tmp_path):
+    def meanwhile(name, done, total):
+        if done == total:
+            (tmp_path / "out").mkdir()
+            (tmp_path / "out" / "model.safetensors").write_text("another process wrote me")
+
+    with pytest.raises(CheckpointError, match="another process wrote it just now; it was left alone"):
+        synthesize(tiny, tmp_path / "out", seed=0, progress=meanwhile)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "model.safetensors").read_text() == "another process wrote me"
 
 
 def test_a_small_disk_is_noticed_before_anything_is_written(tiny, tmp_path, monkeypatch):

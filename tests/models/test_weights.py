@@ -64,7 +64,7 @@ def test_the_inventory_is_exactly_what_a_recorded_checkpoint_holds(case):
     table = "nvfp4" if case == "nvfp4-experts" else "release"
     found = header(folder / "model.safetensors")
     assert specs(load_config(folder), table) == found
-    assert detect_table(found) == table
+    assert detect_table(found, "here") == table
 
 
 def test_mtp_experts_stay_mxfp4_in_the_nvfp4_release(tiny):
@@ -129,7 +129,7 @@ def test_names_are_those_that_transformers_saves(tmp_path, table, original):
     model = transformers.DeepseekV4ForCausalLM(config)
     model.save_pretrained(tmp_path, save_original_format=original)
     found = header(tmp_path / "model.safetensors")
-    assert detect_table(found) == table
+    assert detect_table(found, "here") == table
     wanted = sources(load_config(folder), table)
     parts = {n: part for s in wanted.values() for part in s.parts.values() for n in part.names(s.stack)}
     assert parts.keys() == found.keys()
@@ -157,21 +157,22 @@ def test_names_of_a_quantized_transformers_checkpoint():
 
 def test_a_foreign_checkpoint_is_refused_with_examples():
     with pytest.raises(
-        CheckpointError, match=r"not those of a DeepSeek-V4.*: bert\.a, bert\.b; expected names like"
+        CheckpointError,
+        match=r"here: these.*: bert\.a, bert\.b; expected names like",
     ):
-        detect_table(["bert.b", "bert.a"])
+        detect_table(["bert.b", "bert.a"], "here")
     with pytest.raises(CheckpointError, match="no tensors at all"):
-        detect_table([])
+        detect_table([], "here")
 
 
 def test_mixed_spellings_are_refused_with_an_example_of_each(tiny):
     names = [*specs(tiny), *specs(tiny, "transformers")]
-    message = r"mix 2 spellings: layers\.0\.ffn\S+ \(release\); model\.layers\.0\.\S+ \(transformers\)"
+    message = r"here: .* mix 2 spellings: layers\.0\.ffn\S+ \(release\); model\.layers\.0\.\S+ \(trans"
     with pytest.raises(CheckpointError, match=message):
-        detect_table(names)
+        detect_table(names, "here")
     both = [*specs(tiny), *specs(replace(tiny, expert_format="nvfp4"), "nvfp4")]
     with pytest.raises(CheckpointError, match=r"nvfp4.*release"):
-        detect_table(both)
+        detect_table(both, "here")
 
 
 def test_records_are_plain_data_and_name_every_table(tiny):

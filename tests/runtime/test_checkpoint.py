@@ -582,8 +582,10 @@ def spec(begin, end, shape=None, dtype="U8"):
         ({"a": spec(0, 4)}, "4 bytes after the last tensor"),
         ({"a": spec(0, 80)}, "truncated: .*1 tensors are cut off, a among them"),
         ([1, 2], r"not a safetensors file: it starts with .*\['"),
-        (b'{"a": 1, "a": 2}', "'a' occurs twice"),
+        (b'{"a": 1, "a": 2}', "a is given twice"),
         (b"{nonsense}", "its header cannot be read"),
+        (b'{"a": ' + b"[" * 100_000, "its header cannot be read: is nested too deeply"),
+        ({"a": {"dtype": ["U8"], "shape": [4], "data_offsets": [0, 4]}}, "tensor a has a malformed header"),
         (b"{\xff\xfe}", "its header cannot be read"),
     ],
 )

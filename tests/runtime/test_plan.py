@@ -118,7 +118,12 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"plan\.json: is no plan of dsv4c",
     ),
     "a list": (lambda p: (p / PLAN_FILE).write_text("[]"), r"holds a JSON list"),
-    "not text": (lambda p: (p / PLAN_FILE).write_bytes(b"\xff\xfe\x00"), r"plan\.json: cannot be read"),
+    "not text": (
+        lambda p: (p / PLAN_FILE).write_bytes(b"\xff\xfe\x00"),
+        r"plan\.json: is damaged: no text at byte 0; compile the plan again",
+    ),
+    "a well": (lambda p: (p / PLAN_FILE).write_text("[" * 100_000), r"plan\.json: is damaged: is nested too"),
+    "no seconds": (lambda p: (p / TIMINGS_FILE).write_text('{"fold": "x"}'), r"timings\.json: is damaged"),
     "no plan.json": (lambda p: (p / PLAN_FILE).unlink(), r"no plan\.json here; expected a folder"),
 }
 
@@ -181,6 +186,24 @@ def test_a_plan_replaces_another_only_by_force(plan: Plan, saved: Path) -> None:
     other.save(saved, force=True)
     assert load(saved).name == "other"
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_plan_that_came_meanwhile_is_left_alone(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, write = tmp_path / "a.plan", Path.write_bytes
+
+    def meanwhile(path: Path, content: bytes) -> int:
+        if not target.exists():
+            target.mkdir()
+            (target / PLAN_FILE).write_text("another process wrote me")
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", meanwhile)
+    with pytest.raises(PlanError, match=r"a\.plan: another process wrote it just now; it was left alone"):
+        plan.save(target)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.plan"]
+    assert (target / PLAN_FILE).read_text() == "another process wrote me"
 
 
 def test_folders_that_are_no_plans_are_never_replaced(plan: Plan, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -290,6 +291,19 @@ REFUSED = {
     "id negative": (lambda s: s.prefill([-1]), "token 0 is -1, out of range"),
     "id no number": (lambda s: s.prefill(["a"]), "token 0 is 'a', expected a token id"),
     "id a bool": (lambda s: s.prefill([True]), "token 0 is True, expected a token id"),
+    "id a fraction": (
+        lambda s: s.decode([torch.tensor(1.5), None, None]),
+        r"token 0 is tensor\(1.5000\), exp",
+    ),
+    "prompt a number": (
+        lambda s: s.prefill(5),
+        r"the prompt is 5, expected token ids in a row, \[3, 17, 5\]",
+    ),
+    "prompts in rows": (
+        lambda s: s.prefill(torch.ones(2, 2, dtype=torch.int32)),
+        "expected token ids in a row",
+    ),
+    "decode of a number": (lambda s: s.decode(5), r"decode got 5, expected a token per sequence"),
     "empty prompt": (lambda s: s.prefill([]), "the prompt is empty"),
     "no such sequence": (lambda s: s.prefill([1], sequence=3), r"no sequence 3; this plan has 0 to 2"),
     "negative sequence": (lambda s: s.prefill([1], sequence=-1), "no sequence -1"),
@@ -300,13 +314,23 @@ REFUSED = {
     ),
     "too few to decode": (lambda s: s.decode([1]), "one token per sequence, 3 in all, got 1"),
     "nothing to decode": (lambda s: s.decode([None] * 3), "no token for any sequence"),
-    "decode out of range": (lambda s: s.decode([1, None, 9999]), "token 1 is 9999, out of range"),
+    "decode out of range": (lambda s: s.decode([1, None, 9999]), "token 2 is 9999, out of range"),
     "full sequence": (lambda s: s.decode([1, None, 1]), rf"sequence 2 holds {CONTEXT} tokens; 1 more exceed"),
     "streams of other tokens": (
         lambda s: s.draft(torch.zeros(2, 4, 128), [1]),
         r"one row of streams per token, \[1, .*\], got \[2, 4, 128\]",
     ),
 }
+
+
+def test_token_ids_are_integers_of_any_library(session: Session) -> None:
+    session.reset()
+    rows = session.prefill([3, 17, 5])
+    for prompt in (torch.tensor([3, 17, 5]), numpy.array([3, 17, 5]), (numpy.int64(3), torch.tensor(17), 5)):
+        session.reset()
+        assert torch.equal(session.prefill(prompt), rows)
+    chosen = rows[-1].argmax()
+    assert session.decode([chosen, None, None]).shape == rows.shape
 
 
 @pytest.fixture(scope="module")

@@ -60,7 +60,7 @@ def test_layers_fold_and_are_chosen_whole() -> None:
     assert "layers.6" not in folded_text
     nodes = [n for n in graph.nodes if layer_of(n.scope) == "layers.6"]
     assert len(re.findall(r"fillcolor=\"#|fillcolor=\"white\"", one)) == len(nodes)
-    with pytest.raises(GraphError, match=r"no layer layers\.99"):
+    with pytest.raises(GraphError, match=r"no layer 'layers\.99'"):
         dot(graph, layer=99)
 
 

@@ -147,7 +147,7 @@ def test_one_layer_is_whole() -> None:
 
 
 def test_a_layer_that_is_not_there() -> None:
-    with pytest.raises(GraphError, match=r"has no layer layers\.43; its layers: layers\.0 to layers\.42"):
+    with pytest.raises(GraphError, match=r"has no layer 'layers\.43'; its layers: layers\.0 to layers\.42"):
         render(official("deepseek-v4-flash"), layer=43)
     with pytest.raises(GraphError, match=r"graph tiny\.decode has no layer mtp\.0"):
         find_section(plain("tiny"), "mtp.0")
