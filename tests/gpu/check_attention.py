@@ -2,9 +2,11 @@
 
     python tests/gpu/check_attention.py [--only NAME,...] [--no-time]
 
-Needs torch and cuda-bindings. Inputs are fresh and random, outputs and every cache slot that a position hides
-are poisoned with NaN. Times are medians of 25 replays of a graph of launches over at least 64 distinct sets
-of operands, in microseconds per launch, on plain and on programmatic edges.
+Needs torch and cuda-bindings. Inputs are fresh, random first and then of a `STYLES` (nothing but zeros, equal
+scores, one dimension, softmaxes of one key, codes at the end of their range, all scores negative or tied), at
+positions -1 (idle), 0, 1, 3, around 128, in the middle and at the end. Outputs and every cache slot that a
+position hides are poisoned with NaN. Times are medians of 25 replays of a graph of launches over at least 64
+distinct sets of operands, in microseconds per launch, on plain and on programmatic edges.
 """
 
 from __future__ import annotations
@@ -91,7 +93,7 @@ def kv_rows(count: int, width: int) -> Tensor:
 
 def positions_of(spec: dict[str, Any], limit: int) -> list[list[int]]:
     """Position vectors that cover empty, partial, wrapped and full windows, and idle sequences."""
-    pool = [0, limit - 1, 5, -1, limit // 2, 127, 3, 128, min(700, limit - 1), limit - 2]
+    pool = [0, limit - 1, 5, -1, 1, limit // 2, 127, 3, 128, min(700, limit - 1), limit - 2]
     batch = spec["batch"]
     vectors = [
         [pool[(i * batch + j) % len(pool)] for j in range(batch)] for i in range(-(-len(pool) // batch))
@@ -273,6 +275,62 @@ def limit_of(case: dict[str, Any]) -> int:
     return spec["capacity"] * spec["ratio"]
 
 
+# Adversarial operands ---------------------------------------------------------------------------------------
+
+STYLES = ("zeros", "single", "large", "negative")
+LONG = 40000  # tokens from which on random operands are enough: the reference takes long
+
+
+def adversarial(family: str, x: Operands, style: str) -> None:
+    """Change random operands to those of a style, in place. What is NaN stays so."""
+    if family == "TopKSpec":
+        x["scores"] = tied(x["scores"], style)
+        return
+    rows = [n for n in x if n in ("q", "kv") or n.endswith(("_u", "_s"))]
+    for name in rows:
+        if style == "zeros":  # signed ones: every score is the same
+            x[name] = x[name] * 0.0
+        elif style == "single":
+            kept = torch.zeros_like(x[name])
+            kept[..., 3] = x[name][..., 3]
+            x[name] = kept
+        elif style == "large":
+            x[name] = x[name] * 64
+    if style == "large":
+        for name in ("window", "entries", "keys"):
+            if name in x and family != "StateUpdateSpec":
+                enlarge(x[name], 4)
+    if style == "negative":
+        if family == "IndexScoresSpec":
+            x["weights"] = -x["weights"].abs()
+        for name in rows:
+            x[name] = -x[name].abs()
+    if "sink" in x:
+        x["sink"] = x["sink"] + {"zeros": -30.0, "negative": 8.0}.get(style, 0.0)
+
+
+def enlarge(cache: Any, exponent: int) -> None:
+    """The cache's numbers times 2^exponent, where they are numbers."""
+    if not isinstance(cache, Quantized):
+        cache.mul_(2.0**exponent)
+        return
+    cache.scale.add_(torch.where(cache.scale < 200, exponent, 0).to(torch.uint8))  # a NaN is 255
+    if cache.tail is not None:
+        cache.tail.mul_(2.0**exponent)
+
+
+def tied(scores: Tensor, style: str) -> Tensor:
+    """Scores all equal, one above the others, all the largest, or all negative; NaN where they were."""
+    known = torch.zeros_like(scores)
+    if style == "single":
+        known[:, 2] = 1.0
+    elif style == "large":
+        known = torch.where(scores > 0, 3e38, -3e38)
+    elif style == "negative":
+        known = -scores.abs() - 1.0
+    return torch.where(scores.isnan(), scores, known)
+
+
 # Comparing --------------------------------------------------------------------------------------------------
 
 
@@ -348,15 +406,22 @@ def run_once(launch: Launch) -> None:
 def check(case: dict[str, Any], kernel: Kernel) -> float:
     """Worst error over all position vectors, 1 = the allowed one."""
     inputs, expected = FAMILIES[case["family"]]
-    worst = 0.0
-    for positions in positions_of(case["spec"], limit_of(case)):
+    limit, worst = limit_of(case), 0.0
+    vectors = positions_of(case["spec"], limit)
+    trials = [("random", positions) for positions in vectors]
+    if limit <= LONG:
+        trials += [(STYLES[i % len(STYLES)], v) for i, v in enumerate(vectors * -(-4 // len(vectors)))]
+    for style, positions in trials:
         x = inputs(case["spec"], positions)
+        if style != "random":
+            adversarial(case["family"], x, style)
         device = on_device(x)
         run_once(launch_of(case, kernel, device))
         for name, want in expected(case["spec"], x).items():
             error = compare(case, name, back(x, device, name), want)
             if not error <= 1.0:
-                raise WrongResultError(f"{name} at positions {positions}: error {error:.3g} of the allowed")
+                where = f"{name} of {style} operands at positions {positions}"
+                raise WrongResultError(f"{where}: error {error:.3g} of the allowed")
             worst = max(worst, error)
     return worst
 
@@ -393,7 +458,9 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--no-time", action="store_true")
     options = parser.parse_args()
-    torch.manual_seed(torch.seed() % (1 << 32))
+    seed = torch.seed() % (1 << 32)
+    torch.manual_seed(seed)
+    print(f"seed {seed}")
     torch.zeros(1, device="cuda")
     only = tuple(filter(None, options.only.split(",")))
     print("error 1 = allowed; us per launch on plain, programmatic edges")
