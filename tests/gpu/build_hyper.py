@@ -58,8 +58,10 @@ def specs() -> Iterator[tuple[str, Any, Emission]]:
     for rows, hidden in ((1, FLASH), (8, PRO), (3, TINY)):
         embed = head.EmbedSpec(rows, hidden)
         yield "embed", embed, head.emit_embed(embed)
-    advance = head.AdvanceSpec(3)
-    yield "advance", advance, head.emit_advance(advance)
+    for rows in BATCHES:
+        advance, positions = head.AdvanceSpec(rows), head.PositionsSpec(rows)
+        yield "advance", advance, head.emit_advance(advance)
+        yield "positions", positions, head.emit_positions(positions)
     neighbors = (
         ("wo_b", 4096, 8192),
         ("w13", 4096, 4096),

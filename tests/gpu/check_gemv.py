@@ -1,9 +1,10 @@
 """Run the GEMVs of `build_gemv.py` on a device: against float64 first, then in a graph: python
 tests/gpu/check_gemv.py.
 
-Needs torch and cuda-bindings. Random codes and scales, outputs poisoned with NaN; timing is the median of 25
-replays of a graph of launches that cycle over at least 220 MB of distinct weights, in microseconds per
-launch.
+Needs torch and cuda-bindings. Random codes and scales, then activations of `STYLES`: signed zeros, the ends
+of the format, one channel alone; rows to NVFP4 also with ties and with one outlier above the smallest scales.
+Outputs are poisoned with NaN. Timing is the median of 25 replays of a graph of launches that cycle over at
+least 220 MB of distinct weights, in microseconds per launch.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ OUT = {"bf16": torch.bfloat16, "f32": torch.float32}
 # Largest |error| allowed, relative to the row's RMS (accumulation order) and to the value (output rounding).
 ABSOLUTE, RELATIVE = 2e-6, {"bf16": 2.0**-8, "f32": 1e-6}
 Operands = dict[tuple[str, str], Tensor]
+STYLES = ("random", "zeros", "ends", "single")
+LARGE = 0x5880  # bf16 rows' end, 2^50: squares of it still have a sum in f32
 
 
 def open_device() -> None:
@@ -82,13 +85,35 @@ def wide(value: codec.Quantized | Tensor) -> Tensor:
     return codec.dequantize(value, torch.float64)
 
 
-def bind_activations(operands: Operands, spec: dict[str, Any], x: dict[str, Any]) -> Tensor:
-    """Random rows for an activation operand; returns what the product uses, float64 [M, groups * k]."""
+def styled(data: Tensor, style: str) -> Tensor:
+    """Codes or bf16 numbers [rows, channels], their signs kept: all zero, all the largest, or all zero but
+    one channel of every row.
+    """
+    if style == "random":
+        return data
+    if data.dtype is torch.bfloat16:
+        bits, signs, end = data.view(torch.int16), -0x8000, LARGE
+    else:  # e4m3, or two e2m1 in a byte
+        packed = data.dtype is torch.uint8
+        bits, signs, end = data.view(torch.uint8), 0x88 if packed else 0x80, 0x77 if packed else 0x7E
+    sign = bits & signs
+    if style == "ends":
+        return (sign | end).view(data.dtype)
+    rows = torch.arange(len(data), device=data.device)
+    kept = torch.zeros_like(bits, dtype=torch.bool)
+    kept[rows, (37 * rows + 5) % data.shape[1]] = style == "single"
+    return torch.where(kept, bits, sign).view(data.dtype)
+
+
+def bind_activations(
+    operands: Operands, spec: dict[str, Any], x: dict[str, Any], style: str = "random"
+) -> Tensor:
+    """Rows for an activation operand; returns what the product uses, float64 [M, groups * k]."""
     shape = (spec["batch"], spec["groups"] * spec["k"])
     if x["prologue"] == "unpack":
         if (x["name"], "data") not in operands:
             scale = (random_bytes(shape[0], shape[1] // 16) & 0x7F).clamp(max=0x7E)
-            operands[x["name"], "data"] = random_bytes(shape[0], shape[1] // 2)
+            operands[x["name"], "data"] = styled(random_bytes(shape[0], shape[1] // 2), style)
             operands[x["name"], "scale"] = scale.view(torch.float8_e4m3fn)
             # one per row and group, as in [M, g, k]
             operands[x["name"], "global_scale"] = torch.rand(shape[0], spec["groups"], device="cuda") + 0.1
@@ -104,14 +129,14 @@ def bind_activations(operands: Operands, spec: dict[str, Any], x: dict[str, Any]
         return wide(rows).view(shape)
     if x["prologue"] == "expand" or (x["kind"] == "e4m3" and x["prologue"] == "copy"):
         if (x["name"], "data") not in operands:
-            operands[x["name"], "data"] = random_e4m3(*shape)
+            operands[x["name"], "data"] = styled(random_e4m3(*shape), style)
             scale = torch.randint(110, 130, (shape[0], shape[1] // 128), device="cuda").to(torch.uint8)
             operands[x["name"], "scale"] = scale
         value = codec.Quantized(FP8_ROW, operands[x["name"], "data"], operands[x["name"], "scale"])
         return wide(value)
     if (x["name"], "data") not in operands:
         rows = torch.randn(shape, device="cuda") * torch.logspace(-3, 2, shape[0], device="cuda")[:, None]
-        operands[x["name"], "data"] = rows.to(torch.bfloat16)
+        operands[x["name"], "data"] = styled(rows.to(torch.bfloat16), style)
     rows = operands[x["name"], "data"]
     if x["prologue"] == "copy" or x["kind"] == "f16":
         return rows.double()
@@ -126,7 +151,7 @@ def bind_activations(operands: Operands, spec: dict[str, Any], x: dict[str, Any]
     return wide(codec.quantize(rows, FP8_ROW))
 
 
-def check_quantize(case: dict[str, Any], kernel: Kernel) -> float:
+def check_quantize(case: dict[str, Any], kernel: Kernel, style: str = "random") -> float:
     """Values that a kernel rounds otherwise than the codec: none, and a few behind a norm."""
     rows, k = case["spec"]["rows"], case["spec"]["k"]
     x = torch.randn(rows, k, device="cuda") * torch.logspace(-6, 3, rows, device="cuda")[:, None]
@@ -134,6 +159,13 @@ def check_quantize(case: dict[str, Any], kernel: Kernel) -> float:
     x[rows // 2, k // 2 :] = 0
     x[-1] = 0 if rows > 1 else x[-1]
     x = x.to(torch.bfloat16)
+    if style == "floor":  # one outlier: other blocks' scales are at or below the smallest
+        x = torch.where(torch.arange(k, device="cuda") == 5, 6.0, x.sign() * 2.0**-8).to(torch.bfloat16)
+    elif style == "ties":  # halves between codes: k / 4 below a largest value of 6
+        x = (torch.randint(-24, 25, (rows, k), device="cuda") / 4).to(torch.bfloat16)
+        x[:, 0] = 6
+    elif style != "random":
+        x = styled(x, style)
     operands = {("x", "data"): x, ("gain", "data"): torch.randn(k, device="cuda").to(torch.bfloat16)}
     operands["q", "data"] = torch.full((rows, k // 2), 0x77, dtype=torch.uint8, device="cuda")
     operands["q", "scale"] = torch.full((rows, k // 16), math.nan, device="cuda").to(torch.float8_e4m3fn)
@@ -161,8 +193,8 @@ def check_quantize(case: dict[str, Any], kernel: Kernel) -> float:
     wrong += int((got.scale.view(torch.uint8) != want.scale.view(torch.uint8)).sum())
     if eps is None:
         return math.inf if wrong else 0.0
-    far = (codec.dequantize(got) - codec.dequantize(want)).norm() / codec.dequantize(want).norm()
-    return float(far) / 5e-3
+    known = codec.dequantize(want)
+    return float((codec.dequantize(got) - known).norm() / known.norm().clamp(min=1e-30)) / 5e-3
 
 
 def launch_of(case: dict[str, Any], kernel: Kernel, operands: Operands) -> Launch:
@@ -187,9 +219,8 @@ def check(case: dict[str, Any], kernel: Kernel) -> tuple[Operands, float]:
     """Operands of a case that passed, and its worst error over the allowed one."""
     spec = case["spec"]
     operands: Operands = {}
-    outputs = []
+    weights = {}
     for m in spec["matrices"]:
-        x = bind_activations(operands, spec, m["x"])
         weight = random_weight(m["format"], m["rows"], spec["k"])
         if isinstance(weight, codec.Quantized) and weight.global_scale is not None and spec["groups"] > 1:
             # each group is a matrix with a scale of its own
@@ -198,10 +229,23 @@ def check(case: dict[str, Any], kernel: Kernel) -> tuple[Operands, float]:
             )
             weight = by_group._replace(global_scale=torch.rand(spec["groups"], device="cuda") + 0.1)
         bind_weight(operands, m["name"], case["packing"][m["name"]], weight)
-        w = wide(weight).view(spec["groups"], -1, spec["k"])
-        expected = torch.einsum("mgk,grk->mgr", x.view(spec["batch"], spec["groups"], spec["k"]), w).flatten(
-            1
-        )
+        weights[m["name"]] = wide(weight).view(spec["groups"], -1, spec["k"])
+    worst, bound = 0.0, operands
+    for style in reversed(STYLES):  # random rows last: they are timed
+        bound = dict(operands)
+        worst = max(worst, check_style(case, kernel, bound, weights, style))
+    return bound, worst
+
+
+def check_style(
+    case: dict[str, Any], kernel: Kernel, operands: Operands, weights: dict[str, Tensor], style: str
+) -> float:
+    """Worst error over the allowed one with activations of a style; adds them and the results."""
+    spec, outputs = case["spec"], []
+    for m in spec["matrices"]:
+        x = bind_activations(operands, spec, m["x"], style)
+        rows = x.view(spec["batch"], spec["groups"], spec["k"])
+        expected = torch.einsum("mgk,grk->mgr", rows, weights[m["name"]]).flatten(1)
         operands[m["out"], "data"] = torch.full(
             expected.shape, math.nan, dtype=OUT[m["out_dtype"]], device="cuda"
         )
@@ -209,13 +253,13 @@ def check(case: dict[str, Any], kernel: Kernel) -> tuple[Operands, float]:
     run_once(launch_of(case, kernel, operands))
     worst = 0.0
     for m, expected, prologue in outputs:
-        got = operands[m["out"], "data"].double()
+        error = (operands[m["out"], "data"].double() - expected).abs()
         rms = expected.square().mean(-1, keepdim=True).sqrt()
         slack = 3e-3 if prologue == "normalize" else ABSOLUTE  # a norm that rounds the other way moves a code
         allowed = slack * rms + RELATIVE[m["out_dtype"]] * expected.abs()
-        ratio = ((got - expected).abs() / allowed).nan_to_num(math.inf).max().item()
-        worst = max(worst, ratio)
-    return operands, worst
+        ratio = torch.where(error == 0, 0.0, error / allowed).nan_to_num(math.inf)
+        worst = max(worst, ratio.max().item())
+    return worst
 
 
 def time_case(case: dict[str, Any], kernel: Kernel, operands: Operands, programmatic: bool) -> float:
@@ -262,7 +306,7 @@ def main() -> int:
         library = Library((options.folder / f"{case['symbol']}.cubin").read_bytes(), case["symbol"])
         kernel = library.kernel(case["symbol"], shared=case["shared"])
         if "eps" in case["spec"]:
-            worst = check_quantize(case, kernel)
+            worst = max(check_quantize(case, kernel, style) for style in (*STYLES, "floor", "ties"))
             operands = {}
         else:
             operands, worst = check(case, kernel)

@@ -356,6 +356,7 @@ def embed_tensors(spec: dict[str, Any]) -> Tensors:
     """Table, ids, streams to fill."""
     n, h = spec["rows"], spec["hidden"]
     ids = torch.randint(0, 999, (n,), dtype=torch.int32, device=DEVICE)
+    ids[0], ids[-1] = 998, 0  # the last row and the first
     return {
         "table": rand(999, h, dtype=torch.bfloat16),
         "ids": ids,
@@ -382,6 +383,19 @@ def check_advance(case: Case, report: Report) -> None:
     report.bound(str(case), "wrong positions", float((start != want).sum()), 0)
 
 
+def check_positions(case: Case, report: Report) -> None:
+    """start where a token is given, -1 elsewhere."""
+    n = case.spec["sequences"]
+    for idle in (False, True):
+        start = torch.randint(0, 1 << 20, (n,), dtype=torch.int32, device=DEVICE)
+        lengths = torch.tensor([int(not idle and i != 1) for i in range(n)], dtype=torch.int32, device=DEVICE)
+        t = {"start": start, "lengths": lengths, "positions": empty(n, dtype=torch.int32)}
+        t["positions"].fill_(-(1 << 30))
+        run(case, t)
+        want = torch.where(lengths > 0, start, -1)
+        report.bound(str(case), "wrong positions", float((t["positions"] != want).sum()), 0)
+
+
 CHECKS: dict[str, Callable[[Case, Report], None]] = {
     "hyper": check_hyper,
     "gate": check_gate,
@@ -389,6 +403,7 @@ CHECKS: dict[str, Callable[[Case, Report], None]] = {
     "argmax": check_argmax,
     "embed": check_embed,
     "advance": check_advance,
+    "positions": check_positions,
 }
 
 
