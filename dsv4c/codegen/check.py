@@ -260,7 +260,13 @@ def _touch(
                     launch.name,
                     f"touches the bytes of {name} with no order to launch {launches[other].name}",
                 )
-        if "r" not in a.access or said & {"unwritten", "stale"}:
+        if a.access == "early" and segment.writer is not None and "wait" not in said:
+            said.add("wait")
+            writer = launches[segment.writer].name
+            yield Violation(
+                "wait", launch.name, f"reads {name} before it waits for {writer}, which writes it"
+            )
+        if a.access == "w" or said & {"unwritten", "stale"}:
             continue
         wanted = same.get(a.value, a.value)
         if segment.holds is None:

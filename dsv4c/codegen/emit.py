@@ -23,12 +23,13 @@ class Parameter:
     """One kernel parameter, in ABI order: 8 bytes for a pointer, 4 for an i32.
 
     A pointer leads to `component` (data, scale, tail, global_scale) of the value that the launch binds to
-    `operand`.
+    `operand`. `early`: read before the wait, though no weight.
     """
 
     operand: str
     component: str = "data"
     kind: str = "pointer"
+    early: bool = False
 
     @property
     def name(self) -> str:

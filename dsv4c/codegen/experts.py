@@ -1,7 +1,8 @@
 """The experts of one MoE layer at decode: two launches, `up` (w1, w3, SwiGLU) and `down` (quantize, w2, sum).
 
-Each (token, expert) pair is its own job: a CTA has one activation row. Routed experts' addresses come from
-the router, so their weights start after the wait; the shared expert's start before it. The hidden rows go
+Each (token, expert) pair is its own job: a CTA has one activation row, and chooses that token's experts for
+itself. Chosen by score, their weights start after the wait; named by a table, before it, as the shared
+expert's do. The hidden rows go
 through memory in bf16 and are quantized by their readers: quantizing them in `up` ties 8 tiles of two
 matrices together, a cluster per 128 columns, and that measured a third slower than CTAs that stream any tiles
 without a break.
@@ -118,12 +119,55 @@ def _most_stages(name: str, layout: Callable[[int], dict[str, int]]) -> int:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """Whence `up` has a token's experts and their weights, score / sum of scores * factor.
+
+    scores: the k of largest score + bias, out of the gate's logits. table: a row of a table, and the logits.
+    rows: a row of a table, and products with those experts' rows of a bf16 gate. `stored`: weights go to
+    memory too.
+    """
+
+    source: str
+    factor: float
+    stored: bool = True
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """What it reads. A token's id is a step's input, and read before the wait."""
+        table = (Parameter("table"), Parameter("tokens", early=True))
+        return {
+            "scores": (Parameter("logits"), Parameter("bias")),
+            "table": (Parameter("logits"), *table),
+            "rows": (Parameter("row"), Parameter("gate"), *table),
+        }[self.source]
+
+    def signature(self, spec: ExpertsSpec) -> list[str]:
+        """The parameters with their types."""
+        types = {
+            "logits": f"f32[{spec.batch},{spec.experts}]",
+            "bias": f"f32[{spec.experts}]",
+            "row": f"bf16[{spec.batch},{spec.hidden}]",
+            "gate": f"bf16[{spec.experts},{spec.hidden}]",
+            "table": f"i32[*,{spec.top_k}]",
+            "tokens": f"i32[{spec.batch}]",
+        }
+        return [f"{p.operand}: {types[p.operand]}" for p in self.parameters]
+
+
+@dataclass(frozen=True)
 class UpPart:
-    """Routed or shared half of `up`. A job is a tile of w1 and the same of w3; CTAs take them in turn."""
+    """Routed or shared half of `up`. A job is a tile of w1 and the same of w3; CTAs take them in turn.
+
+    `scores`, `sums` and `choice` are bytes of what the router keeps: before the stream, beside it, and to the
+    end.
+    """
 
     name: str
     ring: Ring
     jobs: int
+    scores: int = 0
+    sums: int = 0
+    choice: int = 0
 
     @property
     def ctas(self) -> int:
@@ -140,14 +184,21 @@ class UpPart:
                 "x": r.product.x_bytes,
                 "fx": r.product.fx_bytes,
                 "scale": 2 * r.scale_bytes,
-                "part": r.part_bytes,
+                "part": max(r.part_bytes, self.scores),
+                "sums": self.sums,
+                "choice": self.choice,
                 "bars": r.bars_bytes,
                 "bar": 8,
             }
         )
 
 
-def _up_parts(spec: ExpertsSpec) -> tuple[UpPart, UpPart]:
+def padded(experts: int) -> int:
+    """Places for scores: whole warps."""
+    return -(-experts // 32) * 32
+
+
+def _up_parts(spec: ExpertsSpec, routing: Routing) -> tuple[UpPart, UpPart]:
     """Shared and routed part. Rounds are chosen so that all CTAs fit the machine at once and read about the
     same.
     """
@@ -160,7 +211,11 @@ def _up_parts(spec: ExpertsSpec) -> tuple[UpPart, UpPart]:
 
         def planned(stages: int) -> UpPart:
             ring = Ring(product, 1, k_warps, span_of(product, k_warps), stages, rounds, matrices=2)
-            return UpPart(name, ring, jobs)
+            if name == "shared":
+                return UpPart(name, ring, jobs)
+            scores = 8 * padded(spec.experts) if routing.source == "scores" else 0
+            sums = 4 * ring.warps * spec.top_k if routing.source == "rows" else 0
+            return UpPart(name, ring, jobs, scores, sums, 8 * spec.top_k)
 
         return planned(_most_stages(spec.name, lambda stages: planned(stages).places))
 
@@ -177,18 +232,21 @@ def _up_parts(spec: ExpertsSpec) -> tuple[UpPart, UpPart]:
     )
 
 
-def emit_experts_up(spec: ExpertsSpec) -> Emission:
+def emit_experts_up(spec: ExpertsSpec, routing: Routing) -> Emission:
     """h = bf16(silu(min(x w1, limit)) * clamp(x w3, -limit, limit) * weight), 1 for the shared expert."""
     _check(spec)
-    parts = _up_parts(spec)
+    if spec.top_k > spec.experts or spec.experts > 1024:
+        raise BuildError(f"{spec.name}: {spec.top_k} of {spec.experts} experts: want some of at most 1024")
+    parts = _up_parts(spec, routing)
     parameters = (
         *_rows("x", spec, spec.quantized),
-        Parameter("expert_ids"),
-        Parameter("expert_weights"),
+        *routing.parameters,
         *_weight("w1", spec.routed),
         *_weight("w3", spec.routed),
         *_weight("shared_w1", spec.shared),
         *_weight("shared_w3", spec.shared),
+        Parameter("experts"),
+        *([Parameter("weights")] if routing.stored else []),
         Parameter("h"),
         Parameter("shared_h"),
     )
@@ -198,6 +256,9 @@ def emit_experts_up(spec: ExpertsSpec) -> Emission:
     source = render(
         "experts_up.py.jinja",
         spec=spec,
+        routing=routing,
+        signature=", ".join(routing.signature(spec)),
+        padded=padded(spec.experts),
         parts=parts,
         pointers=[p.name for p in parameters],
         tiles=-(-spec.intermediate // 16),

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from dsv4c.codegen.attention import AttentionSpec, emit_attention
 from dsv4c.codegen.compress import CompressSpec, KvStoreSpec, StateUpdateSpec, emit_state_update
-from dsv4c.codegen.experts import ExpertsSpec, emit_experts_down, emit_experts_up
+from dsv4c.codegen.experts import ExpertsSpec, Routing, emit_experts_down, emit_experts_up
 from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.head import (
     AdvanceSpec,
@@ -27,7 +27,7 @@ from dsv4c.codegen.index import IndexScoresSpec, TopKSpec, emit_index_scores, em
 from dsv4c.codegen.lib.slices import STREAMS
 from dsv4c.codegen.quantize import QuantizeSpec, emit_quantize
 from dsv4c.codegen.registry import Call, Launchable, No, Request, Scratch, kernel, launchable
-from dsv4c.codegen.router import RouterChoiceSpec, RouterGateSpec, emit_router_choice, emit_router_gate
+from dsv4c.codegen.router import RouterGateSpec, emit_router_gate
 from dsv4c.ir.ops.linear import GroupedLinear, Linear
 from dsv4c.ir.ops.sample import Argmax
 from dsv4c.ir.ops.state import Advance, Positions
@@ -512,45 +512,6 @@ def attention(request: Request) -> Answer:
 # Experts ----------------------------------------------------------------------------------------------------
 
 
-def _router(
-    request: Request, op: Router | HashRouter | HashSwiglu, k: int, values: dict[str, int]
-) -> list[Launchable] | No:
-    """The gate's products and the choice, two launches. Weights that are no value go to scratch "weights"."""
-    x, gate = request.types[values["x"]], request.types[values["gate"]]
-    packed = _packed(x) and format_name(gate, WEIGHTS) == "nvfp4"
-    if not packed and not (_is(x, BF16) and _is(gate, BF16)):
-        return No(f"takes bf16 rows and gate or {NVFP4_ROW} and {NVFP4}, not {x} and {gate}")
-    rows, (experts, hidden) = x.shape[0], gate.shape
-    choice = RouterChoiceSpec(rows, experts, k, op.factor, hashed=not isinstance(op, Router))
-    logits = rows * experts * 4
-    made = {"logits": Scratch("logits", logits, "w")}
-    read = {"logits": Scratch("logits", logits, "r")}
-    if "weights" not in values:
-        read["weights"] = Scratch("weights", rows * k * 4, "w")
-    if packed:
-        matrix = Matrix("gate", experts, "nvfp4", Activations("x", "f16", "unpack"), "logits", "f32")
-        gate_kernel = emit_gemv(GemvSpec("router_gate", rows, hidden, (matrix,)))
-    else:
-        gate_kernel = emit_router_gate(RouterGateSpec(rows, hidden, experts))
-    return [
-        launchable(request, gate_kernel, values, stage="gate", scratch=made),
-        launchable(request, emit_router_choice(choice), values, stage="choice", scratch=read),
-    ]
-
-
-@kernel(Router, HashRouter)
-def router(request: Request) -> Answer:
-    call = request.call
-    op, x = call.op, call.operands
-    assert isinstance(op, Router | HashRouter)
-    if call.results != (0, 1):
-        return No("writes experts and weights, one of which nobody reads")
-    values = {**x, "experts": call.outputs[0], "weights": call.outputs[1]}
-    if isinstance(op, Router):
-        return _router(request, op, op.k, values)
-    return _router(request, op, request.types[x["table"]].shape[1], {**values, "ids": x["tokens"]})
-
-
 def _experts(
     request: Request, name: str, op: Swiglu | HashSwiglu, x: dict[str, int], k: int
 ) -> ExpertsSpec | No:
@@ -574,40 +535,66 @@ def _experts(
     return ExpertsSpec(name, row.shape[0], hidden, intermediate, experts, k, *formats, op.limit, packed)
 
 
-@kernel(Swiglu)
-def swiglu(request: Request) -> Answer:
-    call = request.call
-    assert isinstance(call.op, Swiglu)
-    x = call.operands
-    spec = _experts(request, "experts_up", call.op, x, request.types[x["experts"]].shape[1])
+def _routed(
+    request: Request, router: Router | HashRouter | HashSwiglu, spec: ExpertsSpec | No, values: dict[str, int]
+) -> Answer:
+    """The gate's logits if they are needed, then the experts' first half, which chooses the experts.
+
+    `values` are the router's row and gate, and the operands of both kernels; weights are stored if it has
+    them.
+    """
     if isinstance(spec, No):
         return spec
-    h, shared_h = call.outputs
-    values = {**x, "expert_ids": x["experts"], "expert_weights": x["weights"], "h": h, "shared_h": shared_h}
-    return [launchable(request, emit_experts_up(spec), values)]
+    row, gate = request.types[values["row"]], request.types[values["gate"]]
+    packed = _packed(row) and format_name(gate, WEIGHTS) == "nvfp4"
+    if not packed and not (_is(row, BF16) and _is(gate, BF16)):
+        return No(f"takes bf16 rows and gate or {NVFP4_ROW} and {NVFP4}, not {row} and {gate}")
+    rows, (experts, hidden) = row.shape[0], gate.shape
+    source = "scores" if isinstance(router, Router) else "table" if packed else "rows"
+    up = emit_experts_up(spec, Routing(source, router.factor, "weights" in values))
+    if source == "rows":
+        return [launchable(request, up, values)]
+    if packed:
+        matrix = Matrix("gate", experts, "nvfp4", Activations("x", "f16", "unpack"), "logits", "f32")
+        gate_kernel = emit_gemv(GemvSpec("router_gate", rows, hidden, (matrix,)))
+    else:
+        gate_kernel = emit_router_gate(RouterGateSpec(rows, hidden, experts))
+    made, read = ({"logits": Scratch("logits", rows * experts * 4, access)} for access in "wr")
+    return [
+        launchable(request, gate_kernel, {**values, "x": values["row"]}, stage="gate", scratch=made),
+        launchable(request, up, values, stage="up", scratch=read),
+    ]
+
+
+@kernel(Router, HashRouter, Swiglu, several=True)
+def routed_experts(request: Request) -> Answer:
+    """A router and the experts that it chooses: nobody else reads its weights, so each CTA makes its own."""
+    first, last = request.calls[0], request.calls[-1]
+    if len(request.calls) != 2 or not isinstance(last.op, Swiglu) or isinstance(first.op, Swiglu):
+        names = ", ".join(call.op.name for call in request.calls)
+        return No(f"takes a router and the swiglu of its experts together, not {names}")
+    router, x = first.operands, last.operands
+    assert isinstance(first.op, Router | HashRouter)
+    if first.outputs != (x["experts"], x["weights"]):
+        return No("takes experts and weights of one router")
+    k = request.types[x["experts"]].shape[1]
+    h, shared_h = last.outputs
+    values = {**router, **x, "row": router["x"], "h": h, "shared_h": shared_h}
+    return _routed(request, first.op, _experts(request, "experts_up", last.op, x, k), values)
 
 
 @kernel(HashSwiglu)
 def hash_swiglu(request: Request) -> Answer:
-    """Router and experts, three launches: the routing weights pass through scratch."""
     call = request.call
     op, x = call.op, call.operands
     assert isinstance(op, HashSwiglu)
-    k = request.types[x["table"]].shape[1]
-    rows = request.types[x["x"]].shape[0]
     if call.results != (0, 1, 2):
         return No("writes the chosen experts, which nobody reads")
     experts, h, shared_h = call.outputs
-    routing = {"x": x["x"], "gate": x["gate"], "table": x["table"], "ids": x["tokens"], "experts": experts}
-    routed = _router(request, op, k, routing)
-    spec = _experts(request, "experts_up", op, {**x, "x": x["x_routed"]}, k)
-    if isinstance(routed, No):
-        return routed
-    if isinstance(spec, No):
-        return spec
-    values = {**x, "x": x["x_routed"], "expert_ids": experts, "h": h, "shared_h": shared_h}
-    weights = {"expert_weights": Scratch("weights", rows * k * 4, "r")}
-    return [*routed, launchable(request, emit_experts_up(spec), values, stage="up", scratch=weights)]
+    routed = {**x, "x": x["x_routed"]}
+    values = {**routed, "row": x["x"], "experts": experts, "h": h, "shared_h": shared_h}
+    spec = _experts(request, "experts_up", op, routed, request.types[x["table"]].shape[1])
+    return _routed(request, op, spec, values)
 
 
 @kernel(ExpertsDown)

@@ -23,6 +23,8 @@ from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.ir.ops.rope import RopeFrequencies
 from dsv4c.passes.fusions.index_topk import IndexTopk
 from dsv4c.passes.fusions.indexer import Indexer
+from dsv4c.passes.fusions.router import HashRouter, Router
+from dsv4c.passes.fusions.swiglu import Swiglu
 from dsv4c.passes.memory import aligned, plan_memory
 from dsv4c.passes.schedule import Schedule
 from dsv4c.types import BF16, F32, Component, QuantType, TensorType, Type
@@ -156,19 +158,22 @@ Chosen = tuple[tuple[Value, ...], tuple[Launchable, ...]]
 
 
 def steps(schedule: Schedule) -> list[tuple[Node, ...]]:
-    """What is computed together, in order: the launches of `schedule` without constants, and an index_topk
-    with the indexer whose scores it reads.
+    """What is computed together, in order: the launches of `schedule` without constants; an index_topk with
+    the indexer whose scores it reads, and a swiglu with the router of its experts.
     """
-    best = {n.inputs[0]: n for n in schedule.nodes if isinstance(n.op, IndexTopk)}
-    moved = {best[n.outputs[0]] for n in schedule.nodes if isinstance(n.op, Indexer) and n.outputs[0] in best}
+    read = {IndexTopk: 0, Swiglu: 1}  # which operand the first of the two makes
+    second = {n.inputs[read[type(n.op)]]: n for n in schedule.nodes if type(n.op) in read}
+    pairs = {
+        n: second[n.outputs[0]]
+        for n in schedule.nodes
+        if isinstance(n.op, Indexer | Router | HashRouter) and n.outputs[0] in second
+    }
     ordered = []
     for members in schedule.groups:
         nodes = tuple(schedule.nodes[i] for i in members)
-        if isinstance(nodes[0].op, RopeFrequencies) or nodes[0] in moved:
+        if isinstance(nodes[0].op, RopeFrequencies) or nodes[0] in pairs.values():
             continue
-        if isinstance(nodes[0].op, Indexer) and nodes[0].outputs[0] in best:
-            nodes = (*nodes, best[nodes[0].outputs[0]])
-        ordered.append(nodes)
+        ordered.append((*nodes, pairs[nodes[0]]) if nodes[0] in pairs else nodes)
     return ordered
 
 

@@ -91,7 +91,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Binding:
-    """What a kernel parameter points to: a component of value number `value`, or scratch of that name."""
+    """What a kernel parameter points to: a component of value number `value`, or scratch of that name.
+
+    access: "r", "w", "rw", or "early" for what is read before the wait, though no weight.
+    """
 
     component: str
     access: str
@@ -266,7 +269,12 @@ def launchable(
                 raise BuildError(
                     f"{emission.symbol}: wants {p.component} of {p.operand}, which is {request.types[value]}"
                 )
-            bindings.append(Binding(p.component, request.access[value], value))
+            access = request.access[value]
+            if p.early and access != "r":
+                raise BuildError(
+                    f"{emission.symbol}: reads {p.operand} before the wait, and the launch writes it"
+                )
+            bindings.append(Binding(p.component, "early" if p.early else access, value))
         elif (name := p.name.removeprefix("m_")) in scratch:
             array = scratch[name]
             bindings.append(Binding(p.component, array.access, scratch=array.name))

@@ -1,8 +1,4 @@
-"""Router kernels: the gate's products over many CTAs, then the choice of experts by one CTA per token.
-
-Two launches: a last-CTA finish would need a fence, an atomic and a counter that somebody resets. (Not
-compared; on an H200, 2026-11-21, both together take 2.8 us for 256 experts of 4096 columns.)
-"""
+"""The router's gate: its products over many CTAs. Each CTA of the experts' kernel makes the choice."""
 
 from __future__ import annotations
 
@@ -38,21 +34,6 @@ class RouterGateSpec:
         return Gate(self.rows, self.hidden, self.experts, each, threads)
 
 
-@dataclass(frozen=True)
-class RouterChoiceSpec:
-    """logits f32[rows, experts] -> experts i32[rows, k], weights f32[rows, k].
-
-    Dense: bias f32[experts]; a thread per expert. Hashed: table i32[vocabulary, k], ids i32[rows].
-    """
-
-    rows: int
-    experts: int
-    k: int
-    factor: float
-    hashed: bool = False
-    eps: float = 0.0
-
-
 def emit_router_gate(spec: RouterGateSpec) -> Emission:
     """The gate's products. Raises BuildError for shapes it cannot cut."""
     gate = spec.gate
@@ -70,36 +51,3 @@ def emit_router_gate(spec: RouterGateSpec) -> Emission:
         bandwidth=BANDWIDTH,
     )
     return Emission("router_gate_0", source, (ctas, 1, 1), gate.threads, gate.shared, parameters)
-
-
-def emit_router_choice(spec: RouterChoiceSpec) -> Emission:
-    """The choice of experts. Raises BuildError when k exceeds the experts or a warp."""
-    threads = 32 if spec.hashed else -(-spec.experts // 32) * 32
-    if spec.k > min(32, spec.experts) or threads > 1024:
-        raise BuildError(
-            f"router choice of {spec.k} among {spec.experts} experts: at most 32 among at most 1024"
-        )
-    shared = 0 if spec.hashed else threads * 12  # biases, scores, their order
-    symbol = "router_hash" if spec.hashed else "router_topk"
-    n = spec.rows
-    types = {"logits": f"f32[{n},{spec.experts}]"}
-    types |= (
-        {"table": f"i32[*,{spec.k}]", "ids": f"i32[{n}]"} if spec.hashed else {"bias": f"f32[{spec.experts}]"}
-    )
-    types |= {"experts": f"i32[{n},{spec.k}]", "weights": f"f32[{n},{spec.k}]"}
-    parameters = tuple(map(Parameter, types))
-    source = render(
-        "router_choice.py.jinja",
-        symbol=symbol,
-        parameters=[p.name for p in parameters],
-        signature="\n".join(f"{p.name}: {types[p.operand]}" for p in parameters),
-        rows=spec.rows,
-        experts=spec.experts,
-        k=spec.k,
-        factor=spec.factor,
-        hashed=spec.hashed,
-        eps=spec.eps,
-        threads=threads,
-        shared=shared,
-    )
-    return Emission(f"{symbol}_0", source, (spec.rows, 1, 1), threads, shared, parameters)

@@ -62,7 +62,7 @@ class Launch:
 class Argument:
     """One pointer of a kernel: `offset` bytes into a block, where `component` of `value` has `nbytes` bytes.
 
-    access: "r", "w" or "rw".
+    access: "r", "w", "rw", or "early" for what is read before the kernel waits, though no weight.
     """
 
     space: Space

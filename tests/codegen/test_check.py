@@ -94,25 +94,36 @@ def test_an_edge_to_a_later_launch_is_found(plan: Plan) -> None:
 
 
 def test_a_read_without_a_writer_is_found(plan: Plan) -> None:
-    every = [launch for launch in launches(plan) if launch.name != "layers.0.ffn.router.experts.choice"]
+    every = [launch for launch in launches(plan) if launch.name != "layers.3.ffn.router.experts.gate"]
     every = [replace(launch, after=(i - 1,) if i else ()) for i, launch in enumerate(every)]
     found = check(rebuilt(plan, every))
-    assert any(v.kind in ("unwritten", "stale") and "router.experts.weights" in v.text for v in found)
+    assert any(v.kind in ("unwritten", "stale") and "router.experts.logits" in v.text for v in found)
     assert {v.kind for v in found} <= {"unwritten", "stale"}
 
 
 def test_scratch_under_two_names_is_found(plan: Plan) -> None:
-    """The routing weights of a hash layer, read from another place than where they were written."""
-    place = argument(plan, "layers.0.ffn.router.experts.up", "layers.0.ffn.router.experts.weights")
+    """The gate's logits, read from another place than where they were written."""
+    place = argument(plan, "layers.3.ffn.router.experts.up", "layers.3.ffn.router.experts.logits")
     found = check(
         with_argument(
             rebuilt(plan, launches(plan), arena_bytes=plan.bucket("decode").arena_bytes + 256),
-            "layers.0.ffn.router.experts.up",
+            "layers.3.ffn.router.experts.up",
             place.value,
             offset=plan.bucket("decode").arena_bytes,
         )
     )
-    assert kinds(found) == {("unwritten", "layers.0.ffn.router.experts.up")}
+    assert kinds(found) == {("unwritten", "layers.3.ffn.router.experts.up")}
+
+
+def test_what_is_read_before_the_wait_must_not_be_written_in_the_step(plan: Plan) -> None:
+    """A hash layer's token: sound as an input of the step, not as what an earlier launch leaves there."""
+    place = argument(plan, "layers.0.ffn.router.experts", "tokens")
+    assert (place.space, place.access) == ("input", "early")
+    hashed = {("wait", f"layers.{i}.ffn.router.experts") for i in (0, 1)}
+    for access, found in (("r", set()), ("w", hashed)):
+        first = launches(plan)[0]
+        touching = replace(first, arguments=(*first.arguments, replace(place, access=access)))
+        assert kinds(check(rebuilt(plan, [touching, *launches(plan)[1:]]))) == found
 
 
 def test_overwritten_bytes_are_found(plan: Plan) -> None:
@@ -200,7 +211,7 @@ def test_the_command_prints_what_is_wrong_and_fails(plan: Plan, tmp_path: Path) 
     plan.save(tmp_path / "sound")
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "sound")])
     assert result.exit_code == 0
-    assert "sound (82 decode launches" in result.stdout
+    assert "sound (74 decode launches" in result.stdout
     with_argument(plan, "streams", "embed", access="w").save(tmp_path / "wrong")
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "wrong"), "--json"])
     assert result.exit_code == PlanError.exit_code

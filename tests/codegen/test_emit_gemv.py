@@ -14,7 +14,7 @@ import pytest
 
 from dsv4c.codegen.build import TARGETS, Source, build
 from dsv4c.codegen.emit import Emission
-from dsv4c.codegen.experts import ExpertsSpec, emit_experts_down, emit_experts_up
+from dsv4c.codegen.experts import ExpertsSpec, Routing, emit_experts_down, emit_experts_up
 from dsv4c.codegen.gemv import SHARED_PER_SM, Activations, GemvSpec, Matrix, emit_gemv, plan_parts
 from dsv4c.codegen.quantize import QuantizeSpec, emit_quantize
 from dsv4c.errors import BuildError
@@ -78,14 +78,20 @@ SPLIT = [  # eight rows do not fit beside two stages of weights
 ]
 
 
+BY_SCORE, BY_TABLE = Routing("scores", 1.5), Routing("table", 1.5)
+BY_ROWS = Routing("rows", 1.5, stored=False)
+
+
 def small_kernels() -> list[Emission]:
     kernels = [emit_gemv(spec) for spec in SMALL + SPLIT]
     for routed, shared in (("mxfp4", "fp8"), ("nvfp4", "nvfp4"), ("fp8", "fp8"), ("bf16", "bf16")):
         spec = experts(routed, shared)
-        kernels.append(emit_experts_up(replace(spec, name=f"up_{spec.name}")))
+        for n, routing in enumerate((BY_SCORE, BY_TABLE, BY_ROWS)):
+            kernels.append(emit_experts_up(replace(spec, name=f"up{n}_{spec.name}"), routing))
         kernels.append(emit_experts_down(replace(spec, name=f"down_{spec.name}")))
     packed = replace(experts("nvfp4", "nvfp4"), packed=True)
-    kernels.append(emit_experts_up(replace(packed, name="up_w4a4")))
+    kernels.append(emit_experts_up(replace(packed, name="up_w4a4"), BY_SCORE))
+    kernels.append(emit_experts_up(replace(packed, name="up_hash_w4a4"), BY_TABLE))
     kernels.append(emit_experts_down(replace(packed, name="down_w4a4")))
     return kernels
 
@@ -97,7 +103,8 @@ def test_goldens(golden: Golden) -> None:
     golden(emit_gemv(SPLIT[1]).source, "kernels/gemv_split.py.txt")
     golden(emit_quantize(QuantizeSpec("norm_quantize", 3, 1536, 1e-6)).source, "kernels/norm_quantize.py.txt")
     flash = ExpertsSpec("experts", 1, 4096, 2048, 256, 6, "mxfp4", "fp8", 10.0)
-    golden(emit_experts_up(flash).source, "kernels/experts_up.py.txt")
+    golden(emit_experts_up(flash, BY_SCORE).source, "kernels/experts_up.py.txt")
+    golden(emit_experts_up(flash, BY_ROWS).source, "kernels/experts_up_hash.py.txt")
     golden(emit_experts_down(flash).source, "kernels/experts_down.py.txt")
 
 
@@ -175,7 +182,8 @@ def test_text_waits_once_per_path_with_weights_in_flight() -> None:
         for path in paths:
             waits = path.count("ptx.wait()")
             assert waits == ("stream.prefetch(" in path)
-            if waits and not path.startswith("def routed("):  # the router decides what those read
+            chooses = "router.top_experts(" in path  # which weights to read
+            if waits and not chooses:
                 assert path.index("stream.prefetch(") < path.index("ptx.wait()")
             stages = ("copy", "load", "expand", "quantize")
             reads = [path.find(f"{lib}.{stage}_") for lib in ("activations", "nvfp4") for stage in stages]
@@ -257,6 +265,42 @@ def test_refusals(spec: GemvSpec, message: str) -> None:
 )
 def test_expert_refusals(change: dict[str, object], message: str) -> None:
     spec = replace(experts("mxfp4", "fp8"), **change)  # type: ignore[arg-type]
-    for emit in (emit_experts_up, emit_experts_down):
+    for emit in (lambda spec: emit_experts_up(spec, BY_SCORE), emit_experts_down):
         with pytest.raises(BuildError, match=message):
             emit(spec)
+
+
+def test_experts_are_chosen_among_those_there_are() -> None:
+    for change in ({"top_k": 9}, {"experts": 1025}):
+        with pytest.raises(BuildError, match="want some of at most 1024"):
+            emit_experts_up(replace(experts("mxfp4", "fp8"), **change), BY_SCORE)
+
+
+@pytest.mark.parametrize(("hidden", "intermediate", "count"), [(4096, 2048, 256), (7168, 3072, 384)])
+@pytest.mark.parametrize("routing", [BY_SCORE, BY_TABLE, BY_ROWS], ids=lambda r: r.source)
+def test_routing_leaves_two_ctas_to_an_sm(
+    hidden: int, intermediate: int, count: int, routing: Routing
+) -> None:
+    for routed in ("mxfp4", "nvfp4"):
+        spec = ExpertsSpec("up", 1, hidden, intermediate, count, 6, routed, "fp8", 10.0)
+        assert 2 * (emit_experts_up(spec, routing).shared + 1024) <= SHARED_PER_SM
+
+
+def test_what_the_router_keeps_lies_apart_from_what_lives_beside_it() -> None:
+    for routing in (BY_SCORE, BY_TABLE, BY_ROWS):
+        text = emit_experts_up(experts("fp8", "fp8"), routing).source.split("def routed(")[1]
+        at = {n: int(x or 0) for n, x in re.findall(r"s_(\w+) = smem(?: \+ (\d+))?\n", text)}
+        assert at["sums"] - at["part"] >= max(4 * 64, 8 * 32)  # sums f32 [warps][16]; scores and keys
+        assert at["choice"] - at["sums"] >= (4 * 4 * 2 if routing is BY_ROWS else 0)
+        assert at["bars"] - at["choice"] >= 2 * 8
+
+
+def test_a_token_is_read_before_the_wait_and_its_experts_weights_with_it() -> None:
+    for routing in (BY_TABLE, BY_ROWS):
+        emission = emit_experts_up(experts("mxfp4", "fp8"), routing)
+        early = [p.operand for p in emission.parameters if p.early]
+        assert early == ["tokens"]
+        path = emission.source.split("def routed(")[1]
+        order = ["m_tokens.toint()", "router.table_experts(", "stream.prefetch(", "ptx.wait()"]
+        assert [path.index(step) for step in order] == sorted(path.index(step) for step in order)
+    assert "router.early_rows(" in path.split("ptx.wait()")[0]

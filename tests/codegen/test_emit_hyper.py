@@ -12,7 +12,7 @@ from dsv4c.codegen.build import TARGETS, Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.head import AdvanceSpec, ArgmaxSpec, EmbedSpec, emit_advance, emit_argmax, emit_embed
 from dsv4c.codegen.hyper import SHARED_LIMIT, HyperNormSpec, emit_hyper_norm
-from dsv4c.codegen.router import RouterChoiceSpec, RouterGateSpec, emit_router_choice, emit_router_gate
+from dsv4c.codegen.router import RouterGateSpec, emit_router_gate
 from dsv4c.errors import BuildError
 
 BOUNDARY = HyperNormSpec(rows=2, hidden=256, norm_eps=1e-6, hc_eps=1e-6, iterations=20)
@@ -20,14 +20,12 @@ FIRST = replace(BOUNDARY, mix=False, keep=False)
 HEAD = replace(BOUNDARY, head=True, keep=False, fp8=False)
 FLASH = replace(BOUNDARY, rows=1, hidden=4096)
 PRO = replace(BOUNDARY, rows=1, hidden=7168)
-CHOICE = RouterChoiceSpec(rows=2, experts=8, k=2, factor=1.5)
 
 
 def emissions() -> list[Emission]:
     return [
         *map(emit_hyper_norm, (BOUNDARY, FIRST, HEAD, PRO)),
         emit_router_gate(RouterGateSpec(rows=3, hidden=256, experts=8)),
-        *map(emit_router_choice, (CHOICE, replace(CHOICE, hashed=True))),
         emit_argmax(ArgmaxSpec(rows=2, vocabulary=250)),
         emit_embed(EmbedSpec(rows=2, hidden=256)),
         emit_advance(AdvanceSpec(rows=2)),
@@ -74,9 +72,6 @@ def test_flags_decide_the_operands():
     assert operands(emit_hyper_norm(BOUNDARY)) == [*mixed, "m_x_out", "m_post_out", "m_comb_out", *row]
     assert operands(emit_hyper_norm(FIRST)) == ["m_x", *weights, "m_post_out", "m_comb_out", *row]
     assert operands(emit_hyper_norm(HEAD)) == [*mixed, "m_normed"]
-    assert operands(emit_router_choice(CHOICE)) == ["m_logits", "m_bias", "m_experts", "m_weights"]
-    hashed = emit_router_choice(replace(CHOICE, hashed=True))
-    assert operands(hashed) == ["m_logits", "m_table", "m_ids", "m_experts", "m_weights"]
 
 
 @pytest.mark.parametrize(("spec", "ctas", "threads"), [(BOUNDARY, 2, 128), (FLASH, 16, 256), (PRO, 14, 512)])
@@ -100,8 +95,6 @@ def test_rows_that_no_cluster_cuts_are_refused(hidden: int):
 def test_router_refusals_say_what_they_want():
     with pytest.raises(BuildError, match="want columns"):
         emit_router_gate(RouterGateSpec(rows=1, hidden=100, experts=8))
-    with pytest.raises(BuildError, match="at most 32 among at most 1024"):
-        emit_router_choice(replace(CHOICE, k=9))
     with pytest.raises(BuildError, match="multiple of 8"):
         emit_embed(EmbedSpec(rows=1, hidden=100))
 

@@ -19,7 +19,8 @@ from dsv4c.passes.fusions.indexer import Indexer
 from dsv4c.passes.fusions.kv_norm_rope_store import KvNormRopeStore
 from dsv4c.passes.fusions.q_norm_quantize import QNormQuantize
 from dsv4c.passes.fusions.quantize_linear import QuantizeLinear
-from dsv4c.passes.fusions.swiglu import HashSwiglu
+from dsv4c.passes.fusions.router import HashRouter, Router
+from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
 from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4_ROW, parse_type
 
 Values = Callable[..., Value]
@@ -190,27 +191,64 @@ def test_scores_that_somebody_else_reads_are_refused() -> None:
         together(graph, graph.nodes[0])
 
 
-def test_a_hash_layers_routing_weights_pass_from_choice_to_up() -> None:
+EXPERTS = f"{MXFP4}[8,128,256]"
+SHARED = f"{FP8_WEIGHT}[128,256]"
+
+
+def scratch(launch: Launchable) -> dict[str, str]:
+    return {b.scratch: b.access for b in launch.bindings if b.scratch}
+
+
+def test_a_hash_layer_is_one_launch_that_reads_the_token_early() -> None:
     def make(p: Values, _: Values) -> object:
         x = p("x", f"{FP8_ROW}[2,256]")
-        up, shared = f"{MXFP4}[8,128,256]", f"{FP8_WEIGHT}[128,256]"
         return HashSwiglu(out=BF16, limit=10.0, factor=1.5)(
             p("row", "bf16[2,256]"), p("gate", "bf16[8,256]"), p("table", "i32[64,2]"), p("tokens", "i32[2]"),
-            x, p("w1", up), p("w3", up), x, p("s1", shared), p("s3", shared),
+            x, p("w1", EXPERTS), p("w3", EXPERTS), x, p("s1", SHARED), p("s3", SHARED),
         )  # fmt: skip
 
-    gate, choice, up = together(graph_of(make))
-    assert [launch.stage for launch in (gate, choice, up)] == ["gate", "choice", "up"]
+    (up,) = together(graph_of(make))
+    assert not scratch(up)
+    names = dict(zip((p.operand for p in up.emission.parameters), up.bindings, strict=True))
+    assert names["tokens"].access == "early"
+    assert names["experts"].access == "w"
+    assert "weights" not in names  # nobody's value
 
-    def scratch(launch: Launchable) -> dict[str, str]:
-        return {b.scratch: b.access for b in launch.bindings if b.scratch}
 
+def test_a_hash_layer_under_an_nvfp4_gate_has_its_logits_in_scratch() -> None:
+    def make(p: Values, _: Values) -> object:
+        x, weight = p("x", f"{NVFP4_ROW}[2,256]"), "q[e2m1,e4m3,1x16,tensor]"
+        return HashSwiglu(out=BF16, limit=10.0, factor=1.5)(
+            x, p("gate", f"{weight}[8,256]"), p("table", "i32[64,2]"), p("tokens", "i32[2]"),
+            x, p("w1", f"{weight}[8,128,256]"), p("w3", f"{weight}[8,128,256]"),
+            x, p("s1", f"{weight}[128,256]"), p("s3", f"{weight}[128,256]"),
+        )  # fmt: skip
+
+    gate, up = together(graph_of(make))
+    assert (gate.stage, up.stage) == ("gate", "up")
     assert scratch(gate) == {"logits": "w"}
-    assert scratch(choice) == {"logits": "r", "weights": "w"}
-    assert scratch(up) == {"weights": "r"}
-    assert choice.scratch["weights"] == up.scratch["weights"] == 2 * 2 * 4
-    experts = next(b.value for b in choice.bindings if b.access == "w" and b.value is not None)
-    assert [b.access for b in up.bindings if b.value == experts] == ["r"]
+    assert scratch(up) == {"logits": "r"}
+    assert gate.scratch["logits"] == up.scratch["logits"] == 2 * 8 * 4
+
+
+@pytest.mark.parametrize("hashed", [False, True])
+def test_a_router_and_its_experts_are_one_request(hashed: bool) -> None:
+    def make(p: Values, _: Values) -> object:
+        row, gate, x = p("row", "bf16[2,256]"), p("gate", "bf16[8,256]"), p("x", f"{FP8_ROW}[2,256]")
+        if hashed:
+            chosen = HashRouter(factor=1.5)(row, gate, p("table", "i32[64,2]"), p("tokens", "i32[2]"))
+        else:
+            chosen = Router(k=2, factor=1.5)(row, gate, p("bias", "f32[8]"))
+        operands = (x, *chosen, p("w1", EXPERTS), p("w3", EXPERTS), x, p("s1", SHARED), p("s3", SHARED))
+        return (*chosen, *Swiglu(out=BF16, limit=10.0)(*operands))
+
+    graph = graph_of(make)
+    *gate, up = together(graph)
+    assert [launch.stage for launch in gate] == ([] if hashed else ["gate"])
+    written = {p.operand for p, b in zip(up.emission.parameters, up.bindings, strict=True) if b.access == "w"}
+    assert written == {"experts", "weights", "h", "shared_h"}
+    with pytest.raises(BuildError, match="takes a router and the swiglu of its experts together, not"):
+        together(graph, graph.nodes[0])
 
 
 def test_rows_are_quantized_to_nvfp4_once_for_all_their_readers() -> None:

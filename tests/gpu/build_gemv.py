@@ -14,7 +14,7 @@ from pathlib import Path
 
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
-from dsv4c.codegen.experts import ExpertsSpec, emit_experts_down, emit_experts_up
+from dsv4c.codegen.experts import ExpertsSpec, Routing, emit_experts_down, emit_experts_up
 from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.quantize import QuantizeSpec, emit_quantize
 
@@ -155,8 +155,9 @@ def quantizers() -> list[QuantizeSpec]:
     return [*plain, QuantizeSpec("qn_1x1024", 1, 1024, 1e-6), QuantizeSpec("qn_8x1536", 8, 1536, 1e-6)]
 
 
-def experts() -> list[tuple[ExpertsSpec, bool]]:
-    """Layers' experts and whether to time them."""
+def experts() -> list[tuple[ExpertsSpec, Routing, bool]]:
+    """Layers' experts, how they are chosen, and whether to time them."""
+    scores, table, rows = (Routing(source, 1.5) for source in ("scores", "table", "rows"))
 
     def flash(routed: str, shared: str, batch: int = 1) -> ExpertsSpec:
         return ExpertsSpec(
@@ -165,12 +166,21 @@ def experts() -> list[tuple[ExpertsSpec, bool]]:
 
     pro = ExpertsSpec("pro_mxfp4_fp8_b1", 1, 7168, 3072, 384, 6, "mxfp4", "fp8", 10.0)
     timed = [flash("mxfp4", "fp8"), flash("nvfp4", "fp8"), flash("fp8", "fp8"), pro, flash("mxfp4", "fp8", 8)]
-    checked = [flash("bf16", "bf16"), flash("nvfp4", "nvfp4", 3), flash("mxfp4", "fp8", 2)]
+    layers = [(spec, scores, True) for spec in timed]
+    layers += [(spec, rows, True) for spec in (timed[0], pro)]
+    layers += [(flash(*spec), scores, False) for spec in (("bf16", "bf16"), ("nvfp4", "nvfp4", 3))]
+    layers += [(flash("mxfp4", "fp8", 2), routing, False) for routing in (scores, table, rows)]
+    layers += [(flash("mxfp4", "fp8", 8), rows, False), (flash("bf16", "bf16", 3), rows, False)]
     for batch in (1, 3):
-        tiny = [("mxfp4", "fp8"), ("nvfp4", "fp8"), ("fp8", "fp8")]
-        checked += [ExpertsSpec(f"tiny_{r}_{s}_b{batch}", batch, 256, 128, 8, 2, r, s, 1.0) for r, s in tiny]
-        checked.append(ExpertsSpec(f"tiny_bf16_bf16_b{batch}", batch, 96, 48, 6, 2, "bf16", "bf16", 0.6))
-    return [(s, True) for s in timed] + [(s, False) for s in checked]
+        tiny = [
+            ExpertsSpec(f"tiny_{r}_{s}_b{batch}", batch, 256, 128, 8, 2, r, s, 1.0)
+            for r, s in (("mxfp4", "fp8"), ("nvfp4", "fp8"), ("fp8", "fp8"))
+        ]
+        tiny.append(ExpertsSpec(f"tiny_bf16_bf16_b{batch}", batch, 96, 48, 6, 2, "bf16", "bf16", 0.6))
+        tiny.append(ExpertsSpec(f"odd_bf16_bf16_b{batch}", batch, 160, 16, 37, 5, "bf16", "bf16", 0.6))
+        tiny.append(ExpertsSpec(f"many_fp8_fp8_b{batch}", batch, 128, 128, 300, 9, "fp8", "fp8", 1.0))
+        layers += [(spec, routing, False) for spec in tiny for routing in (scores, table, rows)]
+    return layers
 
 
 def describe(
@@ -210,10 +220,10 @@ def main() -> None:
         if options.only in spec.name or options.only == "w4a4"
     ]
     pairs = []
-    for spec, timed in experts() if not options.only else []:
-        up = emit_experts_up(replace(spec, name=f"up_{spec.name}"))
-        down = emit_experts_down(replace(spec, name=f"down_{spec.name}"))
-        pairs.append((spec, timed, up, down))
+    for spec, routing, timed in experts() if not options.only else []:
+        up = emit_experts_up(replace(spec, name=f"up_{routing.source}_{spec.name}"), routing)
+        down = emit_experts_down(replace(spec, name=f"down_{routing.source}_{spec.name}"))
+        pairs.append((spec, routing, timed, up, down))
     emissions = [e for *_, e in every] + [e for *_, up, down in pairs for e in (up, down)]
     built = build([Source(e.symbol, e.source) for e in emissions], options.target, options.store)
     for emission, kernel in zip(emissions, built, strict=True):
@@ -223,7 +233,10 @@ def main() -> None:
             f"{emission.symbol:26} grid {emission.grid[0]:5} {emission.shared:6} B {r.registers:3} registers"
         )
     (folder / "cases.json").write_text(json.dumps([describe(*case) for case in every], indent=1))
-    layers = [[describe(s, t, up), describe(s, t, down)] for s, t, up, down in pairs]
+    layers = [
+        [{**describe(spec, timed, e), "routing": asdict(routing)} for e in (up, down)]
+        for spec, routing, timed, up, down in pairs
+    ]
     (folder / "experts.json").write_text(json.dumps(layers, indent=1))
 
 

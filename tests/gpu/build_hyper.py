@@ -45,13 +45,10 @@ def specs() -> Iterator[tuple[str, Any, Emission]]:
     boundaries += [boundary(1, 512), boundary(1, 2560), boundary(1, 384)]
     for spec in boundaries:
         yield "hyper", spec, hyper.emit_hyper_norm(spec)
-    for hidden, experts, k, factor in ((FLASH, 256, 6, 1.5), (PRO, 384, 6, 2.5), (TINY, 8, 2, 1.5)):
+    for hidden, experts in ((FLASH, 256), (PRO, 384), (TINY, 8)):
         for rows in BATCHES:
             gate = router.RouterGateSpec(rows, hidden, experts)
             yield "gate", gate, router.emit_router_gate(gate)
-            for hashed in (False, True):
-                choice = router.RouterChoiceSpec(rows, experts, k, factor, hashed=hashed)
-                yield "choice", choice, router.emit_router_choice(choice)
     for rows, vocabulary in ((1, 129280), (8, 129280), (3, 512), (2, 250)):
         argmax = head.ArgmaxSpec(rows, vocabulary)
         yield "argmax", argmax, head.emit_argmax(argmax)

@@ -1,7 +1,7 @@
 """Run the experts' kernels of `build_gemv.py` on a device: python tests/gpu/check_experts.py.
 
-`up` against float64, `down` on random hidden rows; outputs poisoned. Timing: graphs of up-down pairs, every
-launch with other experts, median of 25 replays.
+`up` against float64 under every style of routing, `down` on random hidden rows; outputs poisoned. Timing:
+graphs of up-down pairs, every launch with other experts, median of 25 replays.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from dsv4c.runtime.driver import Edge, Graph, Kernel, Library
 from dsv4c.runtime.packing import parse_packing
 from dsv4c.types import FP8_ROW
 
-CHECKED_EXPERTS = 12  # stored for the check; timing stores all
+DISTINCT = 12  # experts in the check, over and over; in the timing all differ
+STYLES = ("random", "equal", "pairs", "wide", "low")
 
 
 def random_experts(format: str, count: int, rows: int, k: int) -> codec.Quantized | Tensor:
@@ -85,57 +86,131 @@ def bf16_error(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected).abs() / allowed).nan_to_num(math.inf).max().item()
 
 
+def repeat_experts(operands: Operands, name: str, count: int, experts: int) -> None:
+    """The `count` matrices of a stack over and over until there are `experts`, as bytes."""
+    order = torch.arange(experts, device="cuda") % count
+    for component in ("data", "scale", "global_scale"):
+        if (name, component) in operands:
+            each = operands[name, component].contiguous().view(torch.uint8).view(count, -1)
+            operands[name, component] = each[order].flatten()
+
+
+def bind_routing(o: Operands, case: dict[str, Any], style: str) -> Tensor:
+    """What the router chooses from, in the style asked for; returns the logits in float64."""
+    spec, source = case["spec"], case["routing"]["source"]
+    m, e, k = spec["batch"], spec["experts"], spec["top_k"]
+    logits = torch.randn(m, e, device="cuda") * 3
+    bias = torch.randn(e, device="cuda") * 0.1
+    if style in ("equal", "pairs", "low"):
+        bias.zero_()
+    if style == "equal":
+        logits.fill_(0.7)
+    elif style == "pairs":  # every score twice: the lower number comes first
+        logits[:, e // 2 : e // 2 * 2] = logits[:, : e // 2]
+    elif style == "wide":  # softplus saturates
+        logits = torch.linspace(-60, 60, e, device="cuda").repeat(m, 1)[:, torch.randperm(e)].contiguous()
+    elif style == "low":
+        logits = -30 - 5 * torch.rand(m, e, device="cuda")
+    o["logits", "data"], o["bias", "data"] = logits, bias
+    table = torch.stack([torch.randperm(e, device="cuda")[:k] for _ in range(64)]).to(torch.int32)
+    o["table", "data"] = table
+    o["tokens", "data"] = torch.randint(0, 64, (m,), device="cuda", dtype=torch.int32)
+    if source != "rows":
+        return logits.double()
+    row = torch.randn(m, spec["hidden"], device="cuda")
+    gate = torch.randn(e, spec["hidden"], device="cuda") * 3 * spec["hidden"] ** -0.5
+    if style == "wide":
+        row *= 10
+    elif style == "low":
+        row, gate = row.abs(), -gate.abs() * 4 * spec["hidden"] ** -0.5
+    elif style in ("equal", "pairs"):
+        gate[e // 2 : e // 2 * 2] = gate[: e // 2]
+    o["row", "data"], o["gate", "data"] = row.to(torch.bfloat16), gate.to(torch.bfloat16)
+    return wide(o["row", "data"]) @ wide(o["gate", "data"]).T
+
+
+def check_routing(o: Operands, case: dict[str, Any], style: str, logits: Tensor) -> tuple[Tensor, list[str]]:
+    """Weights in float64 of the experts that `up` chose, and what is wrong with its choice: it must be the
+    exact one, unless scores differ by less than rounding.
+    """
+    experts, source = o["experts", "data"].long(), case["routing"]["source"]
+    if not bool(((experts >= 0) & (experts < case["spec"]["experts"])).all()):
+        return torch.zeros_like(experts, dtype=torch.float64), [f"no experts: {experts.tolist()}"]
+    score = torch.nn.functional.softplus(logits).sqrt()
+    if source == "scores":
+        key = (score.float() + o["bias", "data"]).double()
+        want = torch.argsort(key, dim=-1, descending=True, stable=True)[:, : experts.shape[1]]
+        best = key.gather(1, want)
+        gap = (key.gather(1, experts) - best).abs() / best.abs().clamp(min=1e-30)
+        wrong = (experts != want) & ((gap > 3e-7) | (style in ("equal", "pairs")))
+    else:
+        wrong = experts != o["table", "data"][o["tokens", "data"].long()]
+    chosen = score.gather(1, experts)
+    weights = chosen / chosen.sum(-1, keepdim=True) * case["routing"]["factor"]
+    found = [f"{int(wrong.sum())} wrong experts"] if bool(wrong.any()) else []
+    off = ((o["weights", "data"] - weights).abs() / weights).nan_to_num(math.inf).max().item()
+    if not off <= (1e-4 if source == "rows" else 1e-6):  # a logit's error is its score's relative one
+        found.append(f"weights off by {off:.2g}")
+    return weights, found
+
+
 def check(
     up: dict[str, Any], down: dict[str, Any], kernels: tuple[Kernel, Kernel]
-) -> tuple[Operands, list[float]]:
-    """Bound operands, and the worst error over the allowed one of both kernels."""
+) -> tuple[Operands, list[float], list[str]]:
+    """Bound operands, the worst error over the allowed one of both kernels, and what the choice got wrong."""
     spec = up["spec"]
     m, k, i, top = spec["batch"], spec["hidden"], spec["intermediate"], spec["top_k"]
     quantized = spec["routed"] != "bf16"
-    count = min(CHECKED_EXPERTS, spec["experts"])
+    count = min(DISTINCT, spec["experts"])
     o: Operands = {}
     w = {n: random_experts(spec["routed"], count, i, k) for n in ("w1", "w3")}
     w["w2"] = random_experts(spec["routed"], count, k, i)
     shared = {f"shared_{n}": random_weight(spec["shared"], i, k) for n in ("w1", "w3")}
     shared["shared_w2"] = random_weight(spec["shared"], k, i)
-    for name, value in {**w, **shared}.items():
-        bind_weight(o, name, {**up["packing"], **down["packing"]}[name], value)
-    ids = torch.stack([torch.randperm(count, device="cuda")[:top] for _ in range(m)]).to(torch.int32)
-    route = torch.rand(m, top, device="cuda")
-    o["expert_ids", "data"], o["expert_weights", "data"] = ids, route
+    packing = {**up["packing"], **down["packing"]}
+    for name, stack in w.items():
+        bind_weight(o, name, packing[name], stack)
+        repeat_experts(o, name, count, spec["experts"])
+    for name, value in shared.items():
+        bind_weight(o, name, packing[name], value)
     x = random_rows(quantized, m, k)
     x = shrink(x, (wide(x) @ wide(shared["shared_w1"]).T).square().mean().sqrt().item() / (spec["limit"] / 2))
     bind_rows(o, "x", x)
-    o["h", "data"] = torch.full((m, top, i), math.nan, dtype=torch.bfloat16, device="cuda")
-    o["shared_h", "data"] = torch.full((m, i), math.nan, dtype=torch.bfloat16, device="cuda")
-    run_once(launch_of(up, kernels[0], o))
     xw = wide(x)
-    h = torch.empty(m, top, i, dtype=torch.float64, device="cuda")
-    for t in range(m):
-        for s in range(top):
-            e = int(ids[t, s])
-            h[t, s] = swiglu(
-                xw[t] @ select(w["w1"], e).T,
-                xw[t] @ select(w["w3"], e).T,
-                spec["limit"],
-                route[t, s].double(),
-            )
     hs = swiglu(xw @ wide(shared["shared_w1"]).T, xw @ wide(shared["shared_w3"]).T, spec["limit"], 1.0)
-    errors = [max(bf16_error(o["h", "data"], h), bf16_error(o["shared_h", "data"], hs))]
+    worst, wrong = 0.0, []
+    for style in STYLES:
+        logits = bind_routing(o, up, style)
+        o["experts", "data"] = torch.full((m, top), -1, dtype=torch.int32, device="cuda")
+        o["weights", "data"] = torch.full((m, top), math.nan, device="cuda")
+        o["h", "data"] = torch.full((m, top, i), math.nan, dtype=torch.bfloat16, device="cuda")
+        o["shared_h", "data"] = torch.full((m, i), math.nan, dtype=torch.bfloat16, device="cuda")
+        run_once(launch_of(up, kernels[0], o))
+        route, found = check_routing(o, up, style, logits)
+        wrong += [f"{style}: {text}" for text in found]
+        h = torch.empty(m, top, i, dtype=torch.float64, device="cuda")
+        for t in range(m):
+            for s in range(top):
+                e = int(o["experts", "data"][t, s]) % count
+                gate, linear = (xw[t] @ select(w[n], e).T for n in ("w1", "w3"))
+                h[t, s] = swiglu(gate, linear, spec["limit"], route[t, s])
+        worst = max(worst, bf16_error(o["h", "data"], h), bf16_error(o["shared_h", "data"], hs))
+    errors = [worst]
 
     rows, shared_rows = random_rows(False, m, top, i), random_rows(False, m, i)
     bind_rows(o, "h", rows)
     bind_rows(o, "shared_h", shared_rows)
     if quantized:
         rows, shared_rows = codec.quantize(rows, FP8_ROW), codec.quantize(shared_rows, FP8_ROW)
+    ids = o["expert_ids", "data"] = o["experts", "data"]
     o["y", "data"] = torch.full((m, k), math.nan, dtype=torch.bfloat16, device="cuda")
     run_once(launch_of(down, kernels[1], o))
     y = wide(shared_rows) @ wide(shared["shared_w2"]).T
     wide_rows = wide(rows)
     for t in range(m):
-        y[t] += sum(wide_rows[t, s] @ select(w["w2"], int(ids[t, s])).T for s in range(top))
+        y[t] += sum(wide_rows[t, s] @ select(w["w2"], int(ids[t, s]) % count).T for s in range(top))
     errors.append(bf16_error(o["y", "data"], y))
-    return o, errors
+    return o, errors, wrong
 
 
 def grow(operands: Operands, spec: dict[str, Any], packing: dict[str, str]) -> None:
@@ -147,10 +222,6 @@ def grow(operands: Operands, spec: dict[str, Any], packing: dict[str, str]) -> N
     ):
         nbytes = spec["experts"] * parse_packing(packing[name]).nbytes(rows, k)
         operands[name, "data"] = torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device="cuda")
-        for component in ("scale", "global_scale"):
-            if (name, component) in operands:
-                small = operands[name, component]
-                operands[name, component] = small[:1].expand(spec["experts"], *small.shape[1:]).contiguous()
 
 
 def time_chain(
@@ -169,8 +240,13 @@ def time_chain(
             torch.arange(spec["batch"] * spec["top_k"], device="cuda") + n * spec["batch"] * spec["top_k"]
         ) % spec["experts"]
         ids = order[take].view(spec["batch"], spec["top_k"]).contiguous()
-        bound = {**operands, **clones[n % copies], ("expert_ids", "data"): ids}
-        keep.append(ids)
+        logits = torch.full((spec["batch"], spec["experts"]), -9.0, device="cuda")
+        logits.scatter_(1, ids.long(), torch.rand(ids.shape, device="cuda"))
+        tokens = torch.arange(spec["batch"], dtype=torch.int32, device="cuda")
+        routing = {"experts": ids, "expert_ids": ids, "table": ids.clone(), "tokens": tokens}
+        routing |= {"logits": logits}
+        bound = {**operands, **clones[n % copies], **{(name, "data"): t for name, t in routing.items()}}
+        keep.append(routing)
         for case, kernel in zip(cases, kernels, strict=True):
             edges = [Edge(last, programmatic)] if last is not None else []
             last = graph.add(launch_of(case, kernel, bound), edges)
@@ -209,11 +285,11 @@ def main() -> int:
         kernels = [
             lib.kernel(c["symbol"], shared=c["shared"]) for lib, c in zip(libraries, (up, down), strict=True)
         ]
-        operands, errors = check(up, down, (kernels[0], kernels[1]))
-        bad = max(errors) > 1
+        operands, errors, choice = check(up, down, (kernels[0], kernels[1]))
+        bad = max(errors) > 1 or bool(choice)
         wrong += bad
-        line = f"{up['symbol'][3:]:24} {'WRONG' if bad else 'ok':5} error/allowed"
-        line += f" up {errors[0]:7.3g} down {errors[1]:7.3g}"
+        line = f"{up['symbol'][3:]:31} {'WRONG' if bad else 'ok':5} error/allowed"
+        line += f" up {errors[0]:7.3g} down {errors[1]:7.3g} {'; '.join(choice)}"
         if up["timed"] and not bad and not options.no_time:
             spec = up["spec"]
             packing = {**up["packing"], **down["packing"]}

@@ -1,4 +1,4 @@
-"""Check and time the hyper-connection, router and head kernels of `build_hyper.py` on a GPU: python
+"""Check and time the hyper-connection, gate and head kernels of `build_hyper.py` on a GPU: python
 tests/gpu/check_hyper.py.
 
 Needs torch and cuda-bindings, no compiler. Truth is float64 over fresh random and adversarial inputs; every
@@ -235,7 +235,7 @@ def check_hyper(case: Case, report: Report) -> None:
             )
 
 
-# Router -----------------------------------------------------------------------------------------------------
+# Gate -------------------------------------------------------------------------------------------------------
 
 
 def gate_tensors(spec: dict[str, Any]) -> Tensors:
@@ -258,68 +258,6 @@ def check_gate(case: Case, report: Report) -> None:
         x, w = t["x"].double(), t["gate"].double()
         error = (t["logits"].double() - x @ w.T).abs() / (x.abs() @ w.abs().T).clamp(min=1e-30)
         report.bound(f"{case} [{style}]", "logits", float(error.max()), 1e-6)
-
-
-def choice_tensors(spec: dict[str, Any], style: str = "random") -> Tensors:
-    """Logits in the style asked for, and results to fill."""
-    n, e, k, i32 = spec["rows"], spec["experts"], spec["k"], torch.int32
-    t = {
-        "logits": rand(n, e) * 3,
-        "bias": rand(e) * 0.1,
-        "table": torch.randint(0, e, (64, k), dtype=i32, device=DEVICE),
-        "ids": torch.randint(0, 64, (n,), dtype=i32, device=DEVICE),
-        "experts": empty(n, k, dtype=i32),
-        "weights": empty(n, k),
-    }
-    if style == "equal":
-        t["logits"].fill_(0.7)
-        t["bias"].zero_()
-    elif style == "pairs":  # every score twice: the lower number comes first
-        half = t["logits"][:, : e // 2]
-        t["logits"] = torch.cat([half, half], -1).contiguous()
-        t["bias"].zero_()
-    elif style == "wide":
-        t["logits"] = (
-            torch.linspace(-60, 60, e, device=DEVICE).repeat(n, 1)[:, torch.randperm(e)].contiguous()
-        )
-    elif style == "low":
-        t["logits"] = -30 - 5 * torch.rand(n, e, device=DEVICE)
-        t["bias"].zero_()
-    return t
-
-
-def check_choice(case: Case, report: Report) -> None:
-    """The chosen experts exactly (unless scores differ by less than rounding), their weights to a few ulp."""
-    spec = case.spec
-    for style in ("random", "equal", "pairs", "wide", "low"):
-        t = choice_tensors(spec, style)
-        poison(t, "experts", "weights")
-        run(case, t)
-        where = f"{case} [{style}]"
-        score = torch.nn.functional.softplus(t["logits"].double()).sqrt()
-        if spec["hashed"]:
-            want = t["table"][t["ids"].long()].long()
-        else:
-            key = (score.float() + t["bias"]).double()
-            want = torch.argsort(key, dim=-1, descending=True, stable=True)[:, : spec["k"]]
-        wrong = 0
-        experts = t["experts"].long()
-        if not bool(((experts >= 0) & (experts < spec["experts"])).all()):
-            report.failures.append(f"{where}: experts outside the table: {experts.tolist()}")
-            continue
-        if not spec["hashed"]:
-            gap = (key.gather(1, experts) - key.gather(1, want)).abs() / key.gather(1, want).abs().clamp(
-                min=1e-30
-            )
-            wrong = int(((experts != want) & (gap > 3e-7)).sum())
-            if style in ("equal", "pairs"):
-                wrong = int((experts != want).sum())
-        else:
-            wrong = int((experts != want).sum())
-        report.bound(where, "wrong experts", wrong, 0)
-        s = score.gather(1, experts)
-        weights = s / s.sum(-1, keepdim=True) * spec["factor"]
-        report.bound(where, "weights rel", float(((t["weights"] - weights).abs() / weights).max()), 1e-6)
 
 
 # Ends of a step ---------------------------------------------------------------------------------------------
@@ -399,7 +337,6 @@ def check_positions(case: Case, report: Report) -> None:
 CHECKS: dict[str, Callable[[Case, Report], None]] = {
     "hyper": check_hyper,
     "gate": check_gate,
-    "choice": check_choice,
     "argmax": check_argmax,
     "embed": check_embed,
     "advance": check_advance,
@@ -432,7 +369,6 @@ def measure(launches: list[Launch], programmatic: bool, replays: int = 28) -> fl
 WEIGHTS = {
     "hyper": ("fn", "base", "scale", "gain"),
     "gate": ("gate",),
-    "choice": ("bias",),
     "argmax": ("logits",),
 }
 
@@ -450,7 +386,6 @@ def rotation(case: Case, make: Callable[[dict[str, Any]], Tensors], count: int) 
 MAKERS: dict[str, Callable[[dict[str, Any]], Tensors]] = {
     "hyper": hyper_tensors,
     "gate": gate_tensors,
-    "choice": choice_tensors,
     "argmax": argmax_tensors,
     "embed": embed_tensors,
 }
@@ -503,8 +438,8 @@ def check_chain(case: Case, report: Report) -> None:
     report.bound(f"{case} [chain]", "changed bytes", float(wrong), 0)
 
 
-def time_together(cases: list[Case], rows: list[str], size: str, hidden: int, experts: int) -> None:
-    """What the small kernels add to dependent launches: o_b -> boundary -> gate -> choice -> w13."""
+def time_together(cases: list[Case], rows: list[str], size: str, hidden: int) -> None:
+    """What the small kernels add to dependent launches: o_b -> boundary -> gate -> w13."""
     count = 24
 
     def find(kind: str, **fields: Any) -> list[Case]:
@@ -513,10 +448,7 @@ def time_together(cases: list[Case], rows: list[str], size: str, hidden: int, ex
     boundaries = find(
         "hyper", hidden=hidden, rows=1, mix=True, head=False, bf16=True, fp8=True, iterations=20
     )
-    gate, choice = (
-        find("gate", hidden=hidden, rows=1)[0],
-        find("choice", experts=experts, rows=1, hashed=False)[0],
-    )
+    gate = find("gate", hidden=hidden, rows=1)[0]
     wo_b, w13 = find("gemv", name=f"wo_b{size}")[0], find("gemv", name=f"w13{size}")[0]
     sets = hyper_sets(boundaries[0], count)
     shared = sets[0]
@@ -524,15 +456,12 @@ def time_together(cases: list[Case], rows: list[str], size: str, hidden: int, ex
     y13 = empty(w13.spec["matrices"][0]["rows"], dtype=torch.bfloat16)
     b = gemv_launches(wo_b, codes, codes, shared["f"], count)
     w = gemv_launches(w13, shared["q"], shared["q_scale"], y13, count)
-    gates = rotation(gate, gate_tensors, count)
-    g = [gate.launch(t | {"x": shared["normed"]}) for t in gates]
-    c = [choice.launch(t | {"logits": gates[0]["logits"]}) for t in rotation(choice, choice_tensors, count)]
+    g = [gate.launch(t | {"x": shared["normed"]}) for t in rotation(gate, gate_tensors, count)]
     h = [boundaries[0].launch(t) for t in sets]
     chains = {
         "wo_b, w13": [b, w],
-        "wo_b, boundary, gate, choice, w13": [b, h, g, c, w],
-        "boundary, gate, choice": [h, g, c],
-        "gate, choice": [g, c],
+        "wo_b, boundary, gate, w13": [b, h, g, w],
+        "boundary, gate": [h, g],
     }
     for boundary in boundaries:
         held = boundary.spec["held"], boundary.spec["ctas"]
@@ -566,8 +495,8 @@ def main() -> int:
         if case.kind in MAKERS and timed and case.spec["rows"] in (1, 2, 8):
             time_alone(case, rows)
     if not options.no_time:
-        time_together(cases, rows, "", 4096, 256)
-        time_together(cases, rows, "_pro", 7168, 384)
+        time_together(cases, rows, "", 4096)
+        time_together(cases, rows, "_pro", 7168)
     print(f"{torch.cuda.get_device_name()}: {len(cases)} kernels")
     print("worst errors: " + ", ".join(f"{k} {v:.3g}" for k, v in report.worst.items()))
     if rows:

@@ -1,10 +1,10 @@
-"""The router's device functions: gate products per CTA, scores, top-k of one token per CTA, renormalized
-weights.
+"""The router's device functions: gate products per CTA; scores, top-k and renormalized weights of one token.
 
 Formulas: DeepSeek-V4 inference/model.py, Gate: s = sqrt(softplus(x . gate)); experts by s + bias, or by a
-table of the token; weights s[experts] / (sum + eps) * factor.
+table of the token; weights s[experts] / sum * factor.
 """
 
+import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
@@ -72,7 +72,7 @@ def store_logits(
         ptx.stg_f32(g_logits + (thread % t.tokens * t.experts + expert) * 4, total)
 
 
-# Choice: one CTA per token ----------------------------------------------------------------------------------
+# One token's scores and choice: in every CTA that needs them ------------------------------------------------
 
 
 @cute.jit
@@ -92,22 +92,55 @@ def ordered(r: Float32):
 
 
 @cute.jit
-def stage_bias(sm: Int32, g_bias: Int64, experts: Constexpr[int], thread: Int32):
-    """Biases to shared memory, a thread each. They never change: before the wait."""
-    if thread < experts:
-        ptx.sts_f32(sm + thread * 4, ptx.ldg_f32_constant(g_bias + thread * 4))
+def stage_bias(
+    s: Int32,
+    g_bias: Int64,
+    experts: Constexpr[int],
+    padded: Constexpr[int],
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """Biases to the places of the keys that `stage_scores` makes of them. They never change: before the
+    wait.
+    """
+    for n in range_constexpr(-(-experts // threads)):
+        i = thread + n * threads
+        if i < experts:
+            ptx.sts_f32(s + (padded + i) * 4, ptx.ldg_f32_constant(g_bias + i * 4))
 
 
 @cute.jit
-def stage_scores(sm: Int32, g_logits: Int64, experts: Constexpr[int], padded: Constexpr[int], thread: Int32):
-    """After the biases f32 [padded]: scores f32 [padded], order of score + bias i32 [padded]."""
-    value = Float32(0.0)
-    key = Int32(LOWEST)
-    if thread < experts:
-        value = score(ptx.ldg_f32(g_logits + thread * 4))
-        key = ordered(value + ptx.lds_f32(sm + thread * 4))
-    ptx.sts_f32(sm + (padded + thread) * 4, value)
-    ptx.sts32(sm + (2 * padded + thread) * 4, key.bitcast(Uint32))
+def load_logits(g_logits: Int64, experts: Constexpr[int], thread: Int32, threads: Constexpr[int]):
+    """The thread's share of the token's logits, in flight to registers, for `stage_scores`."""
+    pieces = const_expr(-(-experts // threads))
+    r = cute.make_rmem_tensor((pieces,), Float32)
+    for n in range_constexpr(pieces):
+        r[n] = ptx.ldg_f32(g_logits + cutlass.min(thread + n * threads, Int32(experts - 1)) * 4)
+    return r
+
+
+@cute.jit
+def stage_scores(
+    s: Int32,
+    rL: cute.Tensor,
+    experts: Constexpr[int],
+    padded: Constexpr[int],
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """Scores f32 [padded] at `s`, then keys that order like score + bias i32 [padded]. Ends with a CTA
+    barrier; a thread reads the biases that it stored itself.
+    """
+    for n in range_constexpr(-(-padded // threads)):
+        i = thread + n * threads
+        if i < padded:
+            value = Float32(0.0)
+            key = Int32(LOWEST)
+            if i < experts:
+                value = score(rL[n])
+                key = ordered(value + ptx.lds_f32(s + (padded + i) * 4))
+            ptx.sts_f32(s + i * 4, value)
+            ptx.sts32(s + (padded + i) * 4, key.bitcast(Uint32))
     cute.arch.sync_threads()
 
 
@@ -126,12 +159,19 @@ def first_largest(rK: cute.Tensor, start: Constexpr[int], count: Constexpr[int])
 
 
 @cute.jit
-def top_experts(sm: Int32, padded: Constexpr[int], k: Constexpr[int], lane: Int32):
+def top_experts(s: Int32, padded: Constexpr[int], k: Constexpr[int], lane: Int32):
     """(expert, score) i of the k largest score + bias in lane i, the lower on ties. One warp."""
     each = const_expr(padded // 32)  # neighbors
     rK = cute.make_rmem_tensor((each,), Int32)
-    for i in range_constexpr(each):
-        rK[i] = Int32(ptx.lds32(sm + (2 * padded + lane * each + i) * 4))
+    s_keys = s + (padded + lane * each) * 4
+    if const_expr(each % 4 == 0):
+        for i in range_constexpr(each // 4):
+            w = ptx.lds128(s_keys + i * 16)
+            for j in range_constexpr(4):
+                rK[4 * i + j] = Int32(w[j])
+    else:
+        for i in range_constexpr(each):
+            rK[i] = Int32(ptx.lds32(s_keys + i * 4))
     expert = Int32(0)
     for n in range_constexpr(k):
         best, at = first_largest(rK, 0, each)
@@ -147,39 +187,122 @@ def top_experts(sm: Int32, padded: Constexpr[int], k: Constexpr[int], lane: Int3
                 rK[i] = Int32(LOWEST)
     chosen = Float32(0.0)
     if lane < k:
-        chosen = ptx.lds_f32(sm + (padded + expert) * 4)
+        chosen = ptx.lds_f32(s + expert * 4)
     return expert, chosen
 
 
 @cute.jit
-def table_experts(
-    g_logits: Int64, g_table: Int64, g_ids: Int64, token: Int32, k: Constexpr[int], lane: Int32
-):
-    """(expert, score) number i of the token's row of the table in lane i."""
-    expert = Int32(0)
+def table_experts(g_row: Int64, k: Constexpr[int], lane: Int32):
+    """Expert i of a token's row of the table in lane i, the last again in lanes beyond."""
+    return Int32(ptx.ldg32_constant(g_row + cutlass.min(lane, Int32(k - 1)) * 4))
+
+
+@cute.jit
+def logit_scores(g_logits: Int64, expert: Int32, k: Constexpr[int], lane: Int32):
+    """The score of the lane's expert, 0 in lanes beyond k."""
     chosen = Float32(0.0)
     if lane < k:
-        ids = Int32(ptx.ldg32(g_ids + token * 4))
-        expert = Int32(ptx.ldg32_constant(g_table + (Int64(ids) * k + lane) * 4))
         chosen = score(ptx.ldg_f32(g_logits + expert * 4))
-    return expert, chosen
+    return chosen
 
 
 @cute.jit
-def store_choice(
-    g_experts: Int64,
-    g_weights: Int64,
+def keep_experts(s: Int32, expert: Int32, k: Constexpr[int], lane: Int32):
+    """The lanes' experts to i32 [k] at `s`."""
+    if lane < k:
+        ptx.sts32(s + lane * 4, expert.bitcast(Uint32))
+
+
+@cute.jit
+def keep_weights(s: Int32, chosen: Float32, k: Constexpr[int], factor: Constexpr[float], lane: Int32):
+    """Weights = score / sum * factor to f32 [k] behind the experts at `s`; lanes beyond k hold scores of 0.
+    One warp; returns the lane's weight.
+    """
+    weight = ptx.divide(chosen, ptx.lanes_sum(chosen, 32)) * Float32(factor)
+    if lane < k:
+        ptx.sts_f32(s + (k + lane) * 4, weight)
+    return weight
+
+
+# Scores of a table's experts, from their own rows of the gate -----------------------------------------------
+
+
+@cute.jit
+def early_rows(
+    g_gate: Int64,
     expert: Int32,
-    chosen: Float32,
-    token: Int32,
+    hidden: Constexpr[int],
     k: Constexpr[int],
-    eps: Constexpr[float],
-    factor: Constexpr[float],
+    pieces: Constexpr[int],
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """The thread's first `pieces` pieces of 8 columns of the gate's row of each lane's expert, in flight to
+    registers: they are weights, so before the wait.
+    """
+    w = cute.make_rmem_tensor((4 * k * pieces,), Uint32)
+    for i in range_constexpr(k):
+        g_row = g_gate + Int64(cute.arch.shuffle_sync(expert, i)) * (2 * hidden)
+        for n in range_constexpr(pieces):
+            v = hyper.load_early(g_row + piece_at(hidden, n, thread, threads))
+            for j in range_constexpr(4):
+                w[4 * (n * k + i) + j] = v[j]
+    return w
+
+
+@cute.jit
+def piece_at(hidden: Constexpr[int], n: Constexpr[int], thread: Int32, threads: Constexpr[int]):
+    """Where the thread's piece `n` of a bf16 row lies, in bytes; past the end, the last piece."""
+    return cutlass.min(thread + n * threads, Int32(hidden // 8 - 1)) * 16
+
+
+@cute.jit
+def row_sums(
+    g_x: Int64,
+    g_gate: Int64,
+    w: cute.Tensor,
+    expert: Int32,
+    hidden: Constexpr[int],
+    k: Constexpr[int],
+    pieces: Constexpr[int],
+    thread: Int32,
+    threads: Constexpr[int],
     lane: Int32,
 ):
-    """experts i32 [tokens][k], weights f32 [tokens][k] = s / (sum + eps) * factor; other lanes hold 0."""
-    total = ptx.lanes_sum(chosen, 32)
+    """The warp's part of x . gate[expert of lane i] in lane i; `w` holds the first pieces, `early_rows`."""
+    stride = const_expr(1 << (k - 1).bit_length())
+    values = cute.make_rmem_tensor((stride,), Float32)
+    values.fill(0.0)
+    count = const_expr(-(-hidden // (8 * threads)))
+    x = [ptx.ldg128(g_x + piece_at(hidden, n, thread, threads)) for n in range(count)]
+    for n in range_constexpr(count):
+        for i in range_constexpr(k):
+            if const_expr(n < pieces):
+                v = [w[4 * (n * k + i) + j] for j in range(4)]
+            else:
+                g_row = g_gate + Int64(cute.arch.shuffle_sync(expert, i)) * (2 * hidden)
+                v = ptx.ldg128_constant(g_row + piece_at(hidden, n, thread, threads))
+            part = dot8(v, x[n])
+            if thread + n * threads > hidden // 8 - 1:
+                part = Float32(0.0)
+            values[i] = values[i] + part
+    return hyper.lanes_sums(values, stride, lane)
+
+
+@cute.jit
+def share_sums(s: Int32, r: Float32, k: Constexpr[int], warp: Int32, lane: Int32):
+    """The warp's sums to f32 [warps][k] at `s`; a CTA barrier makes them visible."""
     if lane < k:
-        ptx.stg32(g_experts + (token * k + lane) * 4, expert.bitcast(Uint32))
-        weight = ptx.divide(chosen, total + Float32(eps)) * Float32(factor)
-        ptx.stg_f32(g_weights + (token * k + lane) * 4, weight)
+        ptx.sts_f32(s + (warp * k + lane) * 4, r)
+
+
+@cute.jit
+def sum_scores(s: Int32, k: Constexpr[int], warps: Constexpr[int], lane: Int32):
+    """The score of all warps' sums together in lane i < k, 0 in lanes beyond."""
+    chosen = Float32(0.0)
+    if lane < k:
+        logit = Float32(0.0)
+        for i in range_constexpr(warps):
+            logit = logit + ptx.lds_f32(s + (i * k + lane) * 4)
+        chosen = score(logit)
+    return chosen
