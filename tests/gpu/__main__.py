@@ -82,6 +82,7 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
     for name, kernels in (("gemv", "gemv"), ("experts", "gemv"), ("hyper", "hyper")):
         command = script(f"check_{name}", "--folder", folder / kernels, "--no-time")
         yield Job(f"kernels {name}", command, gibibytes=6.0)
+    yield Job("kernels recorded", script("check_recorded", "--folder", folder / "gemv"))
     for plan in recorded:
         path, case, small = folder / plan["name"], plan["model"], plan["gibibytes"] + CONTEXT
         yield Job(f"runs {plan['name']}", module("tests.gpu.run_plan", path, case, "--quick"), small)

@@ -132,6 +132,13 @@ def cases() -> list[Case]:
             dense("w4a4_odd", 1032, 384, "nvfp4", UNPACK, batch=batch),
             dense("w4a4_wo_a", 8192, 4096, "nvfp4", UNPACK, batch=batch, groups=8, out="f32"),
         ]
+    checked += [  # for `check_recorded.py`
+        dense("recorded_fp8", 256, 384, batch=8),
+        dense("recorded_fp8_quantize", 256, 384, x=QUANTIZE, batch=8),
+        dense("recorded_mxfp4", 256, 384, "mxfp4", EXPAND, batch=8),
+        dense("recorded_nvfp4", 256, 384, "nvfp4", EXPAND, batch=8),
+        dense("recorded_w4a4", 256, 384, "nvfp4", UNPACK, batch=8),
+    ]
     checked += [dense("mxfp4", 12288, 4096, "mxfp4", batch=8), dense("nvfp4", 12288, 4096, "nvfp4", batch=8)]
     checked += [  # rows split over CTAs, some of them computed twice
         dense("split_bf16", 7168, 16384, "bf16", PLAIN, batch=7, out="f32"),
