@@ -5,7 +5,6 @@ A plan is made from names, types and text. Torch is loaded only to evaluate cert
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv4c.cache import cache_folder
 from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
 from dsv4c.errors import ConfigError, GraphError
 from dsv4c.ir.fused import Fused, trace
@@ -113,13 +113,14 @@ def compile(
     certificates: Sequence[dict[str, Any]] = ()
     if certify:
         with stages("certify"):
-            certificates = _certify(placed, cache)
+            certificates = _certify(placed, cache_folder(cache) / "certificates")
 
     # 3. On a GPU: kernels for the launches, their weights' layouts, cubins. Everything as data.
     deployment = job.deployment
     spec = str(job.line) if resumed is None else resumed.pipeline
     if deployment.target != "cpu":
-        plan = _with_kernels(job.config, deployment, job.recipe, spec, placed["decode"], stages, order, cache)
+        store = cache_folder(cache) / "kernels"
+        plan = _with_kernels(job.config, deployment, job.recipe, spec, placed["decode"], stages, order, store)
     else:
         with stages("assemble"):
             plan = _assemble(job.config, deployment, job.recipe, spec, placed, stages)
@@ -246,7 +247,7 @@ def _with_kernels(
     placed: Compiled,
     stages: _Stages,
     order: Order,
-    cache: Path | None,
+    cache: Path,
 ) -> Plan:
     """A GPU target's plan: lower the decode bucket, build its kernels."""
     from dsv4c.codegen.build import build as build_kernels
@@ -265,8 +266,7 @@ def _with_kernels(
             if stages.progress is not None:
                 stages.progress("build", done, total)
 
-        store = cache if cache is not None else default_cache()
-        built = build_kernels(list(lowered.sources.values()), target, store, progress=watch)
+        built = build_kernels(list(lowered.sources.values()), target, cache, progress=watch)
 
     kernels, files = {}, {_graph_file("decode"): print_graph(graph).encode()}
     for (key, source), made in zip(lowered.sources.items(), built, strict=True):
@@ -330,11 +330,6 @@ def _with_kernels(
         timings=stages.seconds,
         cache_hits=sum(made.cached for made in built),
     )
-
-
-def default_cache() -> Path:
-    """Where compiled kernels are kept unless the caller says otherwise."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv4c" / "kernels"
 
 
 # --- assembling ---
@@ -545,12 +540,12 @@ def _reported(
     return replace(plan, report=report, certificates=tuple(certificates), timings={**stages.seconds, **rules})
 
 
-def _certify(placed: Mapping[str, Compiled], cache: Path | None) -> list[dict[str, Any]]:
+def _certify(placed: Mapping[str, Compiled], cache: Path) -> list[dict[str, Any]]:
     """Certificates of all buckets, equal applications once. Raises GraphError for a rule that is wrong."""
     from dsv4c.passes.certify import certify, to_dict
 
     matches = [m for p in placed.values() if p.context.fold is not None for m in p.context.fold.matches]
-    found = certify(matches, folder=None if cache is None else cache / "certificates")
+    found = certify(matches, folder=cache)
     for wrong in found.failed:
         raise GraphError(
             f"the rule {wrong.rule} is wrong on {', '.join(wrong.operands)}: {wrong.reason}; "

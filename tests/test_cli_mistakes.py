@@ -37,6 +37,17 @@ MISTAKES = {
         3,
         "error: nothing-here: cannot be read: No such file or directory",
     ),
+    ("compile", "tiny", "--pass", ":"): (3, "error: --pass :: Empty module name; expected MODULE:OBJECT"),
+    ("compile", "tiny", "--pass", "os:path"): (3, "error: os:path contributes nothing; expected a pass"),
+    ("compile", "tiny", "--pipeline", "quantize,fold"): (
+        3,
+        "error: pipeline: quantize needs its recipe: quantize{recipe=...}",
+    ),
+    ("compile", "tiny", "--cache", LONG): (
+        7,
+        f"error: {LONG}: the cache cannot be written: File name too long; name another with --cache DIR",
+    ),
+    ("check", "tiny", "--cache", LONG): (7, f"error: {LONG}: the cache cannot be written"),
     ("compile", LONG): (2, f"error: {LONG}: cannot be read: File name too long"),
     ("show", LONG): (2, f"error: {LONG}: cannot be read: File name too long"),
     ("show", LONG, "--kernels"): (5, f"error: {LONG}: cannot be read: File name too long"),
@@ -198,3 +209,16 @@ def test_ctrl_c_while_the_command_line_loads() -> None:
         [sys.executable, "-c", textwrap.dedent(script)], cwd=REPOSITORY, capture_output=True, check=False
     )
     assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")
+
+
+def test_a_machine_without_homes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    result = command("check", "tiny")
+    assert result.code == 7
+    assert result.err.startswith(
+        "error: there is no home folder for the cache; name another with --cache DIR"
+    )

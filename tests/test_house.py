@@ -24,7 +24,7 @@ class Room:
     packages_inside: tuple[str, ...] = ()
 
 
-LEAVES = ("types", "errors", "strict_json")
+LEAVES = ("types", "errors", "strict_json", "cache")
 CONFIG = (*LEAVES, "config")
 COMPILER = (*CONFIG, "ir", "models", "passes")
 
@@ -33,6 +33,7 @@ HOUSE = {
     "types": Room(),
     "errors": Room(),
     "strict_json": Room(),
+    "cache": Room(("errors",)),
     "dialects": Room(("errors",)),
     "config": Room((*LEAVES, "dialects")),
     # Runs plans, knows nothing of how they are made; the CPU executor alone interprets, and loads that late.

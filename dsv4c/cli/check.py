@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dsv4c.cache import cache_folder
 from dsv4c.cli.console import note, print_json, print_table
 from dsv4c.cli.options import CONFIG_HELP, JsonOption, PassOption
 from dsv4c.cli.subject import Asked, ask
@@ -69,7 +70,7 @@ def check_command(
     from dsv4c.passes.certify import certify, to_dict
 
     asked = ask(subject, extra=extra)
-    folder = cache / "certificates" if cache is not None else None
+    folder = cache_folder(cache) / "certificates"
     found = certify(_matches(asked, asked.job.modes), folder=folder, fresh=fresh)
     changed = _changed(asked, found.all)
     if json:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from dsv4c.errors import GraphError
@@ -109,4 +109,7 @@ def parse_spec(text: str, known: Mapping[str, type[Pass]]) -> Pass:
             options[name] = _read(value, kinds[name])
         except GraphError as error:
             raise GraphError(f"pipeline: {cls.name}.{name}: {error}") from None
+    needed = {f.name for f in fields(cls) if f.default is MISSING and f.default_factory is MISSING}
+    for name in sorted(needed - options.keys()):
+        raise GraphError(f"pipeline: {cls.name} needs its {name}: {cls.name}{{{name}=...}}")
     return cls(**options)

@@ -18,6 +18,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv4c.cache import cache_folder
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.graph import Builder, Graph, Kind, Value
@@ -150,7 +151,7 @@ def certify(matches: Iterable[Match], *, folder: Path | None = None, fresh: bool
     `fresh` evaluates again whatever was kept. Two processes may share the folder.
     """
     started = time.perf_counter()
-    store = default_folder() if folder is None else folder
+    store = cache_folder() / "certificates" if folder is None else folder
     result = Certificates()
     for applied in applications(matches):
         digest = applied.digest
@@ -342,11 +343,6 @@ def _regrown(op: Op, traced: Op) -> Op:
 
 
 # --- the store ---
-
-
-def default_folder() -> Path:
-    """Where certificates are kept: $XDG_CACHE_HOME/dsv4c/certificates, below ~/.cache by default."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dsv4c" / "certificates"
 
 
 @cache

@@ -308,6 +308,8 @@ def _flatten(source: str, given: Any) -> list[Rule | Pass | type[Pass]]:
         own = [v for v in vars(given).values() if getattr(v, "__module__", "") == given.__name__]
         kinds = [v for v in own if isinstance(v, type) and issubclass(v, Fused | Pass)]
         rules = [v for v in vars(given).values() if isinstance(v, Rule)]
+        if not kinds and not rules:
+            raise GraphError(f"{source} contributes nothing; expected a pass, a rule or a fused op in it")
         guarded = {r.op for r in rules}
         return [*rules, *(item for v in kinds if v not in guarded for item in _flatten(source, v))]
     if isinstance(given, Sequence) and not isinstance(given, str):
@@ -324,8 +326,8 @@ def load_object(name: str) -> tuple[str, Any]:
         found: Any = import_module(module)
         for part in filter(None, attribute.split(".")):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise GraphError(f"--pass {name}: {error}") from None
+    except (ImportError, AttributeError, ValueError) as error:
+        raise GraphError(f"--pass {name}: {error}; expected MODULE:OBJECT") from None
     return name, found
 
 
