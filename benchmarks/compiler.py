@@ -47,7 +47,7 @@ def text(name: str, store: Path) -> Work:
 def passes(name: str, store: Path) -> Work:
     from dsv4c.compiler import compile
 
-    return lambda: compile(name, max_context=CONTEXT)
+    return lambda: compile(name, max_context=CONTEXT, certify=False)
 
 
 def certificates(name: str, store: Path) -> Work:
