@@ -282,6 +282,20 @@ def test_a_write_that_one_side_forgets_is_noticed() -> None:
     assert certificate.kind == "different"
 
 
+def test_an_operand_that_is_overwritten_is_noticed() -> None:
+    """The results are right, but a gain is not what it was before."""
+
+    def clobbering(op: CertifiedTest, x: Any, gain: torch.Tensor) -> Any:
+        from dsv4c.reference.registry import _run_body
+
+        made = _run_body(op, (x, gain))
+        gain.zero_()
+        return made
+
+    certificate = with_meaning(CertifiedTest, clobbering, simple())
+    assert not certificate.holds
+
+
 # --- sizes ---
 
 
@@ -318,7 +332,12 @@ def test_mixed_inputs_hold_every_profile() -> None:
     wide = x.float()
     negative_zero = (wide == 0) & torch.signbit(wide)
     subnormal = (wide != 0) & (wide.abs() < 2.0**-126)
-    assert all(bool(found.any()) for found in (negative_zero, subnormal, wide.abs() > 448, wide.abs() == 6))
+    ties, huge = wide.abs() == 6, wide.abs() > 2e4
+    halfway = (wide.abs() < 8) & ((wide * 32).remainder(2) == 1)
+    saturating = (wide.abs() >= 448) & (wide.abs() < 1e4)
+    for found in (negative_zero, subnormal, ties, halfway, saturating):
+        assert bool((found.reshape(-1, 32).sum(1) > 8).any())
+    assert bool(huge.any())
 
 
 # --- comparing ---

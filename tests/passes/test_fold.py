@@ -11,11 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsv4c.errors import GraphError
-from dsv4c.ir.fused import Fused, Neighborhood, fused, trace
+from dsv4c.ir import fused as fused_module
+from dsv4c.ir.fused import Fused, Neighborhood, dtype_of, fused, trace
 from dsv4c.ir.graph import Builder, Graph, Node, Value, rewrite
 from dsv4c.ir.op import Op
 from dsv4c.ir.ops import (
     add,
+    advance,
     cache_write,
     cast,
     clamp,
@@ -31,11 +33,14 @@ from dsv4c.ir.ops import (
     sigmoid,
     silu,
     sink_softmax,
+    slice_,
     softmax,
 )
+from dsv4c.ir.ops.math import Sigmoid, Silu
 from dsv4c.ir.ops.norm import Normalize, Softmax
 from dsv4c.ir.text import parse_graph, print_graph
 from dsv4c.ir.verify import verify
+from dsv4c.passes import fold as folding
 from dsv4c.passes.fold import COMMUTATIVE, FoldReport, Match, Rule, expand, fold
 from dsv4c.reference.interpret import interpret
 from dsv4c.runtime.codec import Quantized
@@ -327,6 +332,154 @@ def test_attributes_that_are_literals_must_agree() -> None:
     assert refused(report, GatedTest) == ("attribute", "none", "-7.0")
 
 
+def test_a_disagreement_ends_a_partial_match() -> None:
+    """What is reported is the place of the first disagreement, not of a match that went on in spite of it."""
+
+    def literal(a: Value, b: Value) -> Value:
+        return mul(silu(clamp(a, low=-7.0, high=7.0)), b)  # type: ignore[no-any-return]
+
+    @fused
+    class SquareTest(Fused):
+        """silu(x) * sigmoid(x)."""
+
+        def body(self, x: Value) -> Value:
+            return mul(silu(x), sigmoid(x))  # type: ignore[no-any-return]
+
+    def wired(a: Value, b: Value) -> Value:
+        return mul(silu(a), sigmoid(b))  # type: ignore[no-any-return]
+
+    for build, op, cause in ((literal, GatedTest, "attribute"), (wired, SquareTest, "operand")):
+        _, report, _ = folded(graph_of(build, a="f32[2,8]", b="f32[2,8]"), op)
+        (refusal,) = report.rules[op.name].refusals
+        assert refusal.cause == cause
+        assert refusal.matched < refusal.of == 3
+
+
+def test_an_operand_too_many() -> None:
+    def build(cache: Value, x: Value, g: Value, index: Value) -> Value:
+        return cache_write(cache, rms_norm(x, g, eps=1e-6), index)  # type: ignore[no-any-return]
+
+    types = {"cache": "state bf16[1,8,16]", "x": "bf16[2,16]", "g": "bf16[16]", "index": "i32[2]"}
+    _, report, _ = folded(graph_of(build, **types), StoreTest)
+    assert refused(report, StoreTest) == ("operand", "1 operands and 1 results", "2 and 1")
+
+
+def test_an_inner_value_as_an_operand() -> None:
+    def build(a: Value) -> Value:
+        gate = silu(clamp(a, low=None, high=7.0))
+        return mul(gate, gate)  # type: ignore[no-any-return]
+
+    _, report, _ = folded(graph_of(build, a="f32[2,8]"), GatedTest)
+    assert refused(report, GatedTest) == (
+        "cycle",
+        "an operand made outside",
+        "%layers.0.silu is an inner value",
+    )
+
+
+def test_results_that_nobody_reads() -> None:
+    def build(a: Value, b: Value) -> Value:
+        mul(silu(clamp(a, low=None, high=7.0)), b)
+        return sigmoid(a)  # type: ignore[no-any-return]
+
+    _, report, _ = folded(graph_of(build, a="f32[2,8]", b="f32[2,8]"), GatedTest)
+    assert refused(report, GatedTest) == ("dead", "a reader of a result", "nobody")
+
+
+def test_an_overwritten_operand_that_is_also_another() -> None:
+    @fused
+    class AdvanceTest(Fused):
+        """A write alone."""
+
+        def body(self, start: Value, lengths: Value) -> Value:
+            return advance(start, lengths)  # type: ignore[no-any-return]
+
+    builder = Builder("g")
+    start = builder.state("start", T("i32[2]"))
+    with builder:
+        graph = builder.finish({"next": advance(start, start)})
+    _, report = fold(graph, [Rule(AdvanceTest)])
+    assert refused(report, AdvanceTest)[::2] == ("alias", "%start is two operands")
+
+
+def test_what_only_the_real_types_tell() -> None:
+    """A body may decide by a type. It is laid over the graph both ways, then traced with the types found."""
+
+    @fused
+    class DecidingTest(Fused):
+        """Which operand goes where depends on their type."""
+
+        def body(self, x: Value, y: Value) -> Value:
+            a, b = (x, y) if dtype_of(x) == F32 else (y, x)
+            return mul(silu(a), sigmoid(b))  # type: ignore[no-any-return]
+
+    @fused
+    class RoundedTest(Fused):
+        """A cast where there is something to cast."""
+
+        literals = ("cast.to",)
+
+        def body(self, x: Value) -> Value:
+            y = silu(x)
+            return sigmoid(cast(y, to=F32) if dtype_of(x) == BF16 else y)  # type: ignore[no-any-return]
+
+    @fused
+    class HalfTest(Fused):
+        """The second half of a row."""
+
+        literals = ("slice.axis",)
+
+        def body(self, x: Value) -> Value:
+            n = x.type.shape[1]
+            return silu(slice_(x, axis=1, start=n // 2, stop=n))  # type: ignore[no-any-return]
+
+    product = graph_of(lambda u, v: mul(silu(u), sigmoid(v)), u="f32[4]", v="f32[4]")
+    names, _, new = folded(product, DecidingTest)
+    assert [v.name for v in new.nodes[0].inputs] == ["u", "v"]
+    assert names == ["deciding_test"]
+    _, report, _ = folded(graph_of(lambda x: sigmoid(cast(silu(x), to=F32)), x="f32[4]"), RoundedTest)
+    assert refused(report, RoundedTest) == ("type", "silu sigmoid", "silu cast sigmoid")
+    first = graph_of(lambda x: silu(slice_(x, axis=1, start=0, stop=4)), x="f32[2,8]")
+    _, report, _ = folded(first, HalfTest)
+    (refusal,) = report.rules["half_test"].refusals
+    assert (refusal.cause, refusal.at) == ("attribute", "layers.0.slice slice.start")
+
+
+def test_a_field_that_this_shape_of_the_body_does_not_use() -> None:
+    @fused
+    class SometimesTest(Fused):
+        """Without a bias nothing says what the factor is."""
+
+        factor: float
+
+        def body(self, x: Value, bias: Value | None = None) -> Value:
+            return silu(x) if bias is None else silu(add(scale(x, factor=self.factor), bias))  # type: ignore[no-any-return]
+
+    _, report, _ = folded(graph_of(lambda x: silu(x), x="f32[4]"), SometimesTest)
+    assert refused(report, SometimesTest) == ("field", "factor to follow from the graph", "nothing")
+
+
+def test_a_search_ends() -> None:
+    """Equal siblings would be tried in every order, 13,700 steps, before a refusal; the budget ends it."""
+
+    @fused
+    class SiblingsTest(Fused):
+        """Eight times silu(x), and a sum that is not there."""
+
+        anchor = Silu
+        offset: float
+
+        def body(self, x: Value) -> tuple[Value, ...]:
+            return (*[silu(x) for _ in range(8)], shift(x, offset=self.offset))
+
+    def build(x: Value) -> tuple[Value, ...]:
+        return tuple(silu(x) for _ in range(8))
+
+    search = folding._Search(folding.Work(graph_of(build, x="f32[4]")), Rule(SiblingsTest), FoldReport())
+    assert search.run().matched == 0
+    assert folding.BUDGET < search.steps < folding.BUDGET + 10
+
+
 def test_one_field_that_would_need_two_values() -> None:
     @fused
     class SameEpsTest(Fused):
@@ -345,14 +498,33 @@ def test_one_field_that_would_need_two_values() -> None:
 
 
 def test_the_furthest_partial_match_is_reported() -> None:
-    def build(a: Value, b: Value) -> Value:
-        return add(silu(clamp(a, low=None, high=7.0)), b)  # type: ignore[no-any-return]
+    def build(a: Value, b: Value) -> tuple[Value, ...]:
+        return add(silu(clamp(a, low=None, high=7.0)), b), mul(a, b), mul(b, b)
 
     _, report, _ = folded(graph_of(build, a="f32[2,8]", b="f32[2,8]"), GatedTest)
-    rule = report.rules["gated_test"]
-    assert rule.tried == len(rule.refusals)
-    if rule.refusals:  # the rarest op of the body, mul, is not there at all: nothing to anchor at
-        assert rule.refusals[0].matched == 2
+    assert refused(report, GatedTest) == ("op", "mul reading %layers.0.silu", "add")
+    (refusal,) = report.rules["gated_test"].refusals
+    assert (refusal.matched, refusal.of, refusal.at) == (2, 3, "layers.0.silu")
+
+
+def test_a_maker_that_is_another_op() -> None:
+    """Searched from the end of the body: the maker of an operand must be the op that the body has there."""
+
+    @fused
+    class LatestTest(Fused):
+        """sigmoid(silu(x))."""
+
+        anchor = Sigmoid
+
+        def body(self, x: Value) -> Value:
+            return sigmoid(silu(x))  # type: ignore[no-any-return]
+
+    def build(a: Value, b: Value) -> tuple[Value, ...]:
+        return sigmoid(mul(a, b)), sigmoid(a)
+
+    _, report, _ = folded(graph_of(build, a="f32[4]", b="f32[4]"), LatestTest)
+    found = [(r.cause, r.expected, r.found) for r in report.rules["latest_test"].refusals]
+    assert found == [("op", "silu", "mul"), ("op", "silu", "input %a: f32[4]")]
 
 
 def test_a_guard_refuses_with_its_reason() -> None:
@@ -413,11 +585,34 @@ def declare(**members: Any) -> type[Fused]:
             "the write %cache_write is not among the body's results",
         ),
         ({}, "declares no body"),
+        ({"body": lambda self: ()}, "has an empty body"),
+        ({"body": lambda self, x: (y := silu(x), y)}, "the body returns a value twice"),
+        ({"body": lambda self, *xs: silu(xs[0])}, "has a variadic body; propose the number of operands"),
+        (
+            {"body": lambda self, x: silu(x), "propose": classmethod(lambda cls, anchor, around: ({},))},
+            "proposes fields; say at which op in `anchor`",
+        ),
+        ({"body": lambda self, x: silu(x)[0]}, "the body cannot be traced: 'Value' object is not"),
     ],
 )
 def test_a_body_that_cannot_be_registered(members: dict[str, Any], message: str) -> None:
     with pytest.raises(GraphError, match=message):
         declare(**members)
+
+
+def test_what_is_overwritten_must_not_depend_on_types() -> None:
+    @fused
+    class MaybeStoreTest(Fused):
+        """Stores rows of one type, and adds those of another."""
+
+        def body(self, cache: Value, rows: Value) -> Value:
+            return advance(cache, rows) if dtype_of(rows) == BF16 else add(cache, rows)  # type: ignore[no-any-return]
+
+    op = MaybeStoreTest()
+    trace(op, (T("f32[2]"), T("f32[2]")))
+    fused_module._ALIASES[op] = {0: 0}  # as a trace with the other type would have left it
+    with pytest.raises(GraphError, match="which operands it overwrites must not depend on their types"):
+        trace(op, (T("f32[3]"), T("f32[3]")))
 
 
 def test_several_results_without_types() -> None:
