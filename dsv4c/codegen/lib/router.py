@@ -145,17 +145,12 @@ def stage_scores(
 
 
 @cute.jit
-def first_largest(rK: cute.Tensor, start: Constexpr[int], count: Constexpr[int]):
-    """The largest of `count` keys from `start` on, and its place: the first among equals."""
-    best = rK[start]
-    at = Int32(start)
-    if const_expr(count > 1):
-        best, at = first_largest(rK, start, count // 2)
-        other, place = first_largest(rK, start + count // 2, count - count // 2)
-        if other > best:
-            best = other
-            at = place
-    return best, at
+def largest(rK: cute.Tensor, start: Constexpr[int], count: Constexpr[int]):
+    """The largest of `count` keys from `start` on, in as few dependent steps as there are."""
+    if const_expr(count == 1):
+        return rK[start]
+    half = const_expr(count // 2)
+    return cutlass.max(largest(rK, start, half), largest(rK, start + half, count - half))
 
 
 @cute.jit
@@ -174,11 +169,15 @@ def top_experts(s: Int32, padded: Constexpr[int], k: Constexpr[int], lane: Int32
             rK[i] = Int32(ptx.lds32(s_keys + i * 4))
     expert = Int32(0)
     for n in range_constexpr(k):
-        best, at = first_largest(rK, 0, each)
+        best = largest(rK, 0, each)
         top = cute.arch.warp_redux_sync(best, kind="max")
+        first = Int32(0)  # of the lane's keys like its best; found while the warp compares
+        for i in range_constexpr(each):
+            if rK[each - 1 - i] == best:
+                first = Int32(each - 1 - i)
         winner = Int32(32 * each)
         if best == top:
-            winner = lane * each + at
+            winner = lane * each + first
         winner = cute.arch.warp_redux_sync(winner, kind="min")
         if lane == n:
             expert = winner
