@@ -1,6 +1,7 @@
 """Run the experts' kernels of `build_gemv.py` on a device: python tests/gpu/check_experts.py.
 
-`up` against float64 under every style of routing, `down` on random hidden rows; outputs poisoned. Timing:
+`up` against float64 under every style of routing, each with a style of rows (random, signed zeros, one
+channel alone, the ends of the format), `down` on hidden rows of all of these; outputs poisoned. Timing:
 graphs of up-down pairs, every launch with other experts, median of 25 replays.
 """
 
@@ -23,6 +24,7 @@ from check_gemv import (
     random_e4m3,
     random_weight,
     run_once,
+    styled,
     wide,
 )
 from torch import Tensor
@@ -33,7 +35,7 @@ from dsv4c.runtime.packing import parse_packing
 from dsv4c.types import FP8_ROW
 
 DISTINCT = 12  # experts in the check, over and over; in the timing all differ
-STYLES = ("random", "equal", "pairs", "wide", "low")
+STYLES = {"equal": "zeros", "pairs": "single", "wide": "ends", "low": "random", "random": "random"}
 
 
 def random_experts(format: str, count: int, rows: int, k: int) -> codec.Quantized | Tensor:
@@ -83,7 +85,15 @@ def bf16_error(got: Tensor, expected: Tensor) -> float:
     """Worst error over the allowed one: a rounding to bf16, and the accumulation's order."""
     rms = expected.square().mean(-1, keepdim=True).sqrt()
     allowed = 2.0**-8 * expected.abs() + 1e-5 * rms
-    return ((got.double() - expected).abs() / allowed).nan_to_num(math.inf).max().item()
+    error = (got.double() - expected).abs()
+    return torch.where(error == 0, 0.0, error / allowed).nan_to_num(math.inf).max().item()
+
+
+def restyled(value: codec.Quantized | Tensor, style: str) -> codec.Quantized | Tensor:
+    """The rows in a style of `check_gemv`."""
+    data = value if isinstance(value, Tensor) else value.data
+    made = styled(data.flatten(0, -2), style).view(data.shape)
+    return made if isinstance(value, Tensor) else value._replace(data=made)
 
 
 def repeat_experts(operands: Operands, name: str, count: int, experts: int) -> None:
@@ -175,11 +185,12 @@ def check(
         bind_weight(o, name, packing[name], value)
     x = random_rows(quantized, m, k)
     x = shrink(x, (wide(x) @ wide(shared["shared_w1"]).T).square().mean().sqrt().item() / (spec["limit"] / 2))
-    bind_rows(o, "x", x)
-    xw = wide(x)
-    hs = swiglu(xw @ wide(shared["shared_w1"]).T, xw @ wide(shared["shared_w3"]).T, spec["limit"], 1.0)
     worst, wrong = 0.0, []
-    for style in STYLES:
+    for style, kind in STYLES.items():
+        rows = restyled(x, kind)
+        bind_rows(o, "x", rows)
+        xw = wide(rows)
+        hs = swiglu(xw @ wide(shared["shared_w1"]).T, xw @ wide(shared["shared_w3"]).T, spec["limit"], 1.0)
         logits = bind_routing(o, up, style)
         o["experts", "data"] = torch.full((m, top), -1, dtype=torch.int32, device="cuda")
         o["weights", "data"] = torch.full((m, top), math.nan, device="cuda")
@@ -195,21 +206,21 @@ def check(
                 gate, linear = (xw[t] @ select(w[n], e).T for n in ("w1", "w3"))
                 h[t, s] = swiglu(gate, linear, spec["limit"], route[t, s])
         worst = max(worst, bf16_error(o["h", "data"], h), bf16_error(o["shared_h", "data"], hs))
-    errors = [worst]
-
-    rows, shared_rows = random_rows(False, m, top, i), random_rows(False, m, i)
-    bind_rows(o, "h", rows)
-    bind_rows(o, "shared_h", shared_rows)
-    if quantized:
-        rows, shared_rows = codec.quantize(rows, FP8_ROW), codec.quantize(shared_rows, FP8_ROW)
+    errors = [worst, 0.0]
     ids = o["expert_ids", "data"] = o["experts", "data"]
-    o["y", "data"] = torch.full((m, k), math.nan, dtype=torch.bfloat16, device="cuda")
-    run_once(launch_of(down, kernels[1], o))
-    y = wide(shared_rows) @ wide(shared["shared_w2"]).T
-    wide_rows = wide(rows)
-    for t in range(m):
-        y[t] += sum(wide_rows[t, s] @ select(w["w2"], int(ids[t, s]) % count).T for s in range(top))
-    errors.append(bf16_error(o["y", "data"], y))
+    for kind in ("zeros", "single", "ends", "random"):
+        rows, shared_rows = (restyled(random_rows(False, *shape), kind) for shape in ((m, top, i), (m, i)))
+        bind_rows(o, "h", rows)
+        bind_rows(o, "shared_h", shared_rows)
+        if quantized:
+            rows, shared_rows = codec.quantize(rows, FP8_ROW), codec.quantize(shared_rows, FP8_ROW)
+        o["y", "data"] = torch.full((m, k), math.nan, dtype=torch.bfloat16, device="cuda")
+        run_once(launch_of(down, kernels[1], o))
+        y = wide(shared_rows) @ wide(shared["shared_w2"]).T
+        wide_rows = wide(rows)
+        for t in range(m):
+            y[t] += sum(wide_rows[t, s] @ select(w["w2"], int(ids[t, s]) % count).T for s in range(top))
+        errors[1] = max(errors[1], bf16_error(o["y", "data"], y))
     return o, errors, wrong
 
 
