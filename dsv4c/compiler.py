@@ -120,7 +120,7 @@ def compile(
     spec = str(job.line) if resumed is None else resumed.pipeline
     if deployment.target != "cpu":
         store = cache_folder(cache) / "kernels"
-        plan = _with_kernels(job.config, deployment, job.recipe, spec, placed["decode"], stages, order, store)
+        plan = _with_kernels(job.config, deployment, job.recipe, spec, placed["decode"], stages, store)
     else:
         with stages("assemble"):
             plan = _assemble(job.config, deployment, job.recipe, spec, placed, stages)
@@ -246,20 +246,19 @@ def _with_kernels(
     line: str,
     placed: Compiled,
     stages: _Stages,
-    order: Order,
     cache: Path,
 ) -> Plan:
     """A GPU target's plan: lower the decode bucket, build its kernels."""
     from dsv4c.codegen.build import build as build_kernels
     from dsv4c.codegen.build import toolchain
-    from dsv4c.codegen.lower import CONSTANTS_FILE, GROUPS, lower
+    from dsv4c.codegen.lower import CONSTANTS_FILE, lower
     from dsv4c.runtime.plan import Argument, Bucket, KernelLaunch, Plan, Slot, StateSlot
 
     graph, target = placed.graph, deployment.target
     states, state_bytes = lay_out({v.name: v.type for v in graph.states})
     inputs, input_bytes = lay_out({v.name: v.type for v in graph.inputs})
     with stages("lower"):
-        lowered = lower(graph, schedule(graph, order, GROUPS), target, states, inputs, placed.context.prepack)
+        lowered = lower(graph, placed.schedule, target, states, inputs, placed.context.prepack)
     with stages("build"):
 
         def watch(done: int, total: int, _: object) -> None:

@@ -56,6 +56,7 @@ def check(plan: Plan, mode: str = "decode") -> list[Violation]:
     found += _aliases(graph, bucket)
     for launch in launches:
         found += _places(launch, bucket, plan, sizes)
+        found += _beside(launch)
     if not any(v.kind == "outside" for v in found):
         found += _follow(graph, bucket, launches)
     return found
@@ -125,6 +126,22 @@ def _places(
                     launch.name,
                     f"{name} is {a.nbytes} bytes from {a.offset} of {a.space}; its value {slot.type} is at "
                     f"{slot.offset} of {slot.space}",
+                )
+
+
+def _beside(launch: KernelLaunch) -> Iterator[Violation]:
+    """What a launch writes shares no byte with another of its arguments: its CTAs run in any order."""
+    for made in launch.arguments:
+        if "w" not in made.access:
+            continue
+        for a in launch.arguments:
+            apart = a.offset + a.nbytes <= made.offset or made.offset + made.nbytes <= a.offset
+            same = (a.value, a.component) == (made.value, made.component)
+            if a.space == made.space and not same and not apart:
+                yield Violation(
+                    "overlap",
+                    launch.name,
+                    f"writes {made.value}.{made.component} where its {a.value}.{a.component} lies",
                 )
 
 

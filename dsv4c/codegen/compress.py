@@ -1,16 +1,16 @@
-"""State writes of a decode step in one launch: the window's KV row, the compressors' rows and entries.
+"""State writes of a decode step: the window's KV row, the compressors' rows and entries.
 
-`KvStoreSpec` and `CompressSpec` are stages of one CTA per sequence; a skeleton may give them CTAs of another
-launch (`templates/state_stages.py.jinja` holds the calls). `emit_state_update` launches them by themselves.
+`KvStoreSpec` and `CompressSpec` are stages of one CTA per sequence, which rides in another launch: a skeleton
+gives them CTAs of its own size (`templates/state_stages.py.jinja` holds the calls).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.codegen.emit import Parameter
 from dsv4c.codegen.lib.geometry import Pool, Row
 from dsv4c.errors import BuildError
 
@@ -33,12 +33,16 @@ class KvStoreSpec:
     positions: str = "positions"
     window: str = "window"
     kind: ClassVar[str] = "kv_store"
-    shared: ClassVar[int] = 16
 
     @property
     def row(self) -> Row:
         """The window's row."""
         return Row(self.width, self.format)
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: a sum of squares per warp of the row."""
+        return self.row.lanes // 8
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
@@ -55,18 +59,13 @@ class KvStoreSpec:
             f"eps={self.eps}), position)"
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes read and written per sequence."""
-        return self.width * 4
-
 
 @dataclass(frozen=True)
 class CompressSpec:
     """u, s f32[B, channels] -> rings f32[B, ring, channels]; at a window's last token its entry.
 
     Operand names are `name` and a suffix; `capacity` entries per sequence, Hadamard-transformed first if
-    `hadamard`.
+    `hadamard`. `threads` are those of the CTA it rides on.
     """
 
     name: str
@@ -119,10 +118,14 @@ class CompressSpec:
         return f"{self.name}_entries"
 
     @property
+    def row(self) -> Row:
+        """A row of the cache of entries."""
+        return Row(self.width, self.format, self.hadamard)
+
+    @property
     def pool(self) -> Pool:
         """The device library's view."""
-        row = Row(self.width, self.format, self.hadamard)
-        return Pool(row, self.ratio, self.overlap, self.ring, self.capacity, self.threads)
+        return Pool(self.row, self.ratio, self.overlap, self.ring, self.capacity, self.threads)
 
     @property
     def shared(self) -> int:
@@ -142,7 +145,7 @@ class CompressSpec:
             self.kv_ring,
             self.score_ring,
         )
-        return (*map(Parameter, names), *(Parameter(self.entries, c) for c in self.pool.row.components))
+        return (*map(Parameter, names), *(Parameter(self.entries, c) for c in self.row.components))
 
     @property
     def text(self) -> str:
@@ -159,55 +162,39 @@ class CompressSpec:
             f"        <- {entry}, softmax pooling over {self.pool.tokens} tokens"
         )
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes read and written per sequence when the window closes."""
-        return self.pool.channels * 16 + self.pool.tokens * self.width * 8
+
+Rider = KvStoreSpec | CompressSpec
 
 
-@dataclass(frozen=True)
-class StateUpdateSpec:
-    """One launch: the window's row and any number of compressors, for `batch` sequences."""
-
-    name: str
-    batch: int
-    kv_store: KvStoreSpec
-    compressors: tuple[CompressSpec, ...] = ()
+def lanes(riders: Iterable[Rider]) -> int:
+    """Threads that the widest row of the riders takes."""
+    return max((rider.row.lanes for rider in riders), default=0)
 
 
-def emit_state_update(spec: StateUpdateSpec) -> Emission:
-    """The kernel of a spec: CTA p * batch + b does stage p for sequence b. Raises BuildError."""
-    parts: Sequence[KvStoreSpec | CompressSpec] = (spec.kv_store, *spec.compressors)
-    for part in parts:
-        check_row(spec.name, part.row if isinstance(part, KvStoreSpec) else part.pool.row)
-        if isinstance(part, CompressSpec) and part.ring < part.pool.tokens:
+def seated(name: str, riders: Iterable[Rider], threads: int) -> tuple[Rider, ...]:
+    """The riders on CTAs of `threads` threads. Raises BuildError for what such a CTA cannot do."""
+    placed: list[Rider] = []
+    for rider in riders:
+        check_row(name, rider.row, threads)
+        if isinstance(rider, KvStoreSpec):
+            placed.append(rider)
+            continue
+        if rider.ring < rider.pool.tokens:
             raise BuildError(
-                f"{spec.name}: {part.name} pools {part.pool.tokens} tokens, its ring holds {part.ring}"
+                f"{name}: {rider.name} pools {rider.pool.tokens} tokens, its ring holds {rider.ring}"
             )
-    parameters = tuple(dict.fromkeys(p for part in parts for p in part.parameters))
-    shared = max(part.shared for part in parts)
-    grid = spec.batch * len(parts)
-    nbytes = spec.batch * sum(part.nbytes for part in parts)
-    source = render(
-        "state_update.py.jinja",
-        spec=spec,
-        parts=parts,
-        pointers=[p.name for p in parameters],
-        signature=f"B = {spec.batch}; positions: i32[B], -1 for none (writes nothing); frequencies: f32[32].",
-        grid=grid,
-        threads=THREADS,
-        shared=shared,
-        nbytes=nbytes,
-        floor=floor_us(nbytes),
-    )
-    return Emission(f"{spec.name}_0", source, (grid, 1, 1), THREADS, shared, parameters)
+        placed.append(replace(rider, threads=threads))
+    return tuple(placed)
 
 
-def check_row(name: str, row: Row) -> None:
-    """Raise BuildError unless the device library can hold the row."""
+def check_row(name: str, row: Row, threads: int) -> None:
+    """Raise BuildError unless a CTA of `threads` threads can hold the row."""
     if (row.format == "mxfp4" or row.hadamard) and row.width != 128:
         raise BuildError(
             f"{name}: MXFP4 and Hadamard rows must be 128 wide (one warp holds them), got {row.width}"
         )
-    if row.width % 128 or not 128 <= row.width <= THREADS * 4:
-        raise BuildError(f"{name}: rows must be a multiple of 128 up to {THREADS * 4} wide, got {row.width}")
+    if row.width % 128 or not 128 <= row.width <= threads * 4:
+        raise BuildError(
+            f"{name}: {threads} threads hold rows that are a multiple of 128 up to {threads * 4} wide, "
+            f"got {row.width}"
+        )

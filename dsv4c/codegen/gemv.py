@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from dsv4c.codegen.compress import CompressSpec, Rider, lanes, seated
 from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
 from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Product, Ring
 from dsv4c.errors import BuildError
@@ -84,7 +85,8 @@ class Matrix:
 @dataclass(frozen=True)
 class GemvSpec:
     """`batch` activation rows times `matrices` of `k` columns. With `groups` g > 1 (block-diagonal weights)
-    the rows are [M, g, k] and matrix rows r * (rows / g) .. belong to group r.
+    the rows are [M, g, k] and matrix rows r * (rows / g) .. belong to group r. `riders` take a CTA each per
+    row, the first of the launch.
     """
 
     name: str
@@ -94,6 +96,7 @@ class GemvSpec:
     groups: int = 1
     tile_warps: int = 0  # 0: planned
     rounds: int = 0
+    riders: tuple[Rider, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -171,22 +174,25 @@ def emit_gemv(spec: GemvSpec) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
     _check(spec)
     parts = plan_parts(spec)
-    parameters = tuple(dict.fromkeys(p for part in parts for p in part.parameters))
-    shared = max(part.places["end"] for part in parts)
-    grid = sum(part.ctas for part in parts)
+    warps = parts[0].ring.warps
+    riders = seated(spec.name, spec.riders, warps * 32)
+    parameters = tuple(dict.fromkeys(p for seat in (*parts, *riders) for p in seat.parameters))
+    shared = max([part.places["end"] for part in parts] + [rider.shared for rider in riders])
+    grid = parts[-1].last
     nbytes = sum(part.nbytes for part in parts)
     source = render(
         "gemv.py.jinja",
         spec=spec,
         parts=parts,
+        riders=riders,
         parameters=parameters,
         grid=grid,
-        warps=parts[0].ring.warps,
+        warps=warps,
         shared=shared,
         nbytes=nbytes,
         floor=floor_us(nbytes),
         formats=FORMATS,
-        libs=libs_of(part.x.prologue for part in parts),
+        libs=libs_of((part.x.prologue for part in parts), riders),
     )
     packing = {
         slot.matrix.name: f"{slot.matrix.format}/{part.ring.tile_warps}x{part.ring.span}"
@@ -197,17 +203,18 @@ def emit_gemv(spec: GemvSpec) -> Emission:
         symbol=f"{spec.name}_0",
         source=source,
         grid=(grid, 1, 1),
-        block=parts[0].ring.warps * 32,
+        block=warps * 32,
         shared=shared,
         parameters=parameters,
         packing=packing,
     )
 
 
-def libs_of(prologues: Iterable[str]) -> str:
-    """Modules that a kernel with these prologues imports."""
+def libs_of(prologues: Iterable[str], riders: Iterable[Rider] = ()) -> str:
+    """Modules that a kernel with these prologues and riders imports."""
     used = set(prologues)
     names = {"ptx", "stream", *(["nvfp4"] if "unpack" in used else [])}
+    names |= {"compress" if isinstance(rider, CompressSpec) else "cache" for rider in riders}
     return ", ".join(sorted(names | ({"activations"} if used - {"unpack"} else set())))
 
 
@@ -247,7 +254,7 @@ def plan_parts(spec: GemvSpec) -> list[Part]:
     for matrix in spec.matrices:
         kinds.setdefault((matrix.format, matrix.x, matrix.out_dtype), []).append(matrix)
     tile_warps, rounds = _plan_tiles(spec)
-    parts, first = [], 0
+    parts, first = [], len(spec.riders) * spec.batch
     heaviest_first = sorted(kinds.items(), key=lambda item: -BYTES[item[0][0]])
     for (format, x, out_dtype), matrices in heaviest_first:
         part = _part(spec, format, x, out_dtype, matrices, tile_warps, rounds, first)
@@ -281,8 +288,16 @@ def _plan_tiles(spec: GemvSpec) -> tuple[int, int]:
         for tile_warps in ((spec.tile_warps,) if spec.tile_warps else (1, 2, 4, 8))
         for rounds in ((spec.rounds,) if spec.rounds else range(1, MOST_ROUNDS + 1))
         if spec.groups == 1 or (per_group % tile_warps == 0 and rounds == 1)
+        if spec.tile_warps or tile_warps * _k_warps(spec, tile_warps) * 32 >= lanes(spec.riders)
     ]
     return min(plans, key=load)
+
+
+def _k_warps(spec: GemvSpec, tile_warps: int) -> int:
+    """Warps that share a tile. Every part has the CTA's warps: bf16 units are half as wide, so what divides
+    units of 128 columns divides them.
+    """
+    return max(n for n in range(1, WARPS // tile_warps + 1) if -(-spec.k // 128) % n == 0)
 
 
 def span_of(product: Product, k_warps: int, rounds: int = 1) -> int:
@@ -303,9 +318,7 @@ def _part(
     rounds: int,
     first: int,
 ) -> Part:
-    # Every part has the CTA's warps: bf16 units are half as wide, so k_warps that divides 128-column units
-    # divides them.
-    k_warps = max(n for n in range(1, WARPS // tile_warps + 1) if -(-spec.k // 128) % n == 0)
+    k_warps = _k_warps(spec, tile_warps)
     slots, at = [], 0
     for m in matrices:
         groups = -(-m.rows // (16 * tile_warps))

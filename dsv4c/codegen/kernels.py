@@ -6,10 +6,11 @@ Each reads a spec off the op's fields and types, or says why it cannot.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from dsv4c.codegen.attention import AttentionSpec, emit_attention
-from dsv4c.codegen.compress import CompressSpec, KvStoreSpec, StateUpdateSpec, emit_state_update
+from dsv4c.codegen.compress import CompressSpec, KvStoreSpec, Rider
 from dsv4c.codegen.experts import ExpertsSpec, Routing, emit_experts_down, emit_experts_up
 from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.head import (
@@ -206,6 +207,17 @@ def hyper_norm(request: Request) -> Answer:
 # Linear layers ----------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Riding:
+    """State writes that go with a launch of products: their specs, and the values of their operands."""
+
+    riders: tuple[Rider, ...] = ()
+    values: Mapping[str, int] = field(default_factory=dict)
+
+
+NOBODY = Riding()
+
+
 def _staging(request: Request, name: str, x: int, w: int, quantize: QuantFormat | None) -> Activations | No:
     """How the rows of value `x` meet weight `w`; `quantize` is what the op encodes them to first."""
     format_ = format_name(request.types[w], WEIGHTS)
@@ -237,6 +249,7 @@ def _gemv(
     groups: int = 1,
     stage: str = "",
     scratch: dict[str, Scratch] | None = None,
+    riding: Riding = NOBODY,
 ) -> Launchable | No:
     """One GEMV launch; products are (activations, weight, result)."""
     matrices = []
@@ -253,8 +266,9 @@ def _gemv(
     if len({m.name for m in matrices}) < len(matrices):
         return No(f"two of its weights are called {', '.join(m.name for m in matrices)}")
     rows = math.prod(request.types[products[0][2]].shape[:1])
-    spec = GemvSpec(name, rows, k, tuple(matrices), groups)
+    spec = GemvSpec(name, rows, k, tuple(matrices), groups, riders=riding.riders)
     gains = {x.gain: "f32" for x, _, _ in products if x.gain}
+    values |= riding.values
     return launchable(request, emit_gemv(spec), values, stage=stage, scratch=scratch, forms=gains)
 
 
@@ -265,6 +279,7 @@ def _packed_gemv(
     values: dict[str, int],
     shape: Sequence[int],
     eps: float | None = None,
+    riding: Riding = NOBODY,
 ) -> Answer:
     """Rows to NVFP4 in scratch, under a norm if `eps` is given, then (weight, result) products with them."""
     for w, _ in weights:
@@ -274,7 +289,7 @@ def _packed_gemv(
     rows = _array("q", QuantType(NVFP4_ROW, tuple(shape)), "r")
     staged = Activations("q", "f16", "unpack")
     products = [(staged, w, y) for w, y in weights]
-    second = _gemv(request, name, products, {}, shape[-1], stage="product", scratch=rows)
+    second = _gemv(request, name, products, {}, shape[-1], stage="product", scratch=rows, riding=riding)
     return second if isinstance(second, No) else [first, second]
 
 
@@ -339,17 +354,25 @@ def grouped_linear(request: Request) -> Answer:
     return _alone(_gemv(request, name, [(staged, w, call.outputs[0])], {"x": x}, k, groups))
 
 
-@kernel(QNormQuantize)
+@kernel(QNormQuantize, KvNormRopeStore, Compressor, several=True)
 def q_norm_quantize(request: Request) -> Answer:
-    call = request.call
+    """The queries' projections; the token's state writes ride along, small work beside a large stream."""
+    calls = [c for c in request.calls if isinstance(c.op, QNormQuantize)]
+    if len(calls) != 1:
+        return No(f"takes one q_norm_quantize per launch, in which state writes ride, not {len(calls)}")
+    (call,) = calls
     assert isinstance(call.op, QNormQuantize)
     x, gain, *weights = call.inputs
     row = request.types[x]
     if not _is(row, BF16) or not _is(request.types[gain], BF16):
         return No(f"normalizes bf16 rows under bf16 gains, not {row} under {request.types[gain]}")
+    riding = _riding(request, row.shape[0])
+    if isinstance(riding, No):
+        return riding
     products = list(zip(weights, call.outputs, strict=True))
+    values = {"x": x, "gain": gain}
     if call.op.format == NVFP4_ROW:
-        return _packed_gemv(request, "q_proj", products, {"x": x, "gain": gain}, row.shape, call.op.eps)
+        return _packed_gemv(request, "q_proj", products, values, row.shape, call.op.eps, riding)
     if call.op.format not in (None, FP8_ROW):
         return No(f"quantizes the normed row to {FP8_ROW} or {NVFP4_ROW}, not {call.op.format}")
     kind = "bf16" if call.op.format is None else "e4m3"
@@ -358,75 +381,82 @@ def q_norm_quantize(request: Request) -> Answer:
             return No(f"multiplies {kind} rows, which do not fit weights {request.types[w]}")
     staged = Activations("x", kind, "normalize", gain="gain", eps=call.op.eps)
     staging = [(staged, w, y) for w, y in products]
-    return _alone(_gemv(request, "q_proj", staging, {"x": x, "gain": gain}, row.shape[-1]))
+    return _alone(_gemv(request, "q_proj", staging, values, row.shape[-1], riding=riding))
 
 
 # State ------------------------------------------------------------------------------------------------------
 
 
-@kernel(KvNormRopeStore, Compressor, several=True)
-def state_update(request: Request) -> Answer:
-    """The window's row and the compressors' rows and entries: a CTA each."""
-    stores = [c for c in request.calls if isinstance(c.op, KvNormRopeStore)]
-    others = [c for c in request.calls if isinstance(c.op, Compressor)]
-    if len(stores) != 1:
-        return No(f"writes one window per launch, not {len(stores)}; compressors ride along with it")
+def _riding(request: Request, rows: int) -> Riding | No:
+    """The state writes of a request, one token each for `rows` sequences."""
+    riders: list[Rider] = []
     values: dict[str, int] = {}
+    for call in request.calls:
+        if isinstance(call.op, QNormQuantize):
+            continue
+        bind = _window if isinstance(call.op, KvNormRopeStore) else _compressor
+        rider = bind(request, call, rows, values)
+        if isinstance(rider, No):
+            return rider
+        riders.append(rider)
+    if len({rider.name for rider in riders}) < len(riders):
+        return No("takes one window, one compressor of entries and one of index keys per launch")
+    return Riding(tuple(riders), values)
 
-    def shared(call: Call, operand: str) -> str:
-        """A name for an operand that several stages may share."""
-        number = call.operands[operand]
-        taken = {v: n for n, v in values.items()}
-        name = taken.get(number) or (operand if operand not in values else f"{operand}_{number}")
-        values[name] = number
-        return name
 
-    (call,) = stores
-    assert isinstance(call.op, KvNormRopeStore)
-    x = call.operands
-    window, batch = request.types[x["window"]], request.types[x["kv"]].shape[0]
-    if batch != window.shape[0]:
-        return No(f"stores one token per sequence, not {batch} tokens in {window.shape[0]} windows")
+def _shared(call: Call, operand: str, values: dict[str, int]) -> str:
+    """A name among `values` for an operand that several riders may share."""
+    number = call.operands[operand]
+    taken = {v: n for n, v in values.items()}
+    name = taken.get(number) or (operand if operand not in values else f"{operand}_{number}")
+    values[name] = number
+    return name
+
+
+def _window(request: Request, call: Call, rows: int, values: dict[str, int]) -> Rider | No:
+    op, x = call.op, call.operands
+    assert isinstance(op, KvNormRopeStore)
+    window, tokens = request.types[x["window"]], request.types[x["kv"]].shape[0]
+    if not tokens == window.shape[0] == rows:
+        return No(f"stores one token per sequence, not {tokens} tokens in {window.shape[0]} windows")
     if not format_name(window, CACHES):
         return No(f"stores {KV_FP8} or bf16, not {window}")
-    values |= {"kv": x["kv"], "kv_norm": x["gain"], "window": x["window"]}
-    store = KvStoreSpec(
+    spec = KvStoreSpec(
         window.shape[2],
         format_name(window, CACHES),
         window.shape[1],
-        call.op.eps,
-        frequencies=shared(call, "frequencies"),
-        positions=shared(call, "positions"),
+        op.eps,
+        frequencies=_shared(call, "frequencies", values),
+        positions=_shared(call, "positions", values),
     )
-    compressors = []
-    for call in others:
-        op, x = call.op, call.operands
-        assert isinstance(op, Compressor)
-        entries, ring = request.types[x["entries"]], request.types[x["kv_ring"]]
-        if not format_name(entries, CACHES):
-            return No(f"stores {KV_FP8}, {MXFP4} or bf16, not {entries}")
-        if op.sequences != batch:
-            return No(f"compresses one token per sequence, not {batch} tokens of {op.sequences} sequences")
-        spec = CompressSpec(
-            "index" if op.rotated else "compress",
-            entries.shape[2],
-            format_name(entries, CACHES),
-            op.ratio,
-            op.overlap,
-            ring.shape[1],
-            entries.shape[1],
-            op.eps,
-            hadamard=op.rotated,
-            frequencies=shared(call, "frequencies"),
-            positions=shared(call, "positions"),
-        )
-        compressors.append(spec)
-        values |= {spec.u: x["kv"], spec.s: x["gate"], spec.ape: x["bias"], spec.gain: x["gain"]}
-        values |= {spec.kv_ring: x["kv_ring"], spec.score_ring: x["score_ring"], spec.entries: x["entries"]}
-    if len({c.name for c in compressors}) < len(compressors):
-        return No("takes one compressor of entries and one of index keys per launch")
-    update = StateUpdateSpec("state_update", batch, store, tuple(compressors))
-    return [launchable(request, emit_state_update(update), values)]
+    values |= {spec.kv: x["kv"], spec.gain: x["gain"], spec.window: x["window"]}
+    return spec
+
+
+def _compressor(request: Request, call: Call, rows: int, values: dict[str, int]) -> Rider | No:
+    op, x = call.op, call.operands
+    assert isinstance(op, Compressor)
+    entries, ring = request.types[x["entries"]], request.types[x["kv_ring"]]
+    if not format_name(entries, CACHES):
+        return No(f"stores {KV_FP8}, {MXFP4} or bf16, not {entries}")
+    if op.sequences != rows:
+        return No(f"compresses one token per sequence, not {rows} tokens of {op.sequences} sequences")
+    spec = CompressSpec(
+        "index" if op.rotated else "compress",
+        entries.shape[2],
+        format_name(entries, CACHES),
+        op.ratio,
+        op.overlap,
+        ring.shape[1],
+        entries.shape[1],
+        op.eps,
+        hadamard=op.rotated,
+        frequencies=_shared(call, "frequencies", values),
+        positions=_shared(call, "positions", values),
+    )
+    values |= {spec.u: x["kv"], spec.s: x["gate"], spec.ape: x["bias"], spec.gain: x["gain"]}
+    values |= {spec.kv_ring: x["kv_ring"], spec.score_ring: x["score_ring"], spec.entries: x["entries"]}
+    return spec
 
 
 # Indexer and attention --------------------------------------------------------------------------------------

@@ -29,9 +29,6 @@ from dsv4c.passes.memory import aligned, plan_memory
 from dsv4c.passes.schedule import Schedule
 from dsv4c.types import BF16, F32, Component, QuantType, TensorType, Type
 
-GROUPS = (frozenset({"in_proj", "linear"}), frozenset({"kv_norm_rope_store", "compressor"}))
-"""Independent ops of a layer that have a kernel together, for `dsv4c.passes.schedule.schedule`."""
-
 CONSTANTS_FILE = "constants.safetensors"
 
 

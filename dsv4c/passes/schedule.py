@@ -7,7 +7,7 @@ read before they are overwritten). A reshape is no launch: its result is a view 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -20,11 +20,14 @@ from dsv4c.ir.ops.shape import Reshape
 Order = Literal["source", "memory"]
 LAYERS = ("layers", "mtp")  # scopes that count layers
 
-GROUPS: tuple[frozenset[str], ...] = (
-    frozenset({"in_proj"}),  # one row in two encodings, weights streamed together
-    frozenset({"q_norm_quantize", "kv_norm_rope_store", "compressor"}),  # small work beside a large stream
+GROUPS: tuple[tuple[str, ...], ...] = (
+    ("in_proj", "linear"),  # one row in two encodings, weights streamed together
+    ("q_norm_quantize", "kv_norm_rope_store", "compressor"),  # small work beside a large stream
 )
-"""Ops of one layer that share a launch, as CTAs of their own, when none of them waits for another."""
+"""Ops of one layer that share a launch, as CTAs of their own, when none of them waits for another.
+
+A launch has them in this order; GPU plans name it after the first.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def layer_in(scope: str) -> str:
     return f"{kind}.{number}" if kind in LAYERS and number.isdecimal() else ""
 
 
-def schedule(graph: Graph, order: Order = "source", groups: Sequence[Collection[str]] = GROUPS) -> Schedule:
+def schedule(graph: Graph, order: Order = "source", groups: Sequence[Sequence[str]] = GROUPS) -> Schedule:
     """Launches of `graph` in the order of its nodes, or in one that needs less memory where there is one.
 
     Ops of a set in `groups` share a launch where they may. Raises GraphError for an unknown order.
@@ -116,7 +119,7 @@ def _reordered(
 
 
 def _grouped(
-    nodes: tuple[Node, ...], waits: list[set[int]], kinds: Sequence[Collection[str]]
+    nodes: tuple[Node, ...], waits: list[set[int]], kinds: Sequence[Sequence[str]]
 ) -> list[list[int]]:
     """Launches as lists of nodes, in an order that keeps all waits: each where its last member was."""
     launch = list(range(len(nodes)))  # of every node: the first member of its launch
@@ -137,7 +140,11 @@ def _grouped(
             members[host].append(index)
             before[host] |= before[index]
     last = {host: group[-1] for host, group in members.items() if launch[host] == host}
-    return [members[host] for host in _in_order(launch, before, last)]
+    turn = {name: i for names in kinds for i, name in enumerate(names)}
+    return [
+        sorted(members[host], key=lambda i: turn.get(nodes[i].op.name, 0))
+        for host in _in_order(launch, before, last)
+    ]
 
 
 def _ordered(launch: list[int], before: list[set[int]], host: int, other: int) -> bool:

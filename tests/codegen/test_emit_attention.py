@@ -1,4 +1,4 @@
-"""Attention, state and indexer kernels without a device: texts, launch facts, cubins of both targets."""
+"""Attention and indexer kernels without a device: texts, launch facts, cubins of both targets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 
 from dsv4c.codegen.attention import AttentionSpec, emit_attention, plan_attention
 from dsv4c.codegen.build import TARGETS, Source, build
-from dsv4c.codegen.compress import CompressSpec, KvStoreSpec, StateUpdateSpec, emit_state_update
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
 from dsv4c.codegen.lib.geometry import Attention, Selection
@@ -20,16 +19,6 @@ HCA = replace(
     CSA, name="attention_hca", entries="all", selected_count=0, ratio=128, capacity=3, splits=2, tile=16
 )
 BF16 = replace(CSA, name="attention_bf16", format="bf16", exact_norm=False, entries="none", capacity=0)
-STATE = StateUpdateSpec(
-    "state_update",
-    2,
-    KvStoreSpec(128, "fp8", 19, 1e-6),
-    (
-        CompressSpec("compressor", 128, "fp8", 4, True, 12, 64, 1e-6),
-        CompressSpec("indexer", 128, "mxfp4", 4, True, 12, 64, 1e-6, hadamard=True),
-    ),
-)
-WINDOW_ONLY = StateUpdateSpec("state_window", 1, KvStoreSpec(512, "bf16", 128, 1e-6))
 SCORES = IndexScoresSpec("index_scores", 2, 32, "mxfp4", 50, 4, 6)
 SCORES_BF16 = replace(SCORES, name="index_scores_bf16", format="bf16")
 TOP_K = TopKSpec("top_k", 2, 50, 6, 4)
@@ -39,7 +28,6 @@ TOP_K_CLUSTER = TopKSpec("top_k_cluster", 1, 20000, 512, 4, bits=32)
 def emissions() -> list[Emission]:
     return [
         *map(emit_attention, (CSA, HCA, BF16)),
-        *map(emit_state_update, (STATE, WINDOW_ONLY)),
         *map(emit_index_scores, (SCORES, SCORES_BF16)),
         *map(emit_top_k, (TOP_K, TOP_K_CLUSTER)),
     ]
@@ -57,10 +45,7 @@ def test_every_family_assembles_without_spills(target: str, tmp_path: Path):
         assert kernel.resources.stack == 0, f"{emission.symbol} spills or indexes registers dynamically"
         assert kernel.resources.registers * emission.block <= 65536
         assert kernel.ptx.count("griddepcontrol.launch_dependents") == 1
-        waits = (
-            1 + len(STATE.compressors) if emission.symbol == "state_update_0" else 1
-        )  # one per stage, one runs
-        assert kernel.ptx.count("griddepcontrol.wait") == waits
+        assert kernel.ptx.count("griddepcontrol.wait") == 1
 
 
 def test_parameters_follow_the_components_of_the_caches():
@@ -78,8 +63,6 @@ def test_parameters_follow_the_components_of_the_caches():
         "positions",
         "out",
     ]
-    state = [p.operand for p in emit_state_update(STATE).parameters]
-    assert state.count("positions") == 1, "stages share operands of one name"
 
 
 @pytest.mark.parametrize("keys", [128, 192, 640, 1152, 8320])
@@ -136,13 +119,7 @@ def test_attention_refuses(spec: AttentionSpec, message: str):
         emit_attention(spec)
 
 
-def test_state_and_index_refuse():
-    short = replace(STATE.compressors[0], ring=7)
-    with pytest.raises(BuildError, match="compressor pools 8 tokens, its ring holds 7"):
-        emit_state_update(replace(STATE, compressors=(short,)))
-    wide = replace(STATE.compressors[1], width=256)
-    with pytest.raises(BuildError, match="must be 128 wide"):
-        emit_state_update(replace(STATE, compressors=(wide,)))
+def test_index_refuses():
     with pytest.raises(BuildError, match="heads come in eights, got 12"):
         emit_index_scores(replace(SCORES, heads=12))
     with pytest.raises(BuildError, match="keys have 16 or 32 bits, got 8"):

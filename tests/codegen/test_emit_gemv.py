@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from dsv4c.codegen.build import TARGETS, Source, build
+from dsv4c.codegen.compress import CompressSpec, KvStoreSpec, Rider, seated
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.experts import ExpertsSpec, Routing, emit_experts_down, emit_experts_up
 from dsv4c.codegen.gemv import SHARED_PER_SM, Activations, GemvSpec, Matrix, emit_gemv, plan_parts
@@ -28,6 +29,12 @@ UNPACKED = Activations("x", "f16", "unpack")
 KEPT = Activations("x_bf16", "f16", "quantize")
 QUANTIZED = Activations("x_bf16", "e4m3", "quantize")
 NORMALIZED = Activations("x_bf16", "e4m3", "normalize", gain="gain", eps=1e-6)
+
+
+WINDOW = KvStoreSpec(512, "fp8", 128, 1e-6)
+ENTRIES = CompressSpec("compress", 512, "fp8", 4, True, 8, 2048, 1e-6)
+LONG = replace(ENTRIES, ratio=128, overlap=False, ring=128, capacity=64)
+KEYS = CompressSpec("index", 128, "mxfp4", 4, True, 8, 2048, 1e-6, hadamard=True)
 
 
 def dense(name: str, rows: int, k: int, format: str, x: Activations, batch: int = 1, **spec: int) -> GemvSpec:
@@ -49,6 +56,13 @@ def experts(routed: str, shared: str, batch: int = 1) -> ExpertsSpec:
     return ExpertsSpec(f"{routed}_{shared}", batch, 256, 128, 8, 2, routed, shared, 10.0)
 
 
+def q_proj(name: str, batch: int, *riders: Rider, k: int = 1024, rows: int = 32768) -> GemvSpec:
+    """wq_b, with a window's index queries beside it, and the state writes."""
+    spec = dense(name, rows, k, "fp8", NORMALIZED, batch)
+    index = Matrix("index_w", rows // 4, "fp8", NORMALIZED, "index_y")
+    return replace(spec, matrices=(*spec.matrices, *([index] if KEYS in riders else [])), riders=riders)
+
+
 FLASH = [
     in_proj(1),
     in_proj(8),
@@ -57,6 +71,9 @@ FLASH = [
     dense("wo_b", 4096, 8192, "fp8", QUANTIZED, 3),
     dense("lm_head", 129280, 4096, "bf16", ROWS),
     dense("pro_q_proj", 73728, 1536, "fp8", NORMALIZED),
+    q_proj("q_proj_swa", 1, WINDOW),
+    q_proj("q_proj_csa", 1, WINDOW, ENTRIES, KEYS),
+    q_proj("q_proj_hca", 8, WINDOW, LONG),
 ]
 SMALL = [
     dense("codes", 208, 384, "fp8", CODES, 3),
@@ -69,6 +86,9 @@ SMALL = [
     dense("w4a4", 136, 384, "nvfp4", UNPACKED, 3),
     dense("w4a4_groups", 256, 256, "nvfp4", UNPACKED, 2, groups=2),
     in_proj(1, 256),
+    q_proj("q_proj_one_warp", 3, replace(WINDOW, width=128), KEYS, k=128, rows=512),
+    q_proj("q_proj_wide_row", 2, WINDOW, ENTRIES, KEYS, k=128, rows=2048),
+    q_proj("q_proj_long", 8, replace(WINDOW, format="bf16"), replace(LONG, format="bf16"), k=256, rows=512),
 ]
 SPLIT = [  # eight rows do not fit beside two stages of weights
     dense("split_bf16", 48, 16384, "bf16", ROWS, 7),
@@ -99,6 +119,7 @@ def small_kernels() -> list[Emission]:
 def test_goldens(golden: Golden) -> None:
     golden(emit_gemv(in_proj(1)).source, "kernels/gemv_in_proj.py.txt")
     golden(emit_gemv(dense("wq_b", 32768, 1024, "fp8", NORMALIZED)).source, "kernels/gemv_wq_b.py.txt")
+    golden(emit_gemv(q_proj("q_proj", 2, WINDOW, ENTRIES, KEYS)).source, "kernels/gemv_q_proj.py.txt")
     golden(emit_gemv(dense("wo_b", 4096, 8192, "nvfp4", UNPACKED)).source, "kernels/gemv_w4a4.py.txt")
     golden(emit_gemv(SPLIT[1]).source, "kernels/gemv_split.py.txt")
     golden(emit_quantize(QuantizeSpec("norm_quantize", 3, 1536, 1e-6)).source, "kernels/norm_quantize.py.txt")
@@ -111,8 +132,9 @@ def test_goldens(golden: Golden) -> None:
 @pytest.mark.parametrize("spec", FLASH + SMALL + SPLIT, ids=lambda s: f"{s.name}-{s.batch}")
 def test_a_plan_covers_every_tile_once(spec: GemvSpec) -> None:
     parts = plan_parts(spec)
-    assert [p.first for p in parts] == [sum(q.ctas for q in parts[:i]) for i in range(len(parts))]
-    assert sum(p.ctas for p in parts) == emit_gemv(spec).grid[0]
+    riders = len(spec.riders) * spec.batch
+    assert [p.first for p in parts] == [riders + sum(q.ctas for q in parts[:i]) for i in range(len(parts))]
+    assert riders + sum(p.ctas for p in parts) == emit_gemv(spec).grid[0]
     covered: Counter[tuple[str, int]] = Counter()
     for part in parts:
         r = part.ring
@@ -188,6 +210,47 @@ def test_text_waits_once_per_path_with_weights_in_flight() -> None:
             stages = ("copy", "load", "expand", "quantize")
             reads = [path.find(f"{lib}.{stage}_") for lib in ("activations", "nvfp4") for stage in stages]
             assert all(at == -1 or path.index("ptx.wait()") < at for at in reads if "load_gain" not in path)
+
+
+def test_riders_take_the_first_ctas_and_change_no_weight() -> None:
+    riders = (WINDOW, ENTRIES, KEYS)
+    spec = q_proj("q_proj", 2, *riders)
+    emission, bare = emit_gemv(spec), emit_gemv(replace(spec, riders=()))
+    assert emission.packing == bare.packing
+    assert emission.shared == bare.shared
+    assert emission.grid[0] == bare.grid[0] + 6
+    assert emission.parameters[: len(bare.parameters)] == bare.parameters
+    names = [p.name for p in emission.parameters]
+    assert len(set(names)) == len(names)  # riders share positions and frequencies
+    bounds = re.findall(r"\b(?:if|elif) block < (\d+):", emission.source.split("@cute.kernel")[1])
+    assert bounds == ["2", "4", "6"]
+    assert re.search(r"else:\n        \w+\(smem, block - 6,", emission.source)
+
+
+def test_a_launch_has_the_threads_that_its_riders_rows_take() -> None:
+    spec = q_proj("q_proj", 1, WINDOW, ENTRIES, KEYS, k=128, rows=512)
+    assert emit_gemv(replace(spec, riders=())).block < 128 <= emit_gemv(spec).block
+    for threads in (128, 192, 256):
+        window, entries, keys = seated("launch", spec.riders, threads)
+        assert window == WINDOW
+        assert isinstance(entries, CompressSpec)
+        assert isinstance(keys, CompressSpec)
+        assert (entries.pool.groups, keys.pool.groups) == (threads // 128, threads // 32)
+        assert entries.pool.groups * entries.pool.run >= entries.pool.tokens
+
+
+@pytest.mark.parametrize(
+    ("rider", "message"),
+    [
+        (replace(ENTRIES, ring=7), "compress pools 8 tokens, its ring holds 7"),
+        (replace(KEYS, width=256), "must be 128 wide"),
+        (replace(WINDOW, width=192), "multiple of 128 up to 1024 wide, got 192"),
+        (replace(WINDOW, width=1152), "256 threads hold rows .* up to 1024 wide, got 1152"),
+    ],
+)
+def test_riders_are_refused(rider: Rider, message: str) -> None:
+    with pytest.raises(BuildError, match=message):
+        seated("launch", (rider,), 256)
 
 
 @pytest.mark.parametrize("target", TARGETS)

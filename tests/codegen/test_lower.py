@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,7 +18,11 @@ from dsv4c.codegen.lower import component_bytes, packed_bytes, rope_table
 from dsv4c.compiler import compile
 from dsv4c.config import load_config
 from dsv4c.errors import BuildError, ConfigError
+from dsv4c.ir.graph import Graph
 from dsv4c.ir.ops.rope import RopeFrequencies
+from dsv4c.passes.base import Context, Pass
+from dsv4c.passes.pipeline import PIPELINE, Memory, Pipeline
+from dsv4c.passes.schedule import schedule
 from dsv4c.reference.registry import run
 from dsv4c.runtime.packing import pack, parse_packing
 from dsv4c.runtime.plan import KernelLaunch, Plan, load
@@ -83,7 +87,8 @@ def test_the_step_begins_with_positions_and_ends_by_advancing_them(tiny: Plan) -
     assert ops[:2] == ["positions", "embed"]
     assert ops[-3:] == ["linear", "argmax", "advance"]
     assert ops.count("in_proj + in_proj") == 4  # of the layers with a compressor
-    assert ops.count("kv_norm_rope_store + compressor + compressor") == 2
+    state = ["q_norm_quantize + kv_norm_rope_store" + " + compressor" * n for n in range(3)]
+    assert [ops.count(op) for op in state] == [2, 2, 2]  # SWA, HCA, CSA
     assert ops.count("indexer + index_topk") == 2 * 2
 
 
@@ -165,6 +170,34 @@ def test_an_unfolded_op_is_named_with_its_place() -> None:
         gpu_plan(
             pipeline="quantize{recipe=official},fold{without=quantize_linear},prepack,tidy,schedule,memory"
         )
+
+
+@dataclass(frozen=True)
+class Own(Pass):
+    """A schedule that lets other ops share a launch than the built-in one."""
+
+    name: ClassVar[str] = "own"
+    requires: ClassVar = frozenset({"tidy"})
+    establishes: ClassVar = frozenset({"order"})
+    spoils: ClassVar = frozenset({"places"})
+    groups: tuple[str, ...] = ()
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        context.schedule = schedule(graph, groups=(self.groups,))
+        return graph
+
+
+def test_the_schedule_is_the_pipelines(tiny: Plan) -> None:
+    def plan(*groups: str) -> Plan:
+        passes = (*(p for p in PIPELINE if p.name not in ("schedule", "memory")), Own(groups), Memory())
+        return gpu_plan(pipeline=Pipeline(passes))
+
+    own = plan("q_norm_quantize", "kv_norm_rope_store", "compressor")
+    assert check(own) == []
+    assert len(launches(own)) == len(launches(tiny)) + 4  # of the layers with two in_proj
+    assert "in_proj + in_proj" not in {launch.op for launch in launches(own)}
+    with pytest.raises(BuildError, match="one q_norm_quantize per launch, in which state writes ride, not 0"):
+        plan()
 
 
 @pytest.mark.parametrize(

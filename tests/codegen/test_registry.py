@@ -21,7 +21,7 @@ from dsv4c.passes.fusions.q_norm_quantize import QNormQuantize
 from dsv4c.passes.fusions.quantize_linear import QuantizeLinear
 from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
-from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4_ROW, parse_type
+from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4, NVFP4_ROW, QuantFormat, parse_type
 
 Values = Callable[..., Value]
 
@@ -131,32 +131,42 @@ def test_without_quantization_the_normed_row_stays_bf16() -> None:
     assert "fp8(" not in launch.emission.source
 
 
-def test_one_launch_writes_the_window_and_both_compressors() -> None:
+@pytest.mark.parametrize("row", [FP8_ROW, NVFP4_ROW])
+def test_state_writes_ride_with_the_queries(row: QuantFormat) -> None:
+    weight = {FP8_ROW: FP8_WEIGHT, NVFP4_ROW: NVFP4}[row]
+
     def make(p: Values, state: Values) -> tuple[Value, ...]:
         at, f = p("at", "i32[1]"), p("f", "f32[32]")
         kv = "q[e4m3,ue8m0,1x64,tail=64]"
+        op = QNormQuantize(eps=1e-6, format=row, out=BF16)
         made = [
+            op(p("x", "bf16[1,256]"), p("gq", "bf16[256]"), p("wq", f"{weight}[256,256]")),
             KvNormRopeStore(eps=1e-6)(
                 state("w", f"{kv}[1,128,128]"), p("kv", "bf16[1,128]"), p("g", "bf16[128]"), at, f
-            )
+            ),
         ]
         for name, type_, rotated in (("e", f"{kv}[1,16,128]", False), ("k", f"{MXFP4}[1,16,128]", True)):
             rings = [state(f"{name}_{r}", "f32[1,8,256]") for r in ("kv", "score")]
             rows = [p(f"{name}_{r}", "f32[1,256]") for r in ("u", "s")]
-            op = Compressor(ratio=4, overlap=True, sequences=1, eps=1e-6, rotated=rotated)
+            compressor = Compressor(ratio=4, overlap=True, sequences=1, eps=1e-6, rotated=rotated)
             bias, gain = p(f"{name}_b", "f32[4,256]"), p(f"{name}_g", "bf16[128]")
-            made += op(state(name, type_), *rings, *rows, bias, gain, at, f)
+            made += compressor(state(name, type_), *rings, *rows, bias, gain, at, f)
         return tuple(made)
 
     graph = graph_of(make)
-    (launch,) = together(graph)
-    assert launch.emission.grid == (3, 1, 1)
+    *before, launch = together(graph)
+    (alone,) = together(graph, graph.nodes[0])[len(before) :]
+    assert len(before) == (row == NVFP4_ROW)  # the rows are quantized first, without riders
+    assert launch.emission.grid[0] == alone.emission.grid[0] + 3
+    assert launch.forms == alone.forms  # riders want no weight in another form
     pointers = [p.name for p in launch.emission.parameters]
     assert len(pointers) == len(set(pointers))
     written = [b for b in launch.bindings if b.access == "rw"]
     assert len(written) == 3 + 2 + 3 + 2 + 2  # window, rings and entries, rings and keys, by component
-    with pytest.raises(BuildError, match="writes one window per launch, not 0"):
-        together(graph, graph.nodes[1])
+    with pytest.raises(BuildError, match="one q_norm_quantize per launch, in which state writes ride, not 0"):
+        together(graph, *graph.nodes[1:])
+    with pytest.raises(BuildError, match="one compressor of entries and one of index keys per launch"):
+        together(graph, *graph.nodes, graph.nodes[2])
 
 
 def indexed(extra_reader: bool) -> Graph:

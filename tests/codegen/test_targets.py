@@ -66,7 +66,7 @@ def test_only_sm_100a_converts_fp4_in_hardware(plans: dict[tuple[str, str], Plan
     for recipe in ("official", "nvfp4-experts"):
         found = conversions(plans["sm_100a", recipe])
         assert found.keys() == {TO_E2M1, FROM_E2M1}
-        assert {"index_scores_0", "state_update_0"} <= found[TO_E2M1]  # queries, keys
+        assert {"index_scores_0", "q_proj_0"} <= found[TO_E2M1]  # queries, keys
         assert {"experts_up_0", "experts_down_0"} <= found[FROM_E2M1]  # weights
     found = conversions(plans["sm_100a", "nvfp4"])
     assert {"quantize_0", "norm_quantize_0"} <= found[TO_E2M1]  # rows
@@ -85,7 +85,7 @@ def test_machine_code_has_the_conversions(
         code[record["symbol"]] = code.get(record["symbol"], "") + text
     for symbol in ("experts_up_0", "experts_down_0"):
         assert ("F2FP.F16.E2M1.UNPACK_B" in code[symbol]) == (target == "sm_100a")
-    for symbol in ("index_scores_0", "state_update_0"):
+    for symbol in ("index_scores_0", "q_proj_0"):
         assert ("F2FP.SATFINITE.E2M1.F32" in code[symbol]) == (target == "sm_100a")
 
 

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from dsv4c.codegen.attention import AttentionSpec, emit_attention
 from dsv4c.codegen.build import Source, build
-from dsv4c.codegen.compress import CompressSpec, KvStoreSpec, StateUpdateSpec, emit_state_update
+from dsv4c.codegen.compress import CompressSpec, KvStoreSpec
 from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
 
 FOLDER = Path(".device/attention")
-Spec = AttentionSpec | StateUpdateSpec | IndexScoresSpec | TopKSpec
+Spec = AttentionSpec | GemvSpec | IndexScoresSpec | TopKSpec
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,8 @@ def emit(spec: Spec) -> Emission:
     """The spec's kernel."""
     if isinstance(spec, AttentionSpec):
         return emit_attention(spec)
-    if isinstance(spec, StateUpdateSpec):
-        return emit_state_update(spec)
+    if isinstance(spec, GemvSpec):
+        return emit_gemv(spec)
     return emit_index_scores(spec) if isinstance(spec, IndexScoresSpec) else emit_top_k(spec)
 
 
@@ -58,9 +59,11 @@ def hca(name: str, heads: int, context: int, batch: int = 1, **changes: object) 
 
 
 def state(
-    name: str, batch: int, ratio: int, width: int = 512, format: str = "fp8", ring: int = 192
-) -> StateUpdateSpec:
-    """The state writes of a layer: ratio 0 (window alone), 4 (with index keys) or 128."""
+    name: str, batch: int, ratio: int, width: int = 512, format: str = "fp8", ring: int = 192, k: int = 1024
+) -> GemvSpec:
+    """The state writes of a layer, ratio 0 (window alone), 4 (with index keys) or 128, beside a small
+    product of `k` columns, which decide the threads.
+    """
     key_format = "mxfp4" if format == "fp8" else format
     compressors = []
     if ratio:
@@ -70,7 +73,9 @@ def state(
     if ratio == 4:
         index = CompressSpec("index_c", 128, key_format, 4, True, 12, 10000, 1e-6, hadamard=True)
         compressors.append(index)
-    return StateUpdateSpec(name, batch, KvStoreSpec(width, format, ring, 1e-6), tuple(compressors))
+    beside = Matrix("w", 1024, "bf16", Activations("x", "bf16"), "y")
+    riders = (KvStoreSpec(width, format, ring, 1e-6), *compressors)
+    return GemvSpec(name, batch, k, (beside,), riders=riders)
 
 
 def cases() -> Iterator[Case]:
@@ -103,9 +108,9 @@ def cases() -> Iterator[Case]:
     yield Case(state("state_hca", 1, 128), 8191)
     yield Case(state("state_csa_b8", 8, 4), 8191)
     yield Case(state("state_hca_b3", 3, 128))
-    yield Case(state("state_csa_bf16", 3, 4, format="bf16"))
-    yield Case(state("state_tiny", 3, 4, 128, ring=16))
-    yield Case(state("state_tiny_hca", 2, 128, 128, ring=131))
+    yield Case(state("state_csa_bf16", 3, 4, format="bf16", k=768))
+    yield Case(state("state_tiny", 3, 4, 128, ring=16, k=128))
+    yield Case(state("state_tiny_hca", 2, 128, 128, ring=131, k=256))
     yield Case(IndexScoresSpec("index", 1, 64, "mxfp4", 2048, 4, 512), 8191)
     yield Case(IndexScoresSpec("index_128k", 1, 64, "mxfp4", 32768, 4, 512), 131071)
     yield Case(IndexScoresSpec("index_1m", 1, 64, "mxfp4", 262144, 4, 512), (1 << 20) - 1)
@@ -135,7 +140,7 @@ def describe(case: Case, emission: Emission) -> dict[str, object]:
         "cluster": emission.cluster,
         "parameters": [[p.operand, p.component] for p in emission.parameters],
         "timed_at": case.timed_at,
-        "spec": asdict(case.spec),
+        "spec": asdict(case.spec) | {"packing": dict(emission.packing)},
     }
 
 

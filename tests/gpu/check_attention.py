@@ -34,6 +34,7 @@ from dsv4c.ir.ops.attention import (
 )
 from dsv4c.ir.ops.compress import CompletedEntries, CompressPool
 from dsv4c.ir.ops.index import IndexScores, TopK
+from dsv4c.ir.ops.linear import Linear
 from dsv4c.ir.ops.norm import RmsNorm
 from dsv4c.ir.ops.quant import Hadamard, Quantize
 from dsv4c.ir.ops.rope import Rope, RopeFrequencies
@@ -42,6 +43,7 @@ from dsv4c.reference.registry import run
 from dsv4c.runtime import codec
 from dsv4c.runtime.codec import Quantized
 from dsv4c.runtime.driver import Edge, Graph, Kernel, Launch, Library
+from dsv4c.runtime.packing import pack, parse_packing
 from dsv4c.types import BF16, F32, KV_FP8, MXFP4
 
 FORMATS = {"fp8": KV_FP8, "mxfp4": MXFP4}
@@ -155,16 +157,25 @@ def attention_expected(spec: dict[str, Any], x: Operands) -> Operands:
 
 
 def state_inputs(spec: dict[str, Any], positions: list[int]) -> Operands:
-    """Random rows; rings hold numbers for the tokens before the positions, caches are poison."""
-    B, store = spec["batch"], spec["kv_store"]
+    """Random rows; rings hold numbers for the tokens before the positions, caches are poison. `plain_w` is
+    the weight of the product beside.
+    """
+    B = spec["batch"]
+    store, *compressors = spec["riders"]
+    (matrix,) = spec["matrices"]
+    w = (torch.randn(matrix["rows"], spec["k"]) * spec["k"] ** -0.5).to(torch.bfloat16)
     x: Operands = {
+        "x": torch.randn(B, spec["k"]).to(torch.bfloat16),
+        "w": pack(parse_packing(spec["packing"]["w"]), w),
+        "plain_w": w,
+        "y": torch.full((B, matrix["rows"]), math.nan, dtype=torch.bfloat16),
         "kv": kv_rows(B, store["width"]),
         "kv_norm": torch.randn(store["width"]).to(torch.bfloat16),
         "frequencies": FREQUENCIES,
         "positions": torch.tensor(positions, dtype=torch.int32),
         "window": poisoned(store["format"], B, store["ring"], store["width"]),
     }
-    for c in spec["compressors"]:
+    for c in compressors:
         name, R = c["name"], c["ring"]
         channels = c["width"] * (2 if c["overlap"] else 1)
         x[f"{name}_u"] = torch.randn(B, channels) * 3
@@ -181,12 +192,14 @@ def state_inputs(spec: dict[str, Any], positions: list[int]) -> Operands:
 
 
 def state_expected(spec: dict[str, Any], x: Operands) -> Operands:
-    """Caches after the step."""
-    store, positions = spec["kv_store"], x["positions"]
+    """Caches after the step, and the product."""
+    store, *compressors = spec["riders"]
+    positions = x["positions"]
     rows = run(RmsNorm(eps=store["eps"]), x["kv"], x["kv_norm"])
     rows = run(Rope(), rows, positions, FREQUENCIES)
     out = {"window": write(x["window"], rows, store["format"], positions)}
-    for c in spec["compressors"]:
+    out["y"] = run(Linear(out=BF16), x["x"], x["plain_w"])
+    for c in compressors:
         name, ratio = c["name"], c["ratio"]
         ape = x[f"{name}_ape"][positions.long() % ratio]
         kv = run(CacheWrite(), x[f"{name}_kv"], x[f"{name}_u"], positions)
@@ -259,7 +272,7 @@ def top_k_expected(spec: dict[str, Any], x: Operands) -> Operands:
 Family = tuple[Callable[..., Operands], Callable[..., Operands]]
 FAMILIES: dict[str, Family] = {
     "AttentionSpec": (attention_inputs, attention_expected),
-    "StateUpdateSpec": (state_inputs, state_expected),
+    "GemvSpec": (state_inputs, state_expected),
     "IndexScoresSpec": (index_inputs, index_expected),
     "TopKSpec": (top_k_inputs, top_k_expected),
 }
@@ -270,7 +283,7 @@ def limit_of(case: dict[str, Any]) -> int:
     spec = case["spec"]
     if case["family"] == "AttentionSpec":
         return spec["capacity"] * spec["ratio"] if spec["entries"] != "none" else 9000
-    if case["family"] == "StateUpdateSpec":
+    if case["family"] == "GemvSpec":
         return 312 * 128
     return spec["capacity"] * spec["ratio"]
 
@@ -298,7 +311,7 @@ def adversarial(family: str, x: Operands, style: str) -> None:
             x[name] = x[name] * 64
     if style == "large":
         for name in ("window", "entries", "keys"):
-            if name in x and family != "StateUpdateSpec":
+            if name in x and family != "GemvSpec":
                 enlarge(x[name], 4)
     if style == "negative":
         if family == "IndexScoresSpec":
@@ -352,7 +365,9 @@ def compare(case: dict[str, Any], name: str, got: Any, want: Any) -> float:
         if not torch.equal(got.isnan(), want.isnan()):
             raise WrongResultError(f"{name}: scores are missing, or written where nothing is visible")
         return relative(got.nan_to_num(0), want.nan_to_num(0)) / 4e-3
-    for part, w in parts(want).items():  # state: few codes may round the other way, nothing else may change
+    for part, w in parts(
+        want
+    ).items():  # state and products: few codes may round the other way, nothing else may change
         g = parts(got)[part]
         changed = raw(w) != raw(g)
         if bool((g.float().isnan() != w.float().isnan()).any()):
