@@ -273,7 +273,11 @@ def parse_type(text: str) -> Type:
     """`str(Type)` read back. Raises TypeSyntaxError."""
     if text.startswith("q["):
         end = text.index("]") + 1 if "]" in text else len(text)
-        return QuantType(parse_format(text[:end]), _parse_shape(text[end:], text))
+        format, shape = parse_format(text[:end]), _parse_shape(text[end:], text)
+        try:
+            return QuantType(format, shape)
+        except ValueError as error:
+            raise TypeSyntaxError(str(error)) from None
     name, bracket, rest = text.partition("[")
     try:
         dtype = DType(name)

@@ -275,6 +275,8 @@ class Builder:
         node = Node(op, inputs, scope, tuple(origin))
         if not names:
             names = [self.fresh(hint if i == 0 else f"{hint}.{i}") for i in range(len(types))]
+        if len(names) != len(types):
+            raise GraphError(f"at {names[0]}: {op.name} has {len(types)} results, not {len(names)}")
         node.outputs = tuple(
             Value(self._claim(n), t, Kind.RESULT, node, i)
             for i, (n, t) in enumerate(zip(names, types, strict=True))

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
@@ -114,18 +115,19 @@ def parse_attribute(text: str) -> Any:
     if text in _KEYWORDS:
         return _KEYWORDS[text]
     if text.startswith("q["):
-        return parse_format(text)
+        return _read(parse_format, text)
     if text.startswith('"'):
-        return json.loads(text)
+        return _read(json.loads, text)
     if text.startswith("("):
         return tuple(parse_attribute(m[1]) for m in _ELEMENT.finditer(text[1:-1]))
-    if text[0] in "-0123456789" or text in ("inf", "nan"):
-        try:
-            return int(text) if text.lstrip("-").isdigit() else float(text)
-        except ValueError:
-            raise GraphError(f"cannot read the number {text!r}") from None
+    if text.startswith(tuple("-0123456789")) or text in ("inf", "nan"):
+        return _read(int if text.lstrip("-").isdigit() else float, text)
+    return _read(DType, text)
+
+
+def _read(kind: Callable[[str], Any], text: str) -> Any:
     try:
-        return DType(text)
+        return kind(text)
     except ValueError:
         raise GraphError(f"cannot read the attribute value {text!r}") from None
 
@@ -148,11 +150,38 @@ def make_op(name: str, attributes: str) -> Op:
 
 
 def build_op(op: type[Op], fields: dict[str, Any]) -> Op:
-    """An instance of `op`. Raises GraphError when the fields are not its own."""
+    """An instance of `op`. Raises GraphError when the fields are not its own or of another type."""
     try:
-        return op(**fields)
+        made = op(**fields)
     except TypeError as error:
         raise GraphError(f"{op.name}: {str(error).partition(') ')[2] or error}") from None
+    hints = _hints(op)  # type: ignore[arg-type]  # mypy takes the class for an instance
+    for name, value in fields.items():
+        hint = hints.get(name, object)
+        if not _is_a(value, hint):
+            wanted = hint.__name__ if isinstance(hint, type) and get_origin(hint) is None else hint
+            raise GraphError(f"{op.name}: attribute {name} is {print_attribute(value)}, expected {wanted}")
+    return made
+
+
+@cache
+def _hints(op: type[Op]) -> dict[str, Any]:
+    """Annotations of the attributes; none where they name what only a type checker imports."""
+    try:
+        return get_type_hints(op)
+    except NameError:
+        return {}
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    """Is `value` what an attribute so annotated may hold? An integer will do for a float, a bool will not."""
+    if get_origin(hint) in (Union, UnionType):
+        return any(_is_a(value, choice) for choice in get_args(hint))
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_is_a(item, get_args(hint)[0]) for item in value)
+    if hint in (int, float):
+        return type(value) in (int, hint)
+    return isinstance(value, hint)
 
 
 class _Parser:
@@ -190,8 +219,6 @@ class _Parser:
             made = builder.emit(op, tuple(operands), names=names, scope=scope, origin=origin)
         except GraphError as error:
             raise self.fail(str(error)) from None
-        except ValueError:
-            raise self.fail(f"{match['op']} does not have {len(names)} results") from None
         for (_, written), value in zip(results, made, strict=True):
             if str(value.type) != written:
                 raise self.fail(

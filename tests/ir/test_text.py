@@ -179,6 +179,11 @@ ERRORS = [  # what to replace, by what, line, message
     ),
     ("{eps=1e-06, precision=f32}", "{eps=1e-06, eps=1e-06}", 9, "rms_norm: attribute eps is given twice"),
     ("{eps=1e-06, precision=f32}", "{eps=1e-06, precision=f33}", 9, "cannot read the attribute value 'f33'"),
+    ("{eps=1e-06, precision=f32}", '{eps="a", precision=f32}', 9, 'attribute eps is "a", expected float'),
+    ("{eps=1e-06, precision=f32}", "{eps=true, precision=f32}", 9, "attribute eps is true, expected float"),
+    ("{eps=1e-06, precision=f32}", "{eps=1e-06, precision=(f32)}", 9, "precision is (f32), expected DType"),
+    ("{eps=1e-06, precision=f32}", '{eps="a}', 9, "cannot read the attribute value '\"a'"),
+    ("{eps=1e-06, precision=f32}", "{eps=q[e4m3]}", 9, "cannot read the attribute value 'q[e4m3]'"),
     ("{eps=1e-06, precision=f32}", "{eps=1e-06 precision}", 9, "cannot read the attributes"),
     (
         "%.normed: bf16[2,128] =",
@@ -187,9 +192,10 @@ ERRORS = [  # what to replace, by what, line, message
         "%layers.0.normed is written as f32[2,128] but rms_norm gives bf16[2,128]",
     ),
     ("%.normed: bf16[2,128] =", "%.normed: bf16[2,128] and more =", 9, "expected `%result: type = op("),
-    ("%.p: bf16[2,4,3], %.p.1: f32[2,4] =", "%.p: bf16[2,4,3] =", 13, "sink_softmax does not have 1 results"),
+    ("%.p: bf16[2,4,3], %.p.1: f32[2,4] =", "%.p: bf16[2,4,3] =", 13, "sink_softmax has 2 results, not 1"),
     ("%.row:", "%.normed:", 10, "the name %layers.0.normed is already taken"),
     ("rms_norm(%x, %.norm)", "rms_norm(%x, %sink)", 9, "gain f32[4] does not fit bf16[2,128]"),
+    ("param %sink: f32[4]", "param %sink: q[e4m3,ue8m0,128x128][4]", 7, "needs 2 dimensions, got (4,)"),
     ("return out=%fused", "return out=%fusion", 16, "%fusion is used before it is defined"),
     ("return out=%fused", "return %fused", 16, "expected `return label=%value, ...`"),
     ("out=%fused, p=", "out=%fused, out=", 16, "output out is returned twice"),
@@ -218,6 +224,7 @@ def test_errors_point_with_a_caret() -> None:
 JSON_ERRORS = [  # path, value, message
     (["schema"], 2, "graph JSON has schema 2, this version reads 1"),
     (["nodes", 0, "op"], "rms_nrom", "unknown op 'rms_nrom'"),
+    (["nodes", 0, "attributes"], {"eps": ""}, "cannot read the attribute value ''"),
     (["nodes", 0, "attributes"], {"epsilon": "1e-06"}, "unexpected keyword argument 'epsilon'"),
     (
         ["nodes", 0, "outputs", 0, "type"],
