@@ -253,7 +253,8 @@ def stored_params(
         moved = value.map(lambda part: part.to(device, copy=True)) if isinstance(value, Quantized) else value
         params[name] = moved if isinstance(moved, Quantized) else moved.to(device, copy=True)
 
-    Checkpoint.open(folder).load(records, keep)
+    with torch.device("cpu"):  # where files are read
+        Checkpoint.open(folder).load(records, keep)
     return params
 
 
