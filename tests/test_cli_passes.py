@@ -11,6 +11,7 @@ import pytest
 import dsv4c
 from dsv4c.errors import GraphError
 from dsv4c.passes.recipes import RECIPES
+from dsv4c.reference.registry import MEANINGS
 from dsv4c.stages import choose_rules, job_of, read_saved, rules_of
 from tests.commands import command
 
@@ -252,6 +253,23 @@ def test_a_certificate_that_changed_fails_the_check(tmp_path: Path) -> None:
     result = command("check", tmp_path / "q", *cache)
     assert result.code == 3
     assert "embed: reassociation 2 in the plan, bit-exact 0 now" in result.err
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_rule_that_is_wrong_is_no_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An op whose own meaning is not that of its body: compile says so, and says how to go on."""
+    places = ("--cache", tmp_path / "cache", "-o", tmp_path / "p")
+    args = ("compile", "tiny", *SMALL, "--pass", "mine_for_cli", *places)
+    only = ("--disable", "all", "--enable", "shifted_sigmoid")
+    wrong = rules_of(["mine_for_cli"]).rule("shifted_sigmoid").op
+    monkeypatch.setitem(MEANINGS, wrong, lambda op, x: x.sigmoid())
+    refused = command(*args, *only)
+    assert refused.code == 3
+    assert "the rule shifted_sigmoid is wrong on f32[1,4]: " in refused.err
+    assert "value 0: relative error" in refused.err
+    assert "leave it out with --disable shifted_sigmoid" in refused.err
+    assert not (tmp_path / "p").exists()
+    assert command(*args, "--disable", "all").code == 0
 
 
 def test_injected_mistakes_are_counted(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Recorded results through what a user calls: compile, save, load, bind, then prefill, decode and draft."""
+"""Recorded results through what a user calls: compile, save, load, bind, then prefill, decode and draft.
+
+Every recipe, with all passes on, in an arena that is filled with NaN before each call.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 import dsv4c
+from dsv4c.passes.recipes import RECIPES
 from tests.goldens import recorded
 from tests.interpreted import MAX_CONTEXT, logits_of
 
@@ -16,7 +20,7 @@ CHUNK = 64
 
 def session(folder: Path, recipe: str, target: Path, mtp: bool = False) -> dsv4c.Session:
     plan = dsv4c.compile(folder, recipe=recipe, max_context=MAX_CONTEXT, chunk=CHUNK, mtp=mtp)
-    return dsv4c.load(plan.save(target / "plan")).bind(folder)
+    return dsv4c.load(plan.save(target / "plan")).bind(folder, poison=True)
 
 
 def test_the_unquantized_model(tmp_path: Path) -> None:
@@ -54,3 +58,25 @@ def test_quantized_models(name: str, recipe: str, key: str, tmp_path: Path) -> N
     assert torch.equal(torch.cat(logits), logits_of(case.folder, recipe, run, CHUNK))
     largest = case.tolerance[key]["same_rounding_points"]["max"]
     assert case.distances(f"short.{key}", torch.cat(logits)).max() <= largest
+
+
+@pytest.mark.parametrize(
+    ("name", "recipe", "rounding"), [("fp32", "bf16", 0.02), ("nvfp4-experts", "nvfp4", 0.3)]
+)
+def test_recipes_without_a_recording_of_their_own(
+    name: str, recipe: str, rounding: float, tmp_path: Path
+) -> None:
+    """Bit by bit what plain interpretation gives, and no further from the recorded recipe than rounding."""
+    case = recorded(name)
+    run = case.run("short")
+    model = session(case.folder, recipe, tmp_path)
+    logits = [model.prefill(run.ids[: run.prefill]), *(model.decode([t]) for t in run.ids[run.prefill :])]
+    assert torch.equal(torch.cat(logits), logits_of(case.folder, recipe, run, CHUNK))
+    distances = case.distances("short.logits", torch.cat(logits))
+    assert 0 < distances.max() <= rounding
+
+
+def test_every_recipe_is_run() -> None:
+    tests = (test_quantized_models, test_recipes_without_a_recording_of_their_own)
+    cases = [case for test in tests for mark in test.pytestmark for case in mark.args[1]]
+    assert {"fp32", *(recipe for _, recipe, _ in cases)} == set(RECIPES)
