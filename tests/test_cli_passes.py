@@ -137,6 +137,10 @@ def test_a_stopped_compile_goes_on_to_the_same_plan(plan: Path, tmp_path: Path, 
     assert other.pipeline == one.pipeline
     assert other.report["rules"] == one.report["rules"]
     assert "resumed after" in result.err
+    assert ("no certificates" in result.err) == (after != "build")
+    settled = command("compile", "--resume", file, "-o", resumed, "--force", "--disable", "head")
+    assert settled.code == 2
+    assert f"--resume {file} has decided --disable" in settled.err
 
 
 def test_an_edit_is_in_the_resumed_plan(tmp_path: Path) -> None:
@@ -214,6 +218,12 @@ def test_why_not_groups_refusals_and_tells_one(plan: Path) -> None:
         "the graph has no quantize" in command("why-not", "rmsnorm_quantize", "tiny", "--recipe", "fp32").out
     )
     assert command("why-not", "experts_up", plan).code == 3
+
+
+def test_why_not_tells_where_a_rule_applied(plan: Path) -> None:
+    assert "it applied wherever it was tried" in command("why-not", "sinkhorn", plan).out
+    inside = command("why-not", "q_norm_quantize", plan, "--node", "layers.2").out
+    assert [line for line in inside.splitlines() if "applied" in line] == ["  applied: layers.2.attn.qb"]
 
 
 def test_why_not_tells_of_a_rule_that_is_left_out(tmp_path: Path) -> None:

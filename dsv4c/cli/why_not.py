@@ -24,7 +24,7 @@ from dsv4c.errors import GraphError
 
 if TYPE_CHECKING:
     from dsv4c.passes.explain import WhyNot
-    from dsv4c.passes.fold import FoldReport, Refusal, Rule
+    from dsv4c.passes.fold import Applied, FoldReport, Refusal, Rule
     from dsv4c.stages import Compiled, Job
 
 RuleArgument = Annotated[str, typer.Argument(metavar="RULE", help="Name of a rule.", show_default=False)]
@@ -97,17 +97,25 @@ def why_not_command(
 
 def explain(wanted: Rule, report: FoldReport, compiled: Compiled, job: Job, node: str | None) -> Answer:
     """What is to be said about one rule. Raises GraphError when `node` is no place where it was tried."""
-    from dsv4c.passes.explain import WhyNot, why_not
+    from dsv4c.passes.explain import WhyNot, at, why_not
 
     found = report.rules.get(wanted.name)
     if found is None:
         return Answer(WhyNot(wanted.name, 0, 0), (), f"the pipeline leaves it out: {job.line}")
-    fired = [a for a in found.applied if node is not None and (node == a.node or node in a.members)]
-    if fired:
-        return Answer(WhyNot(wanted.name, found.tried, found.matched), tuple(a.node for a in fired), "")
     if not found.tried:
         return Answer(WhyNot(wanted.name, 0, 0), (), absent(wanted, compiled))
-    return Answer(why_not(wanted.name, report, node), (), "")
+    if node is None:
+        everywhere = "" if found.refusals else "it applied wherever it was tried"
+        return Answer(why_not(wanted.name, report), (), everywhere)
+    fired = tuple(a.node for a in found.applied if _covers(node, a))
+    if fired and not any(at(r, node) for r in found.refusals):
+        return Answer(WhyNot(wanted.name, found.tried, found.matched), fired, "")
+    return Answer(why_not(wanted.name, report, node), fired, "")
+
+
+def _covers(node: str, applied: Applied) -> bool:
+    """Is `node` the fused node, one of those it replaced, or a scope that it is in?"""
+    return node in (applied.node, *applied.members) or applied.node.startswith(f"{node}.")
 
 
 def absent(wanted: Rule, compiled: Compiled) -> str:

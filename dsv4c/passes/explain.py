@@ -75,7 +75,7 @@ def why_not(rule: str, report: FoldReport, node: str | None = None) -> WhyNot:
     if rule not in report.rules:
         raise GraphError(f"the rule {rule!r} was not tried; these were: {', '.join(report.rules) or 'none'}")
     found = report.rules[rule]
-    refusals = [r for r in found.refusals if node is None or _at(r, node)]
+    refusals = [r for r in found.refusals if node is None or at(r, node)]
     if node is not None and not refusals:
         applied = [a for a in found.applied if node == a.node or node in a.members]
         if applied:
@@ -87,7 +87,8 @@ def why_not(rule: str, report: FoldReport, node: str | None = None) -> WhyNot:
     return WhyNot(rule, found.tried, found.matched, tuple(_grouped(refusals)))
 
 
-def _at(refusal: Refusal, node: str) -> bool:
+def at(refusal: Refusal, node: str) -> bool:
+    """Was it refused at that node, or in that scope?"""
     return any(
         name == node or name.startswith(f"{node}.") for name in (refusal.anchor, refusal.scope, refusal.at)
     )

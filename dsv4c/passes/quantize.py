@@ -1,4 +1,7 @@
-"""A recipe applied: weights, GEMM inputs, caches and queries take their formats; each rounding is a node."""
+"""A recipe applied: weights, GEMM inputs, caches and queries take their formats; each rounding is a node.
+
+What is in its format already stays, so a second time changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
-from dsv4c.ir.op import Op
+from dsv4c.ir.op import Op, expect
 from dsv4c.ir.ops.attention import Gather
 from dsv4c.ir.ops.index import IndexScores
 from dsv4c.ir.ops.linear import ExpertLinear, GroupedLinear, Linear
@@ -89,7 +92,8 @@ class _Quantizer:
             case RmsNorm() if len(inputs) == 1:  # the per-head query norm: the only one without a gain
                 op = RmsNorm(eps=op.eps, precision=self.recipe.head_norm)
         outputs = self.emit(op, tuple(inputs), [v.name for v in node.outputs], node)
-        if isinstance(op, Gather) and isinstance(outputs[0].type, QuantType):
+        encoded = isinstance(outputs[0].type, QuantType) and not isinstance(node.outputs[0].type, QuantType)
+        if isinstance(op, Gather) and encoded:
             decode = Dequantize(out=self.recipe.activation)
             outputs = self.emit(decode, outputs, [f"{node.name}_plain"], node)
         self.values.update(zip(node.outputs, outputs, strict=True))
@@ -102,12 +106,21 @@ class _Quantizer:
         format_ = format_of(self.recipe.activations, weight.name)
         if format_ is None or weight.kind is not Kind.PARAM:
             return inputs[0]
+        if isinstance(inputs[0].type, QuantType):
+            return self.encode(inputs[0], format_, node)
         static = any(fnmatchcase(weight.name, pattern) for pattern in self.recipe.static_scales)
         scale = self.static_scale(weight.name, inputs[2], node) if static else None
         return self.encode(inputs[0], format_, node, scale)
 
     def encode(self, x: Value, format_: QuantFormat, node: Node, scale: Value | None = None) -> Value:
-        """`x` in `format_`, encoded once however many nodes read it."""
+        """`x` in `format_`, encoded once however many nodes read it. GraphError if it is in another."""
+        if isinstance(x.type, QuantType):
+            expect(
+                x.type.format == format_,
+                f"recipe {self.recipe.name}: %{x.name} is {x.type}, and {node.name} reads {format_}; "
+                f"a graph takes one recipe",
+            )
+            return x
         key = (x, format_, scale)
         if key not in self.encoded:
             operands = (x,) if scale is None else (x, scale)

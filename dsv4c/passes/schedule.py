@@ -34,7 +34,9 @@ A launch has them in this order; GPU plans name it after the first.
 class Schedule:
     """Nodes in order. `after[i]` are the nodes that node `i` waits for, without those that one of them
     already waits for. `views` maps every value that is another one's bytes to the value that owns them.
-    `groups` are the launches: nodes by index, next to each other in order, most of them alone.
+    `groups` are the launches: nodes by index, next to each other in order, most of them alone. Those that no
+    wait joins may run beside each other. Whether an edge may be programmatic depends on where the kernel
+    behind it waits, so `codegen.lower` decides that, and `dsv4c verify` checks it.
     """
 
     nodes: tuple[Node, ...]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import ClassVar
 
@@ -29,6 +29,7 @@ from dsv4c.passes.pipeline import (
     load_object,
     parse_pipeline,
 )
+from dsv4c.passes.recipes import RECIPES, recipe_named
 from dsv4c.types import F32, TensorType
 
 
@@ -271,3 +272,30 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     give(ImportError("No module named 'extra'"))
     with pytest.raises(GraphError, match=r"the entry point extra = 'extra\.passes:all' .* cannot be loaded"):
         installed()
+
+
+# --- again ---
+
+
+@pytest.mark.parametrize("order", ["source", "memory"])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_any_pass_a_second_time_changes_nothing(recipe: str, order: str) -> None:
+    line = Pipeline().with_options("quantize", recipe=recipe).with_options("schedule", order=order)
+    context = Context(rules=contributions().rules)
+    graph = build(
+        load_config("tiny"), Deployment(max_context=128, chunk=4), "decode", recipe_named(recipe).activation
+    )
+    for p in line.passes:
+        graph = p.run(graph, context)
+        before = replace(context, warnings=[])
+        again = p.run(graph, context)
+        assert again == graph
+        assert print_graph(again) == print_graph(graph)
+        assert context.schedule == before.schedule
+        assert context.memory == before.memory
+        if p.name == "prepack":
+            assert context.prepack is None
+            context = before
+        if p.name == "fold":
+            assert context.fold is not None
+            assert not any(context.fold.counts.values())

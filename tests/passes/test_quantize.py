@@ -17,7 +17,7 @@ from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode, build
 from dsv4c.models.weights import layout
 from dsv4c.passes.quantize import quantize
-from dsv4c.passes.recipes import OFFICIAL, RECIPES, Recipe, format_of
+from dsv4c.passes.recipes import OFFICIAL, RECIPES, Recipe, format_of, recipe_named
 from dsv4c.types import (
     BF16,
     F32,
@@ -205,3 +205,12 @@ def test_whole_text_of_one_official_layer(official: Graph, golden) -> None:
         if f"{n.scope}.".startswith(parts) or n.name.startswith(("layers.2.attn_in", "layers.2.ffn_in"))
     ]
     golden("\n".join(print_nodes(nodes)), "model/csa_dense.official.txt")
+
+
+def test_a_graph_takes_one_recipe() -> None:
+    graph = build(load_config("tiny"), Deployment(max_context=64, chunk=4), "decode")
+    once = quantize(graph, recipe_named("official"))
+    with pytest.raises(
+        GraphError, match=r"recipe nvfp4: %layers\.0\.\S+ is q\[e4m3.* a graph takes one recipe"
+    ):
+        quantize(once, recipe_named("nvfp4"))
