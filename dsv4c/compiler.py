@@ -24,7 +24,7 @@ from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode, build
 from dsv4c.models.weights import records
 from dsv4c.passes.memory import lay_out, plan_memory
-from dsv4c.passes.pipeline import Contributions, Pipeline, Stage, parse_pipeline
+from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, Stage, parse_pipeline
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import Recipe, recipe_named
 from dsv4c.passes.schedule import Order, Schedule, layer_in, schedule
@@ -159,12 +159,15 @@ def pipeline_of(
 ) -> Pipeline:
     """The passes of a compile: the given ones, or the default ones under `recipe` and contributed ones.
 
-    Raises GraphError for a spec that does not parse or an order that does not work.
+    Raises GraphError for a spec that does not parse or an order that does not work, ConfigError for one that
+    quantizes by another recipe.
     """
-    if isinstance(pipeline, str):
-        return parse_pipeline(pipeline, rules.passes)
     if pipeline is not None:
-        return pipeline
+        given = parse_pipeline(pipeline, rules.passes) if isinstance(pipeline, str) else pipeline
+        for p in given.passes:
+            if isinstance(p, Quantize) and p.recipe != recipe.name:
+                raise ConfigError(f"pipeline: quantizes by {p.recipe}, the recipe is {recipe.name}; give one")
+        return given
     line = Pipeline().with_options("quantize", recipe=recipe.name).with_options("schedule", order=order)
     for extra in rules.instances:
         line = line.with_pass(extra)

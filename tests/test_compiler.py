@@ -54,6 +54,10 @@ def test_public_names_are_there_and_importing_them_costs_nothing() -> None:
     [
         ({"recipe": "int8"}, r"unknown recipe 'int8'; known: fp32, bf16, official"),
         ({"target": "tpu"}, r"target .*'tpu'.*'cpu' or 'sm_90a' or 'sm_100a'"),
+        (
+            {"pipeline": "quantize{recipe=nvfp4},fold,prepack,tidy,schedule,memory"},
+            "pipeline: quantizes by nvfp4, the recipe is official; give one",
+        ),
         ({"batch": 0}, r"batch .*0.* a positive integer"),
         ({"chunk": 65, "max_context": 64}, r"chunk .*65.* at most max_context, 64"),
         ({"max_context": 1 << 30}, r"max_context .*max_position_embeddings of tiny"),
