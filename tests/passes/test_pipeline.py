@@ -239,6 +239,8 @@ def test_a_clash_names_both() -> None:
 def test_what_is_no_contribution() -> None:
     with pytest.raises(GraphError, match="here contributes 3; expected a pass"):
         contributions([("here", 3)])
+    with pytest.raises(GraphError, match="here contributes nothing; expected a pass, a rule or a fused op"):
+        contributions([("here", ModuleType("empty"))])
 
 
 def test_objects_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
