@@ -110,10 +110,10 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
 def layers_job(folder: Path, plan: Mapping[str, Any]) -> Job:
     """Launch by launch; the reference holds every weight a second time."""
     command = ["tests.gpu.check_layers", folder / plan["name"], *(f"--at={at}" for at in plan["at"])]
-    if plan["use"] == "recorded":
-        command += ["--weights", plan["model"], "--every", 8]
-    else:
+    if plan["weights"] == "random":
         command += ["--every", 4]
+    else:
+        command += ["--weights", plan["weights"], "--every", 8]
     return Job(f"layers {plan['name']}", module(*command), 2.1 * plan["gibibytes"] + 2 * CONTEXT)
 
 

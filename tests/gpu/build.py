@@ -24,7 +24,7 @@ LAYERS, TIMES, RECORDED = "layers", "times", "recorded"
 
 @dataclass(frozen=True)
 class Wanted:
-    """A plan to compile: a recorded case or the first layers of a model, and what it is run for."""
+    """A plan to compile and what it is run for: a recorded case or, with `layers`, a model's first layers."""
 
     name: str
     use: str
@@ -46,6 +46,8 @@ WANTED = (
     recorded("official-quant", "official", 3),
     recorded("official-quant", "official", 8),
     recorded("nvfp4-experts", "nvfp4-experts", 1),
+    Wanted("official-quant-bf16-b2", LAYERS, "official-quant", "bf16", batch=2, context=512, at=("0:140",)),
+    Wanted("nvfp4-experts-w4a4", LAYERS, "nvfp4-experts", "nvfp4", context=512, at=("0:140",)),
     Wanted("flash6", LAYERS, "deepseek-v4-flash", layers=6, context=8448, at=("0:136", "8190:6")),
     Wanted("flash4-1m", LAYERS, "deepseek-v4-flash", layers=4, context=1000448, at=("1000000:8",)),
     Wanted("flash3-b3", LAYERS, "deepseek-v4-flash", layers=3, batch=3, context=2560, at=("126:8", "2400:6")),
@@ -57,7 +59,7 @@ WANTED = (
 
 def compiled(wanted: Wanted, target: str) -> Plan:
     """The plan."""
-    model = golden_case(wanted.model) if wanted.use == RECORDED else first_layers(wanted.model, wanted.layers)
+    model = first_layers(wanted.model, wanted.layers) if wanted.layers else golden_case(wanted.model)
     return compile(model, target=target, recipe=wanted.recipe, batch=wanted.batch, max_context=wanted.context)
 
 
@@ -85,6 +87,7 @@ def main() -> int:
             "name": wanted.name,
             "use": wanted.use,
             "model": wanted.model,
+            "weights": "random" if wanted.layers else wanted.model,
             "recipe": wanted.recipe,
             "batch": wanted.batch,
             "at": wanted.at,
