@@ -128,6 +128,26 @@ def test_show_as_json_dot_and_file(plan: Path, tmp_path: Path) -> None:
     assert command("show", "tiny", "-o", tmp_path / "no" / "file").code == 3
 
 
+@pytest.mark.parametrize("format", ["text", "json", "dot", "html", "model-explorer"])
+def test_with_json_the_graph_goes_to_its_file_alone(plan: Path, tmp_path: Path, format: str) -> None:
+    figures = command("show", plan, "--json").json["summary"]
+    alone = command("show", plan, "--json", "--format", format)
+    assert alone.json["summary"] == figures
+    file = tmp_path / "graph"
+    both = command("show", plan, "--json", "--format", format, "-o", file)
+    assert both.json["summary"] == figures
+    assert len(file.read_text()) > 1000
+
+
+def test_a_stopped_compile_prints_json_alone(tmp_path: Path) -> None:
+    stop = ("compile", "tiny", "--max-context", 64, "--stop-after", "fold")
+    found = command(*stop, "--json").json
+    assert found["graphs"] == command(*stop).out
+    written = command(*stop, "--json", "-o", tmp_path / "x.ir").json
+    assert written == {"after": "fold", "file": str(tmp_path / "x.ir"), "nodes": found["nodes"]}
+    assert (tmp_path / "x.ir").read_text() == found["graphs"]
+
+
 def test_show_reads_a_plan_in_a_fresh_process(plan: Path) -> None:
     """Its graph names fused ops, which somebody must have declared."""
     found = subprocess.run(

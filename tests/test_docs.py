@@ -48,6 +48,29 @@ def test_every_block_of_the_tutorial_runs(tmp_path: Path) -> None:
         run([*shell, script], tmp_path, env)
 
 
+def without_figures(text: str) -> str:
+    """Bytes, counts and seconds change with the compiler; what is said about them should not."""
+    return re.sub(r"\d[\d,.]*", "#", text)
+
+
+def test_the_readmes_first_example_prints_what_it_says(tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text()
+    example = readme.split("## From a config to tokens", 1)[1]
+    session = re.search(r"^```\n(\$ .*?)^```$", example, re.M | re.S)
+    python = re.search(r"^```python\n(.*?)^```$", example, re.M | re.S)
+    assert session is not None
+    assert python is not None
+    env = environment(tmp_path, cache=tmp_path / "cache")
+    commands = [part.split("\n", 1) for part in session[1].removeprefix("$ ").split("\n$ ")]
+    assert len(commands) == 3
+    for line, said in commands:
+        command = line.split("#", 1)[0].split()
+        printed = run([sys.executable, "-m", *command], tmp_path, env)
+        assert without_figures(printed).strip() == without_figures(said).strip()
+    run(["rm", "-r", "tiny.plan"], tmp_path, env)
+    run([sys.executable, "-c", python[1] + "assert logits.shape == (1, 512)"], tmp_path, env)
+
+
 def test_the_tutorials_fusion_is_short() -> None:
     code = [text for language, file, text in BLOCK.findall(TUTORIAL.read_text()) if file == "greedy.py"]
     assert len(code) == 1
