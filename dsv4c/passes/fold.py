@@ -299,7 +299,10 @@ class Work:
         return new
 
     def sort(self) -> None:
-        """Order the nodes again: each at its last member's place, unless it has to wait for another."""
+        """Order the nodes again: each at its last member's place, unless it has to wait for another.
+
+        By hand, for it runs once per rule on all nodes: networkx's sort takes three times as long.
+        """
         waiting = dict.fromkeys(self.low, 0)
         for node in self.low:
             for follower in set(self.after(node)):

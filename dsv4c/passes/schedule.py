@@ -124,9 +124,12 @@ def _grouped(
     nodes: tuple[Node, ...], waits: list[set[int]], kinds: Sequence[Sequence[str]]
 ) -> list[list[int]]:
     """Launches as lists of nodes, in an order that keeps all waits: each where its last member was."""
-    launch = list(range(len(nodes)))  # of every node: the first member of its launch
+    import networkx as nx
+
+    order = nx.DiGraph()  # of launches, each by its first member
+    order.add_nodes_from(range(len(nodes)))
+    order.add_edges_from((wait, index) for index, own in enumerate(waits) for wait in own)
     members = {i: [i] for i in range(len(nodes))}
-    before = [set(own) for own in waits]  # of every launch, by its first member: nodes that it waits for
     open_: dict[tuple[str, int], list[int]] = {}  # launches of a layer that may grow
     for index, node in enumerate(nodes):
         layer = layer_of(node)
@@ -134,57 +137,18 @@ def _grouped(
             if not layer or node.op.name not in names:
                 continue
             hosts = open_.setdefault((layer, kind), [])
-            host = next((h for h in hosts if not _ordered(launch, before, h, index)), None)
+            apart = (h for h in hosts if not (nx.has_path(order, h, index) or nx.has_path(order, index, h)))
+            host = next(apart, None)
             if host is None:
                 hosts.append(index)
                 continue
-            launch[index] = host
-            members[host].append(index)
-            before[host] |= before[index]
-    last = {host: group[-1] for host, group in members.items() if launch[host] == host}
+            members[host] += members.pop(index)
+            nx.contracted_nodes(order, host, index, copy=False)
     turn = {name: i for names in kinds for i, name in enumerate(names)}
     return [
         sorted(members[host], key=lambda i: turn.get(nodes[i].op.name, 0))
-        for host in _in_order(launch, before, last)
+        for host in nx.lexicographical_topological_sort(order, lambda launch: members[launch][-1])
     ]
-
-
-def _ordered(launch: list[int], before: list[set[int]], host: int, other: int) -> bool:
-    """Does one of two launches have to wait for the other, directly or through others?"""
-    for start, goal in ((other, host), (host, other)):
-        stack, seen = [start], {start}
-        while stack:
-            for wait in before[stack.pop()]:
-                earlier = launch[wait]
-                if earlier == goal:
-                    return True
-                if earlier not in seen:
-                    seen.add(earlier)
-                    stack.append(earlier)
-    return False
-
-
-def _in_order(launch: list[int], before: list[set[int]], last: Mapping[int, int]) -> list[int]:
-    """Launches so that none comes before one it waits for; of those that may go, the one whose last member
-    was first."""
-    blocked = {host: len({launch[w] for w in before[host]}) for host in last}
-    followers: dict[int, list[int]] = {host: [] for host in last}
-    for host in last:
-        for earlier in {launch[w] for w in before[host]}:
-            followers[earlier].append(host)
-    ready = [(last[host], host) for host, count in blocked.items() if not count]
-    heapq.heapify(ready)
-    picked = []
-    while ready:
-        _, host = heapq.heappop(ready)
-        picked.append(host)
-        for follower in followers[host]:
-            blocked[follower] -= 1
-            if not blocked[follower]:
-                heapq.heappush(ready, (last[follower], follower))
-    if len(picked) != len(last):
-        raise GraphError("launches wait for each other in a circle: a fault of grouping itself")
-    return picked
 
 
 def find_views(graph: Graph) -> dict[Value, Value]:
