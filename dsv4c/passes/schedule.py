@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from typing import Literal
+from typing import Any, Literal
 
 from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Graph, Kind, Node, Value
@@ -137,8 +137,7 @@ def _grouped(
             if not layer or node.op.name not in names:
                 continue
             hosts = open_.setdefault((layer, kind), [])
-            apart = (h for h in hosts if not (nx.has_path(order, h, index) or nx.has_path(order, index, h)))
-            host = next(apart, None)
+            host = next((h for h in hosts if not _ordered(order, h, index)), None)
             if host is None:
                 hosts.append(index)
                 continue
@@ -149,6 +148,13 @@ def _grouped(
         sorted(members[host], key=lambda i: turn.get(nodes[i].op.name, 0))
         for host in nx.lexicographical_topological_sort(order, lambda launch: members[launch][-1])
     ]
+
+
+def _ordered(order: Any, a: int, b: int) -> bool:
+    """Does one of two launches have to wait for the other, directly or through others?"""
+    import networkx as nx
+
+    return bool(nx.has_path(order, a, b) or nx.has_path(order, b, a))
 
 
 def find_views(graph: Graph) -> dict[Value, Value]:
