@@ -19,8 +19,9 @@ from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import RECIPES, Recipe
 from dsv4c.reference.interpret import clone, interpret
 from dsv4c.runtime import codec
-from dsv4c.runtime.checkpoint import Checkpoint, ParamRecord
+from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.codec import Quantized, nan_fill, view
+from dsv4c.runtime.parameter import ParamRecord
 from tests.goldens import Run
 
 MAX_CONTEXT = 512

@@ -183,7 +183,7 @@ class Source:
     limit: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Plan data, read back by `dsv4c.runtime.checkpoint.Source.from_json`. Defaults are left out."""
+        """Plan data, read back by `dsv4c.runtime.parameter.Source.from_json`. Defaults are left out."""
         parts = {role: [p.tensor, "|".join(p.dtypes), list(p.shape)] for role, p in self.parts.items()}
         data: dict[str, Any] = {"stored": str(self.stored), "parts": parts}
         if self.stack:
@@ -217,7 +217,7 @@ def records(config: ModelConfig, wanted: Iterable[tuple[str, Type, bool]]) -> li
     """Plan data for the loader: for every wanted (name, type, requantize) where each table keeps it.
 
     `requantize` allows a conversion that rounds. Raises CheckpointError for a name that no table has. Read
-    back by `dsv4c.runtime.checkpoint.ParamRecord.from_json`.
+    back by `dsv4c.runtime.parameter.ParamRecord.from_json`.
     """
     by_table = {table: sources(config, table) for table in TABLES}
     result = []

@@ -128,7 +128,7 @@ class Plan:
     """Everything a session needs. Made by `dsv4c.compile`, or read with `dsv4c.load`.
 
     weights: for every parameter its name, type, offset in the weights' block, and where each spelling of a
-    checkpoint keeps it (`dsv4c.runtime.checkpoint.ParamRecord`); on a GPU target also its form in memory.
+    checkpoint keeps it (`dsv4c.runtime.parameter.ParamRecord`); on a GPU target also its form in memory.
     loads: what each bucket computes once from the weights, when they are loaded. kernels, constants: what a
     GPU target runs, by hash, and the arrays computed at compile time. files: contents of all files but
     plan.json. timings: seconds per stage of the compile; the only part that differs between two equal

@@ -17,8 +17,9 @@ from torch import Tensor
 import dsv4c.passes.fusions  # noqa: F401, registers the fused ops
 from dsv4c.ir.text import parse_graph
 from dsv4c.reference.interpret import clone, interpret
-from dsv4c.runtime.checkpoint import Checkpoint, ParamRecord
+from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.codec import Quantized, Value, dequantize, view
+from dsv4c.runtime.parameter import ParamRecord
 from dsv4c.runtime.plan import load
 from tests.goldens import recorded
 from tests.interpreted import padded

@@ -16,9 +16,10 @@ from dsv4c.ir.text import parse_graph
 from dsv4c.reference import run
 from dsv4c.reference.interpret import clone
 from dsv4c.runtime import driver
-from dsv4c.runtime.checkpoint import Checkpoint, ParamRecord
+from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.codec import Quantized, Value
 from dsv4c.runtime.cuda import CudaExecutor
+from dsv4c.runtime.parameter import ParamRecord
 from dsv4c.runtime.plan import Plan
 from tests.goldens import golden_case, recorded
 from tests.gpu import check_sublayers

@@ -16,7 +16,8 @@ from dsv4c.errors import CheckpointError
 from dsv4c.models import synth
 from dsv4c.models.synth import synthesize
 from dsv4c.models.weights import describe, records, sources
-from dsv4c.runtime.checkpoint import Checkpoint, ParamRecord
+from dsv4c.runtime.checkpoint import Checkpoint
+from dsv4c.runtime.parameter import ParamRecord
 from dsv4c.types import F32, TensorType
 
 
