@@ -13,8 +13,8 @@ import dsv4c
 from dsv4c.compiler import graph_of, settings
 from dsv4c.errors import CheckpointError, ConfigError
 from dsv4c.ir.text import parse_graph
+from dsv4c.models.layout import layout
 from dsv4c.models.synth import synthesize
-from dsv4c.models.weights import layout
 from dsv4c.passes.recipes import RECIPES
 from tests.goldens import golden_case
 

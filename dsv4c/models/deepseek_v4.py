@@ -59,8 +59,8 @@ from dsv4c.ir.ops import (
     visible_entries,
     window_index,
 )
+from dsv4c.models.layout import layout
 from dsv4c.models.schedule import LayerPlan, RouterKind, layer_plans, mtp_plans
-from dsv4c.models.weights import layout
 from dsv4c.types import BF16, F32, I32, DType, TensorType
 
 Mode = Literal["decode", "prefill", "mtp"]

@@ -14,8 +14,9 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from dsv4c.config import ModelConfig
+from dsv4c.models.layout import Param, layout
 from dsv4c.models.schedule import LayerKind, LayerPlan, RouterKind, layer_plans
-from dsv4c.models.weights import Param, Table, layout, stored_format
+from dsv4c.models.weights import Table, stored_format
 from dsv4c.types import NVFP4, DType, QuantFormat, QuantType, TensorType, Type
 
 

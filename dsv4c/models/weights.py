@@ -1,20 +1,20 @@
 """Which tensors a DeepSeek-V4 checkpoint holds: names, shapes and storage types, in each spelling in use.
 
-`layout(config)` lists the parameters; `sources(config, table)` says which tensors of a checkpoint each one is
-read from, as plain data that the runtime's loader follows; `inventory(config, table)` is the expected file
-content.
+`sources(config, table)` says which tensors of a checkpoint each parameter of `dsv4c.models.layout` is read
+from, as plain data that the runtime's loader follows; `inventory(config, table)` is what a file should hold.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from dsv4c.config import ModelConfig
 from dsv4c.errors import CheckpointError
+from dsv4c.models.layout import Param, layout
 from dsv4c.types import (
     BF16,
     F32,
@@ -41,111 +41,6 @@ transformers        module names of `DeepseekV4ForCausalLM`, expert stacks merge
 transformers-split  what `save_pretrained` writes by default: release-like names under "model.", experts
                     separate
 """
-
-# --- what the model has -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Param:
-    """One canonical parameter. `storage` is the number format of the release: f32 and bf16 stay what they
-    are, `linear` and `expert` follow the config, i64 is the hash router's table.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    storage: Literal["f32", "bf16", "linear", "expert", "i64"]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape)
-
-
-def layout(config: ModelConfig) -> Iterator[Param]:
-    """Every parameter of the model, in the order of the forward pass, MTP blocks last. Experts are stacked
-    [E,out,in]; the grouped output projection is [groups, rank, in].
-    """
-    H, V = config.hidden_size, config.vocab_size
-    yield Param("embed", (V, H), "bf16")
-    for index, ratio in enumerate(config.compress_ratios[: config.num_layers]):
-        yield from _layer(config, f"layers.{index}", ratio, hashed=index < config.num_hash_layers)
-    yield from _output(config, "")
-    yield Param("head", (V, H), "bf16")
-    for index in range(config.mtp_layers):
-        block = f"mtp.{index}"
-        yield Param(f"{block}.e_proj", (H, H), "linear")
-        yield Param(f"{block}.h_proj", (H, H), "linear")
-        yield Param(f"{block}.enorm", (H,), "bf16")
-        yield Param(f"{block}.hnorm", (H,), "bf16")
-        yield from _layer(config, block, 0, hashed=False)
-        yield from _output(config, f"{block}.")
-
-
-def _output(config: ModelConfig, prefix: str) -> Iterator[Param]:
-    yield from _hyper(config, f"{prefix}hc_head", config.hc_mult, scales=1)
-    yield Param(f"{prefix}norm", (config.hidden_size,), "bf16")
-
-
-def _hyper(config: ModelConfig, name: str, rows: int, scales: int) -> Iterator[Param]:
-    yield Param(f"{name}_fn", (rows, config.hc_mult * config.hidden_size), "f32")
-    yield Param(f"{name}_base", (rows,), "f32")
-    yield Param(f"{name}_scale", (scales,), "f32")
-
-
-def _layer(config: ModelConfig, layer: str, ratio: int, hashed: bool) -> Iterator[Param]:
-    coefficients = config.hc_mult * (2 + config.hc_mult)  # pre, post and the mixing matrix
-    yield from _hyper(config, f"{layer}.hc_attn", coefficients, scales=3)
-    yield Param(f"{layer}.attn_norm", (config.hidden_size,), "bf16")
-    yield from _attention(config, f"{layer}.attn", ratio)
-    yield from _hyper(config, f"{layer}.hc_ffn", coefficients, scales=3)
-    yield Param(f"{layer}.ffn_norm", (config.hidden_size,), "bf16")
-    yield from _experts(config, f"{layer}.ffn", hashed)
-
-
-def _attention(config: ModelConfig, attn: str, ratio: int) -> Iterator[Param]:
-    H, D, heads, Q = config.hidden_size, config.head_dim, config.num_attention_heads, config.q_lora_rank
-    G, R = config.o_groups, config.o_lora_rank
-    yield Param(f"{attn}.wq_a", (Q, H), "linear")
-    yield Param(f"{attn}.q_norm", (Q,), "bf16")
-    yield Param(f"{attn}.wq_b", (heads * D, Q), "linear")
-    yield Param(f"{attn}.wkv", (D, H), "linear")
-    yield Param(f"{attn}.kv_norm", (D,), "bf16")
-    yield Param(f"{attn}.attn_sink", (heads,), "f32")
-    yield Param(f"{attn}.wo_a", (G, R, heads * D // G), "linear")
-    yield Param(f"{attn}.wo_b", (H, G * R), "linear")
-    if ratio:
-        yield from _compressor(config, f"{attn}.compressor", ratio, D)
-    if ratio == 4:
-        index = config.index_n_heads * config.index_head_dim
-        yield Param(f"{attn}.indexer.wq_b", (index, Q), "linear")
-        yield Param(f"{attn}.indexer.weights_proj", (config.index_n_heads, H), "bf16")
-        yield from _compressor(config, f"{attn}.indexer.compressor", ratio, config.index_head_dim)
-
-
-def _compressor(config: ModelConfig, name: str, ratio: int, dim: int) -> Iterator[Param]:
-    width = (
-        2 * dim if ratio == 4 else dim
-    )  # ratio 4 windows overlap: one half for the previous, one for the current
-    yield Param(f"{name}.ape", (ratio, width), "f32")
-    yield Param(f"{name}.wkv", (width, config.hidden_size), "bf16")
-    yield Param(f"{name}.wgate", (width, config.hidden_size), "bf16")
-    yield Param(f"{name}.norm", (dim,), "bf16")
-
-
-def _experts(config: ModelConfig, ffn: str, hashed: bool) -> Iterator[Param]:
-    H, E, W = config.hidden_size, config.n_routed_experts, config.moe_intermediate_size
-    yield Param(f"{ffn}.gate", (E, H), "bf16")
-    if hashed:
-        yield Param(f"{ffn}.gate.tid2eid", (config.vocab_size, config.num_experts_per_tok), "i64")
-    else:
-        yield Param(f"{ffn}.gate.bias", (E,), "f32")
-    shared = W * config.n_shared_experts
-    yield Param(f"{ffn}.shared_experts.w1", (shared, H), "linear")
-    yield Param(f"{ffn}.shared_experts.w3", (shared, H), "linear")
-    yield Param(f"{ffn}.shared_experts.w2", (H, shared), "linear")
-    yield Param(f"{ffn}.experts.w1", (E, W, H), "expert")
-    yield Param(f"{ffn}.experts.w3", (E, W, H), "expert")
-    yield Param(f"{ffn}.experts.w2", (E, H, W), "expert")
-
 
 # --- where a checkpoint keeps it ----------------------------------------------------------------------------
 

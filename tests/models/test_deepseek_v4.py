@@ -11,8 +11,8 @@ from dsv4c.ir.graph import Graph
 from dsv4c.ir.text import parse_graph, print_graph, print_nodes
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode, build
+from dsv4c.models.layout import layout
 from dsv4c.models.schedule import layer_plans
-from dsv4c.models.weights import layout
 from dsv4c.types import BF16, F32, I32, TensorType
 
 BATCH, CHUNK, CONTEXT = 3, 16, 512

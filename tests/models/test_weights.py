@@ -12,7 +12,8 @@ import pytest
 
 from dsv4c.config import ModelConfig, load_config
 from dsv4c.errors import CheckpointError
-from dsv4c.models.weights import TABLES, describe, detect_table, inventory, layout, records, sources
+from dsv4c.models.layout import layout
+from dsv4c.models.weights import TABLES, describe, detect_table, inventory, records, sources
 from dsv4c.types import BF16, F32, FP8_WEIGHT, MXFP4, NVFP4, QuantType, TensorType
 from tests.goldens import CASES, golden_case
 

@@ -15,7 +15,7 @@ from dsv4c.ir.ops.quant import Dequantize, Quantize
 from dsv4c.ir.text import parse_graph, print_graph, print_nodes
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode, build
-from dsv4c.models.weights import layout
+from dsv4c.models.layout import layout
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import OFFICIAL, RECIPES, Recipe, format_of, recipe_named
 from dsv4c.types import (

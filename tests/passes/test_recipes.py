@@ -6,7 +6,7 @@ import pytest
 
 from dsv4c.config import load_config
 from dsv4c.errors import ConfigError
-from dsv4c.models.weights import layout
+from dsv4c.models.layout import layout
 from dsv4c.passes.recipes import OFFICIAL, RECIPES, format_of, recipe_named
 from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, KV_FP8, MXFP4, NVFP4, NVFP4_ROW, QuantFormat
 

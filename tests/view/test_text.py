@@ -13,8 +13,8 @@ from dsv4c.ir.graph import Builder, Graph
 from dsv4c.ir.ops import add, rms_norm, scale, silu
 from dsv4c.ir.text import parse_graph, print_graph, print_node
 from dsv4c.models.deepseek_v4 import build
+from dsv4c.models.layout import layout
 from dsv4c.models.traffic import token_traffic
-from dsv4c.models.weights import layout
 from dsv4c.types import BF16, TensorType
 from dsv4c.view.layers import body_of, find_section, folds, layer_of, sections
 from dsv4c.view.text import render, summarize, summary
@@ -149,7 +149,7 @@ def test_one_layer_is_whole() -> None:
 def test_a_layer_that_is_not_there() -> None:
     with pytest.raises(GraphError, match=r"has no layer 'layers\.43'; its layers: layers\.0 to layers\.42"):
         render(official("deepseek-v4-flash"), layer=43)
-    with pytest.raises(GraphError, match=r"graph tiny\.decode has no layer mtp\.0"):
+    with pytest.raises(GraphError, match=r"graph tiny\.decode has no layer 'mtp\.0'"):
         find_section(plain("tiny"), "mtp.0")
 
 
