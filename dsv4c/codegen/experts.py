@@ -16,7 +16,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
-from dsv4c.codegen.gemv import BITS, FORMATS, SHARED_PER_CTA, SHARED_PER_SM, SMS, STAGES, WARPS, span_of
+from dsv4c.codegen.gemv import (
+    BITS,
+    FORMATS,
+    SHARED_PER_CTA,
+    SHARED_PER_SM,
+    SMS,
+    STAGES,
+    WARPS,
+    k_warps_of,
+    span_of,
+)
 from dsv4c.codegen.lib.shapes import BYTES, Product, Ring
 from dsv4c.errors import BuildError
 
@@ -91,10 +101,6 @@ def _rows(operand: str, spec: ExpertsSpec, scaled: bool) -> list[Parameter]:
     """Activation rows, with their scales if they come quantized."""
     components = ["scale"] * scaled + ["global_scale"] * spec.packed
     return [Parameter(operand), *(Parameter(operand, c) for c in components)]
-
-
-def _k_warps(columns: int, most: int) -> int:
-    return max(n for n in range(1, most + 1) if -(-columns // 128) % n == 0)
 
 
 def place(sizes: dict[str, int]) -> dict[str, int]:
@@ -204,7 +210,7 @@ def _up_parts(spec: ExpertsSpec, routing: Routing) -> tuple[UpPart, UpPart]:
     """
     tiles = -(-spec.intermediate // 16)
     kind = "f16" if spec.quantized else "bf16"
-    k_warps = _k_warps(spec.hidden, WARPS // 2)
+    k_warps = k_warps_of(spec.hidden, WARPS // 2)
 
     def part(name: str, format: str, jobs: int, rounds: int) -> UpPart:
         product = Product(format, kind, 1, spec.hidden)
@@ -322,7 +328,7 @@ class DownRings:
 def _down_rings(spec: ExpertsSpec) -> DownRings:
     tiles = -(-spec.hidden // 16)
     tile_warps = next(n for n in (1, 2, 4, 8) if n == 8 or -(-tiles // n) <= 2 * SMS)
-    k_warps = _k_warps(spec.intermediate, WARPS // tile_warps)
+    k_warps = k_warps_of(spec.intermediate, WARPS // tile_warps)
     kind = "bf16" if not spec.quantized else "f16" if spec.packed else "e4m3"
     routed = Product(spec.routed, kind, 1, spec.intermediate)
     shared = Product(spec.shared, kind, 1, spec.intermediate)

@@ -288,16 +288,15 @@ def _plan_tiles(spec: GemvSpec) -> tuple[int, int]:
         for tile_warps in ((spec.tile_warps,) if spec.tile_warps else (1, 2, 4, 8))
         for rounds in ((spec.rounds,) if spec.rounds else range(1, MOST_ROUNDS + 1))
         if spec.groups == 1 or (per_group % tile_warps == 0 and rounds == 1)
-        if spec.tile_warps or tile_warps * _k_warps(spec, tile_warps) * 32 >= lanes(spec.riders)
+        if spec.tile_warps or tile_warps * k_warps_of(spec.k, WARPS // tile_warps) * 32 >= lanes(spec.riders)
     ]
     return min(plans, key=load)
 
 
-def _k_warps(spec: GemvSpec, tile_warps: int) -> int:
-    """Warps that share a tile. Every part has the CTA's warps: bf16 units are half as wide, so what divides
-    units of 128 columns divides them.
-    """
-    return max(n for n in range(1, WARPS // tile_warps + 1) if -(-spec.k // 128) % n == 0)
+def k_warps_of(columns: int, most: int) -> int:
+    """Warps, at most so many, that share a tile's columns: as many units each, of 128 columns or of 64."""
+    counts = [-(-columns // width) for width in set(COLUMNS.values())]
+    return max(n for n in range(1, most + 1) if all(count % n == 0 for count in counts))
 
 
 def span_of(product: Product, k_warps: int, rounds: int = 1) -> int:
@@ -318,7 +317,7 @@ def _part(
     rounds: int,
     first: int,
 ) -> Part:
-    k_warps = _k_warps(spec, tile_warps)
+    k_warps = k_warps_of(spec.k, WARPS // tile_warps)
     slots, at = [], 0
     for m in matrices:
         groups = -(-m.rows // (16 * tile_warps))

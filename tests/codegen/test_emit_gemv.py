@@ -116,6 +116,14 @@ def small_kernels() -> list[Emission]:
     return kernels
 
 
+@pytest.mark.parametrize("k", [8, 64, 136, 160, 192, 320, 448, 1024, 4096, 7168])
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_every_column_is_some_warps(k: int, rounds: int) -> None:
+    (part,) = plan_parts(dense("odd", 64, k, "bf16", ROWS, rounds=rounds))
+    ring = part.ring
+    assert ring.k_warps * ring.steps * ring.span == ring.product.units == -(-k // 64)
+
+
 def test_goldens(golden: Golden) -> None:
     golden(emit_gemv(in_proj(1)).source, "kernels/gemv_in_proj.py.txt")
     golden(emit_gemv(dense("wq_b", 32768, 1024, "fp8", NORMALIZED)).source, "kernels/gemv_wq_b.py.txt")

@@ -560,8 +560,7 @@ def open_exchange(a: Constexpr[Attention], sm: Int32, g_sink: Int64, head: Int32
     """Make the inbox's barrier ready and tell the cluster; fetch the sinks, which are constants."""
     if tid < HEADS and head + tid < a.heads:
         ptx.sts_f32(sm + a.o_sink + tid * 4, ptx.ldg_f32_constant(g_sink + (head + tid) * 4))
-    if tid == 0:
-        cluster.open_inbox(sm + a.o_barrier, a.splits * HEADS * (a.slice * 2 + 8))
+    cluster.open_inbox(sm + a.o_barrier, a.splits * HEADS * (a.slice * 2 + 8), tid)
     cute.arch.cluster_arrive()
 
 

@@ -23,11 +23,12 @@ def send_f32(s: Int32, s_bar: Int32, rank: Int32, r: Float32):
 
 
 @cute.jit
-def open_inbox(s_bar: Int32, nbytes: Constexpr[int]):
-    """Initialize the barrier of an inbox that takes `nbytes`. One thread, before `arrive`."""
-    ptx.mbarrier_init(s_bar, 1)
-    cute.arch.mbarrier_init_fence()
-    ptx.mbarrier_expect(s_bar, Int32(nbytes))
+def open_inbox(s_bar: Int32, nbytes: Constexpr[int], thread: Int32):
+    """Initialize the barrier of an inbox that takes `nbytes`. All threads, before `arrive`."""
+    ptx.open_barrier(s_bar, thread)
+    if thread == 0:
+        ptx.mbarrier_expect(s_bar, Int32(nbytes))
+    cute.arch.sync_warp()
 
 
 @cute.jit

@@ -21,10 +21,8 @@ LOG2E = 1.4426950408889634
 @cute.jit
 def open_inboxes(t: Constexpr[Slice], sm: Int32, thread: Int32):
     """Open the inboxes of both reductions and tell the cluster. All threads."""
-    if thread == 0:
-        cluster.open_inbox(sm + t.o_bars, t.ctas * t.sums * 4)
-        cluster.open_inbox(sm + t.o_bars + 8, t.hidden // 128 * 4)
-    cute.arch.sync_warp()
+    cluster.open_inbox(sm + t.o_bars, t.ctas * t.sums * 4, thread)
+    cluster.open_inbox(sm + t.o_bars + 8, t.hidden // 128 * 4, thread)
     cluster.arrive()
 
 

@@ -113,31 +113,29 @@ def store_row(
         byte = ptx.f32x2_to_e4m3x2(ratio, Float32(0.0))
         block_scale, _ = ptx.f16x2_to_f32x2(ptx.e4m3x4_to_f16x2x2(byte)[0])
         divisor = block_scale * scale
-        words = [Uint32(0), Uint32(0)]
-        if const_expr(ptx.converts_e2m1()):
-            for i in range_constexpr(8):
-                lo, hi = over(r[16 * n + 2 * i], divisor), over(r[16 * n + 2 * i + 1], divisor)
-                words[i // 4] = words[i // 4] | (ptx.f32x2_to_e2m1x2(lo, hi) << Uint32(8 * (i % 4)))
-        else:
-            for i in range_constexpr(16):
-                x = r[16 * n + i]
-                y = Float32(0.0)
-                if divisor != Float32(0.0):
-                    y = cute.arch.fmin(ptx.divide(cute.arch.fmax(x, -x), divisor), Float32(6.0))
-                sign = (x.bitcast(Uint32) >> Uint32(31)) << Uint32(3)
-                words[i // 8] = words[i // 8] | ((hadamard.code_of(y) | sign) << Uint32(4 * (i % 8)))
+        low, high = codes8(r, 16 * n, divisor), codes8(r, 16 * n + 8, divisor)
+        if divisor == Float32(0.0):
+            low, high = Uint32(0), Uint32(0)
         if block < k // 16:
-            ptx.stg64(g_codes + block * 8, words[0], words[1])
+            ptx.stg64(g_codes + block * 8, low, high)
             ptx.stg_u8(g_scales + block, byte)
 
 
 @cute.jit
-def over(x: Float32, divisor: Float32):
-    """x / divisor with the sign of x; zero when the divisor is."""
-    y = Float32(0.0)
-    if divisor != Float32(0.0):
-        y = ptx.divide(cute.arch.fmax(x, -x), divisor)
-    return (y.bitcast(Uint32) | (x.bitcast(Uint32) & Uint32(0x80000000))).bitcast(Float32)
+def codes8(r: cute.Tensor, first: Constexpr[int], divisor: Float32):
+    """Codes of r[first .. first + 7] / divisor, which is not zero."""
+    word = Uint32(0)
+    if const_expr(ptx.converts_e2m1()):
+        for i in range_constexpr(4):
+            lo, hi = ptx.divide(r[first + 2 * i], divisor), ptx.divide(r[first + 2 * i + 1], divisor)
+            word = word | (ptx.f32x2_to_e2m1x2(lo, hi) << Uint32(8 * i))
+    else:
+        for i in range_constexpr(8):
+            x = r[first + i]
+            y = cute.arch.fmin(ptx.divide(cute.arch.fmax(x, -x), divisor), Float32(6.0))
+            sign = (x.bitcast(Uint32) >> Uint32(31)) << Uint32(3)
+            word = word | ((hadamard.code_of(y) | sign) << Uint32(4 * i))
+    return word
 
 
 # Expand -----------------------------------------------------------------------------------------------------

@@ -189,6 +189,17 @@ def mbarrier_init(s: Int32, arrivals: Constexpr[int]):
 
 
 @cute.jit
+def open_barrier(s: Int32, thread: Int32):
+    """A barrier at `s` that takes one arrival. All threads; thread 0's warp may use it at once, others behind
+    a barrier of the CTA.
+    """
+    if thread == 0:
+        mbarrier_init(s, 1)
+        cute.arch.mbarrier_init_fence()
+    cute.arch.sync_warp()
+
+
+@cute.jit
 def mbarrier_expect(s: Int32, nbytes: Int32):
     """Arrive, and let the phase wait for `nbytes` of asynchronous copies too."""
     _asm("mbarrier.arrive.expect_tx.shared::cta.b64 _, [{$r0}], {$r1};", read_only_args=[s, nbytes])
