@@ -15,6 +15,7 @@ from dsv4c.reference.registry import MEANINGS
 from dsv4c.stages import choose_rules, job_of, read_saved, rules_of
 from tests.commands import command
 
+README = Path(__file__).parents[1] / "README.md"
 SMALL = ("--max-context", 64, "--chunk", 5)
 
 
@@ -296,4 +297,5 @@ def test_every_mistake_in_every_rule_is_caught() -> None:
     found = command("check", "--inject", "--json").json
     assert found["survivors"] == []
     assert found["caught"] == found["injected"] > 100
+    assert f"{found['caught']} of {found['injected']} caught" in README.read_text()
     assert {row["rule"] for row in found["defects"]} == set(rules_of().rules)

@@ -13,6 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from dsv4c.compiler import job_for
+from dsv4c.config import load_config
+from dsv4c.models.traffic import token_traffic
+from dsv4c.view.diff import totals
+
 ROOT = Path(__file__).parent.parent
 TUTORIAL = ROOT / "docs" / "write-a-pass.md"
 BLOCK = re.compile(r"^```(python|sh)(?: file=(\S+))?\n(.*?)^```$", re.M | re.S)
@@ -69,6 +74,25 @@ def test_the_readmes_first_example_prints_what_it_says(tmp_path: Path) -> None:
         assert without_figures(printed).strip() == without_figures(said).strip()
     run(["rm", "-r", "tiny.plan"], tmp_path, env)
     run([sys.executable, "-c", python[1] + "assert logits.shape == (1, 512)"], tmp_path, env)
+
+
+def test_the_readmes_table_of_passes_is_what_they_do() -> None:
+    rows = dict(re.findall(r"^\| (\w[\w, ()]*) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M))
+    for place, name in ((0, "deepseek-v4-flash"), (2, "deepseek-v4-pro")):
+        bucket = job_for(name, max_context=131072).bucket("decode")
+        found = {stage: totals(graph) for stage, graph in bucket.named}
+        assert found["prepack"] == found["tidy"] == found["memory"]
+        counts = {s: (t.launches, t.bytes) for s, t in found.items()} | {
+            "prepack, tidy": (found["tidy"].launches, found["tidy"].bytes),
+            "schedule (launch groups)": (sum(bucket.schedule.launches.values()), found["memory"].bytes),
+        }
+        for stage in ("build", "quantize", "fold", "prepack, tidy", "schedule (launch groups)"):
+            launches, moved = counts[stage]
+            shown = [cell.strip() for cell in rows[stage].split("|")][place : place + 2]
+            assert shown == [f"{launches:,}", f"{moved / 1e9:.3f}"], stage
+        compulsory = token_traffic(load_config(name), 131072).bytes
+        assert rows["compulsory"].split("|")[place + 1].strip() == f"{compulsory / 1e9:.3f}"
+        assert bucket.memory.bytes == bucket.memory.lower_bound
 
 
 def test_the_tutorials_fusion_is_short() -> None:
