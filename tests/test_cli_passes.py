@@ -242,10 +242,10 @@ def test_certificates_are_stored_kept_and_checked(tmp_path: Path) -> None:
     stored = dsv4c.load(tmp_path / "p").certificates
     assert made["certificates"] == len(stored) == 4  # two rules in two buckets
     assert {c["kind"] for c in stored} == {"bit-exact"}
-    again = command("check", tmp_path / "p", *cache, "--json").json
+    again = command("check", tmp_path / "p", *cache, "--cached", "--json").json
     assert again["computed"] == 0
     assert again["failed"] == again["changed"] == []
-    fresh = command("check", tmp_path / "p", *cache, "--fresh", "--json").json
+    fresh = command("check", tmp_path / "p", *cache, "--json").json
     assert fresh["computed"] == 4
     assert "sinkhorn" in command("check", tmp_path / "p", *cache).out
     assert "4 certificates, all bit-exact" in command(*args, "-o", tmp_path / "q", *cache).out

@@ -33,7 +33,9 @@ SubjectOption = Annotated[
 InjectOption = Annotated[
     bool, typer.Option("--inject", help="Put catalogued mistakes into every rule; all must be caught.")
 ]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Evaluate again what is kept from before.")]
+CachedOption = Annotated[
+    bool, typer.Option("--cached", help="Believe what is kept from before, evaluate only what is new.")
+]
 CacheOption = Annotated[
     Path | None,
     typer.Option(help="Folder that keeps certificates.", show_default="the user's cache", metavar="DIR"),
@@ -47,13 +49,14 @@ def register(app: typer.Typer) -> None:
 def check_command(
     subject: SubjectOption = None,
     inject: InjectOption = False,
-    fresh: FreshOption = False,
+    cached: CachedOption = False,
     cache: CacheOption = None,
     extra: PassOption = None,
     json: JsonOption = False,
 ) -> None:
     """Check every way a rule applied: the nodes it replaced and the fused op agree on adversarial inputs.
 
+    All are evaluated again, which takes seconds, and compared with the certificates in the plan.
     Exit code 3 if one does not, differs from the certificate in the plan, or an injected mistake survives.
 
     Examples:
@@ -71,7 +74,7 @@ def check_command(
 
     asked = ask(subject, extra=extra)
     folder = cache_folder(cache) / "certificates"
-    found = certify(_matches(asked, asked.job.modes), folder=folder, fresh=fresh)
+    found = certify(_matches(asked, asked.job.modes), folder=folder, fresh=not cached)
     changed = _changed(asked, found.all)
     if json:
         print_json(
