@@ -272,6 +272,7 @@ def test_a_rule_that_is_wrong_is_no_plan(tmp_path: Path, monkeypatch: pytest.Mon
     places = ("--cache", tmp_path / "cache", "-o", tmp_path / "p")
     args = ("compile", "tiny", *SMALL, "--pass", "mine_for_cli", *places)
     only = ("--disable", "all", "--enable", "shifted_sigmoid")
+    monkeypatch.syspath_prepend(tmp_path)
     wrong = rules_of(["mine_for_cli"]).rule("shifted_sigmoid").op
     monkeypatch.setitem(MEANINGS, wrong, lambda op, x: x.sigmoid())
     refused = command(*args, *only)

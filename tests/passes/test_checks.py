@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
+from dsv4c.cli import check as check_command
 from dsv4c.ir import fused as fused_module
 from dsv4c.ir import verify as verify_module
 from dsv4c.ir.fused import Fused, fused
@@ -24,6 +27,7 @@ from dsv4c.reference import run
 from dsv4c.reference.registry import MEANINGS
 from dsv4c.runtime import codec
 from dsv4c.types import FP8_ROW, QuantFormat
+from tests import test_cli_passes as commanding
 from tests.checking import checks, notices, without
 from tests.ir import test_verify as verifying
 from tests.passes import test_certify as certifying
@@ -160,6 +164,42 @@ def test_a_check_switched_off_is_noticed(module: ModuleType, check: str, monkeyp
     with without(module, check):
         assert notices(test, *arguments), f"{test} does not notice"
     monkeypatch.undo()
+
+
+WHOLE: list[tuple[Any, str, Any, Test]] = [
+    (fused_module, "_check_literals", lambda *_: None, body("eps is 1e-06")),
+    (fold_module.Work, "way_back", lambda *_: None, folding.test_a_cycle_through_the_outside),
+    (fold_module._Wiring, "unify", lambda *_: None, folding.test_one_field_that_would_need_two_values),
+    (compare, "_same_bits", lambda a, b: a.shape == b.shape, certifying.test_classes_of_difference),
+    (
+        compare,
+        "_codes",
+        lambda *_: compare.Finding(compare.BIT_EXACT, 0.0, ""),
+        certifying.test_one_code_is_a_requantization,
+    ),
+    (check_command, "_changed", lambda *_: [], commanding.test_a_certificate_that_changed_fails_the_check),
+    (certify.Certificates, "failed", property(lambda _: []), commanding.test_a_rule_that_is_wrong_is_no_plan),
+    (pipeline, "surprising", lambda *_: False, ordering.test_a_rule_that_matched_nothing_is_a_warning),
+    (pipeline, "verify", lambda graph: graph, ordering.test_a_pass_that_breaks_the_graph_is_named),
+]
+"""Checks that are whole functions, with what stands in for them."""
+
+
+@pytest.mark.parametrize(("owner", "name", "blind", "test"), WHOLE, ids=[name for _, name, _, _ in WHOLE])
+def test_a_whole_check_switched_off_is_noticed(
+    owner: Any, name: str, blind: Any, test: Test, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noticed(folder: Path) -> bool:
+        folder.mkdir()
+        (folder / "mine_for_cli.py").write_text(commanding.MINE)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            given = {"tmp_path": folder, "monkeypatch": patch}
+            return notices(test, *(given[p] for p in inspect.signature(test).parameters if p in given))
+
+    assert not noticed(tmp_path / "on")
+    monkeypatch.setattr(owner, name, blind)
+    assert noticed(tmp_path / "off"), f"{test} does not notice"
 
 
 # --- bounds and budgets ---
