@@ -42,15 +42,19 @@ def without(module: ModuleType, check: str) -> Iterator[None]:
 @contextmanager
 def own_ops() -> Iterator[None]:
     """Ops that tests declare inside of functions are declared at every call: forget them before and after."""
-    kept = dict(OPS)
-    for name, op in kept.items():
-        if (op.__module__.startswith("tests.") and "<locals>" in op.__qualname__) or name == "broken_test":
-            del OPS[name]
+    kept = {name: op for name, op in OPS.items() if _passing(op)}
     try:
+        for name in kept:
+            del OPS[name]
         yield
     finally:
-        OPS.clear()
+        for name in [name for name, op in OPS.items() if _passing(op)]:
+            del OPS[name]
         OPS.update(kept)
+
+
+def _passing(op: type) -> bool:
+    return op.__module__.startswith("tests.") and ("<locals>" in op.__qualname__ or op.name == "broken_test")  # type: ignore[attr-defined]
 
 
 def notices(test: Callable[..., Any], *arguments: Any) -> bool:

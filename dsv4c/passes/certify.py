@@ -148,19 +148,20 @@ def application(match: Match) -> Application:
 def certify(matches: Iterable[Match], *, folder: Path | None = None, fresh: bool = False) -> Certificates:
     """A certificate for every distinct application; kept in `folder` (None: the user's cache) by digest.
 
+    The digest is that of the sizes that are evaluated, so another context or batch costs next to nothing.
     `fresh` evaluates again whatever was kept. Two processes may share the folder.
     """
     started = time.perf_counter()
     store = cache_folder() / "certificates" if folder is None else folder
     result = Certificates()
     for applied in applications(matches):
-        digest = applied.digest
-        kept = None if fresh else _load(store, digest)
+        reduced = reduce_sizes(applied)
+        kept = None if fresh else _load(store, reduced.digest)
         if kept is None:
-            kept = evaluate(applied)
+            kept = _evaluated(reduced)
             result.computed += 1
             _save(store, kept)
-        result.all.append(replace(kept, count=applied.count))
+        result.all.append(_of_all_sizes(kept, applied))
     result.seconds = time.perf_counter() - started
     return result
 
@@ -186,15 +187,26 @@ def inject(matches: Iterable[Match]) -> list[Kill]:
 
 
 def evaluate(applied: Application) -> Certificate:
+    """The certificate of an application, evaluated now in reduced sizes."""
+    return _of_all_sizes(_evaluated(reduce_sizes(applied)), applied)
+
+
+def _of_all_sizes(kept: Certificate, applied: Application) -> Certificate:
+    """The certificate of an application from that of its reduced sizes."""
+    operands = tuple(map(str, applied.types))
+    reduced = kept.operands if kept.operands != operands else ()
+    return replace(kept, operands=operands, count=applied.count, reduced=reduced)
+
+
+def _evaluated(applied: Application) -> Certificate:
     """Run both sides on every pattern that the cost allows; the worst of them is the certificate."""
     from dsv4c.reference import run
 
-    reduced = reduce_sizes(applied)
-    patterns = patterns_for(reduced)
+    patterns = patterns_for(applied)
     worst = Finding(BIT_EXACT, 0.0, "")
     for seed, pattern in enumerate(patterns):
         try:
-            finding = both_sides(reduced, pattern, seed, lambda operands: run(reduced.op, *operands))
+            finding = both_sides(applied, pattern, seed, lambda operands: run(applied.op, *operands))
         except GraphError as error:
             finding = Finding(DIFFERENT, 0.0, f"{pattern}: {error}")
         worst = worse(worst, finding)
@@ -208,8 +220,7 @@ def evaluate(applied: Application) -> Certificate:
         worst.worst,
         patterns,
         allowed(applied.op),
-        tuple(map(str, reduced.types)) if reduced.types != applied.types else (),
-        worst.reason,
+        reason=worst.reason,
     )
 
 

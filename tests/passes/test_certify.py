@@ -387,6 +387,22 @@ def test_kept_by_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert certify(simple(), folder=tmp_path).computed == 1
 
 
+def test_other_sizes_share_what_is_kept(tmp_path: Path) -> None:
+    """Both are evaluated on five rows of 256, and each certificate says what it is of."""
+
+    def of(rows: int, width: int) -> Any:
+        x, gain = f"bf16[{rows},{width}]", f"bf16[{width}]"
+        return certify(matches_of(CertifiedTest, norm_quantize, x=x, g=f"param {gain}"), folder=tmp_path)
+
+    first, second, third = of(64, 7168), of(128, 4096), of(5, 256)
+    assert [found.computed for found in (first, second, third)] == [1, 0, 0]
+    assert first.all[0].operands == ("bf16[64,7168]", "bf16[7168]")
+    assert second.all[0].operands == ("bf16[128,4096]", "bf16[4096]")
+    assert first.all[0].reduced == second.all[0].reduced == ("bf16[5,256]", "bf16[256]")
+    assert third.all[0].reduced == ()
+    assert first.all[0].digest == third.all[0].digest
+
+
 def test_a_digest_covers_fields_types_and_wiring() -> None:
     (match,) = simple()
     (wide,) = matches_of(CertifiedTest, norm_quantize, x="bf16[2,512]", g="param bf16[512]")
