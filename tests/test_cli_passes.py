@@ -294,6 +294,15 @@ def test_injected_mistakes_are_counted(tmp_path: Path) -> None:
     assert "check: name a plan" in command("check").err
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_mistake_is_caught_whatever_the_recipe(recipe: str, tmp_path: Path) -> None:
+    args = ("compile", "tiny", *SMALL, "--recipe", recipe, "-o", tmp_path / "p", "--no-certify")
+    assert command(*args).code == 0
+    found = command("check", tmp_path / "p", "--inject", "--json").json
+    assert found["survivors"] == []
+    assert found["caught"] == found["injected"] > 70
+
+
 def test_every_mistake_in_every_rule_is_caught() -> None:
     found = command("check", "--inject", "--json").json
     assert found["survivors"] == []

@@ -120,3 +120,6 @@ def test_an_installed_package_contributes_its_fusion(tmp_path: Path) -> None:
     command = [str(python), "-m", "dsv4c", "compile", "tiny", "-o", "tiny.plan", "--max-context", "256"]
     figures = json.loads(run([*command, "--expect", "greedy_head=1", "--json"], tmp_path, env))
     assert figures["rules"]["greedy_head"] == 1
+    show = [str(python), "-m", "dsv4c", "passes", "tiny.plan", "--json"]
+    (row,) = (r for r in json.loads(run(show, tmp_path, env))["rules"] if r["rule"] == "greedy_head")
+    assert row["certificate"] == "bit-exact"

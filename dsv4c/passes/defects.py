@@ -150,9 +150,14 @@ def drop_eps(node: Node) -> Meaning | None:
 
 def swap_scale_axes(node: Node) -> Meaning | None:
     """The scales of a block go to the wrong blocks: their order along a row is reversed."""
-    if node.op.name != "quantize" or node.outputs[0].type.components[1].shape[-1] < 2:
+    if not _has_blocks(node):
         return None
     return _after(node, lambda q: q._replace(scale=q.scale.flip(-1)))
+
+
+def _has_blocks(node: Node) -> bool:
+    """Does it encode rows of several blocks? One block that begins late is the same block."""
+    return node.op.name == "quantize" and node.outputs[0].type.components[1].shape[-1] > 1
 
 
 def skip_clamp(node: Node) -> Meaning | None:
@@ -161,7 +166,7 @@ def skip_clamp(node: Node) -> Meaning | None:
 
 def off_by_one_block(node: Node) -> Meaning | None:
     """Blocks begin one element late."""
-    if node.op.name != "quantize":
+    if not _has_blocks(node):
         return None
 
     from dsv4c.reference import run
