@@ -63,8 +63,8 @@ def _floats(shape: tuple[int, ...], pattern: str, generator: torch.Generator) ->
         return torch.zeros(shape)
     if pattern == "tiny":
         x = x * 1e-4
-        for first in (0, 32) if shape else ():  # blocks of different sizes even behind a Hadamard transform
-            x[..., first::128] = 1e-3
+        for place in (0, 32) if shape else ():  # blocks of different sizes even behind a Hadamard transform
+            x[..., place::128] = 1e-3
         return x
     if pattern == "large":
         return x * 24.0
