@@ -114,7 +114,7 @@ def layers_job(folder: Path, plan: Mapping[str, Any]) -> Job:
         command += ["--every", 4]
     else:
         command += ["--weights", plan["weights"], "--every", 8]
-    return Job(f"layers {plan['name']}", module(*command), 2.1 * plan["gibibytes"] + 2 * CONTEXT)
+    return Job(f"layers {plan['name']}", module(*command), 2.1 * plan["gibibytes"] + 2 * CONTEXT, 480.0)
 
 
 def sanitizer_jobs(folder: Path, sanitizer: str) -> Iterator[Job]:

@@ -48,8 +48,10 @@ WANTED = (
     recorded("nvfp4-experts", "nvfp4-experts", 1),
     Wanted("official-quant-bf16-b2", LAYERS, "official-quant", "bf16", batch=2, context=512, at=("0:140",)),
     Wanted("nvfp4-experts-w4a4", LAYERS, "nvfp4-experts", "nvfp4", context=512, at=("0:140",)),
-    Wanted("flash6", LAYERS, "deepseek-v4-flash", layers=6, context=8448, at=("0:136", "8190:6")),
-    Wanted("flash4-1m", LAYERS, "deepseek-v4-flash", layers=4, context=1000448, at=("1000000:8",)),
+    Wanted("flash6", LAYERS, "deepseek-v4-flash", layers=6, context=8448, at=("0:400",)),
+    Wanted(
+        "flash6-1m", LAYERS, "deepseek-v4-flash", layers=6, context=1000448, at=("130000:50", "1000000:50")
+    ),
     Wanted("flash3-b3", LAYERS, "deepseek-v4-flash", layers=3, batch=3, context=2560, at=("126:8", "2400:6")),
     Wanted("flash3-nvfp4", LAYERS, "deepseek-v4-flash", "nvfp4", 3, context=2560, at=("0:8", "2400:6")),
     Wanted("pro3-b2", LAYERS, "deepseek-v4-pro", layers=3, batch=2, context=8448, at=("0:6", "8000:8")),
