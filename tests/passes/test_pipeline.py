@@ -276,6 +276,24 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
         installed()
 
 
+def test_two_packages_with_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are named, with where they come from."""
+
+    class Entry:
+        def __init__(self, name: str, found: object) -> None:
+            self.name, self.value, self.found = name, f"{name}.passes:all", found
+
+        def load(self) -> object:
+            return self.found
+
+    other = type("Other", (CountTest,), {"name": "count-test"})
+    entries = [Entry("theirs", other), Entry("mine", CountTest)]
+    monkeypatch.setattr(pipeline_module, "entry_points", lambda group: entries)
+    both = r"theirs \(theirs\.passes:all\) and mine \(mine\.passes:all\) both contribute 'count-test'"
+    with pytest.raises(GraphError, match=both):
+        contributions(installed())
+
+
 # --- again ---
 
 
