@@ -103,8 +103,13 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
             )
             yield Job(f"trace {plan['name']}", command, alone=True)
     timed = [folder / plan["name"] for plan in plans if plan["use"] == "times"]
+    times = {
+        name: script(f"check_{name}", "--folder", folder / "gemv", "--timed") for name in ("gemv", "experts")
+    }
     if timed:
-        yield Job("times", module("benchmarks.layers", *timed, "--json", out / "layers.json"), alone=True)
+        times["layers"] = module("benchmarks.layers", *timed, "--json", out / "layers.json")
+    for name, command in times.items():
+        yield Job(f"times {name}", command, alone=True)
 
 
 def layers_job(folder: Path, plan: Mapping[str, Any]) -> Job:

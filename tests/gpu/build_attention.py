@@ -1,6 +1,6 @@
 """Cross-compile what `check_attention.py` runs: python tests/gpu/build_attention.py [--target sm_90a].
 
-Writes cubins and `cases.json` to the folder .device/attention (carry it to the machine with the GPU, which
+Writes cubins and `cases.json` to the folder build/gpu/attention (carry it to the machine with the GPU, which
 needs no compiler).
 """
 
@@ -19,7 +19,7 @@ from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
 
-FOLDER = Path(".device/attention")
+FOLDER = Path("build/gpu/attention")
 Spec = AttentionSpec | GemvSpec | IndexScoresSpec | TopKSpec
 
 
@@ -148,7 +148,7 @@ def main() -> None:
     """Emit, build, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="sm_90a")
-    parser.add_argument("--store", type=Path, default=Path(".device/store"))
+    parser.add_argument("--store", type=Path, default=Path("build/store"))
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
     folder = options.folder

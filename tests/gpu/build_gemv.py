@@ -1,7 +1,7 @@
 """Cross-compile the cases that `check_gemv.py` and `check_experts.py` run on a device: python
 tests/gpu/build_gemv.py [--target sm_90a].
 
-Writes cubins and `cases.json` to the folder .device/gemv (carry it to the machine with the GPU, which needs
+Writes cubins and `cases.json` to the folder build/gpu/gemv (carry it to the machine with the GPU, which needs
 no compiler).
 """
 
@@ -18,7 +18,7 @@ from dsv4c.codegen.experts import ExpertsSpec, Routing, emit_experts_down, emit_
 from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.quantize import QuantizeSpec, emit_quantize
 
-FOLDER = Path(".device/gemv")
+FOLDER = Path("build/gpu/gemv")
 QUANTIZED = Activations("x", "e4m3")
 PLAIN = Activations("x_bf16", "bf16")
 UNPACK = Activations("x", "f16", "unpack")
@@ -211,7 +211,7 @@ def main() -> None:
     """Emit, build, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="sm_90a")
-    parser.add_argument("--store", type=Path, default=Path(".device/store"))
+    parser.add_argument("--store", type=Path, default=Path("build/store"))
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()

@@ -1,8 +1,8 @@
 """Cross-compile the cases that `check_hyper.py` runs on a device: python tests/gpu/build_hyper.py [--target
 sm_90a].
 
-Writes cubins and `cases.json` to the folder .device/hyper (carry it to the machine with the GPU, which needs
-no compiler).
+Writes cubins and `cases.json` to the folder build/gpu/hyper (carry it to the machine with the GPU, which
+needs no compiler).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dsv4c.codegen import gemv, head, hyper, router
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
 
-FOLDER = Path(".device/hyper")
+FOLDER = Path("build/gpu/hyper")
 FLASH, PRO, TINY = 4096, 7168, 256
 BATCHES = (1, 2, 3, 8)
 
@@ -75,7 +75,7 @@ def main() -> None:
     """Emit, build, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="sm_90a")
-    parser.add_argument("--store", type=Path, default=Path(".device/store"))
+    parser.add_argument("--store", type=Path, default=Path("build/store"))
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
     folder = options.folder

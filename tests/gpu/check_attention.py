@@ -471,7 +471,7 @@ def time_case(case: dict[str, Any], kernel: Kernel, programmatic: bool) -> float
 def main() -> int:
     """Check, time, print a table. Status 1 if anything is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".device/attention"))
+    parser.add_argument("--folder", type=Path, default=Path("build/gpu/attention"))
     parser.add_argument("--only", default="")
     parser.add_argument("--no-time", action="store_true")
     options = parser.parse_args()

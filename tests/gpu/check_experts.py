@@ -20,7 +20,6 @@ from check_gemv import (
     Operands,
     bind_weight,
     launch_of,
-    open_device,
     random_e4m3,
     random_weight,
     run_once,
@@ -280,14 +279,14 @@ def time_chain(
 def main() -> int:
     """Check every layer, then time those that ask for it; exit status 1 if any is wrong."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".device/gemv"))
+    parser.add_argument("--folder", type=Path, default=Path("build/gpu/gemv"))
     parser.add_argument("--only", default="")
     parser.add_argument("--no-time", action="store_true")
+    parser.add_argument("--timed", action="store_true", help="only what is timed")
     options = parser.parse_args()
-    open_device()
-    layers = [
-        p for p in json.loads((options.folder / "experts.json").read_text()) if options.only in p[0]["symbol"]
-    ]
+    torch.manual_seed(0)
+    layers = json.loads((options.folder / "experts.json").read_text())
+    layers = [p for p in layers if options.only in p[0]["symbol"] and (p[0]["timed"] or not options.timed)]
     wrong = 0
     for up, down in layers:
         libraries = [

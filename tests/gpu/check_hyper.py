@@ -24,7 +24,7 @@ from dsv4c.runtime.codec import Quantized, quantize
 from dsv4c.runtime.driver import Edge, Graph, Launch, Library
 from dsv4c.types import FP8_ROW
 
-FOLDER = Path(".device/hyper")
+FOLDER = Path("build/gpu/hyper")
 DEVICE = "cuda"
 ROTATE = 96 << 20  # bytes of distinct weights, well beyond the 60 MB of L2
 Tensors = dict[str, Tensor]

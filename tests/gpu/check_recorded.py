@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from check_gemv import ABSOLUTE, Operands, bind_weight, launch_of, open_device, run_once
+from check_gemv import ABSOLUTE, Operands, bind_weight, launch_of, run_once
 from torch import Tensor
 
 from dsv4c.runtime import codec
@@ -94,9 +94,9 @@ def check(case: dict[str, Any], cubin: Path, known: dict[str, Tensor]) -> float:
 def main() -> int:
     """Check every kernel that was built for the recording; status 1 if one is wrong, or none was built."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(".device/gemv"))
+    parser.add_argument("--folder", type=Path, default=Path("build/gpu/gemv"))
     options = parser.parse_args()
-    open_device()
+    torch.manual_seed(0)
     known = {name: tensor.to("cuda") for name, tensor in recorded("kernels").tensors.items()}
     cases = [
         case

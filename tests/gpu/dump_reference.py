@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("case")
     parser.add_argument("--run", default="main")
     parser.add_argument("--steps", default="0,5")
-    parser.add_argument("--out", type=Path, default=Path(".device/reference.safetensors"))
+    parser.add_argument("--out", type=Path, default=Path("build/reference.safetensors"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     plan, case = load(options.plan), recorded(options.case)
