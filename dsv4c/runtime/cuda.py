@@ -172,17 +172,15 @@ class CudaExecutor:
         self.step()
         return self.outputs
 
-    def step_by_step(self, after: Callable[[int, KernelLaunch], None] | None = None) -> None:
-        """One step, each launch finished before the next starts; `after(index, launch)` may look at the
-        blocks. Raises DriverError naming the launch that failed and the graph's nodes in it.
+    def step_by_step(self) -> None:
+        """One step, each launch finished before the next starts. Raises DriverError naming the launch that
+        failed and the graph's nodes in it.
         """
         if not self._single:
             self._single = [self.graph_of([i]) for i in range(len(self.launches))]
         for i, launch in enumerate(self.launches):
             self._single[i].launch(_stream())
             driver.synchronize(f"launch {i}, {launch.name} (nodes {', '.join(launch.nodes)})")
-            if after is not None:
-                after(i, launch)
 
     def graph_of(self, indices: Iterable[int]) -> driver.Graph:
         """An instantiated CUDA graph of some of the plan's launches, with the edges between them."""

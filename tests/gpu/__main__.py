@@ -21,18 +21,20 @@ from pathlib import Path
 from typing import Any, TextIO
 
 REPOSITORY = Path(__file__).parents[2]
+FOUND = 9  # compute-sanitizer's status when it found something
 CONTEXT = 2.0  # GiB that a process takes beside its tensors
 
 
 @dataclass(frozen=True)
 class Job:
-    """One check. `alone`: nothing else may use the GPU meanwhile."""
+    """One check. `alone`: nothing else may use the GPU meanwhile. `status`: what it must end with."""
 
     name: str
     command: tuple[str, ...]
     gibibytes: float = 2.0
     seconds: float = 240.0
     alone: bool = False
+    status: int = 0
 
 
 @dataclass
@@ -62,11 +64,6 @@ def module(name: str, *arguments: object) -> tuple[str, ...]:
     return (sys.executable, "-m", name, *map(str, arguments))
 
 
-def script(name: str, *arguments: object) -> tuple[str, ...]:
-    """The kernels' checks are scripts that import each other."""
-    return (sys.executable, str(REPOSITORY / "tests/gpu" / f"{name}.py"), *map(str, arguments))
-
-
 def jobs(folder: Path, out: Path) -> Iterator[Job]:
     """Every check of what `folder` holds, long ones first."""
     plans = json.loads((folder / "plans.json").read_text())
@@ -75,14 +72,12 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
         if plan["use"] != "times":
             yield layers_job(folder, plan)
     for name, only in (("attention", "swa,csa,hca,tiny"), ("state", "state"), ("index", "index,topk")):
-        yield Job(
-            f"kernels {name}",
-            script("check_attention", "--folder", folder / "attention", "--only", only, "--no-time"),
-        )
+        cases = ("--folder", folder / "attention", "--only", only, "--no-time")
+        yield Job(f"kernels {name}", module("tests.gpu.check_attention", *cases))
     for name, kernels in (("gemv", "gemv"), ("experts", "gemv"), ("hyper", "hyper")):
-        command = script(f"check_{name}", "--folder", folder / kernels, "--no-time")
+        command = module(f"tests.gpu.check_{name}", "--folder", folder / kernels, "--no-time")
         yield Job(f"kernels {name}", command, gibibytes=6.0)
-    yield Job("kernels recorded", script("check_recorded", "--folder", folder / "gemv"))
+    yield Job("kernels recorded", module("tests.gpu.check_recorded", "--folder", folder / "gemv"))
     for plan in recorded:
         path, case, small = folder / plan["name"], plan["model"], plan["gibibytes"] + CONTEXT
         yield Job(f"runs {plan['name']}", module("tests.gpu.run_plan", path, case, "--quick"), small)
@@ -94,18 +89,12 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
             yield Job(f"fault {named} {plan['name']}", command, small)
     for plan in recorded:
         if plan["batch"] == 1:
-            command = module(
-                "tests.gpu.run_plan",
-                folder / plan["name"],
-                plan["model"],
-                "--json",
-                out / f"{plan['name']}.json",
-            )
+            case = (folder / plan["name"], plan["model"])
+            command = module("tests.gpu.run_plan", *case, "--json", out / f"{plan['name']}.json")
             yield Job(f"trace {plan['name']}", command, alone=True)
     timed = [folder / plan["name"] for plan in plans if plan["use"] == "times"]
-    times = {
-        name: script(f"check_{name}", "--folder", folder / "gemv", "--timed") for name in ("gemv", "experts")
-    }
+    alone = ("--folder", folder / "gemv", "--timed")
+    times = {name: module(f"tests.gpu.check_{name}", *alone) for name in ("gemv", "experts")}
     if timed:
         times["layers"] = module("benchmarks.layers", *timed, "--json", out / "layers.json")
     for name, command in times.items():
@@ -128,10 +117,13 @@ def sanitizer_jobs(folder: Path, sanitizer: str) -> Iterator[Job]:
     """
     plans = json.loads((folder / "plans.json").read_text())
     plan = next(p for p in plans if p["use"] == "recorded" and p["batch"] == 1)
-    own = ("--kernel-name-exclude", "kns=native", "--error-exitcode", "9")
+    own = ("--kernel-name-exclude", "kns=native", "--error-exitcode", str(FOUND))
     quiet = ("--report-api-errors", "no")  # bindings ask for entry points that the driver may not have
-    smoke = module("tests.gpu.run_plan", folder / plan["name"], plan["model"], "--smoke")
-    yield Job("memcheck", (sanitizer, "--tool", "memcheck", *quiet, *own, *smoke), 16.0, 300.0)
+    memcheck = (sanitizer, "--tool", "memcheck", *quiet, *own)
+    run = module("tests.gpu.run_plan", folder / plan["name"], plan["model"])
+    smoke = (*run, "--smoke")
+    yield Job("memcheck", (*memcheck, *smoke), 16.0, 300.0)
+    yield Job("memcheck of a fault", (*memcheck, *run, "--fault", "launch"), 16.0, 300.0, status=FOUND)
     for tool in ("racecheck", "synccheck"):
         command = (sanitizer, "--tool", tool, "--force-blocking-launches", *own, *smoke, "--plain")
         yield Job(tool, command, 32.0, 500.0)
@@ -161,7 +153,7 @@ def ended(running: Running, deadline: float) -> Verdict | None:
         running.process.wait()
     running.log.close()
     lines = [line for line in Path(running.log.name).read_text(errors="replace").splitlines() if line.strip()]
-    word = "too slow" if status is None else "ok" if status == 0 else f"FAILS {status}"
+    word = "too slow" if status is None else "ok" if status == running.job.status else f"FAILS {status}"
     return Verdict(running.job.name, word, seconds, lines[-1].strip())
 
 

@@ -1,4 +1,4 @@
-"""Cross-compile what `check_attention.py` runs: python tests/gpu/build_attention.py [--target sm_90a].
+"""Cross-compile what `check_attention.py` runs: python -m tests.gpu.build_attention.
 
 Writes cubins and `cases.json` to the folder build/gpu/attention (carry it to the machine with the GPU, which
 needs no compiler).

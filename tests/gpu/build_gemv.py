@@ -1,5 +1,4 @@
-"""Cross-compile the cases that `check_gemv.py` and `check_experts.py` run on a device: python
-tests/gpu/build_gemv.py [--target sm_90a].
+"""Cross-compile what `check_gemv.py` and `check_experts.py` run: python -m tests.gpu.build_gemv.
 
 Writes cubins and `cases.json` to the folder build/gpu/gemv (carry it to the machine with the GPU, which needs
 no compiler).

@@ -1,5 +1,4 @@
-"""Cross-compile the cases that `check_hyper.py` runs on a device: python tests/gpu/build_hyper.py [--target
-sm_90a].
+"""Cross-compile what `check_hyper.py` runs: python -m tests.gpu.build_hyper.
 
 Writes cubins and `cases.json` to the folder build/gpu/hyper (carry it to the machine with the GPU, which
 needs no compiler).

@@ -1,6 +1,4 @@
-"""Run the kernels of `build_attention.py` on a device: against the reference first, then timed in a graph.
-
-    python tests/gpu/check_attention.py [--only NAME,...] [--no-time]
+"""Attention, compressor and index kernels against the reference: python -m tests.gpu.check_attention.
 
 Needs torch and cuda-bindings. Inputs are fresh, random first and then of a `STYLES` (nothing but zeros, equal
 scores, one dimension, softmaxes of one key, codes at the end of their range, all scores negative or tied), at
@@ -14,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -42,9 +39,10 @@ from dsv4c.ir.ops.state import CacheWrite
 from dsv4c.reference.registry import run
 from dsv4c.runtime import codec
 from dsv4c.runtime.codec import Quantized
-from dsv4c.runtime.driver import Edge, Graph, Kernel, Launch, Library
+from dsv4c.runtime.driver import Kernel, Launch, Library
 from dsv4c.runtime.packing import pack, parse_packing
 from dsv4c.types import BF16, F32, KV_FP8, MXFP4
+from tests.gpu.chain import measure, run_once
 
 FORMATS = {"fp8": KV_FP8, "mxfp4": MXFP4}
 FREQUENCIES = run(RopeFrequencies(160000.0, 64, 16.0, 65536, 32.0, 1.0))
@@ -408,16 +406,6 @@ def launch_of(case: dict[str, Any], kernel: Kernel, device: dict[tuple[str, str]
     )
 
 
-def run_once(launch: Launch) -> None:
-    """One launch, to completion."""
-    graph = Graph()
-    graph.add(launch)
-    graph.instantiate()
-    graph.launch(torch.cuda.current_stream().cuda_stream)
-    torch.cuda.synchronize()
-    graph.close()
-
-
 def check(case: dict[str, Any], kernel: Kernel) -> float:
     """Worst error over all position vectors, 1 = the allowed one."""
     inputs, expected = FAMILIES[case["family"]]
@@ -449,23 +437,9 @@ def time_case(case: dict[str, Any], kernel: Kernel, programmatic: bool) -> float
     nbytes = sum(p.nbytes for value in x.values() for p in parts(value).values())
     sets = min(64, max(4, (1 << 30) // nbytes))
     devices = [on_device(x) for _ in range(sets)]
-    graph = Graph()
-    node = None
-    for n in range(max(sets, 64)):
-        after = [] if node is None else [Edge(node, programmatic)]
-        node = graph.add(launch_of(case, kernel, devices[n % sets]), after)
-    graph.instantiate()
-    stream = torch.cuda.current_stream()
-    times = []
-    for _ in range(25):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record(stream)
-        graph.launch(stream.cuda_stream)
-        end.record(stream)
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3 / max(sets, 64))
-    graph.close()
-    return statistics.median(times)
+    count = max(sets, 64)
+    launches = [launch_of(case, kernel, devices[n % sets]) for n in range(count)]
+    return measure(launches, programmatic) / count
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Run the experts' kernels of `build_gemv.py` on a device: python tests/gpu/check_experts.py.
+"""Run the experts' kernels of `build_gemv.py` on a device: python -m tests.gpu.check_experts.
 
 `up` against float64 under every style of routing, each with a style of rows (random, signed zeros, one
 channel alone, the ends of the format), `down` on hidden rows of all of these; outputs poisoned. Timing:
@@ -10,28 +10,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from check_gemv import (
-    Operands,
-    bind_weight,
-    launch_of,
-    random_e4m3,
-    random_weight,
-    run_once,
-    styled,
-    wide,
-)
 from torch import Tensor
 
 from dsv4c.runtime import codec
-from dsv4c.runtime.driver import Edge, Graph, Kernel, Library
+from dsv4c.runtime.driver import Kernel, Launch, Library
 from dsv4c.runtime.packing import parse_packing
 from dsv4c.types import FP8_ROW
+from tests.gpu.chain import measure, run_once
+from tests.gpu.check_gemv import Operands, bind_weight, launch_of, random_e4m3, random_weight, styled, wide
 
 DISTINCT = 12  # experts in the check, over and over; in the timing all differ
 STYLES = {"equal": "zeros", "pairs": "single", "wide": "ends", "low": "random", "random": "random"}
@@ -242,7 +233,8 @@ def time_chain(
     shared = [k for k in operands if k[0].startswith("shared_w") and k[1] == "data"]
     copies = max(1, math.ceil((220 << 20) / sum(operands[k].nbytes for k in shared)))
     clones = [{k: operands[k].clone() for k in shared} for _ in range(copies)]
-    graph, last, count = Graph(), None, 48
+    launches: list[Launch] = []
+    count = 48
     order = torch.randperm(spec["experts"], device="cuda").to(torch.int32)
     keep = []
     for n in range(count):
@@ -257,23 +249,8 @@ def time_chain(
         routing |= {"logits": logits}
         bound = {**operands, **clones[n % copies], **{(name, "data"): t for name, t in routing.items()}}
         keep.append(routing)
-        for case, kernel in zip(cases, kernels, strict=True):
-            edges = [Edge(last, programmatic)] if last is not None else []
-            last = graph.add(launch_of(case, kernel, bound), edges)
-    graph.instantiate()
-    stream = torch.cuda.current_stream().cuda_stream
-    for _ in range(3):
-        graph.launch(stream)
-    times = []
-    for _ in range(25):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.launch(stream)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / count)
-    graph.close()
-    return statistics.median(times)
+        launches += [launch_of(case, kernel, bound) for case, kernel in zip(cases, kernels, strict=True)]
+    return measure(launches, programmatic) / count
 
 
 def main() -> int:

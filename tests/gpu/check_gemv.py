@@ -1,5 +1,4 @@
-"""Run the GEMVs of `build_gemv.py` on a device: against float64 first, then in a graph: python
-tests/gpu/check_gemv.py.
+"""GEMVs on a GPU, against float64, then timed: python -m tests.gpu.check_gemv.
 
 Needs torch and cuda-bindings. Random codes and scales, then activations of `STYLES`: signed zeros, the ends
 of the format, one channel alone; rows to NVFP4 also with ties and with one outlier above the smallest scales.
@@ -12,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +19,10 @@ import torch
 from torch import Tensor
 
 from dsv4c.runtime import codec
-from dsv4c.runtime.driver import Edge, Graph, Kernel, Launch, Library
+from dsv4c.runtime.driver import Kernel, Launch, Library
 from dsv4c.runtime.packing import pack, parse_packing
 from dsv4c.types import FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4, NVFP4_ROW
+from tests.gpu.chain import measure, run_once
 
 FORMATS = {"fp8": FP8_WEIGHT, "mxfp4": MXFP4, "nvfp4": NVFP4}
 ROTATE = 220 << 20  # bytes of distinct weights: more than three times the L2
@@ -199,16 +198,6 @@ def launch_of(case: dict[str, Any], kernel: Kernel, operands: Operands) -> Launc
     )
 
 
-def run_once(launch: Launch) -> None:
-    """One launch, to completion."""
-    graph = Graph()
-    graph.add(launch)
-    graph.instantiate()
-    graph.launch(torch.cuda.current_stream().cuda_stream)
-    torch.cuda.synchronize()
-    graph.close()
-
-
 def check(case: dict[str, Any], kernel: Kernel) -> tuple[Operands, float]:
     """Operands of a case that passed, and its worst error over the allowed one."""
     spec = case["spec"]
@@ -264,24 +253,7 @@ def time_case(case: dict[str, Any], kernel: Kernel, operands: Operands, programm
     sets = [operands] + [{**operands, **{w: operands[w].clone() for w in weights}} for _ in range(copies - 1)]
     launches = [launch_of(case, kernel, s) for s in sets]
     count = max(8, math.ceil(96 / copies) * copies) if nbytes < ROTATE else 8
-    graph, last = Graph(), None
-    for i in range(count):
-        edges = [Edge(last, programmatic)] if last is not None else []
-        last = graph.add(launches[i % copies], edges)
-    graph.instantiate()
-    stream = torch.cuda.current_stream().cuda_stream
-    for _ in range(3):
-        graph.launch(stream)
-    times = []
-    for _ in range(25):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.launch(stream)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1000 / count)
-    graph.close()
-    return statistics.median(times)
+    return measure([launches[i % copies] for i in range(count)], programmatic) / count
 
 
 def main() -> int:

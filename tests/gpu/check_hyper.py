@@ -1,5 +1,4 @@
-"""Check and time the hyper-connection, gate and head kernels of `build_hyper.py` on a GPU: python
-tests/gpu/check_hyper.py.
+"""Hyper-connection, gate and head kernels on a GPU: python -m tests.gpu.check_hyper.
 
 Needs torch and cuda-bindings, no compiler. Truth is float64 over fresh random and adversarial inputs; every
 output is poisoned first. Times are microseconds per launch inside one explicit graph whose weights rotate
@@ -11,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,8 +19,9 @@ import torch
 from torch import Tensor
 
 from dsv4c.runtime.codec import Quantized, quantize
-from dsv4c.runtime.driver import Edge, Graph, Launch, Library
+from dsv4c.runtime.driver import Launch, Library
 from dsv4c.types import FP8_ROW
+from tests.gpu.chain import measure, run_once
 
 FOLDER = Path("build/gpu/hyper")
 DEVICE = "cuda"
@@ -58,12 +57,7 @@ class Case:
 
 def run(case: Case, tensors: Tensors) -> None:
     """One launch, finished."""
-    graph = Graph()
-    graph.add(case.launch(tensors))
-    graph.instantiate()
-    graph.launch(torch.cuda.current_stream().cuda_stream)
-    torch.cuda.synchronize()
-    graph.close()
+    run_once(case.launch(tensors))
 
 
 def poison(tensors: Tensors, *names: str) -> None:
@@ -345,25 +339,6 @@ CHECKS: dict[str, Callable[[Case, Report], None]] = {
 
 
 # Time -------------------------------------------------------------------------------------------------------
-
-
-def measure(launches: list[Launch], programmatic: bool, replays: int = 28) -> float:
-    """Microseconds of the whole chain: median of the replays, without the first three."""
-    graph, node = Graph(), None
-    for launch in launches:
-        node = graph.add(launch, [Edge(node, programmatic)] if node is not None else [])
-    graph.instantiate()
-    stream = torch.cuda.current_stream().cuda_stream
-    times = []
-    for _ in range(replays):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.launch(stream)
-        stop.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(stop) * 1e3)
-    graph.close()
-    return statistics.median(times[3:] or times)
 
 
 WEIGHTS = {

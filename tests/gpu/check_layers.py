@@ -1,5 +1,4 @@
-"""Every launch of a plan against the reference, on the operands that the device itself made: python -m
-tests.gpu.check_layers PLAN.
+"""Launches of a plan, one by one, against the reference: python -m tests.gpu.check_layers PLAN.
 
 Errors cannot pile up from launch to launch: a wrong launch shows itself. Each result has the limit of its
 kind (`limit`), selections must be equal. `--weights W` takes a checkpoint or a recorded case, not random

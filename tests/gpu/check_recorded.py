@@ -1,4 +1,4 @@
-"""Recorded operands of single GEMMs through kernels of `build_gemv.py`: python tests/gpu/check_recorded.py.
+"""Recorded operands of single GEMMs through kernels of `build_gemv.py`: python -m tests.gpu.check_recorded.
 
 FP8 rows as they are and quantized on the way, MXFP4 and NVFP4 weights with FP8 rows (W4A8), NVFP4 with NVFP4
 rows (W4A4); every result within one bf16 unit of the last place, as the recording states, or within what
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from check_gemv import ABSOLUTE, Operands, bind_weight, launch_of, run_once
 from torch import Tensor
 
 from dsv4c.runtime import codec
 from dsv4c.runtime.driver import Library
 from dsv4c.types import FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4
 from tests.goldens import recorded
+from tests.gpu.chain import run_once
+from tests.gpu.check_gemv import ABSOLUTE, Operands, bind_weight, launch_of
 
 ROWS = 8  # of 16 that were recorded, per launch
 

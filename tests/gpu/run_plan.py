@@ -2,7 +2,7 @@
 
 Recorded runs (prompt token by token, then every forced step) against their `any` bounds; equal bits in two
 replays and with a poisoned arena; a thousand steps without an allocation, a wait or anything on the stream
-but graph launches. `--reference FILE` (of `dump_reference.py`) compares every launch's results instead.
+but graph launches.
 Needs torch and cuda-bindings, no compiler. Prints a table; --json FILE keeps the numbers.
 """
 
@@ -21,15 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
 from dsv4c.errors import Dsv4cError
 from dsv4c.runtime import driver
-from dsv4c.runtime.codec import Quantized, dequantize, view
-from dsv4c.runtime.cuda import CudaExecutor, CudaSession, block_bytes
-from dsv4c.runtime.plan import KernelLaunch, Plan, load
+from dsv4c.runtime.cuda import CudaSession, block_bytes
+from dsv4c.runtime.plan import Plan, load
 from tests.goldens import Recorded, Run, recorded
 from tests.gpu.plain import PlainGraph
 
@@ -257,52 +255,6 @@ def step_microseconds(session: CudaSession, ids: tuple[int, ...], steps: int = 1
     return statistics.median(times)
 
 
-# --- launch by launch ---
-
-
-def compare_launches(session: CudaSession, case: Recorded, reference: Path) -> None:
-    """A table of every launch's results at the dumped steps, beside the reference's."""
-    with safe_open(reference, "pt") as file:
-        expected = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        ids = case.run((file.metadata() or {})["run"]).ids
-    steps = sorted({int(name.partition("/")[0]) for name in expected})
-    executor = session.executor
-    session.reset()
-    for step in range(max(steps) + 1):
-        executor.inputs["tokens"].fill_(ids[step])
-        executor.inputs["lengths"].fill_(1)
-        executor.step_by_step(_comparer(executor, expected, step) if step in steps else None)
-
-
-def _comparer(
-    executor: CudaExecutor, expected: Mapping[str, Tensor], step: int
-) -> Callable[[int, KernelLaunch], None]:
-    def compare(index: int, launch: KernelLaunch) -> None:
-        written = dict.fromkeys(a.value for a in launch.arguments if "w" in a.access)
-        for name in written:
-            known = expected.get(f"{step}/{name}")
-            slot = executor.bucket.values.get(name)
-            if known is None or slot is None:
-                print(f"{step:4} {index:3} {launch.name:44} {name:44} (no reference)")
-                continue
-            made = view(executor.blocks[slot.space], slot.type, slot.offset)
-            if name == executor.bucket.outputs["next"] and executor.feeds_back:
-                made = executor.outputs["next"]
-            got = (dequantize(made) if isinstance(made, Quantized) else made).cpu().double()
-            want = known.double()
-            finite = want.isfinite() & got.isfinite()
-            bad = int((want.isfinite() != got.isfinite()).sum())
-            difference = (got - want).masked_fill(~finite, 0)
-            distance = float(difference.norm() / want.masked_fill(~finite, 0).norm().clamp(min=1e-30))
-            mark = "" if distance <= 0.02 and not bad else "  <--"
-            print(
-                f"{step:4} {index:3} {launch.name:44} {name:44} rel {distance:9.3g} "
-                f"max {float(difference.abs().max()):9.3g} nan {bad}{mark}"
-            )
-
-    return compare
-
-
 # --- for tools that watch ---
 
 
@@ -350,7 +302,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("plan", type=Path)
     parser.add_argument("case")
-    parser.add_argument("--reference", type=Path)
     parser.add_argument("--logits", default="logits", help="recorded logits of the plan's recipe")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--json", type=Path)
@@ -376,9 +327,6 @@ def main() -> int:
         f"{len(plan.kernels)} kernels, {sum(block_bytes(plan).values()) / 2**20:.1f} MiB; plan read in "
         f"{loaded - started:.2f} s, bound in {bound - loaded:.2f} s"
     )
-    if options.reference:
-        compare_launches(session, case, options.reference)
-        return 0
     table = Table()
     if options.smoke:
         return smoke(session, case.run().ids)

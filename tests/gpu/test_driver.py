@@ -19,6 +19,8 @@ def test_a_check_that_fails_hangs_or_comes_too_late_is_seen(tmp_path: Path) -> N
     wanted = [
         python("good", "print('fine')"),
         python("bad", "print('2 wrong'); raise SystemExit(3)"),
+        python("found", "raise SystemExit(9)", status=9),
+        python("missed", "print('nothing found')", status=9),
         python("hanging", "import time; time.sleep(600)", seconds=1.0),
         python("alone", "print('alone')", alone=True),
     ]
@@ -26,6 +28,8 @@ def test_a_check_that_fails_hangs_or_comes_too_late_is_seen(tmp_path: Path) -> N
     assert {name: v.status for name, v in verdicts.items()} == {
         "good": "ok",
         "bad": "FAILS 3",
+        "found": "ok",
+        "missed": "FAILS 0",
         "hanging": "too slow",
         "alone": "ok",
     }
@@ -58,7 +62,7 @@ def test_every_plan_and_every_family_of_kernels_is_checked(tmp_path: Path) -> No
         assert any(str(tmp_path / name) in command for command in commands), name
     assert all("--at=" in command for command in commands if "check_layers" in command)
     tools = [job.name for job in sanitizer_jobs(tmp_path, "compute-sanitizer")]
-    assert tools == ["memcheck", "racecheck", "synccheck"]
+    assert tools == ["memcheck", "memcheck of a fault", "racecheck", "synccheck"]
 
 
 def test_launches_that_share_nodes_are_one_group() -> None:
