@@ -9,12 +9,10 @@ distinct sets of operands, in microseconds per launch, on plain and on programma
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,7 +40,7 @@ from dsv4c.runtime.codec import Quantized
 from dsv4c.runtime.driver import Kernel, Launch, Library
 from dsv4c.runtime.packing import pack, parse_packing
 from dsv4c.types import BF16, F32, KV_FP8, MXFP4
-from tests.gpu.chain import measure, run_once
+from tests.gpu.kernels import measure, options_parser, run_once, start, wanted
 
 FORMATS = {"fp8": KV_FP8, "mxfp4": MXFP4}
 FREQUENCIES = run(RopeFrequencies(160000.0, 64, 16.0, 65536, 32.0, 1.0))
@@ -444,21 +442,13 @@ def time_case(case: dict[str, Any], kernel: Kernel, programmatic: bool) -> float
 
 def main() -> int:
     """Check, time, print a table. Status 1 if anything is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("build/gpu/attention"))
-    parser.add_argument("--only", default="")
-    parser.add_argument("--no-time", action="store_true")
-    options = parser.parse_args()
-    seed = torch.seed() % (1 << 32)
-    torch.manual_seed(seed)
-    print(f"seed {seed}")
-    torch.zeros(1, device="cuda")
-    only = tuple(filter(None, options.only.split(",")))
+    options = options_parser(__doc__, "attention").parse_args()
+    start(options)
     print("error 1 = allowed; us per launch on plain, programmatic edges")
     count = failed = 0
     for case in json.loads((options.folder / "cases.json").read_text()):
         symbol = case["symbol"]
-        if only and not symbol.startswith(only):
+        if not wanted(symbol, options):
             continue
         library = Library((options.folder / f"{symbol}.cubin").read_bytes(), symbol)
         cluster = math.prod(case["cluster"])
@@ -473,7 +463,7 @@ def main() -> int:
             line = f"{symbol:24} FAILED {failure}"
         print(line, flush=True)
         count += 1
-    print(f"{count} kernels, {failed} wrong, {torch.cuda.get_device_name()}")
+    print(f"{count} kernels, {failed} wrong")
     return 1 if failed else 0
 
 

@@ -7,11 +7,9 @@ graphs of up-down pairs, every launch with other experts, median of 25 replays.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +19,8 @@ from dsv4c.runtime import codec
 from dsv4c.runtime.driver import Kernel, Launch, Library
 from dsv4c.runtime.packing import parse_packing
 from dsv4c.types import FP8_ROW
-from tests.gpu.chain import measure, run_once
 from tests.gpu.check_gemv import Operands, bind_weight, launch_of, random_e4m3, random_weight, styled, wide
+from tests.gpu.kernels import measure, options_parser, run_once, start, wanted
 
 DISTINCT = 12  # experts in the check, over and over; in the timing all differ
 STYLES = {"equal": "zeros", "pairs": "single", "wide": "ends", "low": "random", "random": "random"}
@@ -255,16 +253,12 @@ def time_chain(
 
 def main() -> int:
     """Check every layer, then time those that ask for it; exit status 1 if any is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("build/gpu/gemv"))
-    parser.add_argument("--only", default="")
-    parser.add_argument("--no-time", action="store_true")
+    parser = options_parser(__doc__, "gemv")
     parser.add_argument("--timed", action="store_true", help="only what is timed")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    torch.zeros(1, device="cuda")  # makes the context that kernels are loaded into
+    start(options)
     layers = json.loads((options.folder / "experts.json").read_text())
-    layers = [p for p in layers if options.only in p[0]["symbol"] and (p[0]["timed"] or not options.timed)]
+    layers = [p for p in layers if wanted(p[0]["symbol"], options) and (p[0]["timed"] or not options.timed)]
     wrong = 0
     for up, down in layers:
         libraries = [
@@ -295,7 +289,7 @@ def main() -> int:
         print(line, flush=True)
         del operands
         torch.cuda.empty_cache()
-    print(f"{len(layers)} layers, {wrong} wrong, {torch.cuda.get_device_name()}")
+    print(f"{len(layers)} layers, {wrong} wrong")
     return 1 if wrong else 0
 
 

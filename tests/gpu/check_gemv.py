@@ -8,11 +8,9 @@ least 220 MB of distinct weights, in microseconds per launch.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +20,7 @@ from dsv4c.runtime import codec
 from dsv4c.runtime.driver import Kernel, Launch, Library
 from dsv4c.runtime.packing import pack, parse_packing
 from dsv4c.types import FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4, NVFP4_ROW
-from tests.gpu.chain import measure, run_once
+from tests.gpu.kernels import measure, options_parser, run_once, start, wanted
 
 FORMATS = {"fp8": FP8_WEIGHT, "mxfp4": MXFP4, "nvfp4": NVFP4}
 ROTATE = 220 << 20  # bytes of distinct weights: more than three times the L2
@@ -258,16 +256,12 @@ def time_case(case: dict[str, Any], kernel: Kernel, operands: Operands, programm
 
 def main() -> int:
     """Check every case, then time those that ask for it; exit status 1 if any is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path("build/gpu/gemv"))
-    parser.add_argument("--only", default="")
-    parser.add_argument("--no-time", action="store_true")
+    parser = options_parser(__doc__, "gemv")
     parser.add_argument("--timed", action="store_true", help="only what is timed")
     options = parser.parse_args()
-    torch.manual_seed(0)
-    torch.zeros(1, device="cuda")  # makes the context that kernels are loaded into
+    start(options)
     cases = json.loads((options.folder / "cases.json").read_text())
-    cases = [c for c in cases if options.only in c["symbol"] and (c["timed"] or not options.timed)]
+    cases = [c for c in cases if wanted(c["symbol"], options) and (c["timed"] or not options.timed)]
     wrong, rows = 0, []
     for case in cases:
         library = Library((options.folder / f"{case['symbol']}.cubin").read_bytes(), case["symbol"])
@@ -289,7 +283,7 @@ def main() -> int:
         rows.append(line)
         del operands
         torch.cuda.empty_cache()
-    print(f"{len(rows)} cases, {wrong} wrong, {torch.cuda.get_device_name()}")
+    print(f"{len(rows)} cases, {wrong} wrong")
     return 1 if wrong else 0
 
 

@@ -7,9 +7,7 @@ through 96 MB or more.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +19,8 @@ from torch import Tensor
 from dsv4c.runtime.codec import Quantized, quantize
 from dsv4c.runtime.driver import Launch, Library
 from dsv4c.types import FP8_ROW
-from tests.gpu.chain import measure, run_once
+from tests.gpu.kernels import measure, options_parser, run_once, start, wanted
 
-FOLDER = Path("build/gpu/hyper")
 DEVICE = "cuda"
 ROTATE = 96 << 20  # bytes of distinct weights, well beyond the 60 MB of L2
 Tensors = dict[str, Tensor]
@@ -212,7 +209,9 @@ def check_hyper(case: Case, report: Report) -> None:
             slack = (pre.unsqueeze(-1) * x).abs().sum(1) * inv * wide["gain"].abs() * noise
             error = ((wide["normed"] - y).abs() - slack).clamp(min=0) / y.abs().clamp(min=1e-30)
             report.bound(where, "normed rel", float(error.max()), 1.5 * 2.0**-7)  # a flips, and so does y
-            if style != "cancel":  # there the row is what rounding leaves
+            # Cancelled streams leave a row of rounding errors; in a sigmoid's tail, noise of its argument is
+            # as much noise of a stream's weight, and moves roundings by the hundred.
+            if style not in ("cancel", "saturated"):
                 off = (t["normed"] != y.float().bfloat16()).double().mean()
                 report.bound(where, "normed off", float(off), 0.02)
         if spec["fp8"] and spec["bf16"]:
@@ -449,13 +448,10 @@ def time_together(cases: list[Case], rows: list[str], size: str, hidden: int) ->
 
 def main() -> int:
     """Check all, time some, print the table last."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=FOLDER)
-    parser.add_argument("--no-time", action="store_true")
-    options = parser.parse_args()
-    torch.manual_seed(int.from_bytes(os.urandom(4), "little"))
-    torch.zeros(1, device=DEVICE)
+    options = options_parser(__doc__, "hyper").parse_args()
+    start(options)
     entries = json.loads((options.folder / "cases.json").read_text())
+    entries = [entry for entry in entries if wanted(entry["symbol"], options)]
     cases = [Case(entry, options.folder) for entry in entries]
     report = Report()
     for case in cases:
@@ -469,10 +465,10 @@ def main() -> int:
         timed = case.spec.get("hidden", 4096) in (4096, 7168) and case.spec.get("experts", 256) > 8
         if case.kind in MAKERS and timed and case.spec["rows"] in (1, 2, 8):
             time_alone(case, rows)
-    if not options.no_time:
+    if not (options.no_time or options.only):
         time_together(cases, rows, "", 4096)
         time_together(cases, rows, "_pro", 7168)
-    print(f"{torch.cuda.get_device_name()}: {len(cases)} kernels")
+    print(f"{len(cases)} kernels")
     print("worst errors: " + ", ".join(f"{k} {v:.3g}" for k, v in report.worst.items()))
     if rows:
         print(f"{'us per launch':112} {'plain':>6} {'progr.':>6}")

@@ -21,8 +21,8 @@ from dsv4c.runtime import codec
 from dsv4c.runtime.driver import Library
 from dsv4c.types import FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4
 from tests.goldens import recorded
-from tests.gpu.chain import run_once
 from tests.gpu.check_gemv import ABSOLUTE, Operands, bind_weight, launch_of
+from tests.gpu.kernels import run_once
 
 ROWS = 8  # of 16 that were recorded, per launch
 
@@ -97,7 +97,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path("build/gpu/gemv"))
     options = parser.parse_args()
-    torch.manual_seed(0)
     torch.zeros(1, device="cuda")  # makes the context that kernels are loaded into
     known = {name: tensor.to("cuda") for name, tensor in recorded("kernels").tensors.items()}
     cases = [
