@@ -80,7 +80,8 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
     yield Job("kernels recorded", module("tests.gpu.check_recorded", "--folder", folder / "gemv"))
     for plan in recorded:
         path, case, small = folder / plan["name"], plan["model"], plan["gibibytes"] + CONTEXT
-        yield Job(f"runs {plan['name']}", module("tests.gpu.run_plan", path, case, "--quick"), small)
+        command = module("tests.gpu.run_plan", path, case, "--quick", "--logits", plan["logits"])
+        yield Job(f"runs {plan['name']}", command, small)
         if plan["batch"] > 1:
             continue
         yield Job(f"sublayers {plan['name']}", module("tests.gpu.check_sublayers", path, case), small)
@@ -104,11 +105,10 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
 def layers_job(folder: Path, plan: Mapping[str, Any]) -> Job:
     """Launch by launch; the reference holds every weight a second time."""
     command = ["tests.gpu.check_layers", folder / plan["name"], *(f"--at={at}" for at in plan["at"])]
-    if plan["weights"] == "random":
-        command += ["--every", 4]
-    else:
-        command += ["--weights", plan["weights"], "--every", 8]
-    return Job(f"layers {plan['name']}", module(*command), 2.1 * plan["gibibytes"] + 2 * CONTEXT, 480.0)
+    command += ["--every", plan["every"]]
+    if plan["weights"] != "random":
+        command += ["--weights", plan["weights"]]
+    return Job(f"layers {plan['name']}", module(*command), 2.1 * plan["gibibytes"] + 2 * CONTEXT, 560.0)
 
 
 def sanitizer_jobs(folder: Path, sanitizer: str) -> Iterator[Job]:

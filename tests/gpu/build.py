@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.plans import PLANS, first_layers
 from dsv4c.compiler import compile
@@ -34,27 +35,34 @@ class Wanted:
     batch: int = 1
     context: int = 512
     at: tuple[str, ...] = ()  # positions that `check_layers` starts from
+    every: int = 4  # steps of which it compares one
+    logits: str = "logits"  # the recorded ones, of the recipe
 
 
-def recorded(case: str, recipe: str, batch: int) -> Wanted:
+def recorded(case: str, recipe: str, batch: int, **changes: Any) -> Wanted:
     """A recorded case, which crosses the windows of all kinds of layers within 140 steps."""
-    return Wanted(f"{case}-b{batch}", RECORDED, case, recipe, batch=batch, at=("0:140",))
+    name = f"{case}-{recipe}-b{batch}"
+    return Wanted(name, RECORDED, case, recipe, batch=batch, at=("0:140",), every=8, **changes)
 
 
+def wide(name: str, recipe: str, layers: int, batch: int, *at: str) -> Wanted:
+    """First layers of Flash or Pro in full width, at the start of a sequence, around a window, further on."""
+    short = f"{name}{layers}-{recipe}-b{batch}"
+    return Wanted(short, LAYERS, f"deepseek-v4-{name}", recipe, layers, batch, 2560, at=at)
+
+
+FLASH = "deepseek-v4-flash"
 WANTED = (
-    recorded("official-quant", "official", 1),
-    recorded("official-quant", "official", 3),
-    recorded("official-quant", "official", 8),
+    *(recorded("official-quant", "official", batch) for batch in (1, 3, 8)),
+    recorded("official-quant", "bf16", 2, logits="logits_weight_only"),
     recorded("nvfp4-experts", "nvfp4-experts", 1),
-    Wanted("official-quant-bf16-b2", LAYERS, "official-quant", "bf16", batch=2, context=512, at=("0:140",)),
-    Wanted("nvfp4-experts-w4a4", LAYERS, "nvfp4-experts", "nvfp4", context=512, at=("0:140",)),
-    Wanted("flash6", LAYERS, "deepseek-v4-flash", layers=6, context=8448, at=("0:400",)),
-    Wanted(
-        "flash6-1m", LAYERS, "deepseek-v4-flash", layers=6, context=1000448, at=("130000:50", "1000000:50")
-    ),
-    Wanted("flash3-b3", LAYERS, "deepseek-v4-flash", layers=3, batch=3, context=2560, at=("126:8", "2400:6")),
-    Wanted("flash3-nvfp4", LAYERS, "deepseek-v4-flash", "nvfp4", 3, context=2560, at=("0:8", "2400:6")),
-    Wanted("pro3-b2", LAYERS, "deepseek-v4-pro", layers=3, batch=2, context=8448, at=("0:6", "8000:8")),
+    Wanted("nvfp4-experts-nvfp4-b1", LAYERS, "nvfp4-experts", "nvfp4", at=("0:140",), every=8),
+    Wanted("flash6", LAYERS, FLASH, layers=6, context=8448, at=("0:400",), every=1),
+    Wanted("flash6-1m", LAYERS, FLASH, layers=6, context=1000448, at=("130000:50", "1000000:50"), every=1),
+    *(wide("flash", "official", 4, batch, "126:4", "2400:4") for batch in (2, 3, 8)),
+    *(wide("pro", "official", 3, batch, "126:4", "2400:4") for batch in (1, 2, 3, 8)),
+    *(wide("flash", recipe, 3, 1, "0:4", "2400:4") for recipe in ("bf16", "nvfp4")),
+    wide("flash", "nvfp4-experts", 4, 1, "0:4", "2400:4"),
     *(Wanted(n, TIMES, model, layers=layers, context=8448) for n, (model, layers) in PLANS.items()),
 )
 
@@ -93,6 +101,8 @@ def main() -> int:
             "recipe": wanted.recipe,
             "batch": wanted.batch,
             "at": wanted.at,
+            "every": wanted.every,
+            "logits": wanted.logits,
             "gibibytes": round(gibibytes(plan), 2),
         }
         index.write_text(json.dumps(list(described.values()), indent=1))

@@ -31,6 +31,8 @@ from dsv4c.runtime.plan import Plan, load
 from tests.goldens import Recorded, Run, recorded
 from tests.gpu.plain import PlainGraph
 
+# Of logits with exact weights and nothing rounded: one and a half times what the CPU's plan in bf16 leaves.
+ROUNDED = {"median": 0.0085, "p95": 0.012, "rms": 0.0096, "max": 0.057}
 WAITS = ("Synchronize", "Sync", "Malloc", "Free", "MemAlloc", "EventQuery")
 ALLOCATIONS = ("allocation.all.allocated", "segment.all.allocated", "num_device_alloc")
 
@@ -99,6 +101,7 @@ def check_runs(session: CudaSession, case: Recorded, table: Table, which: str) -
     other, and in a batch also side by side at their different positions.
     """
     names = [described["name"] for described in case.description["runs"]]
+    names = [name for name in names if f"{name}.{which}" in case.tensors]
     runs = [run for run in map(case.run, names) if len(run.ids) <= session.max_context]
     for run in runs:
         _check_logits(case, f"{run.name}.{which}", run_logits(session, run), table, "")
@@ -110,7 +113,7 @@ def check_runs(session: CudaSession, case: Recorded, table: Table, which: str) -
 
 def _check_logits(case: Recorded, name: str, logits: Tensor, table: Table, how: str) -> None:
     run, which = name.split(".")
-    bounds = case.tolerance[which]["any"]
+    bounds = ROUNDED if which == "logits_weight_only" else case.tolerance[which]["any"]
     rows = case.distances(name, logits)
     found = {
         "median": rows.median(),
@@ -213,9 +216,11 @@ def check_quiet(session: CudaSession, case: Recorded, table: Table, steps: int) 
         "launches that do not run exactly the plan's kernels", sum(n != launches for n in graphs.values()), 0
     )
     table.add("copies and fills on the device", kinds["gpu_memcpy"] + kinds["gpu_memset"], 0)
+    seen = {name: n for name, n in names.items() if any(w in name for w in WAITS)}
     traces = -(-steps // chunk)
-    waits = sum(n for name, n in names.items() if any(w in name for w in WAITS))
-    table.add("waits and allocations seen, beside the two that end a trace", waits - 2 * traces, 0)
+    ends = {"Context Sync": traces, "cudaDeviceSynchronize": traces}  # the profiler's own, two per trace
+    others = sum(abs(seen.get(name, 0) - ends.get(name, 0)) for name in seen.keys() | ends.keys())
+    table.add("waits and allocations seen, beside the two that end a trace", others, 0)
 
 
 def _traced(work: Callable[[], None]) -> list[dict[str, Any]]:

@@ -50,7 +50,7 @@ def test_jobs_share_the_memory(tmp_path: Path) -> None:
 def test_every_plan_and_every_family_of_kernels_is_checked(tmp_path: Path) -> None:
     described = [
         {
-            **{key: getattr(w, key) for key in ("name", "use", "model", "batch", "at")},
+            **{key: getattr(w, key) for key in ("name", "use", "model", "batch", "at", "every", "logits")},
             "weights": "random" if w.layers else w.model,
             "gibibytes": 1.0,
         }
