@@ -12,7 +12,6 @@ import typer
 from dsv4c.cli.compile import describe, figures
 from dsv4c.cli.console import note, print_json, print_table, write_text
 from dsv4c.cli.options import (
-    CONFIG_HELP,
     BatchOption,
     ChunkOption,
     ContextOption,
@@ -21,7 +20,7 @@ from dsv4c.cli.options import (
     PassOption,
     RecipeOption,
 )
-from dsv4c.cli.subject import Asked, ask, is_plan
+from dsv4c.cli.subject import Asked, Subject, ask, is_plan
 from dsv4c.config import ModelConfig
 from dsv4c.errors import GraphError, PlanError
 
@@ -42,10 +41,6 @@ class Format(StrEnum):
     MODEL_EXPLORER = "model-explorer"
 
 
-Subject = Annotated[
-    str,
-    typer.Argument(metavar="CONFIG|PLAN", help=f"{CONFIG_HELP} Or a plan folder.", show_default=False),
-]
 LayerOption = Annotated[
     str | None, typer.Option(help="One layer only: 3, layers.3 or mtp.0.", metavar="N", show_default=False)
 ]
@@ -113,6 +108,8 @@ def show_command(
     if kernels:
         _show_kernels(subject, json)
         return
+    if layer is not None and format in (Format.HTML, Format.MODEL_EXPLORER):
+        raise GraphError(f"--format {format.value} shows every layer; leave --layer out")
     from dsv4c.view.text import summarize
 
     staging = format in (Format.HTML, Format.MODEL_EXPLORER) and after is None
@@ -232,8 +229,10 @@ def _form(graph: Graph, format: Format, layer: int | str | None, fold: bool) -> 
         return render(graph, layer, fold)
     if format is Format.JSON:
         from dsv4c.ir.text import graph_to_json
+        from dsv4c.view.layers import layer_graph
 
-        return json_text.dumps(graph_to_json(graph), indent=1) + "\n"
+        shown = graph if layer is None else layer_graph(graph, layer)
+        return json_text.dumps(graph_to_json(shown), indent=1) + "\n"
     if format is Format.DOT:
         from dsv4c.view.dot import dot
 
