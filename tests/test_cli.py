@@ -132,6 +132,17 @@ def test_show_as_json_dot_and_file(plan: Path, tmp_path: Path) -> None:
     assert command("show", "tiny", "-o", tmp_path / "no" / "file").code == 3
 
 
+@pytest.mark.parametrize(
+    "arguments", [("show", "PLAN"), ("diff", "PLAN", "@fold"), ("why-not", "head", "PLAN")], ids=" ".join
+)
+def test_what_a_plan_has_decided_is_no_option(plan: Path, arguments: tuple[str, ...]) -> None:
+    named = [plan if a == "PLAN" else a for a in arguments]
+    result = command(*named, "--max-context", "64")
+    assert result.code == 2
+    assert f"{plan}: a plan has decided --max-context; leave it out, or name a config" in result.err
+    assert command(*named).code == 0
+
+
 @pytest.mark.parametrize("format", ["text", "json", "dot", "html", "model-explorer"])
 def test_with_json_the_graph_goes_to_its_file_alone(plan: Path, tmp_path: Path, format: str) -> None:
     figures = command("show", plan, "--json").json["summary"]

@@ -20,7 +20,7 @@ from dsv4c.cli.options import (
     PassOption,
     RecipeOption,
 )
-from dsv4c.cli.subject import Asked, Subject, ask, is_plan
+from dsv4c.cli.subject import Asked, Subject, ask, is_plan, refuse_decided
 from dsv4c.config import ModelConfig
 from dsv4c.errors import GraphError, PlanError
 
@@ -70,6 +70,7 @@ def register(app: typer.Typer) -> None:
 
 
 def show_command(
+    context: typer.Context,
     subject: Subject,
     layer: LayerOption = None,
     format: FormatOption = Format.TEXT,
@@ -87,7 +88,7 @@ def show_command(
 ) -> None:
     """Show a model's graph: figures first, then the operations, equal layers folded into one.
 
-    A plan is shown as it was compiled; --recipe, --batch, --max-context and --chunk are for configs.
+    A plan is shown as it was compiled; it takes no --recipe, --batch, --max-context or --chunk.
     With --json the figures are printed, and the graph is written only if -o names a file for it; --format
     json gives the graph itself.
 
@@ -105,6 +106,7 @@ def show_command(
 
       dsv4c show deepseek-v4-pro --format html -o pro.html
     """
+    refuse_decided(context, subject)
     if kernels:
         _show_kernels(subject, json)
         return
@@ -175,7 +177,7 @@ def _show_kernels(subject: str, json: bool) -> None:
 
 
 def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
-    """One row per kernel, by number of launches. Bytes, registers and stack (spills) are per thread."""
+    """One row per kernel, by number of launches. Registers and bytes of stack (spills) are per thread."""
     launches: Any = plan.bucket("decode").launches
     rows = []
     for key, record in plan.kernels.items():
