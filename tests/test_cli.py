@@ -18,6 +18,7 @@ import dsv4c
 from dsv4c.cli import COMMANDS
 from dsv4c.cli.run import token_ids
 from dsv4c.errors import SessionError
+from dsv4c.ir.text import graph_from_json
 from dsv4c.models.synth import synthesize
 from tests.codegen.lowered import gpu_plan
 from tests.commands import command
@@ -121,11 +122,25 @@ def test_show_as_json_dot_and_file(plan: Path, tmp_path: Path) -> None:
     graph = command("show", plan, "--format", "json", "--mode", "prefill").json
     assert graph["name"] == "weights.prefill"
     assert {"inputs", "states", "params", "nodes", "outputs"} <= set(graph)
+    layer = command("show", plan, "--format", "json", "--layer", "1").json
+    assert {node["scope"].split(".attn")[0].split(".ffn")[0] for node in layer["nodes"]} == {"layers.1"}
+    assert graph_from_json(layer).name == "weights.decode.layers.1"
     file = tmp_path / "g.dot"
     result = command("show", "tiny", "--layer", "0", "--format", "dot", "-o", file)
     assert (result.code, result.out) == (0, "")
     assert file.read_text().startswith("digraph")
     assert command("show", "tiny", "-o", tmp_path / "no" / "file").code == 3
+
+
+@pytest.mark.parametrize(
+    "arguments", [("show", "PLAN"), ("diff", "PLAN", "@fold"), ("why-not", "head", "PLAN")], ids=" ".join
+)
+def test_what_a_plan_has_decided_is_no_option(plan: Path, arguments: tuple[str, ...]) -> None:
+    named = [plan if a == "PLAN" else a for a in arguments]
+    result = command(*named, "--max-context", "64")
+    assert result.code == 2
+    assert f"{plan}: a plan has decided --max-context; leave it out, or name a config" in result.err
+    assert command(*named).code == 0
 
 
 @pytest.mark.parametrize("format", ["text", "json", "dot", "html", "model-explorer"])
@@ -261,6 +276,8 @@ def test_token_ids() -> None:
     assert token_ids("", "--force") == []
     with pytest.raises(SessionError, match="--force: '' is no token id"):
         token_ids("3,,5", "--force")
+    with pytest.raises(SessionError, match="--tokens: '3 17 5' is no token id"):
+        token_ids("3 17 5", "--tokens")
 
 
 # --- weights and synth ---

@@ -62,6 +62,8 @@ MISTAKES = {
     ("synth", "tiny", "-o", "w", "--shards", "999"): (4, "cannot split 585 tensors into 999 files"),
     ("show", "tiny", "--layer", "99"): (3, "has no layer 'layers.99'; its layers: layers.0 to layers.5"),
     ("show", "tiny", "--layer", "99", "--json"): (3, "has no layer 'layers.99'"),
+    ("show", "tiny", "--layer", "99", "--format", "json"): (3, "has no layer 'layers.99'"),
+    ("show", "tiny", "--layer", "1", "--format", "html"): (3, "--format html shows every layer; leave"),
     ("show", "tiny", "--layer", "²"): (3, "has no layer '²'"),
     ("show", "tiny", "--layer", "-1"): (3, "has no layer '-1'"),
     ("show", "tiny", "--layer", "1", "--mode", "mtp"): (3, "has no layer 'layers.1'; its layers: mtp.0"),

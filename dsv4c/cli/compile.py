@@ -21,6 +21,7 @@ from dsv4c.cli.options import (
     RecipeOption,
     Target,
     TargetOption,
+    first_given,
 )
 from dsv4c.errors import ConfigError, GraphError
 
@@ -166,10 +167,9 @@ def compile_command(
         raise ConfigError("Missing argument 'CONFIG' (or --resume FILE)")
     if config is not None and resume is not None:
         raise ConfigError(f"compile: --resume {resume} has the config in it; leave {config} out")
-    given = [name for name in DECIDED if _on_command_line(context, name)]
-    if resume is not None and given:
-        option = given[0].replace("_", "-")
-        raise ConfigError(f"compile: --resume {resume} has decided --{option}; leave it out, or compile anew")
+    given = None if resume is None else first_given(context, DECIDED)
+    if given is not None:
+        raise ConfigError(f"compile: --resume {resume} has decided {given}; leave it out, or compile anew")
     saved = None if resume is None else read_saved(_read(resume), str(resume))
     model = load_config(config) if config is not None else saved.config  # type: ignore[union-attr]
     asked: dict[str, Any] = {
@@ -208,11 +208,6 @@ def compile_command(
     else:
         print(f"{folder}: {plan.name} for {plan.target}, recipe {plan.recipe}")
         print(describe(plan), end="")
-
-
-def _on_command_line(context: typer.Context, parameter: str) -> bool:
-    source = context.get_parameter_source(parameter)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def counts(expected: Iterable[str]) -> dict[str, int]:

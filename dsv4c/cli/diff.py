@@ -16,7 +16,7 @@ from dsv4c.cli.options import (
     PassOption,
     RecipeOption,
 )
-from dsv4c.cli.subject import ask, split_stage
+from dsv4c.cli.subject import ask, refuse_decided, split_stage
 
 HELP = "A plan folder or a config, with @STAGE (build, quantize, fold, ...) for the graph after that pass."
 Left = Annotated[str, typer.Argument(metavar="A", help=HELP, show_default=False)]
@@ -30,6 +30,7 @@ def register(app: typer.Typer) -> None:
 
 
 def diff_command(
+    context: typer.Context,
     a: Left,
     b: Right,
     mode: ModeOption = Mode.DECODE,
@@ -51,6 +52,7 @@ def diff_command(
     """
     from dsv4c.view.diff import diff
 
+    refuse_decided(context, *(name for name, _ in map(split_stage, (a, b)) if name))
     graphs = []
     subject = a
     for given in (a, b):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -52,6 +53,15 @@ ChunkOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+
+
+def first_given(context: typer.Context, names: Iterable[str]) -> str | None:
+    """The first of these parameters that the command line names, as it is spelled there."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            return f"--{name.replace('_', '-')}"
+    return None
 
 
 def _find_here(given: list[str] | None) -> list[str] | None:

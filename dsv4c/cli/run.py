@@ -102,7 +102,7 @@ def run_command(
         print(",".join(map(str, generated)))
     else:
         likely = ", ".join(f"{int(t)} ({float(v):.3f})" for v, t in zip(*top, strict=True))
-        print(f"likeliest after {len(rows)} tokens: {likely}")
+        print(f"likeliest after {len(rows)} token{'s' * (len(rows) != 1)}: {likely}")
     if logits is not None:
         print(f"{logits}: logits f32 {list(rows.shape)}")
 
@@ -110,7 +110,7 @@ def run_command(
 def token_ids(text: str, option: str) -> list[int]:
     """Token ids from comma-separated text. Raises SessionError naming what is no number."""
     ids = []
-    for part in text.replace(" ", "").split(",") if text.strip() else []:
+    for part in map(str.strip, text.split(",") if text.strip() else []):
         if not re.fullmatch(r"-?[0-9]{1,20}", part):
             raise SessionError(f"{option}: {part!r} is no token id; expected numbers like 3,17,5")
         ids.append(int(part))

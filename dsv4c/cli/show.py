@@ -12,7 +12,6 @@ import typer
 from dsv4c.cli.compile import describe, figures
 from dsv4c.cli.console import note, print_json, print_table, write_text
 from dsv4c.cli.options import (
-    CONFIG_HELP,
     BatchOption,
     ChunkOption,
     ContextOption,
@@ -21,7 +20,7 @@ from dsv4c.cli.options import (
     PassOption,
     RecipeOption,
 )
-from dsv4c.cli.subject import Asked, ask, is_plan
+from dsv4c.cli.subject import Asked, Subject, ask, is_plan, refuse_decided
 from dsv4c.config import ModelConfig
 from dsv4c.errors import GraphError, PlanError
 
@@ -42,10 +41,6 @@ class Format(StrEnum):
     MODEL_EXPLORER = "model-explorer"
 
 
-Subject = Annotated[
-    str,
-    typer.Argument(metavar="CONFIG|PLAN", help=f"{CONFIG_HELP} Or a plan folder.", show_default=False),
-]
 LayerOption = Annotated[
     str | None, typer.Option(help="One layer only: 3, layers.3 or mtp.0.", metavar="N", show_default=False)
 ]
@@ -75,6 +70,7 @@ def register(app: typer.Typer) -> None:
 
 
 def show_command(
+    context: typer.Context,
     subject: Subject,
     layer: LayerOption = None,
     format: FormatOption = Format.TEXT,
@@ -92,7 +88,7 @@ def show_command(
 ) -> None:
     """Show a model's graph: figures first, then the operations, equal layers folded into one.
 
-    A plan is shown as it was compiled; --recipe, --batch, --max-context and --chunk are for configs.
+    A plan is shown as it was compiled; it takes no --recipe, --batch, --max-context or --chunk.
     With --json the figures are printed, and the graph is written only if -o names a file for it; --format
     json gives the graph itself.
 
@@ -110,9 +106,12 @@ def show_command(
 
       dsv4c show deepseek-v4-pro --format html -o pro.html
     """
+    refuse_decided(context, subject)
     if kernels:
         _show_kernels(subject, json)
         return
+    if layer is not None and format in (Format.HTML, Format.MODEL_EXPLORER):
+        raise GraphError(f"--format {format.value} shows every layer; leave --layer out")
     from dsv4c.view.text import summarize
 
     staging = format in (Format.HTML, Format.MODEL_EXPLORER) and after is None
@@ -178,7 +177,7 @@ def _show_kernels(subject: str, json: bool) -> None:
 
 
 def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
-    """One row per kernel, by number of launches. Bytes, registers and stack (spills) are per thread."""
+    """One row per kernel, by number of launches. Registers and bytes of stack (spills) are per thread."""
     launches: Any = plan.bucket("decode").launches
     rows = []
     for key, record in plan.kernels.items():
@@ -232,8 +231,10 @@ def _form(graph: Graph, format: Format, layer: int | str | None, fold: bool) -> 
         return render(graph, layer, fold)
     if format is Format.JSON:
         from dsv4c.ir.text import graph_to_json
+        from dsv4c.view.layers import layer_graph
 
-        return json_text.dumps(graph_to_json(graph), indent=1) + "\n"
+        shown = graph if layer is None else layer_graph(graph, layer)
+        return json_text.dumps(graph_to_json(shown), indent=1) + "\n"
     if format is Format.DOT:
         from dsv4c.view.dot import dot
 

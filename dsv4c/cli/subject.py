@@ -9,12 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv4c.cli.options import CONFIG_HELP
+from dsv4c.cli.options import CONFIG_HELP, first_given
+from dsv4c.errors import ConfigError
 
 if TYPE_CHECKING:
     from dsv4c.ir.graph import Graph
     from dsv4c.runtime.plan import Plan
     from dsv4c.stages import Compiled, Job
+
+DEPLOYMENT = ("target", "recipe", "batch", "max_context", "chunk")
+"""Parameters of a config's deployment; a plan has settled them."""
 
 Subject = Annotated[
     str,
@@ -65,6 +69,13 @@ def ask(
         return Asked(subject, job_of(plan, rules), plan)
     job = job_for(subject, recipe=recipe, mtp=mode == "mtp", rules=rules, **deployment)
     return Asked(subject, job, None)
+
+
+def refuse_decided(context: typer.Context, *subjects: str) -> None:
+    """Raises ConfigError for an option that only a config can take, where every subject is a plan."""
+    given = first_given(context, DEPLOYMENT) if all(map(is_plan, subjects)) else None
+    if given is not None:
+        raise ConfigError(f"{subjects[0]}: a plan has decided {given}; leave it out, or name a config")
 
 
 def is_plan(subject: str) -> bool:

@@ -19,7 +19,7 @@ from dsv4c.cli.options import (
     Target,
     TargetOption,
 )
-from dsv4c.cli.subject import Subject, ask
+from dsv4c.cli.subject import Subject, ask, refuse_decided
 from dsv4c.errors import GraphError
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def register(app: typer.Typer) -> None:
 
 
 def why_not_command(
+    context: typer.Context,
     rule: RuleArgument,
     subject: Subject,
     node: NodeOption = None,
@@ -73,6 +74,7 @@ def why_not_command(
 
       dsv4c why-not rmsnorm_quantize tiny.plan --node layers.2
     """
+    refuse_decided(context, subject)
     asked = ask(
         subject,
         mode=mode.value,

@@ -51,7 +51,6 @@ class Emission:
     programmatic: bool = True  # may sit behind a programmatic edge
     waits: bool = True  # griddepcontrol.wait precedes every dependent access
     packing: Mapping[str, str] = field(default_factory=dict)  # weight operand -> name of its packing
-    workspace: int = 0  # bytes of global scratch, the last parameter if any
 
 
 @cache

@@ -17,6 +17,7 @@ from dsv4c.errors import BuildError
 from dsv4c.ir.fused import Fused, operand_labels, trace
 from dsv4c.ir.graph import Kind, Node, Value
 from dsv4c.ir.op import Op, operand_names
+from dsv4c.ir.text import print_attribute
 from dsv4c.types import Type
 
 
@@ -84,7 +85,7 @@ class Request:
         for call in self.calls:
             operands = ", ".join(f"{n}: {self.types[i]}" for n, i in call.operands.items())
             results = ", ".join(str(self.types[i]) for i in call.outputs)
-            fields = ", ".join(f"{k}={v}" for k, v in call.op.attributes().items())
+            fields = ", ".join(f"{k}={print_attribute(v)}" for k, v in call.op.attributes().items())
             lines.append(f"{call.op.name}({operands}) {{{fields}}} -> {results}")
         return " + ".join(lines) + f" for {self.target}"
 
@@ -158,11 +159,6 @@ def kernel(*ops: type[Op], several: bool = False) -> Callable[[Candidate], Candi
         return candidate
 
     return register
-
-
-def groupable(ops: Sequence[Op]) -> bool:
-    """Whether some candidate makes one launch of these ops."""
-    return any(k.several and all(type(op) in k.ops for op in ops) for k in KERNELS)
 
 
 @cache

@@ -85,8 +85,3 @@ def mtp_plans(config: ModelConfig) -> tuple[LayerPlan, ...]:
         LayerPlan(index, LayerKind.SWA, RouterKind.DENSE, prefix=f"mtp.{index}")
         for index in range(config.mtp_layers)
     )
-
-
-def layer_kinds(config: ModelConfig) -> tuple[LayerKind, ...]:
-    """The attention kind of every main layer."""
-    return tuple(plan.attention for plan in layer_plans(config))

@@ -152,7 +152,6 @@ class Stage:
 
     name: str
     graph: Graph
-    nodes_before: int
     seconds: float
 
 
@@ -173,8 +172,8 @@ class Pipeline:
                 earlier = [q.name for q in self.passes[:i] if fact in q.spoils]
                 spoiled = f" and {earlier[-1]} undid it" if earlier and fact in _made(self.passes[:i]) else ""
                 raise GraphError(
-                    f"pipeline: {p.name} requires {fact!r}, which {makers.get(fact, 'no pass')} establishes"
-                    f"{spoiled}; put {makers.get(fact, 'such a pass')} between, in {self}"
+                    f"pipeline {self}: {p.name} requires {fact!r}, which {makers.get(fact, 'no pass')} "
+                    f"establishes{spoiled}; put {makers.get(fact, 'such a pass')} before {p.name}"
                 )
             holds = (holds - p.spoils) | p.establishes
 
@@ -198,13 +197,12 @@ class Pipeline:
         stages: list[Stage] = []
         for p in self.passes:
             started = time.perf_counter()
-            before = len(graph.nodes)
             try:
                 after = p.run(graph, context)
                 graph = after if after is graph else verify(after)
             except GraphError as error:
                 raise GraphError(f"pass {p.name}: {error}") from error
-            stages.append(Stage(p.name, graph, before, time.perf_counter() - started))
+            stages.append(Stage(p.name, graph, time.perf_counter() - started))
             if watch is not None:
                 watch(stages[-1])
             if p.name == stop_after:
@@ -232,11 +230,6 @@ class Pipeline:
         i = self.position(name)
         changed = replace(self.passes[i], **options)
         return replace(self, passes=(*self.passes[:i], changed, *self.passes[i + 1 :]))
-
-    def without_rules(self, names: Iterable[str]) -> Pipeline:
-        old = self.passes[self.position("fold")]
-        assert isinstance(old, Fold)
-        return self.with_options("fold", without=tuple(dict.fromkeys((*old.without, *names))))
 
 
 def _made(passes: Sequence[Pass]) -> frozenset[str]:

@@ -50,12 +50,6 @@ class Schedule:
         return tuple(launch for launch, members in enumerate(self.groups) for _ in members)
 
     @cached_property
-    def launch_after(self) -> tuple[tuple[int, ...], ...]:
-        """The launches that each launch waits for, without those that one of them already waits for."""
-        place = self.launch_of
-        return tuple(_reduce([{place[w] for i in members for w in self.after[i]} for members in self.groups]))
-
-    @cached_property
     def launches(self) -> dict[str, int]:
         """How many launches each layer has, by its scope; "" is what lies outside. Constants are none."""
         counts: dict[str, int] = {}

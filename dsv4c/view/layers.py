@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, trace
-from dsv4c.ir.graph import Graph, Kind, Node, Value
+from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.op import Cost
 
 _LAYER = re.compile(r"((layers|mtp)\.(\d+))(?=\.|$)")
@@ -53,6 +53,17 @@ class Section:
     def declared(self, graph: Graph) -> Iterator[Value]:
         """States and params that live in the layer."""
         return (v for v in (*graph.states, *graph.params) if self.prefix and layer_of(v.name) == self.prefix)
+
+    def taken(self, graph: Graph) -> tuple[Value, ...]:
+        """What its nodes read and neither make nor declare, in order of first use."""
+        inside = {*self.declared(graph), *(v for node in self.nodes for v in node.outputs)}
+        return tuple(dict.fromkeys(v for node in self.nodes for v in node.inputs if v not in inside))
+
+    def given(self, graph: Graph) -> tuple[Value, ...]:
+        """Its results that nodes elsewhere read, or that the graph returns."""
+        own, returned = set(self.nodes), set(graph.outputs.values())
+        results = (v for node in self.nodes for v in node.outputs)
+        return tuple(v for v in results if v in returned or any(u not in own for u in graph.users[v]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +150,28 @@ def find_section(graph: Graph, layer: int | str) -> Section:
     names = [section.prefix for section in known]
     there = f"{names[0]} to {names[-1]}" if len(names) > 2 else " and ".join(names) or "none"
     raise GraphError(f"graph {graph.name} has no layer {prefix!r}; its layers: {there}")
+
+
+def layer_graph(graph: Graph, layer: int | str) -> Graph:
+    """One layer as a graph of its own: results of other layers are inputs, what others read are outputs.
+
+    Raises GraphError for a layer that is not there.
+    """
+    section = find_section(graph, layer)
+    builder = Builder(f"{graph.name}.{section.prefix}")
+    declare = {Kind.STATE: builder.state, Kind.PARAM: builder.param}
+    outer = (*section.taken(graph), *section.declared(graph))
+    values = {v: declare.get(v.kind, builder.input)(v.name, v.type) for v in outer}
+    for node in section.nodes:
+        made = builder.emit(
+            node.op,
+            tuple(values[v] for v in node.inputs),
+            names=[v.name for v in node.outputs],
+            scope=node.scope,
+            origin=node.origin,
+        )
+        values.update(zip(node.outputs, made, strict=True))
+    return builder.finish({v.name: values[v] for v in section.given(graph)})
 
 
 def body_of(node: Node) -> Graph | None:

@@ -149,17 +149,9 @@ def _folded(group: Fold) -> list[str]:
 
 
 def _one_layer(graph: Graph, section: Section) -> str:
-    declared = list(section.declared(graph))
-    inside = {v for node in section.nodes for v in node.outputs} | set(declared)
-    taken = dict.fromkeys(v for node in section.nodes for v in node.inputs if v not in inside)
     lines = [f"# {section.prefix} of graph {graph.name}: {len(section.nodes)} nodes"]
-    lines += [f"# takes %{v.name}: {v.type}" for v in taken]
-    lines += [f"{v.kind.value} %{v.name}: {v.type}" for v in declared]
+    lines += [f"# takes %{v.name}: {v.type}" for v in section.taken(graph)]
+    lines += [f"{v.kind.value} %{v.name}: {v.type}" for v in section.declared(graph)]
     lines += print_nodes(section.nodes)
-    given = [v for node in section.nodes for v in node.outputs if _leaves(graph, section, v)]
-    return "\n".join([*lines, *(f"# gives %{v.name}: {v.type}" for v in given)]) + "\n"
-
-
-def _leaves(graph: Graph, section: Section, value: object) -> bool:
-    nodes = set(section.nodes)
-    return any(user not in nodes for user in graph.users[value]) or value in graph.outputs.values()  # type: ignore[index]
+    lines += [f"# gives %{v.name}: {v.type}" for v in section.given(graph)]
+    return "\n".join(lines) + "\n"

@@ -7,14 +7,14 @@ from collections import Counter
 import pytest
 
 from dsv4c.config import load_config
-from dsv4c.models.schedule import LayerKind, RouterKind, layer_kinds, layer_plans, mtp_plans
+from dsv4c.models.schedule import LayerKind, RouterKind, layer_plans, mtp_plans
 
 
 @pytest.mark.parametrize(
     ("name", "swa", "csa", "hca"), [("deepseek-v4-flash", 2, 21, 20), ("deepseek-v4-pro", 0, 30, 31)]
 )
 def test_release_schedules(name: str, swa: int, csa: int, hca: int) -> None:
-    kinds = layer_kinds(load_config(name))
+    kinds = [plan.attention for plan in layer_plans(load_config(name))]
     counts = Counter(kinds)
     assert (counts[LayerKind.SWA], counts[LayerKind.CSA], counts[LayerKind.HCA]) == (swa, csa, hca)
     assert set(kinds[2::2]) == {LayerKind.CSA}

@@ -76,8 +76,8 @@ def test_groups_are_independent_and_in_order(graph: Graph) -> None:
     }
     assert {name: {names[w] for w in b} for name, b in zip(names, known, strict=True)} == wanted
     # whole launches can be put in a line
-    for launch, waits in enumerate(plan.launch_after):
-        assert all(w < launch for w in waits)
+    for i, waits in enumerate(plan.after):
+        assert all(plan.launch_of[w] < plan.launch_of[i] for w in waits)
 
 
 @given(layered())

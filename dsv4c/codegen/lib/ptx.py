@@ -206,12 +206,6 @@ def mbarrier_expect(s: Int32, nbytes: Int32):
 
 
 @cute.jit
-def mbarrier_arrive(s: Int32):
-    """Arrive once."""
-    _asm("mbarrier.arrive.shared::cta.b64 _, [{$r0}];", read_only_args=[s])
-
-
-@cute.jit
 def mbarrier_wait(s: Int32, phase: Int32):
     """Spin until the phase of parity `phase` has completed."""
     _asm(
