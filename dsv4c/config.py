@@ -168,9 +168,14 @@ class Deployment:
 
 def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
     """ConfigError when `deployment` asks of the model what it was not made for."""
+    problems = []
     if deployment.max_context > config.max_position_embeddings:
         expected = f"at most {config.max_position_embeddings}, max_position_embeddings of {config.name}"
-        _raise_if_any("deployment", [problem("max_context", shown(deployment.max_context), expected)])
+        problems.append(problem("max_context", shown(deployment.max_context), expected))
+    if deployment.target != "cpu" and deployment.chunk != 1:
+        expected = f"1: a plan for {deployment.target} takes prompts token by token"
+        problems.append(problem("chunk", shown(deployment.chunk), expected))
+    _raise_if_any("deployment", problems)
 
 
 def load_config(source: str | Path) -> ModelConfig:

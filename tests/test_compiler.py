@@ -61,6 +61,7 @@ def test_public_names_are_there_and_importing_them_costs_nothing() -> None:
         ({"batch": 0}, r"batch .*0.* a positive integer"),
         ({"chunk": 65, "max_context": 64}, r"chunk .*65.* at most max_context, 64"),
         ({"max_context": 1 << 30}, r"max_context .*max_position_embeddings of tiny"),
+        ({"target": "sm_90a", "chunk": 8}, r"chunk is 8; expected 1: a plan for sm_90a takes prompts token"),
     ],
 )
 def test_a_wrong_argument_is_a_config_error(arguments: dict[str, object], message: str) -> None:

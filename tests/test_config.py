@@ -260,6 +260,13 @@ def test_unread_keys_are_noted(load: Callable[[Raw], ModelConfig]) -> None:
     assert config.notes == ("keys without a meaning here were ignored: window_shape",)
 
 
+def test_a_key_that_looks_misspelled_is_named_with_what_it_may_mean(
+    read: Callable[[Raw], ModelConfig],
+) -> None:
+    config = load(release() | {"hiden_size": 7})
+    assert config.notes == ("keys without a meaning here were ignored: hiden_size (is it hidden_size?)",)
+
+
 def test_digest_ignores_the_name_and_nothing_else() -> None:
     config = load_config("tiny")
     assert dataclasses.replace(config, name="other", notes=("x",)).digest == config.digest
@@ -668,6 +675,8 @@ def test_all_problems_are_told_at_once(refusal: Callable[[Raw], str]) -> None:
     "marks",
     [
         {"model_type": "deepseek_v41"},
+        {"model_type": "deepseek_v4_1"},
+        {"architectures": ["DeepseekV41ForCausalLM"]},
         {"engram_layer_ids": [1, 14]},
         {"kv_source_layer_ids": [2, 8]},
         {"vision_dim": 1024},
@@ -816,7 +825,7 @@ def test_wrong_deployments(change: Raw, message: str) -> None:
 
 def test_deployments_fit_their_model() -> None:
     config = load_config("deepseek-v4-flash")
-    check_deployment(config, Deployment(max_context=1048576, recipe="nvfp4-experts-w4a4", target="sm_100a"))
+    check_deployment(config, Deployment("sm_100a", "nvfp4-experts-w4a4", max_context=1048576, chunk=1))
     with pytest.raises(ConfigError) as error:
         check_deployment(config, Deployment(max_context=1048577))
     assert str(error.value) == (

@@ -301,9 +301,9 @@ def kinds(plan: Plan) -> str:
 def describe(plan: Plan) -> str:
     """A plan in figures, to read."""
     deployment = plan.deployment
+    chunk = f"in chunks of {deployment['chunk']}" if deployment["chunk"] > 1 else "token by token"
     lines = [
-        f"  batch {deployment['batch']}, {deployment['max_context']:,} tokens of context, "
-        f"prefill in chunks of {deployment['chunk']}",
+        f"  batch {deployment['batch']}, {deployment['max_context']:,} tokens of context, prefill {chunk}",
         f"  weights {size(plan.weights_bytes)}, state {size(plan.state_bytes)}",
     ]
     for mode, bucket in plan.buckets.items():

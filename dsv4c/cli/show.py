@@ -177,7 +177,9 @@ def _show_kernels(subject: str, json: bool) -> None:
 
 
 def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
-    """One row per kernel, by number of launches. Registers and bytes of stack (spills) are per thread."""
+    """One row per kernel, by number of launches. Registers and spills are per thread; spills are the bytes of
+    its stack, where arrays indexed at run time would lie, too.
+    """
     launches: Any = plan.bucket("decode").launches
     rows = []
     for key, record in plan.kernels.items():
@@ -190,7 +192,7 @@ def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
                 "launches": len(own),
                 "registers": record["registers"],
                 "shared": own[0].shared,
-                "stack": record["stack"],
+                "spills": record["stack"],
                 "code": record["code"],
             }
         )

@@ -6,6 +6,8 @@ contradict each other become problems, which `dsv4c.config` raises with whatever
 
 from __future__ import annotations
 
+import difflib
+import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
@@ -75,8 +77,9 @@ def read(raw: Mapping[str, Any]) -> Reading:
 
 
 def _v41_marks(raw: Mapping[str, Any]) -> list[str]:
-    if raw.get("model_type") == "deepseek_v41":
-        return ["model_type 'deepseek_v41'"]
+    for key in ("model_type", "architectures"):
+        if re.search(r"deepseek_?v4[._]?1", str(raw.get(key)), re.IGNORECASE):
+            return [f"{key} {raw[key]!r}"]
     return [key for key in sorted(raw) if key.startswith(V41_MARKS)][:3]
 
 
@@ -96,4 +99,6 @@ def _fixed_settings(reading: Reading) -> None:
 def _unread_keys(reading: Reading) -> None:
     unread = sorted(set(reading.raw) - reading.used - IRRELEVANT)
     if unread:
-        reading.notes.append(f"keys without a meaning here were ignored: {', '.join(unread)}")
+        close = {key: difflib.get_close_matches(key, reading.used - {key}, 1, 0.85) for key in unread}
+        named = [f"{key} (is it {close[key][0]}?)" if close[key] else key for key in unread]
+        reading.notes.append(f"keys without a meaning here were ignored: {', '.join(named)}")

@@ -81,9 +81,8 @@ def why_not(rule: str, report: FoldReport, node: str | None = None) -> WhyNot:
         if applied:
             raise GraphError(f"{rule} did fire at {node}: it is part of {applied[0].node}")
         near = ", ".join(r.anchor for r in found.refusals[:5])
-        raise GraphError(
-            f"{rule} was not tried at {node!r}; it was tried, and refused, at: {near or 'no node'}"
-        )
+        refused = f"it was refused at: {near}" if near else "it was refused nowhere"
+        raise GraphError(f"{rule} was not tried at {node!r}; {refused}")
     return WhyNot(rule, found.tried, found.matched, tuple(_grouped(refusals)))
 
 

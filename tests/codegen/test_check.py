@@ -238,7 +238,7 @@ def test_the_kernels_of_a_plan_can_be_listed(plan: Plan, tmp_path: Path) -> None
     rows = json.loads(result.stdout)["kernels"]
     assert {row["kernel"] for row in rows} == set(plan.kernels)
     assert sum(row["launches"] for row in rows) == len(launches(plan))
-    assert {"registers", "shared", "stack", "code"} <= rows[0].keys()
+    assert {"registers", "shared", "spills", "code"} <= rows[0].keys()
 
 
 def test_only_buckets_of_the_plan_can_be_checked(plan: Plan) -> None:

@@ -72,7 +72,5 @@ def test_questions_without_an_answer(report: FoldReport) -> None:
         why_not("nope", report)
     with pytest.raises(GraphError, match=r"explained_test did fire at layers\.0\.silu: it is part of"):
         why_not("explained_test", report, "layers.0.silu")
-    with pytest.raises(
-        GraphError, match=r"was not tried at 'layers\.9'; it was tried, and refused, at: layers"
-    ):
+    with pytest.raises(GraphError, match=r"was not tried at 'layers\.9'; it was refused at: layers"):
         why_not("explained_test", report, "layers.9")
