@@ -19,8 +19,6 @@ from dsv4c.ir.fused import (
     OPERANDS,
     Fused,
     Pattern,
-    holes_in,
-    is_hole,
     operand_counts,
     optional_fields,
     own_fields,
@@ -28,6 +26,7 @@ from dsv4c.ir.fused import (
     trace,
 )
 from dsv4c.ir.graph import Builder, Graph, Node, Value, rewrite
+from dsv4c.ir.holes import holes_in, is_hole
 from dsv4c.ir.op import Cost, Op
 from dsv4c.ir.text import print_attribute
 

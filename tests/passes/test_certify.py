@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dsv4c.errors import GraphError
-from dsv4c.ir.fused import Fused, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Value
 from dsv4c.ir.ops import (
     add,

@@ -13,9 +13,12 @@ import pytest
 import torch
 
 from dsv4c.cli import check as check_command
+from dsv4c.ir import declare as declare_module
 from dsv4c.ir import fused as fused_module
+from dsv4c.ir import holes as holes_module
 from dsv4c.ir import verify as verify_module
-from dsv4c.ir.fused import Fused, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Value
 from dsv4c.ir.ops import quantize, rms_norm, scale, silu, sqrt_softplus
 from dsv4c.ir.ops.math import SqrtSoftplus
@@ -127,6 +130,9 @@ NOTICED_BY: dict[ModuleType, dict[str, Test]] = {
         "_checked_results: value not in operands": body("returns its operand x unchanged"),
         "_checked_results: len(set(results)) == len(results)": body("returns a value twice"),
         "draw: not drawn": body("cannot be traced"),
+    },
+    holes_module: {},
+    declare_module: {
         "check: hasattr(op, 'body')": body("declares no body"),
         "check: not proposes(op) or op.anchor is not None": body("say at which op in `anchor`"),
         "check: bool(counts) or proposes(op)": body("propose the number of operands"),
@@ -167,7 +173,7 @@ def test_a_check_switched_off_is_noticed(module: ModuleType, check: str, monkeyp
 
 
 WHOLE: list[tuple[Any, str, Any, Test]] = [
-    (fused_module, "_check_literals", lambda *_: None, body("eps is 1e-06")),
+    (declare_module, "_check_literals", lambda *_: None, body("eps is 1e-06")),
     (fold_module.Work, "way_back", lambda *_: None, folding.test_a_cycle_through_the_outside),
     (fold_module._Wiring, "unify", lambda *_: None, folding.test_one_field_that_would_need_two_values),
     (compare, "_same_bits", lambda a, b: a.shape == b.shape, certifying.test_classes_of_difference),

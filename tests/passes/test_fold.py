@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dsv4c.errors import GraphError
 from dsv4c.ir import fused as fused_module
-from dsv4c.ir.fused import Fused, Neighborhood, dtype_of, fused, trace
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused, Neighborhood, dtype_of, trace
 from dsv4c.ir.graph import Builder, Graph, Node, Value, rewrite
 from dsv4c.ir.op import Op
 from dsv4c.ir.ops import (

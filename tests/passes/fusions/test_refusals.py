@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from dsv4c.errors import GraphError
-from dsv4c.ir.fused import Fused, is_hole
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Node, Value
+from dsv4c.ir.holes import is_hole
 from dsv4c.ir.ops.attention import AttentionScores
 from dsv4c.ir.ops.rope import Rope
 from dsv4c.ir.verify import verify
