@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from dsv4c.config import ModelConfig as Config
     from dsv4c.config import load_config as load_config
     from dsv4c.errors import Dsv4cError as Dsv4cError
+    from dsv4c.ir.declare import fused as fused
     from dsv4c.ir.fused import Fused as Fused
-    from dsv4c.ir.fused import fused as fused
     from dsv4c.ir.graph import Builder as Builder
     from dsv4c.ir.graph import Graph as Graph
     from dsv4c.ir.graph import Value as Value
@@ -38,7 +38,7 @@ _HOME = {
     "Session": ("dsv4c.runtime.session", "Session"),
     "Value": ("dsv4c.ir.graph", "Value"),
     "compile": ("dsv4c.compiler", "compile"),
-    "fused": ("dsv4c.ir.fused", "fused"),
+    "fused": ("dsv4c.ir.declare", "fused"),
     "load": ("dsv4c.runtime.plan", "load"),
     "load_config": ("dsv4c.config", "load_config"),
 }

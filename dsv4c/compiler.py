@@ -487,7 +487,7 @@ class _Bodies:
 
     def file(self, node: Node) -> str:
         """Name of the file with the body of a fused node: its operands as inputs, its results in order."""
-        from dsv4c.passes.fold import expand
+        from dsv4c.passes.expand import expand
 
         assert isinstance(node.op, Fused)
         key = node.op, tuple(v.type for v in node.inputs)

@@ -15,7 +15,7 @@ from dsv4c.errors import GraphError
 
 if TYPE_CHECKING:
     from dsv4c.passes.certify import Certificate
-    from dsv4c.passes.fold import Match
+    from dsv4c.passes.work import Match
 
 EVERY_RULE = (("deepseek-v4-flash", "official"), ("deepseek-v4-flash", "nvfp4-experts-w4a4"))
 """Configs and recipes in whose decode steps every built-in rule applies, on rows of several blocks each:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph, Value
-from dsv4c.passes.fold import expand
+from dsv4c.passes.expand import expand
 from dsv4c.types import I32, QuantType, TensorType
 
 if TYPE_CHECKING:

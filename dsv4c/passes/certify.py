@@ -25,7 +25,8 @@ from dsv4c.ir.graph import Builder, Graph, Kind, Value
 from dsv4c.ir.op import Op
 from dsv4c.ir.text import print_graph, print_op
 from dsv4c.passes.compare import BIT_EXACT, DIFFERENT, ORDER, Finding, worse
-from dsv4c.passes.fold import Match, expand
+from dsv4c.passes.expand import expand
+from dsv4c.passes.work import Match
 from dsv4c.types import Type
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.op import Op
 from dsv4c.passes.certify import PATTERNS, Application, allowed, both_sides
 from dsv4c.passes.compare import ORDER
-from dsv4c.passes.fold import COMMUTATIVE, expand
+from dsv4c.passes.expand import expand
+from dsv4c.passes.match import COMMUTATIVE
 from dsv4c.types import BF16, E2M1, E4M3, F32, TensorType
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from dsv4c.errors import GraphError
-from dsv4c.ir.fused import Fused, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Value
 from dsv4c.ir.ops import (
     add,
@@ -50,7 +51,8 @@ from dsv4c.passes.certify import (
 )
 from dsv4c.passes.compare import compare
 from dsv4c.passes.defects import DEFECTS, kills, totals
-from dsv4c.passes.fold import Match, Rule, fold
+from dsv4c.passes.fold import Rule, fold
+from dsv4c.passes.work import Match
 from dsv4c.reference.registry import MEANINGS, meaning
 from dsv4c.types import (
     BF16,

@@ -13,15 +13,21 @@ import pytest
 import torch
 
 from dsv4c.cli import check as check_command
+from dsv4c.ir import declare as declare_module
 from dsv4c.ir import fused as fused_module
+from dsv4c.ir import holes as holes_module
 from dsv4c.ir import verify as verify_module
-from dsv4c.ir.fused import Fused, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Value
 from dsv4c.ir.ops import quantize, rms_norm, scale, silu, sqrt_softplus
 from dsv4c.ir.ops.math import SqrtSoftplus
 from dsv4c.ir.ops.norm import RmsNorm
 from dsv4c.passes import adversarial, certify, compare, pipeline
+from dsv4c.passes import expand as expand_module
 from dsv4c.passes import fold as fold_module
+from dsv4c.passes import match as match_module
+from dsv4c.passes import work as work_module
 from dsv4c.passes.certify import PATTERNS, Application, applications, evaluate
 from dsv4c.reference import run
 from dsv4c.reference.registry import MEANINGS
@@ -56,21 +62,27 @@ def broken(make: Callable[[], Any]) -> Test:
 NOTICED_BY: dict[ModuleType, dict[str, Test]] = {
     fold_module: {
         "fold: rule.name in report.rules": folding.test_two_rules_of_one_name,
+    },
+    expand_module: {
         "expand: unknown": folding.test_expand_gives_names_back_and_takes_a_choice,
+    },
+    work_module: {
         "Work.after: writer is not None and writer is not node": (
             folding.test_a_read_that_must_come_before_the_write_closes_a_cycle
         ),
         "Work.sort: len(ordered) != len(self.low)": refusing.test_without_the_check_a_cycle_would_close,
-        "_Search.objection: work.producer(value) in inside": folding.test_an_inner_value_as_an_operand,
-        "_Search.objection: value not in results and (readers or value in work.outputs)": (
+    },
+    match_module: {
+        "Search.objection: work.producer(value) in inside": folding.test_an_inner_value_as_an_operand,
+        "Search.objection: value not in results and (readers or value in work.outputs)": (
             folding.test_an_inner_value_that_is_read_outside
         ),
-        "_Search.objection: self.keep(match, inside) is None": folding.test_results_that_nobody_reads,
-        "_Search.objection: match.operands.count(match.operands[operand]) > 1": (
+        "Search.objection: self.keep(match, inside) is None": folding.test_results_that_nobody_reads,
+        "Search.objection: match.operands.count(match.operands[operand]) > 1": (
             folding.test_an_overwritten_operand_that_is_also_another
         ),
-        "_Search.objection: refused": folding.test_a_guard_refuses_with_its_reason,
-        "_Search.objection: detour is not None": folding.test_a_cycle_through_the_outside,
+        "Search.objection: refused": folding.test_a_guard_refuses_with_its_reason,
+        "Search.objection: detour is not None": folding.test_a_cycle_through_the_outside,
         "_Wiring.step: self.search.steps > BUDGET": folding.test_a_search_ends,
         "_Wiring.candidates: made": folding.test_a_maker_that_is_another_op,
         "_Wiring.candidates: not any((n not in self.assigned.values() for n in fitting))": (
@@ -127,6 +139,9 @@ NOTICED_BY: dict[ModuleType, dict[str, Test]] = {
         "_checked_results: value not in operands": body("returns its operand x unchanged"),
         "_checked_results: len(set(results)) == len(results)": body("returns a value twice"),
         "draw: not drawn": body("cannot be traced"),
+    },
+    holes_module: {},
+    declare_module: {
         "check: hasattr(op, 'body')": body("declares no body"),
         "check: not proposes(op) or op.anchor is not None": body("say at which op in `anchor`"),
         "check: bool(counts) or proposes(op)": body("propose the number of operands"),
@@ -167,9 +182,9 @@ def test_a_check_switched_off_is_noticed(module: ModuleType, check: str, monkeyp
 
 
 WHOLE: list[tuple[Any, str, Any, Test]] = [
-    (fused_module, "_check_literals", lambda *_: None, body("eps is 1e-06")),
-    (fold_module.Work, "way_back", lambda *_: None, folding.test_a_cycle_through_the_outside),
-    (fold_module._Wiring, "unify", lambda *_: None, folding.test_one_field_that_would_need_two_values),
+    (declare_module, "_check_literals", lambda *_: None, body("eps is 1e-06")),
+    (work_module.Work, "way_back", lambda *_: None, folding.test_a_cycle_through_the_outside),
+    (match_module._Wiring, "unify", lambda *_: None, folding.test_one_field_that_would_need_two_values),
     (compare, "_same_bits", lambda a, b: a.shape == b.shape, certifying.test_classes_of_difference),
     (
         compare,

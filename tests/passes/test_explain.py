@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dsv4c.errors import GraphError
-from dsv4c.ir.fused import Fused, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Value
 from dsv4c.ir.ops import clamp, mul, sigmoid, silu
 from dsv4c.passes.explain import table, why_not

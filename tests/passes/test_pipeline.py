@@ -11,7 +11,8 @@ import pytest
 
 from dsv4c.config import Deployment, load_config
 from dsv4c.errors import GraphError
-from dsv4c.ir.fused import Fused, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Value
 from dsv4c.ir.ops import scale, silu
 from dsv4c.ir.text import parse_graph, print_graph

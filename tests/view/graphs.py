@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 from dsv4c.config import Deployment, ModelConfig, load_config
-from dsv4c.ir.fused import Fused, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Node, Value, rewrite
 from dsv4c.ir.ops import quantize as quantize_
 from dsv4c.ir.ops import rms_norm

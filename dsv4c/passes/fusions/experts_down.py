@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dsv4c.ir.fused import Fused, Neighborhood, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused, Neighborhood
 from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.ops import add, cast, expert_linear, linear, quantize, sum_, take_along
 from dsv4c.ir.ops.math import Sum

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from dsv4c.ir.fused import Fused, dtype_of, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused, dtype_of
 from dsv4c.ir.graph import Value
 from dsv4c.ir.ops import add, collapse_streams, mul, rms_norm, shift, sigmoid
 from dsv4c.passes.fusions.hyper_norm import EXAMPLE, mixes_of, post_mix

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from dsv4c.ir.fused import OPERANDS, Fused, Neighborhood, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import OPERANDS, Fused, Neighborhood
 from dsv4c.ir.graph import Kind, Node, Value
 from dsv4c.ir.ops import linear
 from dsv4c.ir.ops.linear import Linear

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from dsv4c.ir.fused import Fused, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Value
 from dsv4c.ir.ops import hadamard, index_scores, quantize, rope, scale
 from dsv4c.types import QuantType

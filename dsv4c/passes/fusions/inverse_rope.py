@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from dsv4c.ir.fused import Fused, Neighborhood, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused, Neighborhood
 from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.ops import quantize, reshape, rope
 from dsv4c.ir.ops.quant import Quantize

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dsv4c.ir.fused import Fused, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Value
 from dsv4c.ir.ops import linear, rms_norm
 from dsv4c.passes.fusions.rmsnorm_quantize import RmsnormQuantize

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from dsv4c.ir.fused import Fused, Neighborhood, dtype_of, fused
+from dsv4c.ir.declare import fused
+from dsv4c.ir.fused import Fused, Neighborhood, dtype_of
 from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.ops import cast, clamp, expert_linear, linear, mul, reshape, silu
 from dsv4c.ir.ops.linear import ExpertLinear, Linear

@@ -14,7 +14,8 @@ from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode
 from dsv4c.models.schedule import layer_plans
 from dsv4c.models.traffic import token_traffic
-from dsv4c.passes.fold import cost_of, expand, fold
+from dsv4c.passes.expand import expand
+from dsv4c.passes.fold import cost_of, fold
 from dsv4c.passes.fusions import FUSIONS
 from dsv4c.passes.schedule import schedule
 from tests.conftest import Golden

@@ -11,15 +11,18 @@ from typing import Any
 import pytest
 
 from dsv4c.errors import GraphError
-from dsv4c.ir.fused import Fused, is_hole
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Node, Value
+from dsv4c.ir.holes import is_hole
 from dsv4c.ir.ops.attention import AttentionScores
 from dsv4c.ir.ops.rope import Rope
 from dsv4c.ir.verify import verify
-from dsv4c.passes import fold as folding
-from dsv4c.passes.fold import FoldReport, Match, Refusal, Rule, expand, fold
+from dsv4c.passes import match as matching
+from dsv4c.passes.expand import expand
+from dsv4c.passes.fold import FoldReport, Refusal, Rule, fold
 from dsv4c.passes.fusions import FUSIONS
 from dsv4c.passes.fusions.rmsnorm_quantize import RmsnormQuantize
+from dsv4c.passes.work import Match, Work
 from dsv4c.types import BF16, F32, DType
 from tests.passes.fusions.cases import RULES, folded, one_layer, unfolded, wiring
 
@@ -67,13 +70,13 @@ def test_rules_that_return_everything_have_nothing_to_lose(rule: str) -> None:
 
 def test_without_the_check_an_escaping_value_would_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     graph, match = match_of("sinkhorn")
-    monkeypatch.setattr(folding._Search, "objection", lambda *_: None)
+    monkeypatch.setattr(matching.Search, "objection", lambda *_: None)
     with pytest.raises((GraphError, KeyError)):
         verify(fold(leaking(graph, inner_values(match)[-1]), RULES)[0])
 
 
 def test_without_the_check_a_cycle_would_close(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folding.Work, "way_back", lambda *_: None)
+    monkeypatch.setattr(Work, "way_back", lambda *_: None)
     with pytest.raises(GraphError, match="cycle"):
         fold(unfolded("tiny", "nvfp4-experts-w4a4", "decode"), RULES)
 
@@ -84,8 +87,8 @@ def test_without_the_check_an_attribute_would_be_lost(monkeypatch: pytest.Monkey
     place = next(i for i, n in enumerate(graph.nodes) if n.op.name == "normalize")
     mutant = with_attribute(graph, place, "eps", 0.5)
     assert mutant is not None
-    monkeypatch.setattr(folding._Wiring, "unify", capture_only)
-    monkeypatch.setattr(folding, "_same", lambda *_: True)
+    monkeypatch.setattr(matching._Wiring, "unify", capture_only)
+    monkeypatch.setattr(matching, "_same", lambda *_: True)
     monkeypatch.setattr(type(graph.nodes[place].op), "__eq__", lambda a, b: type(a) is type(b))
     monkeypatch.setattr(type(graph.nodes[place].op), "__hash__", lambda a: 0)
     kept, report = fold(mutant, [r for r in RULES if r.name == "sinkhorn"])
