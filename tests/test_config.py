@@ -261,7 +261,7 @@ def test_unread_keys_are_noted(load: Callable[[Raw], ModelConfig]) -> None:
 
 
 def test_a_key_that_looks_misspelled_is_named_with_what_it_may_mean(
-    read: Callable[[Raw], ModelConfig],
+    load: Callable[[Raw], ModelConfig],
 ) -> None:
     config = load(release() | {"hiden_size": 7})
     assert config.notes == ("keys without a meaning here were ignored: hiden_size (is it hidden_size?)",)

@@ -138,7 +138,7 @@ class Body:
     def cost(self, op: Fused) -> Cost:
         reads = tuple(min(self._reads(v), v.type.nbytes) for v in self.graph.inputs)
         writes = tuple(self._writes(v) for v in op.kept(self.results))
-        return Cost(sum(_cost(node).flops for node in self.graph.nodes), reads, writes)
+        return Cost(sum(node.cost.flops for node in self.graph.nodes), reads, writes)
 
     def _reads(self, value: Value) -> int:
         """Bytes of `value` that the body reads; views and updates of it count with their readers."""
@@ -150,7 +150,7 @@ class Body:
             for result in through:
                 parts += self._reads(node.outputs[result])
             if node.op.name not in ("reshape", "slice"):
-                cost = _cost(node)
+                cost = node.cost
                 whole = max(whole, *(n for v, n in zip(node.inputs, cost.reads, strict=True) if v is value))
         return max(whole, min(parts, value.type.nbytes))
 
@@ -158,11 +158,7 @@ class Body:
         assert value.node is not None
         if value.index not in value.node.op.alias:
             return value.type.nbytes
-        return _cost(value.node).writes[value.index]
-
-
-def _cost(node: Node) -> Cost:
-    return node.op.cost(tuple(v.type for v in node.inputs), tuple(v.type for v in node.outputs))
+        return value.node.cost.writes[value.index]
 
 
 @_cached

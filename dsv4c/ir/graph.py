@@ -15,7 +15,7 @@ from contextvars import ContextVar
 from functools import cached_property
 
 from dsv4c.errors import GraphError
-from dsv4c.ir.op import Op
+from dsv4c.ir.op import Cost, Op
 from dsv4c.types import Type
 
 
@@ -58,6 +58,11 @@ class Node:
     def provenance(self) -> tuple[str, ...]:
         """Names of the results of the unfused graph that this node computes."""
         return self.origin or tuple(v.name for v in self.outputs)
+
+    @property
+    def cost(self) -> Cost:
+        """What its op costs on values of these types."""
+        return self.op.cost(tuple(v.type for v in self.inputs), tuple(v.type for v in self.outputs))
 
     def __repr__(self) -> str:
         return f"{', '.join('%' + v.name for v in self.outputs)} = {self.op.name}(...)"

@@ -249,10 +249,7 @@ def both_sides(applied: Application, pattern: str, seed: int, right: Any) -> Any
 
 
 def patterns_for(applied: Application) -> tuple[str, ...]:
-    flops = sum(
-        n.op.cost(tuple(v.type for v in n.inputs), tuple(v.type for v in n.outputs)).flops
-        for n in applied.nodes.nodes
-    )
+    flops = sum(node.cost.flops for node in applied.nodes.nodes)
     return PATTERNS[: max(1, min(len(PATTERNS), int(LIMIT / max(flops, 1))))]
 
 

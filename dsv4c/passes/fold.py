@@ -14,7 +14,6 @@ from typing import Any
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph, Node
-from dsv4c.ir.op import Cost
 from dsv4c.ir.text import print_attribute
 from dsv4c.passes.match import Failure, Guard, Search
 from dsv4c.passes.work import Match, Work
@@ -146,7 +145,7 @@ def _refusal(rule: Rule, anchor: Node, failure: Failure) -> Refusal:
 
 def savings(match: Match) -> tuple[int, int]:
     """Launches and bytes of memory traffic that the fused op saves against its members."""
-    before = sum(cost_of(node).bytes for node in match.nodes)
+    before = sum(node.cost.bytes for node in match.nodes)
     types = tuple(v.type for v in match.operands)
     after = match.op.cost(types, match.op.results(types)).bytes
     return launches_of(match.nodes) - 1, before - after
@@ -156,10 +155,6 @@ def _text(value: Any) -> str:
     if isinstance(value, str):
         return value
     return print_attribute(value)
-
-
-def cost_of(node: Node) -> Cost:
-    return node.op.cost(tuple(v.type for v in node.inputs), tuple(v.type for v in node.outputs))
 
 
 def launches_of(nodes: Iterable[Node]) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.text import print_node
-from dsv4c.view.layers import cost_of, is_launch, layer_of
+from dsv4c.view.layers import is_launch, layer_of
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Totals:
 
 
 def totals(graph: Graph) -> Totals:
-    costs = [cost_of(node) for node in graph.nodes if is_launch(node)]
+    costs = [node.cost for node in graph.nodes if is_launch(node)]
     return Totals(len(graph.nodes), len(costs), sum(c.bytes for c in costs), sum(c.flops for c in costs))
 
 

@@ -18,7 +18,7 @@ from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.ir.text import print_attribute
 from dsv4c.types import Type
 from dsv4c.view.diff import Difference, diff, totals
-from dsv4c.view.layers import Section, body_of, body_results, cost_of, family, layer_of, sections
+from dsv4c.view.layers import Section, body_of, body_results, family, layer_of, sections
 
 STATIC = Path(__file__).parent / "static"
 
@@ -209,7 +209,7 @@ class _Page:
     def cost(self, node: Node, op: int) -> tuple[int, int]:
         key = (op, *[self.type(v.type) for v in node.inputs])
         if key not in self.costs:
-            cost = cost_of(node)
+            cost = node.cost
             self.costs[key] = cost.bytes, cost.flops
         return self.costs[key]
 

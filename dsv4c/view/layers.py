@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
-from dsv4c.ir.op import Cost
 
 _LAYER = re.compile(r"((layers|mtp)\.(\d+))(?=\.|$)")
 
@@ -190,10 +189,6 @@ def body_results(node: Node, body: Graph) -> tuple[Value, ...]:
 def family(node: Node) -> str:
     """The file that declares the op: `linear`, `norm`; of a fused op `fused`."""
     return "fused" if isinstance(node.op, Fused) else type(node.op).__module__.rpartition(".")[2]
-
-
-def cost_of(node: Node) -> Cost:
-    return node.op.cost(tuple(v.type for v in node.inputs), tuple(v.type for v in node.outputs))
 
 
 def is_launch(node: Node) -> bool:

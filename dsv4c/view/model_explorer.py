@@ -7,7 +7,7 @@ from typing import Any
 
 from dsv4c.ir.graph import Graph, Node, Value
 from dsv4c.ir.text import print_attribute
-from dsv4c.view.layers import body_of, body_results, cost_of
+from dsv4c.view.layers import body_of, body_results
 
 Source = tuple[str, str]
 """Id of a node and the number of its output."""
@@ -51,7 +51,7 @@ def _node(node: Node, id_: str, namespace: str, sources: dict[Value, Source]) ->
 
 
 def _attributes(node: Node) -> dict[str, str]:
-    cost = cost_of(node)
+    cost = node.cost
     found = {key: print_attribute(value) for key, value in node.op.attributes().items()}
     found |= {"name": node.name, "bytes": str(cost.bytes), "flops": str(cost.flops)}
     return found | ({"origin": " ".join(node.origin)} if node.origin else {})

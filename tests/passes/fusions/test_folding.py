@@ -15,7 +15,7 @@ from dsv4c.models.deepseek_v4 import Mode
 from dsv4c.models.schedule import layer_plans
 from dsv4c.models.traffic import token_traffic
 from dsv4c.passes.expand import expand
-from dsv4c.passes.fold import cost_of, fold
+from dsv4c.passes.fold import fold
 from dsv4c.passes.fusions import FUSIONS
 from dsv4c.passes.schedule import schedule
 from tests.conftest import Golden
@@ -196,8 +196,8 @@ def test_expanding_and_folding_a_large_model_are_each_others_undo(model: str) ->
 def test_planned_bytes_are_close_to_compulsory(model: str, recipe: str) -> None:
     context = 131072
     graph, _ = folded(model, recipe, "decode", context)
-    planned = sum(cost_of(node).bytes for node in graph.nodes)
-    before = sum(cost_of(node).bytes for node in unfolded(model, recipe, "decode", context).nodes)
+    planned = sum(node.cost.bytes for node in graph.nodes)
+    before = sum(node.cost.bytes for node in unfolded(model, recipe, "decode", context).nodes)
     compulsory = token_traffic(load_config(model), context).bytes
     print(
         f"{model}: planned {planned / 1e6:.1f} MB, {planned / compulsory:.4f} of compulsory; "
