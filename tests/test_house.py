@@ -38,9 +38,7 @@ HOUSE = {
     "config": Room((*LEAVES, "dialects")),
     # Runs plans, knows nothing of how they are made; the CPU executor alone interprets, and loads that late.
     "runtime.cpu": Room((*LEAVES, "runtime"), ("torch", "numpy"), rooms_inside=("ir", "reference")),
-    "runtime": Room(
-        LEAVES, ("torch", "numpy", "safetensors", "tokenizers", "cuda"), ("runtime.cpu",), ("rich",)
-    ),
+    "runtime": Room(LEAVES, ("torch", "numpy", "safetensors", "cuda"), ("runtime.cpu",), ("rich",)),
     "ir": Room(LEAVES, ("networkx",)),
     "reference": Room((*LEAVES, "ir", "runtime"), ("torch",)),
     # Graph work happens without torch: these load it, and whatever needs it, only inside functions.
