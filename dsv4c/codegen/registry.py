@@ -133,7 +133,8 @@ class No:
     reason: str
 
 
-Candidate = Callable[[Request], Sequence[Launchable] | No]
+Answer = Sequence[Launchable] | No
+Candidate = Callable[[Request], Answer]
 
 
 @dataclass(frozen=True)
@@ -160,19 +161,13 @@ def kernel(*ops: type[Op], several: bool = False) -> Callable[[Candidate], Candi
     return register
 
 
-def groupable(ops: Sequence[Op]) -> bool:
-    """Whether some candidate makes one launch of these ops."""
-    return any(k.several and all(type(op) in k.ops for op in ops) for k in KERNELS)
-
-
 @cache
 def choose(request: Request) -> tuple[Launchable, ...]:
     """The first answer that is not `No`.
 
     Raises BuildError with the reason of every candidate when there is none.
     """
-    import dsv4c.codegen.blockscaled
-    import dsv4c.codegen.kernels  # noqa: F401  (they fill KERNELS)
+    import dsv4c.codegen.kernels  # noqa: F401  (fills KERNELS)
 
     reasons = []
     for candidate in KERNELS:
