@@ -53,9 +53,9 @@ HOUSE = {
         (*COMPILER, "stages"), (), ("runtime", "runtime.cpu", "reference"), ("torch", "safetensors")
     ),
     "codegen.check": Room(("ir",), rooms_inside=("runtime",)),  # reads plans, for their types alone
-    "compiler": Room(
-        (*COMPILER, "stages", "codegen", "view"), (), ("runtime", "reference"), ("torch", "rich")
-    ),
+    # These make the runtime's plans, which are data: without torch. Kernels are loaded for GPU targets only.
+    "assemble": Room((*COMPILER, "stages", "runtime"), (), ("codegen",)),
+    "compiler": Room((*COMPILER, "stages", "assemble", "runtime"), (), ("codegen",)),
     "": Room((*CONFIG, "ir", "passes", "compiler"), (), ("runtime", "models", "codegen", "view")),
     "cli": Room(
         ("", *CONFIG),
@@ -233,7 +233,8 @@ HEAVY = ("torch", "cutlass", "transformers", "pydantic", "jinja2")
         ("passes", HEAVY),
         ("models", HEAVY),
         ("codegen", ("torch", "cutlass", "transformers")),
-        ("compiler", ("torch", "cutlass", "transformers")),
+        ("assemble", HEAVY),
+        ("compiler", HEAVY),
         ("cli", ("torch", "cutlass", "transformers")),
         (
             "runtime",

@@ -25,7 +25,7 @@ from dsv4c.passes.fusions.index_topk import IndexTopk
 from dsv4c.passes.fusions.indexer import Indexer
 from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import Swiglu
-from dsv4c.passes.memory import aligned, plan_memory
+from dsv4c.passes.memory import aligned, lay_out, plan_memory
 from dsv4c.passes.schedule import Schedule
 from dsv4c.types import BF16, F32, Component, QuantType, TensorType, Type
 
@@ -99,6 +99,8 @@ class Lowered:
     values: Mapping[str, Place]
     arena_bytes: int
     arena_lower_bound: int
+    state_bytes: int
+    input_bytes: int
     weights: tuple[Weight, ...]
     weights_bytes: int
     constants: Mapping[str, Place]
@@ -106,17 +108,8 @@ class Lowered:
     constants_bytes: int
 
 
-def lower(
-    graph: Graph,
-    schedule: Schedule,
-    target: str,
-    states: Mapping[str, int],
-    inputs: Mapping[str, int],
-    load: Graph | None = None,
-) -> Lowered:
-    """Kernels, launches and bytes of a folded graph.
-
-    `states` and `inputs` are offsets in their blocks, `load` is what the prepack pass set aside.
+def lower(graph: Graph, schedule: Schedule, target: str, load: Graph | None = None) -> Lowered:
+    """Kernels, launches and bytes of a folded graph; `load` is what the prepack pass set aside.
 
     Raises BuildError naming the node that no kernel takes, with every reason.
     """
@@ -127,6 +120,8 @@ def lower(
     params = [v for v in graph.params if v.name not in tables]
     weights, weights_bytes = lay_out_weights(params, _forms(chosen))
     constants, constants_file, constants_bytes = _constants(tables)
+    states, state_bytes = lay_out({v.name: v.type for v in graph.states})
+    inputs, input_bytes = lay_out({v.name: v.type for v in graph.inputs})
     places: dict[Value, Place] = {v: Place(v.type, "arena", at) for v, at in memory.offsets.items()}
     places |= {v: Place(v.type, "state", states[v.name]) for v in graph.states}
     places |= {v: Place(v.type, "input", inputs[v.name]) for v in graph.inputs}
@@ -140,6 +135,8 @@ def lower(
         values={v.name: places[v] for v in graph.values()},
         arena_bytes=memory.bytes + max((_scratch_bytes(answer) for _, answer in chosen), default=0),
         arena_lower_bound=memory.lower_bound,
+        state_bytes=state_bytes,
+        input_bytes=input_bytes,
         weights=weights,
         weights_bytes=weights_bytes,
         constants=constants,

@@ -134,7 +134,8 @@ class No:
     reason: str
 
 
-Candidate = Callable[[Request], Sequence[Launchable] | No]
+Answer = Sequence[Launchable] | No
+Candidate = Callable[[Request], Answer]
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,7 @@ def choose(request: Request) -> tuple[Launchable, ...]:
 
     Raises BuildError with the reason of every candidate when there is none.
     """
-    import dsv4c.codegen.blockscaled
-    import dsv4c.codegen.kernels  # noqa: F401  (they fill KERNELS)
+    import dsv4c.codegen.kernels  # noqa: F401  (fills KERNELS)
 
     reasons = []
     for candidate in KERNELS:

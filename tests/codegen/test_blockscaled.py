@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv4c.codegen.blockscaled import BlockScaledSpec, emit_blockscaled
 from dsv4c.codegen.build import Source, build
+from dsv4c.codegen.kernels.blockscaled import BlockScaledSpec, emit_blockscaled
 from dsv4c.codegen.registry import Launchable, choose, request_of
 from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Builder

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from dsv4c.codegen.attention import AttentionSpec, emit_attention, plan_attention
 from dsv4c.codegen.build import TARGETS, Source, build
 from dsv4c.codegen.emit import Emission
-from dsv4c.codegen.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
+from dsv4c.codegen.kernels.attention import AttentionSpec, emit_attention, plan_attention
+from dsv4c.codegen.kernels.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
 from dsv4c.codegen.lib.geometry import Attention, Selection
 from dsv4c.errors import BuildError
 

@@ -13,11 +13,13 @@ from types import SimpleNamespace
 import pytest
 
 from dsv4c.codegen.build import TARGETS, Source, build
-from dsv4c.codegen.compress import CompressSpec, KvStoreSpec, Rider, seated
 from dsv4c.codegen.emit import Emission
-from dsv4c.codegen.experts import ExpertsSpec, Routing, emit_experts_down, emit_experts_up
-from dsv4c.codegen.gemv import SHARED_PER_SM, Activations, GemvSpec, Matrix, emit_gemv, plan_parts
-from dsv4c.codegen.quantize import QuantizeSpec, emit_quantize
+from dsv4c.codegen.kernels.experts import ExpertsSpec
+from dsv4c.codegen.kernels.experts_down import emit_experts_down
+from dsv4c.codegen.kernels.experts_up import Routing, emit_experts_up
+from dsv4c.codegen.kernels.gemv import SHARED_PER_SM, Activations, GemvSpec, Matrix, emit_gemv, plan_parts
+from dsv4c.codegen.kernels.quantize import QuantizeSpec, emit_quantize
+from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec, Rider, seated
 from dsv4c.errors import BuildError
 from dsv4c.runtime.packing import parse_packing
 from tests.conftest import Golden

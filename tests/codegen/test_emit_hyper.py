@@ -10,9 +10,16 @@ import pytest
 
 from dsv4c.codegen.build import TARGETS, Source, build
 from dsv4c.codegen.emit import Emission
-from dsv4c.codegen.head import AdvanceSpec, ArgmaxSpec, EmbedSpec, emit_advance, emit_argmax, emit_embed
-from dsv4c.codegen.hyper import SHARED_LIMIT, HyperNormSpec, emit_hyper_norm
-from dsv4c.codegen.router import RouterGateSpec, emit_router_gate
+from dsv4c.codegen.kernels.ends import (
+    AdvanceSpec,
+    ArgmaxSpec,
+    EmbedSpec,
+    emit_advance,
+    emit_argmax,
+    emit_embed,
+)
+from dsv4c.codegen.kernels.hyper_norm import SHARED_LIMIT, HyperNormSpec, emit_hyper_norm
+from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
 from dsv4c.errors import BuildError
 
 BOUNDARY = HyperNormSpec(rows=2, hidden=256, norm_eps=1e-6, hc_eps=1e-6, iterations=20)

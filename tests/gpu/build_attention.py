@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from dsv4c.codegen.attention import AttentionSpec, emit_attention
 from dsv4c.codegen.build import Source, build
-from dsv4c.codegen.compress import CompressSpec, KvStoreSpec
 from dsv4c.codegen.emit import Emission
-from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
-from dsv4c.codegen.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
+from dsv4c.codegen.kernels.attention import AttentionSpec, emit_attention
+from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv
+from dsv4c.codegen.kernels.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
+from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec
 
 FOLDER = Path("build/gpu/attention")
 Spec = AttentionSpec | GemvSpec | IndexScoresSpec | TopKSpec

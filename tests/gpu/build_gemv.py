@@ -13,9 +13,11 @@ from pathlib import Path
 
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
-from dsv4c.codegen.experts import ExpertsSpec, Routing, emit_experts_down, emit_experts_up
-from dsv4c.codegen.gemv import Activations, GemvSpec, Matrix, emit_gemv
-from dsv4c.codegen.quantize import QuantizeSpec, emit_quantize
+from dsv4c.codegen.kernels.experts import ExpertsSpec
+from dsv4c.codegen.kernels.experts_down import emit_experts_down
+from dsv4c.codegen.kernels.experts_up import Routing, emit_experts_up
+from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv
+from dsv4c.codegen.kernels.quantize import QuantizeSpec, emit_quantize
 
 FOLDER = Path("build/gpu/gemv")
 QUANTIZED = Activations("x", "e4m3")

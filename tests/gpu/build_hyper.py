@@ -13,18 +13,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from dsv4c.codegen import gemv, head, hyper, router
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.kernels import ends, gemv, hyper_norm, router
 
 FOLDER = Path("build/gpu/hyper")
 FLASH, PRO, TINY = 4096, 7168, 256
 BATCHES = (1, 2, 3, 8)
 
 
-def boundary(rows: int, hidden: int, **flags: Any) -> hyper.HyperNormSpec:
+def boundary(rows: int, hidden: int, **flags: Any) -> hyper_norm.HyperNormSpec:
     """A boundary with the release's constants."""
-    return hyper.HyperNormSpec(rows, hidden, 1e-6, 1e-6, flags.pop("iterations", 20), **flags)
+    return hyper_norm.HyperNormSpec(rows, hidden, 1e-6, 1e-6, flags.pop("iterations", 20), **flags)
 
 
 def specs() -> Iterator[tuple[str, Any, Emission]]:
@@ -43,21 +43,21 @@ def specs() -> Iterator[tuple[str, Any, Emission]]:
     boundaries += [boundary(1, PRO, held=held) for held in (0, 18)]
     boundaries += [boundary(1, 512), boundary(1, 2560), boundary(1, 384)]
     for spec in boundaries:
-        yield "hyper", spec, hyper.emit_hyper_norm(spec)
+        yield "hyper", spec, hyper_norm.emit_hyper_norm(spec)
     for hidden, experts in ((FLASH, 256), (PRO, 384), (TINY, 8)):
         for rows in BATCHES:
             gate = router.RouterGateSpec(rows, hidden, experts)
             yield "gate", gate, router.emit_router_gate(gate)
     for rows, vocabulary in ((1, 129280), (8, 129280), (3, 512), (2, 250)):
-        argmax = head.ArgmaxSpec(rows, vocabulary)
-        yield "argmax", argmax, head.emit_argmax(argmax)
+        argmax = ends.ArgmaxSpec(rows, vocabulary)
+        yield "argmax", argmax, ends.emit_argmax(argmax)
     for rows, hidden in ((1, FLASH), (8, PRO), (3, TINY)):
-        embed = head.EmbedSpec(rows, hidden)
-        yield "embed", embed, head.emit_embed(embed)
+        embed = ends.EmbedSpec(rows, hidden)
+        yield "embed", embed, ends.emit_embed(embed)
     for rows in BATCHES:
-        advance, positions = head.AdvanceSpec(rows), head.PositionsSpec(rows)
-        yield "advance", advance, head.emit_advance(advance)
-        yield "positions", positions, head.emit_positions(positions)
+        advance, positions = ends.AdvanceSpec(rows), ends.PositionsSpec(rows)
+        yield "advance", advance, ends.emit_advance(advance)
+        yield "positions", positions, ends.emit_positions(positions)
     neighbors = (
         ("wo_b", 4096, 8192),
         ("w13", 4096, 4096),

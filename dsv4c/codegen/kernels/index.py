@@ -10,11 +10,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.codegen.kernels.formats import CACHES, format_name, holds
 from dsv4c.codegen.lib.geometry import Index, Row, Selection
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
+from dsv4c.passes.fusions.index_topk import IndexTopk
+from dsv4c.passes.fusions.indexer import Indexer
+from dsv4c.types import BF16, MXFP4
 
 FORMATS = {"mxfp4": "q[e2m1,ue8m0,1x32]", "bf16": "bf16"}
 CTAS = 264  # two per SM
+WIDTH = 128  # of a head
 
 
 @dataclass(frozen=True)
@@ -121,3 +127,35 @@ def emit_top_k(spec: TopKSpec) -> Emission:
     return Emission(
         f"{spec.name}_0", source, (splits * B, 1, 1), threads, t.shared, spec.parameters, (splits, 1, 1)
     )
+
+
+# Binding ----------------------------------------------------------------------------------------------------
+
+
+@kernel(Indexer, IndexTopk, several=True)
+def indexer(request: Request) -> Answer:
+    """Scores, then the best of them: the first leaves out what the second need not look at."""
+    op, best = request.calls[0].op, request.calls[-1].op
+    if len(request.calls) != 2 or not isinstance(op, Indexer) or not isinstance(best, IndexTopk):
+        names = ", ".join(call.op.name for call in request.calls)
+        return No(f"takes an indexer and the index_topk of its scores together, not {names}")
+    x, (scores,) = request.calls[0].operands, request.calls[0].outputs
+    if request.calls[1].inputs != (scores,) or request.readers[scores]:
+        return No("leaves out scores that index_topk does not look at; somebody else reads them")
+    q, keys, weights = (request.types[x[n]] for n in ("q", "keys", "weights"))
+    if not holds(q, BF16) or not holds(weights, BF16):
+        return No(f"takes bf16 queries and head weights, not {q} and {weights}")
+    if q.shape[2] != WIDTH or q.shape[0] != keys.shape[0]:
+        return No(f"takes one token per sequence in heads of {WIDTH}, not {q} against {keys}")
+    format_ = format_name(keys, CACHES)
+    if format_ not in ("mxfp4", "bf16"):
+        return No(f"takes keys of {MXFP4} or bf16, not {keys}")
+    batch, heads, _ = q.shape
+    capacity = keys.shape[1]
+    first = IndexScoresSpec("index_scores", batch, heads, format_, capacity, op.ratio, best.k, op.factor)
+    second = TopKSpec("index_topk", batch, capacity, best.k, op.ratio)  # of scores rounded to bf16
+    values = {**x, "scores": scores, "out": request.calls[1].outputs[0]}
+    return [
+        launchable(request, emit_index_scores(first), values, stage="scores"),
+        launchable(request, emit_top_k(second), values, stage="topk"),
+    ]

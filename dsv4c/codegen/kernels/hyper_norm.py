@@ -9,8 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv4c.codegen.emit import BANDWIDTH, Emission, Parameter, floor_us, render
+from dsv4c.codegen.kernels.formats import holds
+from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.slices import STREAMS, Slice
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
+from dsv4c.passes.fusions.head import Head
+from dsv4c.passes.fusions.hyper_norm import HyperNorm, HyperNormFirst
+from dsv4c.types import BF16, FP8_ROW, NVFP4_ROW, TensorType
 
 SHARED_LIMIT = 232448 - 1024  # what a CTA may use on sm_90 and sm_100, less the system's kilobyte
 CLUSTER_LIMIT = 16
@@ -130,3 +136,48 @@ def _signature(spec: HyperNormSpec) -> str:
         "q_scale": f"ue8m0[{n},{h // 128}]",
     }
     return "\n".join(f"{p.name}: {types[p.name.removeprefix('m_')]}" for p in _parameters(spec))
+
+
+# Binding ----------------------------------------------------------------------------------------------------
+
+
+@kernel(HyperNorm, HyperNormFirst, Head)
+def hyper_norm(request: Request) -> Answer:
+    call = request.call
+    op, x = call.op, call.operands
+    assert isinstance(op, HyperNormFirst | Head)
+    streams = request.types[x["streams"]]
+    if not holds(streams, BF16) or streams.shape[1] != STREAMS:
+        return No(f"mixes {STREAMS} streams of bf16, not {streams}")
+    names = ["normed", "post_out", "comb_out", "q"] if isinstance(op, HyperNormFirst) else ["normed"]
+    if not isinstance(op, HyperNormFirst) or isinstance(op, HyperNorm):
+        names = ["x_out", *names]
+    made = {names[place]: number for place, number in call.made.items()}
+    if isinstance(op, HyperNormFirst):
+        if op.format not in (None, FP8_ROW, NVFP4_ROW):
+            return No(f"quantizes the row to {FP8_ROW} or {NVFP4_ROW}, not {op.format}")
+        if not {"post_out", "comb_out"} <= made.keys():
+            return No("writes the coefficients of the next mixing, which nobody reads")
+    packed = "q" in made and isinstance(op, HyperNormFirst) and op.format == NVFP4_ROW
+    spec = HyperNormSpec(
+        rows=streams.shape[0],
+        hidden=streams.shape[2],
+        norm_eps=op.norm_eps,
+        hc_eps=op.hc_eps,
+        iterations=op.iterations if isinstance(op, HyperNormFirst) else 1,
+        mix="f" in x,
+        keep="x_out" in made,
+        head=isinstance(op, Head),
+        bf16="normed" in made or packed,
+        fp8="q" in made and not packed,
+    )
+    values = {**x, "x": x["streams"], "scale": x["scales"], **made}
+    if not packed:
+        return [launchable(request, emit_hyper_norm(spec), values)]
+    shape = request.types[made["q"]].shape
+    row = {} if "normed" in made else {"normed": scratch_for("row", TensorType(BF16, shape), "w")["row"]}
+    operands = {"x": made["normed"], "q": made["q"]} if "normed" in made else {"q": made["q"]}
+    return [
+        launchable(request, emit_hyper_norm(spec), values, stage="norm", scratch=row),
+        quantize_rows(request, operands, shape),
+    ]

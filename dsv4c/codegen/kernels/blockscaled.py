@@ -6,12 +6,11 @@ multiply them. It assembles for sm_100a; it has not been run on that hardware.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.lib.geometry import Gemm
-from dsv4c.codegen.registry import Launchable, No, Request, kernel, launchable
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
 from dsv4c.ir.ops.linear import Linear
 from dsv4c.types import BF16, NVFP4, NVFP4_ROW, QuantType
@@ -70,7 +69,7 @@ def emit_blockscaled(spec: BlockScaledSpec) -> Emission:
 
 
 @kernel(Linear)
-def blockscaled(request: Request) -> Sequence[Launchable] | No:
+def blockscaled(request: Request) -> Answer:
     """A linear layer of NVFP4 rows and weights, for more rows than a GEMV takes."""
     call = request.call
     x, w = (request.types[i] for i in call.inputs)

@@ -1,4 +1,4 @@
-"""Kernels at the ends of a step: embedding, argmax, positions. The head's norm is a `hyper.HyperNormSpec`."""
+"""Kernels at the ends of a step: embedding, argmax, positions. The head's norm is in `hyper_norm`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsv4c.codegen.emit import BANDWIDTH, Emission, Parameter, floor_us, render
+from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.lib.slices import STREAMS
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
+from dsv4c.ir.ops.sample import Argmax
+from dsv4c.ir.ops.state import Advance, Positions
+from dsv4c.passes.fusions.embed import Embed
+from dsv4c.types import BF16, F32
 
 
 @dataclass(frozen=True)
@@ -131,3 +137,49 @@ def emit_advance(spec: AdvanceSpec) -> Emission:
 
 def _signature(types: Mapping[str, str], parameters: tuple[Parameter, ...]) -> str:
     return "\n".join(f"{p.name}: {types[p.operand]}" for p in parameters)
+
+
+# Binding ----------------------------------------------------------------------------------------------------
+
+
+@kernel(Positions)
+def positions(request: Request) -> Answer:
+    call = request.call
+    assert isinstance(call.op, Positions)
+    start, lengths = call.inputs
+    spec = PositionsSpec(request.types[start].shape[0], call.op.tokens)
+    values = {"start": start, "lengths": lengths, "positions": call.outputs[0]}
+    return [launchable(request, emit_positions(spec), values)]
+
+
+@kernel(Embed)
+def embed(request: Request) -> Answer:
+    call = request.call
+    assert isinstance(call.op, Embed)
+    x = call.operands
+    table = request.types[x["table"]]
+    if not holds(table, BF16):
+        return No(f"copies rows of bf16, the table is {table}")
+    if call.op.streams != STREAMS:
+        return No(f"copies to {STREAMS} streams, not {call.op.streams}")
+    spec = EmbedSpec(request.types[x["tokens"]].shape[0], table.shape[1])
+    values = {"table": x["table"], "ids": x["tokens"], "x": call.outputs[0]}
+    return [launchable(request, emit_embed(spec), values)]
+
+
+@kernel(Argmax)
+def argmax(request: Request) -> Answer:
+    call = request.call
+    logits = request.types[call.inputs[0]]
+    if not holds(logits, F32) or len(logits.shape) != 2:
+        return No(f"takes logits f32[N,V], not {logits}")
+    values = {"logits": call.inputs[0], "token": call.outputs[0]}
+    return [launchable(request, emit_argmax(ArgmaxSpec(*logits.shape)), values)]
+
+
+@kernel(Advance)
+def advance(request: Request) -> Answer:
+    call = request.call
+    start, lengths = call.inputs
+    spec = AdvanceSpec(request.types[start].shape[0])
+    return [launchable(request, emit_advance(spec), {"start": start, "lengths": lengths})]

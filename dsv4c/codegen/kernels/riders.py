@@ -6,13 +6,19 @@ gives them CTAs of its own size (`templates/state_stages.py.jinja` holds the cal
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from dsv4c.codegen.emit import Parameter
+from dsv4c.codegen.kernels.formats import CACHES, format_name
 from dsv4c.codegen.lib.geometry import Pool, Row
+from dsv4c.codegen.registry import Call, No, Request
 from dsv4c.errors import BuildError
+from dsv4c.passes.fusions.compressor import Compressor
+from dsv4c.passes.fusions.kv_norm_rope_store import KvNormRopeStore
+from dsv4c.passes.fusions.q_norm_quantize import QNormQuantize
+from dsv4c.types import KV_FP8, MXFP4
 
 THREADS = 256
 FORMATS = {"fp8": "q[e4m3,ue8m0,1x64,tail=64]", "bf16": "bf16", "mxfp4": "q[e2m1,ue8m0,1x32]"}
@@ -198,3 +204,89 @@ def check_row(name: str, row: Row, threads: int) -> None:
             f"{name}: {threads} threads hold rows that are a multiple of 128 up to {threads * 4} wide, "
             f"got {row.width}"
         )
+
+
+# Binding ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Riding:
+    """State writes that go with a launch of products: their specs, and the values of their operands."""
+
+    riders: tuple[Rider, ...] = ()
+    values: Mapping[str, int] = field(default_factory=dict)
+
+
+NOBODY = Riding()
+
+
+def riding_of(request: Request, rows: int) -> Riding | No:
+    """The state writes of a request, one token each for `rows` sequences."""
+    riders: list[Rider] = []
+    values: dict[str, int] = {}
+    for call in request.calls:
+        if isinstance(call.op, QNormQuantize):
+            continue
+        bind = _window if isinstance(call.op, KvNormRopeStore) else _compressor
+        rider = bind(request, call, rows, values)
+        if isinstance(rider, No):
+            return rider
+        riders.append(rider)
+    if len({rider.name for rider in riders}) < len(riders):
+        return No("takes one window, one compressor of entries and one of index keys per launch")
+    return Riding(tuple(riders), values)
+
+
+def _shared(call: Call, operand: str, values: dict[str, int]) -> str:
+    """A name among `values` for an operand that several riders may share."""
+    number = call.operands[operand]
+    taken = {v: n for n, v in values.items()}
+    name = taken.get(number) or (operand if operand not in values else f"{operand}_{number}")
+    values[name] = number
+    return name
+
+
+def _window(request: Request, call: Call, rows: int, values: dict[str, int]) -> Rider | No:
+    op, x = call.op, call.operands
+    assert isinstance(op, KvNormRopeStore)
+    window, tokens = request.types[x["window"]], request.types[x["kv"]].shape[0]
+    if not tokens == window.shape[0] == rows:
+        return No(f"stores one token per sequence, not {tokens} tokens in {window.shape[0]} windows")
+    if not format_name(window, CACHES):
+        return No(f"stores {KV_FP8} or bf16, not {window}")
+    spec = KvStoreSpec(
+        window.shape[2],
+        format_name(window, CACHES),
+        window.shape[1],
+        op.eps,
+        frequencies=_shared(call, "frequencies", values),
+        positions=_shared(call, "positions", values),
+    )
+    values |= {spec.kv: x["kv"], spec.gain: x["gain"], spec.window: x["window"]}
+    return spec
+
+
+def _compressor(request: Request, call: Call, rows: int, values: dict[str, int]) -> Rider | No:
+    op, x = call.op, call.operands
+    assert isinstance(op, Compressor)
+    entries, ring = request.types[x["entries"]], request.types[x["kv_ring"]]
+    if not format_name(entries, CACHES):
+        return No(f"stores {KV_FP8}, {MXFP4} or bf16, not {entries}")
+    if op.sequences != rows:
+        return No(f"compresses one token per sequence, not {rows} tokens of {op.sequences} sequences")
+    spec = CompressSpec(
+        "index" if op.rotated else "compress",
+        entries.shape[2],
+        format_name(entries, CACHES),
+        op.ratio,
+        op.overlap,
+        ring.shape[1],
+        entries.shape[1],
+        op.eps,
+        hadamard=op.rotated,
+        frequencies=_shared(call, "frequencies", values),
+        positions=_shared(call, "positions", values),
+    )
+    values |= {spec.u: x["kv"], spec.s: x["gate"], spec.ape: x["bias"], spec.gain: x["gain"]}
+    values |= {spec.kv_ring: x["kv_ring"], spec.score_ring: x["score_ring"], spec.entries: x["entries"]}
+    return spec

@@ -12,8 +12,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dsv4c.codegen.compress import CompressSpec, Rider, lanes, seated
 from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.codegen.kernels.riders import CompressSpec, Rider, lanes, seated
 from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Product, Ring
 from dsv4c.errors import BuildError
 

@@ -6,11 +6,17 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.codegen.kernels.formats import CACHES, format_name, holds
+from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.geometry import HEADS, Attention, Row
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
+from dsv4c.passes.fusions.attention import Attention as FusedAttention
+from dsv4c.types import BF16, KV_FP8, NVFP4_ROW, TensorType
 
 SHARED_PER_CTA = 227 * 1024
 FORMATS = {"fp8": "q[e4m3,ue8m0,1x64,tail=64]", "bf16": "bf16"}
@@ -166,3 +172,54 @@ def _signature(spec: AttentionSpec) -> str:
     if spec.entries == "selected":
         lines[0] += f" selected: i32[{B},{spec.selected_count}];"
     return "\n".join(lines)
+
+
+# Binding ----------------------------------------------------------------------------------------------------
+
+
+@kernel(FusedAttention)
+def attention(request: Request) -> Answer:
+    call = request.call
+    op, x = call.op, call.operands
+    assert isinstance(op, FusedAttention)
+    q, ring = request.types[x["q"]], request.types[x["ring"]]
+    entries = request.types[x["entries"]] if "entries" in x else None
+    batch, heads, width = q.shape
+    if not holds(q, BF16):
+        return No(f"takes bf16 queries, not {q}")
+    if op.format not in (None, NVFP4_ROW):
+        return No(f"leaves its result in bf16 or {NVFP4_ROW}, it does not quantize to {op.format}")
+    if batch != ring.shape[0]:
+        return No(f"takes one token per sequence, not {batch} against {ring}")
+    if not math.isclose(op.scale, width**-0.5, rel_tol=1e-6):
+        return No(f"scales scores by {width**-0.5} (head width {width}), not {op.scale}")
+    form = format_name(ring, CACHES)
+    if form not in ("fp8", "bf16") or (entries is not None and format_name(entries, CACHES) != form):
+        return No(f"takes caches of {KV_FP8} or of bf16, not {ring} and {entries}")
+    kind = "none" if entries is None else "selected" if "chosen" in x else "all"
+    spec = AttentionSpec(
+        {"none": "attention_swa", "selected": "attention_csa", "all": "attention_hca"}[kind],
+        batch,
+        heads,
+        width,
+        form,
+        op.window,
+        ring.shape[1],
+        op.eps,
+        entries=kind,
+        selected_count=request.types[x["chosen"]].shape[1] if kind == "selected" else 0,
+        ratio=max(1, op.ratio),
+        capacity=entries.shape[1] if entries is not None else 0,
+        exact_norm=op.precision is BF16,
+    )
+    values = {**x, "window": x["ring"], "out": call.outputs[0]}
+    if kind == "selected":
+        values["selected"] = x["chosen"]
+    if op.format is None:
+        return [launchable(request, emit_attention(spec), values)]
+    q_value = values.pop("out")
+    row = scratch_for("row", TensorType(BF16, q.shape), "w")
+    return [
+        launchable(request, emit_attention(spec), values, stage="attend", scratch={"out": row["row"]}),
+        quantize_rows(request, {"q": q_value}, request.types[q_value].shape),
+    ]

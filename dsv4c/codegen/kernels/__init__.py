@@ -1,0 +1,16 @@
+"""The kernel families, one a file: what a kernel computes, its source and launch, and the ops that it takes.
+
+A family is such a file, a template and a line here; importing this package registers all of them. Where two
+take an op, the first one here is asked first.
+"""
+
+from dsv4c.codegen.kernels import (  # noqa: F401
+    attention,
+    blockscaled,
+    ends,
+    experts_down,
+    experts_up,
+    hyper_norm,
+    index,
+    linear,
+)

@@ -1,0 +1,296 @@
+"""The first launch of the experts of one MoE layer at decode: their choice, w1, w3 and SwiGLU.
+
+Each (token, expert) pair is its own job: a CTA has one activation row, and chooses that token's experts for
+itself. Chosen by score, their weights start after the wait; named by a table, before it, as the shared
+expert's do.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.codegen.kernels.experts import (
+    ExpertsSpec,
+    check_experts,
+    most_stages,
+    place,
+    row_parameters,
+    weight_parameters,
+)
+from dsv4c.codegen.kernels.formats import WEIGHTS, format_name, holds, is_packed
+from dsv4c.codegen.kernels.gemv import (
+    BITS,
+    FORMATS,
+    SMS,
+    WARPS,
+    Activations,
+    GemvSpec,
+    Matrix,
+    emit_gemv,
+    k_warps_of,
+    span_of,
+)
+from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
+from dsv4c.codegen.lib.shapes import Product, Ring
+from dsv4c.codegen.registry import Answer, No, Request, Scratch, kernel, launchable
+from dsv4c.errors import BuildError
+from dsv4c.passes.fusions.router import HashRouter, Router
+from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
+from dsv4c.types import BF16, FP8_ROW, NVFP4, NVFP4_ROW, QuantType
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Whence `up` has a token's experts and their weights, score / sum of scores * factor.
+
+    scores: the k of largest score + bias, out of the gate's logits. table: a row of a table, and the logits.
+    rows: a row of a table, and products with those experts' rows of a bf16 gate. `stored`: weights go to
+    memory too.
+    """
+
+    source: str
+    factor: float
+    stored: bool = True
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """What it reads. A token's id is a step's input, and read before the wait."""
+        table = (Parameter("table"), Parameter("tokens", early=True))
+        return {
+            "scores": (Parameter("logits"), Parameter("bias")),
+            "table": (Parameter("logits"), *table),
+            "rows": (Parameter("row"), Parameter("gate"), *table),
+        }[self.source]
+
+    def signature(self, spec: ExpertsSpec) -> list[str]:
+        """The parameters with their types."""
+        types = {
+            "logits": f"f32[{spec.batch},{spec.experts}]",
+            "bias": f"f32[{spec.experts}]",
+            "row": f"bf16[{spec.batch},{spec.hidden}]",
+            "gate": f"bf16[{spec.experts},{spec.hidden}]",
+            "table": f"i32[*,{spec.top_k}]",
+            "tokens": f"i32[{spec.batch}]",
+        }
+        return [f"{p.operand}: {types[p.operand]}" for p in self.parameters]
+
+
+@dataclass(frozen=True)
+class UpPart:
+    """Routed or shared half of `up`. A job is a tile of w1 and the same of w3; CTAs take them in turn.
+
+    `scores`, `sums` and `choice` are bytes of what the router keeps: before the stream, beside it, and to the
+    end.
+    """
+
+    name: str
+    ring: Ring
+    jobs: int
+    scores: int = 0
+    sums: int = 0
+    choice: int = 0
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of the part."""
+        return -(-self.jobs // self.ring.rounds)
+
+    @property
+    def places(self) -> dict[str, int]:
+        """Shared arrays of a CTA of this part."""
+        r = self.ring
+        return place(
+            {
+                "ring": r.ring_bytes,
+                "x": r.product.x_bytes,
+                "fx": r.product.fx_bytes,
+                "scale": 2 * r.scale_bytes,
+                "part": max(r.part_bytes, self.scores),
+                "sums": self.sums,
+                "choice": self.choice,
+                "bars": r.bars_bytes,
+                "bar": 8,
+            }
+        )
+
+
+def padded(experts: int) -> int:
+    """Places for scores: whole warps."""
+    return -(-experts // 32) * 32
+
+
+def _up_parts(spec: ExpertsSpec, routing: Routing) -> tuple[UpPart, UpPart]:
+    """Shared and routed part. Rounds are chosen so that all CTAs fit the machine at once and read about the
+    same.
+    """
+    tiles = -(-spec.intermediate // 16)
+    kind = "f16" if spec.quantized else "bf16"
+    k_warps = k_warps_of(spec.hidden, WARPS // 2)
+
+    def part(name: str, format: str, jobs: int, rounds: int) -> UpPart:
+        product = Product(format, kind, 1, spec.hidden)
+
+        def planned(stages: int) -> UpPart:
+            ring = Ring(product, 1, k_warps, span_of(product, k_warps), stages, rounds, matrices=2)
+            if name == "shared":
+                return UpPart(name, ring, jobs)
+            scores = 8 * padded(spec.experts) if routing.source == "scores" else 0
+            sums = 4 * ring.warps * spec.top_k if routing.source == "rows" else 0
+            return UpPart(name, ring, jobs, scores, sums, 8 * spec.top_k)
+
+        return planned(most_stages(spec.name, lambda stages: planned(stages).places))
+
+    def longest(rounds: tuple[int, ...]) -> float:
+        ctas = -(-tiles // rounds[0]) - (-spec.top_k * tiles // rounds[1])
+        if ctas > 2 * SMS:
+            return math.inf
+        return max(rounds[0] * BITS[spec.shared], rounds[1] * BITS[spec.routed])
+
+    shared_rounds, routed_rounds = min(itertools.product(range(1, 33), repeat=2), key=longest)
+    return (
+        part("shared", spec.shared, tiles, shared_rounds),
+        part("routed", spec.routed, spec.top_k * tiles, routed_rounds),
+    )
+
+
+def emit_experts_up(spec: ExpertsSpec, routing: Routing) -> Emission:
+    """h = bf16(silu(min(x w1, limit)) * clamp(x w3, -limit, limit) * weight), 1 for the shared expert."""
+    check_experts(spec)
+    if spec.top_k > spec.experts or spec.experts > 1024:
+        raise BuildError(f"{spec.name}: {spec.top_k} of {spec.experts} experts: want some of at most 1024")
+    parts = _up_parts(spec, routing)
+    parameters = (
+        *row_parameters("x", spec, spec.quantized),
+        *routing.parameters,
+        *weight_parameters("w1", spec.routed),
+        *weight_parameters("w3", spec.routed),
+        *weight_parameters("shared_w1", spec.shared),
+        *weight_parameters("shared_w3", spec.shared),
+        Parameter("experts"),
+        *([Parameter("weights")] if routing.stored else []),
+        Parameter("h"),
+        Parameter("shared_h"),
+    )
+    grid = (sum(part.ctas for part in parts), spec.batch, 1)
+    shared = max(part.places["end"] for part in parts)
+    nbytes = 2 * spec.weight_bytes
+    source = render(
+        "experts_up.py.jinja",
+        spec=spec,
+        routing=routing,
+        signature=", ".join(routing.signature(spec)),
+        padded=padded(spec.experts),
+        parts=parts,
+        pointers=[p.name for p in parameters],
+        tiles=-(-spec.intermediate // 16),
+        grid=grid,
+        warps=parts[0].ring.warps,
+        shared=shared,
+        nbytes=nbytes,
+        floor=floor_us(nbytes),
+        formats=FORMATS,
+    )
+    packing = {}
+    for part, prefix in zip(parts, ("shared_", ""), strict=True):
+        for name in ("w1", "w3"):
+            packing[prefix + name] = f"{part.ring.product.weight}/{part.ring.tile_warps}x{part.ring.span}"
+    return Emission(
+        symbol=f"{spec.name}_0",
+        source=source,
+        grid=grid,
+        block=parts[0].ring.warps * 32,
+        shared=shared,
+        parameters=parameters,
+        packing=packing,
+    )
+
+
+# Binding ----------------------------------------------------------------------------------------------------
+
+
+def _experts(
+    request: Request, name: str, op: Swiglu | HashSwiglu, x: dict[str, int], k: int
+) -> ExpertsSpec | No:
+    row, shared_row = request.types[x["x"]], x.get("x_shared", x["x"])
+    if shared_row != x["x"]:
+        return No(f"gives routed and shared experts the same row, not {row} and {request.types[shared_row]}")
+    routed, shared = request.types[x["w1"]], request.types[x["shared_w1"]]
+    formats = format_name(routed, WEIGHTS), format_name(shared, WEIGHTS)
+    if not all(formats):
+        return No(f"takes weights of bf16, {', '.join(map(str, WEIGHTS))}, not {routed} and {shared}")
+    encoded = row.format if isinstance(row, QuantType) else None
+    packed = is_packed(row) and len(row.shape) == 2 and formats == ("nvfp4", "nvfp4")
+    if not packed and encoded != (None if formats[0] == "bf16" else FP8_ROW):
+        wanted = f"{FP8_ROW} rows for quantized weights, bf16 for bf16, {NVFP4_ROW} if all are {NVFP4}"
+        return No(f"takes {wanted}, not {row} for {routed} and {shared}")
+    if op.out is not BF16:
+        return No(f"rounds products to bf16, not {op.out}")
+    experts, intermediate, hidden = routed.shape
+    if shared.shape[0] != intermediate:
+        return No(f"has a shared expert as wide as the routed ones, not {shared} beside {routed}")
+    return ExpertsSpec(name, row.shape[0], hidden, intermediate, experts, k, *formats, op.limit, packed)
+
+
+def _routed(
+    request: Request, router: Router | HashRouter | HashSwiglu, spec: ExpertsSpec | No, values: dict[str, int]
+) -> Answer:
+    """The gate's logits if they are needed, then the experts' first half, which chooses the experts.
+
+    `values` are the router's row and gate, and the operands of both kernels; weights are stored if it has
+    them.
+    """
+    if isinstance(spec, No):
+        return spec
+    row, gate = request.types[values["row"]], request.types[values["gate"]]
+    packed = is_packed(row) and format_name(gate, WEIGHTS) == "nvfp4"
+    if not packed and not (holds(row, BF16) and holds(gate, BF16)):
+        return No(f"takes bf16 rows and gate or {NVFP4_ROW} and {NVFP4}, not {row} and {gate}")
+    rows, (experts, hidden) = row.shape[0], gate.shape
+    source = "scores" if isinstance(router, Router) else "table" if packed else "rows"
+    up = emit_experts_up(spec, Routing(source, router.factor, "weights" in values))
+    if source == "rows":
+        return [launchable(request, up, values)]
+    if packed:
+        matrix = Matrix("gate", experts, "nvfp4", Activations("x", "f16", "unpack"), "logits", "f32")
+        gate_kernel = emit_gemv(GemvSpec("router_gate", rows, hidden, (matrix,)))
+    else:
+        gate_kernel = emit_router_gate(RouterGateSpec(rows, hidden, experts))
+    made, read = ({"logits": Scratch("logits", rows * experts * 4, access)} for access in "wr")
+    return [
+        launchable(request, gate_kernel, {**values, "x": values["row"]}, stage="gate", scratch=made),
+        launchable(request, up, values, stage="up", scratch=read),
+    ]
+
+
+@kernel(Router, HashRouter, Swiglu, several=True)
+def routed_experts(request: Request) -> Answer:
+    """A router and the experts that it chooses: nobody else reads its weights, so each CTA makes its own."""
+    first, last = request.calls[0], request.calls[-1]
+    if len(request.calls) != 2 or not isinstance(last.op, Swiglu) or isinstance(first.op, Swiglu):
+        names = ", ".join(call.op.name for call in request.calls)
+        return No(f"takes a router and the swiglu of its experts together, not {names}")
+    router, x = first.operands, last.operands
+    assert isinstance(first.op, Router | HashRouter)
+    if first.outputs != (x["experts"], x["weights"]):
+        return No("takes experts and weights of one router")
+    k = request.types[x["experts"]].shape[1]
+    h, shared_h = last.outputs
+    values = {**router, **x, "row": router["x"], "h": h, "shared_h": shared_h}
+    return _routed(request, first.op, _experts(request, "experts_up", last.op, x, k), values)
+
+
+@kernel(HashSwiglu)
+def hash_swiglu(request: Request) -> Answer:
+    call = request.call
+    op, x = call.op, call.operands
+    assert isinstance(op, HashSwiglu)
+    if call.results != (0, 1, 2):
+        return No("writes the chosen experts, which nobody reads")
+    experts, h, shared_h = call.outputs
+    routed = {**x, "x": x["x_routed"]}
+    values = {**routed, "row": x["x"], "experts": experts, "h": h, "shared_h": shared_h}
+    spec = _experts(request, "experts_up", op, routed, request.types[x["table"]].shape[1])
+    return _routed(request, op, spec, values)
