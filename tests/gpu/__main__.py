@@ -69,7 +69,7 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
     plans = json.loads((folder / "plans.json").read_text())
     recorded = [plan for plan in plans if plan["use"] == "recorded"]
     for plan in plans:
-        if plan["use"] != "times":
+        if plan["use"] in ("layers", "recorded"):
             yield layers_job(folder, plan)
     for name, only in (("attention", "swa,csa,hca,tiny"), ("state", "state"), ("index", "index,topk")):
         cases = ("--folder", folder / "attention", "--only", only, "--no-time")
@@ -93,11 +93,13 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
             case = (folder / plan["name"], plan["model"])
             command = module("tests.gpu.run_plan", *case, "--json", out / f"{plan['name']}.json")
             yield Job(f"trace {plan['name']}", command, alone=True)
-    timed = [folder / plan["name"] for plan in plans if plan["use"] == "times"]
+    timed, loaded = ([folder / p["name"] for p in plans if p["use"] == use] for use in ("times", "loaded"))
     alone = ("--folder", folder / "gemv", "--timed")
     times = {name: module(f"tests.gpu.check_{name}", *alone) for name in ("gemv", "experts")}
     if timed:
         times["layers"] = module("benchmarks.layers", *timed, "--json", out / "layers.json")
+    if loaded:
+        times["load"] = module("benchmarks.load", *loaded)
     for name, command in times.items():
         yield Job(f"times {name}", command, alone=True)
 
@@ -119,7 +121,7 @@ def sanitizer_jobs(folder: Path, sanitizer: str) -> Iterator[Job]:
     plan = next(p for p in plans if p["use"] == "recorded" and p["batch"] == 1)
     own = ("--kernel-name-exclude", "kns=native", "--error-exitcode", str(FOUND))
     quiet = ("--report-api-errors", "no")  # bindings ask for entry points that the driver may not have
-    memcheck = (sanitizer, "--tool", "memcheck", *quiet, *own)
+    memcheck = (sanitizer, "--tool", "memcheck", "--print-limit", "4", *quiet, *own)
     run = module("tests.gpu.run_plan", folder / plan["name"], plan["model"])
     smoke = (*run, "--smoke")
     yield Job("memcheck", (*memcheck, *smoke), 16.0, 300.0)

@@ -20,7 +20,7 @@ from dsv4c.runtime.plan import Plan
 from tests.goldens import golden_case
 
 KERNELS = ("gemv", "hyper", "attention")  # of build_*.py
-LAYERS, TIMES, RECORDED = "layers", "times", "recorded"
+LAYERS, TIMES, LOADED, RECORDED = "layers", "times", "loaded", "recorded"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,8 @@ WANTED = (
     *(wide("flash", recipe, 3, 1, "0:4", "2400:4") for recipe in ("bf16", "nvfp4")),
     wide("flash", "nvfp4-experts", 4, 1, "0:4", "2400:4"),
     *(Wanted(n, TIMES, model, layers=layers, context=8448) for n, (model, layers) in PLANS.items()),
+    Wanted("flash43", LOADED, FLASH, layers=43, context=131072),
+    Wanted("pro61", LOADED, "deepseek-v4-pro", layers=61, context=131072),
 )
 
 
