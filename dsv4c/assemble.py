@@ -19,7 +19,7 @@ from dsv4c.models.weights import records
 from dsv4c.passes.expand import expand
 from dsv4c.passes.memory import MemoryPlan, lay_out, plan_memory
 from dsv4c.passes.schedule import Schedule, layer_in, schedule
-from dsv4c.runtime.plan import Argument, Bucket, KernelLaunch, Launch, Plan, Slot, StateSlot
+from dsv4c.runtime.plan import Bucket, KernelLaunch, Launch, Plan, Slot, StateSlot
 from dsv4c.stages import Compiled, Job, Saved, figures
 from dsv4c.types import Type
 
@@ -190,17 +190,14 @@ def plan_of_kernels(
         files[CONSTANTS_FILE] = lowered.constants_file
         places = {name: {"type": str(p.type), "offset": p.offset} for name, p in lowered.constants.items()}
         constants = {"file": CONSTANTS_FILE, "bytes": lowered.constants_bytes, "values": places}
-    values = {name: Slot(p.type, p.space, p.offset) for name, p in lowered.values.items()}  # type: ignore[arg-type]
-    launches = tuple(
-        KernelLaunch(**{**vars(launch), "arguments": tuple(Argument(**vars(a)) for a in launch.arguments)})
-        for launch in lowered.launches
+    bucket = _bucket(
+        "decode", graph, lowered.values, lowered.arena_bytes, lowered.input_bytes, lowered.launches
     )
-    bucket = _bucket("decode", graph, values, lowered.arena_bytes, lowered.input_bytes, launches)
     notes = ["kernels for sm_100a assemble; they have not been run on that hardware"] if not_run_here else []
     return Plan(
         **_decided(job, pipeline),
         buckets={"decode": bucket},
-        state=tuple(StateSlot(v.name, v.type, values[v.name].offset) for v in graph.states),
+        state=tuple(StateSlot(v.name, v.type, lowered.values[v.name].offset) for v in graph.states),
         state_bytes=lowered.state_bytes,
         weights=_weights(
             job, {w.name: w.type for w in lowered.weights}, {w.name: w.record for w in lowered.weights}

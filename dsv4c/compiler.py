@@ -88,7 +88,9 @@ def compile(
             disable=disable,
             enable=enable,
         )
-    stages = _Stages(progress, total=len(job.modes) * (1 + len(job.line.passes)) + 1 + certify)
+    on_cpu = job.deployment.target == "cpu"
+    last = 1 if on_cpu else 2  # assemble, or lower and build
+    stages = _Stages(progress, total=len(job.modes) * (1 + len(job.line.passes)) + certify + last)
 
     # 2. One graph per bucket: the paper's operations, rewritten to launches with places for bytes.
     placed: dict[str, Compiled] = {}
@@ -109,11 +111,11 @@ def compile(
 
     # 3. Everything as data. On a GPU: kernels for the launches, their weights' layouts, cubins.
     spec = str(job.line) if resumed is None else resumed.pipeline
-    if job.deployment.target != "cpu":
-        plan = _with_kernels(job, spec, placed["decode"], stages, cache_folder(cache) / "kernels")
-    else:
+    if on_cpu:
         with stages("assemble"):
             plan = plan_of_ops(job, spec, placed)
+    else:
+        plan = _with_kernels(job, spec, placed["decode"], stages, cache_folder(cache) / "kernels")
     return reported(plan, job, placed, certificates, stages.seconds, resumed)
 
 

@@ -47,7 +47,8 @@ HOUSE = {
     "view": Room((*CONFIG, "ir", "models"), ("networkx",), (), ("graphviz", "rich")),
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
     "codegen.lib": Room((), ("cutlass", "cuda")),
-    "codegen": Room((*COMPILER, "codegen.lib"), ("jinja2",), (), ("cutlass", "cuda", "torch")),
+    # Launches are lowered to what the runtime's plans hold, which is data.
+    "codegen": Room((*COMPILER, "codegen.lib", "runtime"), ("jinja2",), (), ("cutlass", "cuda", "torch")),
     "stages": Room((*COMPILER,), (), ("runtime", "view")),
     "bisect": Room(
         (*COMPILER, "stages"), (), ("runtime", "runtime.cpu", "reference"), ("torch", "safetensors")

@@ -27,49 +27,10 @@ from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import Swiglu
 from dsv4c.passes.memory import aligned, lay_out, plan_memory
 from dsv4c.passes.schedule import Schedule
+from dsv4c.runtime.plan import Argument, KernelLaunch, Slot
 from dsv4c.types import BF16, F32, Component, QuantType, TensorType, Type
 
 CONSTANTS_FILE = "constants.safetensors"
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a value lives: `offset` bytes into a block."""
-
-    type: Type
-    space: str
-    offset: int
-
-
-@dataclass(frozen=True)
-class Pointer:
-    """One kernel argument: `component` of `value`, `nbytes` bytes from `offset` of a block."""
-
-    space: str
-    offset: int
-    value: str
-    component: str
-    nbytes: int
-    access: str
-
-
-@dataclass(frozen=True)
-class Launched:
-    """One kernel of the step, for one node or several; fields as in the plan."""
-
-    name: str
-    op: str
-    nodes: tuple[str, ...]
-    scope: str
-    kernel: str
-    grid: tuple[int, int, int]
-    block: int
-    cluster: tuple[int, int, int]
-    shared: int
-    programmatic: bool
-    waits: bool
-    arguments: tuple[Pointer, ...]
-    after: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -94,16 +55,16 @@ class Weight:
 class Lowered:
     """A decode step as data. `sources` are the kernels to build, by the names that launches call them."""
 
-    launches: tuple[Launched, ...]
+    launches: tuple[KernelLaunch, ...]
     sources: Mapping[str, Source]
-    values: Mapping[str, Place]
+    values: Mapping[str, Slot]
     arena_bytes: int
     arena_lower_bound: int
     state_bytes: int
     input_bytes: int
     weights: tuple[Weight, ...]
     weights_bytes: int
-    constants: Mapping[str, Place]
+    constants: Mapping[str, Slot]
     constants_file: bytes
     constants_bytes: int
 
@@ -122,10 +83,10 @@ def lower(graph: Graph, schedule: Schedule, target: str, load: Graph | None = No
     constants, constants_file, constants_bytes = _constants(tables)
     states, state_bytes = lay_out({v.name: v.type for v in graph.states})
     inputs, input_bytes = lay_out({v.name: v.type for v in graph.inputs})
-    places: dict[Value, Place] = {v: Place(v.type, "arena", at) for v, at in memory.offsets.items()}
-    places |= {v: Place(v.type, "state", states[v.name]) for v in graph.states}
-    places |= {v: Place(v.type, "input", inputs[v.name]) for v in graph.inputs}
-    places |= {v: Place(v.type, "weights", w.offset) for v, w in zip(params, weights, strict=True)}
+    places: dict[Value, Slot] = {v: Slot(v.type, "arena", at) for v, at in memory.offsets.items()}
+    places |= {v: Slot(v.type, "state", states[v.name]) for v in graph.states}
+    places |= {v: Slot(v.type, "input", inputs[v.name]) for v in graph.inputs}
+    places |= {v: Slot(v.type, "weights", w.offset) for v, w in zip(params, weights, strict=True)}
     places |= {v: constants[v.name] for v in graph.values() if v.name in constants}
     places |= {v: replace(places[o], type=v.type) for v, o in schedule.views.items()}
     parts = {w.name: {name: (at, size) for name, at, size in w.components} for w in weights}
@@ -228,23 +189,23 @@ def _scratch_bytes(answer: Sequence[Launchable]) -> int:
 def _launches(
     schedule: Schedule,
     chosen: Sequence[Chosen],
-    places: Mapping[Value, Place],
+    places: Mapping[Value, Slot],
     parts: Mapping[str, Mapping[str, tuple[int, int]]],
     scratch_base: int,
     target: str,
-) -> Iterable[Launched]:
+) -> Iterable[KernelLaunch]:
     index = 0
     for members, (values, answer) in zip(schedule.groups, chosen, strict=True):
         nodes = [schedule.nodes[i] for i in members]
         scratch = _scratch(answer)
         for launch in answer:
             emission = launch.emission
-            pointers = []
+            arguments = []
             for b in launch.bindings:
                 if b.value is None:
                     at, size = scratch_base + scratch[b.scratch], launch.scratch[b.scratch]
                     name = f"{nodes[0].name}.{b.scratch}"
-                    pointers.append(Pointer("arena", at, name, b.component, size, b.access))
+                    arguments.append(Argument("arena", at, name, b.component, size, b.access))
                     continue
                 value = values[b.value]
                 place = places[value]
@@ -253,8 +214,8 @@ def _launches(
                 else:
                     c = _component(place.type, b.component)
                     at, size = place.offset + c.offset, c.nbytes
-                pointers.append(Pointer(place.space, at, value.name, b.component, size, b.access))
-            yield Launched(
+                arguments.append(Argument(place.space, at, value.name, b.component, size, b.access))
+            yield KernelLaunch(
                 name=f"{nodes[0].name}.{launch.stage}" if launch.stage else nodes[0].name,
                 op=" + ".join(n.op.name for n in nodes),
                 nodes=tuple(n.name for n in nodes),
@@ -266,7 +227,7 @@ def _launches(
                 shared=emission.shared,
                 programmatic=index > 0 and emission.programmatic and emission.waits,
                 waits=emission.waits,
-                arguments=tuple(pointers),
+                arguments=tuple(arguments),
                 after=(index - 1,) if index else (),
             )
             index += 1
@@ -379,15 +340,15 @@ def constants_of(schedule: Schedule, load: Graph | None) -> dict[str, RopeFreque
     return tables
 
 
-def _constants(tables: Mapping[str, RopeFrequencies]) -> tuple[dict[str, Place], bytes, int]:
+def _constants(tables: Mapping[str, RopeFrequencies]) -> tuple[dict[str, Slot], bytes, int]:
     """Places of the frequency tables, the safetensors file that holds them, and the block's bytes."""
-    places: dict[str, Place] = {}
+    places: dict[str, Slot] = {}
     header: dict[str, object] = {}
     data = b""
     for name, op in tables.items():
         table = rope_table(op)
         begin = len(data)
-        places[name] = Place(TensorType(F32, (len(table),)), "constants", begin)
+        places[name] = Slot(TensorType(F32, (len(table),)), "constants", begin)
         data += struct.pack(f"<{len(table)}f", *table)
         header[name] = {"dtype": "F32", "shape": [len(table)], "data_offsets": [begin, len(data)]}
     text = json.dumps(header, separators=(",", ":")).encode()

@@ -18,9 +18,14 @@ FROM_E2M1 = "cvt.rn.f16x2.e2m1x2"
 
 
 @pytest.fixture(scope="module")
-def plans(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Plan]:
-    """Plans by target and recipe, over one store, so that kernels they share are compiled once."""
-    store = tmp_path_factory.mktemp("kernels")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One for all, so that kernels which plans share are compiled once."""
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(scope="module")
+def plans(store: Path) -> dict[tuple[str, str], Plan]:
+    """Plans by target and recipe."""
     made = {}
     for target in TARGETS:
         for recipe in RECIPES:
@@ -42,6 +47,15 @@ def test_every_kernel_assembles_without_a_stack(
         ptx = plan.files[record["ptx"]].decode()
         assert f".target {target}" in ptx
         assert f".entry {record['symbol']}(" in ptx
+
+
+def test_progress_counts_stages_and_kernels_to_the_end(plans: object, store: Path) -> None:
+    calls: list[tuple[str, int, int]] = []
+    plan = compile(
+        "tiny", target="sm_90a", max_context=256, cache=store, progress=lambda *call: calls.append(call)
+    )
+    assert calls[-1][1] == calls[-1][2]
+    assert ("build", len(plan.kernels), len(plan.kernels)) in calls
 
 
 def test_a_plan_says_that_sm_100a_has_not_been_run(plans: dict[tuple[str, str], Plan]) -> None:
