@@ -10,7 +10,8 @@ import math
 from dataclasses import dataclass, fields
 
 from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
-from dsv4c.codegen.kernels.formats import CACHES, format_name, holds
+from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
+from dsv4c.codegen.kernels.gemv import SHARED_PER_CTA
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.geometry import HEADS, Attention, Row
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
@@ -18,8 +19,7 @@ from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.attention import Attention as FusedAttention
 from dsv4c.types import BF16, KV_FP8, NVFP4_ROW, TensorType
 
-SHARED_PER_CTA = 227 * 1024
-FORMATS = {"fp8": "q[e4m3,ue8m0,1x64,tail=64]", "bf16": "bf16"}
+KEYS = ("fp8", "bf16")
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def _check(spec: AttentionSpec, a: Attention) -> None:
         if not condition:
             raise BuildError(f"{spec.name}: {text}")
 
-    expect(spec.format in FORMATS, f"keys must be {' or '.join(FORMATS)}, got {spec.format}")
+    expect(spec.format in KEYS, f"keys must be {' or '.join(KEYS)}, got {spec.format}")
     expect(spec.width in (128, 256, 512), f"head width must be 128, 256 or 512, got {spec.width}")
     expect(spec.ring >= spec.window, f"a ring of {spec.ring} rows cannot hold a window of {spec.window}")
     expect(
@@ -162,7 +162,7 @@ def _keys_text(spec: AttentionSpec) -> str:
 
 
 def _signature(spec: AttentionSpec) -> str:
-    B, keys = spec.batch, FORMATS[spec.format]
+    B, keys = spec.batch, CACHE_FORMATS[spec.format]
     lines = [
         f"q, out: bf16[{B},{spec.heads},{spec.width}]; window: {keys}[{B},{spec.ring},{spec.width}];",
         f"sink: f32[{spec.heads}]; frequencies: f32[32]; positions: i32[{B}], -1 for none (gives zeros)",

@@ -88,15 +88,6 @@ def row_parameters(operand: str, spec: ExpertsSpec, scaled: bool) -> list[Parame
     return [Parameter(operand), *(Parameter(operand, c) for c in components)]
 
 
-def place(sizes: dict[str, int]) -> dict[str, int]:
-    """Offsets of shared arrays one after the other, and `end`."""
-    places, at = {}, 0
-    for name, size in sizes.items():
-        places[name] = at
-        at += -(-size // 16) * 16
-    return {**places, "end": at}
-
-
 def most_stages(name: str, layout: Callable[[int], dict[str, int]]) -> int:
     """The deepest ring that leaves room for two CTAs per SM, or for one."""
     for limit in (SHARED_PER_SM // 2 - 1024, SHARED_PER_CTA):

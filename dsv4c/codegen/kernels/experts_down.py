@@ -13,12 +13,11 @@ from dsv4c.codegen.kernels.experts import (
     ExpertsSpec,
     check_experts,
     most_stages,
-    place,
     row_parameters,
     weight_parameters,
 )
-from dsv4c.codegen.kernels.formats import WEIGHTS, format_name, holds
-from dsv4c.codegen.kernels.gemv import FORMATS, SMS, WARPS, k_warps_of, span_of
+from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds
+from dsv4c.codegen.kernels.gemv import SMS, WARPS, k_warps_of, place, span_of
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.shapes import Product, Ring
 from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable
@@ -103,7 +102,7 @@ def emit_experts_down(spec: ExpertsSpec) -> Emission:
         shared=rings.places["end"],
         nbytes=spec.weight_bytes,
         floor=floor_us(spec.weight_bytes),
-        formats=FORMATS,
+        formats=WEIGHT_FORMATS,
     )
     return Emission(
         symbol=f"{spec.name}_0",

@@ -16,14 +16,12 @@ from dsv4c.codegen.kernels.experts import (
     ExpertsSpec,
     check_experts,
     most_stages,
-    place,
     row_parameters,
     weight_parameters,
 )
-from dsv4c.codegen.kernels.formats import WEIGHTS, format_name, holds, is_packed
+from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds, is_packed
 from dsv4c.codegen.kernels.gemv import (
     BITS,
-    FORMATS,
     SMS,
     WARPS,
     Activations,
@@ -31,6 +29,7 @@ from dsv4c.codegen.kernels.gemv import (
     Matrix,
     emit_gemv,
     k_warps_of,
+    place,
     span_of,
 )
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
@@ -191,7 +190,7 @@ def emit_experts_up(spec: ExpertsSpec, routing: Routing) -> Emission:
         shared=shared,
         nbytes=nbytes,
         floor=floor_us(nbytes),
-        formats=FORMATS,
+        formats=WEIGHT_FORMATS,
     )
     packing = {}
     for part, prefix in zip(parts, ("shared_", ""), strict=True):

@@ -6,6 +6,9 @@ from dsv4c.types import BF16, FP8_WEIGHT, KV_FP8, MXFP4, NVFP4, NVFP4_ROW, Quant
 
 WEIGHTS = {FP8_WEIGHT: "fp8", MXFP4: "mxfp4", NVFP4: "nvfp4"}
 CACHES = {KV_FP8: "fp8", MXFP4: "mxfp4"}
+# The other way around, for a kernel's text.
+WEIGHT_FORMATS = {name: str(format_) for format_, name in WEIGHTS.items()} | {"bf16": "bf16"}
+CACHE_FORMATS = {name: str(format_) for format_, name in CACHES.items()} | {"bf16": "bf16"}
 
 
 def format_name(type_: Type, names: dict[QuantFormat, str]) -> str:

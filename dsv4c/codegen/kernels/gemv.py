@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
 from dsv4c.codegen.kernels.riders import CompressSpec, Rider, lanes, seated
 from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Product, Ring
 from dsv4c.errors import BuildError
@@ -24,12 +25,6 @@ CTA_BYTES = 32 << 10  # what a CTA could have read in the time that it takes to 
 MOST_ROUNDS = 10  # the partial sums of eight rows take 4 KB of shared memory per round
 STAGES = 5  # measured: a sixth stage of FP8 units gains nothing
 WARPS = 8
-FORMATS = {
-    "fp8": "q[e4m3,ue8m0,128x128]",
-    "bf16": "bf16",
-    "mxfp4": "q[e2m1,ue8m0,1x32]",
-    "nvfp4": "q[e2m1,e4m3,1x16,tensor]",
-}
 STAGINGS = {
     ("e4m3", "copy"),
     ("bf16", "copy"),
@@ -109,6 +104,15 @@ class Slot:
     tiles: int
 
 
+def place(sizes: dict[str, int]) -> dict[str, int]:
+    """Offsets of shared arrays one after the other, and `end`."""
+    places, at = {}, 0
+    for name, size in sizes.items():
+        places[name] = at
+        at += -(-size // 16) * 16
+    return {**places, "end": at}
+
+
 @dataclass(frozen=True)
 class Part:
     """Matrices of one weight format, activation operand and output type. Of `ctas` CTAs, `splits` neighbors
@@ -162,12 +166,7 @@ class Part:
             "bars": r.bars_bytes,
             "bar": 8,
         }
-        places, at = {}, 0
-        for name, size in sizes.items():
-            places[name] = at
-            at += -(-size // 16) * 16
-        places["end"] = at
-        return places
+        return place(sizes)
 
 
 def emit_gemv(spec: GemvSpec) -> Emission:
@@ -191,7 +190,7 @@ def emit_gemv(spec: GemvSpec) -> Emission:
         shared=shared,
         nbytes=nbytes,
         floor=floor_us(nbytes),
-        formats=FORMATS,
+        formats=WEIGHT_FORMATS,
         libs=libs_of((part.x.prologue for part in parts), riders),
     )
     packing = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
-from dsv4c.codegen.kernels.formats import CACHES, format_name, holds
+from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
 from dsv4c.codegen.lib.geometry import Index, Row, Selection
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
@@ -18,7 +18,7 @@ from dsv4c.passes.fusions.index_topk import IndexTopk
 from dsv4c.passes.fusions.indexer import Indexer
 from dsv4c.types import BF16, MXFP4
 
-FORMATS = {"mxfp4": "q[e2m1,ue8m0,1x32]", "bf16": "bf16"}
+KEYS = ("mxfp4", "bf16")
 CTAS = 264  # two per SM
 WIDTH = 128  # of a head
 
@@ -56,8 +56,8 @@ class IndexScoresSpec:
 
 def emit_index_scores(spec: IndexScoresSpec) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
-    if spec.format not in FORMATS:
-        raise BuildError(f"{spec.name}: keys must be {' or '.join(FORMATS)}, got {spec.format}")
+    if spec.format not in KEYS:
+        raise BuildError(f"{spec.name}: keys must be {' or '.join(KEYS)}, got {spec.format}")
     if spec.heads % 8:
         raise BuildError(f"{spec.name}: heads come in eights, got {spec.heads}")
     tiles = 2 if spec.format == "mxfp4" and spec.capacity > 32768 else 1  # pays once queries are reread often
@@ -70,7 +70,7 @@ def emit_index_scores(spec: IndexScoresSpec) -> Emission:
         spec=spec,
         x=x,
         signature=(
-            f"q: bf16[{B},{spec.heads},128]; keys: {FORMATS[spec.format]}[{B},{spec.capacity},128];\n"
+            f"q: bf16[{B},{spec.heads},128]; keys: {CACHE_FORMATS[spec.format]}[{B},{spec.capacity},128];\n"
             f"weights: bf16[{B},{spec.heads}]; "
             f"frequencies: f32[32]; positions: i32[{B}], -1 for none; scores: f32[{B},{spec.capacity}]."
         ),

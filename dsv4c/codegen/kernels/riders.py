@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from dsv4c.codegen.emit import Parameter
-from dsv4c.codegen.kernels.formats import CACHES, format_name
+from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name
 from dsv4c.codegen.lib.geometry import Pool, Row
 from dsv4c.codegen.registry import Call, No, Request
 from dsv4c.errors import BuildError
@@ -21,7 +21,6 @@ from dsv4c.passes.fusions.q_norm_quantize import QNormQuantize
 from dsv4c.types import KV_FP8, MXFP4
 
 THREADS = 256
-FORMATS = {"fp8": "q[e4m3,ue8m0,1x64,tail=64]", "bf16": "bf16", "mxfp4": "q[e2m1,ue8m0,1x32]"}
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,9 @@ class KvStoreSpec:
     @property
     def text(self) -> str:
         """What the stage computes."""
+        rows = f"{CACHE_FORMATS[self.format]}[B,{self.ring},{self.width}]"
         return (
-            f"{self.window}: {FORMATS[self.format]}[B,{self.ring},{self.width}] at position % {self.ring}\n"
+            f"{self.window}: {rows} at position % {self.ring}\n"
             f"        <- rope(rms_norm({self.kv}: bf16[B,{self.width}], {self.gain}: bf16[{self.width}], "
             f"eps={self.eps}), position)"
         )
@@ -163,7 +163,7 @@ class CompressSpec:
         return (
             f"{self.kv_ring}, {self.score_ring}: f32[B,{self.ring},{c}] at row position % {self.ring}\n"
             f"        <- {self.u}, {self.s}: f32[B,{c}] + {self.ape}: f32[{self.ratio},{c}]\n"
-            f"    {self.entries}: {FORMATS[self.format]}[B,{self.capacity},{width}] at w, "
+            f"    {self.entries}: {CACHE_FORMATS[self.format]}[B,{self.capacity},{width}] at w, "
             f"when (position + 1) % {self.ratio} == 0\n"
             f"        <- {entry}, softmax pooling over {self.pool.tokens} tokens"
         )

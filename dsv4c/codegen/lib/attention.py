@@ -34,36 +34,6 @@ def _copy16(s: Int32, g: Int64, present: Int32):
 
 
 @cute.jit
-def _mul_f16x2(a: Uint32, b: Uint32):
-    return _asm("mul.rn.f16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
-
-
-@cute.jit
-def _pick(a: Uint32, b: Uint32, selector: Constexpr[int]):
-    """Four bytes of (a, b): nibbles of `selector`, lowest byte first, count a's bytes 0..3 and b's 4..7."""
-    return _asm(
-        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};",
-        write_only_types=[Uint32],
-        read_only_args=[a, b, Uint32(selector)],
-    )
-
-
-@cute.jit
-def _store_u8(s: Int32, r: Uint32):
-    _asm("{ .reg .b16 h, z; mov.b32 {h, z}, {$r1}; st.shared.u8 [{$r0}], h; }", read_only_args=[s, r])
-
-
-@cute.jit
-def _store_u16(s: Int32, r: Uint32):
-    _asm("{ .reg .b16 h, z; mov.b32 {h, z}, {$r1}; st.shared.b16 [{$r0}], h; }", read_only_args=[s, r])
-
-
-@cute.jit
-def _load_u8(g: Int64):
-    return _asm("ld.global.u8 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
-
-
-@cute.jit
 def _send4(s: Int32, s_bar: Int32, rank: Int32, a: Uint32, b: Uint32, c: Uint32, d: Uint32):
     """Store four words at shared address `s` of CTA `rank`, counted on the barrier at `s_bar` there."""
     _asm(
@@ -293,7 +263,7 @@ def fetch_tile(
                 at = lane % 8 * 16
                 _copy16(s_rows + i * a.row_bytes + a.data_bytes + at, g + at, there)
                 if lane % 8 < a.scales and there != 0:
-                    scales[n] = _load_u8(g_byte + lane % 8)
+                    scales[n] = ptx.ldg_u8(g_byte + lane % 8)
     ptx.cp_async_commit()
 
 
@@ -307,7 +277,7 @@ def publish_tile(
         for n in range_constexpr(-(-a.tile_rows // 4)):
             i = 4 * n + lane // 8
             if i < a.tile_rows and lane % 8 < a.scales:
-                _store_u8(sm + a.o_scale + lane % 8 * a.tile + first + i, scales[n])
+                ptx.sts_u8(sm + a.o_scale + lane % 8 * a.tile + first + i, scales[n])
     if lane < a.tile_rows:
         bias = Float32(0.0)
         if place < 0:
@@ -403,7 +373,7 @@ def relative_scales(a: Constexpr[Attention], sm: Int32, warp: Int32, lane: Int32
                 bits = exponent << Int32(10)
                 if exponent < 1:  # subnormal
                     bits = Int32(1024) >> cutlass.min(Int32(1) - exponent, Int32(31))
-                _store_u16(sm + a.o_factor + (first + lane + 32 * i) * 2, bits.to(Uint32))
+                ptx.sts16(sm + a.o_factor + (first + lane + 32 * i) * 2, bits.to(Uint32))
     return ((cutlass.max(largest - 15, Int32(1))) << Int32(23)).bitcast(Float32)
 
 
@@ -502,8 +472,8 @@ def values(
                 p = _load_p(a, s_p + a.o_p_f16 + j * 32)
                 for i in range_constexpr(2):
                     f = ptx.lds32(s_factor + j * 32 + i * 16)
-                    p[2 * i] = _mul_f16x2(p[2 * i], f)
-                    p[2 * i + 1] = _mul_f16x2(p[2 * i + 1], f)
+                    p[2 * i] = ptx.mul_f16x2(p[2 * i], f)
+                    p[2 * i + 1] = ptx.mul_f16x2(p[2 * i + 1], f)
                 _values16_fp8(a, s_row + j * 16 * a.row_bytes + block * 64 + half * 32 + lane // 4 * 4, p, r)
         else:
             _values_bf16(a, s_p, s_row + a.data_bytes + half * 64 + lane // 4 * 8, r)
@@ -531,8 +501,8 @@ def _values16_fp8(a: Constexpr[Attention], s: Int32, p: cute.Tensor, r: cute.Ten
     k = [ptx.lds32(s + n * a.row_bytes) for n in (0, 1, 8, 9)]
     for i in range_constexpr(2):
         selector = 0x7362 if i else 0x5140
-        lo = ptx.e4m3x4_to_f16x2x2(_pick(k[0], k[1], selector))
-        hi = ptx.e4m3x4_to_f16x2x2(_pick(k[2], k[3], selector))
+        lo = ptx.e4m3x4_to_f16x2x2(ptx.permute(k[0], k[1], selector))
+        hi = ptx.e4m3x4_to_f16x2x2(ptx.permute(k[2], k[3], selector))
         for n in range_constexpr(2):
             ptx.mma_f16(r[2 * i + n, None], p[0], p[1], p[2], p[3], lo[n], hi[n])
 
@@ -546,7 +516,7 @@ def _values_bf16(a: Constexpr[Attention], s_p: Int32, s_row: Int32, r: cute.Tens
         for i in range_constexpr(2):
             for n in range_constexpr(2):
                 selector = 0x7632 if n else 0x5410
-                lo, hi = _pick(k[0][i], k[1][i], selector), _pick(k[2][i], k[3][i], selector)
+                lo, hi = ptx.permute(k[0][i], k[1][i], selector), ptx.permute(k[2][i], k[3][i], selector)
                 ptx.mma_bf16(r[2 * i + n, None], p[0], p[1], p[2], p[3], lo, hi)
 
 

@@ -38,20 +38,6 @@ def _expand(codes: Uint32, f: Uint32, pair: Constexpr[int]):
     )
 
 
-@cute.jit
-def _pick(a: Uint32, b: Uint32, selector: Constexpr[int]):
-    return _asm(
-        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};",
-        write_only_types=[Uint32],
-        read_only_args=[a, b, Uint32(selector)],
-    )
-
-
-@cute.jit
-def _load_u8(g: Int64):
-    return _asm("ld.global.u8 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
-
-
 # Queries ----------------------------------------------------------------------------------------------------
 
 
@@ -151,7 +137,7 @@ def load_keys(
                     for j in range_constexpr(4):
                         keys[m, i, 4 * n + j] = r[j]
                 if const_expr(x.format == "mxfp4"):
-                    keys[m, i, 4] = _load_u8(g_scale + at * 4 + lane % 4)
+                    keys[m, i, 4] = ptx.ldg_u8(g_scale + at * 4 + lane % 4)
 
 
 @cute.jit
@@ -171,7 +157,7 @@ def fragments(x: Constexpr[Index], keys: cute.Tensor):
                     for pair in range_constexpr(4):
                         lo, hi = keys[m, i, 4 * w + (3 - pair) // 2], keys[m, i, 4 * w + 2 + (3 - pair) // 2]
                         selector = 0x7632 if pair % 2 == 0 else 0x5410
-                        a[m, 2 * w + pair // 2, i + 2 * (pair % 2)] = _pick(lo, hi, selector)
+                        a[m, 2 * w + pair // 2, i + 2 * (pair % 2)] = ptx.permute(lo, hi, selector)
     return a
 
 

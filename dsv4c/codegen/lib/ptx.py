@@ -82,6 +82,18 @@ def sts_f32(s: Int32, r: Float32):
 
 
 @cute.jit
+def sts_u8(s: Int32, r: Uint32):
+    """Store the low byte to shared memory."""
+    _asm("{ .reg .b16 l, h; mov.b32 {l, h}, {$r1}; st.shared.u8 [{$r0}], l; }", read_only_args=[s, r])
+
+
+@cute.jit
+def sts16(s: Int32, r: Uint32):
+    """Store the low half of a word to shared memory."""
+    _asm("{ .reg .b16 l, h; mov.b32 {l, h}, {$r1}; st.shared.b16 [{$r0}], l; }", read_only_args=[s, r])
+
+
+@cute.jit
 def ldg32(g: Int64):
     """One word of global memory that a predecessor wrote: call after `wait`."""
     return _asm("ld.global.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
@@ -394,6 +406,16 @@ def mul_f16x2(a: Uint32, b: Uint32):
         "{ .reg .b32 t; mov.b32 t, {$r1}; mul.rn.f16x2 {$w0}, {$r0}, t; }",
         write_only_types=[Uint32],
         read_only_args=[a, b],
+    )
+
+
+@cute.jit
+def permute(a: Uint32, b: Uint32, selector: Constexpr[int]):
+    """Four bytes of (a, b): nibbles of `selector`, lowest byte first, count a's bytes 0..3 and b's 4..7."""
+    return _asm(
+        "prmt.b32 {$w0}, {$r0}, {$r1}, {$r2};",
+        write_only_types=[Uint32],
+        read_only_args=[a, b, Uint32(selector)],
     )
 
 
