@@ -418,7 +418,7 @@ def _certify_in(folder: Path) -> str:
 
 
 def test_two_processes_share_a_folder(tmp_path: Path) -> None:
-    with multiprocessing.get_context("fork").Pool(2) as pool:
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
         digests = pool.map(_certify_in, [tmp_path] * 4)
     assert len(set(digests)) == 1
     assert [f.suffix for f in tmp_path.iterdir()] == [".json"]
