@@ -209,11 +209,14 @@ def check_hyper(case: Case, report: Report) -> None:
             slack = (pre.unsqueeze(-1) * x).abs().sum(1) * inv * wide["gain"].abs() * noise
             error = ((wide["normed"] - y).abs() - slack).clamp(min=0) / y.abs().clamp(min=1e-30)
             report.bound(where, "normed rel", float(error.max()), 1.5 * 2.0**-7)  # a flips, and so does y
-            # Cancelled streams leave a row of rounding errors; in a sigmoid's tail, noise of its argument is
-            # as much noise of a stream's weight, and moves roundings by the hundred.
+            # Cancelled streams leave a row of rounding errors. A scale of 30 turns noise of f32 in a
+            # projection into a stream's weight: torch in f32 moves over 2 % of the roundings in one draw
+            # of 100, up to 41 %; only the bound above holds there. Where nobody sees the mixed x', one
+            # rounding of it that goes the other way moves every weight: torch leaves up to 2.7 %.
             if style not in ("cancel", "saturated"):
                 off = (t["normed"] != y.float().bfloat16()).double().mean()
-                report.bound(where, "normed off", float(off), 0.02)
+                seen = spec["keep"] or not spec["mix"]
+                report.bound(where, "normed off", float(off), 0.02 if seen else 0.05)
         if spec["fp8"] and spec["bf16"]:
             want = quantize(t["normed"].cpu(), FP8_ROW)
             codes, scales = want.data.view(torch.uint8), want.scale
