@@ -46,13 +46,13 @@ def text(name: str, store: Path) -> Work:
 
 
 def passes(name: str, store: Path) -> Work:
-    from dsv4c.compiler import compile
+    from dsv4c.compiler.compile import compile
 
     return lambda: compile(name, max_context=CONTEXT, certify=False)
 
 
 def certificates(name: str, store: Path) -> Work:
-    from dsv4c.compiler import job_for
+    from dsv4c.compiler.compile import job_for
     from dsv4c.passes.certify import certify
 
     fold = job_for(name, max_context=CONTEXT).bucket("decode").context.fold
@@ -61,7 +61,7 @@ def certificates(name: str, store: Path) -> Work:
 
 
 def page(name: str, store: Path) -> Work:
-    from dsv4c.compiler import job_for
+    from dsv4c.compiler.compile import job_for
     from dsv4c.view.html import html
 
     named = job_for(name, max_context=CONTEXT).bucket("decode").named
@@ -69,7 +69,7 @@ def page(name: str, store: Path) -> Work:
 
 
 def kernels(name: str, store: Path) -> Work:
-    from dsv4c.compiler import compile
+    from dsv4c.compiler.compile import compile
 
     return lambda: compile(name, target="sm_90a", max_context=CONTEXT, cache=store)
 
@@ -105,7 +105,7 @@ ROWS = (
 
 def run_here(number: int, store: Path) -> None:
     """Row `number` in this process: prints [seconds, peak bytes, bytes of the plan if it is one]."""
-    from dsv4c.runtime.plan import Plan
+    from dsv4c.plan.records import Plan
 
     work = ROWS[number].prepare(ROWS[number].model, store)
     start = time.perf_counter()

@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4c.runtime.codec import Quantized, view
+from dsv4c.numerics.codec import Quantized, view
+from dsv4c.numerics.packing import UNIT_BYTES, parse_packing
+from dsv4c.plan.records import Argument, KernelLaunch, Plan, load
 from dsv4c.runtime.cuda import CudaExecutor, Device, check_device
-from dsv4c.runtime.packing import UNIT_BYTES, parse_packing
-from dsv4c.runtime.plan import Argument, KernelLaunch, Plan, load
 from dsv4c.runtime.residence import Resident
 from dsv4c.types import DType, QuantType
 

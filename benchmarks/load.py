@@ -21,8 +21,8 @@ def once(folder: Path) -> str:
     """One plan in this process."""
     import torch
 
+    from dsv4c.plan.records import load
     from dsv4c.runtime.cuda import CudaExecutor
-    from dsv4c.runtime.plan import load
 
     one = torch.zeros(1, dtype=torch.uint8, device="cuda")
     torch.cuda.synchronize()

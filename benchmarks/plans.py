@@ -11,7 +11,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from dsv4c.compiler import compile
+from dsv4c.compiler.compile import compile
 from dsv4c.config import ModelConfig, load_config
 
 PLANS = {"flash": ("deepseek-v4-flash", 12), "pro": ("deepseek-v4-pro", 8)}

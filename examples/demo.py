@@ -90,7 +90,7 @@ FULL = (17, 20, 6, 10, 8, 14, 11, 3)
 
 def dump(folder: Path) -> None:
     """The full models: built, verified, written out, summed up."""
-    from dsv4c.compiler import graph_of, settings
+    from dsv4c.compiler.compile import graph_of, settings
     from dsv4c.ir.text import print_graph
     from dsv4c.view.text import summarize
 

@@ -15,12 +15,12 @@ from dsv4c.ir.ops.hyper import MixStreams, SpreadStreams
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode, build
 from dsv4c.models.weights import records
+from dsv4c.numerics import codec
+from dsv4c.numerics.codec import Quantized, nan_fill, view
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import RECIPES, Recipe
 from dsv4c.reference.interpret import clone, interpret
-from dsv4c.runtime import codec
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.codec import Quantized, nan_fill, view
 from dsv4c.runtime.parameter import ParamRecord
 from tests.goldens import Run
 

@@ -13,11 +13,11 @@ import pytest
 from typer.testing import CliRunner
 
 import dsv4c
-from dsv4c.bisect import Bisection, rerun
 from dsv4c.cli import app
+from dsv4c.compiler.bisect import Bisection, rerun
+from dsv4c.compiler.job import job_of
 from dsv4c.errors import SessionError
 from dsv4c.models.synth import synthesize
-from dsv4c.stages import job_of
 
 REPOSITORY = Path(__file__).parents[1]
 TOKENS = [3, 17, 5]

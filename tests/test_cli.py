@@ -83,7 +83,9 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_compiling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("dsv4c.compiler.compile", lambda *_, **__: pytest.fail("compiled all the same"))
+    monkeypatch.setattr(
+        "dsv4c.compiler.compile.compile", lambda *_, **__: pytest.fail("compiled all the same")
+    )
     result = command("compile", "tiny", "-o", tmp_path / "file" / "plan")
     assert result.code == 5
     assert result.err == f"error: {tmp_path}/file/plan: cannot be written: {tmp_path}/file is no folder\n"

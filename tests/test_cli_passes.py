@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 import dsv4c
+from dsv4c.compiler.job import choose_rules, job_of, read_saved, rules_of
 from dsv4c.errors import GraphError
 from dsv4c.passes.recipes import RECIPES
 from dsv4c.reference.registry import MEANINGS
-from dsv4c.stages import choose_rules, job_of, read_saved, rules_of
 from tests.commands import command
 
 README = Path(__file__).parents[1] / "README.md"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import dsv4c
-from dsv4c.compiler import graph_of, settings
+from dsv4c.compiler.compile import graph_of, settings
 from dsv4c.errors import CheckpointError, ConfigError
 from dsv4c.ir.text import parse_graph
 from dsv4c.models.layout import layout

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dsv4c.compiler import job_for
+from dsv4c.compiler.compile import job_for
 from dsv4c.config import load_config
 from dsv4c.models.traffic import token_traffic
 from dsv4c.view.diff import totals

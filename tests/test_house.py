@@ -36,32 +36,48 @@ HOUSE = {
     "cache": Room(("errors",)),
     "dialects": Room(("errors",)),
     "config": Room((*LEAVES, "dialects")),
-    # Runs plans, knows nothing of how they are made; the CPU executor alone interprets, and loads that late.
-    "runtime.cpu": Room((*LEAVES, "runtime"), ("torch", "numpy"), rooms_inside=("ir", "reference")),
-    "runtime": Room(LEAVES, ("torch", "numpy", "safetensors", "cuda"), ("runtime.cpu",), ("rich",)),
+    "numerics": Room(LEAVES, ("torch", "numpy")),
+    # The contract of compiler and runtime: data.
+    "plan": Room(LEAVES, (), ("runtime",)),
     "ir": Room(LEAVES),
-    "reference": Room((*LEAVES, "ir", "runtime"), ("torch",)),
+    "reference": Room((*LEAVES, "ir", "numerics"), ("torch",)),
+    # Runs plans, knows nothing of how they are made; the CPU executor alone interprets, and loads that late.
+    "runtime.cpu": Room(
+        (*LEAVES, "runtime", "plan", "numerics"), ("torch", "numpy"), rooms_inside=("ir", "reference")
+    ),
+    "runtime": Room(
+        (*LEAVES, "plan", "numerics"),
+        ("torch", "numpy", "safetensors", "cuda"),
+        ("runtime.cpu",),
+        ("rich",),
+    ),
     # Graph work happens without torch: these load it, and whatever needs it, only inside functions.
-    "models": Room((*CONFIG, "ir"), ("networkx",), ("runtime",), ("torch", "numpy", "safetensors", "rich")),
-    "passes": Room((*CONFIG, "ir"), ("networkx",), ("reference", "runtime", "models"), ("torch",)),
+    "models": Room(
+        (*CONFIG, "ir"),
+        ("networkx",),
+        ("runtime", "numerics"),
+        ("torch", "numpy", "safetensors", "rich"),
+    ),
+    "passes": Room(
+        (*CONFIG, "ir"), ("networkx",), ("reference", "runtime", "numerics", "models"), ("torch",)
+    ),
     "view": Room((*CONFIG, "ir", "models"), ("networkx",), (), ("graphviz", "rich")),
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
     "codegen.lib": Room((), ("cutlass", "cuda")),
-    # Launches are lowered to what the runtime's plans hold, which is data.
-    "codegen": Room((*COMPILER, "codegen.lib", "runtime"), ("jinja2",), (), ("cutlass", "cuda", "torch")),
-    "stages": Room((*COMPILER,), (), ("runtime", "view")),
-    "bisect": Room(
-        (*COMPILER, "stages"), (), ("runtime", "runtime.cpu", "reference"), ("torch", "safetensors")
+    # Launches are lowered to what plans hold, which is data.
+    "codegen": Room((*COMPILER, "codegen.lib", "plan"), ("jinja2",), (), ("cutlass", "cuda", "torch")),
+    # The one path from a config to a plan. Torch and kernels are loaded only where they are needed.
+    "compiler": Room(
+        (*COMPILER, "plan"),
+        (),
+        ("runtime", "runtime.cpu", "numerics", "reference", "view", "codegen"),
+        ("torch", "safetensors"),
     ),
-    "codegen.check": Room(("ir",), rooms_inside=("runtime",)),  # reads plans, for their types alone
-    # These make the runtime's plans, which are data: without torch. Kernels are loaded for GPU targets only.
-    "assemble": Room((*COMPILER, "stages", "runtime"), (), ("codegen",)),
-    "compiler": Room((*COMPILER, "stages", "assemble", "runtime"), (), ("codegen",)),
-    "": Room((*CONFIG, "ir", "passes", "compiler"), (), ("runtime", "models", "codegen", "view")),
+    "": Room((*CONFIG, "ir", "passes", "compiler", "plan"), (), ("runtime", "models", "codegen", "view")),
     "cli": Room(
         ("", *CONFIG),
         ("typer", "rich", "click"),
-        (*COMPILER, "stages", "bisect", "compiler", "runtime", "view", "codegen", "codegen.check"),
+        (*COMPILER, "compiler", "plan", "numerics", "runtime", "view", "codegen"),
     ),
     "__main__": Room(("cli",)),
 }
@@ -173,10 +189,10 @@ def test_imports_point_one_way() -> None:
         ("dsv4c.passes.fold", "import dsv4c.codegen.build", "passes must not import dsv4c.codegen.build"),
         ("dsv4c.models.weights", "from torch import Tensor", "models must not import torch"),
         ("dsv4c.config", "import pydantic", "config must not import pydantic"),
-        ("dsv4c.runtime.plan", "import cutlass.cute", "runtime must not import cutlass.cute"),
-        ("dsv4c.runtime.plan", "def f():\n    import jinja2", "runtime must not import jinja2"),
+        ("dsv4c.plan.records", "import cutlass.cute", "plan must not import cutlass.cute"),
+        ("dsv4c.plan.records", "def f():\n    import jinja2", "plan must not import jinja2"),
         (
-            "dsv4c.runtime.plan",
+            "dsv4c.runtime.session",
             "def f():\n    import dsv4c.reference",
             "runtime must not import dsv4c.reference",
         ),
@@ -210,8 +226,8 @@ def test_a_wrong_import_is_caught(module: str, text: str, message: str) -> None:
         ("dsv4c.passes.certify", "def f():\n    import torch\n    from dsv4c.reference import interpret"),
         ("dsv4c.passes.certify", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import torch"),
         ("dsv4c.runtime.cpu", "import torch\ndef f():\n    from dsv4c.reference import registry"),
-        ("dsv4c.reference.quant", "import torch\nfrom dsv4c.runtime.codec import quantize"),
-        ("dsv4c.cli", "def f():\n    from dsv4c.compiler import compile"),
+        ("dsv4c.reference.quant", "import torch\nfrom dsv4c.numerics.codec import quantize"),
+        ("dsv4c.cli", "def f():\n    from dsv4c.compiler.compile import compile"),
     ],
 )
 def test_a_right_import_passes(module: str, text: str) -> None:
@@ -237,7 +253,6 @@ HEAVY = ("torch", "cutlass", "transformers", "pydantic", "jinja2")
         ("passes", HEAVY),
         ("models", HEAVY),
         ("codegen", ("torch", "cutlass", "transformers")),
-        ("assemble", HEAVY),
         ("compiler", HEAVY),
         ("cli", ("torch", "cutlass", "transformers")),
         (

@@ -13,7 +13,7 @@ from dsv4c.cli.run import TokensOption, WeightsOption, token_ids
 from dsv4c.errors import GraphError
 
 if TYPE_CHECKING:
-    from dsv4c.bisect import Verdict
+    from dsv4c.compiler.bisect import Verdict
 
 OutputOption = Annotated[
     Path,
@@ -44,9 +44,9 @@ def bisect_command(
 
       dsv4c bisect tiny.plan --weights tiny-weights --tokens 3,17,5
     """
-    from dsv4c.bisect import Bisection
-    from dsv4c.runtime.plan import load
-    from dsv4c.stages import job_of, rules_of
+    from dsv4c.compiler.bisect import Bisection
+    from dsv4c.compiler.job import job_of, rules_of
+    from dsv4c.plan.records import load
 
     rules = rules_of(extra or ())
     compiled = load(plan)

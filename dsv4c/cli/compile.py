@@ -26,8 +26,8 @@ from dsv4c.cli.options import (
 from dsv4c.errors import ConfigError, GraphError
 
 if TYPE_CHECKING:
-    from dsv4c.runtime.plan import Plan
-    from dsv4c.stages import Compiled, Job
+    from dsv4c.compiler.job import Compiled, Job
+    from dsv4c.plan.records import Plan
 
 ConfigOrNothing = Annotated[
     str | None,
@@ -157,10 +157,10 @@ def compile_command(
 
       dsv4c compile tiny --stop-after fold -o x.ir; dsv4c compile --resume x.ir -o tiny.plan
     """
-    from dsv4c.compiler import compile, job_for
+    from dsv4c.compiler.compile import compile, job_for
+    from dsv4c.compiler.job import read_saved, rules_of
     from dsv4c.config import load_config
-    from dsv4c.runtime.plan import check_target
-    from dsv4c.stages import read_saved, rules_of
+    from dsv4c.plan.records import check_target
 
     rules = rules_of(extra or ())
     if config is None and resume is None:
@@ -232,7 +232,7 @@ def _read(path: Path) -> str:
 
 def _stop(job: Job, after: str, output: Path | None, force: bool, json: bool) -> None:
     """With `json` the graphs go to stdout inside of it, unless they have a file."""
-    from dsv4c.stages import stop
+    from dsv4c.compiler.job import stop
 
     if output is not None and output.exists() and not force:
         raise GraphError(f"{output}: exists; give another file, or --force to replace it")

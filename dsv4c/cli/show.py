@@ -25,9 +25,9 @@ from dsv4c.config import ModelConfig
 from dsv4c.errors import GraphError, PlanError
 
 if TYPE_CHECKING:
+    from dsv4c.compiler.job import Compiled
     from dsv4c.ir.graph import Graph
-    from dsv4c.runtime.plan import Plan
-    from dsv4c.stages import Compiled
+    from dsv4c.plan.records import Plan
 
 
 class Format(StrEnum):
@@ -159,7 +159,7 @@ def kernel_sources(plan: Plan) -> dict[str, str]:
 
 
 def _show_kernels(subject: str, json: bool) -> None:
-    from dsv4c.runtime.plan import load
+    from dsv4c.plan.records import load
 
     plan = load(subject)
     if not plan.kernels:
@@ -210,15 +210,15 @@ def _subject(
 ) -> tuple[Graph, ModelConfig, Plan | None]:
     """The graph of a plan's bucket, or the one that a config would be compiled to."""
     from dsv4c.ir.text import parse_graph
-    from dsv4c.runtime.plan import load
+    from dsv4c.plan.records import load
 
     if is_plan(subject):
-        from dsv4c.stages import rules_of
+        from dsv4c.compiler.job import rules_of
 
         plan = load(subject)
         rules_of(extra or ())  # declares the fused ops that the text may name
         return parse_graph(plan.graph_text(mode)), ModelConfig.from_dict(plan.config), plan
-    from dsv4c.compiler import graph_of, settings
+    from dsv4c.compiler.compile import graph_of, settings
 
     config, deployment, numerics = settings(
         subject, recipe=recipe, batch=batch, max_context=max_context, chunk=chunk, mtp=mode == "mtp"

@@ -13,9 +13,9 @@ from dsv4c.cli.options import CONFIG_HELP, first_given
 from dsv4c.errors import ConfigError
 
 if TYPE_CHECKING:
+    from dsv4c.compiler.job import Compiled, Job
     from dsv4c.ir.graph import Graph
-    from dsv4c.runtime.plan import Plan
-    from dsv4c.stages import Compiled, Job
+    from dsv4c.plan.records import Plan
 
 DEPLOYMENT = ("target", "recipe", "batch", "max_context", "chunk")
 """Parameters of a config's deployment; a plan has settled them."""
@@ -59,9 +59,9 @@ def ask(
     **deployment: Any,
 ) -> Asked:
     """Read a plan folder, or a config under that deployment. Raises ConfigError, PlanError, GraphError."""
-    from dsv4c.compiler import job_for
-    from dsv4c.runtime.plan import load
-    from dsv4c.stages import job_of, rules_of
+    from dsv4c.compiler.compile import job_for
+    from dsv4c.compiler.job import job_of, rules_of
+    from dsv4c.plan.records import load
 
     rules = rules_of(extra or ())
     if is_plan(subject):
@@ -80,7 +80,7 @@ def refuse_decided(context: typer.Context, *subjects: str) -> None:
 
 def is_plan(subject: str) -> bool:
     """Is it a plan's folder? One that may not be entered is none, and its reader will say so."""
-    from dsv4c.runtime.plan import PLAN_FILE
+    from dsv4c.plan.records import PLAN_FILE
 
     return os.path.exists(os.path.join(subject, PLAN_FILE))
 

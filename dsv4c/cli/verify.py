@@ -25,9 +25,9 @@ def verify_command(plan: PlanArgument, json: JsonOption = False) -> None:
       dsv4c verify flash.plan --json
     """
     import dsv4c.passes.fusions  # noqa: F401  (the graph's text names fused ops)
-    from dsv4c.codegen.check import check
+    from dsv4c.compiler.verify import check
     from dsv4c.errors import PlanError
-    from dsv4c.runtime.plan import load
+    from dsv4c.plan.records import load
 
     read = load(plan)
     launches = {mode: len(bucket.launches) for mode, bucket in read.buckets.items()}

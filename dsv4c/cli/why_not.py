@@ -23,9 +23,9 @@ from dsv4c.cli.subject import Subject, ask, refuse_decided
 from dsv4c.errors import GraphError
 
 if TYPE_CHECKING:
+    from dsv4c.compiler.job import Compiled, Job
     from dsv4c.passes.explain import WhyNot
     from dsv4c.passes.fold import Applied, FoldReport, Refusal, Rule
-    from dsv4c.stages import Compiled, Job
 
 RuleArgument = Annotated[str, typer.Argument(metavar="RULE", help="Name of a rule.", show_default=False)]
 NodeOption = Annotated[

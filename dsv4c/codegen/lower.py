@@ -27,7 +27,7 @@ from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import Swiglu
 from dsv4c.passes.memory import aligned, lay_out, plan_memory
 from dsv4c.passes.schedule import Schedule
-from dsv4c.runtime.plan import Argument, KernelLaunch, Slot
+from dsv4c.plan.records import Argument, KernelLaunch, Slot
 from dsv4c.types import BF16, F32, Component, QuantType, TensorType, Type
 
 CONSTANTS_FILE = "constants.safetensors"

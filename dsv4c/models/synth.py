@@ -287,7 +287,7 @@ def _fill(
 def _write(config: ModelConfig, seed: int, job: _Job) -> None:
     import torch
 
-    from dsv4c.runtime.codec import quantize
+    from dsv4c.numerics.codec import quantize
 
     generator = job.generator(seed)
     rows = len(job.rows)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from dsv4c.runtime import codec
+    from dsv4c.numerics import codec
 
 GROUP = 32  # neighbors that share a profile; blocks of 16, 32, 64 and 128 begin with one
 FIRST_POSITIONS = {"mixed": 127, "zeros": 0, "random": 255, "tiny": 1023, "large": 42, "edges": 511}
@@ -34,7 +34,7 @@ def operands_for(graph: Graph, pattern: str, seed: int) -> list[codec.Value]:
 
 
 def _value(value: Value, graph: Graph, pattern: str, generator: torch.Generator) -> codec.Value:
-    from dsv4c.runtime.codec import TORCH_DTYPES, quantize
+    from dsv4c.numerics.codec import TORCH_DTYPES, quantize
 
     type_ = value.type
     if isinstance(type_, QuantType):

@@ -360,7 +360,7 @@ def _sources() -> str:
     package = Path(__file__).parents[1]
     files = [
         *sorted((package / "reference").glob("*.py")),
-        package / "runtime" / "codec.py",
+        package / "numerics" / "codec.py",
         package / "types.py",
     ]
     files += [package / "passes" / f"{name}.py" for name in ("certify", "adversarial", "compare")]

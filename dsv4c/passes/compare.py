@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsv4c.runtime.codec import Value
+    from dsv4c.numerics.codec import Value
 
 BIT_EXACT, REASSOCIATION, REQUANTIZATION, APPROXIMATE = (
     "bit-exact",
@@ -38,7 +38,7 @@ def worse(a: Finding, b: Finding) -> Finding:
 
 def compare(expected: Sequence[Value], found: Sequence[Value], where: str) -> Finding:
     """The worst difference over all values. Bits decide: -0 is not 0, and NaN equals NaN."""
-    from dsv4c.runtime.codec import type_of
+    from dsv4c.numerics.codec import type_of
 
     if len(expected) != len(found):
         return Finding(DIFFERENT, 0.0, f"{where}: {len(found)} values instead of {len(expected)}")
@@ -51,7 +51,7 @@ def compare(expected: Sequence[Value], found: Sequence[Value], where: str) -> Fi
 
 
 def _difference(a: Value, b: Value, where: str) -> Finding:
-    from dsv4c.runtime.codec import Quantized
+    from dsv4c.numerics.codec import Quantized
 
     if isinstance(a, Quantized) and isinstance(b, Quantized):
         worst = _codes(a.data, b.data, where)

@@ -23,7 +23,7 @@ from dsv4c.types import BF16, E2M1, E4M3, F32, TensorType
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dsv4c.runtime.codec import Quantized
+    from dsv4c.numerics.codec import Quantized
 
 Meaning = Callable[..., Any]  # operands of the node -> its result or results
 
@@ -210,7 +210,7 @@ def _cut(x: Tensor) -> Tensor:
 def _toward_zero(x: Tensor, q: Quantized) -> Quantized:
     import torch
 
-    from dsv4c.runtime.codec import dequantize
+    from dsv4c.numerics.codec import dequantize
 
     body = q.shape[-1] - q.format.tail
     rows = x if x.shape == q.shape else x.unsqueeze(-2).expand(q.shape)

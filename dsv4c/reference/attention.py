@@ -16,8 +16,8 @@ from dsv4c.ir.ops.attention import (
     VisibleEntries,
     WindowIndex,
 )
+from dsv4c.numerics.codec import TORCH_DTYPES, Quantized, Value, round_once
 from dsv4c.reference.registry import meaning
-from dsv4c.runtime.codec import TORCH_DTYPES, Quantized, Value, round_once
 
 
 @meaning(WindowIndex)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dsv4c.ir.ops.hyper import CollapseStreams, ExpandStreams, MixStreams, SpreadStreams
+from dsv4c.numerics.codec import TORCH_DTYPES, round_once
 from dsv4c.reference.registry import meaning
-from dsv4c.runtime.codec import TORCH_DTYPES, round_once
 
 
 @meaning(ExpandStreams)

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from dsv4c.ir.ops.index import IndexScores, TopK
+from dsv4c.numerics.codec import Value, round_once
 from dsv4c.reference.attention import complete
 from dsv4c.reference.linear import exact
 from dsv4c.reference.registry import meaning
-from dsv4c.runtime.codec import Value, round_once
 
 
 @meaning(IndexScores)

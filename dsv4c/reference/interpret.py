@@ -10,8 +10,8 @@ from torch import Tensor
 from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.graph import Value as Variable
+from dsv4c.numerics.codec import Quantized, Value, type_of
 from dsv4c.reference.registry import run
-from dsv4c.runtime.codec import Quantized, Value, type_of
 from dsv4c.types import DType, TensorType, Type
 
 Watch = Callable[[str, Value], None] | Collection[str]

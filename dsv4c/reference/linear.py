@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.ir.ops.linear import ExpertLinear, GroupedLinear, Linear
-from dsv4c.reference.registry import meaning
-from dsv4c.runtime.codec import (
+from dsv4c.numerics.codec import (
     TORCH_DTYPES,
     Quantized,
     Value,
@@ -23,6 +22,7 @@ from dsv4c.runtime.codec import (
     dequantize,
     round_once,
 )
+from dsv4c.reference.registry import meaning
 from dsv4c.types import GlobalScale
 
 _CHUNK = 1 << 22  # partial products held at a time

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dsv4c.ir.ops.math import Add, Cast, Clamp, Mul, Scale, Shift, Sigmoid, Silu, SqrtSoftplus, Sum
+from dsv4c.numerics.codec import TORCH_DTYPES, round_once
 from dsv4c.reference.registry import meaning
-from dsv4c.runtime.codec import TORCH_DTYPES, round_once
 
 
 @meaning(Add)

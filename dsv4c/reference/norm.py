@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dsv4c.ir.ops.norm import Normalize, RmsNorm, RsqrtMeanSquare, Softmax
+from dsv4c.numerics.codec import round_once
 from dsv4c.reference.registry import meaning
-from dsv4c.runtime.codec import round_once
 from dsv4c.types import BF16
 
 

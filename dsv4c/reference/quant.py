@@ -1,4 +1,4 @@
-"""Quantization; the formulas are in `dsv4c.runtime.codec`."""
+"""Quantization; the formulas are in `dsv4c.numerics.codec`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from dsv4c.ir.ops.quant import Dequantize, Hadamard, Quantize
+from dsv4c.numerics import codec
+from dsv4c.numerics.codec import TORCH_DTYPES, Quantized, round_once
 from dsv4c.reference.registry import meaning
-from dsv4c.runtime import codec
-from dsv4c.runtime.codec import TORCH_DTYPES, Quantized, round_once
 
 
 @meaning(Quantize)

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.op import Op
-from dsv4c.runtime.codec import Value, type_of
+from dsv4c.numerics.codec import Value, type_of
 
 Result = Value | tuple[Value, ...]
 

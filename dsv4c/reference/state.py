@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dsv4c.ir.ops.state import Advance, CacheWrite, Positions
+from dsv4c.numerics.codec import Quantized, Value
 from dsv4c.reference.registry import meaning
-from dsv4c.runtime.codec import Quantized, Value
 
 
 @meaning(CacheWrite)

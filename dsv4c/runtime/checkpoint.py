@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.errors import CheckpointError
-from dsv4c.runtime.codec import Value
+from dsv4c.numerics.codec import Value
 from dsv4c.runtime.headers import ELEMENT_BYTES, Entry, read_entries
 from dsv4c.runtime.parameter import ParamReader, ParamRecord, Part, Source
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dsv4c.errors import PlanError
-from dsv4c.runtime.codec import Quantized, Value, nan_fill, view
-from dsv4c.runtime.plan import Bucket, Launch, Plan, Slot
+from dsv4c.numerics.codec import Quantized, Value, nan_fill, view
+from dsv4c.plan.records import Bucket, Launch, Plan, Slot
 
 POISON = 0x7FFF  # as bf16, f16, f32 and every second fp8 and ue8m0 a NaN; as an integer far from any index
 

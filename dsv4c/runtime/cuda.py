@@ -18,10 +18,10 @@ from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from dsv4c.errors import PlanError, SessionError
+from dsv4c.numerics.codec import Value, nan_fill, view
+from dsv4c.plan.records import Argument, Bucket, KernelLaunch, Plan, Progress
 from dsv4c.runtime import driver
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.codec import Value, nan_fill, view
-from dsv4c.runtime.plan import Argument, Bucket, KernelLaunch, Plan, Progress
 from dsv4c.runtime.residence import SLAB, Resident, load_weights
 from dsv4c.runtime.session import Session
 from dsv4c.types import parse_type

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from dsv4c.errors import PlanError
+from dsv4c.numerics.codec import Quantized, Value
+from dsv4c.numerics.packing import Packing, pack, parse_packing
 from dsv4c.runtime.checkpoint import Checkpoint, Progress
-from dsv4c.runtime.codec import Quantized, Value
-from dsv4c.runtime.packing import Packing, pack, parse_packing
 from dsv4c.runtime.parameter import ParamRecord
 from dsv4c.types import DType, QuantType
 

@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4c.errors import PlanError, SessionError
+from dsv4c.numerics.codec import Quantized, Value, view
+from dsv4c.plan.records import Plan, Progress
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.codec import Quantized, Value, view
 from dsv4c.runtime.parameter import ParamRecord
-from dsv4c.runtime.plan import Plan, Progress
 from dsv4c.types import Type
 
 STATE_SCHEMA = "1"

@@ -9,8 +9,8 @@ from typing import Any
 from unittest import mock
 
 from dsv4c.codegen.build import Built, Resources, Source, source_key
-from dsv4c.compiler import compile
-from dsv4c.runtime.plan import Plan
+from dsv4c.compiler.compile import compile
+from dsv4c.plan.records import Plan
 
 
 def stand_in(sources: Sequence[Source], target: str, store: Path, **_: Any) -> list[Built]:

@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from dsv4c.cli import app
-from dsv4c.codegen.check import Violation, check
+from dsv4c.compiler.verify import Violation, check
 from dsv4c.errors import PlanError
-from dsv4c.runtime.plan import Argument, KernelLaunch, Plan
+from dsv4c.plan.records import Argument, KernelLaunch, Plan
 from tests.codegen.lowered import gpu_plan
 
 

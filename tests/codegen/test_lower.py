@@ -13,19 +13,19 @@ import torch
 
 from benchmarks.plans import first_layers
 from dsv4c.codegen.build import TARGETS
-from dsv4c.codegen.check import check
 from dsv4c.codegen.lower import component_bytes, packed_bytes, rope_table
-from dsv4c.compiler import compile
+from dsv4c.compiler.compile import compile
+from dsv4c.compiler.verify import check
 from dsv4c.config import load_config
 from dsv4c.errors import BuildError, ConfigError
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.ops.rope import RopeFrequencies
+from dsv4c.numerics.packing import pack, parse_packing
 from dsv4c.passes.base import Context, Pass
 from dsv4c.passes.pipeline import PIPELINE, Memory, Pipeline
 from dsv4c.passes.schedule import schedule
+from dsv4c.plan.records import KernelLaunch, Plan, load
 from dsv4c.reference.registry import run
-from dsv4c.runtime.packing import pack, parse_packing
-from dsv4c.runtime.plan import KernelLaunch, Plan, load
 from dsv4c.types import parse_type
 from tests.codegen.lowered import gpu_plan
 

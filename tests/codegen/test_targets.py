@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from dsv4c.codegen.build import TARGETS
-from dsv4c.compiler import compile
-from dsv4c.runtime.plan import Plan
+from dsv4c.compiler.compile import compile
+from dsv4c.plan.records import Plan
 from tests.codegen.sass import disassemble
 
 RECIPES = ("official", "bf16", "nvfp4-experts", "nvfp4")

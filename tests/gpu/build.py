@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.plans import PLANS, first_layers
-from dsv4c.compiler import compile
-from dsv4c.runtime.plan import Plan
+from dsv4c.compiler.compile import compile
+from dsv4c.plan.records import Plan
 from tests.goldens import golden_case
 
 KERNELS = ("gemv", "hyper", "attention")  # of build_*.py

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4c.runtime.codec import Quantized, quantize
+from dsv4c.numerics.codec import Quantized, quantize
 from dsv4c.runtime.driver import Launch, Library
 from dsv4c.types import FP8_ROW
 from tests.gpu.kernels import measure, options_parser, run_once, start, wanted

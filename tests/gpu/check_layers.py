@@ -23,12 +23,12 @@ from benchmarks.layers import fill_state, random_e4m3
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph
+from dsv4c.numerics.codec import Quantized, Value, dequantize, view
+from dsv4c.plan.records import Plan, load
 from dsv4c.reference import run
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.codec import Quantized, Value, dequantize, view
 from dsv4c.runtime.cuda import CudaExecutor, Device, check_device
 from dsv4c.runtime.parameter import ParamRecord
-from dsv4c.runtime.plan import Plan, load
 from dsv4c.runtime.residence import Resident
 from dsv4c.types import DType, QuantFormat, QuantType, TensorType, Type
 from tests.goldens import CASES, golden_case

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dsv4c.runtime import codec
+from dsv4c.numerics import codec
 from dsv4c.runtime.driver import Library
 from dsv4c.types import FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4
 from tests.goldens import recorded

@@ -22,10 +22,10 @@ from dsv4c.config import load_config
 from dsv4c.ir.graph import Kind
 from dsv4c.ir.ops.shape import Reshape
 from dsv4c.ir.text import parse_graph
+from dsv4c.numerics.codec import Quantized, Value, dequantize, quantize, view
 from dsv4c.passes.recipes import RECIPES
-from dsv4c.runtime.codec import Quantized, Value, dequantize, quantize, view
+from dsv4c.plan.records import load
 from dsv4c.runtime.cuda import CudaExecutor, CudaSession
-from dsv4c.runtime.plan import load
 from dsv4c.types import QuantType
 from tests.goldens import Recorded, recorded
 from tests.interpreted import evaluate, graph_of, layer_value, padded, part_of, weights_of

@@ -38,7 +38,7 @@ def plans(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compiled(plans: Path, case: str, recipe: str, batch: int) -> Path:
     """The plan's folder, compiled once per run of the tests."""
-    from dsv4c.compiler import compile
+    from dsv4c.compiler.compile import compile
     from tests.goldens import golden_case
 
     folder = plans / f"{case}-{recipe}-{batch}"

@@ -11,16 +11,16 @@ import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 
-from dsv4c.compiler import compile
+from dsv4c.compiler.compile import compile
 from dsv4c.ir.text import parse_graph
+from dsv4c.numerics.codec import Quantized, Value
+from dsv4c.plan.records import Plan
 from dsv4c.reference import run
 from dsv4c.reference.interpret import clone
 from dsv4c.runtime import driver
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.codec import Quantized, Value
 from dsv4c.runtime.cuda import CudaExecutor
 from dsv4c.runtime.parameter import ParamRecord
-from dsv4c.runtime.plan import Plan
 from tests.goldens import golden_case, recorded
 from tests.gpu import check_sublayers
 from tests.gpu.check_sublayers import Device, plain

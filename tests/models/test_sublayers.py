@@ -20,10 +20,10 @@ from dsv4c.ir.ops.attention import WindowIndex
 from dsv4c.ir.ops.math import Clamp
 from dsv4c.ir.ops.quant import Hadamard
 from dsv4c.ir.ops.rope import Rope
+from dsv4c.numerics import codec
+from dsv4c.numerics.codec import Quantized
 from dsv4c.passes.recipes import OFFICIAL, RECIPES, Recipe
 from dsv4c.reference.interpret import interpret
-from dsv4c.runtime import codec
-from dsv4c.runtime.codec import Quantized
 from tests.goldens import Recorded, recorded
 from tests.interpreted import (
     STATES,

@@ -363,7 +363,7 @@ def test_classes_of_difference() -> None:
 
 
 def test_one_code_is_a_requantization() -> None:
-    from dsv4c.runtime.codec import quantize as encode
+    from dsv4c.numerics.codec import quantize as encode
 
     for format_, step in ((FP8_ROW, 1), (MXFP4, 1), (MXFP4, 16)):
         q = encode(torch.linspace(-1, 1, 128).reshape(1, 128), format_)

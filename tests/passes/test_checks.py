@@ -23,6 +23,7 @@ from dsv4c.ir.graph import Value
 from dsv4c.ir.ops import quantize, rms_norm, scale, silu, sqrt_softplus
 from dsv4c.ir.ops.math import SqrtSoftplus
 from dsv4c.ir.ops.norm import RmsNorm
+from dsv4c.numerics import codec
 from dsv4c.passes import adversarial, certify, compare, pipeline
 from dsv4c.passes import expand as expand_module
 from dsv4c.passes import fold as fold_module
@@ -31,7 +32,6 @@ from dsv4c.passes import work as work_module
 from dsv4c.passes.certify import PATTERNS, Application, applications, evaluate
 from dsv4c.reference import run
 from dsv4c.reference.registry import MEANINGS
-from dsv4c.runtime import codec
 from dsv4c.types import FP8_ROW, QuantFormat
 from tests import test_cli_passes as commanding
 from tests.checking import checks, notices, without

@@ -41,12 +41,12 @@ from dsv4c.ir.ops.math import Sigmoid, Silu
 from dsv4c.ir.ops.norm import Normalize, Softmax
 from dsv4c.ir.text import parse_graph, print_graph
 from dsv4c.ir.verify import verify
+from dsv4c.numerics.codec import Quantized
 from dsv4c.passes.expand import expand
 from dsv4c.passes.fold import FoldReport, Rule, fold
 from dsv4c.passes.match import BUDGET, COMMUTATIVE, Search
 from dsv4c.passes.work import Match, Work
 from dsv4c.reference.interpret import interpret
-from dsv4c.runtime.codec import Quantized
 from dsv4c.types import BF16, F32, FP8_ROW, I32, MXFP4, DType, QuantFormat, TensorType, parse_type
 
 T = parse_type

@@ -16,8 +16,8 @@ from dsv4c.ir.ops.attention import (
     WindowIndex,
 )
 from dsv4c.ir.ops.quant import Dequantize
+from dsv4c.numerics.codec import Quantized, dequantize, nan_fill, quantize
 from dsv4c.reference import run
-from dsv4c.runtime.codec import Quantized, dequantize, nan_fill, quantize
 from dsv4c.types import BF16, F32, KV_FP8
 
 

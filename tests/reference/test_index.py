@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from dsv4c.ir.ops.index import IndexScores, TopK
+from dsv4c.numerics.codec import dequantize, nan_fill, quantize
 from dsv4c.reference import run
-from dsv4c.runtime.codec import dequantize, nan_fill, quantize
 from dsv4c.types import MXFP4
 
 

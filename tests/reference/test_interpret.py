@@ -9,8 +9,8 @@ from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Builder, Graph
 from dsv4c.ir.ops import add, cache_write, quantize, reshape, scale
 from dsv4c.ir.verify import verify
+from dsv4c.numerics.codec import Quantized, dequantize
 from dsv4c.reference import interpret
-from dsv4c.runtime.codec import Quantized, dequantize
 from dsv4c.types import F32, FP8_ROW, I32, TensorType
 
 X = torch.arange(8.0).reshape(2, 4)

@@ -11,8 +11,8 @@ from dsv4c.ir.ops.math import Add, Mul, Scale, Shift, Sigmoid, SqrtSoftplus
 from dsv4c.ir.ops.norm import Normalize, Softmax
 from dsv4c.ir.ops.quant import Dequantize, Hadamard, Quantize
 from dsv4c.ir.ops.rope import Rope, RopeFrequencies
+from dsv4c.numerics.codec import Quantized, quantize
 from dsv4c.reference import run
-from dsv4c.runtime.codec import Quantized, quantize
 from dsv4c.types import BF16, E4M3, FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4, NVFP4_ROW, UE8M0, QuantFormat
 
 Kernels = dict[str, torch.Tensor]

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from dsv4c.ir.ops.linear import ExpertLinear, GroupedLinear, Linear
+from dsv4c.numerics.codec import Quantized, decode_data, decode_scale, dequantize, quantize
 from dsv4c.reference import linear as linear_module
 from dsv4c.reference import run
-from dsv4c.runtime.codec import Quantized, decode_data, decode_scale, dequantize, quantize
 from dsv4c.types import (
     BF16,
     E4M3,

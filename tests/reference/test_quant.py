@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from dsv4c.ir.ops.quant import Dequantize, Hadamard, Quantize
+from dsv4c.numerics.codec import quantize, round_once
 from dsv4c.reference import run
 from dsv4c.reference.quant import sylvester
-from dsv4c.runtime.codec import quantize, round_once
 from dsv4c.types import BF16, F32, FP8_ROW, NVFP4_ROW
 
 

@@ -11,8 +11,8 @@ from dsv4c.ir.ops.hyper import CollapseStreams, ExpandStreams, MixStreams, Sprea
 from dsv4c.ir.ops.moe import Embedding, TakeAlong
 from dsv4c.ir.ops.sample import Argmax
 from dsv4c.ir.ops.shape import Concat, Reshape, Slice
+from dsv4c.numerics.codec import Quantized, quantize, type_of
 from dsv4c.reference import run
-from dsv4c.runtime.codec import Quantized, quantize, type_of
 from dsv4c.types import BF16, F32, FP8_WEIGHT, KV_FP8, NVFP4, QuantFormat, QuantType
 
 

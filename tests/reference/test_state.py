@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dsv4c.ir.ops.state import Advance, CacheWrite, Positions
+from dsv4c.numerics.codec import Quantized, quantize, view
 from dsv4c.reference import run
-from dsv4c.runtime.codec import Quantized, quantize, view
 from dsv4c.types import KV_FP8, MXFP4, QuantFormat, QuantType
 
 

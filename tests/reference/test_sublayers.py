@@ -22,8 +22,8 @@ from dsv4c.ir.ops.norm import Normalize, RmsNorm
 from dsv4c.ir.ops.quant import Dequantize, Hadamard, Quantize
 from dsv4c.ir.ops.rope import Rope, RopeFrequencies
 from dsv4c.ir.ops.state import CacheWrite
+from dsv4c.numerics.codec import Quantized, nan_fill
 from dsv4c.reference import run
-from dsv4c.runtime.codec import Quantized, nan_fill
 from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, KV_FP8, MXFP4
 from tests.goldens import golden_case
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from dsv4c.config import load_config
 from dsv4c.errors import CheckpointError
 from dsv4c.models.weights import records, sources
+from dsv4c.numerics.codec import Quantized, dequantize, quantize
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.codec import Quantized, dequantize, quantize
 from dsv4c.runtime.parameter import ParamRecord, Part, Source
 from dsv4c.types import (
     BF16,

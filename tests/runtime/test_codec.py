@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from dsv4c.runtime.codec import (
+from dsv4c.numerics.codec import (
     POISON_INT,
     ConversionError,
     Quantized,

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from dsv4c.config import load_config
 from dsv4c.errors import CheckpointError, PlanError, SessionError
+from dsv4c.numerics.codec import Quantized, quantize
+from dsv4c.numerics.packing import pack, parse_packing
+from dsv4c.plan.records import Argument, Bucket, KernelLaunch, Plan, Slot, StateSlot, load
 from dsv4c.runtime import cuda, driver, residence
-from dsv4c.runtime.codec import Quantized, quantize
 from dsv4c.runtime.cuda import CudaExecutor, CudaSession, Device, check_device, feeds_back
-from dsv4c.runtime.packing import pack, parse_packing
-from dsv4c.runtime.plan import Argument, Bucket, KernelLaunch, Plan, Slot, StateSlot, load
 from dsv4c.runtime.residence import Resident
 from dsv4c.types import BF16, F32, FP8_WEIGHT, I32, MXFP4, QuantType, TensorType, Type
 from tests.codegen.lowered import gpu_plan

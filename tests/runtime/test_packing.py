@@ -5,7 +5,7 @@ them.
 import pytest
 import torch
 
-from dsv4c.runtime.packing import Packing, pack, parse_packing, unpack
+from dsv4c.numerics.packing import Packing, pack, parse_packing, unpack
 
 
 def _matrix(format: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:

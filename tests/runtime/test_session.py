@@ -19,11 +19,11 @@ import dsv4c
 from dsv4c.errors import CheckpointError, PlanError, SessionError
 from dsv4c.ir.text import parse_graph
 from dsv4c.models.synth import synthesize
+from dsv4c.numerics.codec import Quantized, Value, nan_fill, view
+from dsv4c.plan.records import Plan
 from dsv4c.reference import interpret
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.codec import Quantized, Value, nan_fill, view
 from dsv4c.runtime.parameter import ParamRecord
-from dsv4c.runtime.plan import Plan
 from dsv4c.runtime.session import Session
 from tests.goldens import golden_case
 from tests.runtime.conftest import BATCH, CHUNK, CONTEXT

@@ -2,7 +2,7 @@
 
 A stage holds 256 columns of 128 rows of both sides. Codes lie as the MMA's 128-byte swizzle wants them: 16
 bytes number c of row r at r * 128 + (c ^ r % 8) * 16. Scales lie in atoms of 128 rows x 64 columns: 4 bytes
-of row r at r % 32 * 16 + r / 32 * 4. Weights come so from `runtime/packing.py` ("nvfp4_mma"), one bulk copy
+of row r at r % 32 * 16 + r / 32 * 4. Weights come so from `numerics/packing.py` ("nvfp4_mma"), one bulk copy
 per stage; activations are put in order here, 16 and 4 bytes at a time.
 """
 

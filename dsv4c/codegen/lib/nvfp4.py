@@ -1,6 +1,6 @@
 """NVFP4 rows: quantized by one CTA each, and expanded to f16 for the GEMVs.
 
-As `runtime/codec.py`: g = amax(row) / (6 * 448), scale = e4m3(amax16 / (6 g)), code = e2m1(x / (scale g)). A
+As `numerics/codec.py`: g = amax(row) / (6 * 448), scale = e4m3(amax16 / (6 g)), code = e2m1(x / (scale g)). A
 code times its scale has six significant bits and lies within 2^-10 .. 2688: exact in f16.
 """
 

@@ -1,5 +1,5 @@
 """Block quantization on the device: FP8 with power-of-two scales, decided from float bits as
-`runtime/codec.py` does.
+`numerics/codec.py` does.
 
 scale = 2^ceil(log2(max(amax, 1e-4) / 448)), stored as its biased exponent; codes are e4m3, nearest even,
 saturating.

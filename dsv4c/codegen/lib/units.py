@@ -2,7 +2,7 @@
 activation rows.
 
 `accumulate` adds a unit's products, block scales included, to a warp's fragment: lane (g, q) = (lane/4,
-lane%4) holds rows g and g+8 of activation rows 2q and 2q+1, in mma.sync order. `runtime/packing.py` writes
+lane%4) holds rows g and g+8 of activation rows 2q and 2q+1, in mma.sync order. `numerics/packing.py` writes
 the units. What a format leaves to the end, a power of two, is `finish`.
 """
 

@@ -12,12 +12,12 @@ from dsv4c.config import Deployment, ModelConfig, load_config
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode, build
+from dsv4c.numerics import codec
+from dsv4c.numerics.codec import Quantized
 from dsv4c.passes.fold import FoldReport, Rule, fold
 from dsv4c.passes.fusions import FUSIONS
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import RECIPES, recipe_named
-from dsv4c.runtime import codec
-from dsv4c.runtime.codec import Quantized
 from dsv4c.types import DType, QuantType
 
 MODES: tuple[Mode, ...] = ("decode", "prefill", "mtp")

@@ -11,10 +11,10 @@ from dsv4c.config import load_config
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode
+from dsv4c.numerics import codec
 from dsv4c.passes.fold import fold
 from dsv4c.passes.recipes import RECIPES
 from dsv4c.reference.interpret import clone, interpret
-from dsv4c.runtime import codec
 from tests.goldens import recorded
 from tests.interpreted import Model, fresh_states, padded
 from tests.passes.fusions.cases import CHUNK, RULES, differing, folded, random_weights, unfolded

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsv4c.assemble import plan_of_kernels, plan_of_ops, reported
 from dsv4c.cache import cache_folder
+from dsv4c.compiler.assemble import plan_of_kernels, plan_of_ops, reported
+from dsv4c.compiler.job import Compiled, Job, Saved, choose_rules, resume, rules_of
 from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
 from dsv4c.errors import ConfigError, GraphError
 from dsv4c.ir.graph import Graph
@@ -23,8 +24,7 @@ from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, Stage, pars
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import Recipe, recipe_named
 from dsv4c.passes.schedule import Order
-from dsv4c.runtime.plan import Plan
-from dsv4c.stages import Compiled, Job, Saved, choose_rules, resume, rules_of
+from dsv4c.plan.records import Plan
 
 CHUNK = 64  # tokens per prefill call, unless the context is shorter
 Progress = Callable[[str, int, int], None]
@@ -62,8 +62,8 @@ def compile(
     `certify` stores a certificate of every way a rule applied; those not kept from before take seconds, once.
     A GPU target has kernels and the decode bucket alone. `cache` is the folder of compiled kernels and
     certificates (default: dsv4c's in the user's cache).
-    `resumed` (`dsv4c.stages.read_saved`) goes on where a compile stopped: of the other arguments only rules,
-    expected, certify, cache and progress count then.
+    `resumed` (`dsv4c.compiler.job.read_saved`) goes on where a compile stopped: of the other arguments only
+    rules, expected, certify, cache and progress count then.
     `progress(stage, done, all)` is called on the way.
 
     Raises ConfigError for a model, deployment or recipe that cannot be compiled, GraphError where a recipe

@@ -33,7 +33,7 @@ from dsv4c.passes.recipes import Recipe, recipe_named
 from dsv4c.passes.schedule import Schedule
 
 if TYPE_CHECKING:
-    from dsv4c.runtime.plan import Plan
+    from dsv4c.plan.records import Plan
 
 ALL = "all"
 """In place of a rule's name: every rule."""

@@ -16,7 +16,7 @@ from dsv4c.ir.ops.shape import Reshape
 from dsv4c.ir.text import parse_graph
 
 if TYPE_CHECKING:
-    from dsv4c.runtime.plan import Argument, Bucket, KernelLaunch, Plan
+    from dsv4c.plan.records import Argument, Bucket, KernelLaunch, Plan
 
 FOLLOWED = ("arena", "state", "input")  # blocks whose bytes change
 BLOCKS = ("arena", "state", "weights", "constants", "input")

@@ -13,16 +13,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsv4c.compiler.job import Job
 from dsv4c.errors import PlanError, SessionError
 from dsv4c.ir.graph import Builder, Graph, Node
 from dsv4c.ir.ops.shape import Reshape
 from dsv4c.ir.text import parse_graph, print_graph
-from dsv4c.stages import Job
 
 if TYPE_CHECKING:
+    from dsv4c.numerics.codec import Value
     from dsv4c.passes.compare import Finding
-    from dsv4c.runtime.codec import Value
-    from dsv4c.runtime.plan import Launch, Plan
+    from dsv4c.plan.records import Launch, Plan
 
 Bounds = Mapping[tuple[str, tuple[str, ...]], "Finding"]
 """What the certificates allow, by op with attributes and types of its operands."""
@@ -85,8 +85,8 @@ class Bisection:
     """
 
     def __init__(self, plan: Plan, weights: str | Path, tokens: Sequence[int], job: Job) -> None:
+        from dsv4c.plan.records import Launch
         from dsv4c.runtime.cpu import CpuExecutor
-        from dsv4c.runtime.plan import Launch
 
         if plan.target != "cpu":
             raise PlanError(
@@ -155,7 +155,7 @@ class Bisection:
 
     def params(self, graph: Graph) -> dict[str, Value]:
         """Weights of the plan that `graph` reads."""
-        from dsv4c.runtime.codec import view
+        from dsv4c.numerics.codec import view
 
         offsets = {record["name"]: int(record["offset"]) for record in self.plan.weights}
         missing = [v.name for v in graph.params if v.name not in offsets]
@@ -209,7 +209,7 @@ class Bisection:
         record = next((r for r in self.plan.weights if r["name"] == name), None)
         if record is None:
             return {}
-        from dsv4c.runtime.codec import view
+        from dsv4c.numerics.codec import view
         from dsv4c.types import parse_type
 
         return {name: view(self.executor.weights, parse_type(record["type"]), int(record["offset"]))}
@@ -391,7 +391,7 @@ def _save(values: Mapping[str, Value], types: Mapping[str, str], path: Path) -> 
     import torch
     from safetensors.torch import save_file
 
-    from dsv4c.runtime.codec import Quantized, view
+    from dsv4c.numerics.codec import Quantized, view
     from dsv4c.types import parse_type
 
     blocks = {}
@@ -411,10 +411,10 @@ def rerun(folder: Path) -> Finding:
     """What `reproduce.py` does: both sides of a reproducer on its operands."""
     from safetensors.torch import load_file
 
+    from dsv4c.numerics.codec import view
     from dsv4c.passes.compare import compare
     from dsv4c.reference import interpret
     from dsv4c.reference.interpret import clone
-    from dsv4c.runtime.codec import view
     from dsv4c.types import parse_type
 
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
@@ -433,7 +433,7 @@ SCRIPT = '''"""Runs both sides of one rewrite on the operands that showed the fa
 
 from pathlib import Path
 
-from dsv4c.bisect import rerun
+from dsv4c.compiler.bisect import rerun
 
 found = rerun(Path(__file__).parent)
 print(f"{found.kind}, worst {found.worst:g}: {found.reason or 'both sides agree'}")

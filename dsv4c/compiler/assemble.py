@@ -11,6 +11,7 @@ from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
+from dsv4c.compiler.job import Compiled, Job, Saved, figures
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.graph import Graph, Node, Value
@@ -19,8 +20,7 @@ from dsv4c.models.weights import records
 from dsv4c.passes.expand import expand
 from dsv4c.passes.memory import MemoryPlan, lay_out, plan_memory
 from dsv4c.passes.schedule import Schedule, layer_in, schedule
-from dsv4c.runtime.plan import Bucket, KernelLaunch, Launch, Plan, Slot, StateSlot
-from dsv4c.stages import Compiled, Job, Saved, figures
+from dsv4c.plan.records import Bucket, KernelLaunch, Launch, Plan, Slot, StateSlot
 from dsv4c.types import Type
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""Number formats in bytes: the codecs in PyTorch, and how weights are packed."""

@@ -1,0 +1,1 @@
+"""What the compiler hands to the runtime: a plan as plain data."""
