@@ -1,0 +1,67 @@
+"""The static shapes a plan is compiled for, one per way of calling it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Kind = Literal["decode", "verify", "prefill", "draft"]
+Logits = Literal["last", "all"]
+
+ROWS = 8
+"""The most tokens of one sequence that a call may write to a ring before it reads it back.
+
+Rings have room for as many beside what they must remember, so a step of up to this many tokens can be taken
+back by its position alone, and calls of more tokens keep their rows beside the ring until they end.
+"""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """`tokens` rows of each of `sequences` sequences per call.
+
+    kind: decode steps (one token each), verify steps (a few, to be kept or taken back), a prompt's chunks, or
+    chunks of the draft block. logits: of every row, or of each sequence's last one.
+    """
+
+    kind: Kind
+    sequences: int = 1
+    tokens: int = 1
+    logits: Logits = "all"
+
+    @property
+    def name(self) -> str:
+        """decode-8, verify-1x4, prefill-64, draft-64; a suffix tells those with the last row's logits."""
+        shape = f"{self.sequences}" if self.kind == "decode" else f"{self.sequences}x{self.tokens}"
+        if self.kind in ("prefill", "draft") and self.sequences == 1:
+            shape = f"{self.tokens}"
+        return f"{self.kind}-{shape}" + (".last" if self.logits == "last" else "")
+
+    @property
+    def rows(self) -> int:
+        """Rows per call, of all sequences together."""
+        return self.sequences * self.tokens
+
+    @property
+    def block(self) -> Literal["main", "draft"]:
+        """Which part of the model runs."""
+        return "draft" if self.kind == "draft" else "main"
+
+    @property
+    def keeps_beside(self) -> bool:
+        """Are there more tokens than a ring takes ahead, so that rows stay beside it until the call ends?"""
+        return self.tokens > ROWS
+
+
+def bucket_named(name: str) -> Bucket:
+    """The bucket of that name. Raises ValueError for what is none."""
+    match = re.fullmatch(r"([a-z]+)-(?:([1-9]\d{0,5})x)?([1-9]\d{0,6})(\.last)?", name, re.ASCII)
+    if match is None or match[1] not in get_args(Kind):
+        raise ValueError(f"{name!r} names no bucket; expected decode-8, verify-1x4, prefill-64 or draft-64")
+    kind, first, last, suffix = match.groups()
+    sequences, tokens = (int(last), 1) if kind == "decode" else (int(first or 1), int(last))
+    bucket = Bucket(kind, sequences, tokens, "last" if suffix else "all")  # type: ignore[arg-type]
+    if bucket.name != name:
+        raise ValueError(f"{name!r} names no bucket; {bucket.name} is how it is written")
+    return bucket
