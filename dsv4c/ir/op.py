@@ -77,6 +77,7 @@ class Op:
 
     name: ClassVar[str]
     alias: ClassVar[Mapping[int, int]] = {}  # result index -> operand index whose buffer it overwrites
+    view: ClassVar[bool] = False  # is the result its operand's bytes, so that nothing is launched?
 
     def infer(self, *operands: Type) -> Type | tuple[Type, ...]:
         """Result types. Raises GraphError when the operands do not fit."""
