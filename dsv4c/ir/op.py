@@ -77,6 +77,8 @@ class Op:
 
     name: ClassVar[str]
     alias: ClassVar[Mapping[int, int]] = {}  # result index -> operand index whose buffer it overwrites
+    picks: ClassVar[Mapping[int, tuple[int, int]]] = {}
+    """Operands that are indices: which operand each is an index into, and of which of its dimensions."""
 
     def infer(self, *operands: Type) -> Type | tuple[Type, ...]:
         """Result types. Raises GraphError when the operands do not fit."""
