@@ -141,7 +141,7 @@ def job_of(plan: Plan, rules: Contributions | None = None) -> Job:
         recipe_named(plan.recipe),
         parse_pipeline(plan.pipeline, known.passes),
         known,
-        tuple(plan.buckets),  # type: ignore[arg-type]
+        tuple(plan.buckets),
     )
 
 

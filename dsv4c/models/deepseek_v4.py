@@ -1,12 +1,13 @@
 """DeepSeek-V4 as a graph of the paper's operations, one bucket at a time.
 
-`build(config, deployment, bucket, activation)` gives the whole model, or the block that drafts, for the bucket's
-sequences and tokens, each sequence in any slot and starting anywhere. Weights and activations are plain here;
-`passes.quantize` turns them into a recipe's formats. Equations: DeepSeek-V4's inference/model.py.
+`build(config, deployment, bucket, activation)` gives the whole model, or the block that drafts, for as many
+sequences and tokens as the bucket says, each sequence in any slot and starting anywhere. Weights and
+activations are plain here; `passes.quantize` turns them into a recipe's formats. Equations: DeepSeek-V4's
+inference/model.py.
 
-Rings remember what later tokens look back to, and have room for `ROWS` rows more. A call of so few tokens writes
-them to the ring and reads it back. One of more reads a copy beside the ring, long enough for its rows, and
-writes the last of them to the ring: what a sequence keeps does not grow with the size of chunks.
+Rings remember what later tokens look back to, and have room for `ROWS` new ones. A call of so few tokens
+writes them to the ring and reads it. One of more reads a copy beside the ring, long enough for all of its
+rows, and writes the last of them to the ring: what a sequence keeps does not grow with the size of chunks.
 """
 
 from __future__ import annotations
@@ -81,9 +82,10 @@ def ring_rows(reach: int, tokens: int, tile: int) -> int:
 def build(config: ModelConfig, deployment: Deployment, bucket: Bucket, activation: DType = BF16) -> Graph:
     """The model's graph for one bucket: B sequences of T tokens, N = B·T rows.
 
-    Inputs: tokens i32[N], lengths i32[B] (valid tokens of each sequence, the rest is padding; 0 is idle), slots
-    i32[B] (where each sequence's state is); a draft also takes streams [N, S, H]. Outputs: logits f32[N, V] and
-    next i32[N], or [B, V] and [B] of each sequence's last token as the bucket says, and streams [N, S, H].
+    Inputs: tokens i32[N], lengths i32[B] (valid tokens of each sequence, the rest is padding; 0 is idle),
+    slots i32[B] (where each sequence's state is), no two active ones alike; a draft also takes streams
+    [N, S, H]. Outputs: streams [N, S, H], logits f32[N, V] and next i32[N]; or f32[B, V] and i32[B], of each
+    sequence's last token, when the bucket says so.
     """
     with Builder(f"{config.name}.{bucket.name}") as builder:
         model = _Model(config, deployment, bucket, activation, builder)
@@ -122,8 +124,9 @@ class _Model:
         self.positions, self.row_slots = positions(
             self.start, self.slots, self.lengths, tokens=bucket.tokens, name="positions"
         )
+        self.places: Value = self.row_slots  # where each row finds what `remember` returns
         if bucket.keeps_beside:
-            self.owners = owners(self.lengths, tokens=bucket.tokens, name="owners")
+            self.places = owners(self.lengths, tokens=bucket.tokens, name="owners")
 
     # --- declarations --------------------------------------------------------------------------------------
 
@@ -144,7 +147,8 @@ class _Model:
 
         Returns what this call's tokens read: the ring, or the copy beside it, one per sequence of the call.
         """
-        ring = self.state(name, rows.type.dtype, ring_rows(reach, ROWS, tile), rows.type.shape[1])  # type: ignore[union-attr]
+        dtype = rows.type.dtype  # type: ignore[union-attr]  # quantization comes later
+        ring = self.state(name, dtype, ring_rows(reach, ROWS, tile), rows.type.shape[1])
         given = (ring, rows, self.positions, self.row_slots)
         if not self.bucket.keeps_beside:
             written: Value = cache_write(*given, name=f"{label}_written")
@@ -155,11 +159,6 @@ class _Model:
         )
         cache_write(*given, name=f"{label}_written")
         return beside
-
-    @property
-    def places(self) -> Value:
-        """Where each row finds what `remember` returned: its slot, or its sequence of the call, i32[N]."""
-        return self.owners if self.bucket.keeps_beside else self.row_slots
 
     def rotary(self, compressed: bool) -> Value:
         """RoPE frequencies: compressed layers use their own base with YaRN, for everything in the layer."""
@@ -342,7 +341,7 @@ class _Model:
             done, slots = self.completed(ratio, self.row_slots, "done")
             places = slots
             if self.bucket.keeps_beside:
-                _, places = self.completed(ratio, self.owners, "done_beside")
+                _, places = self.completed(ratio, self.places, "done_beside")
             z = compress_pool(
                 kv_ring,
                 score_ring,

@@ -19,7 +19,7 @@ def index_scores(
     """bf16 weights mean bf16 steps: the dots, the products and the sum over heads are each rounded."""
     entries, queries = keys.shape[1], exact(q)
     dots = torch.empty(*q.shape[:2], entries, dtype=torch.float64)
-    for slot in slots.unique():
+    for slot in set(slots.tolist()):
         dots[slots == slot] = queries[slots == slot] @ exact(_of_slot(keys, slot)).mT
     steps = torch.bfloat16 if weights.dtype is torch.bfloat16 else torch.float64
     weighted = round_once(dots, steps).relu() * weights.to(steps)[..., None]
@@ -28,7 +28,7 @@ def index_scores(
     return torch.where(visible, scores, -torch.inf)
 
 
-def _of_slot(keys: Value, slot: Tensor) -> Value:
+def _of_slot(keys: Value, slot: int) -> Value:
     return keys.map(lambda part: part[slot]) if isinstance(keys, Quantized) else keys[slot]
 
 

@@ -10,7 +10,7 @@ from dsv4c.types import F32, I32, TensorType, Type
 
 @primitive
 class CompletedEntries(Op):
-    """Entries finished by this call: positions i32[B·T], slots i32[B·T] -> (entries, their slots), both i32[B·E].
+    """Entries finished by this call: positions, slots i32[B·T] -> (entries, their slots), both i32[B·E].
 
     E = ceil(T / ratio). Entry w is finished by token (w+1)·ratio - 1 and lies in that token's slot; unused
     places hold -1 in slot 0.
@@ -33,9 +33,9 @@ class CompressPool(Op):
     """Per-channel softmax over the tokens of a window, weighting their kv -> f32[M, d].
 
     kv and score are rings f32[S, R, c·d] (token p in row p % R; score includes the position bias), entries
-    and slots i32[M]. With `overlap` (c = 2) entry w pools tokens ratio·(w-1).. of channels [:d] and ratio·w..
-    of [d:]; tokens before the start weigh nothing, whatever their row holds. Entry -1 gives zeros. `tokens` is
-    how many the call has: it pools one entry for every `ratio` of them, in the long run.
+    and slots i32[M]. With `overlap` (c = 2) entry w pools tokens ratio·(w-1).. of channels [:d] and
+    ratio·w.. of [d:]; tokens before the start weigh nothing, whatever their row holds. Entry -1 gives zeros.
+    `tokens` is how many the call has: in the long run it pools one entry for every `ratio` of them.
     """
 
     ratio: int

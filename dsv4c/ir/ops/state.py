@@ -1,7 +1,7 @@
 """Writes to state, and the positions and slots that say where.
 
-State is [slots, ...], one slot per sequence that a session keeps. A call is about a few of them, and every row
-carries the slot it belongs to.
+State is [slots, ...], one slot per sequence that a session keeps. A call is about a few of them, and every
+row carries the slot it belongs to.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class CacheWrite(Op):
 class CacheExtend(Op):
     """What a ring would hold if it had `capacity` rows and the call's rows in it -> [B, capacity, ...].
 
-    cache[S, C, ...] holds position p at p % C, the last C before the call. rows[N, ...] are those of the call,
-    N/B of each sequence, at positions i32[N] of slots i32[N]; -1 is no row. The result holds the latest
-    position of each residue p % capacity, of a sequence's last `capacity`: a row of the call, one that the ring
-    still has, or zeros. The ring stays as it is.
+    cache[S, C, ...] holds the last C positions before the call, p at p % C. rows[N, ...] are the call's,
+    N/B of each sequence, at positions i32[N] of slots i32[N]; -1 is no row. Row r of the result is the
+    sequence's latest position p with p % capacity = r: one of the call's, one that the ring still has, or
+    else zeros. The ring stays as it is.
     """
 
     capacity: int
@@ -76,8 +76,8 @@ class CacheExtend(Op):
 class Positions(Op):
     """Where the tokens of a call go: start i32[S], slots i32[B], lengths i32[B] -> (positions, row slots).
 
-    Both are i32[B·tokens], `tokens` rows of each sequence: start[slot] + t in that slot for the first `lengths`
-    of them, then position -1 in slot 0. A sequence of length 0 is idle, and its slot is not looked at.
+    Both are i32[B·tokens], `tokens` rows of each sequence: start[slot] + t in that slot for the first
+    `lengths` of them, then position -1 in slot 0. A sequence of length 0 is idle, its slot may be -1.
     """
 
     tokens: int
@@ -106,7 +106,7 @@ class Owners(Op):
 
 @primitive
 class Advance(Op):
-    """start[slots] + lengths, in place: start i32[S], slots i32[B], lengths i32[B]. Length 0 moves nothing."""
+    """start[slots] + lengths, in place: start i32[S], slots and lengths i32[B]. Length 0 moves nothing."""
 
     alias: ClassVar = {0: 0}
 

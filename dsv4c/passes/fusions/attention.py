@@ -52,9 +52,9 @@ def operands_of(rotation: Node, around: Neighborhood) -> int | None:
 class Attention(Fused):
     """q[N, h, D] before its norm -> [N, groups, h/groups * D], quantized when there is a `format`.
 
-    Row n sees the `ring` in ring_slots[n] and the `entries` in slots[n]; for a ring copied beside the state
-    those differ. Without `entries`: sliding window alone (SWA). With them: the `chosen` ones (CSA), or else all
-    that are complete, one per `ratio` tokens (HCA).
+    Row n sees the `ring` in ring_slots[n] and the `entries` in slots[n]; they differ where the ring is a
+    copy beside the state. Without `entries`: sliding window alone (SWA). With them: the `chosen` ones (CSA),
+    or else all that are complete, one per `ratio` tokens (HCA).
     """
 
     literals = ("concat.axis",)
