@@ -10,11 +10,6 @@ from dsv4c.numerics.codec import Quantized, Value
 from dsv4c.reference.registry import meaning
 
 
-def parts_of(value: Value) -> tuple[Tensor, ...]:
-    """The tensors that a value's bytes are in, the same number for every value of a format."""
-    return value.parts if isinstance(value, Quantized) else (value,)
-
-
 @meaning(CacheWrite)
 def cache_write(op: CacheWrite, cache: Value, rows: Value, index: Tensor, slots: Tensor) -> Value:
     """Of two rows for the same place the later one stays."""
@@ -24,7 +19,9 @@ def cache_write(op: CacheWrite, cache: Value, rows: Value, index: Tensor, slots:
     kept = index >= 0
     last = torch.full((count * capacity,), -1).scatter_reduce(0, place[kept], order[kept], "amax")
     written = (last >= 0).nonzero()[:, 0]
-    for target, source in zip(parts_of(cache), parts_of(rows), strict=True):
+    targets = cache.parts if isinstance(cache, Quantized) else (cache,)
+    sources = rows.parts if isinstance(rows, Quantized) else (rows,)
+    for target, source in zip(targets, sources, strict=True):
         target[written // capacity, written % capacity] = source[last[written]]
     return cache
 
@@ -32,30 +29,24 @@ def cache_write(op: CacheWrite, cache: Value, rows: Value, index: Tensor, slots:
 @meaning(CacheExtend)
 def cache_extend(op: CacheExtend, cache: Value, rows: Value, positions: Tensor, slots: Tensor) -> Value:
     ring = cache.shape[1]
-    by_sequence, slot = (x.to(torch.int64).reshape(op.sequences, -1) for x in (positions, slots))
-    present = by_sequence >= 0
+    by_sequence = positions.to(torch.int64).reshape(op.sequences, -1)
     last, at = by_sequence.max(1, keepdim=True)
-    slot = slot.gather(1, at)
-    first = last + 1 - present.sum(1, keepdim=True)
+    slot = slots.reshape(op.sequences, -1).gather(1, at)
+    first = last + 1 - (by_sequence >= 0).sum(1, keepdim=True)
     held = last - (last - torch.arange(op.capacity)) % op.capacity  # the latest position of each residue
-    new = (held >= first) & (held >= 0)
-    old = (held < first) & (held >= 0) & (held >= first - ring)
+    new, old = held >= first, (held >= 0) & (held >= first - ring)
     row = torch.arange(op.sequences)[:, None] * by_sequence.shape[1] + held - first
 
     def join(kept: Tensor, added: Tensor) -> Tensor:
         trailing = [1] * (kept.ndim - 2)
-        of_ring = kept[slot, held % ring]
-        of_call = added[torch.where(new, row, 0)]
-        absent = torch.zeros((), dtype=kept.dtype)
-        rest = torch.where(old.reshape(*old.shape, *trailing), of_ring, absent)
+        of_ring, of_call = kept[slot, held % ring], added[torch.where(new, row, 0)]
+        rest = torch.where(old.reshape(*old.shape, *trailing), of_ring, torch.zeros((), dtype=kept.dtype))
         return torch.where(new.reshape(*new.shape, *trailing), of_call, rest)
 
-    added = iter(parts_of(rows))
-    return (
-        cache.map(lambda part: join(part, next(added)))
-        if isinstance(cache, Quantized)
-        else join(cache, next(added))
-    )
+    if isinstance(cache, Tensor) and isinstance(rows, Tensor):
+        return join(cache, rows)
+    assert isinstance(cache, Quantized) and isinstance(rows, Quantized)
+    return cache.map(join, rows)
 
 
 @meaning(Positions)
