@@ -243,7 +243,9 @@ def test_a_lower_room_never_names_a_higher_one() -> None:
     order = list(HOUSE)
     for name, room in HOUSE.items():
         for other in (*room.rooms, *room.rooms_inside):
-            assert name in ("runtime.cpu", "plan") or order.index(other) <= order.index(name), f"{name} lists {other}"
+            assert name in ("runtime.cpu", "plan") or order.index(other) <= order.index(name), (
+                f"{name} lists {other}"
+            )
 
 
 HEAVY = ("torch", "cutlass", "transformers", "pydantic", "jinja2")
