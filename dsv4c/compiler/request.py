@@ -26,14 +26,14 @@ class Request:
     """A model (a config, a built-in name, a config.json or a checkpoint folder), and how to compile it.
 
     target: cpu, sm_90a or sm_100a. batch: sequences that decode together, a bucket for each number (1; on a
-    GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens that
-    each has room for. verify: tokens of one sequence that a verify step takes, 1 for no such bucket. chunk:
-    tokens of one sequence that prefill calls take, a bucket for each size (64 or the context; on a GPU 8).
-    logits: of every token of a chunk, or of its last alone. draft: "mtp" adds the draft block's buckets.
-    pipeline: passes (or their spec) in place of the default ones, whose recipe is `recipe`. rules: what may
-    fold, by default the built-in ones and those of installed packages, without those of `disable` ("all":
-    every one) that `enable` does not take back. expected: applications by rule that must hold for the smallest
-    decode bucket. require_fused: rules whose ops must find a kernel wherever they apply.
+    GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens
+    that each has room for. verify: tokens of one sequence that a verify step takes, 1 for no such bucket.
+    chunk: tokens of one sequence that prefill calls take, a bucket for each size (64 or the context; on a
+    GPU 8). logits: of every token of a chunk, or of its last alone. draft: "mtp" adds the draft block's
+    bucket. pipeline: passes (or their spec) in place of the default ones, whose recipe is `recipe`. rules:
+    what may fold, by default the built-in ones and those of installed packages, without those of `disable`
+    ("all": every one) that `enable` does not take back. expected: applications by rule that must hold for
+    the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever they apply.
     """
 
     model: ModelConfig | str | Path
@@ -54,8 +54,8 @@ class Request:
     require_fused: Iterable[str] = ()
 
     def job(self) -> Job:
-        """Everything that decides the plan. Raises ConfigError for a model, deployment or recipe that there is
-        not, GraphError for a rule or a pipeline.
+        """Everything that decides the plan. Raises ConfigError for a model, deployment or recipe that cannot
+        be, GraphError for a rule or a pipeline.
         """
         config = self.model if isinstance(self.model, ModelConfig) else load_config(self.model)
         known = rules_of() if self.rules is None else self.rules

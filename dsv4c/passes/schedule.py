@@ -53,7 +53,7 @@ def layer_in(scope: str) -> str:
 
 
 def schedule(graph: Graph, groups: Sequence[Group] = ()) -> Schedule:
-    """Launches of `graph` in the order of its nodes; those of one of `groups` share a launch where they may."""
+    """Launches of `graph` in the order of its nodes; those of one of `groups` share one where they may."""
     views = find_views(graph)
     nodes = tuple(node for node in graph.nodes if node.outputs[0] not in views or node.op.alias)
     launches = _grouped(nodes, _waits(nodes, views), groups) if groups else [(node,) for node in nodes]

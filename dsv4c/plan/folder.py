@@ -87,7 +87,9 @@ class Plan:
         of_kind = [p for p in self.buckets.values() if p.shape.kind == bucket]
         if not of_kind:
             hint = "; compile with --draft mtp" if bucket == "draft" else ""
-            raise PlanError(f"plan {self.name} has no bucket {bucket!r}, only {', '.join(self.buckets)}{hint}")
+            raise PlanError(
+                f"plan {self.name} has no bucket {bucket!r}, only {', '.join(self.buckets)}{hint}"
+            )
         return min(of_kind, key=lambda program: program.shape.rows)
 
     def graph_text(self, bucket: str = "decode") -> str:
@@ -270,7 +272,12 @@ def _program_to_json(program: Program) -> dict[str, Any]:
 
 
 def _launch_to_json(launch: Launch) -> dict[str, Any]:
-    data: dict[str, Any] = {"name": launch.name, "op": launch.op, "nodes": launch.nodes, "scope": launch.scope}
+    data: dict[str, Any] = {
+        "name": launch.name,
+        "op": launch.op,
+        "nodes": launch.nodes,
+        "scope": launch.scope,
+    }
     data |= {f.name: getattr(launch.code, f.name) for f in fields(launch.code)}
     data["arguments"] = [{f.name: getattr(a, f.name) for f in fields(a)} for a in launch.arguments]
     return data | {"after": launch.after}

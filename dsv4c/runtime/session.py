@@ -118,11 +118,11 @@ class Session:
         bucket = self._fitting("main", len(work), longest)
         if bucket.sequences < len(work) or bucket.tokens < longest or bucket.logits != "all":
             raise SessionError(
-                f"verify got {longest} tokens of {len(work)} slots; no bucket of the plan takes as many, only "
-                f"{', '.join(self.plan.buckets)}; compile with another --verify, or give one slot at a time"
+                f"verify got {longest} tokens of {len(work)} slots; no bucket of the plan takes as many, "
+                f"only {', '.join(self.plan.buckets)}; compile with another --verify, or give one slot at a time"
             )
         made = self._call(bucket, work)
-        self._remember([rows for rows in made.values()])
+        self._remember(list(made.values()))
         return {slot: rows["logits"] for slot, rows in made.items()}
 
     def take_back(self, count: int, slot: int = 0) -> None:
@@ -164,8 +164,8 @@ class Session:
         self._greedy(count, list(range(self.slots)) if slots is None else list(slots), keep=False)
 
     def draft(self, streams: Tensor, tokens: Sequence[int] | Tensor, slot: int = 0) -> Tensor:
-        """Run the draft block on the streams [len, S, H] of consecutive tokens and the token that follows each.
-        Returns logits f32 [len, vocab]: row i predicts what follows tokens[i].
+        """Run the draft block on the streams [len, S, H] of consecutive tokens and the token that follows
+        each. Returns logits f32 [len, vocab]: row i predicts what follows tokens[i].
 
         Raises SessionError as `prefill` does, PlanError if the plan was compiled without a draft block.
         """
@@ -229,7 +229,7 @@ class Session:
         if self._next is None:
             raise SessionError("no next tokens yet; call prefill or decode first")
         with self.executor.naming():
-            return self._next.tolist()  # type: ignore[no-any-return]
+            return self._next.tolist()
 
     # --- keeping ---
 

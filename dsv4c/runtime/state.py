@@ -35,7 +35,7 @@ class Saved:
 
     def positions(self, name: str) -> list[int]:
         """Tokens that each slot holds, as the state of that name counts them."""
-        return self.rows[f"{name}.0"].contiguous().view(torch.int32).flatten().tolist()  # type: ignore[no-any-return]
+        return self.rows[f"{name}.0"].contiguous().view(torch.int32).flatten().tolist()
 
 
 def copy_slot(states: Mapping[str, Value], source: int, target: int) -> None:
@@ -63,8 +63,8 @@ def write(path: Path, plan: Plan, states: Mapping[str, Value], slots: Sequence[i
 
 
 def read(path: Path, plan: Plan, states: Mapping[str, Value], slots: int) -> Saved:
-    """The rows of `slots` slots. Raises SessionError for a file that is damaged, of another plan or of another
-    number of slots.
+    """The rows of `slots` slots. Raises SessionError for a file that is damaged, of another plan or of
+    another number of slots.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -83,7 +83,9 @@ def read(path: Path, plan: Plan, states: Mapping[str, Value], slots: int) -> Sav
     found = {name: list(value.shape) for name, value in rows.items()}
     if found != wanted or any(value.dtype != torch.uint8 for value in rows.values()):
         held = next((shape[0] for shape in found.values() if shape), 0)
-        raise SessionError(f"{path}: holds {held} slots in {len(found)} arrays, expected {slots} in {len(wanted)}")
+        raise SessionError(
+            f"{path}: holds {held} slots in {len(found)} arrays, expected {slots} in {len(wanted)}"
+        )
     if metadata.get("sha256") != _digest(rows):
         raise SessionError(f"{path}: is damaged: its bytes are not those that were saved; save it again")
     saved = Saved(rows)
