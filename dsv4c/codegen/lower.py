@@ -14,6 +14,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from dsv4c.arch import ARCHS
 from dsv4c.codegen.build import Source, source_key
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
@@ -151,7 +152,7 @@ def _in_a_chain(schedule: Schedule, ordered: Sequence[tuple[Node, ...]]) -> Sche
 def _choose(graph: Graph, schedule: Schedule, members: Sequence[int], target: str) -> Chosen:
     nodes = [schedule.nodes[i] for i in members]
     labels = {p: label_of(p.name) for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
-    request, values = request_of(nodes, target, graph.users, labels)
+    request, values = request_of(nodes, ARCHS[target], graph.users, labels)
     try:
         return values, choose(request)
     except BuildError as error:

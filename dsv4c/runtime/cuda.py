@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
+from dsv4c.arch import ARCHS
 from dsv4c.errors import PlanError, SessionError
 from dsv4c.numerics.codec import Value, nan_fill, view
 from dsv4c.plan.records import Argument, Bucket, KernelLaunch, Plan, Progress
@@ -26,7 +27,6 @@ from dsv4c.runtime.residence import SLAB, Resident, load_weights
 from dsv4c.runtime.session import Session
 from dsv4c.types import parse_type
 
-CAPABILITIES = {"sm_90a": (9, 0), "sm_100a": (10, 0)}  # "a": only this very architecture runs it
 OLDEST_DRIVER = 13000  # CUDA 13.0, driver 580: what loads cubins of the CUDA 13 tools
 HEADROOM = 16 * SLAB  # bytes beside the blocks: a context's own, and slabs being packed
 POISON = 0xFF  # as bf16, f32, e4m3 and ue8m0 a NaN; as an integer -1
@@ -61,11 +61,11 @@ class Device:
 
 def check_device(plan: Plan, device: Device) -> None:
     """Raise PlanError unless `device` can run `plan`: architecture, driver, then memory."""
-    wanted = CAPABILITIES.get(plan.target)
+    wanted = ARCHS.get(plan.target)
     major, minor = device.capability
     if wanted is None:
         raise PlanError(f"plan {plan.name} is compiled for {plan.target}, which is no GPU")
-    if wanted != device.capability:
+    if wanted.capability != device.capability:
         raise PlanError(
             f"plan {plan.name} is compiled for {plan.target}, this GPU ({device.name}) is sm_{major}{minor}; "
             f"compile with --target sm_{major}{minor}a, or run on a GPU of that architecture"

@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
-from dsv4c.codegen.kernels.gemv import SHARED_PER_CTA
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.geometry import HEADS, Attention, Row
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
@@ -73,10 +73,10 @@ class AttentionSpec:
         return (Parameter(self.q), *caches, *chosen, *map(Parameter, rest))
 
 
-def emit_attention(spec: AttentionSpec) -> Emission:
+def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
     a = plan_attention(spec)
-    _check(spec, a)
+    _check(spec, a, arch)
     row = spec.width * 2 if spec.format == "bf16" else (spec.width - 64) + (spec.width - 64) // 64 + 128
     nbytes = spec.batch * ((spec.window + spec.extra) * row + spec.heads * spec.width * 4)
     source = render(
@@ -88,7 +88,7 @@ def emit_attention(spec: AttentionSpec) -> Emission:
         signature=_signature(spec),
         pointers=[p.name for p in spec.parameters],
         nbytes=nbytes,
-        floor=floor_us(nbytes),
+        arch=arch,
     )
     ctas = a.splits * a.head_tiles * spec.batch
     cluster = (a.splits, 1, 1)
@@ -130,7 +130,7 @@ def plan_attention(spec: AttentionSpec) -> Attention:
     )
 
 
-def _check(spec: AttentionSpec, a: Attention) -> None:
+def _check(spec: AttentionSpec, a: Attention, arch: Arch) -> None:
     def expect(condition: bool, text: str) -> None:
         if not condition:
             raise BuildError(f"{spec.name}: {text}")
@@ -146,7 +146,8 @@ def _check(spec: AttentionSpec, a: Attention) -> None:
         a.tile % 16 == 0 and a.tile <= 32 * a.warps,
         f"tiles are multiples of 16 up to {32 * a.warps}, got {a.tile}",
     )
-    expect(a.shared <= SHARED_PER_CTA, f"needs {a.shared} bytes of shared memory, a CTA has {SHARED_PER_CTA}")
+    limit = arch.shared_per_cta
+    expect(a.shared <= limit, f"needs {a.shared} bytes of shared memory, a CTA has {limit}")
 
 
 def _literal(value: object) -> str:
@@ -216,10 +217,12 @@ def attention(request: Request) -> Answer:
     if kind == "selected":
         values["selected"] = x["chosen"]
     if op.format is None:
-        return [launchable(request, emit_attention(spec), values)]
+        return [launchable(request, emit_attention(spec, request.arch), values)]
     q_value = values.pop("out")
     row = scratch_for("row", TensorType(BF16, q.shape), "w")
     return [
-        launchable(request, emit_attention(spec), values, stage="attend", scratch={"out": row["row"]}),
+        launchable(
+            request, emit_attention(spec, request.arch), values, stage="attend", scratch={"out": row["row"]}
+        ),
         quantize_rows(request, {"q": q_value}, request.types[q_value].shape),
     ]

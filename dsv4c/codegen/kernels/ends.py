@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsv4c.codegen.emit import BANDWIDTH, Emission, Parameter, floor_us, render
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.lib.slices import STREAMS
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
@@ -73,7 +74,7 @@ def emit_embed(spec: EmbedSpec) -> Emission:
     return Emission("embed_0", source, (ctas, spec.rows, 1), threads, 0, parameters)
 
 
-def emit_argmax(spec: ArgmaxSpec) -> Emission:
+def emit_argmax(spec: ArgmaxSpec, arch: Arch) -> Emission:
     """The argmax: a cluster per row."""
     vector = 1 if spec.vocabulary % 4 else 4
     pieces = spec.vocabulary // vector
@@ -100,8 +101,7 @@ def emit_argmax(spec: ArgmaxSpec) -> Emission:
         bar=inbox + ctas * 8,
         shared=inbox + ctas * 8 + 8,
         nbytes=nbytes,
-        floor=floor_us(nbytes),
-        bandwidth=BANDWIDTH,
+        arch=arch,
     )
     return Emission(
         "argmax_0",
@@ -174,7 +174,7 @@ def argmax(request: Request) -> Answer:
     if not holds(logits, F32) or len(logits.shape) != 2:
         return No(f"takes logits f32[N,V], not {logits}")
     values = {"logits": call.inputs[0], "token": call.outputs[0]}
-    return [launchable(request, emit_argmax(ArgmaxSpec(*logits.shape)), values)]
+    return [launchable(request, emit_argmax(ArgmaxSpec(*logits.shape), request.arch), values)]
 
 
 @kernel(Advance)

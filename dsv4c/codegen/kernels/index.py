@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
 from dsv4c.codegen.lib.geometry import Index, Row, Selection
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
@@ -19,7 +20,6 @@ from dsv4c.passes.fusions.indexer import Indexer
 from dsv4c.types import BF16, MXFP4
 
 KEYS = ("mxfp4", "bf16")
-CTAS = 264  # two per SM
 WIDTH = 128  # of a head
 
 
@@ -54,14 +54,14 @@ class IndexScoresSpec:
         return (Parameter(self.q), *keys, *map(Parameter, rest))
 
 
-def emit_index_scores(spec: IndexScoresSpec) -> Emission:
+def emit_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
     if spec.format not in KEYS:
         raise BuildError(f"{spec.name}: keys must be {' or '.join(KEYS)}, got {spec.format}")
     if spec.heads % 8:
         raise BuildError(f"{spec.name}: heads come in eights, got {spec.heads}")
     tiles = 2 if spec.format == "mxfp4" and spec.capacity > 32768 else 1  # pays once queries are reread often
-    ctas = min(-(-spec.capacity // (128 * tiles)), max(1, CTAS // spec.batch))
+    ctas = min(-(-spec.capacity // (128 * tiles)), max(1, 2 * arch.sms // spec.batch))
     x = Index(spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, ctas, tiles)
     nbytes = spec.batch * (spec.capacity * (68 if spec.format == "mxfp4" else 256) + spec.heads * 256)
     B = spec.batch
@@ -76,7 +76,7 @@ def emit_index_scores(spec: IndexScoresSpec) -> Emission:
         ),
         pointers=[p.name for p in spec.parameters],
         nbytes=nbytes,
-        floor=floor_us(nbytes),
+        arch=arch,
     )
     return Emission(f"{spec.name}_0", source, (ctas * B, 1, 1), 256, x.shared, spec.parameters)
 
@@ -101,7 +101,7 @@ class TopKSpec:
         return tuple(map(Parameter, (self.scores, self.positions, self.out)))
 
 
-def emit_top_k(spec: TopKSpec) -> Emission:
+def emit_top_k(spec: TopKSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
     if spec.bits not in (16, 32):
         raise BuildError(f"{spec.name}: keys have 16 or 32 bits, got {spec.bits}")
@@ -122,7 +122,7 @@ def emit_top_k(spec: TopKSpec) -> Emission:
         signature=f"scores: f32[{B},{spec.capacity}]; positions: i32[{B}], -1: none; out: i32[{B},{t.out}]",
         pointers=[p.name for p in spec.parameters],
         nbytes=nbytes,
-        floor=floor_us(nbytes),
+        arch=arch,
     )
     return Emission(
         f"{spec.name}_0", source, (splits * B, 1, 1), threads, t.shared, spec.parameters, (splits, 1, 1)
@@ -156,6 +156,6 @@ def indexer(request: Request) -> Answer:
     second = TopKSpec("index_topk", batch, capacity, best.k, op.ratio)  # of scores rounded to bf16
     values = {**x, "scores": scores, "out": request.calls[1].outputs[0]}
     return [
-        launchable(request, emit_index_scores(first), values, stage="scores"),
-        launchable(request, emit_top_k(second), values, stage="topk"),
+        launchable(request, emit_index_scores(first, request.arch), values, stage="scores"),
+        launchable(request, emit_top_k(second, request.arch), values, stage="topk"),
     ]
