@@ -62,6 +62,7 @@ def test_parameters_follow_the_components_of_the_caches():
         "sink",
         "frequencies",
         "positions",
+        "slots",
         "out",
     ]
 

@@ -36,7 +36,7 @@ def emissions(arch: Arch) -> list[Emission]:
         emit_router_gate(RouterGateSpec(rows=3, hidden=256, experts=8), arch),
         emit_argmax(ArgmaxSpec(rows=2, vocabulary=250), arch),
         emit_embed(EmbedSpec(rows=2, hidden=256)),
-        emit_advance(AdvanceSpec(rows=2)),
+        emit_advance(AdvanceSpec(sequences=2)),
     ]
 
 

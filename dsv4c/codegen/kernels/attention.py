@@ -24,16 +24,17 @@ KEYS = ("fp8", "bf16")
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """q bf16[batch, heads, width] before norm and RoPE -> out bf16[batch, heads, width].
+    """q bf16[rows, heads, width] before norm and RoPE -> out bf16[rows, heads, width], of tokens anywhere.
 
-    Keys: the last `window` tokens in a ring of `ring` rows, and of a cache of `capacity` entries, one per
-    `ratio` tokens, those that `entries` says: "none", "all" complete ones, or the `selected_count` numbers of
-    i32 `selected` (-1 for none; what the token may see comes first). `exact_norm` rounds the per-head norm's
-    steps to bf16, as the release does. `splits` and `tile` override how keys are spread over CTAs.
+    Keys of a slot: the last `window` tokens in a ring of `ring` rows, and of a cache of `capacity` entries,
+    one per `ratio` tokens, those that `entries` says: "none", "all" complete ones, or the `selected_count`
+    numbers of i32 `selected` (-1 for none; what the token may see comes first). A ring may hold later tokens
+    too, of other rows. `exact_norm` rounds the per-head norm's steps to bf16, as the release does. `splits`
+    and `tile` override how keys are spread over CTAs.
     """
 
     name: str
-    batch: int
+    rows: int
     heads: int
     width: int
     format: str
@@ -54,6 +55,7 @@ class AttentionSpec:
     sink: str = "sink"
     frequencies: str = "frequencies"
     positions: str = "positions"
+    slots: str = "slots"
     out: str = "out"
 
     @property
@@ -69,7 +71,7 @@ class AttentionSpec:
         if self.entries != "none":
             caches += [Parameter(self.entries_operand, c) for c in row.components]
         chosen = [Parameter(self.selected)] if self.entries == "selected" else []
-        rest = (self.sink, self.frequencies, self.positions, self.out)
+        rest = (self.sink, self.frequencies, self.positions, self.slots, self.out)
         return (Parameter(self.q), *caches, *chosen, *map(Parameter, rest))
 
 
@@ -78,7 +80,7 @@ def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
     a = plan_attention(spec)
     _check(spec, a, arch)
     row = spec.width * 2 if spec.format == "bf16" else (spec.width - 64) + (spec.width - 64) // 64 + 128
-    nbytes = spec.batch * ((spec.window + spec.extra) * row + spec.heads * spec.width * 4)
+    nbytes = (spec.window + spec.extra) * row + spec.heads * spec.width * 4
     source = render(
         "attention.py.jinja",
         spec=spec,
@@ -90,20 +92,19 @@ def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
         nbytes=nbytes,
         arch=arch,
     )
-    ctas = a.splits * a.head_tiles * spec.batch
+    ctas = a.splits * a.head_tiles * spec.rows
     cluster = (a.splits, 1, 1)
     return Emission(f"{spec.name}_0", source, (ctas, 1, 1), a.warps * 32, a.shared, spec.parameters, cluster)
 
 
 def plan_attention(spec: AttentionSpec) -> Attention:
-    """Spread the keys over clusters of 8 CTAs, or of 16 where there are many keys and few clusters.
+    """Spread the keys over clusters of 8 CTAs, or of 16 where there are many keys and few clusters per row.
 
     One tile per CTA if that fits. Where positions decide how many of many entries exist, tiles are small, so
-    that a few keys still occupy every CTA.
+    that a few keys still occupy every CTA. The number of rows decides nothing: sums are split alike for all.
     """
     keys = spec.window + spec.extra
-    clusters = spec.batch * -(-spec.heads // HEADS)
-    wide = keys > 2304 and clusters <= 4
+    wide = keys > 2304 and -(-spec.heads // HEADS) <= 4
     splits = spec.splits or min(16 if wide else 8, spec.width // 16)
     largest = 144 if spec.format == "fp8" else 80
     tile = 16 * -(-keys // (splits * 16))
@@ -163,15 +164,16 @@ def _keys_text(spec: AttentionSpec) -> str:
 
 
 def _signature(spec: AttentionSpec) -> str:
-    B, keys = spec.batch, CACHE_FORMATS[spec.format]
+    keys = CACHE_FORMATS[spec.format]
     lines = [
-        f"q, out: bf16[{B},{spec.heads},{spec.width}]; window: {keys}[{B},{spec.ring},{spec.width}];",
-        f"sink: f32[{spec.heads}]; frequencies: f32[32]; positions: i32[{B}], -1 for none (gives zeros)",
+        f"q, out: bf16[N,{spec.heads},{spec.width}]; window: {keys}[S,{spec.ring},{spec.width}];",
+        f"sink: f32[{spec.heads}]; frequencies: f32[32]; "
+        "positions: i32[N], -1 for none (gives zeros); slots: i32[N]",
     ]
     if spec.entries != "none":
-        lines[0] += f"\nentries: {keys}[{B},{spec.capacity},{spec.width}];"
+        lines[0] += f"\nentries: {keys}[S,{spec.capacity},{spec.width}];"
     if spec.entries == "selected":
-        lines[0] += f" selected: i32[{B},{spec.selected_count}];"
+        lines[0] += f" selected: i32[N,{spec.selected_count}];"
     return "\n".join(lines)
 
 
@@ -185,22 +187,22 @@ def attention(request: Request) -> Answer:
     assert isinstance(op, FusedAttention)
     q, ring = request.types[x["q"]], request.types[x["ring"]]
     entries = request.types[x["entries"]] if "entries" in x else None
-    batch, heads, width = q.shape
+    rows, heads, width = q.shape
     if not holds(q, BF16):
         return No(f"takes bf16 queries, not {q}")
     if op.format not in (None, NVFP4_ROW):
         return No(f"leaves its result in bf16 or {NVFP4_ROW}, it does not quantize to {op.format}")
-    if batch != ring.shape[0]:
-        return No(f"takes one token per sequence, not {batch} against {ring}")
     if not math.isclose(op.scale, width**-0.5, rel_tol=1e-6):
         return No(f"scales scores by {width**-0.5} (head width {width}), not {op.scale}")
     form = format_name(ring, CACHES)
     if form not in ("fp8", "bf16") or (entries is not None and format_name(entries, CACHES) != form):
         return No(f"takes caches of {KV_FP8} or of bf16, not {ring} and {entries}")
+    if "slots" in x and x["slots"] != x["ring_slots"]:
+        return No("reads rings and entries in the same slots; these rings are copies beside them")
     kind = "none" if entries is None else "selected" if "chosen" in x else "all"
     spec = AttentionSpec(
         {"none": "attention_swa", "selected": "attention_csa", "all": "attention_hca"}[kind],
-        batch,
+        rows,
         heads,
         width,
         form,
@@ -213,7 +215,7 @@ def attention(request: Request) -> Answer:
         capacity=entries.shape[1] if entries is not None else 0,
         exact_norm=op.precision is BF16,
     )
-    values = {**x, "window": x["ring"], "out": call.outputs[0]}
+    values = {**x, "window": x["ring"], "slots": x["ring_slots"], "out": call.outputs[0]}
     if kind == "selected":
         values["selected"] = x["chosen"]
     if op.format is None:

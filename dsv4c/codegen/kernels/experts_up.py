@@ -67,12 +67,12 @@ class Routing:
     def signature(self, spec: ExpertsSpec) -> list[str]:
         """The parameters with their types."""
         types = {
-            "logits": f"f32[{spec.batch},{spec.experts}]",
+            "logits": f"f32[N,{spec.experts}]",
             "bias": f"f32[{spec.experts}]",
-            "row": f"bf16[{spec.batch},{spec.hidden}]",
+            "row": f"bf16[N,{spec.hidden}]",
             "gate": f"bf16[{spec.experts},{spec.hidden}]",
             "table": f"i32[*,{spec.top_k}]",
-            "tokens": f"i32[{spec.batch}]",
+            "tokens": "i32[N]",
         }
         return [f"{p.operand}: {types[p.operand]}" for p in self.parameters]
 

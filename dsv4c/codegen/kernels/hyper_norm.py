@@ -75,7 +75,7 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
     symbol = "hyper_head" if spec.head else "hyper_norm" if spec.mix else "hyper_norm_first"
     parameters = _parameters(spec)
     nbytes = cut.rows * (STREAMS * spec.hidden + 2) * 4 + spec.hidden * 2
-    nbytes += spec.rows * spec.hidden * 2 * (STREAMS + spec.mix)
+    nbytes += spec.hidden * 2 * (STREAMS + spec.mix)
     source = render(
         "hyper_norm.py.jinja",
         what="The head's collapse and norm" if spec.head else "Streams mixed, collapsed and normalized",
@@ -83,7 +83,6 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
         parameters=[p.name for p in parameters],
         signature=_signature(spec, cut),
         slice=cut,
-        rows=spec.rows,
         norm_eps=spec.norm_eps,
         hc_eps=spec.hc_eps,
         iterations=spec.iterations,
@@ -116,22 +115,22 @@ def _parameters(spec: HyperNormSpec) -> tuple[Parameter, ...]:
 
 def _signature(spec: HyperNormSpec, cut: Slice) -> str:
     """Operands and results with their types, in ABI order, one a line."""
-    n, h, p = spec.rows, spec.hidden, cut.rows
+    h, p = spec.hidden, cut.rows
     types = {
-        "x": f"bf16[{n},4,{h}]",
-        "f": f"bf16[{n},{h}]",
-        "post": f"f32[{n},4]",
-        "comb": f"f32[{n},4,4]",
+        "x": f"bf16[N,4,{h}]",
+        "f": f"bf16[N,{h}]",
+        "post": "f32[N,4]",
+        "comb": "f32[N,4,4]",
         "fn": f"f32[{p},{4 * h}]",
         "base": f"f32[{p}]",
         "scale": f"f32[{1 if spec.head else 3}]",
         "gain": f"bf16[{h}]",
-        "x_out": f"bf16[{n},4,{h}]",
-        "post_out": f"f32[{n},4]",
-        "comb_out": f"f32[{n},4,4]",
-        "normed": f"bf16[{n},{h}]",
-        "q": f"e4m3[{n},{h}]",
-        "q_scale": f"ue8m0[{n},{h // 128}]",
+        "x_out": f"bf16[N,4,{h}]",
+        "post_out": "f32[N,4]",
+        "comb_out": "f32[N,4,4]",
+        "normed": f"bf16[N,{h}]",
+        "q": f"e4m3[N,{h}]",
+        "q_scale": f"ue8m0[N,{h // 128}]",
     }
     return "\n".join(f"{p.name}: {types[p.name.removeprefix('m_')]}" for p in _parameters(spec))
 
