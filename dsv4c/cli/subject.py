@@ -38,7 +38,7 @@ class Asked:
         """Its stages, made now. Raises PlanError for a bucket that the plan does not have."""
         if self.plan is not None:
             self.plan.bucket(mode)
-        return self.job.bucket(mode)  # type: ignore[arg-type]
+        return self.job.bucket(mode)
 
     def stage(self, mode: str, stage: str | None) -> Graph:
         """The graph after that stage; the last one's, as it was stored, for None."""

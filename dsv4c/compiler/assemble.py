@@ -225,7 +225,7 @@ def _decided(job: Job, pipeline: str) -> dict[str, Any]:
         "name": job.config.name,
         "config": job.config.to_dict(),
         "config_digest": job.config.digest,
-        "deployment": asdict(job.deployment),
+        "deployment": job.deployment.to_dict(),
         "recipe": job.recipe.name,
         "pipeline": pipeline,
     }

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dsv4c.buckets import Bucket
 from dsv4c.cache import cache_folder
 from dsv4c.compiler.assemble import plan_of_kernels, plan_of_ops, reported
 from dsv4c.compiler.job import Compiled, Job, Saved, choose_rules, resume, rules_of
@@ -19,7 +20,7 @@ from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
 from dsv4c.errors import ConfigError, GraphError
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.verify import verify
-from dsv4c.models.deepseek_v4 import Mode, build
+from dsv4c.models.deepseek_v4 import build
 from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, Stage, parse_pipeline
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import Recipe, recipe_named
@@ -166,7 +167,7 @@ def pipeline_of(
     return line
 
 
-def modes_of(deployment: Deployment, *, mtp: bool) -> tuple[Mode, ...]:
+def modes_of(deployment: Deployment, *, mtp: bool) -> tuple[str, ...]:
     """The buckets of a plan. A GPU target has kernels for decode steps, and prefills by them."""
     if deployment.target != "cpu":
         return ("decode",)
@@ -185,8 +186,11 @@ def settings(
 ) -> tuple[ModelConfig, Deployment, Recipe]:
     """The arguments of `compile`, checked. Raises ConfigError."""
     config = model if isinstance(model, ModelConfig) else load_config(model)
-    size = chunk if chunk is not None else min(CHUNK, max_context) if target == "cpu" else 1
-    deployment = Deployment(target, recipe, batch, max_context, size)
+    buckets = [Bucket("decode", batch)]
+    if target == "cpu":
+        tokens = min(CHUNK, max_context) if chunk is None else chunk
+        buckets += [Bucket("prefill", tokens=tokens)] + [Bucket("draft", tokens=tokens)] * mtp
+    deployment = Deployment(target, recipe, max_context, batch, tuple(buckets))
     check_deployment(config, deployment)
     if mtp and not config.mtp_layers:
         raise ConfigError(f"{config.name}: has no MTP block (mtp_layers is 0); compile without mtp")
@@ -197,9 +201,9 @@ def settings(
     return config, deployment, recipe_named(recipe)
 
 
-def graph_of(config: ModelConfig, deployment: Deployment, recipe: Recipe, mode: Mode) -> Graph:
+def graph_of(config: ModelConfig, deployment: Deployment, recipe: Recipe, bucket: Bucket) -> Graph:
     """One bucket's graph in the formats of `recipe`, nothing folded. Raises ConfigError, GraphError."""
-    graph = verify(build(config, deployment, mode, recipe.activation))
+    graph = verify(build(config, deployment, bucket, recipe.activation))
     return verify(quantize(graph, recipe))
 
 

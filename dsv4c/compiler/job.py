@@ -16,7 +16,7 @@ from dsv4c.errors import ConfigError, GraphError
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.text import parse_graph, print_graph
 from dsv4c.ir.verify import verify
-from dsv4c.models.deepseek_v4 import Mode, build
+from dsv4c.models.deepseek_v4 import build
 from dsv4c.passes.base import Context
 from dsv4c.passes.memory import MemoryPlan
 from dsv4c.passes.pipeline import (
@@ -98,20 +98,22 @@ class Job:
     recipe: Recipe
     line: Pipeline
     rules: Contributions
-    modes: tuple[Mode, ...]
+    modes: tuple[str, ...]
     expected: Mapping[str, int] = field(default_factory=dict)
 
     def context(self, mode: str) -> Context:
         expected = self.expected if mode == "decode" else {}
         return Context(rules=self.rules.rules, expected=expected, parallel=self.deployment.target != "cpu")
 
-    def built(self, mode: Mode) -> Graph:
+    def built(self, mode: str) -> Graph:
         """The paper's operations for a bucket."""
-        return verify(build(self.config, self.deployment, mode, self.recipe.activation))
+        kind = "draft" if mode == "mtp" else mode
+        bucket = next(bucket for bucket in self.deployment.buckets if bucket.kind == kind)
+        return verify(build(self.config, self.deployment, bucket, self.recipe.activation))
 
     def bucket(
         self,
-        mode: Mode,
+        mode: str,
         *,
         graph: Graph | None = None,
         stop_after: str | None = None,
@@ -135,11 +137,11 @@ def job_of(plan: Plan, rules: Contributions | None = None) -> Job:
     known = rules_of() if rules is None else rules
     return Job(
         ModelConfig.from_dict(plan.config),
-        Deployment(**plan.deployment),
+        Deployment.from_dict(plan.deployment),
         recipe_named(plan.recipe),
         parse_pipeline(plan.pipeline, known.passes),
         known,
-        tuple(plan.buckets),  # type: ignore[arg-type]
+        tuple(plan.buckets),
     )
 
 
@@ -185,7 +187,7 @@ class Saved:
         """Two lines of comment, then every graph under a line `## bucket MODE` or `## load MODE`."""
         asked = {
             "config": self.config.to_dict(),
-            "deployment": asdict(self.deployment),
+            "deployment": self.deployment.to_dict(),
             "recipe": self.recipe,
             "pipeline": self.pipeline,
             "counts": dict(self.counts),
@@ -206,7 +208,7 @@ class Saved:
             raise GraphError(
                 f"fold ran before the stop after {self.after}; expect counts of a compile that folds"
             )
-        modes: tuple[Mode, ...] = tuple(self.graphs)  # type: ignore[arg-type]
+        modes = tuple(self.graphs)
         return Job(
             self.config, self.deployment, recipe_named(self.recipe), rest, known, modes, expected or {}
         )
@@ -228,7 +230,7 @@ def stop(job: Job, after: str) -> Saved:
     )
 
 
-def resume(job: Job, saved: Saved, mode: Mode, watch: Callable[[Stage], None] | None = None) -> Compiled:
+def resume(job: Job, saved: Saved, mode: str, watch: Callable[[Stage], None] | None = None) -> Compiled:
     """One bucket's passes behind the one that `saved` stopped after. Raises GraphError."""
     context = replace(job.context(mode), prepack=saved.loads.get(mode))
     start = saved.graphs[mode]
@@ -243,7 +245,7 @@ def read_saved(text: str, name: str = "the file") -> Saved:
         raise GraphError(f"{name}: holds no stopped compile; expected what `--stop-after PASS -o FILE` wrote")
     try:
         asked = strict_json.parse(second[2:])
-        config, deployment = ModelConfig.from_dict(asked["config"]), Deployment(**asked["deployment"])
+        config, deployment = ModelConfig.from_dict(asked["config"]), Deployment.from_dict(asked["deployment"])
         recipe, pipeline, counts = asked["recipe"], asked["pipeline"], asked["counts"]
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise GraphError(f"{name}: line 2: cannot be read: {error}; leave that line as it was") from None

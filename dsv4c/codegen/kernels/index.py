@@ -27,8 +27,8 @@ WIDTH = 128  # of a head
 class IndexScoresSpec:
     """q bf16[rows, heads, 128] before RoPE, keys [S, capacity, 128] in `format`, weights bf16[rows, heads] ->
     scores f32[rows, capacity] of the keys of each row's slot, written only where visible, and only if more
-    than `k` entries are. Strings name operands. Queries are Hadamard-transformed, and quantized like the keys;
-    weights are taken times `factor`, rounded to bf16.
+    than `k` entries are. Strings name operands. Queries are Hadamard-transformed, and quantized like the
+    keys; weights are taken times `factor`, rounded to bf16.
     """
 
     name: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
 from dsv4c.types import QuantType, TensorType, Type
 
@@ -11,6 +13,7 @@ class Reshape(Op):
     """The same elements in another shape."""
 
     shape: tuple[int, ...]
+    view: ClassVar = True
 
     def infer(self, x: Type) -> TensorType:
         result = TensorType(expect_tensor(x, "x").dtype, self.shape)
