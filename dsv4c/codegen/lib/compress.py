@@ -129,12 +129,14 @@ def pool_group(
                 if j >= pool.ratio:  # with overlap: the current window, the second half of the channels
                     at = at + pool.row.width
                 place = ((ring + token % pool.ring) * pool.channels + at) * 4
-                if token + before >= position:
-                    back = position - token if const_expr(pool.tokens > 1) else Int32(0)
-                    bias = g_ape + ((position - back) % pool.ratio * pool.channels + at) * 4
-                    at = at - back * pool.channels
-                    now = add_bias(ptx.ldg128(g_s + at * 4), bias)
-                    u = ptx.ldg128(g_u + at * 4)
+                fresh, back = token == position, Int32(0)
+                if const_expr(pool.tokens > 1):
+                    fresh, back = token + before >= position, position - token
+                if fresh:
+                    g_bias = g_ape + (position - back) % pool.ratio * (pool.channels * 4)
+                    row = back * (pool.channels * 4)
+                    now = add_bias(ptx.ldg128(g_s - row + at * 4), g_bias + at * 4)
+                    u = ptx.ldg128(g_u - row + at * 4)
                     for c in range_constexpr(4):
                         score[n, c] = now[c]
                         value[n, c] = u[c].bitcast(Float32)
