@@ -27,7 +27,7 @@ from dsv4c.errors import ConfigError, GraphError
 
 if TYPE_CHECKING:
     from dsv4c.compiler.job import Compiled, Job
-    from dsv4c.plan.records import Plan
+    from dsv4c.plan.folder import Plan
 
 ConfigOrNothing = Annotated[
     str | None,
@@ -160,7 +160,7 @@ def compile_command(
     from dsv4c.compiler.compile import compile, job_for
     from dsv4c.compiler.job import read_saved, rules_of
     from dsv4c.config import load_config
-    from dsv4c.plan.records import check_target
+    from dsv4c.plan.folder import check_target
 
     rules = rules_of(extra or ())
     if config is None and resume is None:

@@ -27,7 +27,7 @@ from dsv4c.errors import GraphError, PlanError
 if TYPE_CHECKING:
     from dsv4c.compiler.job import Compiled
     from dsv4c.ir.graph import Graph
-    from dsv4c.plan.records import Plan
+    from dsv4c.plan.folder import Plan
 
 
 class Format(StrEnum):
@@ -159,7 +159,7 @@ def kernel_sources(plan: Plan) -> dict[str, str]:
 
 
 def _show_kernels(subject: str, json: bool) -> None:
-    from dsv4c.plan.records import load
+    from dsv4c.plan.folder import load
 
     plan = load(subject)
     if not plan.kernels:
@@ -210,7 +210,7 @@ def _subject(
 ) -> tuple[Graph, ModelConfig, Plan | None]:
     """The graph of a plan's bucket, or the one that a config would be compiled to."""
     from dsv4c.ir.text import parse_graph
-    from dsv4c.plan.records import load
+    from dsv4c.plan.folder import load
 
     if is_plan(subject):
         from dsv4c.compiler.job import rules_of

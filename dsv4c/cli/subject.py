@@ -15,7 +15,7 @@ from dsv4c.errors import ConfigError
 if TYPE_CHECKING:
     from dsv4c.compiler.job import Compiled, Job
     from dsv4c.ir.graph import Graph
-    from dsv4c.plan.records import Plan
+    from dsv4c.plan.folder import Plan
 
 DEPLOYMENT = ("target", "recipe", "batch", "max_context", "chunk")
 """Parameters of a config's deployment; a plan has settled them."""
@@ -61,7 +61,7 @@ def ask(
     """Read a plan folder, or a config under that deployment. Raises ConfigError, PlanError, GraphError."""
     from dsv4c.compiler.compile import job_for
     from dsv4c.compiler.job import job_of, rules_of
-    from dsv4c.plan.records import load
+    from dsv4c.plan.folder import load
 
     rules = rules_of(extra or ())
     if is_plan(subject):
@@ -80,7 +80,7 @@ def refuse_decided(context: typer.Context, *subjects: str) -> None:
 
 def is_plan(subject: str) -> bool:
     """Is it a plan's folder? One that may not be entered is none, and its reader will say so."""
-    from dsv4c.plan.records import PLAN_FILE
+    from dsv4c.plan.folder import PLAN_FILE
 
     return os.path.exists(os.path.join(subject, PLAN_FILE))
 

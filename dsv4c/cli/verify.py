@@ -27,7 +27,7 @@ def verify_command(plan: PlanArgument, json: JsonOption = False) -> None:
     import dsv4c.passes.fusions  # noqa: F401  (the graph's text names fused ops)
     from dsv4c.compiler.verify import check
     from dsv4c.errors import PlanError
-    from dsv4c.plan.records import load
+    from dsv4c.plan.folder import load
 
     read = load(plan)
     launches = {mode: len(bucket.launches) for mode, bucket in read.buckets.items()}

@@ -141,11 +141,14 @@ Candidate = Callable[[Request], Answer]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A registered candidate: the ops it covers, and whether one launch may hold several of them."""
+    """A registered candidate: the ops it covers, whether one launch may hold several of them, in that order,
+    and whether the later of them then read what the first makes.
+    """
 
     name: str
-    ops: frozenset[type[Op]]
+    ops: tuple[type[Op], ...]
     several: bool
+    chained: bool
     ask: Candidate
 
 
@@ -153,11 +156,15 @@ KERNELS: list[Kernel] = []
 """All candidates, in the order in which they are asked. Filled by importing `dsv4c.codegen.kernels`."""
 
 
-def kernel(*ops: type[Op], several: bool = False) -> Callable[[Candidate], Candidate]:
-    """Register a candidate for launches of these ops; `several` of them may be one launch."""
+def kernel(
+    *ops: type[Op], several: bool = False, chained: bool = False
+) -> Callable[[Candidate], Candidate]:
+    """Register a candidate for launches of these ops; `several` of them may be one launch, `chained` if the
+    later ones read what the first makes.
+    """
 
     def register(candidate: Candidate) -> Candidate:
-        KERNELS.append(Kernel(candidate.__name__, frozenset(ops), several, candidate))
+        KERNELS.append(Kernel(candidate.__name__, ops, several or chained, chained, candidate))
         return candidate
 
     return register

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4c.errors import SessionError
-from dsv4c.plan.records import Progress
+from dsv4c.plan.folder import Progress
 from dsv4c.runtime.session import Session
 
 

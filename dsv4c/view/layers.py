@@ -191,6 +191,3 @@ def family(node: Node) -> str:
     return "fused" if isinstance(node.op, Fused) else type(node.op).__module__.rpartition(".")[2]
 
 
-def is_launch(node: Node) -> bool:
-    """Does the node do anything at run time? A change of shape does not."""
-    return node.op.name != "reshape"

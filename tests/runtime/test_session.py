@@ -20,7 +20,7 @@ from dsv4c.errors import CheckpointError, PlanError, SessionError
 from dsv4c.ir.text import parse_graph
 from dsv4c.models.synth import synthesize
 from dsv4c.numerics.codec import Quantized, Value, nan_fill, view
-from dsv4c.plan.records import Plan
+from dsv4c.plan.folder import Plan
 from dsv4c.reference import interpret
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.parameter import ParamRecord

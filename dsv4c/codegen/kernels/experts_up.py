@@ -264,7 +264,7 @@ def _routed(
     ]
 
 
-@kernel(Router, HashRouter, Swiglu, several=True)
+@kernel(Router, HashRouter, Swiglu, chained=True)
 def routed_experts(request: Request) -> Answer:
     """A router and the experts that it chooses: nobody else reads its weights, so each CTA makes its own."""
     first, last = request.calls[0], request.calls[-1]

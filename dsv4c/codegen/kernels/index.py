@@ -138,7 +138,7 @@ def emit_top_k(spec: TopKSpec, arch: Arch) -> Emission:
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(Indexer, IndexTopk, several=True)
+@kernel(Indexer, IndexTopk, chained=True)
 def indexer(request: Request) -> Answer:
     """Scores, then the best of them: the first leaves out what the second need not look at."""
     op, best = request.calls[0].op, request.calls[-1].op

@@ -12,6 +12,7 @@ from dsv4c.types import QuantType, TensorType, Type
 class Reshape(Op):
     """The same elements in another shape."""
 
+    view: ClassVar = True
     shape: tuple[int, ...]
     view: ClassVar = True
 
