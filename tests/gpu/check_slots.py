@@ -33,18 +33,18 @@ def session_of(plan: Plan, weights: Path | None) -> Session:
     return Session(plan, CudaExecutor(plan, block))
 
 
-class Difference(AssertionError):
+class DifferenceError(AssertionError):
     """Two results that were to be the same bits."""
 
 
 def same(found: Tensor, expected: Tensor, what: str) -> None:
-    """Raise Difference unless both hold the same bits, and numbers."""
+    """Raise DifferenceError unless both hold the same bits, and numbers."""
     if not bool(expected.isfinite().all()):
-        raise Difference(f"{what}: the expected logits are not finite")
+        raise DifferenceError(f"{what}: the expected logits are not finite")
     if not torch.equal(found, expected):
         apart = (found != expected).any(-1).nonzero().flatten().tolist()
         worst = float((found - expected).abs().max())
-        raise Difference(f"{what}: rows {apart[:8]} differ, by {worst:g} at most")
+        raise DifferenceError(f"{what}: rows {apart[:8]} differ, by {worst:g} at most")
 
 
 def alone(session: Session, ids: list[int]) -> Tensor:
@@ -141,7 +141,7 @@ def main() -> int:
     for check in CHECKS:
         try:
             check(session, random.Random(options.seed), options.length)
-        except Difference as problem:
+        except DifferenceError as problem:
             failed += 1
             print(f"FAILED {check.__name__}: {problem}")
         else:
