@@ -86,7 +86,7 @@ def among_neighbors(session: Session, chance: random.Random, length: int) -> Non
             if step >= starts[i] and len(rows[i]) < len(ids)
         }
         if not active:
-            break
+            continue
         logits = session.decode(active)
         for i in range(count):
             if slots[i] in active:
