@@ -24,7 +24,7 @@ def layered(draw: st.DrawFn) -> Graph:
     with Builder("random") as b:
         values = [b.input("x", TensorType(F32, (4, 8)))]
         caches = [b.state("cache", TensorType(F32, (1, 4, 8)))]
-        index = b.input("index", TensorType(I32, (4,)))
+        index, slots = b.input("index", TensorType(I32, (4,))), b.input("slots", TensorType(I32, (4,)))
         for layer in range(2):
             with b.scope(f"layers.{layer}"):
                 for _ in range(draw(st.integers(1, 14))):
@@ -38,7 +38,7 @@ def layered(draw: st.DrawFn) -> Graph:
                         case "scale":
                             values.append(scale(x, factor=0.5))
                         case "write":
-                            caches.append(cache_write(caches[-1], x, index))
+                            caches.append(cache_write(caches[-1], x, index, slots))
                         case "read":
                             values.append(reshape(caches[-1], shape=(4, 8)))
         out = silu(values[-1])
