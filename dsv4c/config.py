@@ -199,27 +199,27 @@ class Deployment:
 
 
 def _bucket_problems(deployment: Deployment) -> Iterator[str]:
-    """What the buckets must be to each other, to the slots and to the target."""
+    """What the buckets must be by themselves, to each other, to the slots and to the target."""
     names = [bucket.name for bucket in deployment.buckets]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield problem("buckets", f"has {name} {names.count(name)} times", "every bucket once")
     if not any(bucket.kind == "decode" for bucket in deployment.buckets):
         yield problem("buckets", f"is {', '.join(names) or 'empty'}", "at least one decode bucket")
     for bucket in deployment.buckets:
-        least = f"at least {bucket.sequences}, the sequences of {bucket.name}"
+        tokens, rows = f"takes {bucket.tokens} tokens", f"has {bucket.rows} rows"
+        if bucket.rows < 1:
+            yield problem(bucket.name, rows, "at least 1")
         if bucket.sequences > deployment.slots:
-            yield problem("slots", shown(deployment.slots), least)
-        most = f"at most {deployment.max_context} tokens, max_context"
+            expected = f"at least {bucket.sequences}, the sequences of {bucket.name}"
+            yield problem("slots", shown(deployment.slots), expected)
         if bucket.tokens > deployment.max_context:
-            yield problem(bucket.name, f"takes {bucket.tokens} tokens", most)
-        if bucket.kind == "verify" and not 2 <= bucket.tokens <= ROWS:
-            expected = f"2 to {ROWS}: what a ring can take back"
-            yield problem(bucket.name, f"takes {bucket.tokens} tokens", expected)
+            yield problem(bucket.name, tokens, f"at most {deployment.max_context}, max_context")
         if bucket.kind == "decode" and bucket.tokens != 1:
-            yield problem(bucket.name, f"takes {bucket.tokens} tokens", "1 of each sequence")
+            yield problem(bucket.name, tokens, "1 of each sequence")
+        if bucket.kind == "verify" and not 2 <= bucket.tokens <= ROWS:
+            yield problem(bucket.name, tokens, f"2 to {ROWS}: more could not be taken back")
         if deployment.target != "cpu" and bucket.rows > ROWS:
-            expected = f"at most {ROWS}: {deployment.target} has no kernels for more"
-            yield problem(bucket.name, f"has {bucket.rows} rows", expected)
+            yield problem(bucket.name, rows, f"at most {ROWS}: {deployment.target} has no kernels for more")
 
 
 def check_deployment(config: ModelConfig, deployment: Deployment) -> None:

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, load_config
 from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
@@ -29,7 +30,7 @@ def graphs(draw: st.DrawFn) -> Graph:
     with Builder("random") as b:
         values = [b.input("x", TensorType(F32, (4, 64))), b.param("w", TensorType(F32, (4, 64)))]
         caches = [b.state("cache", TensorType(F32, (1, 8, 64)))]
-        index = b.input("index", TensorType(I32, (4,)))
+        index, slots = b.input("index", TensorType(I32, (4,))), b.input("slots", TensorType(I32, (4,)))
         for _ in range(draw(st.integers(1, 25))):
             kind = draw(st.sampled_from(["add", "silu", "reshape", "slice", "concat", "write", "read"]))
             x = draw(st.sampled_from(values))
@@ -47,7 +48,7 @@ def graphs(draw: st.DrawFn) -> Graph:
                 case "concat":
                     values.append(concat(x, x, axis=0))
                 case "write" if x.type.shape == (4, 64):
-                    caches.append(cache_write(caches[-1], x, index))
+                    caches.append(cache_write(caches[-1], x, index, slots))
                 case "read":
                     values.append(reshape(caches[-1], shape=(8, 64)))
         outputs = draw(st.lists(st.sampled_from(values), min_size=1, max_size=3, unique=True))
@@ -141,10 +142,11 @@ def test_waits_are_direct_and_the_thrifty_order_never_needs_more(graph: Graph) -
 def test_a_reshaped_state_is_copied_and_a_reshaped_result_is_not():
     with Builder("g") as b:
         x, index = b.input("x", TensorType(F32, (2, 4))), b.input("index", TensorType(I32, (2,)))
+        slots = b.input("slots", TensorType(I32, (2,)))
         cache = b.state("cache", TensorType(F32, (1, 4, 4)))
         before = reshape(cache, shape=(16,))
         row = reshape(silu(x), shape=(8,))
-        written = cache_write(cache, x, index)
+        written = cache_write(cache, x, index, slots)
     graph = verify(b.finish({"before": before, "row": row, "written": written}))
     plan = schedule(graph)
     assert [n.op.name for n in plan.nodes] == ["reshape", "silu", "cache_write"]
@@ -195,9 +197,9 @@ def test_blocks_are_laid_out_one_after_the_other():
 
 
 @pytest.mark.parametrize("name", ["deepseek-v4-flash", "deepseek-v4-pro"])
-@pytest.mark.parametrize("mode", ["decode", "prefill"])
-def test_the_full_models_fit_closely(name: str, mode: str) -> None:
+@pytest.mark.parametrize("bucket", Deployment().buckets, ids=lambda bucket: bucket.name)
+def test_the_full_models_fit_closely(name: str, bucket: Bucket) -> None:
     recipe = recipe_named("official")
-    graph = quantize(build(load_config(name), Deployment(), mode, recipe.activation), recipe)
+    graph = quantize(build(load_config(name), Deployment(), bucket, recipe.activation), recipe)
     memory = plan_memory(graph, schedule(graph))
     assert memory.bytes <= 1.15 * memory.lower_bound

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import pytest
 
+from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, load_config
 from dsv4c.errors import GraphError
 from dsv4c.ir.declare import fused
@@ -71,7 +72,7 @@ class BreakTest(Pass):
 
 
 def tiny() -> Graph:
-    return build(load_config("tiny"), Deployment(max_context=128, chunk=4), "decode")
+    return build(load_config("tiny"), Deployment(max_context=128), Bucket("decode"))
 
 
 def small() -> Graph:
@@ -305,7 +306,7 @@ def test_any_pass_a_second_time_changes_nothing(recipe: str, order: str) -> None
     line = Pipeline().with_options("quantize", recipe=recipe).with_options("schedule", order=order)
     context = Context(rules=contributions().rules)
     graph = build(
-        load_config("tiny"), Deployment(max_context=128, chunk=4), "decode", recipe_named(recipe).activation
+        load_config("tiny"), Deployment(max_context=128), Bucket("decode"), recipe_named(recipe).activation
     )
     for p in line.passes:
         graph = p.run(graph, context)
