@@ -156,9 +156,7 @@ KERNELS: list[Kernel] = []
 """All candidates, in the order in which they are asked. Filled by importing `dsv4c.codegen.kernels`."""
 
 
-def kernel(
-    *ops: type[Op], several: bool = False, chained: bool = False
-) -> Callable[[Candidate], Candidate]:
+def kernel(*ops: type[Op], several: bool = False, chained: bool = False) -> Callable[[Candidate], Candidate]:
     """Register a candidate for launches of these ops; `several` of them may be one launch, `chained` if the
     later ones read what the first makes.
     """
