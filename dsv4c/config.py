@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from dsv4c import dialects, strict_json
+from dsv4c.arch import ARCHS
 from dsv4c.buckets import ROWS, Bucket, bucket_named
 from dsv4c.dialects import problem, shown
 from dsv4c.errors import ConfigError
 
 BUILTIN = ("deepseek-v4-flash", "deepseek-v4-pro", "tiny")
 BUILTIN_FOLDER = Path(__file__).parent / "models" / "configs"
-TARGETS = ("cpu", "sm_90a", "sm_100a")
+TARGETS = ("cpu", *ARCHS)
 RATIOS = {0: "SWA", 4: "CSA", 128: "HCA"}
 FP8_BLOCK = 128
 

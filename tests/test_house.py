@@ -24,7 +24,7 @@ class Room:
     packages_inside: tuple[str, ...] = ()
 
 
-LEAVES = ("types", "errors", "strict_json", "cache", "buckets")
+LEAVES = ("types", "errors", "strict_json", "cache", "buckets", "arch")
 CONFIG = (*LEAVES, "config")
 COMPILER = (*CONFIG, "ir", "models", "passes")
 
@@ -35,6 +35,7 @@ HOUSE = {
     "strict_json": Room(),
     "cache": Room(("errors",)),
     "buckets": Room(),
+    "arch": Room(),
     "dialects": Room(("errors",)),
     "config": Room((*LEAVES, "dialects")),
     "numerics": Room(LEAVES, ("torch", "numpy")),

@@ -119,7 +119,7 @@ class Session:
         if bucket.sequences < len(work) or bucket.tokens < longest or bucket.logits != "all":
             raise SessionError(
                 f"verify got {longest} tokens of {len(work)} slots; no bucket of the plan takes as many, "
-                f"only {', '.join(self.plan.buckets)}; compile with another --verify, or give one slot at a time"
+                f"only {', '.join(self.plan.buckets)}; compile with another --verify, or give fewer"
             )
         made = self._call(bucket, work)
         self._remember(list(made.values()))
