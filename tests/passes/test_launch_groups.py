@@ -13,7 +13,7 @@ from dsv4c.passes import schedule as scheduling
 from dsv4c.passes.memory import plan_memory
 from dsv4c.passes.schedule import GROUPS, Schedule, layer_of, schedule
 from dsv4c.types import F32, I32, TensorType
-from tests.passes.fusions.cases import folded
+from tests.passes.fusions.cases import DECODE, folded
 
 KINDS = (("silu", "add"), ("scale", "cache_write"))
 
@@ -143,7 +143,7 @@ def test_layers_do_not_mix_and_nothing_outside_is_grouped() -> None:
 
 
 def test_constants_are_no_launches() -> None:
-    graph, _ = folded("tiny", "official", "decode")
+    graph, _ = folded("tiny", "official", DECODE)
     plan = schedule(graph)
     outside = [n.op.name for n in plan.nodes if not layer_of(n)]
     assert outside.count("rope_frequencies") == 2
@@ -151,7 +151,7 @@ def test_constants_are_no_launches() -> None:
 
 
 def test_the_shared_launches_of_a_csa_layer() -> None:
-    graph, _ = folded("tiny", "official", "decode")
+    graph, _ = folded("tiny", "official", DECODE)
     plan = schedule(graph)
     shared = [
         [plan.nodes[i].op.name for i in members]
@@ -167,6 +167,6 @@ def test_the_shared_launches_of_a_csa_layer() -> None:
 
 
 def test_the_thrifty_order_is_grouped_too() -> None:
-    graph, _ = folded("tiny", "official", "decode")
+    graph, _ = folded("tiny", "official", DECODE)
     plan = schedule(graph, "memory")
     assert plan.launches == schedule(graph).launches
