@@ -23,7 +23,7 @@ from dsv4c.plan.records import Argument, Bucket, KernelLaunch, Plan, Progress
 from dsv4c.runtime import driver
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.residence import SLAB, Resident, load_weights
-from dsv4c.runtime.session import Session
+from dsv4c.runtime.session import Session, one_at_a_time
 from dsv4c.types import parse_type
 
 CAPABILITIES = {"sm_90a": (9, 0), "sm_100a": (10, 0)}  # "a": only this very architecture runs it
@@ -331,6 +331,7 @@ class CudaSession(Session):
         self._followed = [False] * batch  # sequences whose likeliest next token `_following` holds
         super().__init__(plan, executor)
 
+    @one_at_a_time
     @_named
     def prefill(self, tokens: Sequence[int] | Tensor, sequence: int = 0) -> Tensor:
         """As `Session.prefill`; returns logits f32 [len, vocab] on the device, without waiting for them."""
@@ -358,6 +359,7 @@ class CudaSession(Session):
         self._streams, self._next = rows["streams"], rows["next"]
         return rows["logits"]
 
+    @one_at_a_time
     @_named
     def decode(self, tokens: Sequence[int | None]) -> Tensor:
         """As `Session.decode`; returns logits f32 [batch, vocab] on the device, without waiting for them."""
@@ -396,12 +398,14 @@ class CudaSession(Session):
         """Wait for everything enqueued. Raises DriverError if a step failed on the device."""
         driver.synchronize("wait for the device")
 
+    @one_at_a_time
     def reset(self, sequence: int | None = None) -> None:
         """As `Session.reset`."""
         super().reset(sequence)
         for s in range(self.batch) if sequence is None else (sequence,):
             self._held[s], self._followed[s] = 0, False
 
+    @one_at_a_time
     def load_state(self, path: str | Path) -> None:
         """As `Session.load_state`. The next call must bring tokens: what was likeliest is not in the file."""
         super().load_state(path)
@@ -419,6 +423,7 @@ class CudaSession(Session):
         self.wait()
         return super().next_tokens
 
+    @one_at_a_time
     @_named
     def _greedy(self, count: int, sequences: Sequence[int] | None, chosen: Tensor | None) -> None:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:

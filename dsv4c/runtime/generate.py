@@ -28,7 +28,8 @@ def generate(
     sequences wait. Returns logits f32 [len(prompt) + len(forced), vocab], row i after token i, and the new
     tokens.
 
-    Raises SessionError as the session does, for a context that would overflow before anything runs.
+    Raises SessionError as the session does, for a context that would overflow before anything runs, and for
+    logits that are not finite.
     """
     waiting: list[int | None] = [None] * (session.batch - 1)
     room = session.max_context - session.positions[0]
@@ -45,17 +46,19 @@ def generate(
 
     report("prompt", 0)
     rows = [session.prefill(prompt)]
+    session.check_logits(rows[-1])  # a GPU's session has not looked at them
     following = session.next_tokens[-1]
     for done, token in enumerate(forced):
         report("forced tokens", done)
         rows.append(session.decode([token, *waiting])[:1])
+        session.check_logits(rows[-1])
         following = session.next_tokens[0]
     generated: list[int] = []
     while len(generated) < new:
         generated.append(following)
         report("new tokens", len(forced) + len(generated))
         if len(generated) < new:
-            session.decode([following, *waiting])
+            session.check_logits(session.decode([following, *waiting])[:1])
             following = session.next_tokens[0]
     return torch.cat(rows), generated
 

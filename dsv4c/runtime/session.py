@@ -5,9 +5,11 @@ from __future__ import annotations
 import operator
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from dsv4c.errors import PlanError, SessionError
 from dsv4c.numerics.codec import Quantized, Value, view
+from dsv4c.numerics.soundness import not_finite
 from dsv4c.plan.records import Plan, Progress
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.parameter import ParamRecord
@@ -25,9 +28,12 @@ STATE_SCHEMA = "1"
 
 
 class Executor(Protocol):
-    """What runs a plan's buckets. `state` is the block of all sequences, `states` its typed views."""
+    """What runs a plan's buckets. `state` is the block of all sequences, `states` its typed views; with
+    `poison` what nobody wrote is NaN.
+    """
 
     state: Tensor
+    poison: bool
 
     @property
     def states(self) -> Mapping[str, Value]: ...
@@ -37,14 +43,34 @@ class Executor(Protocol):
     def run(self, mode: str, inputs: Mapping[str, Tensor], sequence: int = 0) -> dict[str, Tensor]: ...
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound="Session")
+
+
+def one_at_a_time(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenate[S, P], R]:
+    """Calls from several threads wait for each other: all share one arena and one state."""
+
+    @wraps(method)
+    def waiting(self: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return waiting
+
+
 class Session:
     """Generates with one plan and one checkpoint, `batch` sequences at a time.
 
     Sequences are numbered from 0 and independent. A request that is refused (SessionError) changes nothing.
+    Logits that are not finite are refused, too, but too late for the state: only `reset()` helps then.
+    Threads may share a session: their calls follow one another, and `streams` and `next_tokens` are of the
+    last one, whosever that was.
     """
 
     def __init__(self, plan: Plan, executor: Executor) -> None:
         self.plan, self.executor = plan, executor
+        self._lock = threading.RLock()
         deployment, config = plan.deployment, plan.config
         self.batch, self.max_context = int(deployment["batch"]), int(deployment["max_context"])
         self.vocab_size = int(config["vocab_size"])
@@ -55,6 +81,7 @@ class Session:
 
     # --- running ---
 
+    @one_at_a_time
     def prefill(self, tokens: Sequence[int] | Tensor, sequence: int = 0) -> Tensor:
         """Consume `tokens` after what the sequence has consumed so far. Returns logits f32 [len, vocab]: row
         i predicts what follows tokens[i].
@@ -67,6 +94,7 @@ class Session:
         self._check_room(self.positions[sequence], len(ids), f"sequence {sequence}")
         return self._chunks("prefill", ids, sequence, {})
 
+    @one_at_a_time
     def decode(self, tokens: Sequence[int | None]) -> Tensor:
         """One token for each sequence, None for those that wait. Returns logits f32 [batch, vocab], NaN in
         the rows of those.
@@ -91,11 +119,13 @@ class Session:
         lengths = torch.tensor([int(s in ids) for s in range(self.batch)], dtype=torch.int32)
         row = torch.tensor([ids.get(s, 0) for s in range(self.batch)], dtype=torch.int32)
         outputs = self._run("decode", {"tokens": row, "lengths": lengths}, 0)
+        self.check_logits(outputs["logits"][lengths > 0])
         logits = outputs["logits"].clone()
         logits[lengths == 0] = torch.nan
         self._streams, self._next = outputs["streams"].clone(), outputs["next"].clone()
         return logits
 
+    @one_at_a_time
     def draft(self, streams: Tensor, tokens: Sequence[int] | Tensor, sequence: int = 0) -> Tensor:
         """Run the MTP block on the streams [len, S, H] of consecutive tokens and the token that follows each.
         Returns logits f32 [len, vocab]: row i predicts what follows tokens[i].
@@ -113,16 +143,19 @@ class Session:
         self._check_room(self.draft_positions[sequence], len(ids), f"the MTP block of sequence {sequence}")
         return self._chunks("mtp", ids, sequence, {"streams": streams})
 
+    @one_at_a_time
     def reset(self, sequence: int | None = None) -> None:
         """Forget one sequence, or all. What its buffers hold does not matter: positions say what is valid."""
         if sequence is None:
             self.executor.clear()
             self._broken = False
+            self._forget_last_call()
             for position in self._positions():
                 position.zero_()
             return
         self._check_sequence(sequence)
         self._check_whole()
+        self._forget_last_call()
         for position in self._positions():
             position[sequence] = 0
 
@@ -144,24 +177,26 @@ class Session:
         order, or one row per sequence. Input of `draft`.
         """
         if self._streams is None:
-            raise SessionError("no streams yet; call prefill or decode first")
+            raise SessionError("no streams yet for this state; call prefill or decode first")
         return self._streams
 
     @property
     def next_tokens(self) -> list[int]:
         """The likeliest next token by row of the last call (the lowest id of equals)."""
         if self._next is None:
-            raise SessionError("no next tokens yet; call prefill or decode first")
+            raise SessionError("no next tokens yet for this state; call prefill or decode first")
         return self._next.tolist()
 
     # --- keeping ---
 
+    @one_at_a_time
     def save_state(self, path: str | Path) -> Path:
         """Write the state of all sequences to a safetensors file, whole or not at all, and return its path.
 
-        Raises SessionError if it cannot be written.
+        Raises SessionError if it cannot be written, or holds what is no finite number.
         """
         self._check_whole()
+        self._check_states()
         target = Path(path)
         metadata = {"format": "dsv4c-state", "schema": STATE_SCHEMA, "plan": self.plan.digest}
         try:
@@ -174,6 +209,7 @@ class Session:
             raise SessionError(f"{target}: the state cannot be written: {reason}") from None
         return target
 
+    @one_at_a_time
     def load_state(self, path: str | Path) -> None:
         """Go on from a saved state. Raises SessionError for a file that is damaged or of another plan; the
         session's state is then as before.
@@ -198,8 +234,21 @@ class Session:
         self._check_positions(path, state)
         mine.copy_(state)
         self._broken = False
+        self._forget_last_call()
 
     # --- checks ---
+
+    def check_logits(self, rows: Tensor) -> None:
+        """Raise SessionError unless all of the last call's logits are finite: the likeliest of those is no
+        choice, and neither is what follows from their state.
+        """
+        if not bool(rows.isfinite().all()):
+            self._broken = True
+            self._forget_last_call()
+            raise SessionError(
+                "the logits are not finite (NaN or infinity): the weights overflow these numerics; compare "
+                "with the recipe fp32, or find the first such node with `dsv4c bisect`; then call reset()"
+            )
 
     def check_tokens(self, tokens: Iterable[Any], what: str = "token") -> None:
         """Raise SessionError, in which they are called `what`, unless all are token ids of the model."""
@@ -244,7 +293,18 @@ class Session:
 
     def _check_whole(self) -> None:
         if self._broken:
-            raise SessionError("an earlier step was interrupted: the state is half-written; call reset()")
+            raise SessionError(
+                "an earlier step was interrupted or overflowed: the state is half-written; call reset()"
+            )
+
+    def _check_states(self) -> None:
+        if self.executor.poison:  # which fills what nobody wrote with NaN
+            return
+        for name, value in self.executor.states.items():
+            for part in _numbers(value):
+                fault = not_finite(part)
+                if fault is not None:
+                    raise SessionError(f"the state {name} {fault} and will not be saved; call reset()")
 
     def _check_positions(self, path: str | Path, state: Tensor) -> None:
         for slot in self.plan.state:
@@ -265,6 +325,7 @@ class Session:
             inputs["lengths"] = torch.tensor([len(part)], dtype=torch.int32)
             inputs |= {name: _padded(value[start : start + size], size) for name, value in rows.items()}
             outputs = self._run(mode, inputs, sequence)
+            self.check_logits(outputs["logits"][: len(part)])
             logits.append(outputs["logits"][: len(part)].clone())
             streams.append(outputs["streams"][: len(part)].clone())
             chosen.append(outputs["next"][: len(part)].clone())
@@ -279,6 +340,10 @@ class Session:
         self._broken = False
         return outputs
 
+    def _forget_last_call(self) -> None:
+        """Streams and next tokens belong to the state they were computed with."""
+        self._streams = self._next = None
+
     def _position(self, name: str) -> Tensor:
         if name not in self.executor.states:
             self.plan.bucket("mtp")
@@ -291,6 +356,13 @@ class Session:
 
 
 POSITIONS = ("position", "mtp.position")
+
+
+def _numbers(value: Value) -> tuple[Tensor, ...]:
+    """The parts of a value that may fail to be numbers: not packed elements, of which every code is one."""
+    parts = value.parts if isinstance(value, Quantized) else (value,)
+    packed = isinstance(value, Quantized) and value.data.dtype is torch.uint8
+    return parts[1:] if packed else parts
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:
