@@ -318,7 +318,7 @@ def rope_table(op: RopeFrequencies) -> list[float]:
 
     low = max(math.floor(pair_of(op.beta_fast)), 0)
     high = min(math.ceil(pair_of(op.beta_slow)), op.dims - 1)
-    span = _f32(high - low if high > low else 0.001)
+    span = _f32(high - low if high != low else 0.001)
     table = []
     for i, frequency in enumerate(plain):
         fast = _f32(1 - min(max(_f32((i - low) / span), 0.0), 1.0))

@@ -22,7 +22,7 @@ from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode, build
 from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, Stage, parse_pipeline
 from dsv4c.passes.quantize import quantize
-from dsv4c.passes.recipes import Recipe, recipe_named
+from dsv4c.passes.recipes import Recipe, recipe_for
 from dsv4c.passes.schedule import Order
 from dsv4c.plan.records import Plan
 
@@ -185,8 +185,9 @@ def settings(
 ) -> tuple[ModelConfig, Deployment, Recipe]:
     """The arguments of `compile`, checked. Raises ConfigError."""
     config = model if isinstance(model, ModelConfig) else load_config(model)
+    numerics = recipe_for(recipe, config.expert_format)
     size = chunk if chunk is not None else min(CHUNK, max_context) if target == "cpu" else 1
-    deployment = Deployment(target, recipe, batch, max_context, size)
+    deployment = Deployment(target, numerics.name, batch, max_context, size)
     check_deployment(config, deployment)
     if mtp and not config.mtp_layers:
         raise ConfigError(f"{config.name}: has no MTP block (mtp_layers is 0); compile without mtp")
@@ -194,7 +195,7 @@ def settings(
         raise ConfigError(
             f"mtp: {target} plans have no bucket for the MTP block; compile without mtp, or for cpu"
         )
-    return config, deployment, recipe_named(recipe)
+    return config, deployment, numerics
 
 
 def graph_of(config: ModelConfig, deployment: Deployment, recipe: Recipe, mode: Mode) -> Graph:
