@@ -311,7 +311,7 @@ def _contradictions(values: Mapping[str, Any], key: Callable[[str], str]) -> Ite
         yield from must(v(name) > 1, name, "more than 1, the base of falling frequencies")
     yield from must(v("rope_factor") >= 1, "rope_factor", "at least 1")
     slow = v("rope_beta_slow")
-    expected = f"at least {key('rope_beta_slow')}, {slow}: fast pairs make more turns than slow ones"
+    expected = f"at least {key('rope_beta_slow')}, {slow}: fast pairs turn more often"
     yield from must(v("rope_beta_fast") >= slow, "rope_beta_fast", expected)
     for name in ("bos_token_id", "eos_token_id"):
         expected = f"a token id below {key('vocab_size')}, {v('vocab_size')}"

@@ -146,10 +146,9 @@ def test_every_recipe_runs_in_a_poisoned_arena(checkpoint: Path, recipe: str) ->
 
 
 def test_fp8_experts_run_as_such_though_the_config_does_not_say_so(tmp_path: Path) -> None:
-    model = replace(
-        load_config("tiny"), expert_format="fp8", num_layers=1, compress_ratios=(0,), mtp_layers=0
-    )
-    folder = synthesize(replace(model, num_hash_layers=0), tmp_path / "w", seed=3)
+    one = {"num_layers": 1, "compress_ratios": (0,), "num_hash_layers": 0, "mtp_layers": 0}
+    model = replace(load_config("tiny"), expert_format="fp8", **one)
+    folder = synthesize(model, tmp_path / "w", seed=3)
     raw = json.loads((folder / "config.json").read_text())
     del raw["expert_dtype"]
     (folder / "config.json").write_text(json.dumps(raw))

@@ -1,4 +1,4 @@
-"""What the tensors beside a config say of the formats that it leaves open. Reads a header or two, no payload."""
+"""What the tensors beside a config say of formats that it leaves open. Reads a header or two, no payload."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def settle(reading: Reading, folder: Path | None) -> None:
         if found is not None:
             entry, stored = found
             if reading.fields.get(name) != stored:
-                note = f"{name} {stored} was taken, as the config leaves it open and {entry.name} is {entry.dtype}"
-                reading.notes.append(note)
+                why = f"the config leaves it open and {entry.name} is {entry.dtype}"
+                reading.notes.append(f"{name} {stored} was taken, as {why}")
             reading.fields[name] = stored
         elif name not in reading.fields:
             reading.problems.append(said)

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from dsv4c.errors import CheckpointError
+from dsv4c.headers import ELEMENT_BYTES, Entry, read_entries
 from dsv4c.numerics.codec import Value
 from dsv4c.numerics.soundness import scale_fault
-from dsv4c.headers import ELEMENT_BYTES, Entry, read_entries
 from dsv4c.runtime.parameter import REMEDY, ParamReader, ParamRecord, Part, Source
 from dsv4c.types import QuantType
 

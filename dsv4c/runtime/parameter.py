@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from dsv4c.errors import CheckpointError
+from dsv4c.headers import Entry
 from dsv4c.numerics.codec import ConversionError, Quantized, Value, convert, view
 from dsv4c.numerics.soundness import not_finite
-from dsv4c.headers import Entry
 from dsv4c.types import F32, UE8M0, QuantType, TensorType, Type, TypeSyntaxError, parse_type
 
 
