@@ -107,6 +107,7 @@ class ModelConfig:
     notes: tuple[str, ...] = field(default=(), compare=False)  # what a reader of the config should know
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", _one_line(self.name))
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         _raise_if_any(self.name, list(_problems(values, {}, set())))
         for item in fields(self):
@@ -242,6 +243,11 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 # Judging the fields
+
+
+def _one_line(name: str) -> str:
+    """A folder may be called anything; the first line of a graph's text, and a terminal, take no controls."""
+    return "".join(c if c.isprintable() else "_" for c in name)
 
 
 def _raise_if_any(where: str, problems: list[str]) -> None:

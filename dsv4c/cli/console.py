@@ -40,7 +40,7 @@ def note(text: str) -> None:
 def print_table(table: Table) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # names may look like either
 
 
 @contextmanager
@@ -56,7 +56,10 @@ def progress_bar(title: str, *, bytes_counted: bool = False) -> Iterator[Progres
     count = DownloadColumn() if bytes_counted else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn())
     with Bar(
-        *columns, TextColumn("{task.fields[what]}"), console=Console(stderr=True), transient=True
+        *columns,
+        TextColumn("{task.fields[what]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
     ) as bar:
         task = bar.add_task(title, total=None, what="")
         lock = threading.Lock()
