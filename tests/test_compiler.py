@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 import dsv4c
 from dsv4c.buckets import Bucket
 from dsv4c.compiler.request import Request
+from dsv4c.config import load_config
 from dsv4c.errors import CheckpointError, ConfigError
 from dsv4c.ir.text import parse_graph
 from dsv4c.models.layout import layout
@@ -168,7 +171,10 @@ def test_progress_counts_to_the_end() -> None:
     assert {stage for stage, _, _ in calls} == {t for t in plan.timings if not t.startswith("rule ")}
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "nvfp4-experts-w4a4"])
+FOR_OTHER_CHECKPOINTS = {"nvfp4-experts-w4a4", "fp8-experts"}
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in FOR_OTHER_CHECKPOINTS])
 def test_every_recipe_runs_in_a_poisoned_arena(checkpoint: Path, recipe: str) -> None:
     """On a checkpoint of the release's formats; all agree on the order of magnitude, quantized or not."""
     session = dsv4c.compile(checkpoint, recipe=recipe, max_context=64, chunk=16).bind(checkpoint, poison=True)
@@ -177,6 +183,20 @@ def test_every_recipe_runs_in_a_poisoned_arena(checkpoint: Path, recipe: str) ->
     wanted = torch.cat([plain.prefill(list(range(20))), plain.decode([7])])
     assert rows.isfinite().all()
     assert (rows - wanted).norm() / wanted.norm() < 0.6
+
+
+def test_fp8_experts_run_as_such_though_the_config_does_not_say_so(tmp_path: Path) -> None:
+    one = {"num_layers": 1, "compress_ratios": (0,), "num_hash_layers": 0, "mtp_layers": 0}
+    model = replace(load_config("tiny"), expert_format="fp8", **one)
+    folder = synthesize(model, tmp_path / "w", seed=3)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["expert_dtype"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    plan = dsv4c.compile(folder, max_context=16)
+    assert (plan.recipe, plan.deployment["recipe"]) == ("fp8-experts", "fp8-experts")
+    rows = plan.bind(folder).prefill([3, 17, 5])
+    wanted = dsv4c.compile(folder, recipe="fp32", max_context=16).bind(folder).prefill([3, 17, 5])
+    assert 0 < (rows - wanted).norm() / wanted.norm() < 0.3
 
 
 def test_the_recorded_nvfp4_checkpoint_runs_with_both_activation_formats() -> None:

@@ -62,7 +62,7 @@ TargetOption = Annotated[Target, typer.Option(help="What the plan runs on.")]
 RecipeOption = Annotated[
     str,
     typer.Option(
-        help="Numerics: fp32, bf16, official, nvfp4-experts, nvfp4-experts-w4a4 or nvfp4.", metavar="NAME"
+        help="Numerics: fp32, bf16, official, nvfp4-experts, ... (`dsv4c recipes` has all).", metavar="NAME"
     ),
 ]
 BatchOption = Annotated[

@@ -28,7 +28,8 @@ def generate(
     slots wait. Returns logits f32 [len(prompt) + len(forced), vocab], row i after token i, and the new
     tokens.
 
-    Raises SessionError as the session does, for a context that would overflow before anything runs.
+    Raises SessionError as the session does, for a context that would overflow before anything runs, and for
+    logits that are not finite.
     """
     room = session.max_context - session.positions[0]
     wanted = len(prompt) + len(forced) + max(new - 1, 0)  # the last new token is not consumed
@@ -44,17 +45,19 @@ def generate(
 
     report("prompt", 0)
     rows = [session.prefill(prompt)]
+    session.check_logits(rows[-1])  # a GPU's session has not looked at them
     following = session.next_tokens[-1]
     for done, token in enumerate(forced):
         report("forced tokens", done)
         rows.append(session.decode({0: token})[:1])
+        session.check_logits(rows[-1])
         following = session.next_tokens[0]
     generated: list[int] = []
     while len(generated) < new:
         generated.append(following)
         report("new tokens", len(forced) + len(generated))
         if len(generated) < new:
-            session.decode({0: following})
+            session.check_logits(session.decode({0: following})[:1])
             following = session.next_tokens[0]
     return torch.cat(rows), generated
 
