@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import operator
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,11 +17,12 @@ from torch import Tensor
 from dsv4c.errors import PlanError, SessionError
 from dsv4c.numerics.codec import Quantized, Value, view
 from dsv4c.plan.records import Plan, Progress
+from dsv4c.publish import published
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.parameter import ParamRecord
 from dsv4c.types import Type
 
-STATE_SCHEMA = "1"
+STATE_SCHEMA = "2"
 
 
 class Executor(Protocol):
@@ -163,12 +164,16 @@ class Session:
         """
         self._check_whole()
         target = Path(path)
-        metadata = {"format": "dsv4c-state", "schema": STATE_SCHEMA, "plan": self.plan.digest}
+        state = self.executor.state.cpu()
+        metadata = {
+            "format": "dsv4c-state",
+            "schema": STATE_SCHEMA,
+            "plan": self.plan.digest,
+            "sha256": _checksum(state),
+        }
         try:
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-                made = Path(scratch) / "state"
-                save_file({"state": self.executor.state.cpu()}, made, metadata)
-                os.replace(made, target)
+            with published(target) as made:
+                save_file({"state": state}, made, metadata)
         except (OSError, SafetensorError) as error:
             reason = getattr(error, "strerror", None) or error
             raise SessionError(f"{target}: the state cannot be written: {reason}") from None
@@ -195,6 +200,8 @@ class Session:
         if state.dtype != mine.dtype or state.shape != mine.shape:
             found = f"{state.dtype}{list(state.shape)}"
             raise SessionError(f"{path}: holds {found}, expected {mine.numel()} bytes of state")
+        if metadata.get("sha256") != _checksum(state):
+            raise SessionError(f"{path}: is damaged: its bytes are not those that were saved")
         self._check_positions(path, state)
         mine.copy_(state)
         self._broken = False
@@ -291,6 +298,11 @@ class Session:
 
 
 POSITIONS = ("position", "mtp.position")
+
+
+def _checksum(state: Tensor) -> str:
+    """sha256 (hex) of a block of bytes in host memory."""
+    return hashlib.sha256(memoryview(state.numpy())).hexdigest()
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:

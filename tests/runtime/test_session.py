@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -407,16 +408,22 @@ def test_a_foreign_state_is_refused(session: Session, plan: Plan, tmp_path: Path
     good = session.save_state(tmp_path / "good")
     before = session.executor.state.clone()
     state = load_file(good)["state"]
-    metadata = {"format": "dsv4c-state", "schema": "1", "plan": plan.digest}
+    metadata = {"format": "dsv4c-state", "schema": "2", "plan": plan.digest}
+
+    def checksum(state: torch.Tensor) -> dict[str, str]:
+        return {"sha256": hashlib.sha256(state.numpy().tobytes()).hexdigest()}
+
     save_file({"state": state}, tmp_path / "other-plan", metadata | {"plan": "0" * 64})
-    save_file({"state": state}, tmp_path / "other-schema", metadata | {"schema": "2"})
+    save_file({"state": state}, tmp_path / "other-schema", metadata | {"schema": "1"})
     save_file({"state": state}, tmp_path / "weights")
     save_file({"state": state[:-16]}, tmp_path / "short", metadata)
     (tmp_path / "cut").write_bytes(good.read_bytes()[:-100])
     position = next(s for s in plan.state if s.name == "position")
     far = state.clone()
     view(far, position.type, position.offset).fill_(CONTEXT + 1)
-    save_file({"state": far}, tmp_path / "far", metadata)
+    save_file({"state": far}, tmp_path / "far", metadata | checksum(far))
+    save_file({"state": far}, tmp_path / "altered", metadata | checksum(state))
+    save_file({"state": state}, tmp_path / "unsummed", metadata)
     for name, message in {
         "other-plan": r"was saved with another plan \(000000000000\)",
         "other-schema": "is no saved state of this version",
@@ -424,11 +431,28 @@ def test_a_foreign_state_is_refused(session: Session, plan: Plan, tmp_path: Path
         "short": r"expected \d+ bytes of state",
         "cut": "cannot be read as a saved state",
         "far": rf"is damaged: position is \[{CONTEXT + 1}",
+        "altered": "is damaged: its bytes are not those that were saved",
+        "unsummed": "is damaged: its bytes are not those that were saved",
         "absent": "cannot be read as a saved state",
     }.items():
         with pytest.raises(SessionError, match=message):
             session.load_state(tmp_path / name)
         assert torch.equal(session.executor.state, before)
+
+
+def test_no_flipped_bit_of_a_state_is_taken(session: Session, tmp_path: Path) -> None:
+    session.prefill(PROMPT[:4])
+    path = session.save_state(tmp_path / "state")
+    good = path.read_bytes()
+    payload = 8 + int.from_bytes(good[:8], "little")
+    for place in range(payload, len(good), len(good) // 60):
+        damaged = bytearray(good)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(SessionError, match="is damaged"):
+            session.load_state(path)
+    path.write_bytes(good)
+    session.load_state(path)
 
 
 def test_a_state_that_cannot_be_written_leaves_the_old_file(
