@@ -47,9 +47,7 @@ def published(
         yield target
         return
     place = Path(os.path.realpath(target)) if target.is_symlink() else target
-    scratch, lock = _claim(place.parent)
-    try:
-        sweep(place.parent)
+    with scratch_folder(place.parent) as scratch:
         made = scratch / "new"
         yield made
         if durable:
@@ -60,6 +58,15 @@ def published(
             _place_file(made, place)
         if durable:
             _flush_entry(place.parent)
+
+
+@contextmanager
+def scratch_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder in `folder`, for nobody else, gone afterwards, and so are those of the dead."""
+    scratch, lock = _claim(folder)
+    try:
+        sweep(folder)
+        yield scratch
     finally:
         _discard(scratch)
         os.close(lock)
@@ -102,7 +109,7 @@ def _claim(folder: Path) -> tuple[Path, int]:
     """A new hidden folder in `folder`, and the lock that shows that its maker lives."""
     while True:
         scratch = folder / f"{PREFIX}{secrets.token_hex(8)}"
-        scratch.mkdir()
+        scratch.mkdir(mode=0o700)
         try:
             return scratch, _lock(scratch)
         except (FileNotFoundError, BlockingIOError):  # another process took it for a dead one's, just now
@@ -110,9 +117,13 @@ def _claim(folder: Path) -> tuple[Path, int]:
 
 
 def _lock(scratch: Path) -> int:
-    """Raises BlockingIOError while somebody else holds it, FileNotFoundError when it is gone."""
+    """Raises BlockingIOError while somebody else holds it, FileNotFoundError when it is gone, PermissionError
+    for another user's.
+    """
     lock = os.open(scratch, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
+        if os.fstat(lock).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(scratch))
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.stat(scratch).st_ino != os.fstat(lock).st_ino:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(scratch))

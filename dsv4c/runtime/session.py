@@ -302,7 +302,7 @@ POSITIONS = ("position", "mtp.position")
 
 def _checksum(state: Tensor) -> str:
     """sha256 (hex) of a block of bytes in host memory."""
-    return hashlib.sha256(memoryview(state.numpy())).hexdigest()
+    return hashlib.sha256(state.numpy().data).hexdigest()
 
 
 def _padded(rows: Tensor, size: int) -> Tensor:
