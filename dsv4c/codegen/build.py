@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -192,18 +193,14 @@ def _compile_all(
         except BaseException as error:  # handed to the caller's thread below
             crashes.append(error)
 
-    threads = [threading.Thread(target=drain, name=f"build-{i}") for i in range(workers)]
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    except BaseException as interrupt:  # the compilers would work on, and the process would wait for them
-        crashes.insert(0, interrupt)
-        for worker in running:
-            worker.kill()
-        for thread in filter(threading.Thread.is_alive, threads):
-            thread.join()
+    with ThreadPoolExecutor(max(workers, 1), "build") as pool:
+        try:
+            for drained in [pool.submit(drain) for _ in range(workers)]:
+                drained.result()
+        except BaseException as interrupt:  # compilers would work on, and this process would wait for them
+            crashes.insert(0, interrupt)
+            for worker in running:
+                worker.kill()
     if crashes:
         raise crashes[0]
     return sorted(failures)
