@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +16,7 @@ from dsv4c.errors import SessionError
 from dsv4c.numerics.codec import Quantized, Value
 from dsv4c.numerics.soundness import not_finite
 from dsv4c.plan.folder import Plan
+from dsv4c.publish import published
 
 FORMAT, SCHEMA = "dsv4c-state", "2"
 
@@ -64,10 +63,8 @@ def write(path: Path, plan: Plan, states: Mapping[str, Value], slots: Sequence[i
     rows = {n: torch.stack([_bytes(part[s]).cpu() for s in slots]) for n, part in _parts(states)}
     metadata = {"format": FORMAT, "schema": SCHEMA, "plan": plan.digest, "sha256": _digest(rows)}
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-            made = Path(scratch) / "state"
+        with published(path) as made:
             save_file(rows, made, metadata)
-            os.replace(made, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SessionError(f"{path}: the state cannot be written: {reason}") from None
@@ -99,7 +96,7 @@ def read(path: Path, plan: Plan, states: Mapping[str, Value], slots: int) -> Sav
             f"{path}: holds {held} slots in {len(found)} arrays, expected {slots} in {len(wanted)}"
         )
     if metadata.get("sha256") != _digest(rows):
-        raise SessionError(f"{path}: is damaged: its bytes are not those that were saved; save it again")
+        raise SessionError(f"{path}: is damaged: its bytes are not those that were saved")
     saved = Saved(rows)
     limit = int(plan.deployment["max_context"])
     for slot in plan.state:
