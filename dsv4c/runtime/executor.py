@@ -17,8 +17,8 @@ Watch = Callable[[str, Value], None]
 
 
 class Executor(Protocol):
-    """A plan bound to memory. `blocks` are flat uint8 tensors by name; outputs are views of them. With `poison`
-    what nobody wrote is NaN.
+    """A plan bound to memory. `blocks` are flat uint8 tensors by name; outputs are views of them. With
+    `poison` what nobody wrote is NaN.
     """
 
     plan: Plan

@@ -61,8 +61,8 @@ class Session:
 
     Results do not depend on the bucket that a call runs in: it is the smallest that fits. A request that is
     refused (SessionError) changes nothing. Logits that are not finite are refused, too, but too late for the
-    state: only `reset()` helps then; on a GPU `check_logits` looks at them. Threads may share a session: their
-    calls follow one another, and `streams` and `next_tokens` are of the last one, whosever that was.
+    state: only `reset()` helps then; on a GPU `check_logits` looks at them. Threads may share a session:
+    their calls follow one another, and `streams` and `next_tokens` are of the last one, whosever that was.
     """
 
     def __init__(self, plan: Plan, executor: Executor) -> None:

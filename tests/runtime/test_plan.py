@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import dsv4c
+from dsv4c import publish
 from dsv4c.buckets import Bucket
 from dsv4c.errors import PlanError
 from dsv4c.ir.text import make_op, parse_graph
@@ -199,7 +200,9 @@ def test_a_bucket_that_is_none_is_refused(saved: Path) -> None:
     del data["digest"]
     data["buckets"]["decode-1x3"] = data["buckets"].pop("decode-3")
     (saved / PLAN_FILE).write_text(signed(data))
-    with pytest.raises(PlanError, match=r"a record cannot be read: .*'decode-1x3' names no bucket; decode-3 is"):
+    with pytest.raises(
+        PlanError, match=r"a record cannot be read: .*'decode-1x3' names no bucket; decode-3 is"
+    ):
         load(saved)
 
 
