@@ -310,7 +310,7 @@ def test_threads_that_share_a_session_wait_for_each_other(session: Session) -> N
 def overflowing(session: Session) -> Iterator[Session]:
     """A session whose first router lets all scores underflow, which no check of the weights can see."""
     offset = next(w["offset"] for w in session.plan.weights if w["name"] == "layers.0.ffn.gate")
-    gate = view(session.executor.weights, TensorType(BF16, (8, 256)), offset)  # type: ignore[attr-defined]
+    gate = view(session.executor.blocks["weights"], TensorType(BF16, (8, 256)), offset)  # type: ignore[attr-defined]
     assert isinstance(gate, Tensor)
     kept = gate.clone()
     gate.fill_(-60.0)
