@@ -1,8 +1,8 @@
 """Hyper-connection, gate and head kernels on a GPU: python -m tests.gpu.check_hyper.
 
 Needs torch and cuda-bindings, no compiler. Truth is float64 over fresh random and adversarial inputs; every
-output is poisoned first. Kernels of fewer rows give the bits that those of more rows give. Times are microseconds per launch inside one explicit graph whose weights rotate
-through 96 MB or more.
+output is poisoned first. Kernels of fewer rows give the bits that those of more rows give. Times are
+microseconds per launch inside one explicit graph whose weights rotate through 96 MB or more.
 """
 
 from __future__ import annotations
@@ -347,7 +347,7 @@ def check_positions(case: Case, report: Report) -> None:
         report.bound(str(case), "wrong positions", float(wrong), 0)
 
 
-# Rows --------------------------------------------------------------------------------------------------------
+# Rows -------------------------------------------------------------------------------------------------------
 
 RESULTS = {
     "hyper": ("x_out", "post_out", "comb_out", "normed", "q", "q_scale"),
