@@ -16,14 +16,14 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from dsv4c.buckets import Bucket
+from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
 from dsv4c.errors import BuildError, GraphError
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.text import print_graph
-from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
+from dsv4c.ir.totals import totals
 from dsv4c.passes.memory import MemoryPlan, aligned, lay_out, plan_memory
 from dsv4c.passes.schedule import Group, Schedule, schedule
-from dsv4c.ir.totals import totals
 from dsv4c.plan.records import Argument, BodyCode, KernelCode, Launch, Place, Program, StateSlot
 from dsv4c.types import ALIGN as COMPONENT_ALIGN
 from dsv4c.types import BF16, QuantType, Type
@@ -219,9 +219,7 @@ def graph_file(name: str) -> str:
 # --- code for every launch ---
 
 
-def _code(
-    folded: Folded, coder: Coder, require_fused: frozenset[str], unfolded: list[Unfolded]
-) -> _Coded:
+def _code(folded: Folded, coder: Coder, require_fused: frozenset[str], unfolded: list[Unfolded]) -> _Coded:
     """Code for a bucket; op by op, what none takes is unfolded first."""
     graph, given_back = folded.graph, frozenset[str]()
     while True:
@@ -315,7 +313,7 @@ def _program(
     fixed: Mapping[str, Place],
     parts: Mapping[str, Mapping[str, tuple[int, int]]],
 ) -> Program:
-    """Launches with their bytes. A value, or what it is a view of, has its `fixed` place, else one in the arena."""
+    """Launches with their bytes. Values, or what they are views of, are at `fixed` places or in the arena."""
     graph, order = coded.graph, coded.schedule
 
     def place(value: Value) -> Place:
@@ -440,9 +438,7 @@ def packed_bytes(packing: str, rows: int, columns: int) -> int:
     return across * along * BYTES[format_]
 
 
-def lay_out_weights(
-    params: Mapping[str, Type], forms: Mapping[str, str]
-) -> tuple[tuple[Weight, ...], int]:
+def lay_out_weights(params: Mapping[str, Type], forms: Mapping[str, str]) -> tuple[tuple[Weight, ...], int]:
     """Offsets of the parameters in their block, one after the other, and the bytes of all."""
     weights, end = [], 0
     for name, type_ in params.items():

@@ -1,4 +1,4 @@
-"""Lowered buckets to a plan: where checkpoints keep its weights, what was decided, and what the passes did."""
+"""Lowered buckets to a plan: where checkpoints keep its weights, what was decided, what the passes did."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def _versions(target: Target) -> dict[str, str]:
         found = {"dsv4c": version("dsv4c")}
     except PackageNotFoundError:  # a source tree that was never installed
         found = {"dsv4c": "unknown"}
-    return found | target.versions
+    return found | dict(target.versions)
 
 
 def _report(
@@ -114,7 +114,7 @@ def _sizes(name: str, program: Program, lowered: Lowered) -> dict[str, int]:
 
 
 def _launches(job: Job, program: Program) -> dict[str, Any]:
-    """Launches by kind of layer, of which the largest layer counts, None without one; and outside of layers."""
+    """Launches by kind of layer, of which the largest counts, None without one; and those outside."""
     by_layer: dict[str, int] = {}
     for launch in program.launches:
         layer = layer_in(launch.scope)

@@ -30,7 +30,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def compile(
-    model: ModelConfig | str | Path | Request | Saved,
+    model: ModelConfig | str | Path | Request | Saved | Job,
     *,
     certify: bool = True,
     inspect: Callable[[str, Compiled], None] | None = None,
@@ -42,7 +42,8 @@ def compile(
 
     `model` and `options` are those of `dsv4c.compiler.request.Request`: target, recipe, batch, slots,
     max_context, verify, chunk, logits, draft, pipeline, rules, disable, enable, expected, require_fused. In
-    their place a `Request`, or a stopped compile (`dsv4c.compiler.job.read_saved`) that goes on.
+    their place a `Request`, a stopped compile (`dsv4c.compiler.job.read_saved`) that goes on, or the `Job` of
+    either.
 
     `certify` stores a certificate of every way a rule applied; those not kept from before take seconds, once.
     `inspect(bucket, compiled)` sees every bucket's stages. `cache` is the folder of compiled kernels and
@@ -52,9 +53,12 @@ def compile(
     does not fit the model or a rule's count differs, BuildError where no kernel takes an op.
     """
     # 1. What to compile, and how.
-    if isinstance(model, Request | Saved) and options:
-        raise ConfigError(f"compile: the request has decided {', '.join(options)}; give options or a request")
-    job = model.job() if isinstance(model, Request | Saved) else Request(model, **options).job()
+    if isinstance(model, Request | Saved | Job):
+        if options:
+            raise ConfigError(f"compile: the request has decided {', '.join(options)}; leave them out")
+        job = model if isinstance(model, Job) else model.job()
+    else:
+        job = Request(model, **options).job()
     buckets, on_cpu = job.deployment.buckets, job.deployment.target == "cpu"
     steps = len(buckets) * (1 + len(job.line.passes)) + 1 + certify + (not on_cpu)
     stages = _Stages(progress, steps)

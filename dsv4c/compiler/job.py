@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from dsv4c import strict_json
 from dsv4c.buckets import Bucket
@@ -213,6 +213,8 @@ class Saved:
     counts: Mapping[str, int]  # applications by rule in the decode bucket, if fold ran
     graphs: Mapping[str, Graph]
     loads: Mapping[str, Graph] = field(default_factory=dict)
+    rules: Contributions | None = None  # what may fold from here on; built-in and installed ones by default
+    expected: Mapping[str, int] = field(default_factory=dict)
 
     def text(self) -> str:
         """Two lines of comment, then every graph under a line `## bucket NAME` or `## load NAME`."""
@@ -228,19 +230,19 @@ class Saved:
         parts += [f"## load {name}\n{print_graph(graph)}" for name, graph in self.loads.items()]
         return "".join(parts)
 
-    def job(self, rules: Contributions | None = None, expected: Mapping[str, int] | None = None) -> Job:
+    def job(self) -> Job:
         """What is left to do. Raises GraphError for counts that are expected of a fold that is over."""
-        known = rules_of() if rules is None else rules
-        for name in expected or ():
+        known = rules_of() if self.rules is None else self.rules
+        for name in self.expected:
             known.rule(name)
         line = parse_pipeline(self.pipeline, known.passes)
         rest = line if self.after == BUILD else line.after(self.after)
-        if expected and all(p.name != "fold" for p in rest.passes):
+        if self.expected and all(p.name != "fold" for p in rest.passes):
             raise GraphError(
                 f"fold ran before the stop after {self.after}; expect counts of a compile that folds"
             )
         recipe = recipe_named(self.recipe)
-        return Job(self.config, self.deployment, recipe, rest, known, expected or {}, saved=self)
+        return Job(self.config, self.deployment, recipe, rest, known, self.expected, saved=self)
 
 
 def stop(job: Job, after: str) -> Saved:

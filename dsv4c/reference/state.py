@@ -45,7 +45,8 @@ def cache_extend(op: CacheExtend, cache: Value, rows: Value, positions: Tensor, 
 
     if isinstance(cache, Tensor) and isinstance(rows, Tensor):
         return join(cache, rows)
-    assert isinstance(cache, Quantized) and isinstance(rows, Quantized)
+    assert isinstance(cache, Quantized)
+    assert isinstance(rows, Quantized)
     return cache.map(join, rows)
 
 

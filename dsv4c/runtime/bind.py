@@ -11,7 +11,6 @@ from dsv4c.errors import PlanError
 from dsv4c.plan.folder import Plan, Progress
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.cpu import CpuExecutor
-from dsv4c.runtime.executor import Executor
 from dsv4c.runtime.residence import Resident, load_weights
 from dsv4c.runtime.session import Session
 
@@ -38,12 +37,8 @@ def bind(
     device = "cpu" if on_cpu else "cuda"
     block = torch.empty(max(plan.blocks["weights"], 256), dtype=torch.uint8, device=device)
     load_weights(checkpoint, residents, block, progress=progress, workers=workers)
-    executor: Executor
-    if on_cpu:
-        executor = CpuExecutor(plan, block, poison=poison)
-    else:
-        executor = CudaExecutor(plan, block, poison=poison)
-    return Session(plan, executor)
+    executor: type[CpuExecutor] | type[CudaExecutor] = CpuExecutor if on_cpu else CudaExecutor
+    return Session(plan, executor(plan, block, poison=poison))
 
 
 def _check_memory(plan: Plan) -> None:

@@ -39,7 +39,9 @@ class CpuExecutor:
 
     def __init__(self, plan: Plan, weights: Tensor, *, poison: bool = False) -> None:
         self.plan, self.poison = plan, poison
-        self.blocks = {n: _block(size) for n, size in plan.blocks.items() if n not in ("weights", "constants")}
+        self.blocks = {
+            n: _block(size) for n, size in plan.blocks.items() if n not in ("weights", "constants")
+        }
         self.blocks |= {"weights": weights, "constants": constants_of(plan, weights)}
         self.states = states_of(plan, self.blocks)
         self._programs: dict[str, _Bound] = {}
@@ -160,7 +162,9 @@ def meaning_of(plan: Plan, launch: Launch) -> Callable[..., Any]:
     from dsv4c.reference import run
 
     if not isinstance(launch.code, BodyCode):
-        raise PlanError(f"plan {plan.name}: launch {launch.name} has a kernel, expected a body; compile it again")
+        raise PlanError(
+            f"plan {plan.name}: launch {launch.name} has a kernel, expected a body; compile it again"
+        )
     if launch.code.body:
         return _body(plan.files[launch.code.body])
     op = make_op(launch.op, launch.code.attributes)

@@ -1,5 +1,5 @@
-"""Runs a plan on one NVIDIA GPU: its cubins as one explicit CUDA graph per bucket, launched on torch's current
-stream with nothing beside it.
+"""Runs a plan on one NVIDIA GPU: its cubins as one explicit CUDA graph per bucket, launched on torch's
+current stream with nothing beside it.
 
 Tokens, lengths, slots, positions and the next token live on the device: in a decode bucket the argmax writes
 over the step's tokens, so the following step needs no host.
@@ -7,7 +7,7 @@ over the step's tokens, so the following step needs no host.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -96,7 +96,7 @@ def _gib(size: int) -> str:
     return f"{size / 2**30:,.2f} GiB"
 
 
-# --- the graphs -----------------------------------------------------------------------------------------------
+# --- the graphs ---------------------------------------------------------------------------------------------
 
 
 class CudaExecutor:
@@ -165,17 +165,15 @@ class CudaExecutor:
                 raise
             what, _, _ = str(error).partition("\n")
             raise driver.DriverError(
-                f"a step of plan {self.plan.name} failed: {what}; bind with poison=True (--poison) to run its "
-                "launches one at a time and learn which"
+                f"a step of plan {self.plan.name} failed: {what}; bind with poison=True (--poison) to run "
+                "its launches one at a time and learn which"
             ) from error
 
     def library(self, key: str) -> driver.Library:
         """The plan's kernel of that name, loaded once for all buckets."""
         if key not in self._kernels:
             if key not in self.plan.kernels:
-                raise PlanError(
-                    f"plan {self.plan.name}: a launch names kernel {key}, which the plan has not"
-                )
+                raise PlanError(f"plan {self.plan.name}: a launch names kernel {key}, which the plan has not")
             record = self.plan.kernels[key]
             name = f"{record['symbol']} ({record['cubin']})"
             self._kernels[key] = driver.Library(self.plan.files[record["cubin"]], name)
@@ -204,8 +202,8 @@ class BoundProgram:
             target.copy_(inputs[name], non_blocking=True)
 
     def call(self) -> None:
-        """Enqueue one call over what the input block holds. Outputs lie in the arena and the input block until
-        the next one.
+        """Enqueue one call over what the input block holds. Outputs lie in the arena and the input block
+        until the next one.
         """
         if self.executor.poison:
             self.step_by_step()

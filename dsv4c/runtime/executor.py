@@ -17,10 +17,13 @@ Watch = Callable[[str, Value], None]
 
 
 class Executor(Protocol):
-    """A plan bound to memory. `blocks` are flat uint8 tensors by name; states and outputs are views of them."""
+    """A plan bound to memory. `blocks` are flat uint8 tensors by name; outputs are views of them. With
+    `poison` what nobody wrote is NaN.
+    """
 
     plan: Plan
-    blocks: Mapping[str, Tensor]
+    poison: bool
+    blocks: dict[str, Tensor]
 
     def clear(self) -> None:
         """Fresh state: zeros, or NaN where it was made to poison. Positions are the caller's."""
@@ -38,8 +41,8 @@ class Executor(Protocol):
     def repeat(
         self, bucket: str, inputs: Mapping[str, Tensor], count: int, keep: Tensor | None
     ) -> Mapping[str, Tensor]:
-        """`count` calls of a decode bucket, each but the first on the tokens that the last one chose. `keep` i32
-        [count, rows] gets the chosen tokens.
+        """`count` calls of a decode bucket, each but the first on the tokens that the last one chose. `keep`
+        i32 [count, rows] gets the chosen tokens.
         """
         ...
 
@@ -56,7 +59,9 @@ def tensor_at(plan: Plan, blocks: Mapping[str, Tensor], name: str, place: Place)
     """A plain value's bytes as a tensor. Raises PlanError for a quantized one."""
     value = view(blocks[place.space], place.type, place.offset)
     if isinstance(value, Quantized):
-        raise PlanError(f"plan {plan.name}: {name} is {place.type}, expected a plain tensor; compile it again")
+        raise PlanError(
+            f"plan {plan.name}: {name} is {place.type}, expected a plain tensor; compile it again"
+        )
     return value
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,9 @@ from torch import Tensor
 
 from dsv4c.errors import SessionError
 from dsv4c.numerics.codec import Quantized, Value
+from dsv4c.numerics.soundness import not_finite
 from dsv4c.plan.folder import Plan
+from dsv4c.publish import published
 
 FORMAT, SCHEMA = "dsv4c-state", "2"
 
@@ -35,13 +35,24 @@ class Saved:
 
     def positions(self, name: str) -> list[int]:
         """Tokens that each slot holds, as the state of that name counts them."""
-        return self.rows[f"{name}.0"].contiguous().view(torch.int32).flatten().tolist()  # type: ignore[no-any-return]
+        return self.rows[f"{name}.0"].contiguous().view(torch.int32).flatten().tolist()
 
 
 def copy_slot(states: Mapping[str, Value], source: int, target: int) -> None:
     """Let one slot hold what another holds."""
     for _, part in _parts(states):
         part[target].copy_(part[source])
+
+
+def check_numbers(states: Mapping[str, Value]) -> None:
+    """Raise SessionError for a state that holds what is no finite number. Packed elements are all numbers."""
+    for name, value in states.items():
+        parts = value.parts if isinstance(value, Quantized) else (value,)
+        packed = isinstance(value, Quantized) and value.data.dtype is torch.uint8
+        for part in parts[1:] if packed else parts:
+            fault = not_finite(part)
+            if fault is not None:
+                raise SessionError(f"the state {name} {fault} and will not be saved; call reset()")
 
 
 def write(path: Path, plan: Plan, states: Mapping[str, Value], slots: Sequence[int]) -> Path:
@@ -52,10 +63,8 @@ def write(path: Path, plan: Plan, states: Mapping[str, Value], slots: Sequence[i
     rows = {n: torch.stack([_bytes(part[s]).cpu() for s in slots]) for n, part in _parts(states)}
     metadata = {"format": FORMAT, "schema": SCHEMA, "plan": plan.digest, "sha256": _digest(rows)}
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-            made = Path(scratch) / "state"
+        with published(path) as made:
             save_file(rows, made, metadata)
-            os.replace(made, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SessionError(f"{path}: the state cannot be written: {reason}") from None
@@ -63,8 +72,8 @@ def write(path: Path, plan: Plan, states: Mapping[str, Value], slots: Sequence[i
 
 
 def read(path: Path, plan: Plan, states: Mapping[str, Value], slots: int) -> Saved:
-    """The rows of `slots` slots. Raises SessionError for a file that is damaged, of another plan or of another
-    number of slots.
+    """The rows of `slots` slots. Raises SessionError for a file that is damaged, of another plan or of
+    another number of slots.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -83,9 +92,11 @@ def read(path: Path, plan: Plan, states: Mapping[str, Value], slots: int) -> Sav
     found = {name: list(value.shape) for name, value in rows.items()}
     if found != wanted or any(value.dtype != torch.uint8 for value in rows.values()):
         held = next((shape[0] for shape in found.values() if shape), 0)
-        raise SessionError(f"{path}: holds {held} slots in {len(found)} arrays, expected {slots} in {len(wanted)}")
+        raise SessionError(
+            f"{path}: holds {held} slots in {len(found)} arrays, expected {slots} in {len(wanted)}"
+        )
     if metadata.get("sha256") != _digest(rows):
-        raise SessionError(f"{path}: is damaged: its bytes are not those that were saved; save it again")
+        raise SessionError(f"{path}: is damaged: its bytes are not those that were saved")
     saved = Saved(rows)
     limit = int(plan.deployment["max_context"])
     for slot in plan.state:

@@ -189,5 +189,3 @@ def body_results(node: Node, body: Graph) -> tuple[Value, ...]:
 def family(node: Node) -> str:
     """The file that declares the op: `linear`, `norm`; of a fused op `fused`."""
     return "fused" if isinstance(node.op, Fused) else type(node.op).__module__.rpartition(".")[2]
-
-

@@ -1,4 +1,4 @@
-"""Plans of several buckets: every node has a kernel in each, and kernels that rows do not decide are shared."""
+"""Plans of several buckets: every node has a kernel in each, and kernels that no row decides are shared."""
 
 from __future__ import annotations
 

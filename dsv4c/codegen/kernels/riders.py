@@ -193,8 +193,8 @@ def seated(name: str, riders: Iterable[Rider], threads: int) -> tuple[Rider, ...
         needed = rider.pool.pooled + rider.tokens - 1
         if rider.ring < needed:
             raise BuildError(
-                f"{name}: {rider.name} pools {rider.pool.pooled} tokens, with {rider.tokens} of a sequence per "
-                f"launch: want a ring of {needed} rows, got {rider.ring}"
+                f"{name}: {rider.name} pools {rider.pool.pooled} tokens, with {rider.tokens} of a sequence "
+                f"per launch: want a ring of {needed} rows, got {rider.ring}"
             )
         placed.append(replace(rider, threads=threads))
     return tuple(placed)

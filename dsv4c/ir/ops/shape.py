@@ -14,7 +14,6 @@ class Reshape(Op):
 
     view: ClassVar = True
     shape: tuple[int, ...]
-    view: ClassVar = True
 
     def infer(self, x: Type) -> TensorType:
         result = TensorType(expect_tensor(x, "x").dtype, self.shape)
