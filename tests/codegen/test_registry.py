@@ -149,7 +149,7 @@ def test_state_writes_ride_with_the_queries(row: QuantFormat) -> None:
         for name, type_, rotated in (("e", f"{kv}[3,16,128]", False), ("k", f"{MXFP4}[3,16,128]", True)):
             rings = [state(f"{name}_{r}", "f32[3,16,256]") for r in ("kv", "score")]
             rows = [p(f"{name}_{r}", "f32[1,256]") for r in ("u", "s")]
-            compressor = Compressor(ratio=4, overlap=True, sequences=1, eps=1e-6, rotated=rotated)
+            compressor = Compressor(ratio=4, overlap=True, tokens=1, eps=1e-6, rotated=rotated)
             bias, gain = p(f"{name}_b", "f32[4,256]"), p(f"{name}_g", "bf16[128]")
             made += compressor(state(name, type_), *rings, *rows, bias, gain, at, slots, f)
         return tuple(made)
