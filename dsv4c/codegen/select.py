@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import dsv4c.codegen.kernels  # noqa: F401  (registers the families)
+from dsv4c.arch import Arch
 from dsv4c.codegen.build import Source, source_key
 from dsv4c.codegen.lower import Operand, Part
 from dsv4c.codegen.registry import KERNELS, Launchable, choose, request_of
@@ -21,8 +22,8 @@ class Kernels:
     them.
     """
 
-    def __init__(self, target: str) -> None:
-        self.target = target
+    def __init__(self, arch: Arch) -> None:
+        self.arch = arch
         self.sources: dict[str, Source] = {}
         self._keys: dict[Source, str] = {}
 
@@ -33,7 +34,7 @@ class Kernels:
 
     def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
         labels = {p: label_of(p.name) for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
-        request, values = request_of(nodes, self.target, graph.users, labels)
+        request, values = request_of(nodes, self.arch, graph.users, labels)
         return tuple(self._part(launch, values) for launch in choose(request))
 
     def check_load(self, graph: Graph) -> None:
@@ -49,7 +50,7 @@ class Kernels:
         emission = launch.emission
         source = Source(emission.symbol, emission.source)
         if source not in self._keys:
-            self._keys[source] = source_key(source, self.target)[:24]
+            self._keys[source] = source_key(source, self.arch.name)[:24]
         key = self._keys[source]
         self.sources[key] = source
         code = KernelCode(

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
+from dsv4c.arch import ARCHS, Arch
 from dsv4c.codegen.bodies import Bodies
 from dsv4c.codegen.lower import Coder
 
@@ -71,7 +72,7 @@ class Cpu:
 class Gpu:
     """Kernels, cross-compiled."""
 
-    def __init__(self, arch: str) -> None:
+    def __init__(self, arch: Arch) -> None:
         from dsv4c.codegen.build import toolchain
         from dsv4c.codegen.select import Kernels  # loads jinja2 and every family
 
@@ -96,22 +97,21 @@ class Gpu:
 
         sources = dict(sorted(self.coder.sources.items()))
         for (key, source), made in zip(
-            sources.items(), build(list(sources.values()), self.arch, store, progress=watch), strict=True
+            sources.items(), build(list(sources.values()), self.arch.name, store, progress=watch), strict=True
         ):
             contents = {"source": source.text.encode(), "cubin": made.cubin, "ptx": made.ptx.encode()}
             suffix = {"source": "py", "cubin": "cubin", "ptx": "ptx"}
             paths = {kind: f"kernels/{key}.{suffix[kind]}" for kind in contents}
             self._files |= {paths[kind]: content for kind, content in contents.items()}
-            not_run_here = self.arch == "sm_100a"
             self.kernels[key] = {
                 "symbol": made.symbol,
                 **paths,
                 **asdict(made.resources),
-                "not_run_here": not_run_here,
+                "not_run_here": not self.arch.run_here,
             }
             self.cached += made.cached
 
 
 def target_of(name: str) -> Target:
     """The target of that name: cpu, or a GPU architecture."""
-    return Cpu() if name == "cpu" else Gpu(name)
+    return Cpu() if name == "cpu" else Gpu(ARCHS[name])

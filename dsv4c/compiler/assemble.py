@@ -114,7 +114,7 @@ def _sizes(name: str, program: Program, lowered: Lowered) -> dict[str, int]:
 
 
 def _launches(job: Job, program: Program) -> dict[str, Any]:
-    """Launches by kind of layer, of which the largest counts, None without one; and those outside of layers."""
+    """Launches by kind of layer, of which the largest counts, None without one; and those outside."""
     by_layer: dict[str, int] = {}
     for launch in program.launches:
         layer = layer_in(launch.scope)

@@ -25,6 +25,7 @@ from dsv4c.ir.text import parse_graph, print_graph, print_op
 from dsv4c.models.weights import records
 from dsv4c.passes.tidy import repeated
 from dsv4c.plan.records import BodyCode, Launch
+from dsv4c.publish import published
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from dsv4c.passes.compare import Finding
     from dsv4c.plan.folder import Plan
     from dsv4c.runtime.executor import Executor
+
+VALUES, REPORT, BEFORE, BODY = "values.safetensors", "report.json", "before.txt", "body.txt"
+REPRODUCER = (VALUES, REPORT, BEFORE, BODY, "graph.txt", "reproduce.py")
+"""Files of a reproducer."""
 
 Bounds = Mapping[tuple[str, tuple[str, ...]], "Finding"]
 """What the certificates allow, by op with attributes and types of its operands."""
@@ -421,18 +426,20 @@ class Bisection:
             "switched_off": list(verdict.switched_off),
         }
         files = {
-            "before.txt": print_graph(evidence.unfused),
+            BEFORE: print_graph(evidence.unfused),
             "graph.txt": print_graph(self.unfused),
-            "report.json": json.dumps(report, indent=1) + "\n",
+            REPORT: json.dumps(report, indent=1) + "\n",
             "reproduce.py": SCRIPT,
         }
         if (body := self._body(node)) is not None:
-            files["body.txt"] = body
+            files[BODY] = body
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, text in files.items():
-                (folder / name).write_text(text, encoding="utf-8")
-            _save({**evidence.operands, **found}, types, folder / "values.safetensors")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with published(folder, keep=lambda name: name not in REPRODUCER) as made:
+                made.mkdir()
+                for name, text in files.items():
+                    (made / name).write_text(text, encoding="utf-8")
+                _save({**evidence.operands, **found}, types, made / VALUES)
         except OSError as error:
             raise PlanError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
@@ -532,21 +539,21 @@ def rerun(folder: Path) -> tuple[Finding, Finding | None]:
     from dsv4c.reference.interpret import clone
     from dsv4c.types import parse_type
 
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    blocks = load_file(folder / "values.safetensors")
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    blocks = load_file(folder / VALUES)
     values = {n: view(block, parse_type(report["types"][n])) for n, block in blocks.items()}
 
     def run(graph: Graph, operands: Iterable[str]) -> list[Value]:
         given = {v.name: clone(values[name]) for v, name in zip(graph.inputs, operands, strict=True)}
         return list(interpret(graph, given, {}, {}).values())
 
-    before = parse_graph((folder / "before.txt").read_text(encoding="utf-8"))
+    before = parse_graph((folder / BEFORE).read_text(encoding="utf-8"))
     expected = dict(zip(before.outputs, run(before, [v.name for v in before.inputs]), strict=True))
     kept = [name for name in expected if f"found.{name}" in values]
     found = compare([expected[n] for n in kept], [values[f"found.{n}"] for n in kept], report["node"])
-    if not (folder / "body.txt").is_file():
+    if not (folder / BODY).is_file():
         return found, None
-    body = parse_graph((folder / "body.txt").read_text(encoding="utf-8"))
+    body = parse_graph((folder / BODY).read_text(encoding="utf-8"))
     made = dict(zip(report["results"], run(body, report["operands"]), strict=True))
     return found, compare(list(expected.values()), [made[n] for n in expected], report["node"])
 

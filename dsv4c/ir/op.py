@@ -116,7 +116,14 @@ class Op:
 
     def attributes(self) -> dict[str, Any]:
         """Fields by name, in order of declaration."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        names = field_names(type(self))  # type: ignore[arg-type]  # mypy takes the class for an instance
+        return {name: getattr(self, name) for name in names}
+
+
+@cache
+def field_names(op: type[Op]) -> tuple[str, ...]:
+    """Attribute names, in order of declaration."""
+    return tuple(f.name for f in fields(op))  # type: ignore[arg-type]
 
 
 @cache

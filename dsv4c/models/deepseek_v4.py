@@ -124,6 +124,7 @@ class _Model:
         self.positions, self.row_slots = positions(
             self.start, self.slots, self.lengths, tokens=bucket.tokens, name="positions"
         )
+        builder.rename(self.row_slots, "row_slots")
         self.places: Value = self.row_slots  # where each row finds what `remember` returns
         if bucket.keeps_beside:
             self.places = owners(self.lengths, tokens=bucket.tokens, name="owners")
@@ -366,6 +367,7 @@ class _Model:
         entries, places = completed_entries(
             self.positions, slots, ratio=ratio, sequences=self.bucket.sequences, name=name
         )
+        self.builder.rename(places, f"{name}_slots")
         return entries, places
 
     def indexer(self, plan: LayerPlan, x: Value, qr: Value) -> Value:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dsv4c.arch import ARCHS
 from dsv4c.errors import PlanError
 from dsv4c.numerics.codec import Value, nan_fill, view
 from dsv4c.plan.folder import Plan
@@ -24,7 +25,6 @@ from dsv4c.runtime.cpu import constants_of
 from dsv4c.runtime.executor import Watch, states_of, tensor_at
 from dsv4c.runtime.residence import SLAB
 
-CAPABILITIES = {"sm_90a": (9, 0), "sm_100a": (10, 0)}  # "a": only this very architecture runs it
 OLDEST_DRIVER = 13000  # CUDA 13.0, driver 580: what loads cubins of the CUDA 13 tools
 HEADROOM = 16 * SLAB  # bytes beside the blocks: a context's own, and slabs being packed
 POISON = 0xFF  # as bf16, f32, e4m3 and ue8m0 a NaN; as an integer -1
@@ -59,11 +59,11 @@ class Device:
 
 def check_device(plan: Plan, device: Device) -> None:
     """Raise PlanError unless `device` can run `plan`: architecture, driver, then memory."""
-    wanted = CAPABILITIES.get(plan.target)
+    wanted = ARCHS.get(plan.target)
     major, minor = device.capability
     if wanted is None:
         raise PlanError(f"plan {plan.name} is compiled for {plan.target}, which is no GPU")
-    if wanted != device.capability:
+    if wanted.capability != device.capability:
         raise PlanError(
             f"plan {plan.name} is compiled for {plan.target}, this GPU ({device.name}) is sm_{major}{minor}; "
             f"compile with --target sm_{major}{minor}a, or run on a GPU of that architecture"

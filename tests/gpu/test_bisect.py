@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import dsv4c
-from dsv4c.compiler.bisect import Bisection, Suspect, rerun
+from dsv4c.compiler.bisect import Bisection, rerun
 from dsv4c.compiler.job import job_of
 from dsv4c.ir.graph import Node
 from dsv4c.ir.text import parse_graph
