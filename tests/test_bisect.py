@@ -104,7 +104,7 @@ def test_the_command_writes_a_reproducer(plan: dsv4c.Plan, weights: Path, tmp_pa
 
 
 def test_rules_that_are_off_leave_nodes_that_repeat_each_other(weights: Path) -> None:
-    """What tidy merged goes by the name of the first, so nothing is computed from further up than operands."""
+    """What tidy merged goes by the name of the first, so nothing comes from further up than the operands."""
     plan = dsv4c.compile("tiny", max_context=64, chunk=5, disable=["attention"], certify=False)
     search = Bisection(plan, weights, TOKENS[:2], job_of(plan))
     for node in search.graph.nodes:

@@ -44,9 +44,9 @@ def bisect_command(
     """Find the rewrite at fault: run the plan on its target, and behind each launch its unfused nodes on the
     same operands.
 
-    Names the first node that is further off than its certificate, or a kernel's own rounding, allows, switches
-    suspects off until the results are right, and writes a folder that shows the fault without plan or weights.
-    Exit code 3 if there is a fault.
+    Names the first node that is further off than its certificate, or a kernel's own rounding, allows,
+    switches suspects off until the results are right, and writes a folder that shows the fault without plan
+    or weights. Exit code 3 if there is a fault.
 
     Examples:
 

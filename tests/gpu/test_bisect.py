@@ -1,5 +1,5 @@
-"""Bisecting a GPU plan, without a GPU: kernels evaluate their nodes by the reference in the plan's own blocks,
-with roundings as of kernels, and one of them wrong.
+"""Bisecting a GPU plan, without a GPU: its launches evaluate their nodes by the reference, in the plan's own
+blocks, with roundings as of kernels, and one of them wrong.
 """
 
 from __future__ import annotations
