@@ -198,7 +198,9 @@ def test_a_bucket_that_is_none_is_refused(saved: Path) -> None:
     del data["digest"]
     data["buckets"]["decode-1x3"] = data["buckets"].pop("decode-3")
     (saved / PLAN_FILE).write_text(signed(data))
-    with pytest.raises(PlanError, match=r"a record cannot be read: .*'decode-1x3' names no bucket; decode-3 is"):
+    with pytest.raises(
+        PlanError, match=r"a record cannot be read: .*'decode-1x3' names no bucket; decode-3 is"
+    ):
         load(saved)
 
 

@@ -171,7 +171,9 @@ def test_a_launch_that_gives_another_shape_is_refused(plan: Plan, checkpoint: Pa
     program = plan.program("decode")
     name = program.outputs["logits"]
     place = program.values[name]
-    broken = with_values(plan, {**program.values, name: replace(place, type=place.type.with_shape((BATCH, 511)))})
+    broken = with_values(
+        plan, {**program.values, name: replace(place, type=place.type.with_shape((BATCH, 511)))}
+    )
     with pytest.raises(PlanError, match=r"gave torch\.float32\[3, 512\], the plan has room for .*\[3, 511\]"):
         broken.bind(checkpoint).decode([1, 2, 3])
 
