@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment
 from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Builder, Graph
@@ -154,7 +155,7 @@ def test_a_layer_that_is_not_there() -> None:
 
 
 def test_the_mtp_block_is_a_layer() -> None:
-    graph = build(config("tiny"), Deployment(), "mtp")
+    graph = build(config("tiny"), Deployment(), Bucket("draft", tokens=4))
     assert [g.shown.prefix for g in folds(graph) if g.shown.prefix] == ["mtp.0"]
     found = summarize(graph, config("tiny"))
     assert found.bytes_per_token == {}
