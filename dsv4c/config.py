@@ -51,7 +51,7 @@ def _one_of(*values: str) -> _Rule:
 _SIZE = _integer(1, "a positive integer")
 _COUNT = _integer(0, "an integer of at least 0")
 _NUMBER = _Rule("a positive number", _positive_number)
-_TOKEN = _integer(0, "a token id")
+_TOKEN = _Rule("a token id or null", lambda value: value is None or (type(value) is int and value >= 0))
 _SCHEDULE = _Rule(
     "a list of compress ratios, one per layer",
     lambda value: (
@@ -104,11 +104,12 @@ class ModelConfig:
     mtp_layers: int = _ruled(_COUNT)  # sliding-window blocks after the last layer
     linear_format: str = _ruled(_one_of("bf16", "fp8"))  # what the checkpoint stores
     expert_format: str = _ruled(_one_of("bf16", "fp8", "mxfp4", "nvfp4"))
-    bos_token_id: int = _ruled(_TOKEN)
-    eos_token_id: int = _ruled(_TOKEN)
+    bos_token_id: int | None = _ruled(_TOKEN)
+    eos_token_id: int | None = _ruled(_TOKEN)
     notes: tuple[str, ...] = field(default=(), compare=False)  # what a reader of the config should know
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", _one_line(self.name))
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         _raise_if_any(self.name, list(_problems(values, {}, set())))
         for item in fields(self):
@@ -199,27 +200,27 @@ class Deployment:
 
 
 def _bucket_problems(deployment: Deployment) -> Iterator[str]:
-    """What the buckets must be to each other, to the slots and to the target."""
+    """What the buckets must be by themselves, to each other, to the slots and to the target."""
     names = [bucket.name for bucket in deployment.buckets]
     for name in sorted({name for name in names if names.count(name) > 1}):
         yield problem("buckets", f"has {name} {names.count(name)} times", "every bucket once")
     if not any(bucket.kind == "decode" for bucket in deployment.buckets):
         yield problem("buckets", f"is {', '.join(names) or 'empty'}", "at least one decode bucket")
     for bucket in deployment.buckets:
-        least = f"at least {bucket.sequences}, the sequences of {bucket.name}"
+        tokens, rows = f"takes {bucket.tokens} tokens", f"has {bucket.rows} rows"
+        if bucket.rows < 1:
+            yield problem(bucket.name, rows, "at least 1")
         if bucket.sequences > deployment.slots:
-            yield problem("slots", shown(deployment.slots), least)
-        most = f"at most {deployment.max_context} tokens, max_context"
+            expected = f"at least {bucket.sequences}, the sequences of {bucket.name}"
+            yield problem("slots", shown(deployment.slots), expected)
         if bucket.tokens > deployment.max_context:
-            yield problem(bucket.name, f"takes {bucket.tokens} tokens", most)
-        if bucket.kind == "verify" and not 2 <= bucket.tokens <= ROWS:
-            expected = f"2 to {ROWS}: what a ring can take back"
-            yield problem(bucket.name, f"takes {bucket.tokens} tokens", expected)
+            yield problem(bucket.name, tokens, f"at most {deployment.max_context}, max_context")
         if bucket.kind == "decode" and bucket.tokens != 1:
-            yield problem(bucket.name, f"takes {bucket.tokens} tokens", "1 of each sequence")
+            yield problem(bucket.name, tokens, "1 of each sequence")
+        if bucket.kind == "verify" and not 2 <= bucket.tokens <= ROWS:
+            yield problem(bucket.name, tokens, f"2 to {ROWS}: more could not be taken back")
         if deployment.target != "cpu" and bucket.rows > ROWS:
-            expected = f"at most {ROWS}: {deployment.target} has no kernels for more"
-            yield problem(bucket.name, f"has {bucket.rows} rows", expected)
+            yield problem(bucket.name, rows, f"at most {ROWS}: {deployment.target} has no kernels for more")
 
 
 def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
@@ -245,6 +246,7 @@ def load_config(source: str | Path) -> ModelConfig:
     builtin = isinstance(source, str) and source in BUILTIN
     path = BUILTIN_FOLDER / f"{source}.json" if builtin else _config_file(Path(source))
     reading = dialects.read(_parse(path))
+    dialects.settle(reading, path.parent if path.name == "config.json" else None)
     where = str(source) if builtin else str(path)
     if not reading.spelling:  # not a dialect we read: nothing else about it can be judged
         _raise_if_any(where, reading.problems)
@@ -299,6 +301,11 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 # Judging the fields
+
+
+def _one_line(name: str) -> str:
+    """A folder may be called anything; the first line of a graph's text, and a terminal, take no controls."""
+    return "".join(c if c.isprintable() else "_" for c in name)
 
 
 def _raise_if_any(where: str, problems: list[str]) -> None:
@@ -364,10 +371,15 @@ def _contradictions(values: Mapping[str, Any], key: Callable[[str], str]) -> Ite
     expected = f"at most {key('n_routed_experts')}, {experts}"
     yield from must(v("num_experts_per_tok") <= experts, "num_experts_per_tok", expected)
     yield from must(v("n_shared_experts") == 1, "n_shared_experts", "1, the only number DeepSeek-V4 uses")
+    for name in ("rope_theta", "compress_rope_theta"):
+        yield from must(v(name) > 1, name, "more than 1, the base of falling frequencies")
     yield from must(v("rope_factor") >= 1, "rope_factor", "at least 1")
+    slow = v("rope_beta_slow")
+    expected = f"at least {key('rope_beta_slow')}, {slow}: fast pairs turn more often"
+    yield from must(v("rope_beta_fast") >= slow, "rope_beta_fast", expected)
     for name in ("bos_token_id", "eos_token_id"):
         expected = f"a token id below {key('vocab_size')}, {v('vocab_size')}"
-        yield from must(v(name) < v("vocab_size"), name, expected)
+        yield from must((v(name) or 0) < v("vocab_size"), name, expected)
     quantized = v("linear_format") == "fp8"
     formats = "'fp8', 'mxfp4' or 'nvfp4'" if quantized else "'bf16'"
     expected = f"{formats}, as linear_format is {v('linear_format')!r}"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import dsv4c
 from dsv4c.cli import COMMANDS
 from dsv4c.cli.run import token_ids
+from dsv4c.config import BUILTIN_FOLDER
 from dsv4c.errors import SessionError
 from dsv4c.ir.text import graph_from_json
 from dsv4c.models.synth import synthesize
@@ -166,6 +167,27 @@ def test_with_json_the_graph_goes_to_its_file_alone(plan: Path, tmp_path: Path, 
     both = command("show", plan, "--json", "--format", format, "-o", file)
     assert both.json["summary"] == figures
     assert len(file.read_text()) > 1000
+
+
+NAMES = ["two\nlines", "[red]x", "</script>", "{{DATA}}", "## bucket decode", "\x1b[31m", "a 'b' \"c\""]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_may_be_called_anything(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name.replace("/", "|")
+    folder.mkdir()
+    raw = json.loads((BUILTIN_FOLDER / "tiny.json").read_text())
+    one = {"num_hidden_layers": 1, "compress_ratios": [0, 0], "num_hash_layers": 0}
+    (folder / "config.json").write_text(json.dumps(raw | one))
+    stopped, plan = tmp_path / "x.ir", tmp_path / "x.plan"
+    stop = command("compile", folder, "--stop-after", "fold", "-o", stopped, "--max-context", 16)
+    assert stop.code == 0, stop.err
+    resumed = command("compile", "--resume", stopped, "-o", plan, "--no-certify")
+    assert resumed.code == 0, resumed.err
+    shown = "".join(c if c.isprintable() else "_" for c in folder.name)
+    assert f"{plan}: {shown} for cpu" in resumed.out
+    assert f"{shown}, recipe official" in " ".join(command("passes", plan).out.split())
+    assert command("show", plan).code == 0
 
 
 def test_a_stopped_compile_prints_json_alone(tmp_path: Path) -> None:

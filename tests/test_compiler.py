@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import torch
 import dsv4c
 from dsv4c.buckets import Bucket
 from dsv4c.compiler.request import Request
+from dsv4c.config import load_config
 from dsv4c.errors import CheckpointError, ConfigError
-from dsv4c.ir.text import parse_graph
+from dsv4c.ir.text import parse_graph, print_graph
 from dsv4c.models.layout import layout
 from dsv4c.models.synth import synthesize
 from dsv4c.passes.recipes import RECIPES
@@ -174,7 +177,10 @@ def test_progress_counts_to_the_end() -> None:
     assert {stage for stage, _, _ in calls} == {t for t in plan.timings if not t.startswith("rule ")}
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "nvfp4-experts-w4a4"])
+FOR_OTHER_CHECKPOINTS = {"nvfp4-experts-w4a4", "fp8-experts"}
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in FOR_OTHER_CHECKPOINTS])
 def test_every_recipe_runs_in_a_poisoned_arena(checkpoint: Path, recipe: str) -> None:
     """On a checkpoint of the release's formats; all agree on the order of magnitude, quantized or not."""
     session = dsv4c.compile(checkpoint, recipe=recipe, max_context=64, chunk=16).bind(checkpoint, poison=True)
@@ -183,6 +189,20 @@ def test_every_recipe_runs_in_a_poisoned_arena(checkpoint: Path, recipe: str) ->
     wanted = torch.cat([plain.prefill(list(range(20))), plain.decode([7])])
     assert rows.isfinite().all()
     assert (rows - wanted).norm() / wanted.norm() < 0.6
+
+
+def test_fp8_experts_run_as_such_though_the_config_does_not_say_so(tmp_path: Path) -> None:
+    one = {"num_layers": 1, "compress_ratios": (0,), "num_hash_layers": 0, "mtp_layers": 0}
+    model = replace(load_config("tiny"), expert_format="fp8", **one)
+    folder = synthesize(model, tmp_path / "w", seed=3)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["expert_dtype"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    plan = dsv4c.compile(folder, max_context=16)
+    assert (plan.recipe, plan.deployment["recipe"]) == ("fp8-experts", "fp8-experts")
+    rows = plan.bind(folder).prefill([3, 17, 5])
+    wanted = dsv4c.compile(folder, recipe="fp32", max_context=16).bind(folder).prefill([3, 17, 5])
+    assert 0 < (rows - wanted).norm() / wanted.norm() < 0.3
 
 
 def test_the_recorded_nvfp4_checkpoint_runs_with_both_activation_formats() -> None:
@@ -212,3 +232,15 @@ def test_a_request_is_all_that_a_compile_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="compile: the request has decided batch, chunk; leave them out"):
         dsv4c.compile(request, batch=2, chunk=8)
     assert dsv4c.compile(request, certify=False) == dsv4c.compile("tiny", max_context=64, certify=False)
+
+
+@pytest.mark.parametrize("options", [{"draft": "mtp"}, {"recipe": "nvfp4", "logits": "last"}])
+def test_a_bucket_of_another_size_has_the_graph_it_would_be_compiled_to(options: dict[str, Any]) -> None:
+    job = Request("tiny", batch=(1, 2, 8), chunk=(8, 64, 100), **options).job()
+    firsts = job.firsts()
+    assert {b.name for b, first in firsts.items() if b == first} >= {"decode-1"}
+    derived = [(b, first) for b, first in firsts.items() if b != first]
+    assert {b.name for b, _ in derived} >= {"decode-2", "decode-8", "verify-1x4"}
+    for bucket, first in derived:
+        made = job.resized(job.compiled(first).graph, bucket)
+        assert print_graph(made) == print_graph(job.compiled(bucket).graph)

@@ -24,7 +24,7 @@ class Room:
     packages_inside: tuple[str, ...] = ()
 
 
-LEAVES = ("types", "errors", "strict_json", "cache", "buckets", "arch")
+LEAVES = ("types", "errors", "strict_json", "headers", "publish", "cache", "buckets", "arch")
 CONFIG = (*LEAVES, "config")
 COMPILER = (*CONFIG, "ir", "models", "passes")
 
@@ -33,10 +33,12 @@ HOUSE = {
     "types": Room(),
     "errors": Room(),
     "strict_json": Room(),
-    "cache": Room(("errors",)),
+    "headers": Room(("errors", "strict_json")),
+    "publish": Room(),
+    "cache": Room(("errors", "publish")),
     "buckets": Room(),
     "arch": Room(),
-    "dialects": Room(("errors",)),
+    "dialects": Room(("errors", "headers")),
     "config": Room((*LEAVES, "dialects")),
     "numerics": Room(LEAVES, ("torch", "numpy")),
     # The contract of compiler and runtime: data.

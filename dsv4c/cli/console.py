@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4c.errors import Dsv4cError
+from dsv4c.publish import published
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -19,7 +21,16 @@ Progress = Callable[[str, int, int], None]
 
 
 def print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2))
+    """Standard JSON, which has no word for what is no finite number: that becomes null."""
+    print(json.dumps(_finite(data), indent=2, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def note(text: str) -> None:
@@ -30,7 +41,7 @@ def note(text: str) -> None:
 def print_table(table: Table) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # names may look like either
 
 
 @contextmanager
@@ -46,7 +57,10 @@ def progress_bar(title: str, *, bytes_counted: bool = False) -> Iterator[Progres
     count = DownloadColumn() if bytes_counted else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn())
     with Bar(
-        *columns, TextColumn("{task.fields[what]}"), console=Console(stderr=True), transient=True
+        *columns,
+        TextColumn("{task.fields[what]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
     ) as bar:
         task = bar.add_task(title, total=None, what="")
         lock = threading.Lock()
@@ -59,12 +73,16 @@ def progress_bar(title: str, *, bytes_counted: bool = False) -> Iterator[Progres
 
 
 def write_text(path: Path | None, text: str, error: type[Dsv4cError]) -> None:
-    """Write to a file, or to stdout when `path` is None. Raises `error` if the file cannot be written."""
+    """Write a file, whole or not at all, or to stdout when `path` is None.
+
+    Raises `error` if the file cannot be written.
+    """
     if path is None:
         print(text, end="")
         return
     try:
-        path.write_text(text, encoding="utf-8")
+        with published(path) as made:
+            made.write_text(text, encoding="utf-8")
     except OSError as problem:
         raise error(f"{path}: cannot be written: {problem.strerror}") from None
 

@@ -18,11 +18,15 @@ from dsv4c.errors import PlanError, SessionError
 from dsv4c.ir.graph import Builder, Graph, Node
 from dsv4c.ir.ops.shape import Reshape
 from dsv4c.ir.text import parse_graph, print_graph
+from dsv4c.publish import published
 
 if TYPE_CHECKING:
     from dsv4c.numerics.codec import Value
     from dsv4c.passes.compare import Finding
     from dsv4c.plan.records import Launch, Plan
+
+OPERANDS = "operands.safetensors"
+"""A reproducer's file of values."""
 
 Bounds = Mapping[tuple[str, tuple[str, ...]], "Finding"]
 """What the certificates allow, by op with attributes and types of its operands."""
@@ -374,10 +378,12 @@ class Bisection:
         else:
             files["after.txt"] = files["before.txt"]
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            for name, text in files.items():
-                (folder / name).write_text(text, encoding="utf-8")
-            _save(given, types, folder / "operands.safetensors")
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with published(folder, keep=lambda name: name not in {*files, OPERANDS}) as made:
+                made.mkdir()
+                for name, text in files.items():
+                    (made / name).write_text(text, encoding="utf-8")
+                _save(given, types, made / OPERANDS)
         except OSError as error:
             raise PlanError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
@@ -418,7 +424,7 @@ def rerun(folder: Path) -> Finding:
     from dsv4c.types import parse_type
 
     report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    blocks = load_file(folder / "operands.safetensors")
+    blocks = load_file(folder / OPERANDS)
     values = {n: view(block, parse_type(report["types"][n])) for n, block in blocks.items()}
     before = parse_graph((folder / "before.txt").read_text(encoding="utf-8"))
     after = parse_graph((folder / "after.txt").read_text(encoding="utf-8"))

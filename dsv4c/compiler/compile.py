@@ -59,13 +59,13 @@ def compile(
         job = model if isinstance(model, Job) else model.job()
     else:
         job = Request(model, **options).job()
-    buckets, on_cpu = job.deployment.buckets, job.deployment.target == "cpu"
-    steps = len(buckets) * (1 + len(job.line.passes)) + 1 + certify + (not on_cpu)
+    firsts, on_cpu = job.firsts(), job.deployment.target == "cpu"
+    steps = len(set(firsts.values())) * (1 + len(job.line.passes)) + 1 + certify + (not on_cpu)
     stages = _Stages(progress, steps)
 
-    # 2. One graph per bucket: the paper's operations, rewritten by the passes.
+    # 2. One graph per form of bucket: the paper's operations, rewritten by the passes.
     compiled: dict[Bucket, Compiled] = {}
-    for bucket in buckets:
+    for bucket in dict.fromkeys(firsts.values()):
         with stages(f"build {bucket.name}"):
             start = job.start(bucket)
         compiled[bucket] = job.compiled(bucket, start=start, watch=stages.watch(bucket))
@@ -77,7 +77,7 @@ def compile(
     again: list[Match] = []
     with stages("lower"):
         lowered = lower(
-            [Folded(b, c.graph, c.context.prepack, _unfolding(job, again)) for b, c in compiled.items()],
+            [_folded(job, b, first, compiled[first], again) for b, first in firsts.items()],
             target.coder,
             target.bodies,
             job.require_fused,
@@ -94,6 +94,12 @@ def compile(
 
     # 5. Everything as data.
     return assemble(job, compiled, lowered, target, certificates, stages.seconds)
+
+
+def _folded(job: Job, bucket: Bucket, first: Bucket, compiled: Compiled, again: list[Match]) -> Folded:
+    """A bucket to lower, with the graph of the first one of its form."""
+    graph = compiled.graph if bucket == first else job.resized(compiled.graph, bucket)
+    return Folded(bucket, graph, compiled.context.prepack, _unfolding(job, again))
 
 
 def _unfolding(job: Job, again: list[Match]) -> Unfold:

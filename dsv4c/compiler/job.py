@@ -15,6 +15,7 @@ from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, ModelConfig
 from dsv4c.errors import ConfigError, GraphError
 from dsv4c.ir.graph import Graph, Node
+from dsv4c.ir.resize import resized
 from dsv4c.ir.text import parse_graph, print_graph
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import build
@@ -140,6 +141,28 @@ class Job:
         passes = Pipeline(()) if stop_after == BUILD else self.line
         stop = None if stop_after == BUILD else stop_after
         return Compiled(context, passes.run(graph, context, stop_after=stop, watch=watch), graph, begins)
+
+    def firsts(self) -> dict[Bucket, Bucket]:
+        """For every bucket the one whose graph it has, but for sizes: the smallest that runs the same block,
+        writes to rings before it reads them, and takes logits of the same rows. Buckets that keep rows beside
+        the rings, and those of a compile that goes on, have graphs of their own.
+        """
+        found: dict[tuple[object, ...], Bucket] = {}
+        firsts = {}
+        for b in sorted(self.deployment.buckets, key=lambda bucket: bucket.rows):
+            own = self.saved is not None or b.keeps_beside
+            firsts[b] = found.setdefault((b,) if own else (b.block, b.logits), b)
+        return {b: firsts[b] for b in self.deployment.buckets}
+
+    def resized(self, graph: Graph, bucket: Bucket) -> Graph:
+        """The graph of another bucket that has the same form."""
+        sizes = {"tokens": bucket.rows, "lengths": bucket.sequences, "slots": bucket.sequences}
+        inputs = {
+            v.name: v.type.with_shape((sizes.get(v.name, bucket.rows), *v.type.shape[1:]))
+            for v in graph.inputs
+        }
+        name = f"{self.config.name}.{bucket.name}"
+        return verify(resized(graph, name, inputs, bucket.tokens))
 
     def unfolded(
         self, graph: Graph, nodes: Sequence[Node], without: frozenset[str]

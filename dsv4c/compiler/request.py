@@ -12,7 +12,7 @@ from dsv4c.compiler.job import Job, choose_rules, rules_of
 from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
 from dsv4c.errors import ConfigError
 from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, parse_pipeline
-from dsv4c.passes.recipes import Recipe, recipe_named
+from dsv4c.passes.recipes import Recipe, recipe_for
 
 CHUNK = 64  # tokens per prefill call on the CPU, unless the context is shorter
 BATCHES = (1, 2, 4, 8)  # sequences that decode together on a GPU
@@ -62,12 +62,12 @@ class Request:
         required = frozenset(self.require_fused)
         for name in (*self.expected, *required):
             known.rule(name)
-        recipe = recipe_named(self.recipe)
-        deployment = self._deployment(config)
+        recipe = recipe_for(self.recipe, config.expert_format)
+        deployment = self._deployment(config, recipe)
         line = choose_rules(pipeline_of(self.pipeline, recipe, known), known, self.disable, self.enable)
         return Job(config, deployment, recipe, line, known, self.expected, required)
 
-    def _deployment(self, config: ModelConfig) -> Deployment:
+    def _deployment(self, config: ModelConfig, recipe: Recipe) -> Deployment:
         for name, given, known in (("logits", self.logits, Logits), ("draft", self.draft, Draft)):
             if given not in get_args(known):
                 choices = " or ".join(map(repr, get_args(known)))
@@ -94,7 +94,7 @@ class Request:
         if self.draft != "off":
             buckets.append(Bucket("draft", tokens=max(chunks)))
         slots = max(batches) if self.slots is None else self.slots
-        deployment = Deployment(self.target, self.recipe, self.max_context, slots, tuple(buckets))
+        deployment = Deployment(self.target, recipe.name, self.max_context, slots, tuple(buckets))
         check_deployment(config, deployment)
         return deployment
 

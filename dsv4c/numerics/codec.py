@@ -224,6 +224,17 @@ def decode_data(q: Quantized) -> Tensor:
     return decode_e2m1(q.data) if q.format.value is DType.E2M1 else q.data.to(torch.float32)
 
 
+def blocks_in_use(data: Tensor, format: QuantFormat) -> Tensor:
+    """Which blocks of stored elements (uint8 [..., K/2] for e2m1) hold one that is not zero: bool, in the
+    shape of the block scales.
+    """
+    packed = format.value is DType.E2M1
+    rows, columns = format.block
+    magnitude = data.view(torch.uint8) & (0x77 if packed else 0x7F)  # no sign: -0 is a zero
+    blocks = _split(magnitude, (rows, columns // 2 if packed else columns))
+    return blocks.amax((-3, -1)) > 0
+
+
 # --- quantize and dequantize ---
 
 

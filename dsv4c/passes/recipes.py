@@ -2,6 +2,7 @@
 
 fp32, bf16            plain weights and activations (quantized checkpoints are dequantized at load)
 official              the release's own numerics: FP8 GEMMs, MXFP4 experts, FP8 KV cache, FP4 index keys
+fp8-experts           what official is for a model whose routed experts are FP8 as its linear layers are
 nvfp4-experts         official, with routed experts in NVFP4 and FP8 activations (W4A8)
 nvfp4-experts-w4a4    the same with NVFP4 activations under the checkpoint's static input scales
 nvfp4                 every linear layer in NVFP4 with NVFP4 activations, global scale per token at run time
@@ -88,6 +89,7 @@ RECIPES: dict[str, Recipe] = {
         Recipe("fp32", activation=F32),
         Recipe("bf16"),
         OFFICIAL,
+        replace(OFFICIAL, name="fp8-experts", weights=(("*.experts.*", FP8_WEIGHT), *OFFICIAL.weights)),
         NVFP4_EXPERTS,
         replace(
             NVFP4_EXPERTS,
@@ -111,3 +113,10 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES:
         raise ConfigError(f"recipe: unknown recipe {name!r}; known: {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+def recipe_for(name: str, expert_format: str) -> Recipe:
+    """The recipe of that name for a model whose checkpoint has routed experts in `expert_format`: its own
+    numerics, `official`, depend on that. Raises ConfigError listing the recipes there are.
+    """
+    return recipe_named("fp8-experts" if (name, expert_format) == ("official", "fp8") else name)

@@ -6,11 +6,8 @@ bytes. Every file has its sha256 in plan.json, whose own is on its second line; 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -29,6 +26,7 @@ from dsv4c.plan.records import (
     Program,
     StateSlot,
 )
+from dsv4c.publish import OccupiedError, published, require_writable
 from dsv4c.types import TypeSyntaxError, parse_type
 
 if TYPE_CHECKING:
@@ -129,26 +127,15 @@ class Plan:
         check_target(target, force=force)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-                made, old = Path(scratch) / "plan", Path(scratch) / "old"
+            with published(target, replace=force) as made:
                 for name, content in {**self.files, PLAN_FILE: self.text.encode()}.items():
                     path = made / name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content)
                 if self.timings:
                     (made / TIMINGS_FILE).write_text(json.dumps(dict(self.timings), indent=1) + "\n")
-                if force and target.exists():
-                    target.rename(old)
-                try:
-                    made.rename(target)
-                except BaseException as problem:
-                    if old.exists() and not target.exists():
-                        old.rename(target)
-                    if getattr(problem, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise
-                    raise PlanError(
-                        f"{target}: another process wrote it just now; it was left alone"
-                    ) from None
+        except OccupiedError:
+            raise PlanError(f"{target}: another process wrote it just now; it was left alone") from None
         except OSError as error:
             raise PlanError(f"{target}: cannot be written: {error.strerror or error}") from None
         return target
@@ -188,11 +175,9 @@ def check_target(folder: str | Path, *, force: bool = False) -> None:
         if not above.is_dir():
             raise PlanError(f"{target}: cannot be written: {above} is no folder")
         if above == target:
-            if not os.access(target, os.W_OK):  # it will be moved aside, which takes the right to write to it
-                raise PlanError(f"{target}: cannot be written: {os.strerror(errno.EACCES)}")
+            require_writable(target)  # it will be moved, which takes the right to write to it
             above = target.absolute().parent
-        with tempfile.TemporaryDirectory(dir=above):
-            pass
+        require_writable(above)
     except OSError as error:
         raise PlanError(f"{target}: cannot be written: {error.strerror or error}") from None
 

@@ -17,9 +17,12 @@ Watch = Callable[[str, Value], None]
 
 
 class Executor(Protocol):
-    """A plan bound to memory. `blocks` are flat uint8 tensors by name; outputs are views of them."""
+    """A plan bound to memory. `blocks` are flat uint8 tensors by name; outputs are views of them. With
+    `poison` what nobody wrote is NaN.
+    """
 
     plan: Plan
+    poison: bool
     blocks: dict[str, Tensor]
 
     def clear(self) -> None:

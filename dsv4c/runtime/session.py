@@ -6,9 +6,11 @@ The host counts every slot's positions itself, so that no request waits for the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,16 +40,34 @@ class _Counter:
         self.held[slot], self.reached[slot] = held, reached
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def one_at_a_time(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
+    """Calls from several threads wait for each other: all share one arena and one state."""
+
+    @wraps(method)
+    def waiting(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return waiting
+
+
 class Session:
     """Generates with one plan and one checkpoint. A sequence lives in a slot, numbered from 0; slots are
     independent. Logits, streams and tokens are tensors on the plan's device.
 
     Results do not depend on the bucket that a call runs in: it is the smallest that fits. A request that is
-    refused (SessionError) changes nothing.
+    refused (SessionError) changes nothing. Logits that are not finite are refused, too, but too late for the
+    state: only `reset()` helps then; on a GPU `check_logits` looks at them. Threads may share a session:
+    their calls follow one another, and `streams` and `next_tokens` are of the last one, whosever that was.
     """
 
     def __init__(self, plan: Plan, executor: Executor) -> None:
         self.plan, self.executor = plan, executor
+        self._lock = threading.RLock()
         self.slots, self.max_context = int(plan.deployment["slots"]), int(plan.deployment["max_context"])
         self.vocab_size = int(plan.config["vocab_size"])
         self.device = executor.blocks["state"].device
@@ -62,6 +82,7 @@ class Session:
 
     # --- running ---
 
+    @one_at_a_time
     def prefill(self, tokens: Sequence[int] | Tensor, slot: int = 0, *, logits: Logits = "all") -> Tensor:
         """Consume `tokens` after what the slot has consumed so far. Returns logits f32 [len, vocab]: row i
         predicts what follows tokens[i]; with "last" f32 [1, vocab], the last row alone.
@@ -73,6 +94,7 @@ class Session:
         self._check_room("main", slot, len(ids))
         return self._chunks("main", ids, slot, logits)
 
+    @one_at_a_time
     def decode(self, tokens: Sequence[int | None] | Mapping[int, int]) -> Tensor:
         """One token for each slot: None for those that wait, or a mapping that names only the others.
         Returns logits f32 [slots, vocab], NaN in the rows of those that wait.
@@ -101,6 +123,7 @@ class Session:
         self._next = self._following.clone()
         return logits
 
+    @one_at_a_time
     def verify(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """A few tokens of some slots in one call. Returns logits f32 [len, vocab] by slot, row i after its
         token i; `take_back` undoes the tokens that are not to be kept.
@@ -125,6 +148,7 @@ class Session:
         self._remember(list(made.values()))
         return {slot: rows["logits"] for slot, rows in made.items()}
 
+    @one_at_a_time
     def take_back(self, count: int, slot: int = 0) -> None:
         """Forget the last `count` tokens of a slot, bit for bit as if they had never run.
 
@@ -145,6 +169,7 @@ class Session:
         self._set_position("main", slot, held - count, reached)
         self._followed[slot] = False
 
+    @one_at_a_time
     def generate(self, count: int, slots: Sequence[int] | None = None) -> Tensor:
         """Enqueue `count` greedy steps: each takes the likeliest token after the last one, first that of the
         slot's last call. The host waits for none of them. Returns i32 [count, slots] on the device: row i
@@ -159,10 +184,12 @@ class Session:
         chosen[:, wanted] = kept
         return chosen
 
+    @one_at_a_time
     def enqueue(self, count: int, slots: Sequence[int] | None = None) -> None:
         """`generate` without keeping the tokens: one graph launch per step and nothing else on the stream."""
         self._greedy(count, list(range(self.slots)) if slots is None else list(slots), keep=False)
 
+    @one_at_a_time
     def draft(self, streams: Tensor, tokens: Sequence[int] | Tensor, slot: int = 0) -> Tensor:
         """Run the draft block on the streams [len, S, H] of consecutive tokens and the token that follows
         each. Returns logits f32 [len, vocab]: row i predicts what follows tokens[i].
@@ -180,6 +207,7 @@ class Session:
         self._check_room("draft", slot, len(ids))
         return self._chunks("draft", ids, slot, "all", {"streams": streams})
 
+    @one_at_a_time
     def reset(self, slot: int | None = None) -> None:
         """Forget one slot's sequence, or all. What its buffers hold does not matter: positions say what is
         valid.
@@ -226,19 +254,20 @@ class Session:
         order, or one row per slot. Input of `draft`.
         """
         if self._streams is None:
-            raise SessionError("no streams yet; call prefill or decode first")
+            raise SessionError("no streams yet for this state; call prefill or decode first")
         return self._streams
 
     @property
     def next_tokens(self) -> list[int]:
         """The likeliest next token by row of the last call (the lowest id of equals). Waits as `wait` does."""
         if self._next is None:
-            raise SessionError("no next tokens yet; call prefill or decode first")
+            raise SessionError("no next tokens yet for this state; call prefill or decode first")
         self.wait()
         return self._next.tolist()
 
     # --- keeping ---
 
+    @one_at_a_time
     def copy_slot(self, source: int, target: int) -> None:
         """Let `target` hold what `source` holds. Raises SessionError for no such slot."""
         for slot in (source, target):
@@ -251,15 +280,17 @@ class Session:
             for counter in self._counters.values():
                 counter.put(target, counter.held[source], counter.reached[source])
 
+    @one_at_a_time
     def export_slot(self, path: str | Path, slot: int = 0) -> Path:
         """Write one slot's state to a safetensors file, whole or not at all, and return its path.
 
-        Raises SessionError if it cannot be written.
+        Raises SessionError if it cannot be written, or holds what is no finite number.
         """
         self._check_slot(slot)
         self._check_whole()
-        return state.write(Path(path), self.plan, self._states, [slot])
+        return self._write(path, [slot])
 
+    @one_at_a_time
     def restore_slot(self, path: str | Path, slot: int = 0) -> None:
         """Go on in a slot from what `export_slot` wrote, of this or another slot. The next call must bring
         tokens: what was likeliest is not in the file.
@@ -270,14 +301,16 @@ class Session:
         self._check_whole()
         self._take(state.read(Path(path), self.plan, self._states, 1), [slot])
 
+    @one_at_a_time
     def save_state(self, path: str | Path) -> Path:
         """Write the state of all slots to a safetensors file, whole or not at all, and return its path.
 
-        Raises SessionError if it cannot be written.
+        Raises SessionError if it cannot be written, or holds what is no finite number.
         """
         self._check_whole()
-        return state.write(Path(path), self.plan, self._states, list(range(self.slots)))
+        return self._write(path, list(range(self.slots)))
 
+    @one_at_a_time
     def load_state(self, path: str | Path) -> None:
         """Go on from a saved state. The next call must bring tokens: what was likeliest is not in the file.
 
@@ -286,6 +319,11 @@ class Session:
         read = state.read(Path(path), self.plan, self._states, self.slots)
         self._take(read, list(range(self.slots)))
         self._broken = False
+
+    def _write(self, path: str | Path, slots: Sequence[int]) -> Path:
+        if not self.executor.poison:  # which fills what nobody wrote with NaN
+            state.check_numbers(self._states)
+        return state.write(Path(path), self.plan, self._states, slots)
 
     def _take(self, saved: state.Saved, slots: Sequence[int]) -> None:
         saved.put(self._states, slots)
@@ -298,6 +336,18 @@ class Session:
         self._streams = self._next = None
 
     # --- checks ---
+
+    def check_logits(self, rows: Tensor) -> None:
+        """Raise SessionError unless all of the last call's logits are finite: the likeliest of those is no
+        choice, and neither is what follows from their state.
+        """
+        if not bool(rows.isfinite().all()):
+            self._broken = True
+            self._streams = self._next = None
+            raise SessionError(
+                "the logits are not finite (NaN or infinity): the weights overflow these numerics; compare "
+                "with the recipe fp32, or find the first such node with `dsv4c bisect`; then call reset()"
+            )
 
     def check_tokens(self, tokens: Iterable[Any], what: str = "token") -> None:
         """Raise SessionError, in which they are called `what`, unless all are token ids of the model."""
@@ -359,7 +409,9 @@ class Session:
 
     def _check_whole(self) -> None:
         if self._broken:
-            raise SessionError("an earlier step was interrupted: the state is half-written; call reset()")
+            raise SessionError(
+                "an earlier step was interrupted or overflowed: the state is half-written; call reset()"
+            )
 
     # --- steps ---
 
@@ -425,6 +477,9 @@ class Session:
                 if bucket.block == "main":
                     self._following[slot] = rows["next"][-1]
             self._broken = False
+        if self.device.type == "cpu":
+            for rows in made.values():
+                self.check_logits(rows["logits"])
         for slot, ids in work.items():
             self._counters[bucket.block].advance(slot, len(ids))
             if bucket.block == "main":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html as markup
 import json
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,14 +39,11 @@ def html(
         "TITLE": markup.escape(title or stages[0][1].name),
         "STYLE": (STATIC / "style.css").read_text(encoding="utf-8"),
         "SCRIPT": (STATIC / "page.js").read_text(encoding="utf-8"),
-        # "</" would end the script element that carries the data.
-        "DATA": json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/"),
+        # "</" and "<!--" would end, or never end, the script element that carries the data.
+        "DATA": json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
     }
     page = (STATIC / "page.html").read_text(encoding="utf-8")
-    for name, text in parts.items():
-        before, _, after = page.partition(f"{{{{{name}}}}}")
-        page = before + text + after
-    return page
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda place: parts[place[1]], page)
 
 
 @dataclass

@@ -234,7 +234,7 @@ def test_riders_take_the_first_ctas_and_change_no_weight() -> None:
     assert emission.grid[0] == bare.grid[0] + 6
     assert emission.parameters[: len(bare.parameters)] == bare.parameters
     names = [p.name for p in emission.parameters]
-    assert len(set(names)) == len(names)  # riders share positions and frequencies
+    assert len(set(names)) == len(names)  # riders share positions, slots and frequencies
     bounds = re.findall(r"\b(?:if|elif) block < (\d+):", emission.source.split("@cute.kernel")[1])
     assert bounds == ["2", "4", "6"]
     assert re.search(r"else:\n        \w+\(smem, block - 6,", emission.source)
@@ -249,13 +249,14 @@ def test_a_launch_has_the_threads_that_its_riders_rows_take() -> None:
         assert isinstance(entries, CompressSpec)
         assert isinstance(keys, CompressSpec)
         assert (entries.pool.groups, keys.pool.groups) == (threads // 128, threads // 32)
-        assert entries.pool.groups * entries.pool.run >= entries.pool.tokens
+        assert entries.pool.groups * entries.pool.run >= entries.pool.pooled
 
 
 @pytest.mark.parametrize(
     ("rider", "message"),
     [
-        (replace(ENTRIES, ring=7), "compress pools 8 tokens, its ring holds 7"),
+        (replace(ENTRIES, ring=7), "compress pools 8 tokens, with 1 of .*: want a ring of 8 rows, got 7"),
+        (replace(ENTRIES, ring=14, tokens=8), "with 8 of a sequence per launch: want a ring of 15 rows"),
         (replace(KEYS, width=256), "must be 128 wide"),
         (replace(WINDOW, width=192), "multiple of 128 up to 1024 wide, got 192"),
         (replace(WINDOW, width=1152), "256 threads hold rows .* up to 1024 wide, got 1152"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import dsv4c
+from dsv4c import publish
 from dsv4c.buckets import Bucket
 from dsv4c.errors import PlanError
 from dsv4c.ir.text import make_op, parse_graph
@@ -259,10 +261,7 @@ def test_folders_that_are_no_plans_are_never_replaced(plan: Plan, tmp_path: Path
 def test_a_folder_that_cannot_be_written_is_named(
     plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(plans.tempfile, "TemporaryDirectory", refuse)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
     target = tmp_path / "a.plan"
     with pytest.raises(PlanError, match=rf"{re.escape(str(target))}: cannot be written: Permission denied"):
         plan.save(target)
@@ -292,14 +291,10 @@ def test_an_interrupted_save_leaves_nothing(
 def test_an_interrupted_replacement_keeps_the_old_plan(
     plan: Plan, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rename = Path.rename
+    def stop(made: Path, place: Path) -> bool:
+        raise KeyboardInterrupt
 
-    def stop(path: Path, target: Path) -> Path:
-        if path.name == "plan":
-            raise KeyboardInterrupt
-        return rename(path, target)
-
-    monkeypatch.setattr(Path, "rename", stop)
+    monkeypatch.setattr(publish, "_exchange", stop)
     with pytest.raises(KeyboardInterrupt):
         replace(plan, name="other").save(saved, force=True)
     monkeypatch.undo()
