@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.buckets import ROWS, Bucket, Logits
-from dsv4c.errors import SessionError
+from dsv4c.errors import Dsv4cError, SessionError
 from dsv4c.plan.folder import Plan
 from dsv4c.runtime import state
 from dsv4c.runtime.executor import Executor, states_of
@@ -178,9 +178,9 @@ class Session:
         `slots` move on, all by default. Raises SessionError as `decode` does.
         """
         wanted = list(range(self.slots)) if slots is None else list(slots)
-        chosen = torch.full((max(count, 0), self.slots), -1, dtype=torch.int32, device=self.device)
         kept = self._greedy(count, wanted, keep=True)
         assert kept is not None
+        chosen = torch.full((count, self.slots), -1, dtype=torch.int32, device=self.device)
         chosen[:, wanted] = kept
         return chosen
 
@@ -225,9 +225,15 @@ class Session:
         self._streams = self._next = None
 
     def wait(self) -> None:
-        """Wait for everything enqueued. Raises DriverError if a step failed on the device."""
-        with self.executor.naming():
-            self.executor.wait()
+        """Wait for everything enqueued. Raises DriverError if a step failed on the device; the state is then
+        half-written.
+        """
+        try:
+            with self.executor.naming():
+                self.executor.wait()
+        except Dsv4cError:
+            self._broken = True
+            raise
 
     # --- looking ---
 
@@ -253,11 +259,11 @@ class Session:
 
     @property
     def next_tokens(self) -> list[int]:
-        """The likeliest next token by row of the last call (the lowest id of equals). Waits for it."""
+        """The likeliest next token by row of the last call (the lowest id of equals). Waits as `wait` does."""
         if self._next is None:
             raise SessionError("no next tokens yet for this state; call prefill or decode first")
-        with self.executor.naming():
-            return self._next.tolist()
+        self.wait()
+        return self._next.tolist()
 
     # --- keeping ---
 
