@@ -18,12 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from dsv4c import dialects, strict_json
+from dsv4c.arch import ARCHS
+from dsv4c.buckets import ROWS, Bucket, bucket_named
 from dsv4c.dialects import problem, shown
 from dsv4c.errors import ConfigError
 
 BUILTIN = ("deepseek-v4-flash", "deepseek-v4-pro", "tiny")
 BUILTIN_FOLDER = Path(__file__).parent / "models" / "configs"
-TARGETS = ("cpu", "sm_90a", "sm_100a")
+TARGETS = ("cpu", *ARCHS)
 RATIOS = {0: "SWA", 4: "CSA", 128: "HCA"}
 FP8_BLOCK = 128
 
@@ -144,13 +146,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a plan is compiled for: static shapes for `batch` sequences of at most `max_context` tokens."""
+    """What a plan is compiled for: `slots` sequences of at most `max_context` tokens, called by `buckets`."""
 
     target: str = "cpu"
     recipe: str = "official"
-    batch: int = 1
     max_context: int = 4096
-    chunk: int = 64  # tokens of one sequence that a prefill call takes
+    slots: int = 1
+    buckets: tuple[Bucket, ...] = (Bucket("decode"), Bucket("prefill", tokens=64))
 
     def __post_init__(self) -> None:
         problems = []
@@ -158,13 +160,67 @@ class Deployment:
             problems.append(problem("target", shown(self.target), " or ".join(map(repr, TARGETS))))
         if not isinstance(self.recipe, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.recipe):
             problems.append(problem("recipe", shown(self.recipe), "a name of lowercase words joined by '-'"))
-        for name in ("batch", "max_context", "chunk"):
+        for name in ("max_context", "slots"):
             value = getattr(self, name)
             if not _SIZE.accepts(value):
                 problems.append(problem(name, shown(value), _SIZE.expected))
-        if not problems and self.chunk > self.max_context:
-            problems.append(problem("chunk", shown(self.chunk), f"at most max_context, {self.max_context}"))
+        _raise_if_any("deployment", problems or list(_bucket_problems(self)))
+
+    @property
+    def batch(self) -> int:
+        """The most sequences of a decode step."""
+        return max(bucket.sequences for bucket in self.buckets if bucket.kind == "decode")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, the buckets by their names; `from_dict` reads it back."""
+        described = {item.name: getattr(self, item.name) for item in fields(self)}
+        return described | {"buckets": [bucket.name for bucket in self.buckets]}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Deployment:
+        """The deployment that `to_dict` wrote. ConfigError on a missing, unknown or wrong field."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"deployment: {shown(data)}; expected the fields of Deployment by name")
+        known = [item.name for item in fields(Deployment)]
+        problems = [
+            problem(key, "is unknown", "one of Deployment's fields") for key in data if key not in known
+        ]
+        problems += [
+            problem(key, "is missing", "all of Deployment's fields") for key in known if key not in data
+        ]
         _raise_if_any("deployment", problems)
+        names = data["buckets"]
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"deployment: {problem('buckets', shown(names), 'a list of names of buckets')}")
+        try:
+            buckets = tuple(map(bucket_named, names))
+        except ValueError as error:
+            raise ConfigError(f"deployment: buckets: {error}") from None
+        return Deployment(**{**data, "buckets": buckets})
+
+
+def _bucket_problems(deployment: Deployment) -> Iterator[str]:
+    """What the buckets must be to each other, to the slots and to the target."""
+    names = [bucket.name for bucket in deployment.buckets]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield problem("buckets", f"has {name} {names.count(name)} times", "every bucket once")
+    if not any(bucket.kind == "decode" for bucket in deployment.buckets):
+        yield problem("buckets", f"is {', '.join(names) or 'empty'}", "at least one decode bucket")
+    for bucket in deployment.buckets:
+        least = f"at least {bucket.sequences}, the sequences of {bucket.name}"
+        if bucket.sequences > deployment.slots:
+            yield problem("slots", shown(deployment.slots), least)
+        most = f"at most {deployment.max_context} tokens, max_context"
+        if bucket.tokens > deployment.max_context:
+            yield problem(bucket.name, f"takes {bucket.tokens} tokens", most)
+        if bucket.kind == "verify" and not 2 <= bucket.tokens <= ROWS:
+            expected = f"2 to {ROWS}: what a ring can take back"
+            yield problem(bucket.name, f"takes {bucket.tokens} tokens", expected)
+        if bucket.kind == "decode" and bucket.tokens != 1:
+            yield problem(bucket.name, f"takes {bucket.tokens} tokens", "1 of each sequence")
+        if deployment.target != "cpu" and bucket.rows > ROWS:
+            expected = f"at most {ROWS}: {deployment.target} has no kernels for more"
+            yield problem(bucket.name, f"has {bucket.rows} rows", expected)
 
 
 def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
@@ -173,9 +229,11 @@ def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
     if deployment.max_context > config.max_position_embeddings:
         expected = f"at most {config.max_position_embeddings}, max_position_embeddings of {config.name}"
         problems.append(problem("max_context", shown(deployment.max_context), expected))
-    if deployment.target != "cpu" and deployment.chunk != 1:
-        expected = f"1: a plan for {deployment.target} takes prompts token by token"
-        problems.append(problem("chunk", shown(deployment.chunk), expected))
+    drafts = [bucket.name for bucket in deployment.buckets if bucket.kind == "draft"]
+    if drafts and not config.mtp_layers:
+        problems.append(
+            problem("buckets", f"has {drafts[0]}", f"no draft: {config.name} has no block that drafts")
+        )
     _raise_if_any("deployment", problems)
 
 

@@ -16,7 +16,7 @@ import pytest
 from dsv4c.compiler.compile import job_for
 from dsv4c.config import load_config
 from dsv4c.models.traffic import token_traffic
-from dsv4c.view.diff import totals
+from dsv4c.ir.totals import totals
 
 ROOT = Path(__file__).parent.parent
 TUTORIAL = ROOT / "docs" / "write-a-pass.md"

@@ -46,7 +46,7 @@ def bisect_command(
     """
     from dsv4c.compiler.bisect import Bisection
     from dsv4c.compiler.job import job_of, rules_of
-    from dsv4c.plan.records import load
+    from dsv4c.plan.folder import load
 
     rules = rules_of(extra or ())
     compiled = load(plan)

@@ -14,7 +14,7 @@ from dsv4c.cli.options import JsonOption, PlanArgument
 from dsv4c.errors import CheckpointError, SessionError
 
 if TYPE_CHECKING:
-    from dsv4c.plan.records import Plan
+    from dsv4c.plan.folder import Plan
 
 WeightsOption = Annotated[
     Path,
@@ -69,7 +69,7 @@ def run_command(
 
       dsv4c run tiny.plan --weights tiny-weights --tokens 3,17 --force 5,9 --logits out.safetensors
     """
-    from dsv4c.plan.records import load
+    from dsv4c.plan.folder import load
     from dsv4c.runtime.generate import check_file, generate, save_logits
 
     prompt, forced = token_ids(tokens, "--tokens"), token_ids(force, "--force")

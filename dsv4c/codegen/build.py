@@ -25,9 +25,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dsv4c.arch import ARCHS
 from dsv4c.errors import BuildError
 
-TARGETS = ("sm_90a", "sm_100a")
+TARGETS = tuple(ARCHS)
 LIB = Path(__file__).parent / "lib"
 _MAGIC = b"dsv4c-kernel-2\n"
 

@@ -70,11 +70,14 @@ class Quantized(NamedTuple):
         """The tensors that are present, in memory order."""
         return tuple(p for p in (self.data, self.scale, self.tail, self.global_scale) if p is not None)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Quantized:
-        """Apply `function` to every part; for functions of leading dimensions that all parts share."""
-        tail = None if self.tail is None else function(self.tail)
-        global_scale = None if self.global_scale is None else function(self.global_scale)
-        return Quantized(self.format, function(self.data), function(self.scale), tail, global_scale)
+    def map(self, function: Callable[..., Tensor], *others: Quantized) -> Quantized:
+        """Apply `function` to every part, and the same part of `others`, values of the same format.
+
+        For functions of leading dimensions that all parts share.
+        """
+        parts = zip(self[1:], *(other[1:] for other in others), strict=True)
+        made = [None if part[0] is None else function(*part) for part in parts]
+        return Quantized(self.format, *made)  # type: ignore[arg-type]
 
 
 Value = Tensor | Quantized

@@ -15,8 +15,6 @@ from dsv4c.ir.graph import Graph
 
 if TYPE_CHECKING:
     from dsv4c.passes.fold import FoldReport, Rule
-    from dsv4c.passes.memory import MemoryPlan
-    from dsv4c.passes.schedule import Schedule
 
 
 @dataclass
@@ -25,13 +23,10 @@ class Context:
 
     rules: Mapping[str, Rule] = field(default_factory=dict)  # all that may fold, by name, in order
     expected: Mapping[str, int] = field(default_factory=dict)  # applications that a rule must have
-    parallel: bool = False  # launches without an edge between them may overlap
     fold: FoldReport | None = None
     prepack: Graph | None = (
         None  # run once, when weights are loaded; its outputs are params of the main graph
     )
-    schedule: Schedule | None = None
-    memory: MemoryPlan | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -46,7 +41,7 @@ class Pass:
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
     establishes: ClassVar[frozenset[str]] = frozenset()
-    spoils: ClassVar[frozenset[str]] = frozenset({"order", "places"})
+    spoils: ClassVar[frozenset[str]] = frozenset()
     follows: ClassVar[str] = "fold"
     """Where `--pass` puts it: right behind this pass."""
 

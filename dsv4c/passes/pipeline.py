@@ -19,11 +19,9 @@ from dsv4c.ir.graph import Graph
 from dsv4c.ir.verify import verify
 from dsv4c.passes.base import Context, Pass, parse_spec, split_specs
 from dsv4c.passes.fold import FoldReport, Rule, fold
-from dsv4c.passes.memory import plan_memory
 from dsv4c.passes.prepack import prepack
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import recipe_named
-from dsv4c.passes.schedule import schedule
 from dsv4c.passes.tidy import tidy
 
 GROUP = "dsv4c.passes"
@@ -111,37 +109,7 @@ class Tidy(Pass):
         return tidy(graph)
 
 
-@dataclass(frozen=True)
-class Schedule(Pass):
-    """Launches in order, with what each waits for. `order`: source, or memory for a smaller arena."""
-
-    name: ClassVar[str] = "schedule"
-    requires: ClassVar = frozenset({"tidy"})  # dead nodes would be launched
-    establishes: ClassVar = frozenset({"order"})
-    spoils: ClassVar = frozenset({"places"})
-    order: str = "source"
-
-    def run(self, graph: Graph, context: Context) -> Graph:
-        context.schedule = schedule(graph, self.order)  # type: ignore[arg-type]
-        return graph
-
-
-@dataclass(frozen=True)
-class Memory(Pass):
-    """Every result gets its bytes in one arena."""
-
-    name: ClassVar[str] = "memory"
-    requires: ClassVar = frozenset({"order"})  # lives are spans of launches
-    establishes: ClassVar = frozenset({"places"})
-    spoils: ClassVar[frozenset[str]] = frozenset()
-
-    def run(self, graph: Graph, context: Context) -> Graph:
-        assert context.schedule is not None
-        context.memory = plan_memory(graph, context.schedule, parallel=context.parallel)
-        return graph
-
-
-PIPELINE: tuple[Pass, ...] = (Quantize("official"), Fold(), Prepack(), Tidy(), Schedule(), Memory())
+PIPELINE: tuple[Pass, ...] = (Quantize("official"), Fold(), Prepack(), Tidy())
 
 BUILT_IN: dict[str, type[Pass]] = {p.name: type(p) for p in PIPELINE}
 

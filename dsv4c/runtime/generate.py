@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4c.errors import SessionError
-from dsv4c.plan.records import Progress
+from dsv4c.plan.folder import Progress
 from dsv4c.runtime.session import Session
 
 
@@ -24,14 +24,12 @@ def generate(
     *,
     progress: Progress | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Prefill `prompt` in sequence 0, decode every token of `forced`, then `new` greedy tokens; other
-    sequences wait. Returns logits f32 [len(prompt) + len(forced), vocab], row i after token i, and the new
+    """Prefill `prompt` in slot 0, decode every token of `forced`, then `new` greedy tokens; other
+    slots wait. Returns logits f32 [len(prompt) + len(forced), vocab], row i after token i, and the new
     tokens.
 
-    Raises SessionError as the session does, for a context that would overflow before anything runs, and for
-    logits that are not finite.
+    Raises SessionError as the session does, for a context that would overflow before anything runs.
     """
-    waiting: list[int | None] = [None] * (session.batch - 1)
     room = session.max_context - session.positions[0]
     wanted = len(prompt) + len(forced) + max(new - 1, 0)  # the last new token is not consumed
     if wanted > room:
@@ -46,19 +44,17 @@ def generate(
 
     report("prompt", 0)
     rows = [session.prefill(prompt)]
-    session.check_logits(rows[-1])  # a GPU's session has not looked at them
     following = session.next_tokens[-1]
     for done, token in enumerate(forced):
         report("forced tokens", done)
-        rows.append(session.decode([token, *waiting])[:1])
-        session.check_logits(rows[-1])
+        rows.append(session.decode({0: token})[:1])
         following = session.next_tokens[0]
     generated: list[int] = []
     while len(generated) < new:
         generated.append(following)
         report("new tokens", len(forced) + len(generated))
         if len(generated) < new:
-            session.check_logits(session.decode([following, *waiting])[:1])
+            session.decode({0: following})
             following = session.next_tokens[0]
     return torch.cat(rows), generated
 

@@ -17,8 +17,9 @@ from typing import Any
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.ir.text import print_attribute
+from dsv4c.ir.totals import totals
 from dsv4c.types import Type
-from dsv4c.view.diff import Difference, diff, totals
+from dsv4c.view.diff import Difference, diff
 from dsv4c.view.layers import Section, body_of, body_results, family, layer_of, sections
 
 STATIC = Path(__file__).parent / "static"

@@ -9,9 +9,9 @@ from typing import Any
 from dsv4c.config import ModelConfig
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.text import print_graph, print_nodes
+from dsv4c.ir.totals import Totals, totals
 from dsv4c.models.traffic import Cache, stored_types, token_traffic
 from dsv4c.types import F32, QuantType
-from dsv4c.view.diff import Totals, totals
 from dsv4c.view.layers import Fold, Section, family, find_section, folds
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from dsv4c.arch import SM_90A, SM_100A, Arch
 from dsv4c.codegen.registry import Launchable, Request, choose, request_of
 from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Builder, Graph, Node, Value
@@ -41,13 +42,13 @@ def graph_of(make: Callable[[Values, Values], object]) -> Graph:
     return b.finish({str(i): v for i, v in enumerate(results)})
 
 
-def requests(graph: Graph, target: str = "sm_90a") -> list[Request]:
+def requests(graph: Graph, arch: Arch = SM_90A) -> list[Request]:
     """One request per node."""
-    return [request_of([node], target, graph.users, {})[0] for node in graph.nodes]
+    return [request_of([node], arch, graph.users, {})[0] for node in graph.nodes]
 
 
 def together(graph: Graph, *nodes: Node, labels: dict[Value, str] | None = None) -> tuple[Launchable, ...]:
-    return choose(request_of(nodes or graph.nodes, "sm_90a", graph.users, labels or {})[0])
+    return choose(request_of(nodes or graph.nodes, SM_90A, graph.users, labels or {})[0])
 
 
 def refused(graph: Graph) -> str:
@@ -93,7 +94,7 @@ def test_equal_requests_share_one_answer() -> None:
 
 def test_a_target_is_part_of_the_key() -> None:
     graph = graph_of(lambda p, _: positions(p("s", "i32[3]"), p("n", "i32[3]"), tokens=1))
-    (hopper,), (blackwell,) = requests(graph), requests(graph, "sm_100a")
+    (hopper,), (blackwell,) = requests(graph), requests(graph, SM_100A)
     assert hopper != blackwell
     assert choose(hopper)[0].emission == choose(blackwell)[0].emission
 

@@ -9,7 +9,7 @@ import pytest
 
 from dsv4c.codegen.build import TARGETS
 from dsv4c.compiler.compile import compile
-from dsv4c.plan.records import Plan
+from dsv4c.plan.folder import Plan
 from tests.codegen.sass import disassemble
 
 RECIPES = ("official", "bf16", "nvfp4-experts", "nvfp4")

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from dsv4c.arch import ARCHS, Arch
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels.attention import AttentionSpec, emit_attention
@@ -31,13 +32,13 @@ class Case:
     timed_at: int | None = None
 
 
-def emit(spec: Spec) -> Emission:
+def emit(spec: Spec, arch: Arch) -> Emission:
     """The spec's kernel."""
     if isinstance(spec, AttentionSpec):
-        return emit_attention(spec)
+        return emit_attention(spec, arch)
     if isinstance(spec, GemvSpec):
-        return emit_gemv(spec)
-    return emit_index_scores(spec) if isinstance(spec, IndexScoresSpec) else emit_top_k(spec)
+        return emit_gemv(spec, arch)
+    return emit_index_scores(spec, arch) if isinstance(spec, IndexScoresSpec) else emit_top_k(spec, arch)
 
 
 def attention(name: str, heads: int, batch: int = 1, **changes: object) -> AttentionSpec:
@@ -147,14 +148,14 @@ def describe(case: Case, emission: Emission) -> dict[str, object]:
 def main() -> None:
     """Emit, build, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", default="sm_90a")
+    parser.add_argument("--target", default="sm_90a", choices=ARCHS)
     parser.add_argument("--store", type=Path, default=Path("build/store"))
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     every = list(cases())
-    emissions = [emit(case.spec) for case in every]
+    emissions = [emit(case.spec, ARCHS[options.target]) for case in every]
     built = build([Source(e.symbol, e.source) for e in emissions], options.target, options.store)
     for emission, kernel in zip(emissions, built, strict=True):
         (folder / f"{emission.symbol}.cubin").write_bytes(kernel.cubin)

@@ -24,7 +24,7 @@ from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph
 from dsv4c.numerics.codec import Quantized, Value, dequantize, view
-from dsv4c.plan.records import Plan, load
+from dsv4c.plan.folder import Plan, load
 from dsv4c.reference import run
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.cuda import CudaExecutor, Device, check_device

@@ -44,7 +44,7 @@ from dsv4c.ir.verify import verify
 from dsv4c.numerics.codec import Quantized
 from dsv4c.passes.expand import expand
 from dsv4c.passes.fold import FoldReport, Rule, fold
-from dsv4c.passes.match import BUDGET, COMMUTATIVE, Search
+from dsv4c.passes.match import BUDGET, Search
 from dsv4c.passes.work import Match, Work
 from dsv4c.reference.interpret import interpret
 from dsv4c.types import BF16, F32, FP8_ROW, I32, MXFP4, DType, QuantFormat, TensorType, parse_type
@@ -715,7 +715,7 @@ def commuted(graph: Graph) -> Graph:
     """The operands of sums and products in the order of their names, for a match may take them either way."""
 
     def visit(builder: Builder, node: Node, values: dict[Value, Value]) -> bool:
-        if node.op.name not in COMMUTATIVE:
+        if not node.op.commutative:
             return False
         operands = tuple(values[v] for v in sorted(node.inputs, key=lambda v: v.name))
         values.update(zip(node.outputs, builder.emit(node.op, operands, names=[node.name]), strict=True))

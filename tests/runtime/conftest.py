@@ -8,7 +8,7 @@ import pytest
 
 import dsv4c
 from dsv4c.models.synth import synthesize
-from dsv4c.plan.records import Plan
+from dsv4c.plan.folder import Plan
 
 CONTEXT, CHUNK, BATCH = 160, 24, 3
 

@@ -15,7 +15,7 @@ from dsv4c.errors import PlanError
 from dsv4c.ir.text import make_op, parse_graph
 from dsv4c.ir.verify import verify
 from dsv4c.plan import records as plans
-from dsv4c.plan.records import PLAN_FILE, TIMINGS_FILE, Plan, check_target, load
+from dsv4c.plan.folder import PLAN_FILE, TIMINGS_FILE, Plan, check_target, load
 
 
 @pytest.fixture

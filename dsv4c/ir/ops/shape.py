@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
 from dsv4c.types import QuantType, TensorType, Type
 
@@ -10,6 +12,7 @@ from dsv4c.types import QuantType, TensorType, Type
 class Reshape(Op):
     """The same elements in another shape."""
 
+    view: ClassVar = True
     shape: tuple[int, ...]
 
     def infer(self, x: Type) -> TensorType:

@@ -10,6 +10,7 @@ from dsv4c.ir.fused import Fused, Neighborhood, dtype_of
 from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.ops import (
     add_position_bias,
+    cache_extend,
     cache_write,
     cast,
     completed_entries,
@@ -29,6 +30,8 @@ from dsv4c.types import F32, QuantType
 class Compressor(Fused):
     """kv, gate f32[N, W] to their rings, finished entries to the cache. Returns cache, kv ring, score ring.
 
+    Rows and entries lie in their slots. With `owners`, the sequence of the call that each row belongs to, the
+    windows are pooled from copies of the rings that have room for all rows: `beside` is their capacity.
     `rotated` entries are index keys: under the Hadamard transform.
     """
 
@@ -44,6 +47,7 @@ class Compressor(Fused):
     sequences: int
     eps: float
     rotated: bool
+    beside: int = 0
 
     @classmethod
     def propose(cls, anchor: Node, around: Neighborhood) -> Iterable[Mapping[str, Any]]:
@@ -63,18 +67,30 @@ class Compressor(Fused):
         bias: Value,
         gain: Value,
         positions: Value,
+        slots: Value,
         frequencies: Value,
+        owners: Value | None = None,
     ) -> tuple[Value, ...]:
+        ratio, sequences, capacity = self.ratio, self.sequences, self.beside
         score = add_position_bias(gate, bias, positions)
-        kv_ring = cache_write(kv_ring, kv, positions)
-        score_ring = cache_write(score_ring, score, positions)
-        done = completed_entries(positions, ratio=self.ratio, sequences=self.sequences)
-        z = compress_pool(kv_ring, score_ring, done, ratio=self.ratio, overlap=self.overlap)
+        done, done_slots = completed_entries(positions, slots, ratio=ratio, sequences=sequences)
+        if owners is not None:
+            kv_beside = cache_extend(kv_ring, kv, positions, slots, capacity=capacity, sequences=sequences)
+            score_beside = cache_extend(
+                score_ring, score, positions, slots, capacity=capacity, sequences=sequences
+            )
+            _, places = completed_entries(positions, owners, ratio=ratio, sequences=sequences)
+        kv_ring = cache_write(kv_ring, kv, positions, slots)
+        score_ring = cache_write(score_ring, score, positions, slots)
+        seen = (kv_ring, score_ring, done, done_slots)
+        if owners is not None:
+            seen = (kv_beside, score_beside, done, places)
+        z = compress_pool(*seen, ratio=ratio, overlap=self.overlap, tokens=positions.type.shape[0])
         if dtype_of(gain) != F32:
             z = cast(z, to=dtype_of(gain))
-        e = rope(rms_norm(z, gain, eps=self.eps), done, frequencies, stride=self.ratio)
+        e = rope(rms_norm(z, gain, eps=self.eps), done, frequencies, stride=ratio)
         if self.rotated:
             e = hadamard(e)
         if isinstance(entries.type, QuantType):
             e = quantize(e, format=entries.type.format)
-        return cache_write(entries, e, done), kv_ring, score_ring
+        return cache_write(entries, e, done, done_slots), kv_ring, score_ring
