@@ -24,7 +24,7 @@ class Room:
     packages_inside: tuple[str, ...] = ()
 
 
-LEAVES = ("types", "errors", "strict_json", "cache", "buckets", "arch")
+LEAVES = ("types", "errors", "strict_json", "headers", "cache", "buckets", "arch")
 CONFIG = (*LEAVES, "config")
 COMPILER = (*CONFIG, "ir", "models", "passes")
 
@@ -49,7 +49,7 @@ HOUSE = {
         (*LEAVES, "runtime", "plan", "numerics"), ("torch", "numpy"), rooms_inside=("ir", "reference")
     ),
     "runtime": Room(
-        (*LEAVES, "plan", "numerics"),
+        (*CONFIG, "plan", "numerics"),
         ("torch", "numpy", "safetensors", "cuda"),
         ("runtime.cpu",),
         ("rich",),

@@ -270,8 +270,8 @@ class Session:
 
     @_one_at_a_time
     def copy_slot(self, source: int, target: int) -> None:
-        """Let `target` hold what `source` holds. Raises SessionError for no such slot, or one whose logits were
-        not finite.
+        """Let `target` hold what `source` holds. Raises SessionError for no such slot, or one whose logits
+        were not finite.
         """
         for slot in (source, target):
             self._check_slot(slot)
