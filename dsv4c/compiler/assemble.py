@@ -47,6 +47,7 @@ def assemble(
         state=lowered.state,
         weights=_weights(job, lowered),
         unused=_unused(job, lowered),
+        contributed=tuple(map(job.rules.origin, _contributed(job, compiled))),
         certificates=tuple(certificates),
         report=_report(job, compiled, lowered, target),
         versions=_versions(target),
@@ -62,6 +63,16 @@ def _weights(job: Job, lowered: Lowered) -> tuple[Mapping[str, Any], ...]:
     wanted = [(w.name, w.type, job.recipe.requantize) for w in lowered.weights]
     places = {w.name: w.record for w in lowered.weights}
     return tuple({**record, **places[record["name"]]} for record in records(job.config, wanted))
+
+
+def _contributed(job: Job, compiled: Mapping[Bucket, Compiled]) -> list[str]:
+    """Names of contributed passes, and of contributed rules that applied in some bucket."""
+    folds = [each.context.fold for each in compiled.values() if each.context.fold is not None]
+    applied = {name for fold in folds for name, count in fold.counts.items() if count}
+    if job.saved is not None:
+        applied |= {name for name, count in job.saved.counts.items() if count}
+    took_part = applied | {p.name for p in job.line.passes}
+    return [name for name in job.rules.sources if name in took_part]
 
 
 def _unused(job: Job, lowered: Lowered) -> tuple[Mapping[str, Any], ...]:
