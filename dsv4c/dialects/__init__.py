@@ -44,6 +44,9 @@ IRRELEVANT = frozenset(
 )
 
 
+NAMED = 20  # unread keys that are named
+
+
 def read(raw: Mapping[str, Any]) -> Reading:
     """Recognize the dialect of a parsed `config.json` and read it."""
     unsupported = _v41_marks(raw)
@@ -99,6 +102,9 @@ def _fixed_settings(reading: Reading) -> None:
 def _unread_keys(reading: Reading) -> None:
     unread = sorted(set(reading.raw) - reading.used - IRRELEVANT)
     if unread:
-        close = {key: difflib.get_close_matches(key, reading.used - {key}, 1, 0.85) for key in unread}
-        named = [f"{key} (is it {close[key][0]}?)" if close[key] else key for key in unread]
-        reading.notes.append(f"keys without a meaning here were ignored: {', '.join(named)}")
+        named = []
+        for key in unread[:NAMED]:
+            close = difflib.get_close_matches(key[:80], reading.used - {key}, 1, 0.85)
+            named.append(f"{key[:80]} (is it {close[0]}?)" if close else key[:80])
+        more = f" and {len(unread) - NAMED} more" if len(unread) > NAMED else ""
+        reading.notes.append(f"keys without a meaning here were ignored: {', '.join(named)}{more}")

@@ -17,7 +17,7 @@ from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.verify import verify
-from dsv4c.passes.base import Context, Pass, parse_spec, split_specs
+from dsv4c.passes.base import OF_CONTEXT, Context, Pass, parse_spec, split_specs
 from dsv4c.passes.fold import FoldReport, Rule, fold
 from dsv4c.passes.memory import plan_memory
 from dsv4c.passes.prepack import prepack
@@ -216,9 +216,13 @@ class Pipeline:
         raise GraphError(f"no pass of {self} is named {name!r}")
 
     def after(self, name: str) -> Pipeline:
-        """The passes behind `name`, for a graph that was saved there (and perhaps edited)."""
+        """The passes behind `name`, for a graph that was saved there (and perhaps edited); before them, once
+        more, those whose results are not in the graph's text.
+        """
         i = self.position(name) + 1
-        return Pipeline(self.passes[i:], self.given | _made(self.passes[:i]))
+        while i > 0 and self.passes[i - 1].establishes & OF_CONTEXT:
+            i -= 1
+        return Pipeline(self.passes[i:], self.given | (_made(self.passes[:i]) - OF_CONTEXT))
 
     def with_pass(self, new: Pass) -> Pipeline:
         """With `new` right behind the pass that it follows."""

@@ -19,6 +19,7 @@ class CompletedEntries(Op):
     def infer(self, positions: Type) -> TensorType:
         rows = expect_tensor(positions, "positions", 1, I32).shape[0]
         expect(self.ratio > 0, f"ratio must be positive, got {self.ratio}")
+        expect(self.sequences > 0, f"sequences must be positive, got {self.sequences}")
         expect(rows % self.sequences == 0, f"{rows} rows do not divide over {self.sequences} sequences")
         return TensorType(I32, (self.sequences * -(-(rows // self.sequences) // self.ratio),))
 
@@ -36,6 +37,7 @@ class CompressPool(Op):
     overlap: bool
 
     def infer(self, kv: Type, score: Type, entries: Type) -> TensorType:
+        expect(self.ratio > 0, f"ratio must be positive, got {self.ratio}")
         ring = expect_tensor(kv, "kv", 3, F32)
         expect(score == kv, f"kv {kv} and score {score} differ")
         expect_tensor(entries, "entries", 1, I32)
