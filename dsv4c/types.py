@@ -314,5 +314,7 @@ def parse_type(text: str) -> Type:
         dtype = DType(name)
     except ValueError:
         known = ", ".join(d.value for d in DType)
-        raise TypeSyntaxError(f"unknown element type {_cut(name)!r}; known: {known}") from None
+        raise TypeSyntaxError(
+            f"unknown element type {_cut(name)!r} in {_cut(text)!r}; known: {known}"
+        ) from None
     return TensorType(dtype, _parse_shape(bracket + rest, text))

@@ -14,9 +14,10 @@ from typing import Any
 
 from dsv4c.cache import cache_folder
 from dsv4c.compiler.assemble import plan_of_kernels, plan_of_ops, reported
+from dsv4c.compiler.blame import blamed
 from dsv4c.compiler.job import Compiled, Job, Saved, choose_rules, resume, rules_of
 from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
-from dsv4c.errors import ConfigError, GraphError
+from dsv4c.errors import BuildError, ConfigError, GraphError
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import Mode, build
@@ -256,7 +257,10 @@ def _with_kernels(job: Job, pipeline: str, placed: Compiled, stages: _Stages, st
 
     target = job.deployment.target
     with stages("lower"):
-        lowered = lower(placed.graph, placed.schedule, target, placed.context.prepack)
+        try:
+            lowered = lower(placed.graph, placed.schedule, target, placed.context.prepack)
+        except BuildError as error:
+            raise blamed(job, error) from None
     with stages("build"):
         built = build_kernels(list(lowered.sources.values()), target, store, progress=watch)
     return plan_of_kernels(job, pipeline, placed, lowered, built)
