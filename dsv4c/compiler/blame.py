@@ -1,4 +1,4 @@
-"""Which key of a config a GPU target has no kernels for: the one whose change alone leaves nothing refused."""
+"""Which key of a config a GPU target has no kernels for: whose change alone leaves nothing refused."""
 
 from __future__ import annotations
 
