@@ -23,8 +23,8 @@ def totals(graph: Graph) -> Totals:
 
 
 def compulsory(graph: Graph) -> dict[Value, int]:
-    """Bytes that a call must touch of every parameter and state, whatever runs it: what it reads, once however
-    many ops do, and what it writes.
+    """Bytes that a call must touch of every parameter and state, whatever runs it: what it reads, once
+    however many ops do, and what it writes.
     """
     reads: dict[Value, int] = {}
     writes: dict[Value, int] = {}
