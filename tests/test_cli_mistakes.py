@@ -67,7 +67,7 @@ MISTAKES = {
         "error: nothing-here: cannot be read: No such file or directory",
     ),
     ("compile", "tiny", "--pass", ":"): (3, "error: --pass :: Empty module name; expected MODULE:OBJECT"),
-    ("compile", "tiny", "--pass", "os:path"): (3, "error: os:path contributes nothing; expected a pass"),
+    ("compile", "tiny", "--pass", "os:path"): (3, "error: --pass os:path contributes nothing; expected a pass"),
     ("compile", "tiny", "--pipeline", "quantize,fold"): (
         3,
         "error: pipeline: quantize needs its recipe: quantize{recipe=...}",

@@ -190,6 +190,14 @@ def rules_of(objects: Iterable[str] = ()) -> Contributions:
 def job_of(plan: Plan, rules: Contributions | None = None) -> Job:
     """What `plan` was compiled from. `rules` must hold what it was given by `--pass`. Raises GraphError."""
     known = rules_of() if rules is None else rules
+    for origin in plan.contributed:
+        if origin["name"] not in known.sources:
+            _, given, what = origin["source"].partition("--pass ")
+            remedy = f"give --pass {what}" if given else "install it"
+            raise GraphError(
+                f"plan {plan.name} was compiled with the {origin['kind']} {origin['name']} of "
+                f"{origin['source']}, written in {origin['at']}; {remedy}"
+            )
     return Job(
         ModelConfig.from_dict(plan.config),
         Deployment.from_dict(plan.deployment),

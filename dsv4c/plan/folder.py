@@ -47,8 +47,10 @@ class Plan:
     them. buckets: a program per bucket, by its name. load: what is computed once when weights are there, its
     results in the block of constants. weights: for every parameter its name, type, form in memory and place
     of its arrays in the weights' block, and where each spelling of a checkpoint keeps it
-    (`dsv4c.runtime.parameter.ParamRecord`). kernels: what a GPU target runs, by hash. files: contents of all
-    files but plan.json. timings: seconds per stage of the compile; the only part that differs between two
+    (`dsv4c.runtime.parameter.ParamRecord`). unused: the same of the model's parameters that rewrites made
+    dead, so that their tensors surprise nobody. contributed: passes, and rules that applied, which are not
+    dsv4c's own, with who gave them. kernels: what a GPU target runs, by hash. files: contents of
+    all files but plan.json. timings: seconds per stage of the compile; the only part that differs between two
     equal compiles, and in no digest.
     """
 
@@ -63,6 +65,8 @@ class Plan:
     load: Program | None
     state: tuple[StateSlot, ...]
     weights: tuple[Mapping[str, Any], ...]
+    unused: tuple[Mapping[str, Any], ...] = ()
+    contributed: tuple[Mapping[str, str], ...] = ()
     certificates: tuple[Mapping[str, Any], ...] = ()
     report: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -345,6 +349,8 @@ def _plan_from_json(
         load=None if data["load"] is None else _program_from_json(data["load"], None),
         state=tuple(StateSlot(s["name"], parse_type(s["type"]), s["offset"]) for s in data["state"]),
         weights=tuple(data["weights"]),
+        unused=tuple(data["unused"]),
+        contributed=tuple(data["contributed"]),
         certificates=tuple(data["certificates"]),
         report=data["report"],
         versions=data["versions"],

@@ -40,8 +40,9 @@ _TORCH = {
 
 @dataclass(frozen=True)
 class Report:
-    """A checkpoint's headers against what is needed. `missing` and `unexpected` are tensor names, the other
-    two sentences; `ignored` counts tensors that were passed over on request, by prefix.
+    """A checkpoint's headers against what is needed. `missing`, `unexpected` and `spare` (the model's, and
+    needed by nothing) are tensor names, the other two sentences; `ignored` counts tensors that were passed
+    over on request, by prefix.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Report:
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
     mistyped: list[str] = field(default_factory=list)
+    spare: list[str] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
     needed: int = 0
 
@@ -65,6 +67,7 @@ class Report:
             ("unexpected", self.unexpected),
             ("of another shape", self.misshapen),
             ("of another dtype", self.mistyped),
+            ("not needed", self.spare),
         ):
             if found:
                 more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
@@ -98,9 +101,10 @@ class Checkpoint:
     used.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, Entry]) -> None:
+    def __init__(self, path: Path, tensors: dict[str, Entry], spare: frozenset[str] = frozenset()) -> None:
         self.path = path
         self.tensors = tensors
+        self.spare = spare
         self.files = sorted({entry.file for entry in tensors.values()})
         self._maps = {file: _Map(file) for file in self.files}
 
@@ -117,6 +121,13 @@ class Checkpoint:
             return Checkpoint(path, read_entries(path))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+    def sparing(self, params: Iterable[ParamRecord]) -> Checkpoint:
+        """This checkpoint, in which the tensors of `params` may be: they belong to the model and nothing
+        needs them.
+        """
+        names = (n for p in params for source in p.sources.values() for n, _ in source.tensors())
+        return Checkpoint(self.path, self.tensors, frozenset(names))
 
     # checking
 
@@ -145,7 +156,9 @@ class Checkpoint:
             if name in needed:
                 continue
             prefix = next((p for p in ignore if name.startswith(p)), None)
-            if prefix is None:
+            if name in self.spare:
+                report.spare.append(name)
+            elif prefix is None:
                 report.unexpected.append(name)
             else:
                 report.ignored[prefix] = report.ignored.get(prefix, 0) + 1
