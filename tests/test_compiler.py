@@ -17,7 +17,7 @@ from dsv4c.buckets import Bucket
 from dsv4c.compiler.request import Request
 from dsv4c.config import load_config
 from dsv4c.errors import CheckpointError, ConfigError
-from dsv4c.ir.text import parse_graph
+from dsv4c.ir.text import parse_graph, print_graph
 from dsv4c.models.layout import layout
 from dsv4c.models.synth import synthesize
 from dsv4c.passes.recipes import RECIPES
@@ -232,3 +232,15 @@ def test_a_request_is_all_that_a_compile_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="compile: the request has decided batch, chunk; leave them out"):
         dsv4c.compile(request, batch=2, chunk=8)
     assert dsv4c.compile(request, certify=False) == dsv4c.compile("tiny", max_context=64, certify=False)
+
+
+@pytest.mark.parametrize("options", [{"draft": "mtp"}, {"recipe": "nvfp4", "logits": "last"}])
+def test_a_bucket_of_another_size_has_the_graph_it_would_be_compiled_to(options: dict[str, Any]) -> None:
+    job = Request("tiny", batch=(1, 2, 8), chunk=(8, 64, 100), **options).job()
+    firsts = job.firsts()
+    assert {b.name for b, first in firsts.items() if b == first} >= {"decode-1"}
+    derived = [(b, first) for b, first in firsts.items() if b != first]
+    assert {b.name for b, _ in derived} >= {"decode-2", "decode-8", "verify-1x4"}
+    for bucket, first in derived:
+        made = job.resized(job.compiled(first).graph, bucket)
+        assert print_graph(made) == print_graph(job.compiled(bucket).graph)

@@ -77,6 +77,7 @@ class Op:
 
     name: ClassVar[str]
     alias: ClassVar[Mapping[int, int]] = {}  # result index -> operand index whose buffer it overwrites
+    per_call: ClassVar[str] = ""  # the attribute that counts the tokens of each sequence of a call
     commutative: ClassVar[bool] = False  # two operands, in either order
     view: ClassVar[bool] = False  # the result is the bytes of the first operand
     picks: ClassVar[Mapping[int, tuple[int, int]]] = {}

@@ -248,9 +248,8 @@ def state_expected(spec: dict[str, Any], x: Operands) -> Operands:
         ape = x[f"{name}_ape"][positions.long() % ratio]
         kv = run(CacheWrite(), x[f"{name}_kv"], x[f"{name}_u"], positions, slots)
         score = run(CacheWrite(), x[f"{name}_score"], x[f"{name}_s"] + ape, positions, slots)
-        sequences = spec["batch"] // c["tokens"]
-        entries, places = run(CompletedEntries(ratio=ratio, sequences=sequences), positions, slots)
-        pool = CompressPool(ratio=ratio, overlap=c["overlap"], tokens=spec["batch"])
+        entries, places = run(CompletedEntries(ratio=ratio, tokens=c["tokens"]), positions, slots)
+        pool = CompressPool(ratio=ratio, overlap=c["overlap"], tokens=c["tokens"])
         z = run(pool, kv, score, entries, places).to(torch.bfloat16)
         z = run(RmsNorm(eps=c["eps"]), z, x[f"{name}_norm"])
         z = run(Rope(stride=ratio), z, entries, FREQUENCIES)
@@ -332,7 +331,7 @@ def limit_of(case: dict[str, Any]) -> int:
     if case["family"] == "AttentionSpec":
         return spec["capacity"] * spec["ratio"] if spec["entries"] != "none" else 9000
     if case["family"] == "GemvSpec":
-        return 312 * 128
+        return min((c["capacity"] * c["ratio"] for c in spec["riders"][1:]), default=9000)
     return spec["capacity"] * spec["ratio"]
 
 

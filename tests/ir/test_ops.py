@@ -59,7 +59,7 @@ RULES = [  # op, operands, results
     ("attention_scores {scale=0.5}", "bf16[3,4,64] bf16[3,10,64] i32[3,10]", "f32[3,4,10]"),
     ("sink_softmax {out=bf16}", "f32[3,4,10] f32[4]", "bf16[3,4,10] f32[3,4]"),
     ("attention_values", "bf16[3,4,10] f32[3,4] bf16[3,10,64]", "bf16[3,4,64]"),
-    ("completed_entries {ratio=4, sequences=2}", "i32[14] i32[14]", "i32[4] i32[4]"),
+    ("completed_entries {ratio=4, tokens=7}", "i32[14] i32[14]", "i32[4] i32[4]"),
     ("compress_pool {ratio=4, overlap=true, tokens=2}", "f32[2,8,64] f32[2,8,64] i32[2] i32[2]", "f32[2,32]"),
     (
         "compress_pool {ratio=4, overlap=false, tokens=9}",
@@ -69,7 +69,7 @@ RULES = [  # op, operands, results
     ("add_position_bias", "f32[3,64] f32[4,64] i32[3]", "f32[3,64]"),
     ("cache_write", f"{KV}[2,192,512] {KV}[6,512] i32[6] i32[6]", f"{KV}[2,192,512]"),
     (
-        "cache_extend {capacity=256, sequences=3}",
+        "cache_extend {capacity=256, tokens=2}",
         f"{KV}[2,192,512] {KV}[6,512] i32[6] i32[6]",
         f"{KV}[3,256,512]",
     ),
@@ -190,9 +190,9 @@ REFUSALS = [  # op, operands, what the message says
     ("attention_values", "bf16[3,4,10] f32[3,4] bf16[3,9,64]", "differ in keys"),
     ("attention_values", "bf16[3,4,10] f32[3,5] bf16[3,10,64]", "and denominator f32[3,5] differ"),
     ("attention_values", "bf16[3,4,10] f32[3,4] bf16[2,10,64]", "differ in rows"),
-    ("completed_entries {ratio=4, sequences=2}", "i32[13] i32[13]", "13 rows do not divide over 2 sequences"),
+    ("completed_entries {ratio=4, tokens=7}", "i32[13] i32[13]", "13 rows are not 7 of each sequence"),
     (
-        "completed_entries {ratio=4, sequences=2}",
+        "completed_entries {ratio=4, tokens=7}",
         "i32[14] i32[2]",
         "slots i32[2] and positions i32[14] differ",
     ),
@@ -228,22 +228,22 @@ REFUSALS = [  # op, operands, what the message says
     ("cache_write", "bf16[2,192,512] bf16[6,512] i32[4] i32[4]", "rows bf16[6,512] and index i32[4] differ"),
     ("cache_write", "bf16[192] bf16[6] i32[6] i32[6]", "cache must be [S, C, ...], got bf16[192]"),
     (
-        "cache_extend {capacity=256, sequences=4}",
+        "cache_extend {capacity=256, tokens=4}",
         "bf16[2,192,512] bf16[6,512] i32[6] i32[6]",
-        "6 rows do not divide over 4 sequences",
+        "6 rows are not 4 of each sequence",
     ),
     (
-        "cache_extend {capacity=2, sequences=2}",
+        "cache_extend {capacity=2, tokens=3}",
         "bf16[2,192,512] bf16[6,512] i32[6] i32[6]",
         "a capacity of 2 cannot hold 3 rows of a sequence",
     ),
     (
-        "cache_extend {capacity=256, sequences=2}",
+        "cache_extend {capacity=256, tokens=3}",
         f"{KV}[2,192,512] bf16[6,512] i32[6] i32[6]",
         f"rows must be {KV}[6,512] to go with {KV}[2,192,512]",
     ),
     (
-        "cache_extend {capacity=256, sequences=2}",
+        "cache_extend {capacity=256, tokens=3}",
         "bf16[2,192,512] bf16[6,512] i32[6] i32[2]",
         "slots i32[2] and positions i32[6] differ",
     ),
@@ -374,7 +374,7 @@ COSTS = [  # op, operands, flops, bytes read, bytes written
     ("cache_write", "bf16[2,192,64] bf16[2,64] i32[2] i32[2]", 0, (0, 256, 8, 8), (256,)),
     # what the ring keeps of the 20 rows that are remembered when 16 are new
     (
-        "cache_extend {capacity=32, sequences=1}",
+        "cache_extend {capacity=32, tokens=16}",
         "bf16[4,20,64] bf16[16,64] i32[16] i32[16]",
         0,
         (4 * 128, 16 * 128, 64, 64),

@@ -22,7 +22,7 @@ def ints(*values: int) -> torch.Tensor:
 def test_completed_entries(ratio: int, tokens: int, start: int, missing: int) -> None:
     length = max(0, tokens - missing)
     row = [start + t if t < length else -1 for t in range(tokens)]
-    entries, slots = run(CompletedEntries(ratio=ratio, sequences=1), ints(*row), ints(*[5] * tokens))
+    entries, slots = run(CompletedEntries(ratio=ratio, tokens=tokens), ints(*row), ints(*[5] * tokens))
     assert entries.dtype is slots.dtype is torch.int32
     assert entries.shape == slots.shape == (-(-tokens // ratio),)
     expected = [p // ratio for p in row if p >= 0 and p % ratio == ratio - 1]
@@ -32,7 +32,7 @@ def test_completed_entries(ratio: int, tokens: int, start: int, missing: int) ->
 
 
 def test_completed_entries_of_two_sequences() -> None:
-    op, slots = CompletedEntries(ratio=4, sequences=2), ints(3, 3, 3, 3, 1, 1, 1, 1)
+    op, slots = CompletedEntries(ratio=4, tokens=4), ints(3, 3, 3, 3, 1, 1, 1, 1)
     entries, places = run(op, ints(2, 3, 4, 5, 6, -1, -1, -1), slots)
     assert (entries.tolist(), places.tolist()) == ([0, -1], [3, 0])
     entries, places = run(op, ints(2, -1, -1, -1, 7, 8, 9, 10), slots)

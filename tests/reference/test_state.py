@@ -94,7 +94,7 @@ def test_a_ring_with_the_rows_of_a_call(
     start[list(slots)] = ints(*starts)
     positions, row_slots = run(Positions(tokens=5), start, ints(*slots), ints(*lengths))
     rows = positions[:, None].expand(-1, 2).float()
-    op = CacheExtend(capacity=capacity, sequences=2)
+    op = CacheExtend(capacity=capacity, tokens=5)
     extended = run(op, cache, rows, positions, row_slots)
     assert extended.shape == (2, capacity, 2)
     for sequence, (first, length) in enumerate(zip(starts, lengths, strict=True)):
@@ -108,7 +108,7 @@ def test_a_ring_with_the_rows_of_a_call(
 def test_a_quantized_ring_with_the_rows_of_a_call() -> None:
     before, rows = torch.randn(1, 4, 128), torch.randn(3, 128)
     ring, added = quantize(before, KV_FP8), quantize(rows, KV_FP8)
-    op = CacheExtend(capacity=8, sequences=1)
+    op = CacheExtend(capacity=8, tokens=3)
     extended = run(op, ring, added, ints(6, 7, 8), ints(0, 0, 0))
     assert isinstance(extended, Quantized)
     for joined, kept, new in zip(extended.parts, ring.parts, added.parts, strict=True):

@@ -96,7 +96,7 @@ def compressor(
     rings = [torch.full((1, 156, kv.shape[1]), torch.nan) for _ in range(2)]
     slots = zeros(POSITIONS)
     rings = [run(CacheWrite(), r, rows, POSITIONS, slots) for r, rows in zip(rings, (kv, score), strict=True)]
-    entries, slots = run(CompletedEntries(ratio=4, sequences=1), POSITIONS, slots)
+    entries, slots = run(CompletedEntries(ratio=4, tokens=len(POSITIONS)), POSITIONS, slots)
     pool = CompressPool(ratio=4, overlap=True, tokens=len(POSITIONS))
     pooled = run(Cast(to=BF16), run(pool, *rings, entries, slots))
     normed = run(RmsNorm(eps=EPS), pooled, recorded.weight(f"{name}.norm"))

@@ -297,7 +297,7 @@ def _compressor(request: Request, call: Call, rows: int, values: dict[str, int])
         entries.shape[1],
         op.eps,
         hadamard=op.rotated,
-        tokens=tokens // op.sequences,
+        tokens=op.tokens,
         frequencies=_shared(call, "frequencies", values),
         positions=_shared(call, "positions", values),
         slots=_shared(call, "slots", values),
