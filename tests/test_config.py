@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dsv4c.buckets import Bucket
 from dsv4c.config import (
     BUILTIN,
     BUILTIN_FOLDER,
@@ -1001,10 +1002,38 @@ def test_from_dict_wants_exactly_the_fields() -> None:
             "deployment: recipe is 'Official!'; expected a name of lowercase words joined by '-'",
         ),
         ({"recipe": 8}, "deployment: recipe is 8; expected a name of lowercase words joined by '-'"),
-        ({"batch": 0}, "deployment: batch is 0; expected a positive integer"),
+        ({"slots": 0}, "deployment: slots is 0; expected a positive integer"),
         ({"max_context": 4096.0}, "deployment: max_context is 4096.0; expected a positive integer"),
-        ({"chunk": -1}, "deployment: chunk is -1; expected a positive integer"),
-        ({"max_context": 32}, "deployment: chunk is 64; expected at most max_context, 32"),
+        ({"max_context": 32}, "deployment: prefill-64 takes 64 tokens; expected at most 32, max_context"),
+        ({"buckets": ()}, "deployment: buckets is empty; expected at least one decode bucket"),
+        (
+            {"buckets": (Bucket("prefill", tokens=8),)},
+            "deployment: buckets is prefill-8; expected at least one decode bucket",
+        ),
+        (
+            {"buckets": (Bucket("decode"), Bucket("decode"))},
+            "deployment: buckets has decode-1 2 times; expected every bucket once",
+        ),
+        (
+            {"buckets": (Bucket("decode", 4),)},
+            "deployment: slots is 1; expected at least 4, the sequences of decode-4",
+        ),
+        (
+            {"buckets": (Bucket("decode", 0),)},
+            "deployment: decode-0 has 0 rows; expected at least 1",
+        ),
+        (
+            {"buckets": (Bucket("decode", 1, 2),)},
+            "deployment: decode-1 takes 2 tokens; expected 1 of each sequence",
+        ),
+        (
+            {"buckets": (Bucket("decode"), Bucket("verify", 1, 9))},
+            "deployment: verify-1x9 takes 9 tokens; expected 2 to 8: more could not be taken back",
+        ),
+        (
+            {"target": "sm_90a"},
+            "deployment: prefill-64 has 64 rows; expected at most 8: sm_90a has no kernels for more",
+        ),
     ],
 )
 def test_wrong_deployments(change: Raw, message: str) -> None:
@@ -1015,10 +1044,60 @@ def test_wrong_deployments(change: Raw, message: str) -> None:
 
 def test_deployments_fit_their_model() -> None:
     config = load_config("deepseek-v4-flash")
-    check_deployment(config, Deployment("sm_100a", "nvfp4-experts-w4a4", max_context=1048576, chunk=1))
+    decode = (Bucket("decode"),)
+    check_deployment(config, Deployment("sm_100a", "nvfp4-experts-w4a4", 1048576, buckets=decode))
     with pytest.raises(ConfigError) as error:
         check_deployment(config, Deployment(max_context=1048577))
     assert str(error.value) == (
         "deployment: max_context is 1048577; "
         "expected at most 1048576, max_position_embeddings of deepseek-v4-flash"
     )
+    draft = (*decode, Bucket("draft", tokens=8))
+    check_deployment(config, Deployment(buckets=draft))
+    with pytest.raises(ConfigError) as error:
+        check_deployment(dataclasses.replace(config, mtp_layers=0), Deployment(buckets=draft))
+    assert str(error.value) == (
+        "deployment: buckets has draft-8; expected no draft: deepseek-v4-flash has no block that drafts"
+    )
+
+
+def test_deployments_are_plain_data() -> None:
+    buckets = (Bucket("decode", 2), Bucket("verify", 1, 4), Bucket("prefill", 1, 64, "last"))
+    deployment = Deployment("cpu", "official", 512, 3, buckets)
+    data = json.loads(json.dumps(deployment.to_dict()))
+    assert data == {
+        "target": "cpu",
+        "recipe": "official",
+        "max_context": 512,
+        "slots": 3,
+        "buckets": ["decode-2", "verify-1x4", "prefill-64.last"],
+    }
+    assert Deployment.from_dict(data) == deployment
+    assert deployment.batch == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 2}, "deployment: batch is unknown; expected one of Deployment's fields"),
+        ({"slots": None}, "deployment: slots is None; expected a positive integer"),
+        ({"buckets": "decode-1"}, "deployment: buckets is 'decode-1'; expected a list of names of buckets"),
+        (
+            {"buckets": ["decode"]},
+            "deployment: buckets: 'decode' names no bucket; "
+            "expected decode-8, verify-1x4, prefill-64 or draft-64",
+        ),
+        (
+            {"buckets": ["verify-2"]},
+            "deployment: buckets: 'verify-2' names no bucket; verify-1x2 is how it is written",
+        ),
+    ],
+)
+def test_data_that_is_no_deployment(change: Raw, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Deployment.from_dict(Deployment().to_dict() | change)
+    assert str(error.value) == message
+    with pytest.raises(ConfigError, match="slots is missing; expected all of Deployment's fields"):
+        Deployment.from_dict({key: value for key, value in Deployment().to_dict().items() if key != "slots"})
+    with pytest.raises(ConfigError, match="deployment: is 3; expected the fields of Deployment by name"):
+        Deployment.from_dict(3)  # type: ignore[arg-type]

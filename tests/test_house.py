@@ -24,7 +24,7 @@ class Room:
     packages_inside: tuple[str, ...] = ()
 
 
-LEAVES = ("types", "errors", "strict_json", "headers", "cache", "buckets", "arch")
+LEAVES = ("types", "errors", "strict_json", "headers", "publish", "cache", "buckets", "arch")
 CONFIG = (*LEAVES, "config")
 COMPILER = (*CONFIG, "ir", "models", "passes")
 
@@ -34,7 +34,8 @@ HOUSE = {
     "errors": Room(),
     "strict_json": Room(),
     "headers": Room(("errors", "strict_json")),
-    "cache": Room(("errors",)),
+    "publish": Room(),
+    "cache": Room(("errors", "publish")),
     "buckets": Room(),
     "arch": Room(),
     "dialects": Room(("errors", "headers")),

@@ -149,8 +149,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app(prog_name="dsv4c")
-    except KeyboardInterrupt:  # before a command was there to say so
-        raise SystemExit(INTERRUPTED) from None
+    except KeyboardInterrupt:  # on the way in or out, when there is nothing to tidy
+        sys.exit(INTERRUPTED)
     except SystemExit as leaving:
         if leaving.code != UNREAD and not isinstance(leaving.__context__, BrokenPipeError):
             raise

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4c.errors import Dsv4cError
+from dsv4c.publish import published
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -87,12 +88,16 @@ def progress_bar(title: str, *, bytes_counted: bool = False) -> Iterator[Progres
 
 
 def write_text(path: Path | None, text: str, error: type[Dsv4cError]) -> None:
-    """Write to a file, or to stdout when `path` is None. Raises `error` if the file cannot be written."""
+    """Write a file, whole or not at all, or to stdout when `path` is None.
+
+    Raises `error` if the file cannot be written.
+    """
     if path is None:
         print(text, end="")
         return
     try:
-        path.write_text(text, encoding="utf-8")
+        with published(path) as made:
+            made.write_text(text, encoding="utf-8")
     except OSError as problem:
         raise error(f"{path}: cannot be written: {problem.strerror}") from None
 

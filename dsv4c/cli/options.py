@@ -99,9 +99,9 @@ def first_given(context: typer.Context, names: Iterable[str]) -> str | None:
 
 
 def _find_here(given: list[str] | None) -> list[str] | None:
-    """Modules beside the user are found, as with `python -m`."""
+    """Modules beside the user are found, after all others: a file there takes the place of none of them."""
     if given and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+        sys.path.append(str(Path.cwd()))
     return given
 
 

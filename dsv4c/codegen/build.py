@@ -2,12 +2,15 @@
 
 A source is a Python module with one `@cute.jit` function `host` whose parameters are `cute.Pointer`, `Int32`
 and a last `stream`; `ELEMENTS` names pointer element types (Uint8 unless named). An entry's key covers the
-source, `codegen/lib`, the toolchain and the target. Entries are written atomically, so processes may share a
-store; damaged ones are rebuilt.
+source, `codegen/lib`, the toolchain and the target; damaged ones are rebuilt (`dsv4c.cache`).
+
+Compilers run neither in the caller's folder nor with its environment: no module is found there, and no
+variable changes the code.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -20,17 +23,22 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dsv4c.arch import ARCHS
+from dsv4c.cache import Store
 from dsv4c.errors import BuildError
+from dsv4c.publish import scratch_folder
 
 TARGETS = tuple(ARCHS)
 LIB = Path(__file__).parent / "lib"
-_MAGIC = b"dsv4c-kernel-2\n"
+_COMPILER = "nvidia-cutlass-dsl"
+VERSION = 3  # of a kernel's entry in the store; part of every key
 
 
 @dataclass(frozen=True)
@@ -75,25 +83,26 @@ def build(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[Built]:
-    """Compile `sources` for `target`, in their order, taking from `store` what it has.
+    """Compile `sources` for `target`, in their order, taking from the folder `store` what it has.
 
     `workers` processes compile (default: one per core). Raises BuildError naming every kernel that failed.
     """
     if target not in TARGETS:
         raise BuildError(f"cannot compile for {target!r}: targets are {', '.join(TARGETS)}")
+    kept = Store(store)
     keys = [source_key(source, target) for source in sources]
     ready: dict[str, Built] = {}
     jobs: queue.SimpleQueue[tuple[str, Source]] = queue.SimpleQueue()
     todo = 0
     for key, source in dict(zip(keys, sources, strict=True)).items():
-        entry = read_entry(_entry_path(store, key), key)
+        entry = _kept(kept, key, target)
         if entry is None:
             jobs.put((key, source))
             todo += 1
         else:
             _settle(ready, entry, len(set(keys)), progress)
     failures = _compile_all(
-        jobs, min(todo, workers or os.cpu_count() or 1), target, store, ready, len(set(keys)), progress
+        jobs, min(todo, workers or os.cpu_count() or 1), target, kept, ready, len(set(keys)), progress
     )
     if failures:
         raise BuildError("\n".join(failures))
@@ -102,14 +111,14 @@ def build(
 
 def source_key(source: Source, target: str) -> str:
     """Content address of a kernel: everything that decides its cubin."""
-    text = "\0".join((source.symbol, source.text, target, toolchain(), lib_digest()))
+    text = "\0".join((str(VERSION), source.symbol, source.text, target, toolchain(), lib_digest()))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @cache
 def toolchain() -> str:
     """The compiler's identity, without importing it."""
-    return f"nvidia-cutlass-dsl {importlib.metadata.version('nvidia-cutlass-dsl')}"
+    return f"{_COMPILER} {importlib.metadata.version(_COMPILER)}"
 
 
 @cache
@@ -128,46 +137,21 @@ def _settle(ready: dict[str, Built], built: Built, total: int, progress: Progres
 # The store --------------------------------------------------------------------------------------------------
 
 
-def _entry_path(store: Path, key: str) -> Path:
-    return store / key[:2] / f"{key}.kernel"
+def _keep(store: Store, built: Built) -> None:
+    """A header line, the cubin and the PTX."""
+    header = {"symbol": built.symbol, "cubin": len(built.cubin), "resources": asdict(built.resources)}
+    store.put(built.key, json.dumps(header).encode() + b"\n" + built.cubin + built.ptx.encode())
 
 
-def write_entry(path: Path, built: Built) -> None:
-    """Write an entry so that a reader sees all of it or none: header line, cubin, PTX, sha256 of what
-    precedes.
-    """
-    header = {
-        "symbol": built.symbol,
-        "target": built.target,
-        "key": built.key,
-        "cubin": len(built.cubin),
-        "resources": asdict(built.resources),
-    }
-    payload = _MAGIC + json.dumps(header).encode() + b"\n" + built.cubin + built.ptx.encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", suffix=".partial", delete=False) as file:
-        file.write(payload + hashlib.sha256(payload).digest())
-    os.replace(file.name, path)
-
-
-def read_entry(path: Path, key: str) -> Built | None:
-    """The entry at `path`, or None when it is missing or damaged."""
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
+def _kept(store: Store, key: str, target: str) -> Built | None:
+    """The kernel with that key, or None when the store has none."""
+    content = store.get(key)
+    if content is None:
         return None
-    payload, digest = data[:-32], data[-32:]
-    if not payload.startswith(_MAGIC) or hashlib.sha256(payload).digest() != digest:
-        return None
-    line, _, blob = payload[len(_MAGIC) :].partition(b"\n")
+    line, _, blob = content.partition(b"\n")
     header = json.loads(line)
-    if header["key"] != key:
-        return None
-    size = header["cubin"]
-    resources = Resources(**header["resources"])
-    return Built(
-        header["symbol"], header["target"], key, blob[:size], blob[size:].decode(), resources, cached=True
-    )
+    size, resources = header["cubin"], Resources(**header["resources"])
+    return Built(header["symbol"], target, key, blob[:size], blob[size:].decode(), resources, cached=True)
 
 
 # Worker processes -------------------------------------------------------------------------------------------
@@ -177,7 +161,7 @@ def _compile_all(
     jobs: queue.SimpleQueue[tuple[str, Source]],
     workers: int,
     target: str,
-    store: Path,
+    store: Store,
     ready: dict[str, Built],
     total: int,
     progress: Progress | None,
@@ -185,11 +169,13 @@ def _compile_all(
     """Drain `jobs` with `workers` processes into `store` and `ready`; the messages of those that failed."""
     failures: list[str] = []
     crashes: list[BaseException] = []
+    running: list[_Worker] = []
     lock = threading.Lock()
 
     def drain() -> None:
         try:
             with _Worker() as worker:
+                running.append(worker)
                 while not crashes:
                     try:
                         key, source = jobs.get_nowait()
@@ -202,40 +188,63 @@ def _compile_all(
                     cubin = bytes.fromhex(reply["cubin"])
                     resources = read_resources(cubin, source.symbol)
                     built = Built(source.symbol, target, key, cubin, reply["ptx"], resources, cached=False)
-                    write_entry(_entry_path(store, key), built)
+                    _keep(store, built)
                     with lock:
                         _settle(ready, built, total, progress)
         except BaseException as error:  # handed to the caller's thread below
             crashes.append(error)
 
-    threads = [threading.Thread(target=drain, name=f"build-{i}") for i in range(workers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(max(workers, 1), "build") as pool:
+        try:
+            for drained in [pool.submit(drain) for _ in range(workers)]:
+                drained.result()
+        except BaseException as interrupt:  # compilers would work on, and this process would wait for them
+            crashes.insert(0, interrupt)
+            for worker in running:
+                worker.kill()
     if crashes:
         raise crashes[0]
     return sorted(failures)
 
 
+_START = """import site, sys
+root, *sites = sys.argv[1:]
+sys.path[:0] = [root] if root not in sys.path else []
+for folder in sites:
+    if folder not in sys.path:
+        site.addsitedir(folder)
+from dsv4c.codegen.build import serve
+serve()
+"""
+_ENVIRONMENT = ("HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "PATH", "USER")
+
+
 class _Worker:
     """A process that compiles one source at a time: a request and a reply are a JSON line each.
 
-    A fresh interpreter, not a fork: the caller may hold threads (a progress bar) or a CUDA context.
+    A fresh interpreter, not a fork: the caller may hold threads (a progress bar) or a CUDA context. It finds
+    modules where this package and the compiler are installed, and nowhere else; it has a folder of its own to
+    work in, and of the environment what says where programs and libraries are. The compiler's own cache stays
+    out of it: its place in /tmp can be guessed.
     """
 
     def __enter__(self) -> _Worker:
-        command = [sys.executable, "-m", "dsv4c.codegen.build"]
-        path = os.pathsep.join(
-            [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
-        self._errors = tempfile.TemporaryFile()
+        if not os.path.isabs(sys.executable or ""):
+            raise BuildError(f"the Python interpreter is {sys.executable!r}; start it by its absolute path")
+        root = str(Path(__file__).resolve().parents[2])
+        installed = importlib.metadata.distribution(_COMPILER).locate_file("")
+        self._exit = ExitStack()
+        folder = str(self._exit.enter_context(scratch_folder(Path(tempfile.gettempdir()))))
+        self._errors = self._exit.enter_context(tempfile.TemporaryFile())
         self._process = subprocess.Popen(
-            command,
+            [sys.executable, "-I", "-c", _START, root, str(installed)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env={**os.environ, "PYTHONPATH": path, "NO_COLOR": "1"},
+            cwd=folder,
+            env={name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+            | {"NO_COLOR": "1", "TMPDIR": folder, "CUTE_DSL_CACHE_DIR": folder}
+            | {"CUTE_DSL_DISABLE_FILE_CACHING": "1"},
         )
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -243,10 +252,15 @@ class _Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._requests.close()
-        self._process.wait()
-        self._replies.close()
-        self._errors.close()
+        with self._exit:
+            with contextlib.suppress(BrokenPipeError):  # it may be dead
+                self._requests.close()
+            self._process.wait()
+            self._replies.close()
+
+    def kill(self) -> None:
+        """End the process; whoever waits for its reply gets a BuildError."""
+        self._process.kill()
 
     def compile(self, source: Source, target: str) -> dict[str, Any]:
         try:
@@ -264,6 +278,13 @@ class _Worker:
             )
         answer: dict[str, Any] = json.loads(reply)
         return answer
+
+
+def serve() -> None:
+    """Answer requests until there are no more: what a worker process does."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # the compiler prints; replies have their own descriptor
+    _serve(sys.stdin.buffer, replies)
 
 
 def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
@@ -382,9 +403,3 @@ def _global_attributes(info: bytes) -> Iterator[tuple[int, int]]:
             if size == 8:
                 yield attribute, struct.unpack_from("<I", info, at + 4)[0]
             at += -(-size // 4) * 4
-
-
-if __name__ == "__main__":
-    _replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # the compiler prints; replies have their own descriptor
-    _serve(sys.stdin.buffer, _replies)

@@ -313,7 +313,7 @@ def _program(
     fixed: Mapping[str, Place],
     parts: Mapping[str, Mapping[str, tuple[int, int]]],
 ) -> Program:
-    """Launches with their bytes. A value, or what it is a view of, is at its `fixed` place or in the arena."""
+    """Launches with their bytes. Values, or what they are views of, are at `fixed` places or in the arena."""
     graph, order = coded.graph, coded.schedule
 
     def place(value: Value) -> Place:

@@ -11,14 +11,13 @@ from dsv4c.buckets import Bucket
 from dsv4c.codegen.lower import Lowered
 from dsv4c.codegen.targets import Target
 from dsv4c.compiler.job import Compiled, Job
-from dsv4c.ir.totals import totals
+from dsv4c.ir.totals import compulsory, totals
 from dsv4c.models.schedule import LayerKind, layer_plans
 from dsv4c.models.weights import records, sources
 from dsv4c.passes.explain import table
 from dsv4c.passes.schedule import layer_in
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Program
-from dsv4c.view.text import summarize
 
 DRAFT = "mtp."  # checkpoints may lack the draft blocks, and plans most often do not need them
 
@@ -116,7 +115,7 @@ def _report(
         "buckets": {name: _sizes(name, program, lowered) for name, program in lowered.programs.items()},
         **_launches(job, lowered.programs[job.decode.name]),
         "planned_bytes_per_token": totals(graph).bytes // job.decode.sequences,
-        "compulsory_bytes_per_token": sum(summarize(graph, job.config).bytes_per_token.values()),
+        "compulsory_bytes_per_token": sum(compulsory(graph).values()) // job.decode.sequences,
         "rules": dict(fold.counts) if fold is not None else counts,
         "passes": rows,
         "unfolded": [asdict(each) for each in lowered.unfolded],

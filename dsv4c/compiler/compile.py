@@ -17,10 +17,11 @@ from dsv4c.cache import cache_folder
 from dsv4c.codegen.lower import Folded, Unfold, lower
 from dsv4c.codegen.targets import target_of
 from dsv4c.compiler.assemble import assemble
+from dsv4c.compiler.blame import blamed
 from dsv4c.compiler.job import Compiled, Job, Saved
 from dsv4c.compiler.request import Request
 from dsv4c.config import ModelConfig
-from dsv4c.errors import ConfigError, GraphError
+from dsv4c.errors import BuildError, ConfigError, GraphError
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.passes.pipeline import Stage
 from dsv4c.passes.work import Match
@@ -59,13 +60,13 @@ def compile(
         job = model if isinstance(model, Job) else model.job()
     else:
         job = Request(model, **options).job()
-    buckets, on_cpu = job.deployment.buckets, job.deployment.target == "cpu"
-    steps = len(buckets) * (1 + len(job.line.passes)) + 1 + certify + (not on_cpu)
+    firsts, on_cpu = job.firsts(), job.deployment.target == "cpu"
+    steps = len(set(firsts.values())) * (1 + len(job.line.passes)) + 1 + certify + (not on_cpu)
     stages = _Stages(progress, steps)
 
-    # 2. One graph per bucket: the paper's operations, rewritten by the passes.
+    # 2. One graph per form of bucket: the paper's operations, rewritten by the passes.
     compiled: dict[Bucket, Compiled] = {}
-    for bucket in buckets:
+    for bucket in dict.fromkeys(firsts.values()):
         with stages(f"build {bucket.name}"):
             start = job.start(bucket)
         compiled[bucket] = job.compiled(bucket, start=start, watch=stages.watch(bucket))
@@ -76,12 +77,11 @@ def compile(
     target = target_of(job.deployment.target)
     again: list[Match] = []
     with stages("lower"):
-        lowered = lower(
-            [Folded(b, c.graph, c.context.prepack, _unfolding(job, again)) for b, c in compiled.items()],
-            target.coder,
-            target.bodies,
-            job.require_fused,
-        )
+        folded = [_folded(job, b, first, compiled[first], again) for b, first in firsts.items()]
+        try:
+            lowered = lower(folded, target.coder, target.bodies, job.require_fused)
+        except BuildError as error:
+            raise blamed(job, error) from None
 
     # 4. Both sides of every rewrite, and cubins.
     certificates: Sequence[dict[str, Any]] = ()
@@ -94,6 +94,12 @@ def compile(
 
     # 5. Everything as data.
     return assemble(job, compiled, lowered, target, certificates, stages.seconds)
+
+
+def _folded(job: Job, bucket: Bucket, first: Bucket, compiled: Compiled, again: list[Match]) -> Folded:
+    """A bucket to lower, with the graph of the first one of its form."""
+    graph = compiled.graph if bucket == first else job.resized(compiled.graph, bucket)
+    return Folded(bucket, graph, compiled.context.prepack, _unfolding(job, again))
 
 
 def _unfolding(job: Job, again: list[Match]) -> Unfold:

@@ -15,6 +15,7 @@ from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, ModelConfig
 from dsv4c.errors import ConfigError, GraphError, listed
 from dsv4c.ir.graph import Graph, Node
+from dsv4c.ir.resize import resized
 from dsv4c.ir.text import parse_graph, print_graph
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import build
@@ -45,6 +46,8 @@ BUILD = "build"
 """Name of the stage before the first pass: the paper's operations."""
 
 FIRST_LINE = "# dsv4c graphs of a compile that stopped after "
+END = "## end\n"
+"""Last line of a stopped compile; a file without it was cut off."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,28 @@ class Job:
         stop = None if stop_after == BUILD else stop_after
         return Compiled(context, passes.run(graph, context, stop_after=stop, watch=watch), graph, begins)
 
+    def firsts(self) -> dict[Bucket, Bucket]:
+        """For every bucket the one whose graph it has, but for sizes: the smallest that runs the same block,
+        writes to rings before it reads them, and takes logits of the same rows. Buckets that keep rows beside
+        the rings, and those of a compile that goes on, have graphs of their own.
+        """
+        found: dict[tuple[object, ...], Bucket] = {}
+        firsts = {}
+        for b in sorted(self.deployment.buckets, key=lambda bucket: bucket.rows):
+            own = self.saved is not None or b.keeps_beside
+            firsts[b] = found.setdefault((b,) if own else (b.block, b.logits), b)
+        return {b: firsts[b] for b in self.deployment.buckets}
+
+    def resized(self, graph: Graph, bucket: Bucket) -> Graph:
+        """The graph of another bucket that has the same form."""
+        sizes = {"tokens": bucket.rows, "lengths": bucket.sequences, "slots": bucket.sequences}
+        inputs = {
+            v.name: v.type.with_shape((sizes.get(v.name, bucket.rows), *v.type.shape[1:]))
+            for v in graph.inputs
+        }
+        name = f"{self.config.name}.{bucket.name}"
+        return verify(resized(graph, name, inputs, bucket.tokens))
+
     def unfolded(
         self, graph: Graph, nodes: Sequence[Node], without: frozenset[str]
     ) -> tuple[Graph, list[Match]]:
@@ -225,7 +250,7 @@ class Saved:
     expected: Mapping[str, int] = field(default_factory=dict)
 
     def text(self) -> str:
-        """Two lines of comment, then every graph under a line `## bucket NAME` or `## load NAME`."""
+        """Two lines of comment, then every graph under a line `## bucket NAME` or `## load NAME`, and END."""
         asked = {
             "config": self.config.to_dict(),
             "deployment": self.deployment.to_dict(),
@@ -236,7 +261,7 @@ class Saved:
         parts = [f"{FIRST_LINE}{self.after}\n# {json.dumps(asked)}\n"]
         parts += [f"## bucket {name}\n{print_graph(graph)}" for name, graph in self.graphs.items()]
         parts += [f"## load {name}\n{print_graph(graph)}" for name, graph in self.loads.items()]
-        return "".join(parts)
+        return "".join([*parts, END])
 
     def job(self) -> Job:
         """What is left to do. Raises GraphError for counts that are expected of a fold that is over."""
@@ -275,10 +300,15 @@ def read_saved(text: str, name: str = "the file") -> Saved:
     second, _, rest = rest.partition("\n")
     if not first.startswith(FIRST_LINE) or not second.startswith("# {"):
         raise GraphError(f"{name}: holds no stopped compile; expected what `--stop-after PASS -o FILE` wrote")
+    if not rest.rstrip().endswith(f"\n{END.strip()}"):
+        raise GraphError(f"{name}: is cut off: its last line is not {END.strip()!r}; stop the compile again")
+    rest = rest.rstrip().removesuffix(END.strip())
     try:
         asked = strict_json.parse(second[2:])
         config, deployment = ModelConfig.from_dict(asked["config"]), Deployment.from_dict(asked["deployment"])
-        recipe, pipeline, counts = asked["recipe"], asked["pipeline"], asked["counts"]
+        recipe, pipeline, counts = asked["recipe"], asked["pipeline"], dict(asked["counts"])
+        if not (isinstance(recipe, str) and isinstance(pipeline, str)):
+            raise TypeError(f"recipe and pipeline are {recipe!r} and {pipeline!r}; expected their names")
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise GraphError(f"{name}: line 2: cannot be read: {error}; leave that line as it was") from None
     graphs: dict[str, dict[str, Graph]] = {"bucket": {}, "load": {}}
@@ -286,6 +316,8 @@ def read_saved(text: str, name: str = "the file") -> Saved:
         kind, _, bucket_name = title.partition(" ")
         if kind not in graphs:
             raise GraphError(f"{name}: line {number}: '## {title}'; expected ## bucket NAME or ## load NAME")
+        if bucket_name in graphs[kind]:
+            raise GraphError(f"{name}: line {number}: '## {title}' is there twice; remove one")
         try:
             graphs[kind][bucket_name] = verify(parse_graph("\n".join(lines) + "\n"))
         except GraphError as error:

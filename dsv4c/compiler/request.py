@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from dsv4c.buckets import ROWS, Bucket, Logits
 from dsv4c.compiler.job import Job, choose_rules, rules_of
@@ -68,6 +68,10 @@ class Request:
         return Job(config, deployment, recipe, line, known, self.expected, required)
 
     def _deployment(self, config: ModelConfig, recipe: Recipe) -> Deployment:
+        for name, given, known in (("logits", self.logits, Logits), ("draft", self.draft, Draft)):
+            if given not in get_args(known):
+                choices = " or ".join(map(repr, get_args(known)))
+                raise ConfigError(f"{name}: {given!r} is unknown; expected {choices}")
         on_cpu = self.target == "cpu"
         batches = _numbers("batch", self.batch, (1,) if on_cpu else BATCHES)
         chunks = _numbers("chunk", self.chunk, (min(CHUNK if on_cpu else ROWS, self.max_context),))

@@ -124,6 +124,7 @@ class _Model:
         self.positions, self.row_slots = positions(
             self.start, self.slots, self.lengths, tokens=bucket.tokens, name="positions"
         )
+        builder.rename(self.row_slots, "row_slots")
         self.places: Value = self.row_slots  # where each row finds what `remember` returns
         if bucket.keeps_beside:
             self.places = owners(self.lengths, tokens=bucket.tokens, name="owners")
@@ -155,7 +156,7 @@ class _Model:
             return written
         capacity = ring_rows(reach, self.bucket.tokens, tile)
         beside: Value = cache_extend(
-            *given, capacity=capacity, sequences=self.bucket.sequences, name=f"{label}_beside"
+            *given, capacity=capacity, tokens=self.bucket.tokens, name=f"{label}_beside"
         )
         cache_write(*given, name=f"{label}_written")
         return beside
@@ -206,7 +207,7 @@ class _Model:
             h = rms_norm(streams, self.weight(f"{plan.prefix}.hnorm"), eps=c.rms_norm_eps, name="h")
             e = linear(e, self.weight(f"{plan.prefix}.e_proj"), out=self.activation, name="e_out")
             h = linear(h, self.weight(f"{plan.prefix}.h_proj"), out=self.activation, name="h_out")
-            streams = add(reshape(e, shape=(self.rows, 1, c.hidden_size)), h, name="streams")
+            streams = add(reshape(e, shape=(-1, 1, c.hidden_size)), h, name="streams")
         streams = self.layer(plan, streams)
         return self.outputs(f"{plan.prefix}.", streams)
 
@@ -250,8 +251,8 @@ class _Model:
 
     def mixes(self, name: str, streams: Value) -> Value:
         """(v · fn) * rsqrt(mean(v²) + eps) with v all streams of a token, f32."""
-        n, s, h = streams.type.shape
-        v = reshape(streams, shape=(n, s * h), name="v")
+        _, s, h = streams.type.shape
+        v = reshape(streams, shape=(-1, s * h), name="v")
         projected = linear(v, self.weight(f"{name}_fn"), out=F32)
         mixes: Value = mul(projected, rsqrt_mean_square(v, eps=self.config.rms_norm_eps), name="mixes")
         return mixes
@@ -270,7 +271,7 @@ class _Model:
 
             pre = shift(sigmoid(part(0, 0, s)), offset=c.hc_eps, name="pre")
             post = scale(sigmoid(part(1, s, 2 * s)), factor=2.0, name="post")
-            comb = reshape(part(2, 2 * s, 2 * s + s * s), shape=(self.rows, s, s))
+            comb = reshape(part(2, 2 * s, 2 * s + s * s), shape=(-1, s, s))
             comb = shift(softmax(comb, axis=-1), offset=c.hc_eps)
             comb = normalize(comb, axis=-2, eps=c.hc_eps)
             for _ in range(c.hc_sinkhorn_iters - 1):
@@ -293,7 +294,7 @@ class _Model:
         qa = linear(x, self.weight(f"{attn}.wq_a"), out=act, name="qa")
         qr = rms_norm(qa, self.weight(f"{attn}.q_norm"), eps=c.rms_norm_eps, name="qr")
         q = linear(qr, self.weight(f"{attn}.wq_b"), out=act, name="qb")
-        q = rms_norm(reshape(q, shape=(self.rows, heads, dim)), eps=c.rms_norm_eps, name="q_normed")
+        q = rms_norm(reshape(q, shape=(-1, heads, dim)), eps=c.rms_norm_eps, name="q_normed")
         q = rope(q, self.positions, frequencies, name="q")
 
         kv = linear(x, self.weight(f"{attn}.wkv"), out=act, name="kv_out")
@@ -319,9 +320,9 @@ class _Model:
         p, denominator = sink_softmax(scores, self.weight(f"{attn}.attn_sink"), out=act, name="p")
         o = attention_values(p, denominator, keys, name="o")
         o = rope(o, self.positions, frequencies, inverse=True, name="o_unrotated")
-        o = reshape(o, shape=(self.rows, groups, heads * dim // groups))
+        o = reshape(o, shape=(-1, groups, heads * dim // groups))
         z = grouped_linear(o, self.weight(f"{attn}.wo_a"), out=act, name="z_grouped")
-        z = reshape(z, shape=(self.rows, groups * c.o_lora_rank), name="z")
+        z = reshape(z, shape=(-1, groups * c.o_lora_rank), name="z")
         out: Value = linear(z, self.weight(f"{attn}.wo_b"), out=act, name="attn_out")
         return out
 
@@ -349,7 +350,7 @@ class _Model:
                 places,
                 ratio=ratio,
                 overlap=plan.overlaps,
-                tokens=self.rows,
+                tokens=self.bucket.tokens,
                 name="pooled",
             )
             z = self.to(z, self.activation, "z")
@@ -364,8 +365,9 @@ class _Model:
     def completed(self, ratio: int, slots: Value, name: str) -> tuple[Value, Value]:
         """The entries that this call completes, and where: by slot, or by sequence of the call."""
         entries, places = completed_entries(
-            self.positions, slots, ratio=ratio, sequences=self.bucket.sequences, name=name
+            self.positions, slots, ratio=ratio, tokens=self.bucket.tokens, name=name
         )
+        self.builder.rename(places, f"{name}_slots")
         return entries, places
 
     def indexer(self, plan: LayerPlan, x: Value, qr: Value) -> Value:
@@ -375,7 +377,7 @@ class _Model:
         with self.builder.scope("indexer"):
             q = linear(qr, self.weight(f"{name}.wq_b"), out=act, name="qb")
             q = rope(
-                reshape(q, shape=(self.rows, heads, dim)),
+                reshape(q, shape=(-1, heads, dim)),
                 self.positions,
                 self.frequencies[True],
                 name="q_rotated",
@@ -413,7 +415,7 @@ class _Model:
         up = clamp(self.to(up, F32), low=-limit, high=limit)
         h = mul(silu(gate), up)
         if weights is not None:
-            h = mul(h, reshape(weights, shape=(*weights.type.shape, 1)))
+            h = mul(h, reshape(weights, shape=(-1, weights.type.shape[1], 1)))
         return self.to(h, self.activation, "h")
 
     def experts(self, plan: LayerPlan, x: Value) -> Value:

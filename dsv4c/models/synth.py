@@ -7,14 +7,13 @@ are in memory at a time.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import math
 import mmap
 import os
+import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from typing import TYPE_CHECKING
 from dsv4c.config import ModelConfig, save_config
 from dsv4c.errors import CheckpointError
 from dsv4c.models.weights import Source, Table, TensorSpec, inventory, sources
+from dsv4c.publish import OccupiedError, published
 from dsv4c.types import NVFP4, QuantType
 
 if TYPE_CHECKING:
@@ -49,7 +49,8 @@ def synthesize(
     """Write config.json and the weights of `config` into `directory`, and return it.
 
     `shards` is the number of files (by default as many as keep each near 2 GB); more than one get an index.
-    Everything is written beside the target and renamed when complete. `progress(name, bytes done, bytes in
+    Everything is written beside the target and exchanged with it when complete; files there that are none of
+    a checkpoint's are kept. `progress(name, bytes done, bytes in
     all)` is called from worker threads, one at a time. Raises CheckpointError if the folder is not empty
     (unless it holds a checkpoint and `force`, which replaces that) or cannot be written, or if the disk is
     too small.
@@ -70,13 +71,13 @@ def synthesize(
             raise CheckpointError(
                 f"{target}: the weights need {total:,} bytes, the disk has {free:,} left; free some"
             )
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-            folder = Path(scratch) / "checkpoint"
+        with published(target, replace=force, keep=_is_foreign) as folder:
             folder.mkdir()
             files = _create(folder, specs, shards or max(1, -(-total // SHARD_BYTES)))
             _fill(config, table, seed, files, total, workers, progress)
             save_config(config, folder)
-            _publish(folder, target, force)
+    except OccupiedError:
+        raise CheckpointError(f"{target}: another process wrote it just now; it was left alone") from None
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from None
     return target
@@ -175,19 +176,9 @@ def _create_file(path: Path, group: list[TensorSpec]) -> Iterator[tuple[str, _Sl
         yield spec.name, _Slot(spec, storage[start + offset : start + offset + spec.nbytes])
 
 
-def _publish(folder: Path, target: Path, force: bool) -> None:
-    if not force or not target.exists() or not any(target.iterdir()):
-        try:
-            folder.rename(target)  # replaces an empty folder, and no other
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise
-            raise CheckpointError(f"{target}: another process wrote it just now; it was left alone") from None
-        return
-    for stale in (*target.glob("model*.safetensors"), target / INDEX):
-        stale.unlink(missing_ok=True)
-    for file in sorted(folder.iterdir()):
-        file.replace(target / file.name)
+def _is_foreign(name: str) -> bool:
+    """Is an entry of the folder none of a checkpoint's own, so that it outlives a replacement?"""
+    return not re.fullmatch(r"model.*\.safetensors|model\.safetensors\.index\.json|config\.json", name)
 
 
 # --- values -------------------------------------------------------------------------------------------------

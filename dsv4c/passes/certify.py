@@ -8,17 +8,18 @@ ops allow it. Results are kept by digest, so a second compile pays nothing.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
+from platform import machine
 from typing import TYPE_CHECKING, Any
 
-from dsv4c.cache import cache_folder
+from dsv4c.cache import Store, cache_folder
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.graph import Builder, Graph, Kind, Value
@@ -32,7 +33,7 @@ from dsv4c.types import Type
 if TYPE_CHECKING:
     from dsv4c.passes.defects import Kill
 
-VERSION = 1  # of the procedure; part of every digest
+VERSION = 2  # of the procedure and of a certificate's fields; part of every digest
 PATTERNS = ("mixed", "edges", "zeros", "random", "tiny", "large")
 LIMIT = 3e8  # operations one side may take on one pattern; costlier ones see fewer patterns
 
@@ -59,7 +60,8 @@ class Application:
 
     @property
     def digest(self) -> str:
-        text = f"{VERSION} {_sources()} {self.op!r} {self.operands} {print_graph(self.nodes)}"
+        text = f"{VERSION} {_sources()} {_declaration(self.op.__class__.__module__)} {self.op!r} "
+        text += f"{self.operands} {print_graph(self.nodes)}"
         text += print_graph(trace(self.op, self.types).graph)
         return sha256(text.encode()).hexdigest()
 
@@ -153,7 +155,7 @@ def certify(matches: Iterable[Match], *, folder: Path | None = None, fresh: bool
     `fresh` evaluates again whatever was kept. Two processes may share the folder.
     """
     started = time.perf_counter()
-    store = cache_folder() / "certificates" if folder is None else folder
+    store = Store(cache_folder() / "certificates" if folder is None else folder)
     result = Certificates()
     for applied in applications(matches):
         reduced = reduce_sizes(applied)
@@ -358,34 +360,32 @@ def _regrown(op: Op, traced: Op) -> Op:
 
 @cache
 def _sources() -> str:
-    """Digest of the sources that decide a certificate: meanings, codec, and this procedure."""
+    """Digest of what decides a certificate besides its op and nodes: the meanings and this procedure, by
+    their sources, and the library that computes.
+    """
     package = Path(__file__).parents[1]
-    files = [
-        *sorted((package / "reference").glob("*.py")),
-        package / "numerics" / "codec.py",
-        package / "types.py",
-    ]
-    files += [package / "passes" / f"{name}.py" for name in ("certify", "adversarial", "compare")]
-    h = sha256()
-    for path in files:
+    files = [f for room in ("ir", "numerics", "reference") for f in sorted((package / room).rglob("*.py"))]
+    files += [package / "passes" / f"{name}.py" for name in ("certify", "adversarial", "compare", "expand")]
+    h = sha256(f"torch {version('torch')} on {machine()}".encode())
+    for path in (package / "types.py", *files):
         h.update(path.read_bytes())
     return h.hexdigest()
 
 
-def _load(folder: Path, digest: str) -> Certificate | None:
-    try:
-        record = json.loads((folder / f"{digest}.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return from_dict(record)
+@cache
+def _declaration(module: str) -> str:
+    """Digest of the module that declares a fused op, where it may have a meaning of its own."""
+    file = getattr(sys.modules[module], "__file__", None)
+    return sha256(Path(file).read_bytes()).hexdigest() if file else ""
 
 
-def _save(folder: Path, certificate: Certificate) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    with os.fdopen(handle, "w") as file:
-        json.dump(to_dict(certificate), file)
-    os.replace(name, folder / f"{certificate.digest}.json")  # whole or not at all, whoever else writes
+def _load(store: Store, digest: str) -> Certificate | None:
+    content = store.get(digest)
+    return None if content is None else from_dict(json.loads(content))
+
+
+def _save(store: Store, certificate: Certificate) -> None:
+    store.put(certificate.digest, json.dumps(to_dict(certificate)).encode())
 
 
 def to_dict(certificate: Certificate) -> dict[str, Any]:

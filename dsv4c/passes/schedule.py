@@ -25,6 +25,11 @@ class Group:
     ops: tuple[str, ...]
     chained: bool = False
 
+    def takes(self, names: Sequence[str]) -> bool:
+        """May ops of these names, in the order of a graph, share a launch?"""
+        turns = [self.ops.index(name) for name in names if name in self.ops]
+        return len(turns) == len(names) and (not self.chained or turns == sorted(turns))
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -69,26 +74,34 @@ def _grouped(
     order = nx.DiGraph()  # of launches, each by its first member
     order.add_nodes_from(range(len(nodes)))
     order.add_edges_from((wait, index) for index, own in enumerate(waits) for wait in own)
-    members = {i: [i] for i in range(len(nodes))}
-    open_: dict[tuple[str, int], list[int]] = {}  # launches of a layer that may grow
+    members = {i: [node] for i, node in enumerate(nodes)}
+    last = list(range(len(nodes)))  # of a launch's members
+    kinds: dict[int, Group] = {}  # of launches of several nodes
+    open_: dict[str, list[int]] = {}  # launches of a layer that may grow
+
+    def joined(host: int, index: int) -> Group | None:
+        """The group as whose a node may join a launch."""
+        names = [node.op.name for node in (*members[host], nodes[index])]
+        known = [kinds[host]] if host in kinds else groups
+        return next((g for g in known if g.takes(names) and _may_join(order, host, index, g)), None)
+
     for index, node in enumerate(nodes):
         layer = layer_of(node)
-        for kind, group in enumerate(groups):
-            if not layer or node.op.name not in group.ops:
-                continue
-            hosts = open_.setdefault((layer, kind), [])
-            host = next((h for h in hosts if _may_join(order, h, index, group)), None)
-            if host is None:
-                hosts.append(index)
-                continue
-            members[host] += members.pop(index)
-            nx.contracted_nodes(order, host, index, self_loops=False, copy=False)
-            break
-    turn = {name: i for group in groups for i, name in enumerate(group.ops)}
-    return [
-        tuple(nodes[i] for i in sorted(members[host], key=lambda i: turn.get(nodes[i].op.name, 0)))
-        for host in nx.lexicographical_topological_sort(order, lambda launch: members[launch][-1])
-    ]
+        if not layer or not any(node.op.name in group.ops for group in groups):
+            continue
+        hosts = open_.setdefault(layer, [])
+        for host in hosts:
+            if (group := joined(host, index)) is not None:
+                kinds[host] = group
+                members[host] += members.pop(index)
+                last[host] = index
+                nx.contracted_nodes(order, host, index, self_loops=False, copy=False)
+                break
+        else:
+            hosts.append(index)
+    for host, group in kinds.items():
+        members[host].sort(key=lambda node: group.ops.index(node.op.name))
+    return [tuple(members[host]) for host in nx.lexicographical_topological_sort(order, last.__getitem__)]
 
 
 def _may_join(order: Any, host: int, index: int, group: Group) -> bool:

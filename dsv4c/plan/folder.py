@@ -6,11 +6,8 @@ bytes. Every file has its sha256 in plan.json, whose own is on its second line; 
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -21,6 +18,7 @@ from dsv4c import strict_json
 from dsv4c.buckets import bucket_named
 from dsv4c.errors import PlanError
 from dsv4c.plan.records import (
+    SPACES,
     Argument,
     BodyCode,
     KernelCode,
@@ -29,6 +27,8 @@ from dsv4c.plan.records import (
     Program,
     StateSlot,
 )
+from dsv4c.plan.typed import require_types
+from dsv4c.publish import OccupiedError, published, require_writable
 from dsv4c.types import TypeSyntaxError, parse_type
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 """Version of the folder's form; a reader refuses any other."""
+
+LARGEST_FILE = 1 << 30
+"""Bytes of a plan's file; weights are none of them."""
 
 PLAN_FILE, TIMINGS_FILE = "plan.json", "timings.json"
 Progress = Callable[[str, int, int], None]
@@ -133,26 +136,15 @@ class Plan:
         check_target(target, force=force)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}-") as scratch:
-                made, old = Path(scratch) / "plan", Path(scratch) / "old"
+            with published(target, replace=force) as made:
                 for name, content in {**self.files, PLAN_FILE: self.text.encode()}.items():
                     path = made / name
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content)
                 if self.timings:
                     (made / TIMINGS_FILE).write_text(json.dumps(dict(self.timings), indent=1) + "\n")
-                if force and target.exists():
-                    target.rename(old)
-                try:
-                    made.rename(target)
-                except BaseException as problem:
-                    if old.exists() and not target.exists():
-                        old.rename(target)
-                    if getattr(problem, "errno", None) not in (errno.ENOTEMPTY, errno.EEXIST):
-                        raise
-                    raise PlanError(
-                        f"{target}: another process wrote it just now; it was left alone"
-                    ) from None
+        except OccupiedError:
+            raise PlanError(f"{target}: another process wrote it just now; it was left alone") from None
         except OSError as error:
             raise PlanError(f"{target}: cannot be written: {error.strerror or error}") from None
         return target
@@ -192,11 +184,9 @@ def check_target(folder: str | Path, *, force: bool = False) -> None:
         if not above.is_dir():
             raise PlanError(f"{target}: cannot be written: {above} is no folder")
         if above == target:
-            if not os.access(target, os.W_OK):  # it will be moved aside, which takes the right to write to it
-                raise PlanError(f"{target}: cannot be written: {os.strerror(errno.EACCES)}")
+            require_writable(target)  # it will be moved, which takes the right to write to it
             above = target.absolute().parent
-        with tempfile.TemporaryDirectory(dir=above):
-            pass
+        require_writable(above)
     except OSError as error:
         raise PlanError(f"{target}: cannot be written: {error.strerror or error}") from None
 
@@ -222,11 +212,14 @@ def load(folder: str | Path) -> Plan:
     text = _read(path)
     data = _parse(path, text)
     _check_digest(path, text, data)
-    files = {name: _checked(folder, name, digest) for name, digest in data["files"].items()}
+    files = _files(folder, data)
     try:
-        return _plan_from_json(data, files, _timings(folder / TIMINGS_FILE))
+        plan = _plan_from_json(data, files, _timings(folder / TIMINGS_FILE))
     except (KeyError, TypeError, ValueError, AttributeError, TypeSyntaxError) as error:
-        raise PlanError(f"{path}: a record cannot be read: {error!r}; compile the plan again") from None
+        raise PlanError(f"{path}: a record cannot be read: {error!r:.200}; compile the plan again") from None
+    require_types(plan, str(path))
+    _require_deployment(path, plan)
+    return plan
 
 
 # --- writing ---
@@ -290,9 +283,17 @@ def _launch_to_json(launch: Launch) -> dict[str, Any]:
 # --- reading ---
 
 
+def _read_bytes(path: Path) -> bytes:
+    """Raises OSError, PlanError for a file beyond `LARGEST_FILE`."""
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise PlanError(f"{path}: has {size:,} bytes, files of a plan at most {LARGEST_FILE:,}")
+    return path.read_bytes()
+
+
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return _read_bytes(path).decode()
     except OSError as error:
         raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -333,15 +334,44 @@ def _check_digest(path: Path, text: str, data: Mapping[str, Any]) -> None:
         raise PlanError(f"{path}: was altered after it was compiled; compile the plan again")
 
 
+def _files(folder: Path, data: Mapping[str, Any]) -> dict[str, bytes]:
+    """Contents of the files that a plan names, each compared with its digest."""
+    named = data.get("files")
+    if not isinstance(named, Mapping):
+        raise PlanError(f"{folder / PLAN_FILE}: names no files; compile the plan again")
+    return {name: _checked(folder, name, digest) for name, digest in named.items()}
+
+
+_DEPLOYMENT = {"target": str, "recipe": str, "max_context": int, "slots": int, "buckets": list}
+
+
+def _require_deployment(path: Path, plan: Plan) -> None:
+    """What a session takes from the loose parts of a plan."""
+    found = {name: type(value) for name, value in plan.deployment.items()}
+    counts = [value for value in plan.deployment.values() if type(value) is int]
+    if found != _DEPLOYMENT or min(counts) < 1 or plan.deployment["buckets"] != list(plan.buckets):
+        raise PlanError(
+            f"{path}: its deployment is {plan.deployment!r:.200}; expected {', '.join(_DEPLOYMENT)}, the "
+            f"buckets {', '.join(plan.buckets)}"
+        )
+    if type(plan.config.get("vocab_size")) is not int:
+        raise PlanError(f"{path}: its config has no vocab_size; compile the plan again")
+    missing = [space for space in SPACES if space not in plan.blocks]
+    if missing:
+        raise PlanError(f"{path}: says no size of the block of {missing[0]}; compile the plan again")
+
+
 def _checked(folder: Path, name: str, digest: str) -> bytes:
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
-        raise PlanError(f"{folder / PLAN_FILE}: names the file {name!r}; expected files inside the plan")
+        raise PlanError(f"{folder / PLAN_FILE}: names the file {name[:80]!r}; expected files inside the plan")
     path = folder / relative
-    if not path.is_file():
-        raise PlanError(f"{path}: is missing from the plan; compile the plan again, or copy it as a whole")
     try:
-        content = path.read_bytes()
+        if not path.is_file():
+            raise PlanError(
+                f"{path}: is missing from the plan; compile the plan again, or copy it as a whole"
+            )
+        content = _read_bytes(path)
     except OSError as error:
         raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
     if _sha256(content) != digest:

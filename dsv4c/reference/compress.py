@@ -12,13 +12,13 @@ from dsv4c.reference.registry import meaning
 @meaning(CompletedEntries)
 def completed_entries(op: CompletedEntries, positions: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Of the entries that T tokens can reach from the first one, those whose last token is among them."""
-    by_sequence = positions.reshape(op.sequences, -1)
-    places = -(-by_sequence.shape[1] // op.ratio)
+    by_sequence = positions.reshape(-1, op.tokens)
+    places = -(-op.tokens // op.ratio)
     first = by_sequence.masked_fill(by_sequence < 0, torch.iinfo(torch.int32).max).amin(1, keepdim=True)
     entries = first // op.ratio + torch.arange(places, dtype=torch.int32)
     last_token = (entries.to(torch.int64) + 1) * op.ratio - 1
     completes = last_token[:, :, None] == by_sequence[:, None, :]  # at most one token each
-    slot = (completes * slots.reshape(op.sequences, 1, -1)).sum(-1, dtype=torch.int32)
+    slot = (completes * slots.reshape(-1, 1, op.tokens)).sum(-1, dtype=torch.int32)
     return torch.where(completes.any(-1), entries, -1).reshape(-1), slot.reshape(-1)
 
 

@@ -29,13 +29,13 @@ def cache_write(op: CacheWrite, cache: Value, rows: Value, index: Tensor, slots:
 @meaning(CacheExtend)
 def cache_extend(op: CacheExtend, cache: Value, rows: Value, positions: Tensor, slots: Tensor) -> Value:
     ring = cache.shape[1]
-    by_sequence = positions.to(torch.int64).reshape(op.sequences, -1)
+    by_sequence = positions.to(torch.int64).reshape(-1, op.tokens)
     last, at = by_sequence.max(1, keepdim=True)
-    slot = slots.reshape(op.sequences, -1).gather(1, at)
+    slot = slots.reshape(-1, op.tokens).gather(1, at)
     first = last + 1 - (by_sequence >= 0).sum(1, keepdim=True)
     held = last - (last - torch.arange(op.capacity)) % op.capacity  # the latest position of each residue
     new, old = held >= first, (held >= 0) & (held >= first - ring)
-    row = torch.arange(op.sequences)[:, None] * by_sequence.shape[1] + held - first
+    row = torch.arange(by_sequence.shape[0])[:, None] * op.tokens + held - first
 
     def join(kept: Tensor, added: Tensor) -> Tensor:
         trailing = [1] * (kept.ndim - 2)

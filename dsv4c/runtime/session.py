@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.buckets import ROWS, Bucket, Logits
-from dsv4c.errors import SessionError
+from dsv4c.errors import Dsv4cError, SessionError
 from dsv4c.plan.folder import Plan
 from dsv4c.runtime import state
 from dsv4c.runtime.executor import Executor, states_of
@@ -183,8 +183,8 @@ class Session:
         `slots` move on, all by default. Raises SessionError as `decode` does.
         """
         wanted = list(range(self.slots)) if slots is None else list(slots)
-        chosen = torch.full((max(count, 0), self.slots), -1, dtype=torch.int32, device=self.device)
         kept = self._greedy(count, wanted, keep=True)
+        chosen = torch.full((count, self.slots), -1, dtype=torch.int32, device=self.device)
         assert kept is not None
         chosen[:, wanted] = kept
         return chosen
@@ -231,9 +231,15 @@ class Session:
         self._streams = self._next = None
 
     def wait(self) -> None:
-        """Wait for everything enqueued. Raises DriverError if a step failed on the device."""
-        with self.executor.naming():
-            self.executor.wait()
+        """Wait for everything enqueued. Raises DriverError if a step failed on the device; the state is then
+        half-written.
+        """
+        try:
+            with self.executor.naming():
+                self.executor.wait()
+        except Dsv4cError:
+            self._broken = True
+            raise
 
     # --- looking ---
 
@@ -254,17 +260,17 @@ class Session:
         order, or one row per slot. Input of `draft`.
         """
         if self._streams is None:
-            raise SessionError("no streams yet; call prefill or decode first")
+            raise SessionError("no streams yet for this state; call prefill or decode first")
         return self._streams
 
     @property
     def next_tokens(self) -> list[int]:
-        """The likeliest next token by row of the last call (the lowest id of equals). Waits for it."""
+        """The likeliest next token by row of the last call (of equals the lowest). Waits as `wait` does."""
         if self._next is None:
-            raise SessionError("no next tokens yet; call prefill or decode first")
-        with self.executor.naming():
-            self._check_finite(range(self.slots))
-            return self._next.tolist()
+            raise SessionError("no next tokens yet for this state; call prefill or decode first")
+        self.wait()
+        self._check_finite(range(self.slots))
+        return self._next.tolist()
 
     # --- keeping ---
 

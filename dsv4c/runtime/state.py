@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +14,9 @@ from torch import Tensor
 
 from dsv4c.errors import SessionError
 from dsv4c.numerics.codec import Quantized, Value
+from dsv4c.numerics.soundness import not_finite
 from dsv4c.plan.folder import Plan
+from dsv4c.publish import published
 
 FORMAT, SCHEMA = "dsv4c-state", "2"
 
@@ -44,6 +44,17 @@ def copy_slot(states: Mapping[str, Value], source: int, target: int) -> None:
         part[target].copy_(part[source])
 
 
+def check_numbers(states: Mapping[str, Value]) -> None:
+    """Raise SessionError for a state that holds what is no finite number. Packed elements are all numbers."""
+    for name, value in states.items():
+        parts = value.parts if isinstance(value, Quantized) else (value,)
+        packed = isinstance(value, Quantized) and value.data.dtype is torch.uint8
+        for part in parts[1:] if packed else parts:
+            fault = not_finite(part)
+            if fault is not None:
+                raise SessionError(f"the state {name} {fault} and will not be saved; call reset()")
+
+
 def write(path: Path, plan: Plan, states: Mapping[str, Value], slots: Sequence[int]) -> Path:
     """Write the rows of these slots to a safetensors file, whole or not at all, and return its path.
 
@@ -52,10 +63,8 @@ def write(path: Path, plan: Plan, states: Mapping[str, Value], slots: Sequence[i
     rows = {n: torch.stack([_bytes(part[s]).cpu() for s in slots]) for n, part in _parts(states)}
     metadata = {"format": FORMAT, "schema": SCHEMA, "plan": plan.digest, "sha256": _digest(rows)}
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-            made = Path(scratch) / "state"
+        with published(path) as made:
             save_file(rows, made, metadata)
-            os.replace(made, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SessionError(f"{path}: the state cannot be written: {reason}") from None
@@ -87,7 +96,7 @@ def read(path: Path, plan: Plan, states: Mapping[str, Value], slots: int) -> Sav
             f"{path}: holds {held} slots in {len(found)} arrays, expected {slots} in {len(wanted)}"
         )
     if metadata.get("sha256") != _digest(rows):
-        raise SessionError(f"{path}: is damaged: its bytes are not those that were saved; save it again")
+        raise SessionError(f"{path}: is damaged: its bytes are not those that were saved")
     saved = Saved(rows)
     limit = int(plan.deployment["max_context"])
     for slot in plan.state:

@@ -1,43 +1,64 @@
-"""Buckets of several rows per sequence: every node has a kernel, and what does not depend on rows is shared."""
+"""Plans of several buckets: every node has a kernel in each, and kernels that no row decides are shared."""
 
 from __future__ import annotations
-
-from functools import cache
 
 import pytest
 
 from benchmarks.plans import first_layers
-from dsv4c.arch import SM_90A
-from dsv4c.buckets import Bucket
-from dsv4c.codegen.lower import Lowered, lower
-from dsv4c.compiler.compile import job_for
-from dsv4c.config import Deployment, ModelConfig, load_config
-from dsv4c.errors import BuildError
-from dsv4c.ir.verify import verify
-from dsv4c.models.deepseek_v4 import build
-from dsv4c.plan.records import KernelLaunch
+from dsv4c.plan.folder import Plan
+from dsv4c.plan.records import KernelCode, Program
+from tests.codegen.lowered import gpu_plan
 
-SLOTS = 9  # more than any bucket has sequences
-BY_ROWS = {"in_proj", "q_proj", "wo_a", "wo_b", "head", "router_gate"}
-"""Kernels whose text says how many rows there are: weights meet all of them at once."""
+OF_ROWS = {"in_proj_0", "q_proj_0", "wo_a_0", "wo_b_0", "head_0", "router_gate_0"}
+"""Kernels of any number of rows of their own: a weight meets all rows at once."""
 
 
-@cache
-def lowered(model: str | ModelConfig, bucket: Bucket, recipe: str = "official", context: int = 4096) -> Lowered:
-    """The kernels of one bucket."""
-    config = load_config(model) if isinstance(model, str) else model
-    job = job_for(config, target=SM_90A.name, recipe=recipe, max_context=context)
-    deployment = Deployment("cpu", recipe, context, SLOTS, (Bucket("decode"), bucket))
-    graph = verify(build(config, deployment, bucket, job.recipe.activation))
-    placed = job.bucket("decode", graph=graph)
-    return lower(placed.graph, placed.schedule, SM_90A.name, placed.context.prepack)
+def kernels(plan: Plan, program: Program) -> set[tuple[str, str]]:
+    """(symbol, key) of what a bucket launches."""
+    keys = {launch.code.kernel for launch in program.launches if isinstance(launch.code, KernelCode)}
+    return {(plan.kernels[key]["symbol"], key) for key in keys}
 
 
-def symbols(lowered: Lowered) -> set[tuple[str, str]]:
-    """Kernels by name and key."""
-    return {(lowered.sources[launch.kernel].symbol, launch.kernel) for launch in lowered.launches}
+@pytest.fixture(scope="module", params=["official", "nvfp4"])
+def flash(request: pytest.FixtureRequest) -> Plan:
+    """Three kinds of layers in full width, with every bucket that GPUs have kernels for."""
+    config = first_layers("deepseek-v4-flash", 6)
+    return gpu_plan(
+        config, recipe=request.param, max_context=8192, batch=(1, 2, 8), verify=4, chunk=8, slots=9
+    )
 
 
-def binding(launch: KernelLaunch, name: str) -> bool:
-    """Whether an argument of that name is bound."""
-    return any(argument.name == name for argument in launch.arguments)
+def test_every_bucket_has_kernels_for_what_is_fused(flash: Plan) -> None:
+    assert list(flash.buckets) == ["decode-1", "decode-2", "decode-8", "verify-1x4", "prefill-8"]
+    counts = {name: len(program.launches) for name, program in flash.buckets.items()}
+    assert len(set(counts.values())) == 1, counts
+    ops = {name: [launch.op for launch in program.launches] for name, program in flash.buckets.items()}
+    assert all(ops[name] == ops["decode-1"] for name in ops)
+
+
+def test_kernels_that_rows_do_not_decide_are_shared(flash: Plan) -> None:
+    first = kernels(flash, flash.buckets["decode-1"])
+    for name, program in flash.buckets.items():
+        own = {symbol for symbol, _ in kernels(flash, program) - first}
+        tokens = program.bucket.tokens if program.bucket else 0
+        # Tokens of one sequence per launch decide how a window is pooled, which rides in q_proj.
+        assert own <= OF_ROWS | ({"positions_0"} if tokens > 1 else set()), (name, own)
+    assert len(flash.kernels) < 2.5 * len(first)
+
+
+def test_logits_of_last_rows_alone_take_one_launch_more() -> None:
+    options = {"max_context": 256, "batch": 1, "verify": 1, "chunk": 8}
+    every, last = (gpu_plan("tiny", logits=logits, **options).buckets for logits in ("all", "last"))
+    ops = [launch.op for launch in last["prefill-8.last"].launches]
+    assert ops.count("last_rows") == 1
+    ops.remove("last_rows")
+    assert ops == [launch.op for launch in every["prefill-8"].launches]
+
+
+def test_slots_are_bound_wherever_state_is(flash: Plan) -> None:
+    for program in flash.buckets.values():
+        for launch in program.launches:
+            names = {argument.value for argument in launch.arguments}
+            spaces = {argument.space for argument in launch.arguments}
+            if "state" in spaces:
+                assert names & {"slots", "row_slots"}, launch.name

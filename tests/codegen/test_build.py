@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from dsv4c.codegen.build import (
-    TARGETS,
-    Built,
-    Source,
-    build,
-    read_entry,
-    read_resources,
-    source_key,
-    write_entry,
-)
+from dsv4c.codegen.build import TARGETS, Source, build, read_resources, source_key
 from dsv4c.errors import BuildError
 
 ADD = '''"""y = x + {addend}."""
@@ -48,7 +44,7 @@ def add(addend: int = 1) -> Source:
 
 
 def entries(store: Path) -> list[Path]:
-    return sorted(store.rglob("*.kernel"))
+    return sorted(path for path in store.rglob("*") if path.is_file())
 
 
 def test_one_source_compiles_for_both_targets(tmp_path: Path) -> None:
@@ -78,26 +74,19 @@ def test_a_second_build_takes_everything_from_the_store(tmp_path: Path) -> None:
     assert sorted(seen) == [(1, 2, "add_0"), (2, 2, "add_0")]
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
-def test_a_damaged_entry_is_rebuilt(tmp_path: Path, damage: str) -> None:
+def flip(entry: Path) -> None:
+    data = bytearray(entry.read_bytes())
+    data[len(data) // 2] ^= 1
+    entry.write_bytes(data)
+
+
+def test_a_damaged_entry_is_rebuilt(tmp_path: Path) -> None:
     (good,) = build([add()], "sm_90a", tmp_path, workers=1)
     (entry,) = entries(tmp_path)
-    data = bytearray(entry.read_bytes())
-    if damage == "flip":
-        data[len(data) // 2] ^= 1
-    entry.write_bytes({"flip": data, "truncate": data[:-100], "empty": b""}[damage])
-    assert read_entry(entry, good.key) is None
+    flip(entry)
     (again,) = build([add()], "sm_90a", tmp_path, workers=1)
     assert (again.cached, again.cubin) == (False, good.cubin)
-    assert read_entry(entry, good.key) is not None
-
-
-def test_an_entry_under_a_foreign_key_is_not_taken(tmp_path: Path) -> None:
-    (good,) = build([add()], "sm_90a", tmp_path, workers=1)
-    assert read_entry(entries(tmp_path)[0], "0" * 64) is None
-    copy = tmp_path / "copy"
-    write_entry(copy, good)
-    assert read_entry(copy, good.key) == Built(**{**good.__dict__, "cached": True})
+    assert build([add()], "sm_90a", tmp_path) == [replace(good, cached=True)]
 
 
 def test_two_processes_share_a_store(tmp_path: Path) -> None:
@@ -115,7 +104,6 @@ def test_two_processes_share_a_store(tmp_path: Path) -> None:
     assert [process.returncode for process in both] == [0, 0]
     assert outputs[0] == outputs[1]
     assert len(entries(tmp_path / "store")) == 1
-    assert not list((tmp_path / "store").rglob("*.partial"))
 
 
 def test_the_key_covers_source_target_and_symbol() -> None:
@@ -145,3 +133,38 @@ def test_unknown_targets_and_wrong_symbols_are_refused(tmp_path: Path) -> None:
         build([Source("misnamed_0", add().text)], "sm_90a", tmp_path, workers=1)
     (good,) = build([add()], "sm_90a", tmp_path, workers=1)
     assert read_resources(good.cubin, "add_0") == good.resources
+
+
+HOSTILE = "import pathlib; pathlib.Path({mark!r}).write_text('a file of the working folder ran')\n"
+
+
+def test_nothing_in_the_working_folder_or_the_environment_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (plain,) = build([add()], "sm_90a", tmp_path / "plain", workers=1)
+    folder, mark = tmp_path / "downloaded", tmp_path / "it ran"
+    folder.mkdir()
+    for name in ("queue", "cutlass", "cuda", "dsv4c", "sitecustomize", "usercustomize", "json"):
+        (folder / f"{name}.py").write_text(HOSTILE.format(mark=str(mark)))
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    monkeypatch.setenv("PYTHONSTARTUP", str(folder / "queue.py"))
+    monkeypatch.setenv("CUTE_DSL_LINEINFO", "1")
+    monkeypatch.setenv("CUTE_DSL_CACHE_DIR", str(folder / "cache"))
+    (again,) = build([add()], "sm_90a", tmp_path / "again", workers=1)
+    assert again == plain
+    assert not mark.exists()
+    assert not (folder / "cache").exists()
+
+
+def test_an_interrupt_ends_the_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    slow = Source("slow_0", '"""Sleeps."""\nimport time\ntime.sleep(60)\n')
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    started = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        build([slow, replace(slow, symbol="slow_1")], "sm_90a", tmp_path / "store", workers=1)
+    assert time.perf_counter() - started < 20
+    assert list(tmp_path.iterdir()) == []

@@ -91,6 +91,9 @@ SMALL = [
     in_proj(1, 256),
     q_proj("q_proj_one_warp", 3, replace(WINDOW, width=128), KEYS, k=128, rows=512),
     q_proj("q_proj_wide_row", 2, WINDOW, ENTRIES, KEYS, k=128, rows=2048),
+    q_proj(
+        "q_proj_four", 8, WINDOW, replace(ENTRIES, ring=11, tokens=4), replace(KEYS, ring=11, tokens=4), k=256
+    ),
     q_proj("q_proj_long", 8, replace(WINDOW, format="bf16"), replace(LONG, format="bf16"), k=256, rows=512),
 ]
 SPLIT = [  # eight rows do not fit beside two stages of weights
@@ -200,6 +203,27 @@ def test_packing_does_not_depend_on_the_batch() -> None:
             assert str(parse_packing(name)) == name
 
 
+def test_sums_do_not_depend_on_the_batch() -> None:
+    """Tiles, rounds and how warps share columns decide the order in which a row's products are added."""
+
+    def order(spec: GemvSpec) -> list[tuple[int, ...]]:
+        rings = [part.ring for part in plan_parts(spec, SM_90A)]
+        return [(r.tile_warps, r.k_warps, r.span, r.steps, r.rounds) for r in rings]
+
+    for spec in FLASH + SMALL + SPLIT:
+        assert all(order(replace(spec, batch=b)) == order(spec) for b in range(1, 9))
+
+
+def test_experts_are_one_kernel_for_any_batch() -> None:
+    spec = experts("mxfp4", "fp8")
+    for b in (1, 2, 8):
+        other = replace(spec, batch=b)
+        up, down = emit_experts_up(other, BY_SCORE, SM_90A), emit_experts_down(other, SM_90A)
+        assert up.source == emit_experts_up(spec, BY_SCORE, SM_90A).source
+        assert down.source == emit_experts_down(spec, SM_90A).source
+        assert up.grid[1] == down.grid[1] == b
+
+
 def test_shared_arrays_do_not_overlap() -> None:
     for part in plan_parts(in_proj(3), SM_90A):
         places = part.places
@@ -234,7 +258,7 @@ def test_riders_take_the_first_ctas_and_change_no_weight() -> None:
     assert emission.grid[0] == bare.grid[0] + 6
     assert emission.parameters[: len(bare.parameters)] == bare.parameters
     names = [p.name for p in emission.parameters]
-    assert len(set(names)) == len(names)  # riders share positions and frequencies
+    assert len(set(names)) == len(names)  # riders share positions, slots and frequencies
     bounds = re.findall(r"\b(?:if|elif) block < (\d+):", emission.source.split("@cute.kernel")[1])
     assert bounds == ["2", "4", "6"]
     assert re.search(r"else:\n        \w+\(smem, block - 6,", emission.source)
@@ -249,13 +273,14 @@ def test_a_launch_has_the_threads_that_its_riders_rows_take() -> None:
         assert isinstance(entries, CompressSpec)
         assert isinstance(keys, CompressSpec)
         assert (entries.pool.groups, keys.pool.groups) == (threads // 128, threads // 32)
-        assert entries.pool.groups * entries.pool.run >= entries.pool.tokens
+        assert entries.pool.groups * entries.pool.run >= entries.pool.pooled
 
 
 @pytest.mark.parametrize(
     ("rider", "message"),
     [
-        (replace(ENTRIES, ring=7), "compress pools 8 tokens, its ring holds 7"),
+        (replace(ENTRIES, ring=7), "compress pools 8 tokens, with 1 of .*: want a ring of 8 rows, got 7"),
+        (replace(ENTRIES, ring=14, tokens=8), "with 8 of a sequence per launch: want a ring of 15 rows"),
         (replace(KEYS, width=256), "must be 128 wide"),
         (replace(WINDOW, width=192), "multiple of 128 up to 1024 wide, got 192"),
         (replace(WINDOW, width=1152), "256 threads hold rows .* up to 1024 wide, got 1152"),

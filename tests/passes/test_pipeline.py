@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 
+from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, load_config
 from dsv4c.errors import GraphError
 from dsv4c.ir.declare import fused
@@ -72,7 +73,7 @@ class BreakTest(Pass):
 
 
 def tiny() -> Graph:
-    return build(load_config("tiny"), Deployment(max_context=128, chunk=4), "decode")
+    return build(load_config("tiny"), Deployment(max_context=128), Bucket("decode"))
 
 
 def small() -> Graph:
@@ -88,9 +89,9 @@ def small() -> Graph:
 @pytest.mark.parametrize(
     "text",
     [
-        "quantize{recipe=official},fold,prepack,tidy,schedule,memory",
+        "quantize{recipe=official},fold,prepack,tidy",
         "quantize{recipe=nvfp4},fold{rules=sinkhorn+head,without=head},tidy",
-        "quantize{recipe=bf16},tidy,schedule{order=memory},memory",
+        "quantize{recipe=bf16},tidy",
     ],
 )
 def test_specs_round_trip(text: str) -> None:
@@ -100,18 +101,14 @@ def test_specs_round_trip(text: str) -> None:
 
 def test_the_default_is_the_list() -> None:
     assert Pipeline().passes == PIPELINE
-    assert str(Pipeline()) == "quantize{recipe=official},fold,prepack,tidy,schedule,memory"
+    assert str(Pipeline()) == "quantize{recipe=official},fold,prepack,tidy"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("fold", "fold requires 'formats', which quantize establishes"),
-        ("quantize{recipe=official},schedule", "schedule requires 'tidy', which tidy establishes"),
-        (
-            "quantize{recipe=official},tidy,schedule,fold,memory",
-            "memory requires 'order', which schedule establishes and fold undid it",
-        ),
+        ("quantize{recipe=official},schedule", "no pass is written 'schedule'; there are: quantize, fold"),
         ("quantise", "no pass is written 'quantise'; there are: quantize, fold"),
         ("quantize{recipes=official}", "quantize has no option 'recipes=official'; it has: recipe"),
         ("quantize{recipe}", "quantize has no option 'recipe'"),
@@ -120,6 +117,20 @@ def test_the_default_is_the_list() -> None:
 def test_a_pipeline_that_cannot_work(text: str, message: str) -> None:
     with pytest.raises(GraphError, match=message):
         parse_pipeline(text)
+
+
+def test_a_pass_can_undo_what_another_needs() -> None:
+    @dataclass(frozen=True)
+    class Unquantize(Pass):
+        name: ClassVar[str] = "unquantize"
+        spoils: ClassVar = frozenset({"formats"})
+
+    quantize = parse_pipeline("quantize{recipe=official}").passes
+    message = (
+        "fold requires 'formats', which quantize establishes and unquantize undid it; put quantize before"
+    )
+    with pytest.raises(GraphError, match=message):
+        Pipeline((*quantize, Unquantize(), Fold()))
 
 
 def test_options_read_as_their_type() -> None:
@@ -136,13 +147,11 @@ def test_stages_are_verified_counted_and_watched() -> None:
     seen: list[Stage] = []
     context = Context(rules=contributions().rules)
     stages = Pipeline().run(tiny(), context, watch=seen.append)
-    assert [s.name for s in stages] == ["quantize", "fold", "prepack", "tidy", "schedule", "memory"]
+    assert [s.name for s in stages] == ["quantize", "fold", "prepack", "tidy"]
     assert seen == stages
     assert len(stages[1].graph.nodes) < len(stages[0].graph.nodes) / 4
     assert all(s.seconds >= 0 for s in stages)
     assert context.fold is not None
-    assert context.schedule is not None
-    assert context.memory is not None
     assert context.prepack is not None
 
 
@@ -151,7 +160,7 @@ def test_stop_edit_and_resume() -> None:
     stopped = Pipeline().run(tiny(), Context(rules=contributions().rules), stop_after="fold")
     assert stopped[-1].name == "fold"
     resumed = Pipeline().after("fold")
-    assert str(resumed) == "prepack,tidy,schedule,memory"
+    assert str(resumed) == "prepack,tidy"
     text = print_graph(stopped[-1].graph)
     assert resumed.run(parse_graph(text), Context())[-1].graph == whole
     with pytest.raises(GraphError, match=r"no pass is named 'nope' in the pipeline; there are: quantize"):
@@ -306,13 +315,12 @@ def test_two_packages_with_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- again ---
 
 
-@pytest.mark.parametrize("order", ["source", "memory"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_any_pass_a_second_time_changes_nothing(recipe: str, order: str) -> None:
-    line = Pipeline().with_options("quantize", recipe=recipe).with_options("schedule", order=order)
+def test_any_pass_a_second_time_changes_nothing(recipe: str) -> None:
+    line = Pipeline().with_options("quantize", recipe=recipe)
     context = Context(rules=contributions().rules)
     graph = build(
-        load_config("tiny"), Deployment(max_context=128, chunk=4), "decode", recipe_named(recipe).activation
+        load_config("tiny"), Deployment(max_context=128), Bucket("decode"), recipe_named(recipe).activation
     )
     for p in line.passes:
         graph = p.run(graph, context)
@@ -320,8 +328,6 @@ def test_any_pass_a_second_time_changes_nothing(recipe: str, order: str) -> None
         again = p.run(graph, context)
         assert again == graph
         assert print_graph(again) == print_graph(graph)
-        assert context.schedule == before.schedule
-        assert context.memory == before.memory
         if p.name == "prepack":
             assert context.prepack is None
             context = before

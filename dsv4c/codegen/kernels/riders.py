@@ -193,8 +193,8 @@ def seated(name: str, riders: Iterable[Rider], threads: int) -> tuple[Rider, ...
         needed = rider.pool.pooled + rider.tokens - 1
         if rider.ring < needed:
             raise BuildError(
-                f"{name}: {rider.name} pools {rider.pool.pooled} tokens while {rider.tokens} arrive, which "
-                f"takes a ring of {needed} rows; it has {rider.ring}"
+                f"{name}: {rider.name} pools {rider.pool.pooled} tokens, with {rider.tokens} of a sequence "
+                f"per launch: want a ring of {needed} rows, got {rider.ring}"
             )
         placed.append(replace(rider, threads=threads))
     return tuple(placed)
@@ -297,7 +297,7 @@ def _compressor(request: Request, call: Call, rows: int, values: dict[str, int])
         entries.shape[1],
         op.eps,
         hadamard=op.rotated,
-        tokens=tokens // op.sequences,
+        tokens=op.tokens,
         frequencies=_shared(call, "frequencies", values),
         positions=_shared(call, "positions", values),
         slots=_shared(call, "slots", values),

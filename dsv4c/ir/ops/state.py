@@ -41,13 +41,14 @@ class CacheExtend(Op):
     """What a ring would hold if it had `capacity` rows and the call's rows in it -> [B, capacity, ...].
 
     cache[S, C, ...] holds the last C positions before the call, p at p % C. rows[N, ...] are the call's,
-    N/B of each sequence, at positions i32[N] of slots i32[N]; -1 is no row. Row r of the result is the
+    `tokens` of each sequence, at positions i32[N] of slots i32[N]; -1 is no row. Row r of the result is the
     sequence's latest position p with p % capacity = r: one of the call's, one that the ring still has, or
     else zeros. The ring stays as it is.
     """
 
     capacity: int
-    sequences: int
+    tokens: int
+    per_call: ClassVar = "tokens"
     picks: ClassVar = {3: (0, 0)}
 
     def infer(self, cache: Type, rows: Type, positions: Type, slots: Type) -> Type:
@@ -58,16 +59,16 @@ class CacheExtend(Op):
         wanted = cache.with_shape((rows.shape[0], *cache.shape[2:]))
         expect(rows == wanted, f"rows must be {wanted} to go with {cache}, got {rows}")
         count = rows.shape[0]
-        expect(count % self.sequences == 0, f"{count} rows do not divide over {self.sequences} sequences")
+        expect(count % self.tokens == 0, f"{count} rows are not {self.tokens} of each sequence")
         expect(
-            count // self.sequences <= self.capacity,
-            f"a capacity of {self.capacity} cannot hold {count // self.sequences} rows of a sequence",
+            self.tokens <= self.capacity,
+            f"a capacity of {self.capacity} cannot hold {self.tokens} rows of a sequence",
         )
-        return cache.with_shape((self.sequences, self.capacity, *cache.shape[2:]))
+        return cache.with_shape((count // self.tokens, self.capacity, *cache.shape[2:]))
 
     def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
         cache, rows, positions, slots = operands
-        kept = self.sequences * min(cache.shape[1], self.capacity) - rows.shape[0]
+        kept = results[0].shape[0] * min(cache.shape[1], self.capacity) - rows.shape[0]
         old = row_bytes(cache, max(0, kept), rank=2)
         return Cost(0, (old, rows.nbytes, positions.nbytes, slots.nbytes), (results[0].nbytes,))
 
@@ -81,6 +82,7 @@ class Positions(Op):
     """
 
     tokens: int
+    per_call: ClassVar = "tokens"
 
     def infer(self, start: Type, slots: Type, lengths: Type) -> tuple[TensorType, TensorType]:
         expect_tensor(start, "start", 1, I32)
@@ -98,6 +100,7 @@ class Owners(Op):
     """
 
     tokens: int
+    per_call: ClassVar = "tokens"
 
     def infer(self, lengths: Type) -> TensorType:
         sequences = expect_tensor(lengths, "lengths", 1, I32).shape[0]

@@ -38,13 +38,14 @@ class Compressor(Fused):
     optional = True
     literals = ("rms_norm.precision", "rope.inverse")
     anchor = CompressPool
+    per_call = "tokens"
     example: ClassVar[Mapping[str, Any]] = {
         "entries": "q[e4m3,ue8m0,1x64,tail=64][1,128,512]",
         "gain": "bf16[512]",
     }
     ratio: int
     overlap: bool
-    sequences: int
+    tokens: int
     eps: float
     rotated: bool
     beside: int = 0
@@ -71,21 +72,19 @@ class Compressor(Fused):
         frequencies: Value,
         owners: Value | None = None,
     ) -> tuple[Value, ...]:
-        ratio, sequences, capacity = self.ratio, self.sequences, self.beside
+        ratio, tokens, capacity = self.ratio, self.tokens, self.beside
         score = add_position_bias(gate, bias, positions)
-        done, done_slots = completed_entries(positions, slots, ratio=ratio, sequences=sequences)
+        done, done_slots = completed_entries(positions, slots, ratio=ratio, tokens=tokens)
         if owners is not None:
-            kv_beside = cache_extend(kv_ring, kv, positions, slots, capacity=capacity, sequences=sequences)
-            score_beside = cache_extend(
-                score_ring, score, positions, slots, capacity=capacity, sequences=sequences
-            )
-            _, places = completed_entries(positions, owners, ratio=ratio, sequences=sequences)
+            kv_beside = cache_extend(kv_ring, kv, positions, slots, capacity=capacity, tokens=tokens)
+            score_beside = cache_extend(score_ring, score, positions, slots, capacity=capacity, tokens=tokens)
+            _, places = completed_entries(positions, owners, ratio=ratio, tokens=tokens)
         kv_ring = cache_write(kv_ring, kv, positions, slots)
         score_ring = cache_write(score_ring, score, positions, slots)
         seen = (kv_ring, score_ring, done, done_slots)
         if owners is not None:
             seen = (kv_beside, score_beside, done, places)
-        z = compress_pool(*seen, ratio=ratio, overlap=self.overlap, tokens=positions.type.shape[0])
+        z = compress_pool(*seen, ratio=ratio, overlap=self.overlap, tokens=tokens)
         if dtype_of(gain) != F32:
             z = cast(z, to=dtype_of(gain))
         e = rope(rms_norm(z, gain, eps=self.eps), done, frequencies, stride=ratio)

@@ -20,10 +20,11 @@ class KvNormRopeStore(Fused):
     """
 
     literals = ("rms_norm.precision", "rope.inverse", "rope.stride")
+    per_call = "tokens"
     example: ClassVar[Mapping[str, Any]] = {"window": "q[e4m3,ue8m0,1x64,tail=64][1,128,512]"}
     eps: float
     beside: int | None = None
-    sequences: int = 0
+    tokens: int = 0
 
     def body(
         self, window: Value, kv: Value, gain: Value, positions: Value, slots: Value, frequencies: Value
@@ -34,5 +35,5 @@ class KvNormRopeStore(Fused):
         if self.beside is None:
             written: Value = cache_write(window, row, positions, slots)
             return written
-        beside = cache_extend(window, row, positions, slots, capacity=self.beside, sequences=self.sequences)
+        beside = cache_extend(window, row, positions, slots, capacity=self.beside, tokens=self.tokens)
         return cache_write(window, row, positions, slots), beside
