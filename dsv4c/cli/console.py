@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,6 +42,21 @@ def print_table(table: Table) -> None:
     from rich.console import Console
 
     Console(markup=False, emoji=False).print(table)  # names may look like either
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with the same keys, which are the headings; all columns but the last are kept on one line."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    *narrow, wide = rows[0]
+    for heading in narrow:
+        table.add_column(heading, no_wrap=True)
+    table.add_column(wide)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    print_table(table)
 
 
 @contextmanager

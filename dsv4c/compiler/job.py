@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dsv4c import strict_json
 from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, ModelConfig
-from dsv4c.errors import ConfigError, GraphError
+from dsv4c.errors import ConfigError, GraphError, listed
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.resize import resized
 from dsv4c.ir.text import parse_graph, print_graph
@@ -79,7 +79,7 @@ class Compiled:
         """The graph after that stage. Raises GraphError naming the stages there are."""
         found = dict(self.named)
         if name not in found:
-            raise GraphError(f"no stage is named {name!r}; there are: {', '.join(found)}")
+            raise GraphError(f"no stage is named {name!r}; there are: {listed(found, name)}")
         return found[name]
 
 
