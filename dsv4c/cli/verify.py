@@ -29,9 +29,9 @@ def verify_command(plan: PlanArgument, json: JsonOption = False) -> None:
     import dsv4c.passes.fusions  # noqa: F401  (the graph's text names fused ops)
     from dsv4c.compiler.verify import check
     from dsv4c.errors import PlanError
-    from dsv4c.plan.folder import load
+    from dsv4c.plan.folder import read_plan
 
-    read = load(plan)
+    read = read_plan(plan)
     launches = {name: len(program.launches) for name, program in read.buckets.items()}
     violations = check(read)
     if json:
