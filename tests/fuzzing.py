@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from dsv4c.runtime.headers import INDEX, read_entries, read_header
+from dsv4c.runtime.headers import INDEX, read_header
 from safetensors.torch import save
 
 from dsv4c import strict_json
@@ -34,7 +34,6 @@ from dsv4c.passes.pipeline import Pipeline, parse_pipeline
 from dsv4c.plan import records
 from dsv4c.plan.records import PLAN_FILE, Plan, load
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.headers import INDEX, read_header
 from dsv4c.runtime.session import STATE_SCHEMA, Session
 from dsv4c.types import KV_FP8, NVFP4, TypeSyntaxError, parse_type
 

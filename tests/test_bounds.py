@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dsv4c.runtime.headers import read_header
 
 import dsv4c
 from dsv4c import strict_json
@@ -19,7 +20,6 @@ from dsv4c.ir.text import parse_attribute, parse_graph
 from dsv4c.models.synth import synthesize
 from dsv4c.plan import records
 from dsv4c.plan.records import PLAN_FILE, Plan, load
-from dsv4c.runtime.headers import read_header
 from dsv4c.types import TypeSyntaxError, parse_type
 from tests.commands import command
 
