@@ -24,9 +24,50 @@ MISTAKES = {
     ("compile", "tiny", "--recipe", "int8"): (2, "error: recipe: unknown recipe 'int8'; known: fp32, bf16"),
     ("compile", "tiny", "--chunk", "99", "--max-context", "50"): (
         2,
-        "chunk is 99; expected at most max_context",
+        "error: deployment: prefill-99 takes 99 tokens; expected at most 50 tokens, max_context",
     ),
-    ("compile", "tiny", "--batch", "0"): (2, "Invalid value for '--batch'"),
+    ("compile", "tiny", "--batch", "0"): (2, "error: batch: 0 is no size of a bucket, expected a number of"),
+    ("compile", "tiny", "--batch", "1,1"): (2, "error: batch: 1, 1 names a size twice"),
+    ("compile", "tiny", "--batch", ""): (2, "error: --batch: '' is no size of a bucket, expected numbers"),
+    ("compile", "tiny", "--batch", "1,"): (2, "error: --batch: '' is no size of a bucket, expected numbers"),
+    ("compile", "tiny", "--chunk", "x"): (2, "error: --chunk: 'x' is no size of a bucket, expected numbers"),
+    ("compile", "tiny", "--chunk", "-8"): (2, "error: --chunk: '-8' is no size of a bucket, expected"),
+    ("show", "tiny", "--chunk", "8;9"): (2, "error: --chunk: '8;9' is no size of a bucket, expected"),
+    ("compile", "tiny", "--batch", "1,4", "--slots", "2"): (
+        2,
+        "error: deployment: slots is 2; expected at least 4, the sequences of decode-4",
+    ),
+    ("compile", "tiny", "--verify", "9"): (2, "error: verify: 9 tokens, expected 1 (no such bucket) to 8"),
+    ("compile", "tiny", "--verify", "8", "--max-context", "7"): (2, "verify-1x8 takes 8 tokens; expected at"),
+    ("compile", "tiny", "--slots", "0"): (2, "Invalid value for '--slots'"),
+    ("compile", "tiny", "--draft", "medusa"): (2, "Invalid value for '--draft'"),
+    ("compile", "tiny", "--logits", "first"): (2, "Invalid value for '--logits'"),
+    ("compile", "tiny", "--target", "sm_90a", "--draft", "mtp"): (
+        2,
+        "error: draft: sm_90a has no kernels for the MTP block; compile with draft off, or for cpu",
+    ),
+    ("compile", "tiny", "--target", "sm_90a", "--chunk", "64"): (
+        2,
+        "prefill-64 has 64 rows; expected at most 8",
+    ),
+    ("compile", "tiny", "--require-fused", "sinkhrn"): (
+        3,
+        "error: no rule is named 'sinkhrn'; there are: embed",
+    ),
+    ("show", "tiny", "--bucket", "decode-8"): (
+        3,
+        "there is no bucket 'decode-8', only decode-1, verify-1x4, pre",
+    ),
+    ("show", "tiny", "--bucket", "decode-8", "--batch", "1,4"): (
+        3,
+        "error: tiny: there is no bucket 'decode-8', only decode-1, decode-4, verify-1x4, prefill-64",
+    ),
+    ("show", "tiny", "--bucket", "mtp"): (3, "there is no bucket 'mtp', only decode-1"),
+    ("show", "tiny", "--bucket", "prefill-64", "--chunk", "8"): (3, "there is no bucket 'prefill-64', only"),
+    ("why-not", "head", "tiny", "--bucket", "draft-64", "--chunk", "8"): (
+        3,
+        "no bucket 'draft-64', only dec",
+    ),
     ("compile", "tiny", "--target", "tpu"): (2, "Invalid value for '--target'"),
     ("compile",): (2, "Missing argument 'CONFIG'"),
     ("compil", "tiny"): (2, "No such command 'compil'"),
@@ -38,7 +79,10 @@ MISTAKES = {
         "error: nothing-here: cannot be read: No such file or directory",
     ),
     ("compile", "tiny", "--pass", ":"): (3, "error: --pass :: Empty module name; expected MODULE:OBJECT"),
-    ("compile", "tiny", "--pass", "os:path"): (3, "error: os:path contributes nothing; expected a pass"),
+    ("compile", "tiny", "--pass", "os:path"): (
+        3,
+        "error: --pass os:path contributes nothing; expected a pass",
+    ),
     ("compile", "tiny", "--pipeline", "quantize,fold"): (
         3,
         "error: pipeline: quantize needs its recipe: quantize{recipe=...}",
@@ -66,7 +110,7 @@ MISTAKES = {
     ("show", "tiny", "--layer", "1", "--format", "html"): (3, "--format html shows every layer; leave"),
     ("show", "tiny", "--layer", "²"): (3, "has no layer '²'"),
     ("show", "tiny", "--layer", "-1"): (3, "has no layer '-1'"),
-    ("show", "tiny", "--layer", "1", "--mode", "mtp"): (3, "has no layer 'layers.1'; its layers: mtp.0"),
+    ("show", "tiny", "--layer", "1", "--bucket", "draft"): (3, "has no layer 'layers.1'; its layers: mtp.0"),
     ("show", "tiny", "--after", "folding"): (3, "error: no stage is named 'folding'; there are: build"),
     ("run", "p", "--weights", "w", "--tokens", "1,,2"): (6, "error: --tokens: '' is no token id"),
     ("run", "p", "--weights", "w", "--tokens", "1_0"): (6, "error: --tokens: '1_0' is no token id"),
@@ -145,14 +189,16 @@ def test_a_file_of_another_kind(name: str, tmp_path: Path) -> None:
 # --- the whole process ---
 
 
-def run(*arguments: str, **options: object) -> subprocess.Popen[str]:
+def run(
+    *arguments: str, stdout: object = subprocess.PIPE, cwd: Path | None = None, **environment: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "dsv4c", *arguments],
-        stdout=options.pop("stdout", subprocess.PIPE),
+        [sys.executable, "-P", "-m", "dsv4c", *arguments],  # as the installed command: not from this folder
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        **options,  # type: ignore[call-overload]
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
     )
 
 
@@ -183,15 +229,33 @@ def test_closed_streams_are_no_mistake() -> None:
     assert subprocess.run(shell, shell=True, cwd=REPOSITORY, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("wait", [0.3, 0.6, 1.2])
-def test_ctrl_c_at_any_time(wait: float, tmp_path: Path) -> None:
+def test_ctrl_c_or_a_polite_kill_at_any_time(wait: float, number: signal.Signals, tmp_path: Path) -> None:
     with run("compile", "deepseek-v4-pro", "-o", str(tmp_path / "a.plan")) as process:
         time.sleep(wait)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate(timeout=30)
-    assert process.returncode in (130, -signal.SIGINT)  # to a shell, both are 130
+    assert process.returncode in (130, -number)  # to a shell, the latter is 130 or 143
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_compilers_are_ended(number: signal.Signals, tmp_path: Path) -> None:
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    command = ("compile", "tiny", "--target", "sm_90a", "--no-certify", "-o", str(tmp_path / "a.plan"))
+    with run(*command, "--cache", str(tmp_path / "cache"), TMPDIR=str(scratch)) as process:
+        while process.poll() is None and not list(scratch.iterdir()):  # until a compiler has its folder
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "interrupted: nothing was left half-written\n"
+    assert list(scratch.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("cache", "tmp")] == []
 
 
 def test_ctrl_c_while_the_command_line_loads() -> None:
@@ -211,6 +275,60 @@ def test_ctrl_c_while_the_command_line_loads() -> None:
         [sys.executable, "-c", textwrap.dedent(script)], cwd=REPOSITORY, capture_output=True, check=False
     )
     assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")
+
+
+# --- a folder that somebody else made ---
+
+NAMES = ("queue", "json", "typing", "torch", "cutlass", "cuda", "graphviz", "dsv4c", "sitecustomize")
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A folder with modules, and a program, that leave a mark when they run."""
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    for name in NAMES:
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()\n")
+    (folder / "dot").write_text(f"#!/bin/sh\ntouch {tmp_path / 'mark'}\n")
+    (folder / "dot").chmod(0o755)
+    return folder
+
+
+STARTING = [
+    ("show", "tiny", "--layer", "1", "--format", "svg"),
+    pytest.param(("compile", "tiny", "--target", "sm_90a", "--no-certify"), marks=pytest.mark.slow),
+]
+"""Commands that start other programs; `test_nothing_else_starts_programs` knows where that is done."""
+
+
+@pytest.mark.parametrize("arguments", STARTING, ids=lambda arguments: arguments[0])
+def test_nothing_in_the_folder_runs(arguments: tuple[str, ...], hostile: Path, tmp_path: Path) -> None:
+    with run(*arguments, cwd=hostile, XDG_CACHE_HOME=str(tmp_path / "cache")) as process:
+        _, error = process.communicate(timeout=300)
+    assert process.returncode == 0 or "which is not on PATH" in error
+    assert not (tmp_path / "mark").exists()
+
+
+def test_nothing_else_starts_programs() -> None:
+    starting = ("subprocess", "multiprocessing", "os.exec", "os.spawn", "os.system", "os.fork", "graphviz.")
+    texts = {path: path.read_text() for path in (REPOSITORY / "dsv4c").rglob("*.py")}
+    found = {path.name for path, text in texts.items() if any(word in text for word in starting)}
+    assert found == {"build.py", "svg.py"}
+
+
+def test_a_module_beside_the_user_takes_the_place_of_none(hostile: Path, tmp_path: Path) -> None:
+    (hostile / "mine.py").write_text("from dsv4c.passes.fusions.embed import Embed\n")
+    with run("show", "tiny", "--pass", "mine:Embed", "--json", cwd=hostile) as process:
+        _, error = process.communicate(timeout=100)
+    assert not (tmp_path / "mark").exists(), error
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_what_is_written_to_a_full_disk_is_told(tmp_path: Path) -> None:
+    result = command("show", "tiny", "-o", "/dev/full")
+    assert (result.code, result.err) == (3, "error: /dev/full: cannot be written: No space left on device\n")
+    result = command("compile", "tiny", "--stop-after", "fold", "-o", "/dev/full", "--force")
+    assert (result.code, result.err) == (3, "error: /dev/full: cannot be written: No space left on device\n")
 
 
 def test_a_machine_without_homes(monkeypatch: pytest.MonkeyPatch) -> None:

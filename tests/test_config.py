@@ -623,8 +623,8 @@ def test_wrong_nvfp4(change: Raw, message: str, refusal: Callable[[Raw], str]) -
         (
             "beta_slow",
             64,
-            "rope_scaling.beta_fast is 32; expected at least rope_scaling.beta_slow, 64: fast pairs turn more "
-            "often",
+            "rope_scaling.beta_fast is 32; expected at least rope_scaling.beta_slow, 64: fast pairs turn "
+            "more often",
         ),
         (
             "mscale",

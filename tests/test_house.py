@@ -50,7 +50,7 @@ HOUSE = {
         (*LEAVES, "runtime", "plan", "numerics"), ("torch", "numpy"), rooms_inside=("ir", "reference")
     ),
     "runtime": Room(
-        (*LEAVES, "plan", "numerics"),
+        (*CONFIG, "plan", "numerics"),
         ("torch", "numpy", "safetensors", "cuda"),
         ("runtime.cpu",),
         ("rich",),

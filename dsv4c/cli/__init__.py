@@ -132,4 +132,7 @@ def main() -> None:
     """Run the command line until it exits."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
-    app(prog_name="dsv4c")
+    try:
+        app(prog_name="dsv4c")
+    except KeyboardInterrupt:  # on the way in or out, when there is nothing to tidy
+        sys.exit(INTERRUPTED)

@@ -43,11 +43,16 @@ class Bodies:
             return ""
         key = node.op, tuple(v.type for v in node.inputs)
         if key not in self._names:
-            body = trace(*key)
-            kept = {str(i): v for i, v in enumerate(node.op.kept(body.results))}
-            graph = body.graph
-            text = print_graph(expand(Graph(graph.name, graph.inputs, (), (), graph.nodes, kept)))
+            text = body_text(*key)
             name = f"bodies/{node.op.name}-{sha256(text.encode()).hexdigest()[:12]}.txt"
             self.files[name] = text.encode()
             self._names[key] = name
         return self._names[key]
+
+
+def body_text(op: Fused, types: tuple[Type, ...]) -> str:
+    """A fused op on operands of these types as a graph of primitives."""
+    body = trace(op, types)
+    kept = {str(i): v for i, v in enumerate(op.kept(body.results))}
+    graph = body.graph
+    return print_graph(expand(Graph(graph.name, graph.inputs, (), (), graph.nodes, kept)))

@@ -11,14 +11,15 @@ from dsv4c.buckets import Bucket
 from dsv4c.codegen.lower import Lowered
 from dsv4c.codegen.targets import Target
 from dsv4c.compiler.job import Compiled, Job
-from dsv4c.ir.totals import totals
+from dsv4c.ir.totals import compulsory, totals
 from dsv4c.models.schedule import LayerKind, layer_plans
-from dsv4c.models.weights import records
+from dsv4c.models.weights import records, sources
 from dsv4c.passes.explain import table
 from dsv4c.passes.schedule import layer_in
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Program
-from dsv4c.view.text import summarize
+
+DRAFT = "mtp."  # checkpoints may lack the draft blocks, and plans most often do not need them
 
 
 def assemble(
@@ -44,6 +45,8 @@ def assemble(
         load=lowered.load,
         state=lowered.state,
         weights=_weights(job, lowered),
+        unused=_unused(job, lowered),
+        contributed=tuple(map(job.rules.origin, _contributed(job, compiled))),
         certificates=tuple(certificates),
         report=_report(job, compiled, lowered, target),
         versions=_versions(target),
@@ -59,6 +62,24 @@ def _weights(job: Job, lowered: Lowered) -> tuple[Mapping[str, Any], ...]:
     wanted = [(w.name, w.type, job.recipe.requantize) for w in lowered.weights]
     places = {w.name: w.record for w in lowered.weights}
     return tuple({**record, **places[record["name"]]} for record in records(job.config, wanted))
+
+
+def _contributed(job: Job, compiled: Mapping[Bucket, Compiled]) -> list[str]:
+    """Names of contributed passes, and of contributed rules that applied in some bucket."""
+    folds = [each.context.fold for each in compiled.values() if each.context.fold is not None]
+    applied = {name for fold in folds for name, count in fold.counts.items() if count}
+    if job.saved is not None:
+        applied |= {name for name, count in job.saved.counts.items() if count}
+    took_part = applied | {p.name for p in job.line.passes}
+    return [name for name in job.rules.sources if name in took_part]
+
+
+def _unused(job: Job, lowered: Lowered) -> tuple[Mapping[str, Any], ...]:
+    """Where a checkpoint keeps the parameters of the model's layers that no launch reads."""
+    read = {w.name for w in lowered.weights}
+    stored = {name: source.stored for name, source in sources(job.config, "release").items()}
+    left = [name for name in stored if name not in read and not name.startswith(DRAFT)]
+    return tuple(records(job.config, [(name, stored[name], False) for name in left]))
 
 
 def _versions(target: Target) -> dict[str, str]:
@@ -94,7 +115,7 @@ def _report(
         "buckets": {name: _sizes(name, program, lowered) for name, program in lowered.programs.items()},
         **_launches(job, lowered.programs[job.decode.name]),
         "planned_bytes_per_token": totals(graph).bytes // job.decode.sequences,
-        "compulsory_bytes_per_token": sum(summarize(graph, job.config).bytes_per_token.values()),
+        "compulsory_bytes_per_token": sum(compulsory(graph).values()) // job.decode.sequences,
         "rules": dict(fold.counts) if fold is not None else counts,
         "passes": rows,
         "unfolded": [asdict(each) for each in lowered.unfolded],

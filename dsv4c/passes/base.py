@@ -68,7 +68,7 @@ def _read(text: str, kind: str) -> Any:
         return tuple(part for part in text.split("+") if part)
     if kind == "bool" and text in ("true", "false"):
         return text == "true"
-    if kind == "int" and re.fullmatch(r"-?\d+", text):
+    if kind == "int" and re.fullmatch(r"-?[0-9]{1,18}", text):
         return int(text)
     if kind == "str":
         return text
@@ -88,9 +88,9 @@ def split_specs(text: str) -> Iterator[str]:
 
 def parse_spec(text: str, known: Mapping[str, type[Pass]]) -> Pass:
     """One pass from its spec. Raises GraphError for an unknown pass or option, listing those there are."""
-    match = re.fullmatch(r"([\w-]+)(?:\{(.*)\})?", text)
+    match = re.fullmatch(r"([A-Za-z0-9_-]+)(?:\{(.*)\})?", text)
     if match is None or match[1] not in known:
-        raise GraphError(f"pipeline: no pass is written {text!r}; there are: {', '.join(known)}")
+        raise GraphError(f"pipeline: no pass is written {text[:80]!r}; there are: {', '.join(known)}")
     cls = known[match[1]]
     kinds = {f.name: str(f.type) for f in fields(cls)}
     options: dict[str, Any] = {}

@@ -5,11 +5,14 @@ A wrong order is an error when a pipeline is built. `str(pipeline)` is its spec;
 
 from __future__ import annotations
 
+import inspect
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -26,6 +29,8 @@ from dsv4c.passes.tidy import tidy
 
 GROUP = "dsv4c.passes"
 """Entry points of this group contribute passes and rules."""
+
+OURS = "dsv4c"
 
 
 @dataclass(frozen=True)
@@ -215,11 +220,20 @@ def parse_pipeline(text: str, known: Mapping[str, type[Pass]] | None = None) -> 
 
 @dataclass(frozen=True)
 class Contributions:
-    """Passes and rules by name, and where each comes from."""
+    """Passes and rules by name, and where each that is not built in comes from: `--pass module:object` or the
+    package.
+    """
 
     passes: Mapping[str, type[Pass]]
     rules: Mapping[str, Rule]
     instances: tuple[Pass, ...] = ()  # given as objects, to be put into the pipeline
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def origin(self, name: str) -> dict[str, str]:
+        """Who contributed a pass or rule, and the file and line that it is written in, as plan data."""
+        kind = "rule" if name in self.rules else "pass"
+        written = self.rules[name].op if kind == "rule" else self.passes[name]
+        return {"name": name, "kind": kind, "source": self.sources[name], "at": _place(written)}
 
     def rule(self, name: str) -> Rule:
         if name not in self.rules:
@@ -235,8 +249,8 @@ def contributions(objects: Iterable[tuple[str, Any]] = ()) -> Contributions:
     """
     from dsv4c.passes.fusions import FUSIONS
 
-    passes: dict[str, tuple[str, type[Pass]]] = {n: ("dsv4c", p) for n, p in BUILT_IN.items()}
-    rules: dict[str, tuple[str, Rule]] = {r.name: ("dsv4c", r) for r in map(as_rule, FUSIONS)}
+    passes: dict[str, tuple[str, type[Pass]]] = {n: (OURS, p) for n, p in BUILT_IN.items()}
+    rules: dict[str, tuple[str, Rule]] = {r.name: (OURS, r) for r in map(as_rule, FUSIONS)}
     instances: list[Pass] = []
     for source, given in objects:
         for item in _flatten(source, given):
@@ -249,8 +263,23 @@ def contributions(objects: Iterable[tuple[str, Any]] = ()) -> Contributions:
             if isinstance(item, Pass):
                 instances.append(item)
     return Contributions(
-        {n: p for n, (_, p) in passes.items()}, {n: r for n, (_, r) in rules.items()}, tuple(instances)
+        {n: p for n, (_, p) in passes.items()},
+        {n: r for n, (_, r) in rules.items()},
+        tuple(instances),
+        {n: source for n, (source, _) in (*passes.items(), *rules.items()) if source != OURS},
     )
+
+
+def _place(written: type) -> str:
+    """`package/module.py:12`: the same on every machine that has the package."""
+    module = sys.modules.get(written.__module__)
+    file = Path(getattr(module, "__file__", None) or f"{written.__module__}.py")
+    levels = written.__module__.count(".") + 1 + (file.stem == "__init__")
+    place = "/".join(file.parts[-levels:])
+    try:
+        return f"{place}:{inspect.getsourcelines(written)[1]}"
+    except OSError:  # made by a program, or shipped without its source
+        return place
 
 
 def as_rule(given: Rule | type[Fused]) -> Rule:
@@ -289,7 +318,7 @@ def load_object(name: str) -> tuple[str, Any]:
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise GraphError(f"--pass {name}: {error}; expected MODULE:OBJECT") from None
-    return name, found
+    return f"--pass {name}", found
 
 
 def installed() -> list[tuple[str, Any]]:
@@ -297,7 +326,8 @@ def installed() -> list[tuple[str, Any]]:
     found = []
     for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
         try:
-            found.append((f"{entry.name} ({entry.value})", entry.load()))
+            package = entry.name if entry.dist is None else f"package {entry.dist.name}"
+            found.append((f"{package} ({entry.value})", entry.load()))
         except (ImportError, AttributeError) as error:
             raise GraphError(
                 f"the entry point {entry.name} = {entry.value!r} of {GROUP} cannot be loaded: {error}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsv4c.buckets import Bucket
+from dsv4c.errors import PlanError
 from dsv4c.types import Type
 
 Space = Literal["arena", "state", "weights", "constants", "input"]
@@ -83,9 +84,9 @@ class Launch:
 
     @property
     def kernel(self) -> KernelCode:
-        """Its kernel. Raises TypeError for a launch of the CPU target."""
+        """Its kernel. Raises PlanError for a launch of the CPU target."""
         if not isinstance(self.code, KernelCode):
-            raise TypeError(f"launch {self.name} has no kernel: its plan is for the CPU")
+            raise PlanError(f"launch {self.name} has no kernel: its code is for the CPU; compile it again")
         return self.code
 
 

@@ -1,4 +1,6 @@
-"""A plan and a checkpoint to a session. Refuses before it allocates: the machine, then the checkpoint."""
+"""A plan and a checkpoint to a session. Refuses before it allocates: another model, the machine, then the
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +13,8 @@ from dsv4c.errors import PlanError
 from dsv4c.plan.folder import Plan, Progress
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.cpu import CpuExecutor
+from dsv4c.runtime.model import check_model
+from dsv4c.runtime.parameter import ParamRecord
 from dsv4c.runtime.residence import Resident, load_weights
 from dsv4c.runtime.session import Session
 
@@ -24,6 +28,7 @@ def bind(
     poison: bool = False,
 ) -> Session:
     """See `Plan.bind`."""
+    check_model(plan, Path(weights))
     on_cpu = plan.target == "cpu"
     if on_cpu:
         _check_memory(plan)
@@ -32,7 +37,7 @@ def bind(
 
         check_device(plan, Device.current())
     residents = [Resident.from_json(record) for record in plan.weights]
-    checkpoint = Checkpoint.open(weights)
+    checkpoint = Checkpoint.open(weights).sparing(map(ParamRecord.from_json, plan.unused))
     checkpoint.check([resident.record for resident in residents]).require_complete()
     device = "cpu" if on_cpu else "cuda"
     block = torch.empty(max(plan.blocks["weights"], 256), dtype=torch.uint8, device=device)

@@ -40,8 +40,9 @@ _TORCH = {
 
 @dataclass(frozen=True)
 class Report:
-    """A checkpoint's headers against what is needed. `missing` and `unexpected` are tensor names, the other
-    two sentences; `ignored` counts tensors that were passed over on request, by prefix.
+    """A checkpoint's headers against what is needed. `missing`, `unexpected` and `spare` (the model's, and
+    needed by nothing) are tensor names, the other two sentences; `ignored` counts tensors that were passed
+    over on request, by prefix.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class Report:
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
     mistyped: list[str] = field(default_factory=list)
+    spare: list[str] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
     needed: int = 0
 
@@ -65,6 +67,7 @@ class Report:
             ("unexpected", self.unexpected),
             ("of another shape", self.misshapen),
             ("of another dtype", self.mistyped),
+            ("not needed", self.spare),
         ):
             if found:
                 more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
@@ -98,9 +101,10 @@ class Checkpoint:
     used.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, Entry]) -> None:
+    def __init__(self, path: Path, tensors: dict[str, Entry], spare: frozenset[str] = frozenset()) -> None:
         self.path = path
         self.tensors = tensors
+        self.spare = spare
         self.files = sorted({entry.file for entry in tensors.values()})
         self._maps = {file: _Map(file) for file in self.files}
 
@@ -118,6 +122,13 @@ class Checkpoint:
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
 
+    def sparing(self, params: Iterable[ParamRecord]) -> Checkpoint:
+        """This checkpoint, in which the tensors of `params` may be: they belong to the model and nothing
+        needs them.
+        """
+        names = (n for p in params for source in p.sources.values() for n, _ in source.tensors())
+        return Checkpoint(self.path, self.tensors, frozenset(names))
+
     # checking
 
     def compare(
@@ -131,7 +142,7 @@ class Checkpoint:
         need.
 
         Tensors that start with a prefix in `ignore` are not unexpected. By default that is "mtp.", the draft
-        blocks, unless one of them is needed.
+        blocks, or "mtp.1." and so on, where some of them are needed.
         """
         needed: dict[str, Part] = {}
         for source in sources.values():
@@ -140,12 +151,17 @@ class Checkpoint:
         for name, part in needed.items():
             self._compare_tensor(name, part, report)
         if ignore is None:
-            ignore = () if any(name.startswith("mtp.") for name in needed) else ("mtp.",)
+            used = {_draft_block(name) for name in needed} - {""}
+            ignore = (
+                sorted({_draft_block(name) for name in self.tensors} - used - {""}) if used else ("mtp.",)
+            )
         for name in self.tensors:
             if name in needed:
                 continue
             prefix = next((p for p in ignore if name.startswith(p)), None)
-            if prefix is None:
+            if name in self.spare:
+                report.spare.append(name)
+            elif prefix is None:
                 report.unexpected.append(name)
             else:
                 report.ignored[prefix] = report.ignored.get(prefix, 0) + 1
@@ -314,6 +330,12 @@ class Checkpoint:
 
 def _workers() -> int:
     return min(4, os.cpu_count() or 1)
+
+
+def _draft_block(name: str) -> str:
+    """`mtp.0.` of a tensor of that block, "" of any other."""
+    first, number, *rest = [*name.split(".", 2), ""]
+    return f"{first}.{number}." if first == "mtp" and rest[0] else ""
 
 
 class _Map:

@@ -61,6 +61,9 @@ class CpuExecutor:
         bound.take(inputs)
         return self._call(bound, watch)
 
+    def value(self, bucket: str, name: str) -> Value:
+        return self._bound(bucket).value(name)
+
     def repeat(
         self, bucket: str, inputs: Mapping[str, Tensor], count: int, keep: Tensor | None
     ) -> Mapping[str, Tensor]:
@@ -105,14 +108,8 @@ class _Bound:
     """A program bound to blocks."""
 
     def __init__(self, plan: Plan, program: Program, blocks: Mapping[str, Tensor]) -> None:
-        made: dict[tuple[str, int, str], Value] = {}  # a state and what is written to it are one object
-
-        def value(name: str) -> Value:
-            place = program.values[name]
-            key = place.space, place.offset, str(place.type)
-            if key not in made:
-                made[key] = view(blocks[place.space], place.type, place.offset)
-            return made[key]
+        self._places, self._blocks = program.values, blocks
+        self._made: dict[tuple[str, int, str], Value] = {}  # a state and what is written to it are one object
 
         def plain(name: str) -> Tensor:
             return tensor_at(plan, blocks, name, program.values[name])
@@ -124,8 +121,8 @@ class _Bound:
                 _Step(
                     launch,
                     meaning_of(plan, launch),
-                    tuple(map(value, operands_of(launch))),
-                    tuple(map(value, results_of(launch))),
+                    tuple(map(self.value, operands_of(launch))),
+                    tuple(map(self.value, results_of(launch))),
                 )
                 for launch in program.launches
             ]
@@ -133,6 +130,13 @@ class _Bound:
             raise PlanError(
                 f"plan {plan.name}: {program.graph}: a value has no place: {error}; compile it again"
             ) from None
+
+    def value(self, name: str) -> Value:
+        place = self._places[name]
+        key = place.space, place.offset, str(place.type)
+        if key not in self._made:
+            self._made[key] = view(self._blocks[place.space], place.type, place.offset)
+        return self._made[key]
 
     def take(self, inputs: Mapping[str, Tensor]) -> None:
         for name, value in self.inputs.items():
@@ -142,8 +146,7 @@ class _Bound:
         for step in self.steps:
             _execute(step)
             if watch is not None:
-                for name, result in zip(results_of(step.launch), step.results, strict=True):
-                    watch(name, result)
+                watch(step.launch)
 
 
 def operands_of(launch: Launch) -> list[str]:

@@ -137,6 +137,9 @@ class CudaExecutor:
             bound.step_by_step(watch)
         return bound.outputs
 
+    def value(self, bucket: str, name: str) -> Value:
+        return self.programs[bucket].value(name)
+
     def repeat(
         self, bucket: str, inputs: Mapping[str, Tensor], count: int, keep: Tensor | None
     ) -> Mapping[str, Tensor]:
@@ -222,9 +225,7 @@ class BoundProgram:
             self._single[i].launch(_stream())
             driver.synchronize(f"launch {i}, {launch.name} (nodes {', '.join(launch.nodes)})")
             if watch is not None:
-                for name in dict.fromkeys(a.value for a in launch.arguments if "w" in a.access):
-                    if name in self.program.values:
-                        watch(name, self.value(name))
+                watch(launch)
 
     def value(self, name: str) -> Value:
         """The bytes of a value as the last call left them."""

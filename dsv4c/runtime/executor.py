@@ -11,9 +11,10 @@ from torch import Tensor
 from dsv4c.errors import PlanError
 from dsv4c.numerics.codec import Quantized, Value, view
 from dsv4c.plan.folder import Plan
-from dsv4c.plan.records import Place
+from dsv4c.plan.records import Launch, Place
 
-Watch = Callable[[str, Value], None]
+Watch = Callable[[Launch], None]
+"""Is called with every launch that is through, in order."""
 
 
 class Executor(Protocol):
@@ -32,9 +33,14 @@ class Executor(Protocol):
     def run(
         self, bucket: str, inputs: Mapping[str, Tensor], watch: Watch | None = None
     ) -> Mapping[str, Tensor]:
-        """One call of a bucket on these inputs; the next call overwrites the outputs.
+        """One call of a bucket on these inputs; the next call overwrites the outputs. A launch starts when
+        `watch` of the one before it has returned, and reads what that has put into `value`.
+        """
+        ...
 
-        `watch(name, value)` sees every result as it was stored, one launch after the other.
+    def value(self, bucket: str, name: str) -> Value:
+        """A view of the bytes of a graph's value; of no weight, which a target may pack. The bytes are the
+        value's from the launch that makes it to the last that reads it.
         """
         ...
 

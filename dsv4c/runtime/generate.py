@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4c.errors import SessionError
 from dsv4c.plan.folder import Progress
-from dsv4c.publish import published, require_writable
 from dsv4c.runtime.session import Session
 
 
@@ -28,8 +28,7 @@ def generate(
     slots wait. Returns logits f32 [len(prompt) + len(forced), vocab], row i after token i, and the new
     tokens.
 
-    Raises SessionError as the session does, for a context that would overflow before anything runs, and for
-    logits that are not finite.
+    Raises SessionError as the session does, for a context that would overflow before anything runs.
     """
     room = session.max_context - session.positions[0]
     wanted = len(prompt) + len(forced) + max(new - 1, 0)  # the last new token is not consumed
@@ -45,19 +44,17 @@ def generate(
 
     report("prompt", 0)
     rows = [session.prefill(prompt)]
-    session.check_logits(rows[-1])  # a GPU's session has not looked at them
     following = session.next_tokens[-1]
     for done, token in enumerate(forced):
         report("forced tokens", done)
         rows.append(session.decode({0: token})[:1])
-        session.check_logits(rows[-1])
         following = session.next_tokens[0]
     generated: list[int] = []
     while len(generated) < new:
         generated.append(following)
         report("new tokens", len(forced) + len(generated))
         if len(generated) < new:
-            session.check_logits(session.decode({0: following})[:1])
+            session.decode({0: following})
             following = session.next_tokens[0]
     return torch.cat(rows), generated
 
@@ -67,7 +64,8 @@ def check_file(path: Path) -> None:
     try:
         if path.is_dir():
             raise SessionError(f"{path}: the logits cannot be written: it is a folder; give a file")
-        require_writable(path.parent)
+        with tempfile.TemporaryDirectory(dir=path.parent):
+            pass
     except OSError as error:
         raise SessionError(f"{path}: the logits cannot be written: {error.strerror or error}") from None
 
@@ -75,8 +73,9 @@ def check_file(path: Path) -> None:
 def save_logits(path: Path, logits: Tensor) -> None:
     """Write `logits` to a safetensors file, whole or not at all. Raises SessionError."""
     try:
-        with published(path) as made:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
+            made = Path(scratch) / "logits"
             save_file({"logits": logits}, made)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SessionError(f"{path}: the logits cannot be written: {reason}") from None
+            os.replace(made, path)
+    except OSError as error:
+        raise SessionError(f"{path}: the logits cannot be written: {error.strerror or error}") from None

@@ -16,13 +16,30 @@ import torch
 from torch import Tensor
 
 from dsv4c.buckets import ROWS, Bucket, Logits
-from dsv4c.errors import SessionError
+from dsv4c.errors import Dsv4cError, SessionError
 from dsv4c.plan.folder import Plan
 from dsv4c.runtime import state
 from dsv4c.runtime.executor import Executor, states_of
 
 POSITIONS = {"main": "position", "draft": "mtp.position"}
 """The state that counts each slot's tokens, by the block that they went through."""
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _one_at_a_time(
+    method: Callable[Concatenate[Session, P], R],
+) -> Callable[Concatenate[Session, P], R]:
+    """Calls from several threads wait for each other: all share one arena and one state."""
+
+    @wraps(method)
+    def waiting(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return waiting
 
 
 class _Counter:
@@ -40,29 +57,16 @@ class _Counter:
         self.held[slot], self.reached[slot] = held, reached
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def one_at_a_time(method: Callable[Concatenate[Session, P], R]) -> Callable[Concatenate[Session, P], R]:
-    """Calls from several threads wait for each other: all share one arena and one state."""
-
-    @wraps(method)
-    def waiting(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with self._lock:
-            return method(self, *args, **kwargs)
-
-    return waiting
-
-
 class Session:
     """Generates with one plan and one checkpoint. A sequence lives in a slot, numbered from 0; slots are
     independent. Logits, streams and tokens are tensors on the plan's device.
 
     Results do not depend on the bucket that a call runs in: it is the smallest that fits. A request that is
-    refused (SessionError) changes nothing. Logits that are not finite are refused, too, but too late for the
-    state: only `reset()` helps then; on a GPU `check_logits` looks at them. Threads may share a session:
-    their calls follow one another, and `streams` and `next_tokens` are of the last one, whosever that was.
+    refused (SessionError) changes nothing. Logits that are not finite are refused, too, but too late for
+    their slot: only `reset` helps there. On a GPU that shows where something waits for the device.
+
+    Threads may share a session: their calls follow one another, and `streams` and `next_tokens` are of the
+    last one, whosever that was.
     """
 
     def __init__(self, plan: Plan, executor: Executor) -> None:
@@ -75,6 +79,7 @@ class Session:
         self._counters = {b: _Counter(self.slots) for b, name in POSITIONS.items() if name in self._states}
         self._following = torch.zeros(self.slots, dtype=torch.int32, device=self.device)
         self._followed = [False] * self.slots  # slots whose likeliest next token `_following` holds
+        self._finite = torch.ones(self.slots, dtype=torch.bool, device=self.device)  # all logits so far
         self._streams: Tensor | None = None
         self._next: Tensor | None = None
         self._broken = False
@@ -82,7 +87,7 @@ class Session:
 
     # --- running ---
 
-    @one_at_a_time
+    @_one_at_a_time
     def prefill(self, tokens: Sequence[int] | Tensor, slot: int = 0, *, logits: Logits = "all") -> Tensor:
         """Consume `tokens` after what the slot has consumed so far. Returns logits f32 [len, vocab]: row i
         predicts what follows tokens[i]; with "last" f32 [1, vocab], the last row alone.
@@ -94,7 +99,7 @@ class Session:
         self._check_room("main", slot, len(ids))
         return self._chunks("main", ids, slot, logits)
 
-    @one_at_a_time
+    @_one_at_a_time
     def decode(self, tokens: Sequence[int | None] | Mapping[int, int]) -> Tensor:
         """One token for each slot: None for those that wait, or a mapping that names only the others.
         Returns logits f32 [slots, vocab], NaN in the rows of those that wait.
@@ -123,7 +128,7 @@ class Session:
         self._next = self._following.clone()
         return logits
 
-    @one_at_a_time
+    @_one_at_a_time
     def verify(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """A few tokens of some slots in one call. Returns logits f32 [len, vocab] by slot, row i after its
         token i; `take_back` undoes the tokens that are not to be kept.
@@ -148,7 +153,7 @@ class Session:
         self._remember(list(made.values()))
         return {slot: rows["logits"] for slot, rows in made.items()}
 
-    @one_at_a_time
+    @_one_at_a_time
     def take_back(self, count: int, slot: int = 0) -> None:
         """Forget the last `count` tokens of a slot, bit for bit as if they had never run.
 
@@ -169,7 +174,7 @@ class Session:
         self._set_position("main", slot, held - count, reached)
         self._followed[slot] = False
 
-    @one_at_a_time
+    @_one_at_a_time
     def generate(self, count: int, slots: Sequence[int] | None = None) -> Tensor:
         """Enqueue `count` greedy steps: each takes the likeliest token after the last one, first that of the
         slot's last call. The host waits for none of them. Returns i32 [count, slots] on the device: row i
@@ -178,18 +183,18 @@ class Session:
         `slots` move on, all by default. Raises SessionError as `decode` does.
         """
         wanted = list(range(self.slots)) if slots is None else list(slots)
-        chosen = torch.full((max(count, 0), self.slots), -1, dtype=torch.int32, device=self.device)
         kept = self._greedy(count, wanted, keep=True)
+        chosen = torch.full((count, self.slots), -1, dtype=torch.int32, device=self.device)
         assert kept is not None
         chosen[:, wanted] = kept
         return chosen
 
-    @one_at_a_time
+    @_one_at_a_time
     def enqueue(self, count: int, slots: Sequence[int] | None = None) -> None:
         """`generate` without keeping the tokens: one graph launch per step and nothing else on the stream."""
         self._greedy(count, list(range(self.slots)) if slots is None else list(slots), keep=False)
 
-    @one_at_a_time
+    @_one_at_a_time
     def draft(self, streams: Tensor, tokens: Sequence[int] | Tensor, slot: int = 0) -> Tensor:
         """Run the draft block on the streams [len, S, H] of consecutive tokens and the token that follows
         each. Returns logits f32 [len, vocab]: row i predicts what follows tokens[i].
@@ -207,7 +212,7 @@ class Session:
         self._check_room("draft", slot, len(ids))
         return self._chunks("draft", ids, slot, "all", {"streams": streams})
 
-    @one_at_a_time
+    @_one_at_a_time
     def reset(self, slot: int | None = None) -> None:
         """Forget one slot's sequence, or all. What its buffers hold does not matter: positions say what is
         valid.
@@ -222,12 +227,19 @@ class Session:
             for block in self._counters:
                 self._set_position(block, s, 0, 0)
             self._followed[s] = False
+            self._finite[s] = True
         self._streams = self._next = None
 
     def wait(self) -> None:
-        """Wait for everything enqueued. Raises DriverError if a step failed on the device."""
-        with self.executor.naming():
-            self.executor.wait()
+        """Wait for everything enqueued. Raises DriverError if a step failed on the device; the state is then
+        half-written.
+        """
+        try:
+            with self.executor.naming():
+                self.executor.wait()
+        except Dsv4cError:
+            self._broken = True
+            raise
 
     # --- looking ---
 
@@ -253,38 +265,44 @@ class Session:
 
     @property
     def next_tokens(self) -> list[int]:
-        """The likeliest next token by row of the last call (the lowest id of equals). Waits for it."""
+        """The likeliest next token by row of the last call (of equals the lowest). Waits as `wait` does."""
         if self._next is None:
             raise SessionError("no next tokens yet for this state; call prefill or decode first")
-        with self.executor.naming():
-            return self._next.tolist()
+        self.wait()
+        self._check_finite(range(self.slots))
+        return self._next.tolist()
 
     # --- keeping ---
 
-    @one_at_a_time
+    @_one_at_a_time
     def copy_slot(self, source: int, target: int) -> None:
-        """Let `target` hold what `source` holds. Raises SessionError for no such slot."""
+        """Let `target` hold what `source` holds. Raises SessionError for no such slot, or one whose logits
+        were not finite.
+        """
         for slot in (source, target):
             self._check_slot(slot)
         self._check_whole()
+        self._check_finite([source])
         if source != target:
             state.copy_slot(self._states, source, target)
             self._following[target] = self._following[source]
             self._followed[target] = self._followed[source]
             for counter in self._counters.values():
                 counter.put(target, counter.held[source], counter.reached[source])
+            self._finite[target] = self._finite[source]
 
-    @one_at_a_time
+    @_one_at_a_time
     def export_slot(self, path: str | Path, slot: int = 0) -> Path:
         """Write one slot's state to a safetensors file, whole or not at all, and return its path.
 
-        Raises SessionError if it cannot be written, or holds what is no finite number.
+        Raises SessionError if it cannot be written, or its logits were not finite.
         """
         self._check_slot(slot)
         self._check_whole()
-        return self._write(path, [slot])
+        self._check_finite([slot])
+        return state.write(Path(path), self.plan, self._states, [slot])
 
-    @one_at_a_time
+    @_one_at_a_time
     def restore_slot(self, path: str | Path, slot: int = 0) -> None:
         """Go on in a slot from what `export_slot` wrote, of this or another slot. The next call must bring
         tokens: what was likeliest is not in the file.
@@ -295,16 +313,17 @@ class Session:
         self._check_whole()
         self._take(state.read(Path(path), self.plan, self._states, 1), [slot])
 
-    @one_at_a_time
+    @_one_at_a_time
     def save_state(self, path: str | Path) -> Path:
         """Write the state of all slots to a safetensors file, whole or not at all, and return its path.
 
-        Raises SessionError if it cannot be written, or holds what is no finite number.
+        Raises SessionError if it cannot be written, or logits of a slot were not finite.
         """
         self._check_whole()
-        return self._write(path, list(range(self.slots)))
+        self._check_finite(range(self.slots))
+        return state.write(Path(path), self.plan, self._states, list(range(self.slots)))
 
-    @one_at_a_time
+    @_one_at_a_time
     def load_state(self, path: str | Path) -> None:
         """Go on from a saved state. The next call must bring tokens: what was likeliest is not in the file.
 
@@ -314,11 +333,6 @@ class Session:
         self._take(read, list(range(self.slots)))
         self._broken = False
 
-    def _write(self, path: str | Path, slots: Sequence[int]) -> Path:
-        if not self.executor.poison:  # which fills what nobody wrote with NaN
-            state.check_numbers(self._states)
-        return state.write(Path(path), self.plan, self._states, slots)
-
     def _take(self, saved: state.Saved, slots: Sequence[int]) -> None:
         saved.put(self._states, slots)
         for block, counter in self._counters.items():
@@ -327,21 +341,10 @@ class Session:
                 counter.put(slot, count, count)
         for slot in slots:
             self._followed[slot] = False
+            self._finite[slot] = True
         self._streams = self._next = None
 
     # --- checks ---
-
-    def check_logits(self, rows: Tensor) -> None:
-        """Raise SessionError unless all of the last call's logits are finite: the likeliest of those is no
-        choice, and neither is what follows from their state.
-        """
-        if not bool(rows.isfinite().all()):
-            self._broken = True
-            self._streams = self._next = None
-            raise SessionError(
-                "the logits are not finite (NaN or infinity): the weights overflow these numerics; compare "
-                "with the recipe fp32, or find the first such node with `dsv4c bisect`; then call reset()"
-            )
 
     def check_tokens(self, tokens: Iterable[Any], what: str = "token") -> None:
         """Raise SessionError, in which they are called `what`, unless all are token ids of the model."""
@@ -391,8 +394,14 @@ class Session:
         if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < self.slots:
             raise SessionError(f"there is no slot {slot!r}; this plan has 0 to {self.slots - 1}")
 
+    def _look(self, slots: Iterable[int]) -> None:
+        """`_check_finite`, where looking does not make the host wait for what it has enqueued."""
+        if self.device.type == "cpu":
+            self._check_finite(slots)
+
     def _check_room(self, block: str, slot: int, count: int) -> None:
         self._check_whole()
+        self._look([slot])
         held = self._counters[block].held[slot]
         if held + count > self.max_context:
             who = f"slot {slot}" if block == "main" else f"the draft block of slot {slot}"
@@ -403,8 +412,18 @@ class Session:
 
     def _check_whole(self) -> None:
         if self._broken:
+            raise SessionError("an earlier step was interrupted: the state is half-written; call reset()")
+
+    def _check_finite(self, slots: Iterable[int]) -> None:
+        """Refuse what would come of logits that are not finite. Waits for the device."""
+        finite = self._finite.tolist()
+        bad = [s for s in slots if not finite[s]]
+        if bad:
+            self._streams = self._next = None
             raise SessionError(
-                "an earlier step was interrupted or overflowed: the state is half-written; call reset()"
+                f"the logits of slot {bad[0]} are not finite (NaN or infinity): its weights overflow these "
+                "numerics; compare with the recipe fp32, or find the first such node with `dsv4c bisect`; "
+                f"then call reset({bad[0]})"
             )
 
     # --- steps ---
@@ -468,16 +487,15 @@ class Session:
                 at, count = (i, 1) if last else (row, len(ids))
                 rows |= {n: v[at : at + count].clone() for n, v in outputs.items() if n != "streams"}
                 made[slot] = rows
+                self._finite[slot] &= rows["logits"].isfinite().all()
                 if bucket.block == "main":
                     self._following[slot] = rows["next"][-1]
             self._broken = False
-        if self.device.type == "cpu":
-            for rows in made.values():
-                self.check_logits(rows["logits"])
         for slot, ids in work.items():
             self._counters[bucket.block].advance(slot, len(ids))
             if bucket.block == "main":
                 self._followed[slot] = True
+        self._look(work)
         return made
 
     def _inputs(self, bucket: Bucket, work: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
@@ -520,9 +538,11 @@ class Session:
             self._broken = True
             outputs = self.executor.repeat(bucket.name, inputs, count, kept)
             self._following[list(slots)] = outputs["next"][: len(slots)]
+            self._finite[list(slots)] &= outputs["logits"][: len(slots)].isfinite().all(dim=1)
             self._broken = False
         for s in slots:
             self._counters["main"].advance(s, count)
+        self._look(slots)
         return kept if kept is None else kept[:, : len(slots)]
 
     def _set_position(self, block: str, slot: int, held: int, reached: int) -> None:

@@ -46,10 +46,19 @@ def test_kernels_that_rows_do_not_decide_are_shared(flash: Plan) -> None:
     assert len(flash.kernels) < 2.5 * len(first)
 
 
+def test_logits_of_last_rows_alone_take_one_launch_more() -> None:
+    options = {"max_context": 256, "batch": 1, "verify": 1, "chunk": 8}
+    every, last = (gpu_plan("tiny", logits=logits, **options).buckets for logits in ("all", "last"))
+    ops = [launch.op for launch in last["prefill-8.last"].launches]
+    assert ops.count("last_rows") == 1
+    ops.remove("last_rows")
+    assert ops == [launch.op for launch in every["prefill-8"].launches]
+
+
 def test_slots_are_bound_wherever_state_is(flash: Plan) -> None:
     for program in flash.buckets.values():
         for launch in program.launches:
             names = {argument.value for argument in launch.arguments}
             spaces = {argument.space for argument in launch.arguments}
             if "state" in spaces:
-                assert names & {"slots", "positions.1"}, launch.name
+                assert names & {"slots", "row_slots"}, launch.name

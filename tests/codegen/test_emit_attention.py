@@ -67,6 +67,23 @@ def test_parameters_follow_the_components_of_the_caches():
     ]
 
 
+@pytest.mark.parametrize("capacity", [64, 40000])
+def test_kernels_are_the_same_for_any_rows(capacity: int):
+    """Many entries are spread wider, which must not depend on the rows either."""
+    attention = replace(HCA, heads=64, width=512, capacity=capacity, splits=None, tile=None)
+    specs = (
+        (emit_attention, attention),
+        (emit_attention, replace(CSA, capacity=capacity)),
+        (emit_index_scores, replace(SCORES, capacity=capacity)),
+        (emit_top_k, replace(TOP_K, capacity=capacity)),
+    )
+    for emit, spec in specs:
+        one, eight = emit(replace(spec, rows=1), SM_90A), emit(replace(spec, rows=8), SM_90A)
+        assert one.source == eight.source
+        assert (one.block, one.shared, one.cluster) == (eight.block, eight.shared, eight.cluster)
+    assert plan_attention(attention).splits == (16 if capacity > 2304 else 8)
+
+
 @pytest.mark.parametrize("keys", [128, 192, 640, 1152, 8320])
 @pytest.mark.parametrize("format", ["fp8", "bf16"])
 def test_planned_tiles_cover_the_keys_and_fit(keys: int, format: str):

@@ -91,6 +91,9 @@ SMALL = [
     in_proj(1, 256),
     q_proj("q_proj_one_warp", 3, replace(WINDOW, width=128), KEYS, k=128, rows=512),
     q_proj("q_proj_wide_row", 2, WINDOW, ENTRIES, KEYS, k=128, rows=2048),
+    q_proj(
+        "q_proj_four", 8, WINDOW, replace(ENTRIES, ring=11, tokens=4), replace(KEYS, ring=11, tokens=4), k=256
+    ),
     q_proj("q_proj_long", 8, replace(WINDOW, format="bf16"), replace(LONG, format="bf16"), k=256, rows=512),
 ]
 SPLIT = [  # eight rows do not fit beside two stages of weights
@@ -198,6 +201,27 @@ def test_packing_does_not_depend_on_the_batch() -> None:
         assert len(packings) == 1
         for name in dict(packings.pop()).values():
             assert str(parse_packing(name)) == name
+
+
+def test_sums_do_not_depend_on_the_batch() -> None:
+    """Tiles, rounds and how warps share columns decide the order in which a row's products are added."""
+
+    def order(spec: GemvSpec) -> list[tuple[int, ...]]:
+        rings = [part.ring for part in plan_parts(spec, SM_90A)]
+        return [(r.tile_warps, r.k_warps, r.span, r.steps, r.rounds) for r in rings]
+
+    for spec in FLASH + SMALL + SPLIT:
+        assert all(order(replace(spec, batch=b)) == order(spec) for b in range(1, 9))
+
+
+def test_experts_are_one_kernel_for_any_batch() -> None:
+    spec = experts("mxfp4", "fp8")
+    for b in (1, 2, 8):
+        other = replace(spec, batch=b)
+        up, down = emit_experts_up(other, BY_SCORE, SM_90A), emit_experts_down(other, SM_90A)
+        assert up.source == emit_experts_up(spec, BY_SCORE, SM_90A).source
+        assert down.source == emit_experts_down(spec, SM_90A).source
+        assert up.grid[1] == down.grid[1] == b
 
 
 def test_shared_arrays_do_not_overlap() -> None:

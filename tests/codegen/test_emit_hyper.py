@@ -15,9 +15,13 @@ from dsv4c.codegen.kernels.ends import (
     AdvanceSpec,
     ArgmaxSpec,
     EmbedSpec,
+    LastRowsSpec,
+    PositionsSpec,
     emit_advance,
     emit_argmax,
     emit_embed,
+    emit_last_rows,
+    emit_positions,
 )
 from dsv4c.codegen.kernels.hyper_norm import HyperNormSpec, emit_hyper_norm
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
@@ -37,6 +41,8 @@ def emissions(arch: Arch) -> list[Emission]:
         emit_argmax(ArgmaxSpec(rows=2, vocabulary=250), arch),
         emit_embed(EmbedSpec(rows=2, hidden=256)),
         emit_advance(AdvanceSpec(sequences=2)),
+        emit_positions(PositionsSpec(sequences=2, tokens=4)),
+        emit_last_rows(LastRowsSpec(sequences=2, tokens=4, hidden=256)),
     ]
 
 
@@ -64,6 +70,16 @@ def test_every_kernel_assembles_without_spills(arch: Arch, tmp_path: Path):
         assert kernel.ptx.count("barrier.cluster.arrive") == clustered
         assert kernel.ptx.count("barrier.cluster.wait") == clustered
         assert "st.async" not in kernel.ptx.split("barrier.cluster.wait")[0] or not clustered
+
+
+def test_kernels_are_the_same_for_any_rows():
+    for spec in (BOUNDARY, FIRST, HEAD, FLASH, PRO):
+        assert emit_hyper_norm(replace(spec, rows=8), SM_90A).source == emit_hyper_norm(spec, SM_90A).source
+    assert emit_argmax(ArgmaxSpec(1, 250), SM_90A).source == emit_argmax(ArgmaxSpec(8, 250), SM_90A).source
+    assert emit_embed(EmbedSpec(1, 256)).source == emit_embed(EmbedSpec(8, 256)).source
+    assert emit_advance(AdvanceSpec(1)).source == emit_advance(AdvanceSpec(8)).source
+    assert emit_last_rows(LastRowsSpec(1, 4, 256)).source == emit_last_rows(LastRowsSpec(8, 4, 256)).source
+    assert emit_positions(PositionsSpec(1, 4)).source == emit_positions(PositionsSpec(8, 4)).source
 
 
 def test_weights_are_read_before_the_wait(tmp_path: Path):
@@ -112,6 +128,8 @@ def test_router_refusals_say_what_they_want():
         emit_router_gate(RouterGateSpec(rows=1, hidden=100, experts=8), SM_90A)
     with pytest.raises(BuildError, match="multiple of 8"):
         emit_embed(EmbedSpec(rows=1, hidden=100))
+    with pytest.raises(BuildError, match="multiple of 8"):
+        emit_last_rows(LastRowsSpec(sequences=1, tokens=8, hidden=100))
 
 
 def test_a_gate_covers_every_expert_once():

@@ -316,3 +316,27 @@ def test_rows_are_quantized_to_nvfp4_once_for_all_their_readers() -> None:
 )
 def test_numerics_that_a_kernel_lacks_are_refused(make: Callable[..., object], why: str) -> None:
     assert why in refused(graph_of(make))
+
+
+def test_copies_beside_rings_have_no_kernel() -> None:
+    """What chunks of many tokens read; rings alone serve up to eight."""
+    kv = "q[e4m3,ue8m0,1x64,tail=64]"
+
+    def store(p: Values, state: Values) -> object:
+        x = (p("kv", "bf16[16,128]"), p("g", "bf16[128]"), p("at", "i32[16]"), p("slots", "i32[16]"))
+        op = QNormQuantize(eps=1e-6, format=None, out=BF16)
+        q = op(p("x", "bf16[16,128]"), p("gq", "bf16[128]"), p("wq", "bf16[256,128]"))
+        beside = KvNormRopeStore(eps=1e-6, beside=144, sequences=1)
+        return (q, *beside(state("w", f"{kv}[3,144,128]"), *x, p("f", "f32[32]")))
+
+    assert "makes no copy of 144 rows beside one" in refused(graph_of(store))
+
+    def attend(p: Values, state: Values) -> object:
+        op = Attention(
+            eps=1e-6, precision=BF16, window=128, scale=128**-0.5, groups=2, format=None, ratio=128
+        )
+        q = (p("q", "bf16[2,4,128]"), p("at", "i32[2]"), p("f", "f32[32]"), p("sink", "f32[4]"))
+        ring, entries = p("beside", "bf16[1,256,128]"), state("entries", "bf16[3,4,128]")
+        return op(*q, ring, p("owners", "i32[2]"), entries, p("slots", "i32[2]"))
+
+    assert "reads rings and entries in the same slots" in refused(graph_of(attend))

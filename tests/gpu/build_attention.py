@@ -26,7 +26,7 @@ Spec = AttentionSpec | GemvSpec | IndexScoresSpec | TopKSpec
 
 @dataclass(frozen=True)
 class Case:
-    """A spec to check with `tokens` rows of each sequence, and to time at position `timed_at` if that is set."""
+    """A spec to check with `tokens` rows of each sequence, and to time at position `timed_at` if given."""
 
     spec: Spec
     timed_at: int | None = None
@@ -75,6 +75,7 @@ def state(
     k: int = 1024,
     tokens: int = 1,
     room: int = 8,
+    context: int = 40000,
 ) -> GemvSpec:
     """The state writes of a layer, ratio 0 (window alone), 4 (with index keys) or 128, beside a small
     product of `k` columns, which decide the threads. Compressors' rings have `room` more rows than they pool.
@@ -85,7 +86,7 @@ def state(
         overlap = ratio == 4
         rows = ratio * (2 if overlap else 1) + room
         compressors.append(
-            CompressSpec("kv_c", width, format, ratio, overlap, rows, 40000 // ratio, 1e-6, tokens=tokens)
+            CompressSpec("kv_c", width, format, ratio, overlap, rows, context // ratio, 1e-6, tokens=tokens)
         )
         if ratio == 4:
             key = replace(compressors[0], name="index_c", width=128, format=key_format, hadamard=True)
@@ -139,11 +140,12 @@ def cases() -> Iterator[Case]:
     yield Case(state("state_tiny_hca", 2, 128, 128, ring=131, k=256, room=0))
     for tokens in (2, 4, 8):  # rings with no more room than it takes
         for ratio, layer in ((0, "swa"), (4, "csa"), (128, "hca")):
-            spec = state(f"state_{layer}_8_by_{tokens}", 8, ratio, tokens=tokens, room=tokens - 1)
+            name = f"state_{layer}_8_by_{tokens}"
+            spec = state(name, 8, ratio, tokens=tokens, room=tokens - 1, context=4096)
             yield Case(spec, tokens=tokens)
-    yield Case(state("state_csa_1x4", 4, 4, tokens=4), 8188, 4)
-    yield Case(state("state_hca_1x4", 4, 128, tokens=4), 8188, 4)
-    yield Case(state("state_tiny_1x8", 8, 4, 128, ring=24, k=128, tokens=8), tokens=8)
+    yield Case(state("state_csa_1x4", 4, 4, tokens=4, context=16384), 8188, 4)
+    yield Case(state("state_hca_1x4", 4, 128, tokens=4, context=16384), 8188, 4)
+    yield Case(state("state_tiny_1x8", 8, 4, 128, ring=24, k=128, tokens=8, context=4096), tokens=8)
     yield Case(IndexScoresSpec("index", 1, 64, "mxfp4", 2048, 4, 512), 8191)
     yield Case(IndexScoresSpec("index_128k", 1, 64, "mxfp4", 32768, 4, 512), 131071)
     yield Case(IndexScoresSpec("index_1m", 1, 64, "mxfp4", 262144, 4, 512), (1 << 20) - 1)

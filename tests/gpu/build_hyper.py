@@ -55,6 +55,9 @@ def specs(arch: Arch) -> Iterator[tuple[str, Any, Emission]]:
     for rows, hidden in ((1, FLASH), (8, PRO), (3, TINY)):
         embed = ends.EmbedSpec(rows, hidden)
         yield "embed", embed, ends.emit_embed(embed)
+    for sequences, tokens, hidden in ((1, 8, FLASH), (2, 4, PRO), (3, 2, TINY)):
+        last = ends.LastRowsSpec(sequences, tokens, hidden)
+        yield "last_rows", last, ends.emit_last_rows(last)
     for sequences in BATCHES:
         advance = ends.AdvanceSpec(sequences)
         yield "advance", advance, ends.emit_advance(advance)

@@ -331,7 +331,7 @@ def limit_of(case: dict[str, Any]) -> int:
     if case["family"] == "AttentionSpec":
         return spec["capacity"] * spec["ratio"] if spec["entries"] != "none" else 9000
     if case["family"] == "GemvSpec":
-        return 312 * 128
+        return min((c["capacity"] * c["ratio"] for c in spec["riders"][1:]), default=9000)
     return spec["capacity"] * spec["ratio"]
 
 

@@ -2,8 +2,9 @@
 
 Needs torch and cuda-bindings. Random codes and scales, then activations of `STYLES`: signed zeros, the ends
 of the format, one channel alone; rows to NVFP4 also with ties and with one outlier above the smallest scales.
-Outputs are poisoned with NaN. Kernels of fewer rows give the bits that those of more rows give. Timing is the median of 25 replays of a graph of launches that cycle over at
-least 220 MB of distinct weights, in microseconds per launch.
+Outputs are poisoned with NaN. Kernels of fewer rows give the bits that those of more rows give. Timing is the
+median of 25 replays of a graph of launches that cycle over at least 220 MB of distinct weights, in
+microseconds per launch.
 """
 
 from __future__ import annotations
@@ -244,7 +245,7 @@ def check_style(
 
 
 def check_rows(same: list[tuple[dict[str, Any], Kernel]]) -> list[str]:
-    """Of cases alike but for their rows: those whose first or last rows differ in a bit from the largest's."""
+    """Of cases alike but for their rows: whose first or last rows differ in a bit from the largest's."""
     *fewer, (most, kernel) = sorted(same, key=lambda item: item[0]["spec"]["batch"])
     operands, _ = check(most, kernel)
     spec, wrong = most["spec"], []

@@ -1,8 +1,8 @@
 """Hyper-connection, gate and head kernels on a GPU: python -m tests.gpu.check_hyper.
 
 Needs torch and cuda-bindings, no compiler. Truth is float64 over fresh random and adversarial inputs; every
-output is poisoned first. Kernels of fewer rows give the bits that those of more rows give. Times are microseconds per launch inside one explicit graph whose weights rotate
-through 96 MB or more.
+output is poisoned first. Kernels of fewer rows give the bits that those of more rows give. Times are
+microseconds per launch inside one explicit graph whose weights rotate through 96 MB or more.
 """
 
 from __future__ import annotations
@@ -307,6 +307,20 @@ def check_embed(case: Case, report: Report) -> None:
     report.bound(str(case), "wrong elements", float((t["x"] != want).sum()), 0)
 
 
+def check_last_rows(case: Case, report: Report) -> None:
+    """Bitwise copies, zeros for an idle sequence."""
+    n, tokens, h = case.spec["sequences"], case.spec["tokens"], case.spec["hidden"]
+    for idle in (False, True):
+        lengths = sequence_tensors(n, tokens, idle)["lengths"]
+        t = {"x": rand(n * tokens, h, dtype=torch.bfloat16), "lengths": lengths}
+        t["y"] = empty(n, h, dtype=torch.bfloat16)
+        poison(t, "y")
+        run(case, t)
+        rows = t["x"].view(n, tokens, h)
+        want = [rows[i, m - 1] if m else torch.zeros_like(rows[i, 0]) for i, m in enumerate(lengths.tolist())]
+        report.bound(str(case), "wrong elements", float((t["y"] != torch.stack(want)).sum()), 0)
+
+
 def sequence_tensors(sequences: int, tokens: int, idle: bool = False) -> Tensors:
     """Positions of more slots than sequences, slots in any order; the second sequence is idle, or all are."""
     slots = torch.randperm(sequences + 3, device=DEVICE)[:sequences].to(torch.int32)
@@ -347,7 +361,7 @@ def check_positions(case: Case, report: Report) -> None:
         report.bound(str(case), "wrong positions", float(wrong), 0)
 
 
-# Rows --------------------------------------------------------------------------------------------------------
+# Rows -------------------------------------------------------------------------------------------------------
 
 RESULTS = {
     "hyper": ("x_out", "post_out", "comb_out", "normed", "q", "q_scale"),
@@ -397,6 +411,7 @@ CHECKS: dict[str, Callable[[Case, Report], None]] = {
     "gate": check_gate,
     "argmax": check_argmax,
     "embed": check_embed,
+    "last_rows": check_last_rows,
     "advance": check_advance,
     "positions": check_positions,
 }

@@ -114,10 +114,11 @@ def test_the_releases_survive_their_text(name: str) -> None:
 
 # --- attributes ---
 
+integers = st.integers(-(1 << 62), 1 << 62)
 scalars = st.one_of(
     st.none(),
     st.booleans(),
-    st.integers(),
+    integers,
     st.floats(allow_nan=False),
     st.text(),
     st.sampled_from([*DType, FP8_ROW, KV_FP8, NVFP4_ROW]),
@@ -135,7 +136,8 @@ def test_scalars_read_back(value: Any) -> None:
 @settings(deadline=None)
 @given(
     st.lists(
-        st.one_of(st.integers(), st.floats(allow_nan=False), st.sampled_from([*DType, FP8_ROW])), max_size=4
+        st.one_of(integers, st.floats(allow_nan=False), st.sampled_from([*DType, FP8_ROW])),
+        max_size=4,
     )
 )
 def test_tuples_read_back(values: list[Any]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -258,7 +259,7 @@ def test_objects_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("contributed_here")
     module.count = CountTest  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "contributed_here", module)
-    assert load_object("contributed_here:count") == ("contributed_here:count", CountTest)
+    assert load_object("contributed_here:count") == ("--pass contributed_here:count", CountTest)
     with pytest.raises(GraphError, match="--pass contributed_here:nope"):
         load_object("contributed_here:nope")
     with pytest.raises(GraphError, match="--pass no_such_module: No module named"):
@@ -267,7 +268,7 @@ def test_objects_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     class Entry:
-        name, value = "extra", "extra.passes:all"
+        name, value, dist = "extra", "extra.passes:all", None
 
         def __init__(self, found: object) -> None:
             self.found = found
@@ -282,6 +283,12 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
 
     give(CountTest)
     assert installed() == [("extra (extra.passes:all)", CountTest)]
+    monkeypatch.setattr(Entry, "dist", SimpleNamespace(name="dsv4c-extra"))
+    known = contributions(installed())
+    assert known.sources == {"count-test": "package dsv4c-extra (extra.passes:all)"}
+    origin = known.origin("count-test")
+    assert (origin["kind"], origin["source"]) == ("pass", known.sources["count-test"])
+    assert re.fullmatch(r"passes/test_pipeline\.py:\d+", origin["at"].removeprefix("tests/"))
     give(ImportError("No module named 'extra'"))
     with pytest.raises(GraphError, match=r"the entry point extra = 'extra\.passes:all' .* cannot be loaded"):
         installed()
@@ -292,7 +299,7 @@ def test_two_packages_with_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Entry:
         def __init__(self, name: str, found: object) -> None:
-            self.name, self.value, self.found = name, f"{name}.passes:all", found
+            self.name, self.value, self.found, self.dist = name, f"{name}.passes:all", found, None
 
         def load(self) -> object:
             return self.found

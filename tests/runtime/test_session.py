@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import threading
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,10 +24,8 @@ from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Launch, Place
 from dsv4c.reference import interpret
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.generate import generate
 from dsv4c.runtime.parameter import ParamRecord
 from dsv4c.runtime.session import Session
-from dsv4c.types import BF16, TensorType
 from tests.goldens import golden_case
 from tests.runtime.conftest import BATCH, CHUNK, CONTEXT
 
@@ -266,90 +262,6 @@ def test_streams_and_next_tokens_belong_to_the_last_call(
     assert session.streams.shape[0] == BATCH
     assert len(session.next_tokens) == BATCH
     assert not torch.equal(session.streams[:1], kept[:1])
-
-
-@pytest.mark.parametrize("how", ["load_state", "reset", "reset(1)"])
-def test_streams_and_next_tokens_are_never_those_of_another_state(
-    session: Session, tmp_path: Path, how: str
-) -> None:
-    session.prefill(PROMPT[:4])
-    path = session.save_state(tmp_path / "kept")
-    assert len(session.next_tokens) == 4  # saving changes nothing
-    session.prefill(PROMPT[5:9])
-    {
-        "load_state": lambda: session.load_state(path),
-        "reset": session.reset,
-        "reset(1)": lambda: session.reset(1),
-    }[how]()
-    with pytest.raises(SessionError, match="no next tokens yet for this state"):
-        _ = session.next_tokens
-    with pytest.raises(SessionError, match="no streams yet for this state"):
-        _ = session.streams
-
-
-def test_threads_that_share_a_session_wait_for_each_other(session: Session) -> None:
-    serial = [session.prefill(PROMPT[:30]) for _ in range(3)]
-    session.reset()
-    gate, found = threading.Barrier(3), []
-
-    def work() -> None:
-        gate.wait()
-        found.append(session.prefill(PROMPT[:30]))
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert session.positions == [90, 0, 0]
-    assert all(any(torch.equal(logits, one) for one in serial) for logits in found)
-    assert len(found) == 3
-
-
-@pytest.fixture
-def overflowing(session: Session) -> Iterator[Session]:
-    """A session whose first router lets all scores underflow, which no check of the weights can see."""
-    offset = next(w["offset"] for w in session.plan.weights if w["name"] == "layers.0.ffn.gate")
-    gate = view(session.executor.blocks["weights"], TensorType(BF16, (8, 256)), offset)  # type: ignore[attr-defined]
-    assert isinstance(gate, Tensor)
-    kept = gate.clone()
-    gate.fill_(-60.0)
-    yield session
-    gate.copy_(kept)
-
-
-REQUESTS: dict[str, Callable[[Session], object]] = {
-    "prefill": lambda s: s.prefill(PROMPT[:30]),
-    "decode": lambda s: s.decode([1, None, 2]),
-    "generate": lambda s: generate(s, PROMPT[:3], [5], 4),
-}
-
-
-@pytest.mark.parametrize("request_", REQUESTS.values(), ids=REQUESTS)
-def test_logits_that_are_no_numbers_are_no_result(
-    overflowing: Session, request_: Callable[[Session], object], tmp_path: Path
-) -> None:
-    with pytest.raises(SessionError, match=r"the logits are not finite .* call reset\(\)"):
-        request_(overflowing)
-    with pytest.raises(SessionError, match=r"call reset\(\)"):
-        overflowing.save_state(tmp_path / "state")
-    with pytest.raises(SessionError, match="no next tokens"):
-        _ = overflowing.next_tokens
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("poison", [False, True])
-def test_a_state_that_is_no_number_is_not_saved(
-    plan: Plan, checkpoint: Path, tmp_path: Path, poison: bool
-) -> None:
-    session = plan.bind(checkpoint, poison=poison)
-    session.prefill(PROMPT[:4])
-    if poison:  # NaN where nobody wrote is its purpose
-        assert session.save_state(tmp_path / "state").exists()
-        return
-    nan_fill(session.executor.states["layers.1.attn.window"])
-    with pytest.raises(SessionError, match=r"layers\.1\.attn\.window is not finite .* will not be saved"):
-        session.save_state(tmp_path / "state")
 
 
 def test_logits_are_not_overwritten_by_the_next_call(session: Session) -> None:

@@ -1,4 +1,4 @@
-"""Kernels at the ends of a step: embedding, argmax, positions. The head's norm is in `hyper_norm`."""
+"""Kernels at a step's ends: embedding, last rows, argmax, positions. The head's norm is in `hyper_norm`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.lib.slices import STREAMS
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
-from dsv4c.ir.ops.sample import Argmax
+from dsv4c.ir.ops.sample import Argmax, LastRows
 from dsv4c.ir.ops.state import Advance, Positions
 from dsv4c.passes.fusions.embed import Embed
 from dsv4c.types import BF16, F32
@@ -22,6 +22,15 @@ class EmbedSpec:
     """table bf16[vocabulary, hidden], ids i32[rows] -> x bf16[rows, 4, hidden]."""
 
     rows: int
+    hidden: int
+
+
+@dataclass(frozen=True)
+class LastRowsSpec:
+    """x bf16[sequences * tokens, hidden], lengths i32[sequences] -> y bf16[sequences, hidden]."""
+
+    sequences: int
+    tokens: int
     hidden: int
 
 
@@ -75,6 +84,32 @@ def emit_embed(spec: EmbedSpec) -> Emission:
         ctas=ctas,
     )
     return Emission("embed_0", source, (ctas, spec.rows, 1), threads, 0, parameters)
+
+
+def emit_last_rows(spec: LastRowsSpec) -> Emission:
+    """The copy of rows. Raises BuildError unless they are whole 16-byte pieces."""
+    if spec.hidden % 8:
+        raise BuildError(f"last rows of {spec.hidden} columns: want a multiple of 8, for 16-byte copies")
+    pieces = spec.hidden // 8
+    threads = min(256, -(-pieces // 32) * 32)
+    ctas = -(-pieces // threads)
+    types = {
+        "x": f"bf16[B * {spec.tokens},{spec.hidden}]",
+        "lengths": "i32[B]",
+        "y": f"bf16[B,{spec.hidden}]",
+    }
+    parameters = tuple(map(Parameter, types))
+    source = render(
+        "last_rows.py.jinja",
+        symbol="last_rows",
+        parameters=[p.name for p in parameters],
+        signature=_signature(types, parameters),
+        tokens=spec.tokens,
+        row_bytes=2 * spec.hidden,
+        threads=threads,
+        ctas=ctas,
+    )
+    return Emission("last_rows_0", source, (ctas, spec.sequences, 1), threads, 0, parameters)
 
 
 def emit_argmax(spec: ArgmaxSpec, arch: Arch) -> Emission:
@@ -166,6 +201,17 @@ def embed(request: Request) -> Answer:
     spec = EmbedSpec(request.types[x["tokens"]].shape[0], table.shape[1])
     values = {"table": x["table"], "ids": x["tokens"], "x": call.outputs[0]}
     return [launchable(request, emit_embed(spec), values)]
+
+
+@kernel(LastRows)
+def last_rows(request: Request) -> Answer:
+    x, y = request.call.operands, request.call.outputs[0]
+    rows, lengths = request.types[x["x"]], request.types[x["lengths"]]
+    if not holds(rows, BF16) or len(rows.shape) != 2:
+        return No(f"copies rows bf16[N,H], not {rows}")
+    sequences = lengths.shape[0]
+    spec = LastRowsSpec(sequences, rows.shape[0] // sequences, rows.shape[1])
+    return [launchable(request, emit_last_rows(spec), {**x, "y": y})]
 
 
 @kernel(Argmax)
