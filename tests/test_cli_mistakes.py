@@ -46,16 +46,28 @@ MISTAKES = {
         2,
         "error: draft: sm_90a has no kernels for the MTP block; compile with draft off, or for cpu",
     ),
-    ("compile", "tiny", "--target", "sm_90a", "--chunk", "64"): (2, "prefill-64 has 64 rows; expected at most 8"),
-    ("compile", "tiny", "--require-fused", "sinkhrn"): (3, "error: no rule is named 'sinkhrn'; there are: embed"),
-    ("show", "tiny", "--bucket", "decode-8"): (3, "there is no bucket 'decode-8', only decode-1, verify-1x4, pre"),
+    ("compile", "tiny", "--target", "sm_90a", "--chunk", "64"): (
+        2,
+        "prefill-64 has 64 rows; expected at most 8",
+    ),
+    ("compile", "tiny", "--require-fused", "sinkhrn"): (
+        3,
+        "error: no rule is named 'sinkhrn'; there are: embed",
+    ),
+    ("show", "tiny", "--bucket", "decode-8"): (
+        3,
+        "there is no bucket 'decode-8', only decode-1, verify-1x4, pre",
+    ),
     ("show", "tiny", "--bucket", "decode-8", "--batch", "1,4"): (
         3,
         "error: tiny: there is no bucket 'decode-8', only decode-1, decode-4, verify-1x4, prefill-64",
     ),
     ("show", "tiny", "--bucket", "mtp"): (3, "there is no bucket 'mtp', only decode-1"),
     ("show", "tiny", "--bucket", "prefill-64", "--chunk", "8"): (3, "there is no bucket 'prefill-64', only"),
-    ("why-not", "head", "tiny", "--bucket", "draft-64", "--chunk", "8"): (3, "no bucket 'draft-64', only dec"),
+    ("why-not", "head", "tiny", "--bucket", "draft-64", "--chunk", "8"): (
+        3,
+        "no bucket 'draft-64', only dec",
+    ),
     ("compile", "tiny", "--target", "tpu"): (2, "Invalid value for '--target'"),
     ("compile",): (2, "Missing argument 'CONFIG'"),
     ("compil", "tiny"): (2, "No such command 'compil'"),
@@ -67,7 +79,10 @@ MISTAKES = {
         "error: nothing-here: cannot be read: No such file or directory",
     ),
     ("compile", "tiny", "--pass", ":"): (3, "error: --pass :: Empty module name; expected MODULE:OBJECT"),
-    ("compile", "tiny", "--pass", "os:path"): (3, "error: --pass os:path contributes nothing; expected a pass"),
+    ("compile", "tiny", "--pass", "os:path"): (
+        3,
+        "error: --pass os:path contributes nothing; expected a pass",
+    ),
     ("compile", "tiny", "--pipeline", "quantize,fold"): (
         3,
         "error: pipeline: quantize needs its recipe: quantize{recipe=...}",

@@ -124,7 +124,11 @@ def test_a_pass_of_ones_own_folds_or_is_warned_of(tmp_path: Path) -> None:
         f"error: plan {dsv4c.load(tmp_path / 'p').name} was compiled with the rule shifted_sigmoid of --pass "
         "mine_for_cli, written in mine_for_cli.py:5; give --pass mine_for_cli\n"
     )
-    for opened in (("show", tmp_path / "p"), ("why-not", "sinkhorn", tmp_path / "p"), ("check", tmp_path / "p")):
+    for opened in (
+        ("show", tmp_path / "p"),
+        ("why-not", "sinkhorn", tmp_path / "p"),
+        ("check", tmp_path / "p"),
+    ):
         result = command(*opened)
         assert (result.code, result.err) == (3, needed)
 

@@ -265,7 +265,7 @@ class Session:
 
     @property
     def next_tokens(self) -> list[int]:
-        """The likeliest next token by row of the last call (the lowest id of equals). Waits as `wait` does."""
+        """The likeliest next token by row of the last call (the lowest id of equals). Waits for all calls."""
         if self._next is None:
             raise SessionError("no next tokens yet for this state; call prefill or decode first")
         self.wait()

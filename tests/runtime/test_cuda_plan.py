@@ -155,11 +155,15 @@ SHIFT = Launch(  # of the first and only frequency: 1
     op="rope_frequencies",
     nodes=("shift",),
     scope="",
-    code=BodyCode("theta=10000.0, dims=2, factor=1.0, original_max_position=64, beta_fast=32.0, beta_slow=1.0"),
+    code=BodyCode(
+        "theta=10000.0, dims=2, factor=1.0, original_max_position=64, beta_fast=32.0, beta_slow=1.0"
+    ),
     arguments=(Argument("constants", 0, "shift", "data", 4, "w"),),
     after=(),
 )
-ONCE = Program("graph.load.txt", None, {"shift": values_of(TWO)["shift"]}, 0, (), {"shift": "shift"}, (SHIFT,))
+ONCE = Program(
+    "graph.load.txt", None, {"shift": values_of(TWO)["shift"]}, 0, (), {"shift": "shift"}, (SHIFT,)
+)
 BLOCKS = {"weights": 256, "state": 512, "constants": 256, "arena": 768, "input": 768}
 
 
@@ -403,7 +407,10 @@ def test_a_full_slot_is_refused_and_the_others_go_on() -> None:
         (lambda s: s.prefill([]), "the prompt is empty"),
         (lambda s: s.prefill([1], slot=3), "no slot 3"),
         (lambda s: s.verify({}), "no tokens for any slot"),
-        (lambda s: s.verify({0: [1] * 4}), "verify got 4 tokens of 1 slots; no bucket of the plan takes as many"),
+        (
+            lambda s: s.verify({0: [1] * 4}),
+            "verify got 4 tokens of 1 slots; no bucket of the plan takes as many",
+        ),
         (lambda s: s.verify({0: [1, 1], 1: [1]}), "verify got 2 tokens of 2 slots; no bucket"),
         (lambda s: s.take_back(3), "slot 0 holds 2 tokens, 3 cannot be taken back"),
         (lambda s: s.take_back(1, slot=7), "no slot 7"),
@@ -426,7 +433,9 @@ def test_more_slots_than_any_bucket_takes_do_not_move_on_together() -> None:
     s = session()
     for slot in range(SLOTS):
         s.prefill([1, 2], slot=slot)
-    refused(s, lambda: s.generate(1), r"no bucket of the plan decodes 3 slots together, only decode-1, .*--batch")
+    refused(
+        s, lambda: s.generate(1), r"no bucket of the plan decodes 3 slots together, only decode-1, .*--batch"
+    )
 
 
 def test_tokens_of_a_loaded_state_are_not_guessed(tmp_path: Path) -> None:
@@ -558,9 +567,7 @@ def test_an_error_on_the_device_names_launch_and_nodes(monkeypatch: pytest.Monke
         s.decode({0: 1, 1: 1})
 
 
-FAILED = (
-    r"a step of plan toy failed: .*CUDA.*; bind with poison=True \(--poison\) to run"
-)
+FAILED = r"a step of plan toy failed: .*CUDA.*; bind with poison=True \(--poison\) to run"
 
 
 @pytest.mark.parametrize(
