@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -352,7 +351,7 @@ DAMAGE: dict[str, tuple[Callable[[dict[str, Tensor], dict[str, str]], object], s
         "is damaged: its bytes are not those",
     ),
     "its reach": (
-        lambda rows, meta: meta.update(reached=json.dumps({"main": [34], "draft": [0]})),
+        lambda rows, meta: rows["position.reached"][0].bitwise_xor_(1),
         "is damaged: its bytes are not those",
     ),
     "an array": (lambda rows, meta: rows.pop("position.0"), r"holds 1 slots in \d+ arrays, expected 1 in"),
