@@ -96,13 +96,15 @@ def require_writable(folder: Path) -> None:
 
 
 def _is_stream(target: Path) -> bool:
-    """Is it there, and something to write to rather than to replace? So is the output of another program."""
+    """Is it there, and something to write to rather than to replace? So is what a process has open."""
     try:
         mode = os.stat(target).st_mode
     except OSError:
         return False
-    there = Path(os.path.abspath(target)).parts[1:2]
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or there in (("dev",), ("proc",))
+    if not stat.S_ISREG(mode):
+        return not stat.S_ISDIR(mode)
+    named = target.parent / os.readlink(target) if target.is_symlink() else target
+    return Path(os.path.realpath(named.parent)).parts[1:2] == ("proc",)  # /dev/stdout, /dev/fd/3
 
 
 def _claim(folder: Path) -> tuple[Path, int]:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -128,6 +129,17 @@ def test_standard_output_in_a_file_is_written_to(tmp_path: Path) -> None:
     with open(tmp_path / "out", "w") as out:
         subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, stdout=out, check=True)
     assert (tmp_path / "out").read_text() == "words"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm here")
+def test_memory_that_looks_like_a_disk_is_one() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for text in ("old", "new"):
+            put(Path(folder) / "it", text)
+            with published(Path(folder) / "file") as made:
+                assert made != Path(folder) / "file"
+                made.write_text(text)
+        assert content(Path(folder) / "it") == {"a": "new", "b": "new"}
 
 
 # --- who was killed ---
