@@ -65,6 +65,8 @@ def check_file(path: Path) -> None:
     try:
         if path.is_dir():
             raise SessionError(f"{path}: the logits cannot be written: it is a folder; give a file")
+        if path.exists() and not path.is_file():
+            raise SessionError(f"{path}: the logits cannot be written: it is no regular file; give one")
         require_writable(path.parent)
     except OSError as error:
         raise SessionError(f"{path}: the logits cannot be written: {error.strerror or error}") from None
