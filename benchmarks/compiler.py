@@ -105,7 +105,7 @@ ROWS = (
 
 def run_here(number: int, store: Path) -> None:
     """Row `number` in this process: prints [seconds, peak bytes, bytes of the plan if it is one]."""
-    from dsv4c.plan.records import Plan
+    from dsv4c.plan.folder import Plan
 
     work = ROWS[number].prepare(ROWS[number].model, store)
     start = time.perf_counter()

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from dsv4c.numerics.codec import Quantized, view
 from dsv4c.numerics.packing import UNIT_BYTES, parse_packing
-from dsv4c.plan.records import Argument, KernelLaunch, Plan, load
+from dsv4c.plan.folder import Plan, load
+from dsv4c.plan.records import Argument, Launch
 from dsv4c.runtime.cuda import CudaExecutor, Device, check_device
 from dsv4c.runtime.residence import Resident
 from dsv4c.types import DType, QuantType
@@ -167,7 +168,7 @@ def copy_bandwidth() -> float:
 # --- bytes ---
 
 
-def moved_bytes(plan: Plan, launch: KernelLaunch, position: int) -> float:
+def moved_bytes(plan: Plan, launch: Launch, position: int) -> float:
     """The fewest bytes a launch must move: every operand once, of stacks and caches what a token needs."""
     return sum(_moved(plan, argument, position) for argument in launch.arguments)
 
@@ -226,7 +227,7 @@ class Part:
     floor: float
 
 
-def layer_of(launch: KernelLaunch) -> int | None:
+def layer_of(launch: Launch) -> int | None:
     """The layer that a launch belongs to, by its scope or its name."""
     match = re.search(r"\blayers\.(\d+)\b", f"{launch.scope} {launch.name}")
     return int(match[1]) if match else None

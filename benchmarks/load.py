@@ -21,7 +21,7 @@ def once(folder: Path) -> str:
     """One plan in this process."""
     import torch
 
-    from dsv4c.plan.records import load
+    from dsv4c.plan.folder import load
     from dsv4c.runtime.cuda import CudaExecutor
 
     one = torch.zeros(1, dtype=torch.uint8, device="cuda")

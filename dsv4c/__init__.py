@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from dsv4c.ir.graph import Value as Value
     from dsv4c.passes.base import Pass as Pass
     from dsv4c.passes.fold import Rule as Rule
-    from dsv4c.plan.records import Plan as Plan
-    from dsv4c.plan.records import load as load
+    from dsv4c.plan.folder import Plan as Plan
+    from dsv4c.plan.folder import load as load
     from dsv4c.runtime.session import Session as Session
 
 _HOME = {
@@ -33,13 +33,13 @@ _HOME = {
     "Fused": ("dsv4c.ir.fused", "Fused"),
     "Graph": ("dsv4c.ir.graph", "Graph"),
     "Pass": ("dsv4c.passes.base", "Pass"),
-    "Plan": ("dsv4c.plan.records", "Plan"),
+    "Plan": ("dsv4c.plan.folder", "Plan"),
     "Rule": ("dsv4c.passes.fold", "Rule"),
     "Session": ("dsv4c.runtime.session", "Session"),
     "Value": ("dsv4c.ir.graph", "Value"),
     "compile": ("dsv4c.compiler.compile", "compile"),
     "fused": ("dsv4c.ir.declare", "fused"),
-    "load": ("dsv4c.plan.records", "load"),
+    "load": ("dsv4c.plan.folder", "load"),
     "load_config": ("dsv4c.config", "load_config"),
 }
 """Where every public name lives: module and attribute."""

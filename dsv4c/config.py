@@ -18,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from dsv4c import dialects, strict_json
+from dsv4c.arch import ARCHS
+from dsv4c.buckets import ROWS, Bucket, bucket_named
 from dsv4c.dialects import problem, shown
-from dsv4c.errors import ConfigError
+from dsv4c.errors import ConfigError, listed
 
 BUILTIN = ("deepseek-v4-flash", "deepseek-v4-pro", "tiny")
+HUB = "deepseek-ai"
 BUILTIN_FOLDER = Path(__file__).parent / "models" / "configs"
-TARGETS = ("cpu", "sm_90a", "sm_100a")
+TARGETS = ("cpu", *ARCHS)
 RATIOS = {0: "SWA", 4: "CSA", 128: "HCA"}
 FP8_BLOCK = 128
 MOST_EXPERTS = 1 << 17  # of all layers: each has tensors of its own
@@ -60,7 +63,7 @@ _SIZE = _integer(1, "a positive integer")
 _COUNT = _integer(0, "an integer of at least 0")
 _NUMBER = _Rule("a positive number", _positive_number, 1 << 53)
 _POSITIONS = _at_most((1 << 31) - 1, _SIZE)
-_TOKEN = _integer(0, "a token id")
+_TOKEN = _Rule("a token id or null", lambda value: value is None or (type(value) is int and value >= 0))
 _SCHEDULE = _Rule(
     "a list of compress ratios, one per layer",
     lambda value: (
@@ -113,11 +116,12 @@ class ModelConfig:
     mtp_layers: int = _ruled(_at_most(16, _COUNT))  # sliding-window blocks after the last layer
     linear_format: str = _ruled(_one_of("bf16", "fp8"))  # what the checkpoint stores
     expert_format: str = _ruled(_one_of("bf16", "fp8", "mxfp4", "nvfp4"))
-    bos_token_id: int = _ruled(_TOKEN)
-    eos_token_id: int = _ruled(_TOKEN)
+    bos_token_id: int | None = _ruled(_TOKEN)
+    eos_token_id: int | None = _ruled(_TOKEN)
     notes: tuple[str, ...] = field(default=(), compare=False)  # what a reader of the config should know
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "name", _one_line(self.name))
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         _raise_if_any(self.name, list(_problems(values, {}, set())))
         for item in fields(self):
@@ -156,13 +160,13 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a plan is compiled for: static shapes for `batch` sequences of at most `max_context` tokens."""
+    """What a plan is compiled for: `slots` sequences of at most `max_context` tokens, called by `buckets`."""
 
     target: str = "cpu"
     recipe: str = "official"
-    batch: int = 1
     max_context: int = 4096
-    chunk: int = 64  # tokens of one sequence that a prefill call takes
+    slots: int = 1
+    buckets: tuple[Bucket, ...] = (Bucket("decode"), Bucket("prefill", tokens=64))
 
     def __post_init__(self) -> None:
         problems = []
@@ -170,16 +174,70 @@ class Deployment:
             problems.append(problem("target", shown(self.target), " or ".join(map(repr, TARGETS))))
         if not isinstance(self.recipe, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.recipe):
             problems.append(problem("recipe", shown(self.recipe), "a name of lowercase words joined by '-'"))
-        for name in ("batch", "max_context", "chunk"):
+        for name in ("max_context", "slots"):
             value = getattr(self, name)
-            most = MOST_SEQUENCES if name == "batch" else (1 << 31) - 1
+            most = MOST_SEQUENCES if name == "slots" else (1 << 31) - 1
             if not _SIZE.accepts(value):
                 problems.append(problem(name, shown(value), _SIZE.expected))
             elif value > most:
                 problems.append(problem(name, shown(value), f"at most {most:,}"))
-        if not problems and self.chunk > self.max_context:
-            problems.append(problem("chunk", shown(self.chunk), f"at most max_context, {self.max_context}"))
+        _raise_if_any("deployment", problems or list(_bucket_problems(self)))
+
+    @property
+    def batch(self) -> int:
+        """The most sequences of a decode step."""
+        return max(bucket.sequences for bucket in self.buckets if bucket.kind == "decode")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON, the buckets by their names; `from_dict` reads it back."""
+        described = {item.name: getattr(self, item.name) for item in fields(self)}
+        return described | {"buckets": [bucket.name for bucket in self.buckets]}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Deployment:
+        """The deployment that `to_dict` wrote. ConfigError on a missing, unknown or wrong field."""
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"deployment: {shown(data)}; expected the fields of Deployment by name")
+        known = [item.name for item in fields(Deployment)]
+        problems = [
+            problem(key, "is unknown", "one of Deployment's fields") for key in data if key not in known
+        ]
+        problems += [
+            problem(key, "is missing", "all of Deployment's fields") for key in known if key not in data
+        ]
         _raise_if_any("deployment", problems)
+        names = data["buckets"]
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"deployment: {problem('buckets', shown(names), 'a list of names of buckets')}")
+        try:
+            buckets = tuple(map(bucket_named, names))
+        except ValueError as error:
+            raise ConfigError(f"deployment: buckets: {error}") from None
+        return Deployment(**{**data, "buckets": buckets})
+
+
+def _bucket_problems(deployment: Deployment) -> Iterator[str]:
+    """What the buckets must be by themselves, to each other, to the slots and to the target."""
+    names = [bucket.name for bucket in deployment.buckets]
+    for name in sorted({name for name in names if names.count(name) > 1}):
+        yield problem("buckets", f"has {name} {names.count(name)} times", "every bucket once")
+    if not any(bucket.kind == "decode" for bucket in deployment.buckets):
+        yield problem("buckets", f"is {', '.join(names) or 'empty'}", "at least one decode bucket")
+    for bucket in deployment.buckets:
+        tokens, rows = f"takes {bucket.tokens} tokens", f"has {bucket.rows} rows"
+        if bucket.rows < 1:
+            yield problem(bucket.name, rows, "at least 1")
+        if bucket.sequences > deployment.slots:
+            expected = f"at least {bucket.sequences}, the sequences of {bucket.name}"
+            yield problem("slots", shown(deployment.slots), expected)
+        if bucket.tokens > deployment.max_context:
+            yield problem(bucket.name, tokens, f"at most {deployment.max_context}, max_context")
+        if bucket.kind == "decode" and bucket.tokens != 1:
+            yield problem(bucket.name, tokens, "1 of each sequence")
+        if bucket.kind == "verify" and not 2 <= bucket.tokens <= ROWS:
+            yield problem(bucket.name, tokens, f"2 to {ROWS}: more could not be taken back")
+        if deployment.target != "cpu" and bucket.rows > ROWS:
+            yield problem(bucket.name, rows, f"at most {ROWS}: {deployment.target} has no kernels for more")
 
 
 def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
@@ -188,30 +246,38 @@ def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
     if deployment.max_context > config.max_position_embeddings:
         expected = f"at most {config.max_position_embeddings}, max_position_embeddings of {config.name}"
         problems.append(problem("max_context", shown(deployment.max_context), expected))
-    if deployment.target != "cpu" and deployment.chunk != 1:
-        expected = f"1: a plan for {deployment.target} takes prompts token by token"
-        problems.append(problem("chunk", shown(deployment.chunk), expected))
+    drafts = [bucket.name for bucket in deployment.buckets if bucket.kind == "draft"]
+    if drafts and not config.mtp_layers:
+        problems.append(
+            problem("buckets", f"has {drafts[0]}", f"no draft: {config.name} has no block that drafts")
+        )
     _raise_if_any("deployment", problems)
 
 
 def load_config(source: str | Path) -> ModelConfig:
     """The model that `source` names: a built-in name, a `config.json`, or a checkpoint folder that holds one.
 
-    A built-in name comes before a folder that is called so: write `./tiny` for the folder. Raises ConfigError
-    that lists every problem of the file. What was ignored or filled in is in `notes`.
+    A built-in name comes before a folder that is called so: write `./tiny` for the folder. The id of its
+    release on the hub, deepseek-ai/DeepSeek-V4-Flash, leads to it where there is no such folder. Raises
+    ConfigError that lists every problem of the file. What was ignored or filled in is in `notes`.
     """
-    builtin = isinstance(source, str) and source in BUILTIN
-    path = BUILTIN_FOLDER / f"{source}.json" if builtin else _config_file(Path(source))
+    builtin = _builtin(source)
+    if builtin != source and os.path.exists(source):
+        builtin = None  # a clone of the release, under its id
+    path = BUILTIN_FOLDER / f"{builtin}.json" if builtin is not None else _config_file(Path(source))
     reading = dialects.read(_parse(path))
-    where = str(source) if builtin else str(path)
+    dialects.settle(reading, path.parent if path.name == "config.json" else None)
+    where = str(path) if builtin is None else str(source)
     if not reading.spelling:  # not a dialect we read: nothing else about it can be judged
         _raise_if_any(where, reading.problems)
     _raise_if_any(
         where, reading.problems + list(_problems(reading.fields, reading.spelling, reading.refused))
     )
     name = path.parent.resolve().name if path.name == "config.json" else path.stem
-    if builtin and os.path.isdir(source):
+    if builtin == source and os.path.isdir(source):
         reading.notes.append(f"{source} is the built-in config; the folder here is ./{source}")
+    elif builtin is not None and builtin != source:
+        reading.notes.append(f"{source} is the built-in {builtin}; nothing was downloaded")
     return ModelConfig(name=name, notes=tuple(reading.notes), **reading.fields)
 
 
@@ -224,17 +290,28 @@ def save_config(config: ModelConfig, folder: str | Path) -> Path:
 
 # Reading the file
 
-_EXPECTED_SOURCE = f"expected a config.json, a checkpoint folder or one of {', '.join(BUILTIN)}"
+
+def _builtin(source: str | Path) -> str | None:
+    """The built-in model that `source` names, by its own name or its release's id on the hub."""
+    if not isinstance(source, str):
+        return None
+    hub, _, name = source.rpartition("/")
+    return name.lower() if hub == HUB and name.lower() in BUILTIN else source if source in BUILTIN else None
+
+
+def _expected_source(meant: str = "") -> str:
+    name = meant.rstrip("/").rpartition("/")[2]
+    return f"expected a config.json, a checkpoint folder or one of {listed(BUILTIN, name)}"
 
 
 def _config_file(path: Path) -> Path:
     try:
         if path.is_dir():
             if (path / "plan.json").exists():
-                raise ConfigError(f"{path}: is a compiled plan; {_EXPECTED_SOURCE}")
+                raise ConfigError(f"{path}: is a compiled plan; {_expected_source()}")
             path = path / "config.json"
         if not path.exists():
-            raise ConfigError(f"{path}: no such file; {_EXPECTED_SOURCE}")
+            raise ConfigError(f"{path}: no such file; {_expected_source(str(path))}")
     except OSError as error:  # a folder above that may not be entered
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     return path
@@ -257,6 +334,11 @@ def _parse(path: Path) -> dict[str, Any]:
 
 
 # Judging the fields
+
+
+def _one_line(name: str) -> str:
+    """A folder may be called anything; the first line of a graph's text, and a terminal, take no controls."""
+    return "".join(c if c.isprintable() else "_" for c in name)
 
 
 def _raise_if_any(where: str, problems: list[str]) -> None:
@@ -329,10 +411,15 @@ def _contradictions(values: Mapping[str, Any], key: Callable[[str], str]) -> Ite
     expected = f"at most {key('n_routed_experts')}, {experts}"
     yield from must(v("num_experts_per_tok") <= experts, "num_experts_per_tok", expected)
     yield from must(v("n_shared_experts") == 1, "n_shared_experts", "1, the only number DeepSeek-V4 uses")
+    for name in ("rope_theta", "compress_rope_theta"):
+        yield from must(v(name) > 1, name, "more than 1, the base of falling frequencies")
     yield from must(v("rope_factor") >= 1, "rope_factor", "at least 1")
+    slow = v("rope_beta_slow")
+    expected = f"at least {key('rope_beta_slow')}, {slow}: fast pairs turn more often"
+    yield from must(v("rope_beta_fast") >= slow, "rope_beta_fast", expected)
     for name in ("bos_token_id", "eos_token_id"):
         expected = f"a token id below {key('vocab_size')}, {v('vocab_size')}"
-        yield from must(v(name) < v("vocab_size"), name, expected)
+        yield from must((v(name) or 0) < v("vocab_size"), name, expected)
     quantized = v("linear_format") == "fp8"
     formats = "'fp8', 'mxfp4' or 'nvfp4'" if quantized else "'bf16'"
     expected = f"{formats}, as linear_format is {v('linear_format')!r}"

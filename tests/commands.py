@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from typer.testing import CliRunner
 
+from dsv4c import strict_json
 from dsv4c.cli import app
 
 
@@ -18,7 +18,7 @@ class Result:
 
     @property
     def json(self) -> Any:
-        return json.loads(self.out)
+        return strict_json.parse(self.out)  # NaN is none
 
 
 def command(*arguments: object) -> Result:

@@ -27,13 +27,13 @@ from dsv4c.cli.run import token_ids
 from dsv4c.compiler.job import Saved, job_of, read_saved
 from dsv4c.config import BUILTIN_FOLDER, Deployment, load_config
 from dsv4c.errors import CheckpointError, ConfigError, GraphError, PlanError, SessionError
+from dsv4c.headers import INDEX, read_header
 from dsv4c.ir.text import graph_from_json, graph_to_json, parse_attribute, parse_graph
 from dsv4c.ir.verify import verify
 from dsv4c.passes.pipeline import Pipeline, parse_pipeline
 from dsv4c.plan import records
 from dsv4c.plan.records import PLAN_FILE, Plan, load
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.headers import INDEX, read_header
 from dsv4c.runtime.session import STATE_SCHEMA, Session
 from dsv4c.types import KV_FP8, NVFP4, TypeSyntaxError, parse_type
 

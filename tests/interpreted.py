@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dsv4c.buckets import Bucket, Kind
 from dsv4c.config import Deployment, ModelConfig, load_config
 from dsv4c.ir.graph import Builder, Graph, Value
 from dsv4c.ir.ops.hyper import MixStreams, SpreadStreams
 from dsv4c.ir.verify import verify
-from dsv4c.models.deepseek_v4 import Mode, build
+from dsv4c.models.deepseek_v4 import build
 from dsv4c.models.weights import records
 from dsv4c.numerics import codec
 from dsv4c.numerics.codec import Quantized, nan_fill, view
@@ -28,17 +30,24 @@ MAX_CONTEXT = 512
 
 
 @cache
-def graph_of(config: ModelConfig, recipe: Recipe, mode: Mode, chunk: int) -> Graph:
-    """The verified graph of one sequence in the recipe's formats."""
-    deployment = Deployment(max_context=MAX_CONTEXT, chunk=chunk)
-    return verify(quantize(build(config, deployment, mode, recipe.activation), recipe))
+def graph_of(config: ModelConfig, recipe: Recipe, bucket: Bucket, slots: int = 1) -> Graph:
+    """The verified graph of a bucket in the recipe's formats."""
+    deployment = deployment_of(bucket, slots=slots, max_context=MAX_CONTEXT)
+    return verify(quantize(build(config, deployment, bucket, recipe.activation), recipe))
+
+
+def deployment_of(*buckets: Bucket, **fields: Any) -> Deployment:
+    """A deployment with these buckets, and a decode bucket if none of them is one."""
+    decodes = any(bucket.kind == "decode" for bucket in buckets)
+    return Deployment(buckets=buckets if decodes else (Bucket("decode"), *buckets), **fields)
 
 
 @cache
-def weights_of(folder: Path, recipe: Recipe, modes: tuple[Mode, ...]) -> dict[str, codec.Value]:
-    """Every parameter of those graphs, read by the loader from the checkpoint in `folder`."""
+def weights_of(folder: Path, recipe: Recipe) -> dict[str, codec.Value]:
+    """Every parameter of the model, read by the loader from the checkpoint in `folder`."""
     config = load_config(folder)
-    params = {p.name: p.type for mode in modes for p in graph_of(config, recipe, mode, 1).params}
+    buckets = [Bucket("decode"), *[Bucket("draft")] * bool(config.mtp_layers)]
+    params = {p.name: p.type for bucket in buckets for p in graph_of(config, recipe, bucket).params}
     wanted = records(config, [(name, type_, recipe.requantize) for name, type_ in params.items()])
     weights: dict[str, codec.Value] = {}
     Checkpoint.open(folder).load(
@@ -63,25 +72,30 @@ def plain(value: codec.Value) -> Tensor:
 
 
 class Model:
-    """One sequence of a checkpoint's model under a recipe, with the state that it has come to."""
+    """A checkpoint's model under a recipe, with the state that its slots have come to.
 
-    def __init__(self, folder: Path, recipe: str | Recipe, chunk: int = 64) -> None:
+    `prefill`, `draft` and `decode` are about the sequence in slot 0.
+    """
+
+    def __init__(self, folder: Path, recipe: str | Recipe, chunk: int = 64, slots: int = 1) -> None:
         self.recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
-        self.config, self.chunk = load_config(folder), chunk
-        self.modes: tuple[Mode, ...] = ("decode", "mtp") if self.config.mtp_layers else ("decode",)
-        self.weights = weights_of(folder, self.recipe, self.modes)
+        self.config, self.chunk, self.slots = load_config(folder), chunk, slots
+        self.weights = weights_of(folder, self.recipe)
         self.states = fresh_states(self.graph("prefill"))
         if self.config.mtp_layers:
-            self.states |= fresh_states(self.graph("mtp"))
+            self.states |= fresh_states(self.graph("draft"))
         self.streams = torch.empty(0)
 
-    def graph(self, mode: Mode) -> Graph:
-        return graph_of(self.config, self.recipe, mode, self.chunk)
+    def graph(self, bucket: Bucket | Kind) -> Graph:
+        """Of a bucket; of one sequence and the usual number of tokens if there is only its kind."""
+        if not isinstance(bucket, Bucket):
+            bucket = Bucket(bucket, tokens=1 if bucket == "decode" else self.chunk)
+        return graph_of(self.config, self.recipe, bucket, self.slots)
 
     def call(
-        self, mode: Mode, inputs: Mapping[str, Tensor], watch: Collection[str] = ()
+        self, bucket: Bucket | Kind, inputs: Mapping[str, Tensor], watch: Collection[str] = ()
     ) -> dict[str, Tensor]:
-        graph = self.graph(mode)
+        graph = self.graph(bucket)
         results = interpret(graph, inputs, self.states, self.weights, watch=watch)
         return {name: plain(value) for name, value in results.items()}
 
@@ -103,7 +117,7 @@ class Model:
             rows = torch.zeros(self.chunk, *streams.shape[1:], dtype=streams.dtype)
             rows[: len(part)] = streams[start : start + len(part)]
             calls.append(
-                self.call("mtp", padded(part, self.chunk) | {"streams": rows})["logits"][: len(part)]
+                self.call("draft", padded(part, self.chunk) | {"streams": rows})["logits"][: len(part)]
             )
         return torch.cat(calls)
 
@@ -129,10 +143,19 @@ def evaluate(
 
 
 def padded(ids: Sequence[int], rows: int) -> dict[str, Tensor]:
-    """Inputs of one call: tokens (padded with 0) and how many of them count."""
-    tokens = torch.zeros(rows, dtype=torch.int32)
-    tokens[: len(ids)] = torch.tensor(ids, dtype=torch.int32)
-    return {"tokens": tokens, "lengths": torch.tensor([len(ids)], dtype=torch.int32)}
+    """Inputs of one call for the sequence in slot 0: tokens (padded with 0) and how many of them count."""
+    return padded_all({0: ids}, 1, rows)
+
+
+def padded_all(ids: Mapping[int, Sequence[int]], sequences: int, rows: int) -> dict[str, Tensor]:
+    """Inputs of one call: tokens by slot, `rows` places each; the call's other sequences are idle."""
+    tokens = torch.zeros(sequences, rows, dtype=torch.int32)
+    lengths = torch.zeros(sequences, dtype=torch.int32)
+    slots = torch.full((sequences,), -1, dtype=torch.int32)
+    for place, (slot, own) in enumerate(ids.items()):
+        tokens[place, : len(own)] = torch.tensor(own, dtype=torch.int32)
+        lengths[place], slots[place] = len(own), slot
+    return {"tokens": tokens.reshape(-1), "lengths": lengths, "slots": slots}
 
 
 def part_of(graph: Graph, given: Collection[str], wanted: Collection[str]) -> Graph:

@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 import dsv4c
 from dsv4c.cli import app
-from dsv4c.compiler.bisect import Bisection, rerun
+from dsv4c.compiler.bisect import Bisection, key, rerun
 from dsv4c.compiler.job import job_of
-from dsv4c.errors import SessionError
+from dsv4c.errors import PlanError, SessionError
 from dsv4c.models.synth import synthesize
+from dsv4c.plan.records import BodyCode
 
 REPOSITORY = Path(__file__).parents[1]
 TOKENS = [3, 17, 5]
@@ -35,9 +36,9 @@ def plan() -> dsv4c.Plan:
 
 def broken(plan: dsv4c.Plan, op: str, old: str, new: str) -> dsv4c.Plan:
     """`plan` with a fault in the body of the second launch of `op`."""
-    launches = [x for x in plan.bucket("decode").launches if x.op == op]
-    body = launches[1].body  # type: ignore[union-attr]
-    text = plan.files[body].decode()
+    code = [x for x in plan.program("decode").launches if x.op == op][1].code
+    assert isinstance(code, BodyCode)
+    body, text = code.body, plan.files[code.body].decode()
     assert old in text
     return replace(plan, files={**plan.files, body: text.replace(old, new, 1).encode()})
 
@@ -47,7 +48,7 @@ def test_a_good_plan_has_no_suspect(plan: dsv4c.Plan, weights: Path) -> None:
     assert verdict.right
     assert verdict.gone
     assert verdict.suspects == ()
-    assert (verdict.steps, verdict.launches) == (3, len(plan.bucket("decode").launches))
+    assert (verdict.steps, verdict.nodes) == (3, len(plan.program("decode").launches))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,8 @@ def test_bounds_excuse_what_they_allow(plan: dsv4c.Plan, weights: Path) -> None:
 
     bad = broken(plan, "attention", "inverse=true", "inverse=false")
     search = Bisection(bad, weights, TOKENS[:2], job_of(bad))
-    bounds = {search.key(x): Finding(DIFFERENT, 9.0, "") for x in search.launches if x.op == "attention"}
+    attentions = [node for node in search.graph.nodes if node.op.name == "attention"]
+    bounds = {key(node): Finding(DIFFERENT, 9.0, "") for node in attentions}
     assert search.run(bounds).suspects == ()
 
 
@@ -85,9 +87,11 @@ def test_the_command_writes_a_reproducer(plan: dsv4c.Plan, weights: Path, tmp_pa
     args = ["bisect", tmp_path / "bad.plan", "--weights", weights, "--tokens", "3,17", "-o", tmp_path / "out"]
     result = CliRunner().invoke(app, [*map(str, args), "--json"], prog_name="dsv4c")
     assert result.exit_code == 3
-    assert "the rule attention is at fault, first at layers." in result.stderr
+    assert "attention is at fault, first at layers." in result.stderr
     assert json.loads(result.stdout)["rules"] == ["attention"]
-    assert rerun(tmp_path / "out").kind == "different"
+    found, body = rerun(tmp_path / "out")
+    assert body is not None
+    assert (found.kind, body.kind) == ("different", "different")
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["rule"], report["tokens"]) == ("attention", [3, 17])
     assert "= attention_scores(" in (tmp_path / "out" / "before.txt").read_text()
@@ -96,7 +100,27 @@ def test_the_command_writes_a_reproducer(plan: dsv4c.Plan, weights: Path, tmp_pa
         script, env={**os.environ, "PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True, check=False
     )
     assert again.returncode == 1, again.stderr
-    assert again.stdout.startswith("different, worst")
+    assert again.stdout.startswith("the plan's results: different, worst")
+
+
+def test_rules_that_are_off_leave_nodes_that_repeat_each_other(weights: Path) -> None:
+    """What tidy merged goes by the name of the first, so nothing comes from further up than the operands."""
+    plan = dsv4c.compile("tiny", max_context=64, chunk=5, disable=["attention"], certify=False)
+    search = Bisection(plan, weights, TOKENS[:2], job_of(plan))
+    for node in search.graph.nodes:
+        before = search.before(node)
+        assert before is not None
+        assert {v.name for v in before.inputs} <= {v.name for v in node.inputs}
+    verdict = search.run()
+    assert verdict.right
+    assert verdict.suspects == ()
+
+
+def test_a_bucket_of_several_sequences(weights: Path) -> None:
+    plan = dsv4c.compile("tiny", batch=(1, 2), slots=3, max_context=64, chunk=5, certify=False)
+    assert Bisection(plan, weights, TOKENS[:2], job_of(plan), bucket="decode-2").run().right
+    with pytest.raises(PlanError, match="bucket prefill-5 does not decode"):
+        Bisection(plan, weights, TOKENS, job_of(plan), bucket="prefill-5")
 
 
 def test_wrong_tokens_are_refused(plan: dsv4c.Plan, weights: Path) -> None:

@@ -18,12 +18,12 @@ import dsv4c
 from dsv4c import strict_json
 from dsv4c.config import BUILTIN_FOLDER, Deployment, load_config
 from dsv4c.errors import CheckpointError, ConfigError, GraphError, PlanError, SessionError
+from dsv4c.headers import read_header
 from dsv4c.ir.text import parse_attribute, parse_graph
 from dsv4c.models.synth import synthesize
 from dsv4c.plan import records
 from dsv4c.plan.records import PLAN_FILE, Plan, load
 from dsv4c.runtime.generate import check_file, save_logits
-from dsv4c.runtime.headers import read_header
 from dsv4c.types import TypeSyntaxError, parse_type
 from tests.commands import command
 

@@ -17,9 +17,11 @@ from safetensors.torch import load_file, save_file
 import dsv4c
 from dsv4c.cli import COMMANDS
 from dsv4c.cli.run import token_ids
+from dsv4c.compiler.job import rules_of
+from dsv4c.config import BUILTIN_FOLDER, TARGETS, load_config
 from dsv4c.errors import SessionError
-from dsv4c.ir.text import graph_from_json
 from dsv4c.models.synth import synthesize
+from dsv4c.passes.recipes import RECIPES
 from tests.codegen.lowered import gpu_plan
 from tests.commands import command
 
@@ -39,16 +41,65 @@ def plan(weights: Path) -> Path:
     return folder
 
 
+# --- what there is ---
+
+
+def test_rules_recipes_targets_and_models_are_listed() -> None:
+    rules = command("rules", "--json").json["rules"]
+    assert [row["rule"] for row in rules] == list(rules_of().rules)
+    assert {row["from"] for row in rules} == {"dsv4c"}
+    assert all(row["what"] for row in rules)
+    recipes = command("recipes", "--json").json["recipes"]
+    assert [row["recipe"] for row in recipes] == list(RECIPES)
+    assert all(row["what"] for row in recipes)
+    assert [row["target"] for row in command("targets", "--json").json["targets"]] == list(TARGETS)
+    flash, _, tiny = command("models", "--json").json["models"]
+    assert round(flash["parameters"] / 1e9, 2) == 284.33
+    assert tiny["layers"] == "2 SWA, 2 CSA, 2 HCA"
+
+
+@pytest.mark.parametrize("name", ["rules", "recipes", "targets", "models"])
+def test_lists_are_tables_to_read(name: str) -> None:
+    (rows,) = command(name, "--json").json.values()
+    out = command(name).out
+    assert all(str(next(iter(row.values()))) in out for row in rows)
+
+
+def test_the_hubs_id_leads_to_the_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "deepseek-ai/DeepSeek-V4-Flash"
+    assert load_config(name) == load_config("deepseek-v4-flash")
+    assert load_config(name).notes == (
+        "deepseek-ai/DeepSeek-V4-Flash is the built-in deepseek-v4-flash; nothing was downloaded",
+    )
+    clone = tmp_path / name
+    clone.mkdir(parents=True)
+    (clone / "config.json").write_text((BUILTIN_FOLDER / "tiny.json").read_text())
+    assert load_config(name) == load_config("tiny")  # a clone comes first
+
+
 # --- compile ---
 
 
 def test_compile_writes_a_plan_and_says_what_it_is(weights: Path, tmp_path: Path) -> None:
     target = tmp_path / "a.plan"
-    result = command("compile", weights, "-o", target, "--max-context", 64, "--mtp", "--order", "memory")
+    result = command("compile", weights, "-o", target, "--max-context", 64, "--draft", "mtp", "--slots", 3)
     assert result.code == 0
     assert "recipe official" in result.out
-    assert "64 tokens of context, prefill in chunks of 64" in result.out
-    assert list(dsv4c.load(target).buckets) == ["decode", "prefill", "mtp"]
+    assert "  3 slots of 64 tokens\n" in result.out
+    for bucket, program in dsv4c.load(target).buckets.items():
+        assert f"  {bucket:12} {len(program.launches)} launches, arena" in result.out
+    assert list(dsv4c.load(target).buckets) == ["decode-1", "verify-1x4", "prefill-64", "draft-64"]
+
+
+def test_compile_takes_sizes_of_buckets(tmp_path: Path) -> None:
+    args = ("compile", "tiny", "-o", tmp_path / "p", "--max-context", 128, "--no-certify", "--json")
+    buckets = ("--batch", "4, 1", "--chunk", "64,8", "--verify", 8, "--logits", "last")
+    data = command(*args, *buckets).json
+    wanted = ["decode-1", "decode-4", "verify-1x8", "prefill-8.last", "prefill-64.last"]
+    assert list(data["buckets"]) == data["deployment"]["buckets"] == wanted
+    assert data["deployment"]["slots"] == 4
+    assert data["blocks"]["arena"] == max(figures["arena_bytes"] for figures in data["buckets"].values())
 
 
 def test_compile_prints_json_alone(weights: Path, tmp_path: Path) -> None:
@@ -59,20 +110,20 @@ def test_compile_prints_json_alone(weights: Path, tmp_path: Path) -> None:
     assert data["deployment"] == {
         "target": "cpu",
         "recipe": "fp32",
-        "batch": 2,
         "max_context": 4096,
-        "chunk": 64,
+        "slots": 2,
+        "buckets": ["decode-2", "verify-1x4", "prefill-64"],
     }
-    assert data["buckets"]["decode"]["launches"] == len(loaded.buckets["decode"].launches)
-    assert data["weights_bytes"] == loaded.weights_bytes
-    assert data["seconds"]["build decode"] > 0
+    assert data["buckets"]["decode-2"]["launches"] == len(loaded.program().launches)
+    assert data["blocks"] == loaded.blocks
+    assert data["seconds"]["build decode-2"] > 0
 
 
 def test_compile_names_the_plan_after_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert command("compile", "tiny", "--max-context", 32).code == 0
     assert [p.name for p in tmp_path.iterdir()] == ["tiny.plan"]
-    assert dsv4c.load("tiny.plan").deployment["chunk"] == 32
+    assert dsv4c.load("tiny.plan").program("prefill").shape.tokens == 32
     again = command("compile", "tiny", "--max-context", 32)
     assert again.code == 5
     assert again.err == "error: tiny.plan: holds a plan; give another folder, or --force to replace it\n"
@@ -121,12 +172,12 @@ def test_show_as_json_dot_and_file(plan: Path, tmp_path: Path) -> None:
     assert figures["digest"] == dsv4c.load(plan).digest
     assert figures["summary"]["parameters"] > 9_000_000
     assert sum(figures["summary"]["bytes_per_token"].values()) > 1_000_000
-    graph = command("show", plan, "--format", "json", "--mode", "prefill").json
-    assert graph["name"] == "weights.prefill"
+    graph = command("show", plan, "--format", "json", "--bucket", "prefill").json
+    assert graph["name"] == "weights.prefill-5"
     assert {"inputs", "states", "params", "nodes", "outputs"} <= set(graph)
     layer = command("show", plan, "--format", "json", "--layer", "1").json
     assert {node["scope"].split(".attn")[0].split(".ffn")[0] for node in layer["nodes"]} == {"layers.1"}
-    assert graph_from_json(layer).name == "weights.decode.layers.1"
+    assert layer["name"] == "weights.decode-2.layers.1"
     file = tmp_path / "g.dot"
     result = command("show", "tiny", "--layer", "0", "--format", "dot", "-o", file)
     assert (result.code, result.out) == (0, "")
@@ -154,6 +205,27 @@ def test_with_json_the_graph_goes_to_its_file_alone(plan: Path, tmp_path: Path, 
     both = command("show", plan, "--json", "--format", format, "-o", file)
     assert both.json["summary"] == figures
     assert len(file.read_text()) > 1000
+
+
+NAMES = ["two\nlines", "[red]x", "</script>", "{{DATA}}", "## bucket decode", "\x1b[31m", "a 'b' \"c\""]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_may_be_called_anything(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / name.replace("/", "|")
+    folder.mkdir()
+    raw = json.loads((BUILTIN_FOLDER / "tiny.json").read_text())
+    one = {"num_hidden_layers": 1, "compress_ratios": [0, 0], "num_hash_layers": 0}
+    (folder / "config.json").write_text(json.dumps(raw | one))
+    stopped, plan = tmp_path / "x.ir", tmp_path / "x.plan"
+    stop = command("compile", folder, "--stop-after", "fold", "-o", stopped, "--max-context", 16)
+    assert stop.code == 0, stop.err
+    resumed = command("compile", "--resume", stopped, "-o", plan, "--no-certify")
+    assert resumed.code == 0, resumed.err
+    shown = "".join(c if c.isprintable() else "_" for c in folder.name)
+    assert f"{plan}: {shown} for cpu" in resumed.out
+    assert f"{shown}, recipe official" in " ".join(command("passes", plan).out.split())
+    assert command("show", plan).code == 0
 
 
 def test_a_stopped_compile_prints_json_alone(tmp_path: Path) -> None:
@@ -266,11 +338,11 @@ def test_run_without_a_gpu_says_so(weights: Path, tmp_path: Path, monkeypatch: p
 
 def test_an_altered_plan_does_not_run(plan: Path, weights: Path, tmp_path: Path) -> None:
     other = dsv4c.load(plan).save(tmp_path / "p")
-    text = (other / "graph.decode.txt").read_text()
-    (other / "graph.decode.txt").write_text(text.replace("eps=1e-06", "eps=1e-05"))
+    text = (other / "graph.decode-2.txt").read_text()
+    (other / "graph.decode-2.txt").write_text(text.replace("eps=1e-06", "eps=1e-05"))
     result = command("run", other, "--weights", weights, "--tokens", "1")
     assert result.code == 5
-    assert "graph.decode.txt: was altered after it was compiled" in result.err
+    assert "graph.decode-2.txt: was altered after it was compiled" in result.err
 
 
 def test_token_ids() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv4c import strict_json
 from tests.commands import command
 
 REPOSITORY = Path(__file__).parents[1]
@@ -24,9 +25,50 @@ MISTAKES = {
     ("compile", "tiny", "--recipe", "int8"): (2, "error: recipe: unknown recipe 'int8'; known: fp32, bf16"),
     ("compile", "tiny", "--chunk", "99", "--max-context", "50"): (
         2,
-        "chunk is 99; expected at most max_context",
+        "error: deployment: prefill-99 takes 99 tokens; expected at most 50 tokens, max_context",
     ),
-    ("compile", "tiny", "--batch", "0"): (2, "Invalid value for '--batch'"),
+    ("compile", "tiny", "--batch", "0"): (2, "error: batch: 0 is no size of a bucket, expected a number of"),
+    ("compile", "tiny", "--batch", "1,1"): (2, "error: batch: 1, 1 names a size twice"),
+    ("compile", "tiny", "--batch", ""): (2, "error: --batch: '' is no size of a bucket, expected numbers"),
+    ("compile", "tiny", "--batch", "1,"): (2, "error: --batch: '' is no size of a bucket, expected numbers"),
+    ("compile", "tiny", "--chunk", "x"): (2, "error: --chunk: 'x' is no size of a bucket, expected numbers"),
+    ("compile", "tiny", "--chunk", "-8"): (2, "error: --chunk: '-8' is no size of a bucket, expected"),
+    ("show", "tiny", "--chunk", "8;9"): (2, "error: --chunk: '8;9' is no size of a bucket, expected"),
+    ("compile", "tiny", "--batch", "1,4", "--slots", "2"): (
+        2,
+        "error: deployment: slots is 2; expected at least 4, the sequences of decode-4",
+    ),
+    ("compile", "tiny", "--verify", "9"): (2, "error: verify: 9 tokens, expected 1 (no such bucket) to 8"),
+    ("compile", "tiny", "--verify", "8", "--max-context", "7"): (2, "verify-1x8 takes 8 tokens; expected at"),
+    ("compile", "tiny", "--slots", "0"): (2, "Invalid value for '--slots'"),
+    ("compile", "tiny", "--draft", "medusa"): (2, "Invalid value for '--draft'"),
+    ("compile", "tiny", "--logits", "first"): (2, "Invalid value for '--logits'"),
+    ("compile", "tiny", "--target", "sm_90a", "--draft", "mtp"): (
+        2,
+        "error: draft: sm_90a has no kernels for the MTP block; compile with draft off, or for cpu",
+    ),
+    ("compile", "tiny", "--target", "sm_90a", "--chunk", "64"): (
+        2,
+        "prefill-64 has 64 rows; expected at most 8",
+    ),
+    ("compile", "tiny", "--require-fused", "sinkhrn"): (
+        3,
+        "error: no rule is named 'sinkhrn'; there are: embed",
+    ),
+    ("show", "tiny", "--bucket", "decode-8"): (
+        3,
+        "there is no bucket 'decode-8', only decode-1, verify-1x4, pre",
+    ),
+    ("show", "tiny", "--bucket", "decode-8", "--batch", "1,4"): (
+        3,
+        "error: tiny: there is no bucket 'decode-8', only decode-1, decode-4, verify-1x4, prefill-64",
+    ),
+    ("show", "tiny", "--bucket", "mtp"): (3, "there is no bucket 'mtp', only decode-1"),
+    ("show", "tiny", "--bucket", "prefill-64", "--chunk", "8"): (3, "there is no bucket 'prefill-64', only"),
+    ("why-not", "head", "tiny", "--bucket", "draft-64", "--chunk", "8"): (
+        3,
+        "no bucket 'draft-64', only dec",
+    ),
     ("compile", "tiny", "--target", "tpu"): (2, "Invalid value for '--target'"),
     ("compile",): (2, "Missing argument 'CONFIG'"),
     ("compil", "tiny"): (2, "No such command 'compil'"),
@@ -38,7 +80,10 @@ MISTAKES = {
         "error: nothing-here: cannot be read: No such file or directory",
     ),
     ("compile", "tiny", "--pass", ":"): (3, "error: --pass :: Empty module name; expected MODULE:OBJECT"),
-    ("compile", "tiny", "--pass", "os:path"): (3, "error: os:path contributes nothing; expected a pass"),
+    ("compile", "tiny", "--pass", "os:path"): (
+        3,
+        "error: --pass os:path contributes nothing; expected a pass",
+    ),
     ("compile", "tiny", "--pipeline", "quantize,fold"): (
         3,
         "error: pipeline: quantize needs its recipe: quantize{recipe=...}",
@@ -66,7 +111,7 @@ MISTAKES = {
     ("show", "tiny", "--layer", "1", "--format", "html"): (3, "--format html shows every layer; leave"),
     ("show", "tiny", "--layer", "²"): (3, "has no layer '²'"),
     ("show", "tiny", "--layer", "-1"): (3, "has no layer '-1'"),
-    ("show", "tiny", "--layer", "1", "--mode", "mtp"): (3, "has no layer 'layers.1'; its layers: mtp.0"),
+    ("show", "tiny", "--layer", "1", "--bucket", "draft"): (3, "has no layer 'layers.1'; its layers: mtp.0"),
     ("show", "tiny", "--after", "folding"): (3, "error: no stage is named 'folding'; there are: build"),
     ("run", "p", "--weights", "w", "--tokens", "1,,2"): (6, "error: --tokens: '' is no token id"),
     ("run", "p", "--weights", "w", "--tokens", "1_0"): (6, "error: --tokens: '1_0' is no token id"),
@@ -84,6 +129,22 @@ MISTAKES = {
         "error: nothing-here: no such folder; compile",
     ),
     ("weights", "nothing-here"): (4, "error: nothing-here: no such file or folder"),
+    ("compile", "deepseek-v4-flsh"): (2, "deepseek-v4-pro, tiny; did you mean 'deepseek-v4-flash'?"),
+    ("show", "nvidia/DeepSeek-V4-Pro-NVFP4"): (2, "tiny; did you mean 'deepseek-v4-pro'?"),
+    ("compile", "tiny", "--recipe", "oficial"): (2, "nvfp4; did you mean 'official'?"),
+    ("compile", "tiny", "--recipe", "NVFP4"): (2, "nvfp4; did you mean 'nvfp4'?"),
+    ("compile", "tiny", "--disable", "sinkorn"): (
+        3,
+        "no rule is named 'sinkorn'; there are: embed, sinkhorn",
+    ),
+    ("compile", "tiny", "--enable", "hyper_nrom"): (3, "in_proj; did you mean 'hyper_norm'?"),
+    ("compile", "tiny", "--stop-after", "fould"): (3, "there are: quantize, fold, prepack, tidy"),
+    ("compile", "tiny", "--pipeline", "quantise{recipe=official},fold"): (
+        3,
+        "tidy; did you mean 'quantize'?",
+    ),
+    ("why-not", "swiglo", "tiny"): (3, "in_proj; did you mean 'swiglu'?"),
+    ("show", "tiny", "--after", "fould"): (3, "did you mean 'fold'?"),
 }
 
 
@@ -99,6 +160,31 @@ def test_a_mistake_is_one_message_and_an_exit_code(
     assert result.out == ""
     assert "Traceback" not in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        (("show", "nothing-here"), "ConfigError", 2),
+        (("compile", "tiny", "--expect", "=3"), "GraphError", 3),
+        (("weights", "nothing-here"), "CheckpointError", 4),
+        (("passes", "nothing-here"), "PlanError", 5),
+        (("synth", "tiny", "-o", "w", "--shards", "0"), "UsageError", 2),
+        (("show", "tiny", "--nope"), "UsageError", 2),
+        (("show",), "UsageError", 2),
+        (("shwo", "tiny"), "UsageError", 2),
+    ],
+)
+def test_with_json_an_error_is_an_object_in_a_line(
+    arguments: tuple[str, ...], kind: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = command(*arguments, "--json")
+    found = strict_json.parse(result.err)
+    assert (result.code, result.out, result.err.count("\n")) == (code, "", 1)
+    assert (found["kind"], found["exit_code"]) == (kind, code)
+    plain = command(*arguments).err
+    assert found["error"].split()[0] in plain
 
 
 DEEP = "[" * 100_000
@@ -158,10 +244,14 @@ def run(
     )
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "arguments", [("show", "deepseek-v4-flash", "--no-fold"), ("show", "tiny", "--json"), ("--help",)]
 )
-def test_a_reader_that_leaves_is_no_mistake(arguments: tuple[str, ...]) -> None:
+def test_a_reader_that_leaves_is_no_mistake(
+    arguments: tuple[str, ...], unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     read, write = os.pipe()
     os.close(read)
     with run(*arguments, stdout=write) as process:
@@ -170,13 +260,23 @@ def test_a_reader_that_leaves_is_no_mistake(arguments: tuple[str, ...]) -> None:
     assert (process.returncode, error) == (141, "")
 
 
+@pytest.mark.parametrize("arguments", [("show", "nothing-here"), ("show", "--nope")])
+def test_nor_is_one_that_reads_no_errors(arguments: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command_line = [sys.executable, "-m", "dsv4c", *arguments]
+    process = subprocess.run(command_line, stdout=write, stderr=write, cwd=REPOSITORY, check=False)
+    os.close(write)
+    assert process.returncode == 141
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize("arguments", [("show", "tiny"), ("show", "tiny", "--json"), ("--help",)])
 def test_a_full_disk_is_told(arguments: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full, run(*arguments, stdout=full) as process:
         _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert error.splitlines()[0] == "error: No space left on device"
+    assert "No space left on device" in error.splitlines()[0]
     assert "Traceback" not in error
 
 

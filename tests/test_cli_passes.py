@@ -35,6 +35,7 @@ def test_a_default_compile_warns_of_nothing(recipe: str) -> None:
     compiled = dsv4c.compile("tiny", recipe=recipe, max_context=64, chunk=5)
     assert compiled.report["warnings"] == []
     assert compiled.report["launches_outside_layers"] <= 6
+    assert compiled.report["unfolded"] == []
     assert compiled.report["rules"]["sinkhorn"] == 12
 
 
@@ -46,7 +47,7 @@ def test_figures_are_the_same_at_compile_and_in_the_plan(tmp_path: Path) -> None
         assert made[key] == shown[key]
     assert made["launches_per_layer"] == {"swa": 9, "csa": 12, "hca": 10}
     assert made["compulsory_bytes_per_token"] < made["planned_bytes_per_token"]
-    assert "fold decode" in made["seconds"]
+    assert "fold decode-1" in made["seconds"]
     assert not any(name.startswith("rule ") for name in made["seconds"])
 
 
@@ -59,7 +60,7 @@ def test_rules_are_left_out_and_taken_back(tmp_path: Path) -> None:
     job = job_of(dsv4c.load(tmp_path / "p"))
     assert (
         str(choose_rules(job.line, job.rules, enable=["all"]))
-        == out["pipeline"].partition(",fold")[0] + ",fold,prepack,tidy,schedule,memory"
+        == out["pipeline"].partition(",fold")[0] + ",fold,prepack,tidy"
     )
     assert command("compile", "tiny", "-o", tmp_path / "q", "--disable", "sinkhron").code == 3
 
@@ -112,6 +113,24 @@ def test_a_pass_of_ones_own_folds_or_is_warned_of(tmp_path: Path) -> None:
     assert (
         "op, 12 times: expected silu reading" in command("why-not", "silu_sigmoid", tmp_path / "p", *own).out
     )
+    (origin,) = dsv4c.load(tmp_path / "p").contributed
+    assert origin == {
+        "name": "shifted_sigmoid",
+        "kind": "rule",
+        "source": "--pass mine_for_cli",
+        "at": "mine_for_cli.py:5",
+    }
+    needed = (
+        f"error: plan {dsv4c.load(tmp_path / 'p').name} was compiled with the rule shifted_sigmoid of --pass "
+        "mine_for_cli, written in mine_for_cli.py:5; give --pass mine_for_cli\n"
+    )
+    for opened in (
+        ("show", tmp_path / "p"),
+        ("why-not", "sinkhorn", tmp_path / "p"),
+        ("check", tmp_path / "p"),
+    ):
+        result = command(*opened)
+        assert (result.code, result.err) == (3, needed)
 
 
 # --- stages ---
@@ -122,7 +141,7 @@ def test_stages_are_dumped_with_numbers(tmp_path: Path) -> None:
     assert command("compile", "tiny", "-o", tmp_path / "p", *SMALL, "--dump-stages", folder).code == 0
     names = sorted(path.name for path in folder.iterdir())
     assert names[:3] == ["00-build.txt", "01-quantize.txt", "02-fold.txt"]
-    assert names[-1] == "06-memory.txt"
+    assert names[-1] == "04-tidy.txt"
     assert (folder / names[-1]).read_text() == dsv4c.load(tmp_path / "p").graph_text()
 
 
@@ -134,7 +153,7 @@ def test_a_stopped_compile_goes_on_to_the_same_plan(plan: Path, tmp_path: Path, 
     assert result.code == 0, result.err
     one, other = dsv4c.load(plan), dsv4c.load(resumed)
     assert other.buckets == one.buckets
-    assert other.loads == one.loads
+    assert other.load == one.load
     assert other.pipeline == one.pipeline
     assert other.report["rules"] == one.report["rules"]
     assert "resumed after" in result.err
@@ -155,7 +174,7 @@ def test_an_edit_is_in_the_resumed_plan(tmp_path: Path) -> None:
     file.write_text(text.replace("%tokens: i32[1]", "%tokens: i32[", 1))
     broken = command("compile", "--resume", file, "-o", tmp_path / "q")
     assert broken.code == 3
-    assert f"{file}: bucket decode, counted from line 4: line 2" in broken.err
+    assert f"{file}: bucket decode-1, counted from line 4: line 2" in broken.err
     with pytest.raises(GraphError, match="holds no stopped compile"):
         read_saved("graph tiny\n")
 

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import dsv4c
-from dsv4c.compiler.compile import graph_of, settings
+from dsv4c.buckets import Bucket
+from dsv4c.compiler.request import Request
+from dsv4c.config import load_config
 from dsv4c.errors import CheckpointError, ConfigError
-from dsv4c.ir.text import parse_graph
+from dsv4c.ir.text import parse_graph, print_graph
 from dsv4c.models.layout import layout
 from dsv4c.models.synth import synthesize
 from dsv4c.passes.recipes import RECIPES
+from dsv4c.plan.folder import Plan
 from tests.goldens import golden_case
 
 REPOSITORY = Path(__file__).parents[1]
@@ -55,13 +61,30 @@ def test_public_names_are_there_and_importing_them_costs_nothing() -> None:
         ({"recipe": "int8"}, r"unknown recipe 'int8'; known: fp32, bf16, official"),
         ({"target": "tpu"}, r"target .*'tpu'.*'cpu' or 'sm_90a' or 'sm_100a'"),
         (
-            {"pipeline": "quantize{recipe=nvfp4},fold,prepack,tidy,schedule,memory"},
+            {"pipeline": "quantize{recipe=nvfp4},fold,prepack,tidy"},
             "pipeline: quantizes by nvfp4, the recipe is official; give one",
         ),
-        ({"batch": 0}, r"batch .*0.* a positive integer"),
-        ({"chunk": 65, "max_context": 64}, r"chunk .*65.* at most max_context, 64"),
+        ({"batch": 0}, r"batch: 0 is no size of a bucket, expected a number of at least 1"),
+        ({"batch": ()}, r"batch: no sizes, expected at least one"),
+        ({"batch": (1, 1)}, r"batch: 1, 1 names a size twice"),
+        ({"batch": "4"}, r"batch: '4' is no size of a bucket"),
+        ({"chunk": (8, True)}, r"chunk: True is no size of a bucket"),
+        (
+            {"chunk": 65, "max_context": 64},
+            r"prefill-65 takes 65 tokens; expected at most 64 tokens, max_context",
+        ),
+        ({"batch": 4, "slots": 2}, r"slots is 2; expected at least 4, the sequences of decode-4"),
+        ({"slots": 0}, r"slots .*0.* a positive integer"),
         ({"max_context": 1 << 30}, r"max_context .*max_position_embeddings of tiny"),
-        ({"target": "sm_90a", "chunk": 8}, r"chunk is 8; expected 1: a plan for sm_90a takes prompts token"),
+        ({"verify": 0}, r"verify: 0 tokens, expected 1 \(no such bucket\) to 8"),
+        ({"verify": 9}, r"verify: 9 tokens, expected 1 \(no such bucket\) to 8"),
+        (
+            {"verify": 4, "max_context": 3},
+            r"verify-1x4 takes 4 tokens; expected at most 3 tokens, max_context",
+        ),
+        ({"logits": "first"}, r"logits: 'first' is unknown; expected 'last' or 'all'"),
+        ({"draft": "medusa"}, r"draft: 'medusa' is unknown; expected 'off' or 'mtp'"),
+        ({"target": "sm_90a", "draft": "mtp"}, r"draft: sm_90a has no kernels for the MTP block"),
     ],
 )
 def test_a_wrong_argument_is_a_config_error(arguments: dict[str, object], message: str) -> None:
@@ -69,9 +92,9 @@ def test_a_wrong_argument_is_a_config_error(arguments: dict[str, object], messag
         dsv4c.compile("tiny", **arguments)  # type: ignore[arg-type]
 
 
-def test_a_model_without_mtp_has_no_mtp_bucket() -> None:
+def test_a_model_without_mtp_has_no_draft_bucket() -> None:
     with pytest.raises(ConfigError, match="has no MTP block"):
-        dsv4c.compile(golden_case("official-quant"), mtp=True)
+        dsv4c.compile(golden_case("official-quant"), draft="mtp")
 
 
 def test_what_a_plan_is_compiled_from() -> None:
@@ -85,38 +108,64 @@ def test_what_a_plan_is_compiled_from() -> None:
     assert plans[0].config_digest == dsv4c.load_config(folder).digest
 
 
-def test_the_chunk_fits_a_short_context() -> None:
-    assert dsv4c.compile("tiny", max_context=48).deployment["chunk"] == 48
-    assert dsv4c.compile("tiny", max_context=480).deployment["chunk"] == 64
+@pytest.mark.parametrize(
+    ("options", "buckets"),
+    [
+        ({"max_context": 48}, "decode-1 verify-1x4 prefill-48"),
+        ({"max_context": 480}, "decode-1 verify-1x4 prefill-64"),
+        ({"max_context": 2}, "decode-1 verify-1x2"),
+        ({"max_context": 1}, "decode-1"),
+        ({"batch": (8, 1), "verify": 1, "chunk": [512, 64]}, "decode-1 decode-8 prefill-64 prefill-512"),
+        ({"verify": 8, "chunk": 8}, "decode-1 verify-1x8"),
+        ({"verify": 8, "chunk": 8, "logits": "last"}, "decode-1 verify-1x8 prefill-8.last"),
+        ({"draft": "mtp", "chunk": (16, 32)}, "decode-1 verify-1x4 prefill-16 prefill-32 draft-32"),
+        ({"target": "sm_90a"}, "decode-1 decode-2 decode-4 decode-8 verify-1x4 prefill-8"),
+        ({"target": "sm_90a", "chunk": 1, "batch": 1}, "decode-1 verify-1x4"),
+    ],
+)
+def test_buckets_of_a_request(options: dict[str, Any], buckets: str) -> None:
+    """Chunks fit a short context; what another bucket does already is no bucket of its own."""
+    deployment = Request("tiny", **options).job().deployment
+    assert [b.name for b in deployment.buckets] == buckets.split()
+    assert deployment.slots == deployment.batch == max(b.sequences for b in deployment.buckets)
 
 
 # --- the plan ---
 
 
 def test_a_plan_binds_every_parameter_and_state_of_its_graphs() -> None:
-    plan = dsv4c.compile("tiny", batch=2, max_context=64, mtp=True)
+    plan = dsv4c.compile("tiny", batch=2, slots=5, max_context=64, draft="mtp")
     config = dsv4c.load_config("tiny")
-    graphs = [
-        parse_graph(plan.files[b.graph].decode()) for b in (*plan.buckets.values(), *plan.loads.values())
-    ]
+    assert plan.load is not None
+    graphs = [parse_graph(plan.files[p.graph].decode()) for p in (*plan.buckets.values(), plan.load)]
     assert {w["name"] for w in plan.weights} == {p.name for p in layout(config)}
+    slots = {s.name: s.type for s in plan.state}
     for graph in graphs:
         for state in graph.states:
-            slot = next(s for s in plan.state if s.name == state.name)
-            assert slot.type == state.type.with_shape((2, *state.type.shape[1:]))
-    assert plan.bucket("decode").tokens == plan.bucket("decode").sequences == 2
-    assert plan.bucket("prefill").tokens == plan.bucket("mtp").tokens == 64
+            assert slots[state.name] == state.type
+            assert state.type.shape[0] == 5
+    assert set(slots) == {s.name for graph in graphs for s in graph.states}
+    assert plan.program("decode").shape == Bucket("decode", sequences=2)
+    assert plan.program("prefill").shape.tokens == plan.program("draft").shape.tokens == 64
 
 
-def test_a_smaller_arena_gives_the_same_logits(checkpoint: Path) -> None:
-    plans = [
-        dsv4c.compile(checkpoint, recipe="fp32", max_context=64, chunk=16, order=order)
-        for order in ("source", "memory")
-    ]
-    source, thrifty = (plan.bucket("prefill").arena_bytes for plan in plans)
-    assert thrifty <= 1.01 * source
-    a, b = (plan.bind(checkpoint, poison=True).prefill(list(range(40))) for plan in plans)
-    assert torch.equal(a, b)
+def test_more_buckets_cost_launches_and_an_arena_alone() -> None:
+    """Weights, state and constants are there once, at the same places, however many buckets use them."""
+    few = dsv4c.compile("tiny", batch=8, verify=1, max_context=64, certify=False)
+    many = dsv4c.compile("tiny", batch=(1, 2, 4, 8), verify=4, chunk=(8, 64), max_context=64, certify=False)
+    assert len(many.buckets) == 7
+    for block in ("weights", "state", "constants", "arena", "input"):
+        assert many.blocks[block] == few.blocks[block], block
+    assert (many.weights, many.state, many.load) == (few.weights, few.state, few.load)
+    assert many.blocks["arena"] == max(p.arena_bytes for p in many.buckets.values())
+    graphs = {f"graph.{bucket}.txt" for bucket in (*many.buckets, "load")}
+    assert set(many.files) - set(few.files) == graphs - set(few.files) | bodies(many) - bodies(few)
+    used = {launch.code.body for p in many.buckets.values() for launch in p.launches}
+    assert bodies(many) == used - {""}
+
+
+def bodies(plan: Plan) -> set[str]:
+    return {name for name in plan.files if name.startswith("bodies/")}
 
 
 def test_progress_counts_to_the_end() -> None:
@@ -128,7 +177,10 @@ def test_progress_counts_to_the_end() -> None:
     assert {stage for stage, _, _ in calls} == {t for t in plan.timings if not t.startswith("rule ")}
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "nvfp4-experts-w4a4"])
+FOR_OTHER_CHECKPOINTS = {"nvfp4-experts-w4a4", "fp8-experts"}
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in FOR_OTHER_CHECKPOINTS])
 def test_every_recipe_runs_in_a_poisoned_arena(checkpoint: Path, recipe: str) -> None:
     """On a checkpoint of the release's formats; all agree on the order of magnitude, quantized or not."""
     session = dsv4c.compile(checkpoint, recipe=recipe, max_context=64, chunk=16).bind(checkpoint, poison=True)
@@ -137,6 +189,20 @@ def test_every_recipe_runs_in_a_poisoned_arena(checkpoint: Path, recipe: str) ->
     wanted = torch.cat([plain.prefill(list(range(20))), plain.decode([7])])
     assert rows.isfinite().all()
     assert (rows - wanted).norm() / wanted.norm() < 0.6
+
+
+def test_fp8_experts_run_as_such_though_the_config_does_not_say_so(tmp_path: Path) -> None:
+    one = {"num_layers": 1, "compress_ratios": (0,), "num_hash_layers": 0, "mtp_layers": 0}
+    model = replace(load_config("tiny"), expert_format="fp8", **one)
+    folder = synthesize(model, tmp_path / "w", seed=3)
+    raw = json.loads((folder / "config.json").read_text())
+    del raw["expert_dtype"]
+    (folder / "config.json").write_text(json.dumps(raw))
+    plan = dsv4c.compile(folder, max_context=16)
+    assert (plan.recipe, plan.deployment["recipe"]) == ("fp8-experts", "fp8-experts")
+    rows = plan.bind(folder).prefill([3, 17, 5])
+    wanted = dsv4c.compile(folder, recipe="fp32", max_context=16).bind(folder).prefill([3, 17, 5])
+    assert 0 < (rows - wanted).norm() / wanted.norm() < 0.3
 
 
 def test_the_recorded_nvfp4_checkpoint_runs_with_both_activation_formats() -> None:
@@ -154,9 +220,27 @@ def test_static_scales_need_a_checkpoint_that_has_them(checkpoint: Path) -> None
         plan.bind(checkpoint)
 
 
-def test_an_unfolded_graph_has_only_the_recipes_rounding() -> None:
-    config, deployment, recipe = settings("tiny", max_context=64)
-    graph = graph_of(config, deployment, recipe, "decode")
-    assert {p.name for p in graph.params} <= {p.name for p in layout(config)}
+def test_the_graph_before_folding_has_only_the_recipes_rounding() -> None:
+    job = Request("tiny", max_context=64).job()
+    graph = job.compiled(job.decode, stop_after="quantize").graph
+    assert {p.name for p in graph.params} <= {p.name for p in layout(job.config)}
     assert sum(node.op.name == "quantize" for node in graph.nodes) > 20
-    assert deployment.chunk == 64
+
+
+def test_a_request_is_all_that_a_compile_is_asked_for() -> None:
+    request = Request("tiny", max_context=64)
+    with pytest.raises(ConfigError, match="compile: the request has decided batch, chunk; leave them out"):
+        dsv4c.compile(request, batch=2, chunk=8)
+    assert dsv4c.compile(request, certify=False) == dsv4c.compile("tiny", max_context=64, certify=False)
+
+
+@pytest.mark.parametrize("options", [{"draft": "mtp"}, {"recipe": "nvfp4", "logits": "last"}])
+def test_a_bucket_of_another_size_has_the_graph_it_would_be_compiled_to(options: dict[str, Any]) -> None:
+    job = Request("tiny", batch=(1, 2, 8), chunk=(8, 64, 100), **options).job()
+    firsts = job.firsts()
+    assert {b.name for b, first in firsts.items() if b == first} >= {"decode-1"}
+    derived = [(b, first) for b, first in firsts.items() if b != first]
+    assert {b.name for b, _ in derived} >= {"decode-2", "decode-8", "verify-1x4"}
+    for bucket, first in derived:
+        made = job.resized(job.compiled(first).graph, bucket)
+        assert print_graph(made) == print_graph(job.compiled(bucket).graph)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from dsv4c.buckets import Bucket
 from dsv4c.config import (
     BUILTIN,
     BUILTIN_FOLDER,
@@ -260,11 +261,189 @@ def test_unread_keys_are_noted(load: Callable[[Raw], ModelConfig]) -> None:
     assert config.notes == ("keys without a meaning here were ignored: window_shape",)
 
 
-def test_a_key_that_looks_misspelled_is_named_with_what_it_may_mean(
-    load: Callable[[Raw], ModelConfig],
+def test_a_key_like_a_known_one_is_noted_with_what_it_may_mean(load: Callable[[Raw], ModelConfig]) -> None:
+    config = load(release() | {"v_head_dim": 128})
+    assert config.notes == ("keys without a meaning here were ignored: v_head_dim (is it head_dim?)",)
+
+
+@pytest.mark.parametrize("given", ["hidden_sise", "hiden_size"])
+def test_a_misspelled_key_is_said_alone(given: str, refusal: Callable[[Raw], str]) -> None:
+    raw = release()
+    raw[given] = raw.pop("hidden_size")
+    assert refusal(raw) == f"{given} is unknown; expected hidden_size, or no such key"
+
+
+def test_unread_keys_of_inner_objects_are_noted(load: Callable[[Raw], ModelConfig]) -> None:
+    raw = release()
+    raw["quantization_config"] |= {"kv_cache_bits": 8}
+    assert load(raw).notes == ("keys without a meaning here were ignored: quantization_config.kv_cache_bits",)
+    raw = transformers(release()) | {"num_nextn_predict_layers": 0}
+    raw["rope_parameters"]["main"]["wave"] = 1
+    raw["rope_parameters"]["index"] = {}
+    raw["compress_rates"]["lightly_compressed"] = 2
+    (note,) = load(raw).notes
+    assert note == (
+        "keys without a meaning here were ignored: compress_rates.lightly_compressed, rope_parameters.index, "
+        "rope_parameters.main.wave"
+    )
+    flat = release() | {"rope_scaling": {"type": "default", "factor": 16}}
+    assert load(flat).notes == ("keys without a meaning here were ignored: rope_scaling.factor",)
+
+
+def test_a_misspelled_inner_key_is_refused(refusal: Callable[[Raw], str]) -> None:
+    raw = release()
+    raw["quantization_config"]["moe_quant_algos"] = "NVFP4"
+    expected = "quantization_config.moe_quant_algos is unknown; expected moe_quant_algo, or no such key"
+    assert refusal(raw) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "ids"),
+    [
+        ({"eos_token_id": [1, 5]}, (0, 1)),
+        ({"eos_token_id": [7]}, (0, 7)),
+        ({"bos_token_id": None}, (None, 1)),
+        ({"bos_token_id": None, "eos_token_id": None}, (None, None)),
+    ],
+)
+def test_token_ids_may_be_several_or_none(
+    change: Raw, ids: tuple[int | None, int | None], load: Callable[[Raw], ModelConfig], tmp_path: Path
 ) -> None:
-    config = load(release() | {"hiden_size": 7})
-    assert config.notes == ("keys without a meaning here were ignored: hiden_size (is it hidden_size?)",)
+    config = load(release() | change)
+    assert (config.bos_token_id, config.eos_token_id) == ids
+    assert bool(config.notes) == (change.get("eos_token_id") is not None)
+    save_config(config, tmp_path)
+    assert load_config(tmp_path) == ModelConfig.from_dict(config.to_dict()) == config
+
+
+# What the tensors beside a config decide
+
+
+def beside(folder: Path, raw: Raw, tensors: Mapping[str, str], index: bool = False) -> Path:
+    """A checkpoint folder whose tensors have these element types, one element each."""
+    size = {"BF16": 2}
+    entries, at = {}, 0
+    for name, dtype in tensors.items():
+        end = at + size.get(dtype, 1)
+        entries[name] = {"dtype": dtype, "shape": [1], "data_offsets": [at, end]}
+        at = end
+    header = json.dumps(entries).encode()
+    file = "model-00001-of-00001.safetensors" if index else "model.safetensors"
+    (folder / file).write_bytes(len(header).to_bytes(8, "little") + header + bytes(at))
+    if index:
+        listing = json.dumps({"weight_map": dict.fromkeys(tensors, file)})
+        (folder / "model.safetensors.index.json").write_text(listing)
+    (folder / "config.json").write_text(json.dumps(raw))
+    return folder
+
+
+WQ_A, W1 = "layers.0.attn.wq_a.weight", "layers.0.ffn.experts.0.w1.weight"
+MERGED = "model.layers.0.mlp.experts.gate_up_proj"
+TAKEN = "{} {} was taken, as the config leaves it open and {} is {}"
+
+
+@pytest.mark.parametrize("index", [False, True])
+@pytest.mark.parametrize(
+    ("change", "tensors", "formats", "notes"),
+    [
+        (
+            {"expert_dtype": None},
+            {W1: "F8_E4M3"},
+            ("fp8", "fp8"),
+            [TAKEN.format("expert_format", "fp8", W1, "F8_E4M3")],
+        ),
+        ({"expert_dtype": None}, {W1: "I8"}, ("fp8", "mxfp4"), []),
+        (
+            {"expert_dtype": None},
+            {MERGED: "F8_E4M3"},
+            ("fp8", "fp8"),
+            [TAKEN.format("expert_format", "fp8", MERGED, "F8_E4M3")],
+        ),
+        (
+            {},
+            {W1: "U8", f"{W1}_scale": "F8_E4M3"},
+            ("fp8", "nvfp4"),
+            [TAKEN.format("expert_format", "nvfp4", f"{W1}_scale", "F8_E4M3")],
+        ),
+        (
+            {"expert_dtype": None, "quantization_config": None},
+            {WQ_A: "F8_E4M3", W1: "I8"},
+            ("fp8", "mxfp4"),
+            [
+                TAKEN.format("linear_format", "fp8", WQ_A, "F8_E4M3"),
+                TAKEN.format("expert_format", "mxfp4", W1, "I8"),
+            ],
+        ),
+        (
+            {"expert_dtype": None, "quantization_config": None},
+            {WQ_A: "BF16", W1: "BF16"},
+            ("bf16", "bf16"),
+            [],
+        ),
+        ({"expert_dtype": "fp8"}, {W1: "I8"}, ("fp8", "fp8"), []),  # decided: who reads the weights objects
+    ],
+)
+def test_what_a_config_leaves_open_is_taken_from_the_tensors(
+    change: Raw,
+    tensors: dict[str, str],
+    formats: tuple[str, str],
+    notes: list[str],
+    index: bool,
+    tmp_path: Path,
+) -> None:
+    config = load_config(beside(tmp_path, release() | change, tensors, index))
+    assert (config.linear_format, config.expert_format) == formats
+    assert list(config.notes) == notes
+
+
+def test_a_checkpoint_that_cannot_be_read_decides_nothing(tmp_path: Path) -> None:
+    beside(tmp_path, release() | {"expert_dtype": None}, {W1: "F8_E4M3"})
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    config = load_config(tmp_path)
+    assert config.expert_format == "mxfp4"
+    assert config.notes == ("expert_dtype is absent, as in the first release: routed experts are MXFP4",)
+
+
+QUANT_ALGO = {"quant_algo": "NVFP4", "group_size": 16}
+LISTED = {"quantized_layers": {"layers.0.ffn.experts.0.w1": {"quant_algo": "NVFP4"}}, "awq_block_size": 16}
+UNSAID = {"quant_algo": None, "quantized_layers": {"layers.0.ffn.experts.0.w1": {"awq_block_size": 16}}}
+
+
+@pytest.mark.parametrize("keys", [QUANT_ALGO, LISTED])
+def test_older_spellings_of_nvfp4(keys: Raw, load: Callable[[Raw], ModelConfig]) -> None:
+    raw = release()
+    raw["quantization_config"] |= keys
+    config = load(raw)
+    assert (config.expert_format, config.notes) == ("nvfp4", ())
+
+
+def test_an_nvfp4_config_without_an_algorithm_asks_for_it(
+    refusal: Callable[[Raw], str], tmp_path: Path
+) -> None:
+    raw = release()
+    raw["quantization_config"] |= UNSAID
+    assert refusal(raw).startswith(
+        "quantization_config.moe_quant_algo is missing; expected 'NVFP4' if routed"
+    )
+    assert load_config(beside(tmp_path, raw, {f"{W1}_scale": "F8_E4M3"})).expert_format == "nvfp4"
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"quant_algo": "W4A8"}, "quantization_config.quant_algo is 'W4A8'; expected 'NVFP4' or nothing"),
+        (QUANT_ALGO | {"group_size": 32}, "quantization_config.group_size is 32; expected 16"),
+        (LISTED | {"awq_block_size": 64}, "quantization_config.awq_block_size is 64; expected 16"),
+        (
+            {"quantized_layers": {"layers.0.attn.wq_a": {"quant_algo": "NVFP4"}}},
+            "quantization_config.quantized_layers has layers.0.attn.wq_a; expected layers of routed experts",
+        ),
+    ],
+)
+def test_wrong_older_nvfp4(keys: Raw, message: str, refusal: Callable[[Raw], str]) -> None:
+    raw = release()
+    raw["quantization_config"] |= keys
+    assert refusal(raw).startswith(message)
 
 
 def test_digest_ignores_the_name_and_nothing_else() -> None:
@@ -363,7 +542,13 @@ def test_importing_the_config_loads_only_the_standard_library() -> None:
             {"num_nextn_predict_layers": None},
             "num_nextn_predict_layers is missing; expected an integer of at least 0",
         ),
-        ({"eos_token_id": [1, 2]}, "eos_token_id is [1, 2]; expected a token id"),
+        ({"eos_token_id": "</s>"}, "eos_token_id is '</s>'; expected a token id or null"),
+        ({"bos_token_id": []}, "bos_token_id is []; expected a token id or null"),
+        ({"hidden_sise": 256}, "hidden_sise is unknown; expected hidden_size, or no such key"),
+        ({"swiglu_limt": 10, "swiglu_limit": None}, "swiglu_limt is unknown; expected swiglu_limit, or no"),
+        ({"expert_dtypes": "fp8"}, "expert_dtypes is unknown; expected expert_dtype, or no such key"),
+        ({"rope_theta": 1}, "rope_theta is 1; expected more than 1, the base of falling frequencies"),
+        ({"compress_rope_theta": 0.5}, "compress_rope_theta is 0.5; expected more than 1"),
         ({"scoring_func": "sigmoid"}, "scoring_func is 'sigmoid'; expected 'sqrtsoftplus', the only one"),
         ({"topk_method": "greedy"}, "topk_method is 'greedy'; expected 'noaux_tc', the only one"),
         ({"norm_topk_prob": False}, "norm_topk_prob is False; expected True, the only one"),
@@ -435,6 +620,12 @@ def test_wrong_nvfp4(change: Raw, message: str, refusal: Callable[[Raw], str]) -
         ("factor", None, "rope_scaling.factor is None; expected a positive number"),
         ("factor", 0.5, "rope_scaling.factor is 0.5; expected at least 1"),
         ("beta_fast", -1, "rope_scaling.beta_fast is -1; expected a positive number"),
+        (
+            "beta_slow",
+            64,
+            "rope_scaling.beta_fast is 32; expected at least rope_scaling.beta_slow, 64: fast pairs turn "
+            "more often",
+        ),
         (
             "mscale",
             1.0,
@@ -811,10 +1002,38 @@ def test_from_dict_wants_exactly_the_fields() -> None:
             "deployment: recipe is 'Official!'; expected a name of lowercase words joined by '-'",
         ),
         ({"recipe": 8}, "deployment: recipe is 8; expected a name of lowercase words joined by '-'"),
-        ({"batch": 0}, "deployment: batch is 0; expected a positive integer"),
+        ({"slots": 0}, "deployment: slots is 0; expected a positive integer"),
         ({"max_context": 4096.0}, "deployment: max_context is 4096.0; expected a positive integer"),
-        ({"chunk": -1}, "deployment: chunk is -1; expected a positive integer"),
-        ({"max_context": 32}, "deployment: chunk is 64; expected at most max_context, 32"),
+        ({"max_context": 32}, "deployment: prefill-64 takes 64 tokens; expected at most 32, max_context"),
+        ({"buckets": ()}, "deployment: buckets is empty; expected at least one decode bucket"),
+        (
+            {"buckets": (Bucket("prefill", tokens=8),)},
+            "deployment: buckets is prefill-8; expected at least one decode bucket",
+        ),
+        (
+            {"buckets": (Bucket("decode"), Bucket("decode"))},
+            "deployment: buckets has decode-1 2 times; expected every bucket once",
+        ),
+        (
+            {"buckets": (Bucket("decode", 4),)},
+            "deployment: slots is 1; expected at least 4, the sequences of decode-4",
+        ),
+        (
+            {"buckets": (Bucket("decode", 0),)},
+            "deployment: decode-0 has 0 rows; expected at least 1",
+        ),
+        (
+            {"buckets": (Bucket("decode", 1, 2),)},
+            "deployment: decode-1 takes 2 tokens; expected 1 of each sequence",
+        ),
+        (
+            {"buckets": (Bucket("decode"), Bucket("verify", 1, 9))},
+            "deployment: verify-1x9 takes 9 tokens; expected 2 to 8: more could not be taken back",
+        ),
+        (
+            {"target": "sm_90a"},
+            "deployment: prefill-64 has 64 rows; expected at most 8: sm_90a has no kernels for more",
+        ),
     ],
 )
 def test_wrong_deployments(change: Raw, message: str) -> None:
@@ -825,10 +1044,60 @@ def test_wrong_deployments(change: Raw, message: str) -> None:
 
 def test_deployments_fit_their_model() -> None:
     config = load_config("deepseek-v4-flash")
-    check_deployment(config, Deployment("sm_100a", "nvfp4-experts-w4a4", max_context=1048576, chunk=1))
+    decode = (Bucket("decode"),)
+    check_deployment(config, Deployment("sm_100a", "nvfp4-experts-w4a4", 1048576, buckets=decode))
     with pytest.raises(ConfigError) as error:
         check_deployment(config, Deployment(max_context=1048577))
     assert str(error.value) == (
         "deployment: max_context is 1048577; "
         "expected at most 1048576, max_position_embeddings of deepseek-v4-flash"
     )
+    draft = (*decode, Bucket("draft", tokens=8))
+    check_deployment(config, Deployment(buckets=draft))
+    with pytest.raises(ConfigError) as error:
+        check_deployment(dataclasses.replace(config, mtp_layers=0), Deployment(buckets=draft))
+    assert str(error.value) == (
+        "deployment: buckets has draft-8; expected no draft: deepseek-v4-flash has no block that drafts"
+    )
+
+
+def test_deployments_are_plain_data() -> None:
+    buckets = (Bucket("decode", 2), Bucket("verify", 1, 4), Bucket("prefill", 1, 64, "last"))
+    deployment = Deployment("cpu", "official", 512, 3, buckets)
+    data = json.loads(json.dumps(deployment.to_dict()))
+    assert data == {
+        "target": "cpu",
+        "recipe": "official",
+        "max_context": 512,
+        "slots": 3,
+        "buckets": ["decode-2", "verify-1x4", "prefill-64.last"],
+    }
+    assert Deployment.from_dict(data) == deployment
+    assert deployment.batch == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch": 2}, "deployment: batch is unknown; expected one of Deployment's fields"),
+        ({"slots": None}, "deployment: slots is None; expected a positive integer"),
+        ({"buckets": "decode-1"}, "deployment: buckets is 'decode-1'; expected a list of names of buckets"),
+        (
+            {"buckets": ["decode"]},
+            "deployment: buckets: 'decode' names no bucket; "
+            "expected decode-8, verify-1x4, prefill-64 or draft-64",
+        ),
+        (
+            {"buckets": ["verify-2"]},
+            "deployment: buckets: 'verify-2' names no bucket; verify-1x2 is how it is written",
+        ),
+    ],
+)
+def test_data_that_is_no_deployment(change: Raw, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        Deployment.from_dict(Deployment().to_dict() | change)
+    assert str(error.value) == message
+    with pytest.raises(ConfigError, match="slots is missing; expected all of Deployment's fields"):
+        Deployment.from_dict({key: value for key, value in Deployment().to_dict().items() if key != "slots"})
+    with pytest.raises(ConfigError, match="deployment: is 3; expected the fields of Deployment by name"):
+        Deployment.from_dict(3)  # type: ignore[arg-type]

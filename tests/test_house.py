@@ -24,7 +24,7 @@ class Room:
     packages_inside: tuple[str, ...] = ()
 
 
-LEAVES = ("types", "errors", "strict_json", "publish", "cache", "buckets")
+LEAVES = ("types", "errors", "strict_json", "headers", "publish", "cache", "buckets", "arch")
 CONFIG = (*LEAVES, "config")
 COMPILER = (*CONFIG, "ir", "models", "passes")
 
@@ -33,10 +33,12 @@ HOUSE = {
     "types": Room(),
     "errors": Room(),
     "strict_json": Room(),
+    "headers": Room(("errors", "strict_json")),
     "publish": Room(),
     "cache": Room(("errors", "publish")),
     "buckets": Room(),
-    "dialects": Room(("errors",)),
+    "arch": Room(),
+    "dialects": Room(("errors", "headers")),
     "config": Room((*LEAVES, "dialects")),
     "numerics": Room(LEAVES, ("torch", "numpy")),
     # The contract of compiler and runtime: data.
@@ -48,7 +50,7 @@ HOUSE = {
         (*LEAVES, "runtime", "plan", "numerics"), ("torch", "numpy"), rooms_inside=("ir", "reference")
     ),
     "runtime": Room(
-        (*LEAVES, "plan", "numerics"),
+        (*CONFIG, "plan", "numerics"),
         ("torch", "numpy", "safetensors", "cuda"),
         ("runtime.cpu",),
         ("rich",),

@@ -23,6 +23,11 @@ OutputOption = Annotated[
 ]
 
 
+BucketOption = Annotated[
+    str, typer.Option("--bucket", help="The decode bucket to run; by default the smallest.", metavar="NAME")
+]
+
+
 def register(app: typer.Typer) -> None:
     app.command("bisect")(bisect_command)
 
@@ -31,14 +36,17 @@ def bisect_command(
     plan: PlanArgument,
     weights: WeightsOption,
     tokens: TokensOption,
+    bucket: BucketOption = "decode",
     output: OutputOption = Path("bisect"),
     extra: PassOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the rewrite at fault: run the plan, and behind each launch its unfused nodes on the same operands.
+    """Find the rewrite at fault: run the plan on its target, and behind each launch its unfused nodes on the
+    same operands.
 
-    Names the first launch beyond its certificate's bound, switches suspects off until the results are right,
-    and writes a folder that shows the fault without plan or weights. Exit code 3 if there is a fault.
+    Names the first node that is further off than its certificate, or a kernel's own rounding, allows,
+    switches suspects off until the results are right, and writes a folder that shows the fault without plan
+    or weights. Exit code 3 if there is a fault.
 
     Examples:
 
@@ -46,11 +54,12 @@ def bisect_command(
     """
     from dsv4c.compiler.bisect import Bisection
     from dsv4c.compiler.job import job_of, rules_of
-    from dsv4c.plan.records import load
+    from dsv4c.plan.folder import load
 
     rules = rules_of(extra or ())
     compiled = load(plan)
-    search = Bisection(compiled, weights, token_ids(tokens, "--tokens"), job_of(compiled, rules))
+    given = token_ids(tokens, "--tokens")
+    search = Bisection(compiled, weights, given, job_of(compiled, rules), bucket=bucket)
     verdict = search.run()
     if verdict.culprit is not None:
         search.reproduce(verdict, output)
@@ -60,22 +69,20 @@ def bisect_command(
         print(text(verdict), end="")
     if verdict.culprit is not None:
         note(f"{output}: the reproducer; run python {output / 'reproduce.py'}")
-        raise GraphError(
-            f"{plan}: the rule {verdict.culprit.rule} is at fault, first at {verdict.culprit.node}"
-        )
+        raise GraphError(f"{plan}: {verdict.culprit.rule} is at fault, first at {verdict.culprit.node}")
     if not verdict.right:
-        raise GraphError(f"{plan}: results differ, but no launch does: look at the places of its values")
+        raise GraphError(f"{plan}: results differ, but no node's do: look at the places of its values")
 
 
 def text(verdict: Verdict) -> str:
     """The verdict to read."""
-    lines = [f"{verdict.launches} launches in {verdict.steps} steps against their unfused nodes"]
+    lines = [f"{verdict.nodes} nodes in {verdict.steps} steps against their unfused nodes"]
     for s in verdict.suspects:
         lines.append(
             f"  step {s.step}: {s.node} ({s.rule}): {s.kind}, worst {s.worst:g}; allowed: {s.allowed}"
         )
     if not verdict.suspects:
-        lines.append("  every launch gives what its nodes give")
+        lines.append("  every node gives what its unfused nodes give")
     lines.append(f"results {'right' if verdict.right else 'wrong'}")
     if verdict.switched_off and verdict.gone:
         lines.append(f"right without {', '.join(verdict.rules)} at {', '.join(verdict.switched_off)}")

@@ -14,6 +14,7 @@ from dsv4c.cli.subject import Asked, ask
 from dsv4c.errors import GraphError
 
 if TYPE_CHECKING:
+    from dsv4c.buckets import Bucket
     from dsv4c.passes.certify import Certificate
     from dsv4c.passes.work import Match
 
@@ -74,7 +75,7 @@ def check_command(
 
     asked = ask(subject, extra=extra)
     folder = cache_folder(cache) / "certificates"
-    found = certify(_matches(asked, asked.job.modes), folder=folder, fresh=not cached)
+    found = certify(_matches(asked, asked.job.deployment.buckets), folder=folder, fresh=not cached)
     changed = _changed(asked, found.all)
     if json:
         print_json(
@@ -99,8 +100,8 @@ def check_command(
         )
 
 
-def _matches(asked: Asked, modes: tuple[str, ...]) -> list[Match]:
-    folds = [asked.compiled(mode).context.fold for mode in modes]
+def _matches(asked: Asked, buckets: tuple[Bucket, ...]) -> list[Match]:
+    folds = [asked.job.compiled(bucket).context.fold for bucket in buckets]
     return [match for fold in folds if fold is not None for match in fold.matches]
 
 
@@ -146,7 +147,7 @@ def _inject(subject: str | None, extra: list[str] | None, json: bool) -> None:
         if subject is not None
         else [ask(config, recipe=recipe, extra=extra) for config, recipe in EVERY_RULE]
     )
-    kills = inject([match for each in asked for match in _matches(each, ("decode",))])
+    kills = inject([match for each in asked for match in _matches(each, (each.job.decode,))])
     found: dict[str, Any] = totals(kills)
     if json:
         rows = [{"rule": k.rule, "defect": k.defect, "at": k.at, "caught_by": k.caught_by} for k in kills]

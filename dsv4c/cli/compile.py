@@ -5,30 +5,35 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dsv4c.buckets import ROWS
 from dsv4c.cli.console import note, print_json, progress_bar, size, write_text
 from dsv4c.cli.options import (
     CONFIG_HELP,
     BatchOption,
     ChunkOption,
     ContextOption,
+    Draft,
     ForceOption,
     JsonOption,
+    Logits,
     PassOption,
     RecipeOption,
     Target,
     TargetOption,
     first_given,
+    sizes,
 )
 from dsv4c.errors import ConfigError, GraphError
 
 if TYPE_CHECKING:
     from dsv4c.compiler.job import Compiled, Job
-    from dsv4c.plan.records import Plan
+    from dsv4c.plan.folder import Plan
 
 ConfigOrNothing = Annotated[
     str | None,
@@ -39,8 +44,27 @@ OutputOption = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="Folder to write.", show_default="NAME.plan", metavar="DIR"),
 ]
-MtpOption = Annotated[
-    bool, typer.Option("--mtp", help="Compile the draft (multi-token prediction) block, too.")
+SlotsOption = Annotated[
+    int | None,
+    typer.Option(help="Sequences whose state a plan holds.", min=1, show_default="the largest batch"),
+]
+VerifyOption = Annotated[
+    int | None,
+    typer.Option(
+        help=f"Tokens of one sequence that a verify step takes, 1 for no such bucket; {ROWS} at most.",
+        min=1,
+        show_default="4",
+    ),
+]
+LogitsOption = Annotated[Logits, typer.Option(help="Of every token of a prompt's chunk, or of its last.")]
+DraftOption = Annotated[Draft, typer.Option(help="Compile the block that drafts tokens, too.")]
+RequireOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Fail where no kernel takes what the rule fused, in place of unfolding it.",
+        metavar="RULE",
+        show_default=False,
+    ),
 ]
 CacheOption = Annotated[
     Path | None,
@@ -48,7 +72,6 @@ CacheOption = Annotated[
         help="Folder of compiled kernels and certificates.", show_default="the user's cache", metavar="DIR"
     ),
 ]
-OrderOption = Annotated[str, typer.Option(help="Launch order: source, or memory for a smaller arena.")]
 DisableOption = Annotated[
     list[str] | None,
     typer.Option(help="Leave a rule out, `all` for every one.", metavar="RULE", show_default=False),
@@ -107,8 +130,10 @@ DECIDED = (
     "batch",
     "max_context",
     "chunk",
-    "mtp",
-    "order",
+    "slots",
+    "verify",
+    "logits",
+    "draft",
     "pipeline",
     "disable",
     "enable",
@@ -126,15 +151,18 @@ def compile_command(
     output: OutputOption = None,
     target: TargetOption = Target.CPU,
     recipe: RecipeOption = "official",
-    batch: BatchOption = 1,
+    batch: BatchOption = None,
+    slots: SlotsOption = None,
     max_context: ContextOption = 4096,
+    verify: VerifyOption = None,
     chunk: ChunkOption = None,
-    mtp: MtpOption = False,
-    order: OrderOption = "source",
+    logits: LogitsOption = Logits.ALL,
+    draft: DraftOption = Draft.OFF,
     disable: DisableOption = None,
     enable: EnableOption = None,
     extra: PassOption = None,
     expect: ExpectOption = None,
+    require_fused: RequireOption = None,
     pipeline: PipelineOption = None,
     stop_after: StopOption = None,
     resume: ResumeOption = None,
@@ -150,7 +178,7 @@ def compile_command(
 
       dsv4c compile tiny -o tiny.plan
 
-      dsv4c compile ./my-checkpoint --batch 4 --max-context 8192 --chunk 128
+      dsv4c compile ./my-checkpoint --batch 1,4 --max-context 8192 --chunk 64,512
 
       dsv4c compile deepseek-v4-flash --recipe nvfp4-experts --json
 
@@ -158,51 +186,57 @@ def compile_command(
 
       dsv4c compile tiny --stop-after fold -o x.ir; dsv4c compile --resume x.ir -o tiny.plan
     """
-    from dsv4c.compiler.compile import compile, job_for
-    from dsv4c.compiler.job import read_saved, rules_of
-    from dsv4c.config import load_config
-    from dsv4c.plan.records import check_target
+    from dsv4c.compiler.compile import compile
+    from dsv4c.compiler.job import Saved, read_saved, rules_of
+    from dsv4c.compiler.request import Request
+    from dsv4c.plan.folder import check_target
 
-    rules = rules_of(extra or ())
+    rules, expected = rules_of(extra or ()), counts(expect or ())
     if config is None and resume is None:
         raise ConfigError("Missing argument 'CONFIG' (or --resume FILE)")
-    if config is not None and resume is not None:
-        raise ConfigError(f"compile: --resume {resume} has the config in it; leave {config} out")
-    given = None if resume is None else first_given(context, DECIDED)
-    if given is not None:
-        raise ConfigError(f"compile: --resume {resume} has decided {given}; leave it out, or compile anew")
-    saved = None if resume is None else read_saved(_read(resume), str(resume))
-    model = load_config(config) if config is not None else saved.config  # type: ignore[union-attr]
-    asked: dict[str, Any] = {
-        "target": target.value,
-        "recipe": recipe,
-        "batch": batch,
-        "max_context": max_context,
-        "chunk": chunk,
-        "mtp": mtp,
-        "pipeline": pipeline,
-        "rules": rules,
-        "expected": counts(expect or ()),
-        "order": order,
-        "disable": disable or (),
-        "enable": enable or (),
-    }
-    if stop_after is not None:
-        if saved is not None:
+    asked: Request | Saved
+    if resume is not None:
+        given = f"{config}" if config is not None else first_given(context, DECIDED)
+        if given is not None:
+            raise ConfigError(
+                f"compile: --resume {resume} has decided {given}; leave it out, or compile anew"
+            )
+        if stop_after is not None:
             raise ConfigError("compile: --stop-after and --resume are for different calls; give one")
-        _stop(job_for(model, **asked), stop_after, output, force, json)
-        return
-    folder = output or Path(f"{model.name}.plan")
-    check_target(folder, force=force)
-    dump = _dumper(dump_stages) if dump_stages is not None else None
-    with progress_bar("compile") as progress:
-        plan = compile(
-            model, **asked, resumed=saved, certify=certify, inspect=dump, cache=cache, progress=progress
+        asked = replace(read_saved(_read(resume), str(resume)), rules=rules, expected=expected)
+    else:
+        assert config is not None
+        asked = Request(
+            config,
+            target=target.value,
+            recipe=recipe,
+            batch=sizes("--batch", batch),
+            slots=slots,
+            max_context=max_context,
+            verify=verify,
+            chunk=sizes("--chunk", chunk),
+            logits=logits.value,
+            draft=draft.value,
+            pipeline=pipeline,
+            rules=rules,
+            disable=disable or (),
+            enable=enable or (),
+            expected=expected,
+            require_fused=require_fused or (),
         )
+    job = asked.job()
+    if stop_after is not None:
+        _stop(job, stop_after, output, force, json)
+        return
+    folder = output or Path(f"{job.config.name}.plan")
+    check_target(folder, force=force)
+    dump = _dumper(dump_stages, job.decode.name) if dump_stages is not None else None
+    with progress_bar("compile") as progress:
+        plan = compile(job, certify=certify, inspect=dump, cache=cache, progress=progress)
     plan.save(folder, force=force)
     for warning in plan.report.get("warnings", ()):
         note(f"warning: {warning}")
-    for remark in (*model.notes, *plan.report.get("notes", ())):
+    for remark in (*job.config.notes, *plan.report.get("notes", ())):
         note(f"note: {remark}")
     if json:
         print_json({"plan": str(folder)} | figures(plan))
@@ -249,20 +283,20 @@ def _stop(job: Job, after: str, output: Path | None, force: bool, json: bool) ->
         print_json({"after": after, "file": str(output) if output else None, "nodes": nodes} | graphs)
 
 
-def _dumper(folder: Path) -> Callable[[str, Compiled], None]:
-    """Writes the stages of the decode bucket as numbered files."""
+def _dumper(folder: Path, bucket: str) -> Callable[[str, Compiled], None]:
+    """Writes the stages of one bucket as numbered files."""
 
-    def write(mode: str, compiled: Compiled) -> None:
+    def write(name: str, compiled: Compiled) -> None:
         from dsv4c.ir.text import print_graph
 
-        if mode != "decode":
+        if name != bucket:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise GraphError(f"{folder}: cannot be written: {error.strerror}") from None
-        for number, (name, graph) in enumerate(compiled.named):
-            write_text(folder / f"{number:02}-{name}.txt", print_graph(graph), GraphError)
+        for number, (stage, graph) in enumerate(compiled.named):
+            write_text(folder / f"{number:02}-{stage}.txt", print_graph(graph), GraphError)
         note(f"{folder}: {len(compiled.named)} stages")
 
     return write
@@ -277,8 +311,7 @@ def figures(plan: Plan) -> dict[str, Any]:
         "deployment": dict(plan.deployment),
         "recipe": plan.recipe,
         "pipeline": plan.pipeline,
-        "state_bytes": plan.state_bytes,
-        "weights_bytes": plan.weights_bytes,
+        "blocks": dict(plan.blocks),
         **plan.report,
         **({"cache_hits": plan.cache_hits} if plan.kernels else {}),
         "certificates": len(plan.certificates),
@@ -301,14 +334,19 @@ def kinds(plan: Plan) -> str:
 
 def describe(plan: Plan) -> str:
     """A plan in figures, to read."""
-    deployment = plan.deployment
-    chunk = f"in chunks of {deployment['chunk']}" if deployment["chunk"] > 1 else "token by token"
+    deployment, blocks = plan.deployment, plan.blocks
+    slots = f"{deployment['slots']} slot" + "s" * (deployment["slots"] != 1)
     lines = [
-        f"  batch {deployment['batch']}, {deployment['max_context']:,} tokens of context, prefill {chunk}",
-        f"  weights {size(plan.weights_bytes)}, state {size(plan.state_bytes)}",
+        f"  {slots} of {deployment['max_context']:,} tokens",
+        f"  weights {size(blocks['weights'])}, state {size(blocks['state'])}, arena {size(blocks['arena'])}",
     ]
-    for mode, bucket in plan.buckets.items():
-        lines.append(f"  {mode:8} {len(bucket.launches):,} launches, arena {size(bucket.arena_bytes)}")
+    for name, program in plan.buckets.items():
+        lines.append(f"  {name:12} {len(program.launches):,} launches, arena {size(program.arena_bytes)}")
+    for given in plan.report.get("unfolded", ()):
+        lines.append(
+            f"  {given['bucket']}: no kernel for {given['nodes']} × {given['op']}, unfolded: "
+            f"{given['launches']:+,} launches, {size(given['bytes'])} more"
+        )
     if plan.certificates:
         lines.append(f"  {len(plan.certificates)} certificates, {kinds(plan)}")
     if plan.kernels:

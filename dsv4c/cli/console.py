@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,16 @@ Progress = Callable[[str, int, int], None]
 
 
 def print_json(data: Any) -> None:
-    print(json.dumps(data, indent=2))
+    """Standard JSON, which has no word for what is no finite number: that becomes null."""
+    print(json.dumps(_finite(data), indent=2, allow_nan=False))
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, Mapping):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def note(text: str) -> None:
@@ -31,7 +41,22 @@ def note(text: str) -> None:
 def print_table(table: Table) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # names may look like either
+
+
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with the same keys, which are the headings; all columns but the last are kept on one line."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    *narrow, wide = rows[0]
+    for heading in narrow:
+        table.add_column(heading, no_wrap=True)
+    table.add_column(wide)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    print_table(table)
 
 
 @contextmanager
@@ -47,7 +72,10 @@ def progress_bar(title: str, *, bytes_counted: bool = False) -> Iterator[Progres
     count = DownloadColumn() if bytes_counted else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeElapsedColumn())
     with Bar(
-        *columns, TextColumn("{task.fields[what]}"), console=Console(stderr=True), transient=True
+        *columns,
+        TextColumn("{task.fields[what]}", markup=False),
+        console=Console(stderr=True),
+        transient=True,
     ) as bar:
         task = bar.add_task(title, total=None, what="")
         lock = threading.Lock()

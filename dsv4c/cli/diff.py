@@ -9,10 +9,10 @@ import typer
 from dsv4c.cli.console import print_json
 from dsv4c.cli.options import (
     BatchOption,
+    BucketOption,
     ChunkOption,
     ContextOption,
     JsonOption,
-    Mode,
     PassOption,
     RecipeOption,
 )
@@ -21,7 +21,6 @@ from dsv4c.cli.subject import ask, refuse_decided, split_stage
 HELP = "A plan folder or a config, with @STAGE (build, quantize, fold, ...) for the graph after that pass."
 Left = Annotated[str, typer.Argument(metavar="A", help=HELP, show_default=False)]
 Right = Annotated[str, typer.Argument(metavar="B", help="The same; @STAGE alone: of A.", show_default=False)]
-ModeOption = Annotated[Mode, typer.Option(help="Which bucket.")]
 LimitOption = Annotated[int, typer.Option(help="Nodes of each sort to list.", min=0)]
 
 
@@ -33,10 +32,10 @@ def diff_command(
     context: typer.Context,
     a: Left,
     b: Right,
-    mode: ModeOption = Mode.DECODE,
+    bucket: BucketOption = "decode",
     limit: LimitOption = 20,
     recipe: RecipeOption = "official",
-    batch: BatchOption = 1,
+    batch: BatchOption = None,
     max_context: ContextOption = 4096,
     chunk: ChunkOption = None,
     extra: PassOption = None,
@@ -60,14 +59,14 @@ def diff_command(
         subject = name or subject
         asked = ask(
             subject,
-            mode=mode.value,
+            bucket=bucket,
             extra=extra,
             recipe=recipe,
             batch=batch,
             max_context=max_context,
             chunk=chunk,
         )
-        graphs.append(asked.stage(mode.value, stage))
+        graphs.append(asked.stage(bucket, stage))
         subject = name or subject
     found = diff(*graphs)
     if json:

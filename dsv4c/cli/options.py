@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterable
 from enum import StrEnum
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from dsv4c.errors import ConfigError
 
 
 class Target(StrEnum):
@@ -19,12 +22,29 @@ class Target(StrEnum):
     SM_100A = "sm_100a"
 
 
-class Mode(StrEnum):
-    """A bucket of a plan."""
+class Draft(StrEnum):
+    """What drafts tokens ahead."""
 
-    DECODE = "decode"
-    PREFILL = "prefill"
+    OFF = "off"
     MTP = "mtp"
+
+
+class Logits(StrEnum):
+    """Of which tokens of a chunk."""
+
+    ALL = "all"
+    LAST = "last"
+
+
+def sizes(option: str, given: str | None) -> tuple[int, ...] | None:
+    """Sizes of buckets, apart by commas. Raises ConfigError naming the option for what is no number."""
+    if given is None:
+        return None
+    parts = [part.strip() for part in given.split(",")]
+    for part in parts:
+        if not re.fullmatch(r"[0-9]{1,9}", part):
+            raise ConfigError(f"{option}: {part!r} is no size of a bucket, expected numbers like 1,2,4,8")
+    return tuple(map(int, parts))
 
 
 CONFIG_HELP = (
@@ -42,14 +62,28 @@ TargetOption = Annotated[Target, typer.Option(help="What the plan runs on.")]
 RecipeOption = Annotated[
     str,
     typer.Option(
-        help="Numerics: fp32, bf16, official, nvfp4-experts, nvfp4-experts-w4a4 or nvfp4.", metavar="NAME"
+        help="Numerics: fp32, bf16, official, nvfp4-experts, ... (`dsv4c recipes` has all).", metavar="NAME"
     ),
 ]
-BatchOption = Annotated[int, typer.Option(help="Sequences that decode together.", min=1)]
+BatchOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Sequences that decode together, a bucket for each number: 1,2,4,8.",
+        metavar="N,N",
+        show_default="1; on a GPU 1,2,4,8",
+    ),
+]
+BucketOption = Annotated[
+    str, typer.Option(help="Which bucket: decode-8, prefill-64, or the smallest of a kind.", metavar="NAME")
+]
 ContextOption = Annotated[int, typer.Option(help="Tokens that a sequence has room for.", min=1)]
 ChunkOption = Annotated[
-    int | None,
-    typer.Option(help="Tokens per prefill call.", min=1, show_default="64, or less in a shorter context"),
+    str | None,
+    typer.Option(
+        help="Tokens of one sequence that a prefill call takes, a bucket for each number.",
+        metavar="N,N",
+        show_default="64, or the context; on a GPU 8",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
 ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]

@@ -10,7 +10,7 @@ from dsv4c.cli.console import print_json, print_table, size
 from dsv4c.cli.options import JsonOption, PlanArgument
 
 if TYPE_CHECKING:
-    from dsv4c.plan.records import Plan
+    from dsv4c.plan.folder import Plan
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +29,7 @@ def passes_command(plan: PlanArgument, json: JsonOption = False) -> None:
 
       dsv4c passes flash.plan --json
     """
-    from dsv4c.plan.records import load
+    from dsv4c.plan.folder import load
 
     compiled = load(plan)
     rows = rule_rows(compiled)

@@ -5,16 +5,13 @@ from __future__ import annotations
 import re
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from dsv4c.cli.console import print_json, progress_bar
 from dsv4c.cli.options import JsonOption, PlanArgument
-from dsv4c.errors import CheckpointError, SessionError
-
-if TYPE_CHECKING:
-    from dsv4c.plan.records import Plan
+from dsv4c.errors import SessionError
 
 WeightsOption = Annotated[
     Path,
@@ -69,14 +66,13 @@ def run_command(
 
       dsv4c run tiny.plan --weights tiny-weights --tokens 3,17 --force 5,9 --logits out.safetensors
     """
-    from dsv4c.plan.records import load
+    from dsv4c.plan.folder import load
     from dsv4c.runtime.generate import check_file, generate, save_logits
 
     prompt, forced = token_ids(tokens, "--tokens"), token_ids(force, "--force")
     if logits is not None:
         check_file(logits)
     compiled = load(plan)
-    _check_config(compiled, weights)
     with progress_bar("weights", bytes_counted=True) as progress:
         session = compiled.bind(weights, progress=progress, poison=poison)
     started = time.perf_counter()
@@ -115,28 +111,3 @@ def token_ids(text: str, option: str) -> list[int]:
             raise SessionError(f"{option}: {part!r} is no token id; expected numbers like 3,17,5")
         ids.append(int(part))
     return ids
-
-
-def _check_config(plan: Plan, weights: Path) -> None:
-    """A checkpoint that comes with a config must be of the plan's model: shapes alone do not tell."""
-    from dsv4c.config import ModelConfig, load_config
-
-    try:
-        if not (weights / "config.json").is_file():
-            return
-    except OSError as error:
-        raise CheckpointError(f"{weights}: cannot be read: {error.strerror}") from None
-    found, wanted = load_config(weights), ModelConfig.from_dict(plan.config)
-    if found == wanted:
-        return
-    ours, theirs = wanted.to_dict(), found.to_dict()
-    differing = [k for k in ours if ours[k] != theirs[k] and k not in ("name", "notes", "mtp_layers")]
-    shown = differing[:5]
-    lines = "; ".join(f"{key} is {_short(theirs[key])}, the plan has {_short(ours[key])}" for key in shown)
-    if differing:
-        raise CheckpointError(f"{weights}: is the checkpoint of another model: {lines}; give the plan's own")
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -13,21 +13,20 @@ from dsv4c.cli.compile import describe, figures
 from dsv4c.cli.console import note, print_json, print_table, write_text
 from dsv4c.cli.options import (
     BatchOption,
+    BucketOption,
     ChunkOption,
     ContextOption,
     JsonOption,
-    Mode,
     PassOption,
     RecipeOption,
 )
-from dsv4c.cli.subject import Asked, Subject, ask, is_plan, refuse_decided
-from dsv4c.config import ModelConfig
+from dsv4c.cli.subject import Asked, Subject, ask, refuse_decided
 from dsv4c.errors import GraphError, PlanError
 
 if TYPE_CHECKING:
     from dsv4c.compiler.job import Compiled
     from dsv4c.ir.graph import Graph
-    from dsv4c.plan.records import Plan
+    from dsv4c.plan.folder import Plan
 
 
 class Format(StrEnum):
@@ -58,7 +57,6 @@ OutputOption = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="Write the graph to a file.", metavar="FILE", show_default=False),
 ]
-ModeOption = Annotated[Mode, typer.Option(help="Which bucket.")]
 KernelsOption = Annotated[
     bool, typer.Option("--kernels", help="A GPU plan's kernels: launches, registers, memory, code.")
 ]
@@ -75,12 +73,12 @@ def show_command(
     layer: LayerOption = None,
     format: FormatOption = Format.TEXT,
     output: OutputOption = None,
-    mode: ModeOption = Mode.DECODE,
+    bucket: BucketOption = "decode",
     fold: FoldOption = True,
     after: AfterOption = None,
     kernels: KernelsOption = False,
     recipe: RecipeOption = "official",
-    batch: BatchOption = 1,
+    batch: BatchOption = None,
     max_context: ContextOption = 4096,
     chunk: ChunkOption = None,
     extra: PassOption = None,
@@ -114,17 +112,25 @@ def show_command(
         raise GraphError(f"--format {format.value} shows every layer; leave --layer out")
     from dsv4c.view.text import summarize
 
+    asked = ask(
+        subject,
+        bucket=bucket,
+        extra=extra,
+        recipe=recipe,
+        batch=batch,
+        max_context=max_context,
+        chunk=chunk,
+    )
     staging = format in (Format.HTML, Format.MODEL_EXPLORER) and after is None
-    if staging or after is not None:
-        deployment = {"batch": batch, "max_context": max_context, "chunk": chunk}
-        asked = ask(subject, mode=mode.value, extra=extra, recipe=recipe, **deployment)
-        compiled = asked.compiled(mode.value)
+    plan = asked.plan if after is None and not staging else None
+    compiled = asked.compiled(bucket) if staging or after is not None else None
+    if compiled is not None:
         graph = compiled.graph if after is None else compiled.after(after)
-        config, plan = asked.job.config, None
     else:
-        graph, config, plan = _subject(subject, mode.value, recipe, batch, max_context, chunk, extra)
+        graph = asked.stage(bucket, "quantize" if asked.plan is None else None)
+    config = asked.job.config
     summary = summarize(graph, config)
-    if staging:
+    if compiled is not None and staging:
         text = staged(compiled, asked, format)
     else:
         text = _form(graph, format, int(layer) if layer and layer.isdecimal() else layer, fold)
@@ -153,13 +159,15 @@ def staged(compiled: Compiled, asked: Asked, format: Format) -> str:
 
 def kernel_sources(plan: Plan) -> dict[str, str]:
     """The source of the kernel that runs each node of a decode step."""
-    launches: Any = plan.bucket("decode").launches if plan.kernels else ()
+    if not plan.kernels:
+        return {}
     files = {key: plan.files[record["source"]].decode() for key, record in plan.kernels.items()}
-    return {name: files[launch.kernel] for launch in launches for name in launch.nodes}
+    launches = plan.program().launches
+    return {name: files[launch.kernel.kernel] for launch in launches for name in launch.nodes}
 
 
 def _show_kernels(subject: str, json: bool) -> None:
-    from dsv4c.plan.records import load
+    from dsv4c.plan.folder import load
 
     plan = load(subject)
     if not plan.kernels:
@@ -177,13 +185,13 @@ def _show_kernels(subject: str, json: bool) -> None:
 
 
 def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
-    """One row per kernel, by number of launches. Registers and spills are per thread; spills are the bytes of
-    its stack, where arrays indexed at run time would lie, too.
+    """One row per kernel, by number of launches in all buckets. Registers and spills are per thread; spills
+    are the bytes of its stack, where arrays indexed at run time would lie, too.
     """
-    launches: Any = plan.bucket("decode").launches
+    launches = [launch for program in plan.buckets.values() for launch in program.launches]
     rows = []
     for key, record in plan.kernels.items():
-        own = [launch for launch in launches if launch.kernel == key]
+        own = [launch for launch in launches if launch.kernel.kernel == key]
         rows.append(
             {
                 "kernel": key,
@@ -191,39 +199,12 @@ def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
                 "op": own[0].op,
                 "launches": len(own),
                 "registers": record["registers"],
-                "shared": own[0].shared,
+                "shared": own[0].kernel.shared,
                 "spills": record["stack"],
                 "code": record["code"],
             }
         )
     return sorted(rows, key=lambda row: -int(row["launches"]))
-
-
-def _subject(
-    subject: str,
-    mode: str,
-    recipe: str,
-    batch: int,
-    max_context: int,
-    chunk: int | None,
-    extra: list[str] | None,
-) -> tuple[Graph, ModelConfig, Plan | None]:
-    """The graph of a plan's bucket, or the one that a config would be compiled to."""
-    from dsv4c.ir.text import parse_graph
-    from dsv4c.plan.records import load
-
-    if is_plan(subject):
-        from dsv4c.compiler.job import rules_of
-
-        plan = load(subject)
-        rules_of(extra or ())  # declares the fused ops that the text may name
-        return parse_graph(plan.graph_text(mode)), ModelConfig.from_dict(plan.config), plan
-    from dsv4c.compiler.compile import graph_of, settings
-
-    config, deployment, numerics = settings(
-        subject, recipe=recipe, batch=batch, max_context=max_context, chunk=chunk, mtp=mode == "mtp"
-    )
-    return graph_of(config, deployment, numerics, mode), config, None  # type: ignore[arg-type]
 
 
 def _form(graph: Graph, format: Format, layer: int | str | None, fold: bool) -> str:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dsv4c.cli.options import CONFIG_HELP, first_given
+from dsv4c.cli.options import CONFIG_HELP, first_given, sizes
 from dsv4c.errors import ConfigError
 
 if TYPE_CHECKING:
     from dsv4c.compiler.job import Compiled, Job
     from dsv4c.ir.graph import Graph
-    from dsv4c.plan.records import Plan
+    from dsv4c.plan.folder import Plan
 
 DEPLOYMENT = ("target", "recipe", "batch", "max_context", "chunk")
 """Parameters of a config's deployment; a plan has settled them."""
@@ -34,41 +34,50 @@ class Asked:
     job: Job
     plan: Plan | None
 
-    def compiled(self, mode: str) -> Compiled:
-        """Its stages, made now. Raises PlanError for a bucket that the plan does not have."""
-        if self.plan is not None:
-            self.plan.bucket(mode)
-        return self.job.bucket(mode)  # type: ignore[arg-type]
+    def compiled(self, bucket: str) -> Compiled:
+        """The stages of a bucket, made now. Raises GraphError for one that there is not."""
+        return self.job.compiled(self.job.bucket(bucket))
 
-    def stage(self, mode: str, stage: str | None) -> Graph:
+    def stage(self, bucket: str, stage: str | None) -> Graph:
         """The graph after that stage; the last one's, as it was stored, for None."""
         from dsv4c.ir.text import parse_graph
 
         if stage is None and self.plan is not None:
-            return parse_graph(self.plan.graph_text(mode))
-        compiled = self.compiled(mode)
+            return parse_graph(self.plan.graph_text(bucket))
+        compiled = self.compiled(bucket)
         return compiled.graph if stage is None else compiled.after(stage)
 
 
 def ask(
     subject: str,
     *,
-    mode: str = "decode",
+    bucket: str = "decode",
     extra: Iterable[str] | None = None,
-    recipe: str = "official",
-    **deployment: Any,
+    batch: str | None = None,
+    chunk: str | None = None,
+    **options: Any,
 ) -> Asked:
-    """Read a plan folder, or a config under that deployment. Raises ConfigError, PlanError, GraphError."""
-    from dsv4c.compiler.compile import job_for
+    """Read a plan folder, or a config as it would be compiled with these options and the bucket.
+
+    Raises ConfigError, PlanError, GraphError.
+    """
     from dsv4c.compiler.job import job_of, rules_of
-    from dsv4c.plan.records import load
+    from dsv4c.compiler.request import Request
+    from dsv4c.plan.folder import load
 
     rules = rules_of(extra or ())
     if is_plan(subject):
         plan = load(subject)
         return Asked(subject, job_of(plan, rules), plan)
-    job = job_for(subject, recipe=recipe, mtp=mode == "mtp", rules=rules, **deployment)
-    return Asked(subject, job, None)
+    request = Request(
+        subject,
+        batch=sizes("--batch", batch),
+        chunk=sizes("--chunk", chunk),
+        draft="mtp" if bucket.startswith("draft") else "off",
+        rules=rules,
+        **options,
+    )
+    return Asked(subject, request.job(), None)
 
 
 def refuse_decided(context: typer.Context, *subjects: str) -> None:
@@ -80,7 +89,7 @@ def refuse_decided(context: typer.Context, *subjects: str) -> None:
 
 def is_plan(subject: str) -> bool:
     """Is it a plan's folder? One that may not be entered is none, and its reader will say so."""
-    from dsv4c.plan.records import PLAN_FILE
+    from dsv4c.plan.folder import PLAN_FILE
 
     return os.path.exists(os.path.join(subject, PLAN_FILE))
 

@@ -1,6 +1,8 @@
-"""`dsv4c verify PLAN`: proves a compiled GPU plan's launches sound without running them."""
+"""`dsv4c verify PLAN`: proves a plan's launches sound without running them."""
 
 from __future__ import annotations
+
+from dataclasses import asdict
 
 import typer
 
@@ -13,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 
 def verify_command(plan: PlanArgument, json: JsonOption = False) -> None:
-    """Check a plan: every file by its digest, and for a GPU plan what its launches do to each other.
+    """Check a plan: every file by its digest, and in every bucket what its launches do to each other.
 
     No two launches without an order touch the same bytes, every read finds what the graph says was written,
     writes in place are in place, arguments lie inside of their blocks. Fails if anything is wrong.
@@ -27,13 +29,13 @@ def verify_command(plan: PlanArgument, json: JsonOption = False) -> None:
     import dsv4c.passes.fusions  # noqa: F401  (the graph's text names fused ops)
     from dsv4c.compiler.verify import check
     from dsv4c.errors import PlanError
-    from dsv4c.plan.records import load
+    from dsv4c.plan.folder import load
 
     read = load(plan)
-    launches = {mode: len(bucket.launches) for mode, bucket in read.buckets.items()}
-    violations = check(read) if read.target != "cpu" else []
+    launches = {name: len(program.launches) for name, program in read.buckets.items()}
+    violations = check(read)
     if json:
-        found = [{"kind": v.kind, "launch": v.launch, "text": v.text} for v in violations]
+        found = [asdict(v) for v in violations]
         print_json({"plan": str(plan), "target": read.target, "launches": launches, "violations": found})
     else:
         for violation in violations:
@@ -41,5 +43,5 @@ def verify_command(plan: PlanArgument, json: JsonOption = False) -> None:
     if violations:
         raise PlanError(f"{plan}: {len(violations)} violations; the first: {violations[0]}")
     if not json:
-        counts = ", ".join(f"{count:,} {mode}" for mode, count in launches.items())
+        counts = ", ".join(f"{name} {count:,}" for name, count in launches.items())
         print(f"{plan}: sound ({counts} launches, {len(read.kernels)} kernels, {len(read.files)} files)")

@@ -33,9 +33,9 @@ def register(app: typer.Typer) -> None:
 
 
 def weights_command(directory: DirArgument, config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Compare a checkpoint's names, shapes and types with the model's. Exit code 4 if it does not fit.
+    """Compare a checkpoint's names, shapes, types and scales with the model's. Exit code 4 if they differ.
 
-    Reads headers only, whatever the size.
+    Reads headers and scales, and of the data only what lies under a scale of zero.
 
     Examples:
 
@@ -60,7 +60,7 @@ def weights_command(directory: DirArgument, config: ConfigOption = None, json: J
         raise CheckpointError(f"{directory}: does not fit {model.name}: {_counts(found)}")
 
 
-PROBLEMS = ("missing", "unexpected", "misshapen", "mistyped")
+PROBLEMS = ("missing", "unexpected", "misshapen", "mistyped", "unsound")
 
 
 def _counts(found: dict[str, Any]) -> str:

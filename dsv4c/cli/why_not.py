@@ -10,10 +10,10 @@ import typer
 from dsv4c.cli.console import print_json, size
 from dsv4c.cli.options import (
     BatchOption,
+    BucketOption,
     ChunkOption,
     ContextOption,
     JsonOption,
-    Mode,
     PassOption,
     RecipeOption,
     Target,
@@ -34,7 +34,6 @@ NodeOption = Annotated[
         help="Only at this node, or in this scope (layers.2), each place by itself.", show_default=False
     ),
 ]
-ModeOption = Annotated[Mode, typer.Option(help="Which bucket.")]
 
 
 @dataclass(frozen=True)
@@ -55,10 +54,10 @@ def why_not_command(
     rule: RuleArgument,
     subject: Subject,
     node: NodeOption = None,
-    mode: ModeOption = Mode.DECODE,
+    bucket: BucketOption = "decode",
     recipe: RecipeOption = "official",
     target: TargetOption = Target.CPU,
-    batch: BatchOption = 1,
+    batch: BatchOption = None,
     max_context: ContextOption = 4096,
     chunk: ChunkOption = None,
     extra: PassOption = None,
@@ -77,7 +76,7 @@ def why_not_command(
     refuse_decided(context, subject)
     asked = ask(
         subject,
-        mode=mode.value,
+        bucket=bucket,
         extra=extra,
         recipe=recipe,
         target=target.value,
@@ -86,7 +85,7 @@ def why_not_command(
         chunk=chunk,
     )
     wanted = asked.job.rules.rule(rule)
-    compiled = asked.compiled(mode.value)
+    compiled = asked.compiled(bucket)
     report = compiled.context.fold
     if report is None:
         raise GraphError(f"{subject}: its pipeline does not fold: {asked.job.line}")

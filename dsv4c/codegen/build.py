@@ -30,11 +30,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dsv4c.arch import ARCHS
 from dsv4c.cache import Store
 from dsv4c.errors import BuildError
 from dsv4c.publish import scratch_folder
 
-TARGETS = ("sm_90a", "sm_100a")
+TARGETS = tuple(ARCHS)
 LIB = Path(__file__).parent / "lib"
 _COMPILER = "nvidia-cutlass-dsl"
 VERSION = 3  # of a kernel's entry in the store; part of every key

@@ -1,8 +1,8 @@
 """Kernel sources: a template and literals become one readable Python file, with everything its launch needs
 beside it.
 
-A kernel family is a function from a frozen spec to an `Emission`. Nothing here imports the compiler or a
-device.
+A kernel family is a function from a frozen spec and an `Arch` to an `Emission`. Nothing here imports the
+compiler or a device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from pathlib import Path
 import jinja2
 
 TEMPLATES = Path(__file__).parent / "templates"
-BANDWIDTH = 4.45e12  # bytes per second that one H200 reads, best grid; the floor in a kernel's docstring
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,3 @@ def render(template: str, **context: object) -> str:
     compile(text, template, "exec")
     assert text.startswith('"""'), f"{template} does not open with what it computes"
     return text
-
-
-def floor_us(nbytes: int) -> float:
-    """Microseconds that one H200 needs to read `nbytes`."""
-    return nbytes / BANDWIDTH * 1e6

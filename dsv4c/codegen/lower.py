@@ -1,36 +1,108 @@
-"""A folded, scheduled graph as launches of kernels over blocks: arena, states, weights, constants, inputs.
+"""Folded graphs, one per bucket, as programs of launches over shared blocks: the same way for every target.
 
-Launches form one chain, each behind its predecessor on a programmatic edge. That orders all of them: a kernel
-touches what others write only after its wait, the wait returns when the predecessor has completed, and the
-predecessor could not complete before its own wait had returned.
+What decides: a target's `Coder` says which nodes may share a launch and what code computes them. What it does
+not take is unfolded, and its parts are asked again. Then every value gets its place. Launches form one chain,
+each behind its predecessor, on a GPU by a programmatic edge where the kernel waits: it touches what others
+write only after its wait, the wait returns when the predecessor has completed, and the predecessor could not
+complete before its own wait had returned.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
-from dsv4c.codegen.build import Source, source_key
-from dsv4c.codegen.emit import Emission
+from dsv4c.buckets import Bucket
 from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
-from dsv4c.codegen.registry import Launchable, choose, request_of
-from dsv4c.errors import BuildError
-from dsv4c.ir.graph import Graph, Kind, Node, Value
-from dsv4c.ir.ops.rope import RopeFrequencies
-from dsv4c.passes.fusions.index_topk import IndexTopk
-from dsv4c.passes.fusions.indexer import Indexer
-from dsv4c.passes.fusions.router import HashRouter, Router
-from dsv4c.passes.fusions.swiglu import Swiglu
-from dsv4c.passes.memory import aligned, lay_out, plan_memory
-from dsv4c.passes.schedule import Schedule
-from dsv4c.plan.records import Argument, KernelLaunch, Slot
-from dsv4c.types import BF16, F32, Component, QuantType, TensorType, Type
+from dsv4c.errors import BuildError, GraphError
+from dsv4c.ir.fused import Fused
+from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
+from dsv4c.ir.text import print_graph
+from dsv4c.ir.totals import totals
+from dsv4c.passes.memory import MemoryPlan, aligned, lay_out, plan_memory
+from dsv4c.passes.schedule import Group, Schedule, schedule
+from dsv4c.plan.records import Argument, BodyCode, KernelCode, Launch, Place, Program, StateSlot
+from dsv4c.types import ALIGN as COMPONENT_ALIGN
+from dsv4c.types import BF16, QuantType, Type
 
-CONSTANTS_FILE = "constants.safetensors"
+PLAIN = "plain"
+"""The form of a weight that lies in memory as its type says."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """An array that code reads or writes: a component of a value, or scratch of that name.
+
+    access: "r", "w", "rw", or "early" for what is read before the wait, though no weight.
+    """
+
+    component: str
+    access: str
+    value: Value | None = None
+    scratch: str = ""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One launch before its bytes have places. `stage` tells the parts of one answer apart.
+
+    scratch: bytes by name, which the parts of one answer share. forms: how a weight must lie in memory.
+    """
+
+    code: BodyCode | KernelCode
+    operands: tuple[Operand, ...]
+    stage: str = ""
+    scratch: Mapping[str, int] = field(default_factory=dict)
+    forms: Mapping[Value, str] = field(default_factory=dict)
+
+
+class Coder(Protocol):
+    """What a target can compute."""
+
+    @property
+    def groups(self) -> Sequence[Group]:
+        """Ops that may share a launch."""
+        ...
+
+    def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
+        """The launches that compute `nodes`. Raises BuildError, with every reason, where there are none."""
+        ...
+
+    def check_load(self, graph: Graph) -> None:
+        """Raise BuildError for what this target cannot compute at load."""
+        ...
+
+
+Unfold = Callable[[Graph, Sequence[Node], frozenset[str]], Graph]
+"""A graph with some fused nodes given back to their parts, folded again without the ops of those names."""
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A bucket to lower: its folded graph, what it computes once at load, and how to unfold."""
+
+    bucket: Bucket
+    graph: Graph
+    load: Graph | None
+    unfold: Unfold
+
+
+@dataclass(frozen=True)
+class Unfolded:
+    """Fused nodes of one op that no code takes, given back to their parts: `launches` and `bytes` more.
+
+    `reason` is why not, for the first of them.
+    """
+
+    bucket: str
+    op: str
+    nodes: int
+    launches: int
+    bytes: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -40,220 +112,320 @@ class Weight:
     name: str
     type: Type
     form: str
-    offset: int
-    nbytes: int
     components: tuple[tuple[str, int, int], ...]
 
     @property
     def record(self) -> dict[str, object]:
         """Plan data beside the parameter's sources."""
         parts = [{"name": name, "offset": at, "nbytes": size} for name, at, size in self.components]
-        return {"offset": self.offset, "nbytes": self.nbytes, "form": self.form, "components": parts}
+        return {"offset": self.components[0][1], "form": self.form, "components": parts}
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A decode step as data. `sources` are the kernels to build, by the names that launches call them."""
+    """All buckets as programs over common blocks. lower_bounds: the smallest arena of any plan, by bucket."""
 
-    launches: tuple[KernelLaunch, ...]
-    sources: Mapping[str, Source]
-    values: Mapping[str, Slot]
-    arena_bytes: int
-    arena_lower_bound: int
-    state_bytes: int
-    input_bytes: int
+    programs: Mapping[str, Program]
+    load: Program | None
+    graphs: Mapping[str, Graph]
+    blocks: Mapping[str, int]
+    state: tuple[StateSlot, ...]
     weights: tuple[Weight, ...]
-    weights_bytes: int
-    constants: Mapping[str, Slot]
-    constants_file: bytes
-    constants_bytes: int
+    lower_bounds: Mapping[str, int]
+    unfolded: tuple[Unfolded, ...]
+
+    @property
+    def files(self) -> dict[str, bytes]:
+        """The graphs as text, by the names that programs call them."""
+        return {graph_file(name): print_graph(graph).encode() for name, graph in self.graphs.items()}
 
 
-def lower(graph: Graph, schedule: Schedule, target: str, load: Graph | None = None) -> Lowered:
-    """Kernels, launches and bytes of a folded graph; `load` is what the prepack pass set aside.
+@dataclass(frozen=True)
+class _Coded:
+    """A bucket with code for every launch."""
 
-    Raises BuildError naming the node that no kernel takes, with every reason.
+    graph: Graph
+    schedule: Schedule
+    memory: MemoryPlan
+    steps: tuple[tuple[Part, ...], ...]
+
+    @property
+    def parts(self) -> Iterator[Part]:
+        return (part for step in self.steps for part in step)
+
+
+def lower(
+    buckets: Sequence[Folded], coder: Coder, bodies: Coder, require_fused: frozenset[str] = frozenset()
+) -> Lowered:
+    """Programs of all buckets by `coder`; what runs once at load is the CPU's, by `bodies`.
+
+    Raises BuildError naming the node that no code takes, with every reason, or a rule of `require_fused` that
+    would be unfolded; GraphError where buckets disagree on a type.
     """
-    tables = constants_of(schedule, load)
-    schedule = _in_a_chain(schedule, steps(schedule))
-    memory = plan_memory(graph, schedule, parallel=True)
-    chosen = [_choose(graph, schedule, members, target) for members in schedule.groups]
-    params = [v for v in graph.params if v.name not in tables]
-    weights, weights_bytes = lay_out_weights(params, _forms(chosen))
-    constants, constants_file, constants_bytes = _constants(tables)
-    states, state_bytes = lay_out({v.name: v.type for v in graph.states})
-    inputs, input_bytes = lay_out({v.name: v.type for v in graph.inputs})
-    places: dict[Value, Slot] = {v: Slot(v.type, "arena", at) for v, at in memory.offsets.items()}
-    places |= {v: Slot(v.type, "state", states[v.name]) for v in graph.states}
-    places |= {v: Slot(v.type, "input", inputs[v.name]) for v in graph.inputs}
-    places |= {v: Slot(v.type, "weights", w.offset) for v, w in zip(params, weights, strict=True)}
-    places |= {v: constants[v.name] for v in graph.values() if v.name in constants}
-    places |= {v: replace(places[o], type=v.type) for v, o in schedule.views.items()}
+    unfolded: list[Unfolded] = []
+    coded: dict[str, _Coded] = {}
+    for folded in buckets:
+        coded[folded.bucket.name] = _code(folded, coder, require_fused, unfolded)
+    load = merged([f.load for f in buckets if f.load is not None])
+    constants = {v.name for v in load.outputs.values()} if load is not None else set()
+    if load is not None:
+        coder.check_load(load)
+    once = None if load is None else _code_alone(load, bodies)
+
+    graphs = [c.graph for c in coded.values()]
+    everything = graphs if load is None else [*graphs, load]
+    states = _agreed((g, v) for g in graphs for v in g.states)
+    params = _agreed((g, v) for g in everything for v in g.params if v.name not in constants)
+    weights, weights_bytes = lay_out_weights(params, _forms(coded.values(), constants))
+    state_offsets, state_bytes = lay_out(states)
+    made = {} if load is None else {v.name: v.type for v in load.outputs.values()}
+    constant_offsets, constants_bytes = lay_out(made)
+
+    places = {n: Place(t, "state", state_offsets[n]) for n, t in states.items()}
+    places |= {w.name: Place(w.type, "weights", w.components[0][1]) for w in weights}
+    places |= {n: Place(t, "constants", constant_offsets[n]) for n, t in made.items()}
     parts = {w.name: {name: (at, size) for name, at, size in w.components} for w in weights}
+    programs, input_bytes = {}, 0
+    for folded in buckets:
+        c = coded[folded.bucket.name]
+        inputs, size = lay_out({v.name: v.type for v in c.graph.inputs})
+        input_bytes = max(input_bytes, size)
+        fixed = places | {v.name: Place(v.type, "input", inputs[v.name]) for v in c.graph.inputs}
+        programs[folded.bucket.name] = _program(folded.bucket, c, fixed, parts)
+    runs_once = None if once is None else _program(None, once, places, parts)
+    arena = max(p.arena_bytes for p in (*programs.values(), *([runs_once] if runs_once else [])))
     return Lowered(
-        launches=tuple(_launches(schedule, chosen, places, parts, memory.bytes, target)),
-        sources={_key(e, target): Source(e.symbol, e.source) for e in _emissions(chosen)},
-        values={v.name: places[v] for v in graph.values()},
-        arena_bytes=memory.bytes + max((_scratch_bytes(answer) for _, answer in chosen), default=0),
-        arena_lower_bound=memory.lower_bound,
-        state_bytes=state_bytes,
-        input_bytes=input_bytes,
+        programs=programs,
+        load=runs_once,
+        graphs={name: c.graph for name, c in coded.items()} | ({"load": load} if load is not None else {}),
+        blocks={
+            "weights": weights_bytes,
+            "state": state_bytes,
+            "constants": constants_bytes,
+            "arena": arena,
+            "input": input_bytes,
+        },
+        state=tuple(StateSlot(n, t, state_offsets[n]) for n, t in states.items()),
         weights=weights,
-        weights_bytes=weights_bytes,
-        constants=constants,
-        constants_file=constants_file,
-        constants_bytes=constants_bytes,
+        lower_bounds={name: c.memory.lower_bound for name, c in coded.items()},
+        unfolded=tuple(unfolded),
     )
 
 
-# Launches ---------------------------------------------------------------------------------------------------
-
-Chosen = tuple[tuple[Value, ...], tuple[Launchable, ...]]
-"""Values by number, and the launches that compute them."""
+def graph_file(name: str) -> str:
+    return f"graph.{name}.txt"
 
 
-def steps(schedule: Schedule) -> list[tuple[Node, ...]]:
-    """What is computed together, in order: the launches of `schedule` without constants; an index_topk with
-    the indexer whose scores it reads, and a swiglu with the router of its experts.
+# --- code for every launch ---
+
+
+def _code(folded: Folded, coder: Coder, require_fused: frozenset[str], unfolded: list[Unfolded]) -> _Coded:
+    """Code for a bucket; op by op, what none takes is unfolded first."""
+    graph, given_back = folded.graph, frozenset[str]()
+    while True:
+        order, steps, refused = _ask(graph, schedule(graph, coder.groups), coder)
+        if not refused:
+            return _Coded(graph, order, plan_memory(graph, order), steps)
+        node, reason = next(iter(refused.items()))
+        if not isinstance(node.op, Fused):
+            raise BuildError(f"at {node.name}: {reason}")
+        name = node.op.name
+        if name in require_fused:
+            raise BuildError(
+                f"bucket {folded.bucket.name}: {name} is required to stay fused, but at {node.name}: {reason}"
+            )
+        given_back |= {name}
+        nodes = [n for n in refused if n.op.name == name]
+        before, graph = totals(graph), folded.unfold(graph, nodes, given_back)
+        after = totals(graph)
+        more = after.launches - before.launches, after.bytes - before.bytes
+        unfolded.append(Unfolded(folded.bucket.name, name, len(nodes), *more, reason))
+
+
+def _code_alone(graph: Graph, coder: Coder) -> _Coded:
+    """Code for a graph none of whose nodes can be unfolded."""
+    order = schedule(graph)
+    steps = tuple(coder.code(graph, nodes) for nodes in order.launches)
+    return _Coded(graph, order, plan_memory(graph, order), steps)
+
+
+def _ask(
+    graph: Graph, order: Schedule, coder: Coder
+) -> tuple[Schedule, tuple[tuple[Part, ...], ...], dict[Node, str]]:
+    """Launches with their code, and the nodes that none takes, with the reasons. Where none takes a launch of
+    several nodes, each becomes a launch of its own.
     """
-    read = {IndexTopk: 0, Swiglu: 1}  # which operand the first of the two makes
-    second = {n.inputs[read[type(n.op)]]: n for n in schedule.nodes if type(n.op) in read}
-    pairs = {
-        n: second[n.outputs[0]]
-        for n in schedule.nodes
-        if isinstance(n.op, Indexer | Router | HashRouter) and n.outputs[0] in second
-    }
-    ordered = []
-    for members in schedule.groups:
-        nodes = tuple(schedule.nodes[i] for i in members)
-        if isinstance(nodes[0].op, RopeFrequencies) or nodes[0] in pairs.values():
-            continue
-        ordered.append((*nodes, pairs[nodes[0]]) if nodes[0] in pairs else nodes)
-    return ordered
+    launches: list[tuple[Node, ...]] = []
+    steps: list[tuple[Part, ...]] = []
+    refused: dict[Node, str] = {}
+
+    def ask(nodes: tuple[Node, ...]) -> str:
+        """The reason why not, or nothing."""
+        try:
+            parts = coder.code(graph, nodes)
+        except BuildError as error:
+            return str(error)
+        launches.append(nodes)
+        steps.append(parts)
+        return ""
+
+    for nodes in order.launches:
+        reason = ask(nodes)
+        if reason and len(nodes) == 1:
+            refused[nodes[0]] = reason
+        elif reason:
+            refused |= {node: why for node in nodes if (why := ask((node,)))}
+    return Schedule(tuple(launches), order.views), tuple(steps), refused
 
 
-def _in_a_chain(schedule: Schedule, ordered: Sequence[tuple[Node, ...]]) -> Schedule:
-    """The schedule of these steps one after the other; a step's nodes are not ordered among themselves."""
-    groups: list[tuple[int, ...]] = []
-    after: list[tuple[int, ...]] = []
-    last: tuple[int, ...] = ()
-    at = 0
-    for nodes in ordered:
-        members = tuple(range(at, at + len(nodes)))
-        after += [last] * len(nodes)
-        groups.append(members)
-        last, at = members, at + len(nodes)
-    return replace(
-        schedule, nodes=tuple(n for nodes in ordered for n in nodes), after=tuple(after), groups=tuple(groups)
+def merged(loads: Sequence[Graph]) -> Graph | None:
+    """What several buckets compute at load as one graph; equal names are equal work.
+
+    Raises GraphError where they are not.
+    """
+    if not loads:
+        return None
+    builder = Builder("load")
+    values: dict[str, Value] = {}
+    outputs: dict[str, Value] = {}
+    for load in loads:
+        for param in load.params:
+            if param.name not in values:
+                values[param.name] = builder.param(param.name, param.type)
+        for node in load.nodes:
+            known = values.get(node.outputs[0].name)
+            if known is None:
+                builder.copy(node, {v: values[v.name] for v in node.inputs})
+                made = builder.nodes[-1].outputs
+                values |= {v.name: new for v, new in zip(node.outputs, made, strict=True)}
+            elif known.node is None or known.node.op != node.op or known.type != node.outputs[0].type:
+                raise GraphError(f"graph {load.name}: %{known.name} is not what it is in another bucket")
+        outputs |= {label: values[v.name] for label, v in load.outputs.items()}
+    return builder.finish(outputs)
+
+
+# --- places ---
+
+
+def _program(
+    bucket: Bucket | None,
+    coded: _Coded,
+    fixed: Mapping[str, Place],
+    parts: Mapping[str, Mapping[str, tuple[int, int]]],
+) -> Program:
+    """Launches with their bytes. Values, or what they are views of, are at `fixed` places or in the arena."""
+    graph, order = coded.graph, coded.schedule
+
+    def place(value: Value) -> Place:
+        known = fixed.get(value.name) or fixed.get(order.owner(value).name)
+        if known is None:
+            return Place(value.type, "arena", coded.memory.offsets[value])
+        return replace(known, type=value.type)
+
+    places = {v.name: place(v) for v in graph.values()}
+    scratch = max((_scratch_bytes(step) for step in coded.steps), default=0)
+    return Program(
+        graph=graph_file("load" if bucket is None else bucket.name),
+        bucket=bucket,
+        values=places,
+        arena_bytes=coded.memory.bytes + scratch,
+        inputs=tuple(v.name for v in graph.inputs),
+        outputs={label: v.name for label, v in graph.outputs.items()},
+        launches=tuple(_launches(coded, places, parts)),
     )
-
-
-def _choose(graph: Graph, schedule: Schedule, members: Sequence[int], target: str) -> Chosen:
-    nodes = [schedule.nodes[i] for i in members]
-    labels = {p: label_of(p.name) for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
-    request, values = request_of(nodes, target, graph.users, labels)
-    try:
-        return values, choose(request)
-    except BuildError as error:
-        raise BuildError(f"at {nodes[0].name}: {error}") from None
-
-
-def label_of(name: str) -> str:
-    """A parameter's name inside its layer, as an identifier."""
-    return re.sub(r"^(layers|mtp)\.\d+\.((attn|ffn)\.)?", "", name).replace(".", "_")
-
-
-def _emissions(chosen: Iterable[Chosen]) -> Iterable[Emission]:
-    return (launch.emission for _, answer in chosen for launch in answer)
-
-
-def _key(emission: Emission, target: str) -> str:
-    return source_key(Source(emission.symbol, emission.source), target)[:24]
-
-
-def _scratch(answer: Sequence[Launchable]) -> dict[str, int]:
-    """Offsets of a request's scratch arrays."""
-    sizes = {name: size for launch in answer for name, size in launch.scratch.items()}
-    offsets, at = {}, 0
-    for name, size in sizes.items():
-        offsets[name] = at
-        at += aligned(size)
-    return offsets
-
-
-def _scratch_bytes(answer: Sequence[Launchable]) -> int:
-    sizes = {name: size for launch in answer for name, size in launch.scratch.items()}
-    return sum(map(aligned, sizes.values()))
 
 
 def _launches(
-    schedule: Schedule,
-    chosen: Sequence[Chosen],
-    places: Mapping[Value, Slot],
-    parts: Mapping[str, Mapping[str, tuple[int, int]]],
-    scratch_base: int,
-    target: str,
-) -> Iterable[KernelLaunch]:
+    coded: _Coded, places: Mapping[str, Place], parts: Mapping[str, Mapping[str, tuple[int, int]]]
+) -> Iterator[Launch]:
     index = 0
-    for members, (values, answer) in zip(schedule.groups, chosen, strict=True):
-        nodes = [schedule.nodes[i] for i in members]
-        scratch = _scratch(answer)
-        for launch in answer:
-            emission = launch.emission
-            arguments = []
-            for b in launch.bindings:
-                if b.value is None:
-                    at, size = scratch_base + scratch[b.scratch], launch.scratch[b.scratch]
-                    name = f"{nodes[0].name}.{b.scratch}"
-                    arguments.append(Argument("arena", at, name, b.component, size, b.access))
-                    continue
-                value = values[b.value]
-                place = places[value]
-                if place.space == "weights":
-                    at, size = parts[value.name][b.component]
-                else:
-                    c = _component(place.type, b.component)
-                    at, size = place.offset + c.offset, c.nbytes
-                arguments.append(Argument(place.space, at, value.name, b.component, size, b.access))
-            yield KernelLaunch(
-                name=f"{nodes[0].name}.{launch.stage}" if launch.stage else nodes[0].name,
+    for nodes, step in zip(coded.schedule.launches, coded.steps, strict=True):
+        scratch = _scratch(step, coded.memory.bytes)
+        for part in step:
+            name = nodes[0].name
+            yield Launch(
+                name=f"{name}.{part.stage}" if part.stage else name,
                 op=" + ".join(n.op.name for n in nodes),
                 nodes=tuple(n.name for n in nodes),
                 scope=nodes[0].scope,
-                kernel=_key(emission, target),
-                grid=emission.grid,
-                block=emission.block,
-                cluster=emission.cluster,
-                shared=emission.shared,
-                programmatic=index > 0 and emission.programmatic and emission.waits,
-                waits=emission.waits,
-                arguments=tuple(arguments),
+                code=_behind(part.code, index),
+                arguments=tuple(_argument(o, name, part, places, parts, scratch) for o in part.operands),
                 after=(index - 1,) if index else (),
             )
             index += 1
 
 
-def _component(type_: Type, name: str) -> Component:
-    return next(c for c in type_.components if c.name == name)
+def _behind(code: BodyCode | KernelCode, index: int) -> BodyCode | KernelCode:
+    """The first launch has no predecessor to overlap with."""
+    if isinstance(code, KernelCode) and index == 0:
+        return replace(code, programmatic=False)
+    return code
 
 
-# Weights ----------------------------------------------------------------------------------------------------
+def _argument(
+    operand: Operand,
+    launch: str,
+    part: Part,
+    places: Mapping[str, Place],
+    parts: Mapping[str, Mapping[str, tuple[int, int]]],
+    scratch: Mapping[str, int],
+) -> Argument:
+    if operand.value is None:
+        name, size = f"{launch}.{operand.scratch}", part.scratch[operand.scratch]
+        return Argument("arena", scratch[operand.scratch], name, operand.component, size, operand.access)
+    name = operand.value.name
+    place = places[name]
+    if place.space == "weights":
+        at, size = parts[name][operand.component]
+    else:
+        component = next(c for c in place.type.components if c.name == operand.component)
+        at, size = place.offset + component.offset, component.nbytes
+    return Argument(place.space, at, name, operand.component, size, operand.access)
 
 
-def _forms(chosen: Iterable[Chosen]) -> dict[Value, str]:
-    """How each weight must lie in memory. Raises BuildError when two kernels disagree."""
-    forms: dict[Value, str] = {}
-    for values, answer in chosen:
-        for launch in answer:
-            wanted = {b.value: "plain" for b in launch.bindings if b.value is not None} | dict(launch.forms)
-            for number, form in wanted.items():
-                value = values[number]
-                if value.kind is not Kind.PARAM:
-                    if form != "plain":
-                        symbol = launch.emission.symbol
-                        raise BuildError(f"{symbol} wants %{value.name} as {form}: it is no weight")
-                elif forms.setdefault(value, form) != form:
-                    raise BuildError(f"%{value.name} is wanted as {forms[value]} and, elsewhere, as {form}")
+def _scratch(step: Sequence[Part], base: int) -> dict[str, int]:
+    """Offsets of the scratch arrays of one answer, from `base` on."""
+    sizes = {name: size for part in step for name, size in part.scratch.items()}
+    offsets = {}
+    for name, size in sizes.items():
+        offsets[name] = base
+        base += aligned(size)
+    return offsets
+
+
+def _scratch_bytes(step: Sequence[Part]) -> int:
+    sizes = {name: size for part in step for name, size in part.scratch.items()}
+    return sum(map(aligned, sizes.values()))
+
+
+def _agreed(declared: Iterable[tuple[Graph, Value]]) -> dict[str, Type]:
+    """Types by name over all buckets. Raises GraphError where one differs."""
+    types: dict[str, Type] = {}
+    for graph, value in declared:
+        if types.setdefault(value.name, value.type) != value.type:
+            raise GraphError(
+                f"graph {graph.name}: %{value.name} is {value.type}, in another bucket {types[value.name]}"
+            )
+    return types
+
+
+# --- weights ---
+
+
+def _forms(coded: Iterable[_Coded], constants: set[str]) -> dict[str, str]:
+    """How each weight must lie in memory, for all buckets. Raises BuildError where two launches disagree."""
+    forms: dict[str, str] = {}
+    for part in (part for c in coded for part in c.parts):
+        wanted = {o.value: PLAIN for o in part.operands if o.value is not None} | dict(part.forms)
+        for value, form in wanted.items():
+            if value.kind is not Kind.PARAM or value.name in constants:
+                if form != PLAIN:
+                    raise BuildError(f"%{value.name} is wanted as {form}: it is no weight")
+            elif forms.setdefault(value.name, form) != form:
+                raise BuildError(
+                    f"%{value.name} is wanted as {forms[value.name]} and, elsewhere, as {form}; "
+                    "all buckets of a plan share one packing of a weight"
+                )
     return forms
 
 
@@ -266,17 +438,16 @@ def packed_bytes(packing: str, rows: int, columns: int) -> int:
     return across * along * BYTES[format_]
 
 
-def lay_out_weights(params: Iterable[Value], forms: Mapping[Value, str]) -> tuple[tuple[Weight, ...], int]:
+def lay_out_weights(params: Mapping[str, Type], forms: Mapping[str, str]) -> tuple[tuple[Weight, ...], int]:
     """Offsets of the parameters in their block, one after the other, and the bytes of all."""
     weights, end = [], 0
-    for value in params:
-        form = forms.get(value, "plain")
-        sizes = component_bytes(value.type, form)
+    for name, type_ in params.items():
+        form = forms.get(name, PLAIN)
         components, at = [], end
-        for name, size in sizes.items():
-            components.append((name, at, size))
-            at += -(-size // 16) * 16
-        weights.append(Weight(value.name, value.type, form, end, at - end, tuple(components)))
+        for component, size in component_bytes(type_, form).items():
+            components.append((component, at, size))
+            at += -(-size // COMPONENT_ALIGN) * COMPONENT_ALIGN
+        weights.append(Weight(name, type_, form, tuple(components)))
         end += aligned(at - end)
     return tuple(weights), end
 
@@ -284,7 +455,7 @@ def lay_out_weights(params: Iterable[Value], forms: Mapping[Value, str]) -> tupl
 def component_bytes(type_: Type, form: str) -> dict[str, int]:
     """Bytes of a weight's arrays in memory. Block scales of FP4 formats lie inside of their packing."""
     plain = {c.name: c.nbytes for c in type_.components}
-    if form == "plain":
+    if form == PLAIN:
         return plain
     if form == "f32":
         if isinstance(type_, QuantType) or type_.dtype is not BF16:
@@ -294,63 +465,3 @@ def component_bytes(type_: Type, form: str) -> dict[str, int]:
     data = math.prod(lead) * packed_bytes(form, rows, columns)
     inside = form.startswith(("mxfp4", "nvfp4"))
     return {"data": data} | {n: s for n, s in plain.items() if n != "data" and not (inside and n == "scale")}
-
-
-# Constants --------------------------------------------------------------------------------------------------
-
-
-def _f32(x: float) -> float:
-    """x rounded to f32."""
-    return float(struct.unpack("<f", struct.pack("<f", x))[0])
-
-
-def rope_table(op: RopeFrequencies) -> list[float]:
-    """theta^(-2i/dims) with YaRN's blend, every step rounded to f32, as `precompute_freqs_cis` of
-    DeepSeek-V4 inference/model.py does. Sums, products and quotients of f32 numbers may pass through f64.
-    """
-    plain = [_f32(1.0 / _f32(op.theta ** _f32(2 * i / op.dims))) for i in range(op.dims // 2)]
-    if op.factor == 1:
-        return plain
-
-    def pair_of(turns: float) -> float:
-        wavelengths = op.original_max_position / (turns * 2 * math.pi)
-        return op.dims * math.log(wavelengths) / (2 * math.log(op.theta))
-
-    low = max(math.floor(pair_of(op.beta_fast)), 0)
-    high = min(math.ceil(pair_of(op.beta_slow)), op.dims - 1)
-    span = _f32(high - low if high > low else 0.001)
-    table = []
-    for i, frequency in enumerate(plain):
-        fast = _f32(1 - min(max(_f32((i - low) / span), 0.0), 1.0))
-        stretched = _f32(_f32(frequency / _f32(op.factor)) * _f32(1 - fast))
-        table.append(_f32(stretched + _f32(frequency * fast)))
-    return table
-
-
-def constants_of(schedule: Schedule, load: Graph | None) -> dict[str, RopeFrequencies]:
-    """Values computed at compile time, by name. Raises BuildError for other work on weights alone."""
-    tables = {n.name: n.op for n in schedule.nodes if isinstance(n.op, RopeFrequencies)}
-    for node in load.nodes if load is not None else ():
-        if not isinstance(node.op, RopeFrequencies):
-            raise BuildError(
-                f"at {node.name}: {node.op.name} of weights is left over; kernels take the weights "
-                "themselves, expected it folded into the op that reads it"
-            )
-        tables[node.name] = node.op
-    return tables
-
-
-def _constants(tables: Mapping[str, RopeFrequencies]) -> tuple[dict[str, Slot], bytes, int]:
-    """Places of the frequency tables, the safetensors file that holds them, and the block's bytes."""
-    places: dict[str, Slot] = {}
-    header: dict[str, object] = {}
-    data = b""
-    for name, op in tables.items():
-        table = rope_table(op)
-        begin = len(data)
-        places[name] = Slot(TensorType(F32, (len(table),)), "constants", begin)
-        data += struct.pack(f"<{len(table)}f", *table)
-        header[name] = {"dtype": "F32", "shape": [len(table)], "data_offsets": [begin, len(data)]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return places, struct.pack("<Q", len(text)) + text + data, len(data)

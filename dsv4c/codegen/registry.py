@@ -12,6 +12,7 @@ from functools import cache, cached_property
 from itertools import chain
 from typing import Any
 
+from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission
 from dsv4c.errors import BuildError
 from dsv4c.ir.fused import Fused, operand_labels, trace
@@ -56,7 +57,7 @@ class Request:
     types: tuple[Type, ...]
     labels: tuple[str, ...]
     readers: tuple[int, ...]
-    target: str
+    arch: Arch
 
     @property
     def call(self) -> Call:
@@ -80,14 +81,14 @@ class Request:
 
     @property
     def text(self) -> str:
-        """Ops, types and target, for errors."""
+        """Ops, types and architecture, for errors."""
         lines = []
         for call in self.calls:
             operands = ", ".join(f"{n}: {self.types[i]}" for n, i in call.operands.items())
             results = ", ".join(str(self.types[i]) for i in call.outputs)
             fields = ", ".join(f"{k}={print_attribute(v)}" for k, v in call.op.attributes().items())
             lines.append(f"{call.op.name}({operands}) {{{fields}}} -> {results}")
-        return " + ".join(lines) + f" for {self.target}"
+        return " + ".join(lines) + f" for {self.arch.name}"
 
 
 @dataclass(frozen=True)
@@ -140,11 +141,14 @@ Candidate = Callable[[Request], Answer]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A registered candidate: the ops it covers, and whether one launch may hold several of them."""
+    """A registered candidate: the ops it covers, whether one launch may hold several of them, in that order,
+    and whether the later of them then read what the first makes.
+    """
 
     name: str
-    ops: frozenset[type[Op]]
+    ops: tuple[type[Op], ...]
     several: bool
+    chained: bool
     ask: Candidate
 
 
@@ -152,11 +156,13 @@ KERNELS: list[Kernel] = []
 """All candidates, in the order in which they are asked. Filled by importing `dsv4c.codegen.kernels`."""
 
 
-def kernel(*ops: type[Op], several: bool = False) -> Callable[[Candidate], Candidate]:
-    """Register a candidate for launches of these ops; `several` of them may be one launch."""
+def kernel(*ops: type[Op], several: bool = False, chained: bool = False) -> Callable[[Candidate], Candidate]:
+    """Register a candidate for launches of these ops; `several` of them may be one launch, `chained` if the
+    later ones read what the first makes.
+    """
 
     def register(candidate: Candidate) -> Candidate:
-        KERNELS.append(Kernel(candidate.__name__, frozenset(ops), several, candidate))
+        KERNELS.append(Kernel(candidate.__name__, ops, several or chained, chained, candidate))
         return candidate
 
     return register
@@ -202,7 +208,7 @@ def _in_turn(answer: Sequence[Launchable]) -> tuple[Launchable, ...]:
 
 
 def request_of(
-    nodes: Sequence[Node], target: str, readers: Mapping[Value, Sequence[Node]], labels: Mapping[Value, str]
+    nodes: Sequence[Node], arch: Arch, readers: Mapping[Value, Sequence[Node]], labels: Mapping[Value, str]
 ) -> tuple[Request, tuple[Value, ...]]:
     """The request of a launch of `nodes`, and the values by number."""
     number: dict[Value, int] = {}
@@ -216,7 +222,7 @@ def request_of(
         tuple(v.type for v in number),
         tuple(labels.get(v, "") if v.kind is Kind.PARAM else "" for v in number),
         tuple(outside),
-        target,
+        arch,
     )
     return request, tuple(number)
 
@@ -235,10 +241,10 @@ def _call(node: Node, number: Mapping[Value, int]) -> Call:
     return Call(op, inputs, tuple(number[v] for v in node.outputs), tuple(names), places)
 
 
-def packing_for(name: str, target: str) -> str:
-    """The packing `name` as kernels for `target` read it: FP4 codes in pairs where e2m1 is converted."""
+def packing_for(name: str, arch: Arch) -> str:
+    """The packing `name` as kernels for `arch` read it: FP4 codes in pairs where e2m1 is converted."""
     format_, _, tiles = name.partition("/")
-    return f"{format_}_pairs/{tiles}" if target == "sm_100a" and format_ in ("mxfp4", "nvfp4") else name
+    return f"{format_}_pairs/{tiles}" if arch.converts_e2m1 and format_ in ("mxfp4", "nvfp4") else name
 
 
 def launchable(
@@ -276,7 +282,7 @@ def launchable(
             bindings.append(Binding(p.component, array.access, scratch=array.name))
         else:
             raise BuildError(f"{emission.symbol}: nothing is bound to its parameter {p.name}")
-    packing = {operand: packing_for(name, request.target) for operand, name in emission.packing.items()}
+    packing = {operand: packing_for(name, request.arch) for operand, name in emission.packing.items()}
     wanted = {**packing, **(forms or {})}
     return Launchable(
         emission,

@@ -1,307 +1,147 @@
-"""Placed graphs to a plan: where every value's bytes lie, what is launched on them, what the passes did.
-
-The CPU's plans launch ops, a GPU's launch kernels; only those load `dsv4c.codegen`.
-"""
+"""Lowered buckets to a plan: where checkpoints keep its weights, what was decided, what the passes did."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from hashlib import sha256
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dsv4c.compiler.job import Compiled, Job, Saved, figures
-from dsv4c.errors import GraphError
-from dsv4c.ir.fused import Fused, trace
-from dsv4c.ir.graph import Graph, Node, Value
-from dsv4c.ir.text import print_attribute, print_graph
-from dsv4c.models.weights import records
-from dsv4c.passes.expand import expand
-from dsv4c.passes.memory import MemoryPlan, lay_out, plan_memory
-from dsv4c.passes.schedule import Schedule, layer_in, schedule
-from dsv4c.plan.records import Bucket, KernelLaunch, Launch, Plan, Slot, StateSlot
-from dsv4c.types import Type
+from dsv4c.buckets import Bucket
+from dsv4c.codegen.lower import Lowered
+from dsv4c.codegen.targets import Target
+from dsv4c.compiler.job import Compiled, Job
+from dsv4c.ir.totals import compulsory, totals
+from dsv4c.models.schedule import LayerKind, layer_plans
+from dsv4c.models.weights import records, sources
+from dsv4c.passes.explain import table
+from dsv4c.passes.schedule import layer_in
+from dsv4c.plan.folder import Plan
+from dsv4c.plan.records import Program
 
-if TYPE_CHECKING:
-    from dsv4c.codegen.build import Built
-    from dsv4c.codegen.lower import Lowered
+DRAFT = "mtp."  # checkpoints may lack the draft blocks, and plans most often do not need them
 
 
-# --- the CPU's plans: launches are ops ---
-
-
-def plan_of_ops(job: Job, pipeline: str, placed: Mapping[str, Compiled]) -> Plan:
-    """Every bucket's launches as they were scheduled, over states and weights that the buckets share.
-
-    Raises GraphError where buckets disagree on a type.
-    """
-    batch = job.deployment.batch
-    states = _union(
-        (p.graph, v.name, v.type.with_shape((batch, *v.type.shape[1:])))
-        for p in placed.values()
-        for v in p.graph.states
-    )
-    loads = {mode: p.context.prepack for mode, p in placed.items() if p.context.prepack is not None}
-    graphs = {mode: p.graph for mode, p in placed.items()} | {f"load.{m}": g for m, g in loads.items()}
-    params = _union((g, v.name, v.type) for g in graphs.values() for v in g.params)
-    packed = {v.name for load in loads.values() for v in load.outputs.values()}
-    state_offsets, state_bytes = lay_out(states)
-    weight_offsets, weights_bytes = lay_out(params)
-    bodies = _Bodies()
-    buckets = {m: _bucket_of_ops(m, p, state_offsets, weight_offsets, bodies) for m, p in placed.items()}
-    sizes = {m: _sizes(b, placed[m].graph, placed[m].memory.lower_bound) for m, b in buckets.items()}
-    return Plan(
-        **_decided(job, pipeline),
-        buckets=buckets,
-        loads={mode: _load(mode, load, weight_offsets, bodies) for mode, load in loads.items()},
-        state=tuple(StateSlot(name, type_, state_offsets[name]) for name, type_ in states.items()),
-        state_bytes=state_bytes,
-        weights=_weights(
-            job,
-            {name: type_ for name, type_ in params.items() if name not in packed},
-            {name: {"offset": offset} for name, offset in weight_offsets.items()},
-        ),
-        weights_bytes=weights_bytes,
-        report={"buckets": sizes, "notes": []},
-        versions=_versions(),
-        files={_graph_file(name): print_graph(g).encode() for name, g in graphs.items()} | bodies.files,
-    )
-
-
-def _union(declared: Iterator[tuple[Graph, str, Type]]) -> dict[str, Type]:
-    """Types by name over all buckets, which must agree."""
-    types: dict[str, Type] = {}
-    for graph, name, type_ in declared:
-        if types.setdefault(name, type_) != type_:
-            raise GraphError(f"graph {graph.name}: %{name} is {type_}, in another bucket {types[name]}")
-    return types
-
-
-def _bucket_of_ops(
-    mode: str,
-    placed: Compiled,
-    state_offsets: Mapping[str, int],
-    weight_offsets: Mapping[str, int],
-    bodies: _Bodies,
-) -> Bucket:
-    graph = placed.graph
-    input_offsets, input_bytes = lay_out({v.name: v.type for v in graph.inputs})
-    declared = {v: Slot(v.type, "input", input_offsets[v.name]) for v in graph.inputs}
-    declared |= {v: Slot(v.type, "state", state_offsets[v.name]) for v in graph.states}
-    declared |= {v: Slot(v.type, "weights", weight_offsets[v.name]) for v in graph.params}
-    values = _slots(graph, placed.schedule, placed.memory, declared)
-    launches = tuple(_launches(placed.schedule, bodies))
-    return _bucket(mode, graph, values, placed.memory.bytes, input_bytes, launches)
-
-
-def _load(mode: str, graph: Graph, weight_offsets: Mapping[str, int], bodies: _Bodies) -> Bucket:
-    """What runs once, after the weights are there: results that calls read lie among the weights."""
-    launches = schedule(graph)
-    memory = plan_memory(graph, launches)
-    kept = {
-        v: Slot(v.type, "weights", weight_offsets[v.name]) for v in graph.values() if v.name in weight_offsets
-    }
-    return Bucket(
-        graph=_graph_file(f"load.{mode}"),
-        tokens=0,
-        sequences=0,
-        values=_slots(graph, launches, memory, kept),
-        arena_bytes=memory.bytes,
-        input_bytes=0,
-        inputs=(),
-        outputs={},
-        launches=tuple(_launches(launches, bodies)),
-    )
-
-
-def _slots(
-    graph: Graph, schedule: Schedule, memory: MemoryPlan, fixed: Mapping[Value, Slot]
-) -> dict[str, Slot]:
-    """Where every value lies: where it, or what it is a view of, is `fixed`; else in the arena."""
-
-    def slot(value: Value) -> Slot:
-        place = fixed.get(value) or fixed.get(schedule.owner(value))
-        if place is None:
-            return Slot(value.type, "arena", memory.offsets[value])
-        return replace(place, type=value.type)
-
-    return {v.name: slot(v) for v in graph.values()}
-
-
-def _launches(schedule: Schedule, bodies: _Bodies) -> Iterator[Launch]:
-    for node, after in zip(schedule.nodes, schedule.after, strict=True):
-        attributes = node.op.attributes()
-        yield Launch(
-            name=node.name,
-            op=node.op.name,
-            attributes=", ".join(f"{key}={print_attribute(value)}" for key, value in attributes.items()),
-            inputs=tuple(v.name for v in node.inputs),
-            outputs=tuple(v.name for v in node.outputs),
-            scope=node.scope,
-            origin=node.origin,
-            after=after,
-            body=bodies.file(node) if isinstance(node.op, Fused) else "",
-        )
-
-
-class _Bodies:
-    """Fused ops spelled out in primitives, equal ones in one file: a plan runs without their source."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-        self._names: dict[tuple[Fused, tuple[Type, ...]], str] = {}
-
-    def file(self, node: Node) -> str:
-        """Name of the file with the body of a fused node: its operands as inputs, its results in order."""
-        assert isinstance(node.op, Fused)
-        key = node.op, tuple(v.type for v in node.inputs)
-        if key not in self._names:
-            body = trace(*key)
-            kept = {str(i): v for i, v in enumerate(node.op.kept(body.results))}
-            graph = body.graph
-            text = print_graph(expand(Graph(graph.name, graph.inputs, (), (), graph.nodes, kept)))
-            name = f"bodies/{node.op.name}-{sha256(text.encode()).hexdigest()[:12]}.txt"
-            self.files[name] = text.encode()
-            self._names[key] = name
-        return self._names[key]
-
-
-# --- a GPU's plans: launches are kernels ---
-
-
-def plan_of_kernels(
-    job: Job, pipeline: str, placed: Compiled, lowered: Lowered, built: Sequence[Built]
+def assemble(
+    job: Job,
+    compiled: Mapping[Bucket, Compiled],
+    lowered: Lowered,
+    target: Target,
+    certificates: Sequence[dict[str, Any]],
+    seconds: Mapping[str, float],
 ) -> Plan:
-    """The decode bucket `placed` as it was lowered, with its kernels: `built` are those of its sources."""
-    from dsv4c.codegen.build import toolchain
-    from dsv4c.codegen.lower import CONSTANTS_FILE
-
-    graph, not_run_here = placed.graph, job.deployment.target == "sm_100a"
-    kernels, files = {}, {_graph_file("decode"): print_graph(graph).encode()}
-    for (key, source), made in zip(lowered.sources.items(), built, strict=True):
-        contents = {"source": source.text.encode(), "cubin": made.cubin, "ptx": made.ptx.encode()}
-        paths = {"source": f"kernels/{key}.py", "cubin": f"kernels/{key}.cubin", "ptx": f"kernels/{key}.ptx"}
-        files |= {paths[kind]: content for kind, content in contents.items()}
-        kernels[key] = {"symbol": made.symbol, **paths, **asdict(made.resources)}
-        kernels[key]["not_run_here"] = not_run_here
-    constants: dict[str, Any] = {}
-    if lowered.constants:
-        files[CONSTANTS_FILE] = lowered.constants_file
-        places = {name: {"type": str(p.type), "offset": p.offset} for name, p in lowered.constants.items()}
-        constants = {"file": CONSTANTS_FILE, "bytes": lowered.constants_bytes, "values": places}
-    bucket = _bucket(
-        "decode", graph, lowered.values, lowered.arena_bytes, lowered.input_bytes, lowered.launches
-    )
-    notes = ["kernels for sm_100a assemble; they have not been run on that hardware"] if not_run_here else []
+    """The plan of a job, with its figures, warnings, certificates, and seconds by stage."""
+    fold = compiled[job.decode].context.fold
+    rules = {f"rule {name}": r.ms / 1e3 for name, r in fold.rules.items()} if fold is not None else {}
     return Plan(
-        **_decided(job, pipeline),
-        buckets={"decode": bucket},
-        state=tuple(StateSlot(v.name, v.type, lowered.values[v.name].offset) for v in graph.states),
-        state_bytes=lowered.state_bytes,
-        weights=_weights(
-            job, {w.name: w.type for w in lowered.weights}, {w.name: w.record for w in lowered.weights}
-        ),
-        weights_bytes=lowered.weights_bytes,
-        report={
-            "buckets": {"decode": _sizes(bucket, graph, lowered.arena_lower_bound)},
-            "kernels": len(kernels),
-            "notes": notes,
-        },
-        versions=_versions() | {"toolchain": toolchain()},
-        kernels=kernels,
-        constants=constants,
-        files=files,
-        cache_hits=sum(made.cached for made in built),
+        name=job.config.name,
+        config=job.config.to_dict(),
+        config_digest=job.config.digest,
+        deployment=job.deployment.to_dict(),
+        recipe=job.recipe.name,
+        pipeline=str(job.line) if job.saved is None else job.saved.pipeline,
+        blocks=lowered.blocks,
+        buckets=lowered.programs,
+        load=lowered.load,
+        state=lowered.state,
+        weights=_weights(job, lowered),
+        unused=_unused(job, lowered),
+        contributed=tuple(map(job.rules.origin, _contributed(job, compiled))),
+        certificates=tuple(certificates),
+        report=_report(job, compiled, lowered, target),
+        versions=_versions(target),
+        kernels=target.kernels,
+        files=lowered.files | dict(target.files),
+        timings={**seconds, **rules},
+        cache_hits=target.cached,
     )
 
 
-# --- what all plans have ---
-
-
-def _decided(job: Job, pipeline: str) -> dict[str, Any]:
-    """The fields of a plan that say what was compiled, and how."""
-    return {
-        "name": job.config.name,
-        "config": job.config.to_dict(),
-        "config_digest": job.config.digest,
-        "deployment": asdict(job.deployment),
-        "recipe": job.recipe.name,
-        "pipeline": pipeline,
-    }
-
-
-def _graph_file(name: str) -> str:
-    return f"graph.{name}.txt"
-
-
-def _bucket(
-    mode: str,
-    graph: Graph,
-    values: Mapping[str, Slot],
-    arena_bytes: int,
-    input_bytes: int,
-    launches: tuple[Launch | KernelLaunch, ...],
-) -> Bucket:
-    return Bucket(
-        graph=_graph_file(mode),
-        tokens=graph.by_name["tokens"].type.shape[0],
-        sequences=graph.by_name["lengths"].type.shape[0],
-        values=values,
-        arena_bytes=arena_bytes,
-        input_bytes=input_bytes,
-        inputs=tuple(v.name for v in graph.inputs),
-        outputs={label: v.name for label, v in graph.outputs.items()},
-        launches=launches,
-    )
-
-
-def _weights(
-    job: Job, types: Mapping[str, Type], places: Mapping[str, Mapping[str, object]]
-) -> tuple[Mapping[str, Any], ...]:
+def _weights(job: Job, lowered: Lowered) -> tuple[Mapping[str, Any], ...]:
     """For every parameter where a checkpoint keeps it, and its place in the weights' block."""
-    wanted = [(name, type_, job.recipe.requantize) for name, type_ in types.items()]
+    wanted = [(w.name, w.type, job.recipe.requantize) for w in lowered.weights]
+    places = {w.name: w.record for w in lowered.weights}
     return tuple({**record, **places[record["name"]]} for record in records(job.config, wanted))
 
 
-def _sizes(bucket: Bucket, graph: Graph, lower_bound: int) -> dict[str, int]:
-    return {
-        "nodes": len(graph.nodes),
-        "launches": len(bucket.launches),
-        "arena_bytes": bucket.arena_bytes,
-        "arena_lower_bound": lower_bound,
-    }
+def _contributed(job: Job, compiled: Mapping[Bucket, Compiled]) -> list[str]:
+    """Names of contributed passes, and of contributed rules that applied in some bucket."""
+    folds = [each.context.fold for each in compiled.values() if each.context.fold is not None]
+    applied = {name for fold in folds for name, count in fold.counts.items() if count}
+    if job.saved is not None:
+        applied |= {name for name, count in job.saved.counts.items() if count}
+    took_part = applied | {p.name for p in job.line.passes}
+    return [name for name in job.rules.sources if name in took_part]
 
 
-def _versions() -> dict[str, str]:
+def _unused(job: Job, lowered: Lowered) -> tuple[Mapping[str, Any], ...]:
+    """Where a checkpoint keeps the parameters of the model's layers that no launch reads."""
+    read = {w.name for w in lowered.weights}
+    stored = {name: source.stored for name, source in sources(job.config, "release").items()}
+    left = [name for name in stored if name not in read and not name.startswith(DRAFT)]
+    return tuple(records(job.config, [(name, stored[name], False) for name in left]))
+
+
+def _versions(target: Target) -> dict[str, str]:
     try:
-        return {"dsv4c": version("dsv4c")}
+        found = {"dsv4c": version("dsv4c")}
     except PackageNotFoundError:  # a source tree that was never installed
-        return {"dsv4c": "unknown"}
+        found = {"dsv4c": "unknown"}
+    return found | dict(target.versions)
 
 
-def reported(
-    plan: Plan,
-    job: Job,
-    placed: Mapping[str, Compiled],
-    certificates: Sequence[dict[str, Any]],
-    seconds: Mapping[str, float],
-    resumed: Saved | None,
-) -> Plan:
-    """`plan` with what its passes did, in figures, warnings, certificates, and seconds by stage."""
-    made: dict[str, int] = {}
-    for launch in plan.buckets["decode"].launches if plan.kernels else ():
-        layer = layer_in(launch.scope)
-        made[layer] = made.get(layer, 0) + 1
-    report = dict(plan.report) | figures(placed, job, made, resumed.counts if resumed is not None else None)
-    report["warnings"] = list(placed["decode"].context.warnings)
-    fold = placed["decode"].context.fold
-    if resumed is not None:
-        notes = [f"resumed after {resumed.after}: commands that compile again do not see edits made there"]
+def _report(
+    job: Job, compiled: Mapping[Bucket, Compiled], lowered: Lowered, target: Target
+) -> dict[str, Any]:
+    """The plan in figures. Those of launches, bytes and rules are the smallest decode bucket's."""
+    decode = compiled[job.decode]
+    fold = decode.context.fold
+    notes = []
+    if any(record["not_run_here"] for record in target.kernels.values()):
+        notes.append(f"kernels for {job.deployment.target} assemble; they have not been run on that hardware")
+    if job.saved is not None:
+        after = job.saved.after
+        notes.append(f"resumed after {after}: commands that compile again do not see edits made there")
         if fold is None:
             notes.append(
                 "no certificates: the rules had applied before the stop; compile in one go for those"
             )
-        report["notes"] = [*report.get("notes", ()), *notes]
-    rules = {f"rule {name}": r.ms / 1e3 for name, r in fold.rules.items()} if fold is not None else {}
-    return replace(plan, report=report, certificates=tuple(certificates), timings={**seconds, **rules})
+    rows = [asdict(row) for row in table(fold)] if fold is not None else []
+    for row in rows:
+        del row["ms"]  # a plan holds nothing that differs from run to run; its timings have it
+    counts = {} if job.saved is None else dict(job.saved.counts)
+    graph = lowered.graphs[job.decode.name]
+    return {
+        "buckets": {name: _sizes(name, program, lowered) for name, program in lowered.programs.items()},
+        **_launches(job, lowered.programs[job.decode.name]),
+        "planned_bytes_per_token": totals(graph).bytes // job.decode.sequences,
+        "compulsory_bytes_per_token": sum(compulsory(graph).values()) // job.decode.sequences,
+        "rules": dict(fold.counts) if fold is not None else counts,
+        "passes": rows,
+        "unfolded": [asdict(each) for each in lowered.unfolded],
+        "kernels": len(target.kernels),
+        "warnings": list(decode.context.warnings),
+        "notes": notes,
+    }
+
+
+def _sizes(name: str, program: Program, lowered: Lowered) -> dict[str, int]:
+    return {
+        "nodes": len(lowered.graphs[name].nodes),
+        "launches": len(program.launches),
+        "arena_bytes": program.arena_bytes,
+        "arena_lower_bound": lowered.lower_bounds[name],
+    }
+
+
+def _launches(job: Job, program: Program) -> dict[str, Any]:
+    """Launches by kind of layer, of which the largest counts, None without one; and those outside."""
+    by_layer: dict[str, int] = {}
+    for launch in program.launches:
+        layer = layer_in(launch.scope)
+        by_layer[layer] = by_layer.get(layer, 0) + 1
+    per_kind: dict[str, int | None] = {str(kind).lower(): None for kind in LayerKind}
+    for i, layer_plan in enumerate(layer_plans(job.config)):
+        kind = str(layer_plan.attention).lower()
+        per_kind[kind] = max(per_kind[kind] or 0, by_layer.get(f"layers.{i}", 0))
+    return {"launches_per_layer": per_kind, "launches_outside_layers": by_layer.get("", 0)}

@@ -1,32 +1,43 @@
-"""Finds the rewrite that changed a plan's results: every launch against the nodes it stands for.
+"""Finds the rewrite that changed a plan's results: every node against the unfused nodes that it stands for.
 
-Each step runs the plan on the CPU and keeps every value. Then, by provenance, the unfused nodes behind each
-launch run on the operands that it had. What differs beyond its certificate is a suspect; suspects are
-replaced by their unfused nodes, one by one, until the plan's results are right.
+The plan runs step by step on its own target. After each launch, the unfused nodes behind it run by their
+meaning, on the host, on the operands that the launch had. What differs by more than a certificate, or a
+kernel's own rounding, allows is a suspect; suspects' results are replaced by those of their unfused nodes,
+one after the other, until the plan's outputs are right.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsv4c.compiler.job import Job
 from dsv4c.errors import PlanError, SessionError
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Node
-from dsv4c.ir.ops.shape import Reshape
-from dsv4c.ir.text import parse_graph, print_graph
+from dsv4c.ir.graph import Value as Variable
+from dsv4c.ir.text import parse_graph, print_graph, print_op
+from dsv4c.models.weights import records
+from dsv4c.passes.tidy import repeated
+from dsv4c.plan.records import BodyCode, Launch
 from dsv4c.publish import published
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from dsv4c.numerics.codec import Value
     from dsv4c.passes.compare import Finding
-    from dsv4c.plan.records import Launch, Plan
+    from dsv4c.plan.folder import Plan
+    from dsv4c.runtime.executor import Executor
 
-OPERANDS = "operands.safetensors"
-"""A reproducer's file of values."""
+VALUES, REPORT, BEFORE, BODY = "values.safetensors", "report.json", "before.txt", "body.txt"
+REPRODUCER = (VALUES, REPORT, BEFORE, BODY, "graph.txt", "reproduce.py")
+"""Files of a reproducer."""
 
 Bounds = Mapping[tuple[str, tuple[str, ...]], "Finding"]
 """What the certificates allow, by op with attributes and types of its operands."""
@@ -34,7 +45,7 @@ Bounds = Mapping[tuple[str, tuple[str, ...]], "Finding"]
 
 @dataclass(frozen=True)
 class Suspect:
-    """A launch whose results are not those of its nodes: where, and how far off."""
+    """A node whose results are not those of its unfused nodes: where, and how far off."""
 
     step: int
     node: str
@@ -47,12 +58,12 @@ class Suspect:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was found. `right`: were the plan's outputs right? `switched_off` are the nodes whose rewrites
-    were taken back, and `gone` says that the outputs are right without these.
+    """What was found. `right`: were the plan's outputs right? `switched_off` are the nodes whose results were
+    replaced, and `gone` says that the outputs are right without these.
     """
 
     steps: int
-    launches: int
+    nodes: int
     right: bool
     suspects: tuple[Suspect, ...]
     switched_off: tuple[str, ...]
@@ -71,189 +82,239 @@ class Verdict:
         return list(dict.fromkeys(by_node[n] for n in self.switched_off))
 
 
-@dataclass
-class _Step:
-    """One decode step of the plan: what every name held when it was made, and the unfused graph's values."""
+@dataclass(frozen=True)
+class _Turn:
+    """What a few launches in a row compute together: nodes in order, and those of their results that the
+    launches leave in memory for others to read.
+    """
 
-    inputs: dict[str, Value]
-    states: dict[str, Value]
-    made: dict[str, Value]
-    unfused: dict[str, Value]
-    outputs: dict[str, Value]
+    nodes: tuple[Node, ...]
+    written: tuple[Variable, ...]
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call of the bucket: its inputs, the state that it found, and what the unfused graph makes of both.
+    All on the host.
+    """
+
+    inputs: Mapping[str, Tensor]
+    state: Tensor
+    outputs: Mapping[str, Value]
+
+
+@dataclass
+class _Held:
+    """Where a running step's values are, apart from the executor: its inputs, states as it found them, and
+    what it has written to them since, by name.
+    """
+
+    inputs: Mapping[str, Tensor]
+    states: Mapping[str, Value]
+    written: dict[str, Value] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Compared:
+    """A node's results beside those of its unfused nodes, by name, and the operands of both."""
+
+    node: Node
+    unfused: Graph
+    operands: Mapping[str, Value]
+    expected: Mapping[str, Value]
+    found: Mapping[str, Value]  # those of its turn that are in memory
+    off: bool
+
+    @property
+    def overwritten(self) -> dict[str, Value]:
+        """What the states that it overwrites held, by the results' names."""
+        aliases = self.node.op.alias.items()
+        return {self.node.outputs[r].name: self.operands[self.node.inputs[o].name] for r, o in aliases}
 
 
 class Bisection:
-    """A plan for the CPU with its weights, and the graph that its rules found.
+    """A plan bound to weights, beside the graph that its rules found, for a decode bucket.
 
-    Raises PlanError for a plan that is not for the CPU or has no fold, SessionError for wrong tokens.
+    `executor` is what runs the plan; by default it is bound to `weights` on its target. Raises PlanError for
+    a plan without fold, SessionError for wrong tokens.
     """
 
-    def __init__(self, plan: Plan, weights: str | Path, tokens: Sequence[int], job: Job) -> None:
-        from dsv4c.plan.records import Launch
-        from dsv4c.runtime.cpu import CpuExecutor
-
-        if plan.target != "cpu":
-            raise PlanError(
-                f"plan {plan.name} is for {plan.target}; compile it for cpu to bisect its rewrites"
-            )
+    def __init__(
+        self,
+        plan: Plan,
+        weights: str | Path,
+        tokens: Sequence[int],
+        job: Job,
+        *,
+        bucket: str = "decode",
+        executor: Executor | None = None,
+    ) -> None:
         vocabulary, room = int(plan.config["vocab_size"]), int(plan.deployment["max_context"])
         wrong = [t for t in tokens if not 0 <= t < vocabulary]
         if not tokens or wrong or len(tokens) > room:
             what = f"token {wrong[0]}" if wrong else f"{len(tokens)} tokens"
             raise SessionError(f"{what}: give 1 to {room} tokens from 0 to {vocabulary - 1}")
         self.plan, self.job, self.tokens = plan, job, tuple(tokens)
-        self.bucket = plan.bucket("decode")
-        names = [p.name for p in job.line.passes]
-        if "fold" not in names:
+        self.program = plan.program(bucket)
+        self.bucket = self.program.shape
+        if self.bucket.kind != "decode":
+            raise PlanError(f"bucket {self.bucket.name} does not decode; bisect a decode bucket of the plan")
+        passes = [p.name for p in job.line.passes]
+        if "fold" not in passes:
             raise PlanError(f"plan {plan.name} was compiled without fold; there is no rewrite to bisect")
-        before = names[names.index("fold") - 1] if names.index("fold") else "build"
-        self.unfused = job.bucket("decode", stop_after=before).graph
-        self.launches: list[Launch] = [x for x in self.bucket.launches if isinstance(x, Launch)]
-        self.views: dict[str, list[Node]] = {}
-        for node in parse_graph(plan.graph_text("decode")).nodes:
-            if isinstance(node.op, Reshape):
-                self.views.setdefault(node.inputs[0].name, []).append(node)
-        self.makers = {v.name: n for n in self.unfused.nodes for v in n.outputs}
-        executor = plan.bind(weights).executor
-        assert isinstance(executor, CpuExecutor)
-        self.executor = executor
-        self.exact = True  # so far no launch was found that may differ within a bound
+        before = passes[passes.index("fold") - 1] if passes.index("fold") else "build"
+        self.unfused = job.compiled(self.bucket, stop_after=before).graph
+        self.graph = parse_graph(plan.graph_text(self.bucket.name))
+        self.turns = _turns(self.graph, self.program.launches)
+        self.executor = plan.bind(weights).executor if executor is None else executor
+        self.params = _load(self.unfused, job, weights)
+        self.exact = True  # so far nothing was found that may differ within a bound
+        self._same = {v.name: first.name for v, first in repeated(self.unfused).items()}
+        self._behind: dict[str, Graph | None] = {}
+        self._evidence: _Compared | None = None  # of the first suspect
 
     # --- running ---
 
-    def steps(self) -> list[_Step]:
-        """Decode the tokens one by one, in every sequence the same."""
-        for value in self._positions():
-            value.zero_()
-        return [self._step(token) for token in self.tokens]
+    def _call(self, step: _Step, look: Callable[[_Held, _Turn], None]) -> dict[str, Value]:
+        """One call on a step's inputs and the state that it found; `look` is called after the last launch of
+        every turn. Returns the plan's outputs.
+        """
+        from dsv4c.runtime.executor import states_of
 
-    def _positions(self) -> list[Any]:
-        states = self.executor.states
-        return [states[name] for name in ("position", "mtp.position") if name in states]
+        self.executor.blocks["state"].copy_(step.state)
+        held = _Held(step.inputs, states_of(self.plan, {"state": step.state}))
+
+        def watch(launch: Launch) -> None:
+            if (turn := self.turns.get(launch.name)) is not None:
+                look(held, turn)
+
+        outputs = self.executor.run(self.bucket.name, step.inputs, watch)
+        return {label: _on_host(value) for label, value in outputs.items()}
 
     def _step(self, token: int) -> _Step:
+        """A step from here on, the same token in every sequence."""
         import torch
 
         from dsv4c.reference.interpret import clone, interpret
+        from dsv4c.runtime.executor import states_of
 
-        rows, sequences = self.bucket.tokens, self.bucket.sequences
-        inputs: dict[str, Any] = {
+        rows = self.bucket.sequences
+        inputs = {
             "tokens": torch.full((rows,), token, dtype=torch.int32),
-            "lengths": torch.ones(sequences, dtype=torch.int32),
+            "lengths": torch.ones(rows, dtype=torch.int32),
+            "slots": torch.arange(rows, dtype=torch.int32),
         }
-        used = {v.name for v in self.unfused.states}
-        states = {name: clone(v) for name, v in self.executor.states.items() if name in used}
-        own = {name: clone(v) for name, v in states.items()}
-        made: dict[str, Value] = {}
-        self.executor.run("decode", inputs, watch=lambda name, v: self._enter(name, clone(v), made))
-        unfused: dict[str, Value] = {}
-        outputs = interpret(
-            self.unfused,
-            inputs,
-            own,
-            self.params(self.unfused),
-            watch=lambda name, v: unfused.__setitem__(name, clone(v)),
-        )
-        kept = {label: clone(v) for label, v in outputs.items()}
-        return _Step(dict(inputs), states, made, unfused, kept)
+        state = self.executor.blocks["state"].to("cpu", copy=True)
+        own = states_of(self.plan, {"state": state.clone()})
+        outputs = interpret(self.unfused, inputs, own, self.params)
+        return _Step(inputs, state, {label: clone(value) for label, value in outputs.items()})
 
-    def params(self, graph: Graph) -> dict[str, Value]:
-        """Weights of the plan that `graph` reads."""
-        from dsv4c.numerics.codec import view
+    def _read(self, name: str) -> Value:
+        return _on_host(self.executor.value(self.bucket.name, name))
 
-        offsets = {record["name"]: int(record["offset"]) for record in self.plan.weights}
-        missing = [v.name for v in graph.params if v.name not in offsets]
-        if missing:
-            raise PlanError(f"plan {self.plan.name} holds no weight {missing[0]}, which its rules start from")
-        return {v.name: view(self.executor.weights, v.type, offsets[v.name]) for v in graph.params}
+    def _write(self, name: str, value: Value) -> None:
+        target = self.executor.value(self.bucket.name, name)
+        for to, part in zip(_parts(target), _parts(value), strict=True):
+            to.copy_(part)
 
-    # --- one launch against its nodes ---
+    # --- a node against its unfused nodes ---
 
-    def members(self, launch: Launch) -> list[Node]:
-        """The unfused nodes behind a launch, in order; empty for one that no pass before fold knew."""
-        wanted = {self.makers[n] for n in (*launch.origin, *launch.outputs) if n in self.makers}
-        return [node for node in self.unfused.nodes if node in wanted]
+    def before(self, node: Node) -> Graph | None:
+        """The unfused nodes between a node's operands and its results as a graph, operands as inputs, all by
+        name; None where no pass before fold knew the results.
+        """
+        if node.name not in self._behind:
+            self._behind[node.name] = self._before(node)
+        return self._behind[node.name]
 
-    def before(self, launch: Launch) -> Graph | None:
-        """Those nodes as a graph: what they read as inputs, the launch's results as outputs, all by name."""
-        nodes = self.members(launch)
-        made = {v.name for n in nodes for v in n.outputs}
-        results = [name for name in launch.outputs if name in made]
-        if not nodes or not results:
+    def _before(self, node: Node) -> Graph | None:
+        known = self.unfused.by_name
+        results = [v.name for v in node.outputs if v.name in known]
+        if not results:
             return None
-        builder = Builder(f"{launch.op}.before")
-        read = {v.name: v for n in nodes for v in n.inputs if v.name not in made}
-        values = {v: builder.input(name, v.type) for name, v in read.items()}
-        by_name = {v.name: v for v in values.values()}
-        for node in nodes:
-            operands = tuple(by_name[v.name] for v in node.inputs)
-            names = [v.name for v in node.outputs]
-            for v in builder.emit(node.op, operands, names=names, scope=node.scope):
-                by_name[v.name] = v
-        return builder.finish({name: by_name[name] for name in results})
+        given = {self._first(v.name): v.name for v in node.inputs}
+        needed = {known[name] for name in results}
+        behind: list[Node] = []
+        for each in reversed(self.unfused.nodes):
+            if not needed.isdisjoint(each.outputs):
+                behind.insert(0, each)
+                needed.update(v for v in each.inputs if self._first(v.name) not in given)
+        builder = Builder(f"{node.op.name}.before")
+        values: dict[str, Variable] = {}
+        for each in behind:
+            for v in each.inputs:
+                name = given.get(self._first(v.name), v.name)
+                if name not in values:
+                    values[name] = builder.input(name, v.type)
+                values[v.name] = values[name]
+            operands = tuple(values[v.name] for v in each.inputs)
+            names = [v.name for v in each.outputs]
+            made = builder.emit(each.op, operands, names=names, scope=each.scope)
+            values |= dict(zip(names, made, strict=True))
+        return builder.finish({name: values[name] for name in results})
 
-    def operands(self, graph: Graph, step: _Step) -> dict[str, Value]:
-        """Values for the inputs of `graph` as the plan's step had them."""
+    def _first(self, name: str) -> str:
+        """The value that this one of the unfused graph was merged with, or itself."""
+        return self._same.get(name, name)
+
+    def compare(self, turn: _Turn, held: _Held, off: Iterable[str] = ()) -> list[_Compared]:
+        """What a turn's launches have left in memory beside what its unfused nodes make of the same operands.
+
+        A node reads what an earlier one of its turn left in memory, or else, and where that one is `off`,
+        what the unfused nodes make. Nodes that read such a result are off, too.
+        """
+        from dsv4c.reference import interpret
         from dsv4c.reference.interpret import clone
 
-        found = {}
-        for v in graph.inputs:
-            held = (step.made, step.states, step.inputs, self._held(v.name), step.unfused)
-            value = next((values[v.name] for values in held if v.name in values), None)
-            if value is None:
-                raise PlanError(f"%{v.name}: neither the plan nor the unfused graph made it")
-            found[v.name] = clone(value)
-        return found
+        found = {v.name: self._read(v.name) for v in turn.written}
+        made, replaced, without = dict(found), set[str](), set(off)
+        compared = []
+        for node in turn.nodes:
+            graph = self.before(node)
+            if graph is None:
+                continue
+            names = dict.fromkeys([v.name for v in (*graph.inputs, *node.inputs)])
+            operands = {name: self._operand(name, held, made) for name in names}
+            given = {v.name: clone(operands[v.name]) for v in graph.inputs}
+            expected = interpret(graph, given, {}, {})
+            is_off = node.name in without or not replaced.isdisjoint(names)
+            compared.append(_Compared(node, graph, operands, expected, found, is_off))
+            made = made | expected if is_off else expected | made
+            replaced |= expected.keys() if is_off else set()
+        held.written |= {v.name: made[v.name] for v in turn.written if v in self.graph.root_of}
+        return compared
 
-    def _held(self, name: str) -> dict[str, Value]:
-        """A weight, or what was computed from weights when they were loaded."""
-        slot = self.bucket.values.get(name)
-        if slot is not None and slot.space == "weights":
-            return {name: self.executor.value(slot, 0, self.bucket.sequences)}
-        record = next((r for r in self.plan.weights if r["name"] == name), None)
-        if record is None:
-            return {}
-        from dsv4c.numerics.codec import view
-        from dsv4c.types import parse_type
-
-        return {name: view(self.executor.weights, parse_type(record["type"]), int(record["offset"]))}
-
-    def compare(self, launch: Launch, step: _Step) -> Finding | None:
-        """The launch's results against those of its nodes on the same operands; None where it has none."""
-        from dsv4c.passes.compare import compare
-        from dsv4c.reference import interpret
-
-        graph = self.before(launch)
-        if graph is None:
-            return None
-        expected = interpret(graph, self.operands(graph, step), {}, {})
-        return compare(list(expected.values()), [step.made[name] for name in expected], launch.name)
+    def _operand(self, name: str, held: _Held, made: Mapping[str, Value]) -> Value:
+        for values in (made, held.inputs, held.written, held.states, self.params):
+            if name in values:
+                return values[name]
+        return self._read(name)
 
     # --- looking for the fault ---
 
     def run(self, bounds: Bounds | None = None) -> Verdict:
-        """Compare every launch of every step, then switch suspects off. `bounds`: by default those of the
+        """Compare every node of every step, then switch suspects off. `bounds`: by default those of the
         certificates, which are looked up only when something is not bit-exact.
         """
-        from dsv4c.passes.compare import BIT_EXACT, ORDER, Finding
-
-        steps = self.steps()
         suspects: dict[str, Suspect] = {}
-        exact = Finding(BIT_EXACT, 0.0, "")
-        for number, step in enumerate(steps):
-            for launch in self.launches:
-                found = None if launch.name in suspects else self.compare(launch, step)
-                if found is None or found.kind == BIT_EXACT:
-                    continue
-                bounds = self.certified() if bounds is None else bounds
-                allowed = bounds.get(self.key(launch), exact)
-                if (ORDER.index(found.kind), found.worst) > (ORDER.index(allowed.kind), allowed.worst):
-                    suspects[launch.name] = Suspect(
-                        number, launch.name, launch.op, found.kind, found.worst, allowed.kind, found.reason
-                    )
-                else:
-                    self.exact = False
-        right = all(self._right(step.outputs, self._outputs(step)) for step in steps)
+
+        def look(held: _Held, turn: _Turn) -> None:
+            for compared in self.compare(turn, held):
+                if compared.node.name not in suspects and (
+                    found := self._judge(len(steps), compared, bounds)
+                ):
+                    suspects[found.node] = found
+                    self._evidence = self._evidence or compared
+
+        steps: list[_Step] = []
+        outputs = []
+        self._evidence = None
+        self.executor.clear()
+        for token in self.tokens:
+            step = self._step(token)
+            outputs.append(self._call(step, look))
+            steps.append(step)
+        right = all(self._right(step, made) for step, made in zip(steps, outputs, strict=True))
         off: list[str] = []
         gone = right
         for name in suspects if not right else ():
@@ -265,12 +326,36 @@ class Bisection:
             fewer = [n for n in off if n != name]
             if fewer and self.replay(steps, fewer):
                 off = fewer
-        return Verdict(len(steps), len(self.launches), right, tuple(suspects.values()), tuple(off), gone)
+        nodes = sum(len(turn.nodes) for turn in self.turns.values())
+        return Verdict(len(steps), nodes, right, tuple(suspects.values()), tuple(off), gone)
 
-    def key(self, launch: Launch) -> tuple[str, tuple[str, ...]]:
-        op = f"{launch.op} {{{launch.attributes}}}" if launch.attributes else launch.op
-        return op, tuple(str(self.bucket.values[n].type) for n in launch.inputs)
+    def _judge(self, step: int, compared: _Compared, bounds: Bounds | None) -> Suspect | None:
+        """A suspect, if the results in memory are further off than they may be."""
+        from dsv4c.passes.compare import BIT_EXACT, ORDER, Finding, compare
+        from dsv4c.passes.rounding import beyond
 
+        node = compared.node
+        expected = {name: value for name, value in compared.expected.items() if name in compared.found}
+        results = [compared.found[name] for name in expected]
+        difference = compare(list(expected.values()), results, node.name)
+        if difference.kind == BIT_EXACT:
+            return None
+        known = self.certified if bounds is None else bounds
+        allowed = known.get(key(node), Finding(BIT_EXACT, 0.0, ""))
+        reason = difference.reason
+        within = (ORDER.index(difference.kind), difference.worst) <= (
+            ORDER.index(allowed.kind),
+            allowed.worst,
+        )
+        if not within and self.plan.target != "cpu":
+            reason = beyond(node, expected, compared.found, compared.overwritten)
+            within = not reason
+        if within:
+            self.exact = False
+            return None
+        return Suspect(step, node.name, node.op.name, difference.kind, difference.worst, allowed.kind, reason)
+
+    @cached_property
     def certified(self) -> Bounds:
         """The plan's certificates, or new ones for a plan without."""
         from dsv4c.passes.certify import certify, to_dict
@@ -278,7 +363,7 @@ class Bisection:
 
         stored: Iterable[Mapping[str, Any]] = self.plan.certificates
         if not stored:
-            fold = self.job.bucket("decode", stop_after="fold").context.fold
+            fold = self.job.compiled(self.bucket, stop_after="fold").context.fold
             stored = [to_dict(c) for c in certify(fold.matches if fold is not None else ()).all]
         return {
             (c["op"], tuple(c["operands"])): Finding(c["kind"], c["worst"], "")
@@ -286,110 +371,143 @@ class Bisection:
             if c["kind"] != DIFFERENT  # a rule known to be wrong excuses nothing
         }
 
-    def _outputs(self, step: _Step) -> dict[str, Value]:
-        return {
-            label: step.made.get(name, step.states.get(name, step.outputs[label]))
-            for label, name in self.bucket.outputs.items()
-            if label in step.outputs
-        }
+    def _right(self, step: _Step, outputs: Mapping[str, Value]) -> bool:
+        """Bit-exact, or where nodes may differ within bounds, what these may add up to."""
+        from dsv4c.passes.compare import BIT_EXACT, compare
+        from dsv4c.passes.rounding import OUTPUTS, distance
 
-    def _right(self, expected: Mapping[str, Value], found: Mapping[str, Value]) -> bool:
-        """Bit-exact, or where launches may differ within bounds, what that may do to results."""
-        from dsv4c.passes.compare import BIT_EXACT, DIFFERENT, compare
-
-        labels = [label for label in expected if label in found]
-        kind = compare([expected[k] for k in labels], [found[k] for k in labels], "outputs").kind
-        return kind == BIT_EXACT or (not self.exact and kind != DIFFERENT)
+        pairs = [(step.outputs[label], found) for label, found in outputs.items() if label in step.outputs]
+        if compare([a for a, _ in pairs], [b for _, b in pairs], "outputs").kind == BIT_EXACT:
+            return True
+        floats = [(a, b) for a, b in pairs if _parts(a)[0].is_floating_point()]  # the rest follows from these
+        return not self.exact and all(distance(a, b) <= OUTPUTS for a, b in floats)
 
     def replay(self, steps: Sequence[_Step], off: Iterable[str]) -> bool:
-        """Are the outputs right when the launches of `off` run as their unfused nodes?"""
-        from dsv4c.reference.interpret import clone, interpret
-        from dsv4c.runtime.cpu import meaning_of
-
+        """Are the outputs right when the nodes of `off` give what their unfused nodes give?"""
         without = set(off)
-        for step in steps:
-            values: dict[str, Value] = {}
-            for name, value in {**step.inputs, **step.states}.items():
-                self._enter(name, clone(value), values)
-            for launch in self.launches:
-                graph = self.before(launch) if launch.name in without else None
-                if graph is not None:
-                    known = {v.name: values[v.name] for v in graph.inputs if v.name in values}
-                    for name, value in interpret(graph, self.operands(graph, step) | known, {}, {}).items():
-                        self._enter(name, value, values)
-                    continue
-                operands = [(values if n in values else self._held(n))[n] for n in launch.inputs]
-                result = meaning_of(self.plan, launch)(*operands)
-                results = result if type(result) is tuple else (result,)
-                for name, value in zip(launch.outputs, results, strict=True):
-                    self._enter(name, value, values)
-            found = {
-                k: values[n] for k, n in self.bucket.outputs.items() if k in step.outputs and n in values
-            }
-            if not self._right(step.outputs, found):
-                return False
-        return True
 
-    def _enter(self, name: str, value: Value, values: dict[str, Value]) -> None:
-        """A result, and all that is the same bytes in another shape, which no launch makes."""
-        from dsv4c.reference import run
+        def look(held: _Held, turn: _Turn) -> None:
+            if without.isdisjoint(node.name for node in turn.nodes):
+                states = (v.name for v in turn.written if v in self.graph.root_of)
+                held.written |= {name: self._read(name) for name in states}
+                return
+            for compared in self.compare(turn, held, without):
+                for name in compared.expected.keys() & compared.found.keys() if compared.off else ():
+                    self._write(name, compared.expected[name])
 
-        values[name] = value
-        for node in self.views.get(name, ()):
-            self._enter(node.name, run(node.op, value), values)  # type: ignore[arg-type]
+        return all(self._right(step, self._call(step, look)) for step in steps)
 
     # --- the reproducer ---
 
     def reproduce(self, verdict: Verdict, folder: Path) -> None:
         """Write the culprit as a folder that needs neither plan nor weights. Raises PlanError."""
-        culprit = verdict.culprit
-        if culprit is None:
-            raise PlanError("nothing to reproduce: no launch differs from its nodes")
-        launch = next(x for x in self.launches if x.name == culprit.node)
-        step = self.steps()[culprit.step]
-        graph = self.before(launch)
-        assert graph is not None
-        given = self.operands(graph, step)
-        given |= {n: v for n, v in self._launch_operands(launch, step).items() if n not in given}
-        types = {n: str(self.bucket.values[n].type) for n in launch.inputs}
-        types |= {v.name: str(v.type) for v in graph.inputs}
+        culprit, evidence = verdict.culprit, self._evidence
+        if culprit is None or evidence is None:
+            raise PlanError("nothing to reproduce: no node differs from its unfused nodes")
+        node = evidence.node
+        found = {
+            f"found.{name}": evidence.found[name] for name in evidence.expected if name in evidence.found
+        }
+        types = {v.name: str(v.type) for v in (*evidence.unfused.inputs, *node.inputs)}
+        types |= {f"found.{v.name}": str(v.type) for v in node.outputs}
         report = {
             "rule": culprit.rule,
             "node": culprit.node,
             "step": culprit.step,
             "tokens": list(self.tokens),
             "found": asdict(culprit),
+            "target": self.plan.target,
             "pipeline": self.plan.pipeline,
             "recipe": self.plan.recipe,
-            "attributes": launch.attributes,
-            "operands": list(launch.inputs),
-            "results": list(launch.outputs),
+            "op": print_op(node.op),
+            "operands": [v.name for v in node.inputs],
+            "results": [v.name for v in node.outputs],
             "types": types,
             "switched_off": list(verdict.switched_off),
         }
         files = {
-            "before.txt": print_graph(graph),
+            BEFORE: print_graph(evidence.unfused),
             "graph.txt": print_graph(self.unfused),
-            "report.json": json.dumps(report, indent=1) + "\n",
+            REPORT: json.dumps(report, indent=1) + "\n",
             "reproduce.py": SCRIPT,
         }
-        if launch.body:
-            files["after.txt"] = self.plan.files[launch.body].decode()
-        else:
-            files["after.txt"] = files["before.txt"]
+        if (body := self._body(node)) is not None:
+            files[BODY] = body
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with published(folder, keep=lambda name: name not in {*files, OPERANDS}) as made:
+            with published(folder, keep=lambda name: name not in REPRODUCER) as made:
                 made.mkdir()
                 for name, text in files.items():
                     (made / name).write_text(text, encoding="utf-8")
-                _save(given, types, made / OPERANDS)
+                _save({**evidence.operands, **found}, types, made / VALUES)
         except OSError as error:
             raise PlanError(f"{folder}: cannot be written: {error.strerror or error}") from None
 
-    def _launch_operands(self, launch: Launch, step: _Step) -> dict[str, Value]:
-        held = {**step.inputs, **step.states, **step.made}
-        return {n: (held if n in held else self._held(n))[n] for n in launch.inputs}
+    def _body(self, node: Node) -> str | None:
+        """The body of a fused node, the plan's own where it has one."""
+        from dsv4c.codegen.bodies import body_text
+
+        if not isinstance(node.op, Fused):
+            return None
+        code = next(launch.code for launch in self.program.launches if node.name in launch.nodes)
+        if isinstance(code, BodyCode):
+            return self.plan.files[code.body].decode()
+        return body_text(node.op, tuple(v.type for v in node.inputs))
+
+
+def key(node: Node) -> tuple[str, tuple[str, ...]]:
+    """What a certificate of a node's rewrite goes by."""
+    return print_op(node.op), tuple(str(v.type) for v in node.inputs)
+
+
+def _turns(graph: Graph, launches: Sequence[Launch]) -> dict[str, _Turn]:
+    """Turns by the name of their last launch."""
+    nodes = {node.name: node for node in graph.nodes}
+    outputs = set(graph.outputs.values())
+    turns = {}
+    for names, group in groupby(launches, key=lambda launch: launch.nodes):
+        parts = list(group)
+        own = tuple(nodes[name] for name in names)
+        stored = {a.value for launch in parts for a in launch.arguments if "w" in a.access}
+        written: dict[Variable, Variable] = {}  # by the state whose bytes it is, or itself
+        for node in own:
+            for i, v in enumerate(node.outputs):
+                overwritten = node.inputs[node.op.alias[i]].name if i in node.op.alias else v.name
+                seen = v in graph.root_of or v in outputs or any(u not in own for u in graph.users[v])
+                if seen and not stored.isdisjoint((v.name, overwritten)):
+                    written[graph.root_of.get(v, v)] = v
+        turns[parts[-1].name] = _Turn(own, tuple(written.values()))
+    return turns
+
+
+def _load(graph: Graph, job: Job, weights: str | Path) -> dict[str, Value]:
+    """The parameters of a graph as a checkpoint has them, on the host. Raises CheckpointError."""
+    from dsv4c.reference.interpret import clone
+    from dsv4c.runtime.checkpoint import Checkpoint
+    from dsv4c.runtime.parameter import ParamRecord
+
+    wanted = records(job.config, [(v.name, v.type, job.recipe.requantize) for v in graph.params])
+    params: dict[str, Value] = {}
+    Checkpoint.open(weights).load(
+        [ParamRecord.from_json(record) for record in wanted],
+        lambda name, value: params.__setitem__(name, clone(value)),
+    )
+    return params
+
+
+def _parts(value: Value) -> tuple[Tensor, ...]:
+    from dsv4c.numerics.codec import Quantized
+
+    return value.parts if isinstance(value, Quantized) else (value,)
+
+
+def _on_host(value: Value) -> Value:
+    """A copy in host memory."""
+    from dsv4c.numerics.codec import Quantized
+
+    if isinstance(value, Quantized):
+        return value.map(lambda part: part.to("cpu", copy=True))
+    return value.to("cpu", copy=True)
 
 
 def _save(values: Mapping[str, Value], types: Mapping[str, str], path: Path) -> None:
@@ -397,24 +515,22 @@ def _save(values: Mapping[str, Value], types: Mapping[str, str], path: Path) -> 
     import torch
     from safetensors.torch import save_file
 
-    from dsv4c.numerics.codec import Quantized, view
+    from dsv4c.numerics.codec import view
     from dsv4c.types import parse_type
 
     blocks = {}
     for name, value in values.items():
         type_ = parse_type(types[name])
-        block = torch.zeros(type_.nbytes, dtype=torch.uint8)
-        target = view(block, type_)
-        to = target.parts if isinstance(target, Quantized) else (target,)
-        given = value.parts if isinstance(value, Quantized) else (value,)
-        for a, b in zip(to, given, strict=True):
-            a.copy_(b)
-        blocks[name] = block
+        blocks[name] = torch.zeros(type_.nbytes, dtype=torch.uint8)
+        for to, part in zip(_parts(view(blocks[name], type_)), _parts(value), strict=True):
+            to.copy_(part)
     save_file(blocks, path)
 
 
-def rerun(folder: Path) -> Finding:
-    """What `reproduce.py` does: both sides of a reproducer on its operands."""
+def rerun(folder: Path) -> tuple[Finding, Finding | None]:
+    """What `reproduce.py` does: the unfused nodes on the operands of a reproducer, against what the plan had
+    made of them, and against the op's body, if it has one.
+    """
     from safetensors.torch import load_file
 
     from dsv4c.numerics.codec import view
@@ -423,25 +539,34 @@ def rerun(folder: Path) -> Finding:
     from dsv4c.reference.interpret import clone
     from dsv4c.types import parse_type
 
-    report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-    blocks = load_file(folder / OPERANDS)
+    report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
+    blocks = load_file(folder / VALUES)
     values = {n: view(block, parse_type(report["types"][n])) for n, block in blocks.items()}
-    before = parse_graph((folder / "before.txt").read_text(encoding="utf-8"))
-    after = parse_graph((folder / "after.txt").read_text(encoding="utf-8"))
-    expected = interpret(before, {v.name: clone(values[v.name]) for v in before.inputs}, {}, {})
-    names = [v.name for v in after.inputs]
-    given = {n: clone(values[o]) for n, o in zip(names, report["operands"], strict=True)}
-    made = dict(zip(report["results"], interpret(after, given, {}, {}).values(), strict=True))
-    return compare(list(expected.values()), [made[n] for n in expected], report["node"])
+
+    def run(graph: Graph, operands: Iterable[str]) -> list[Value]:
+        given = {v.name: clone(values[name]) for v, name in zip(graph.inputs, operands, strict=True)}
+        return list(interpret(graph, given, {}, {}).values())
+
+    before = parse_graph((folder / BEFORE).read_text(encoding="utf-8"))
+    expected = dict(zip(before.outputs, run(before, [v.name for v in before.inputs]), strict=True))
+    kept = [name for name in expected if f"found.{name}" in values]
+    found = compare([expected[n] for n in kept], [values[f"found.{n}"] for n in kept], report["node"])
+    if not (folder / BODY).is_file():
+        return found, None
+    body = parse_graph((folder / BODY).read_text(encoding="utf-8"))
+    made = dict(zip(report["results"], run(body, report["operands"]), strict=True))
+    return found, compare(list(expected.values()), [made[n] for n in expected], report["node"])
 
 
-SCRIPT = '''"""Runs both sides of one rewrite on the operands that showed the fault: python reproduce.py"""
+SCRIPT = '''"""One node's unfused nodes again, on the operands that showed the fault: python reproduce.py"""
 
 from pathlib import Path
 
 from dsv4c.compiler.bisect import rerun
 
-found = rerun(Path(__file__).parent)
-print(f"{found.kind}, worst {found.worst:g}: {found.reason or 'both sides agree'}")
+found, body = rerun(Path(__file__).parent)
+print(f"the plan's results: {found.kind}, worst {found.worst:g} {found.reason}")
+if body is not None:
+    print(f"its op's body: {body.kind}, worst {body.worst:g} {body.reason}")
 raise SystemExit(found.kind != "bit-exact")
 '''

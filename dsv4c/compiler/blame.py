@@ -6,6 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields, replace
 
+from dsv4c.codegen.lower import Folded, lower
+from dsv4c.codegen.targets import target_of
 from dsv4c.compiler.job import Job
 from dsv4c.config import ModelConfig, load_config
 from dsv4c.errors import BuildError, ConfigError, GraphError
@@ -48,11 +50,14 @@ def one_layer_of_each_kind(config: ModelConfig) -> ModelConfig:
 
 
 def _lowers(job: Job) -> bool:
-    from dsv4c.codegen.lower import lower
-
+    """Do all launches of a decode step find kernels, fused as they are?"""
+    target = target_of(job.deployment.target)
+    bucket = job.decode
     try:
-        placed = job.bucket("decode")
-        lower(placed.graph, placed.schedule, job.deployment.target, placed.context.prepack)
+        compiled = job.compiled(bucket)
+        graph = compiled.graph
+        folded = Folded(bucket, graph, compiled.context.prepack, lambda *_: graph)
+        lower([folded], target.coder, target.bodies, frozenset(node.op.name for node in graph.nodes))
     except (BuildError, GraphError):
         return False
     return True

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from dsv4c import strict_json
+from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, ModelConfig
-from dsv4c.errors import ConfigError, GraphError
-from dsv4c.ir.graph import Graph
+from dsv4c.errors import ConfigError, GraphError, listed
+from dsv4c.ir.graph import Graph, Node
+from dsv4c.ir.resize import resized
 from dsv4c.ir.text import parse_graph, print_graph
 from dsv4c.ir.verify import verify
-from dsv4c.models.deepseek_v4 import Mode, build
+from dsv4c.models.deepseek_v4 import build
 from dsv4c.passes.base import Context
-from dsv4c.passes.memory import MemoryPlan
+from dsv4c.passes.expand import unfold
+from dsv4c.passes.fold import fold
 from dsv4c.passes.pipeline import (
     Contributions,
     Fold,
@@ -30,10 +33,11 @@ from dsv4c.passes.pipeline import (
     parse_pipeline,
 )
 from dsv4c.passes.recipes import Recipe, recipe_named
-from dsv4c.passes.schedule import Schedule
+from dsv4c.passes.tidy import tidy
+from dsv4c.passes.work import Match
 
 if TYPE_CHECKING:
-    from dsv4c.plan.records import Plan
+    from dsv4c.plan.folder import Plan
 
 ALL = "all"
 """In place of a rule's name: every rule."""
@@ -60,18 +64,6 @@ class Compiled:
         return self.stages[-1].graph if self.stages else self.start
 
     @property
-    def schedule(self) -> Schedule:
-        if self.context.schedule is None:
-            raise GraphError("pipeline: no pass schedules launches; a plan needs schedule and memory")
-        return self.context.schedule
-
-    @property
-    def memory(self) -> MemoryPlan:
-        if self.context.memory is None:
-            raise GraphError("pipeline: no pass plans memory; a plan needs schedule and memory")
-        return self.context.memory
-
-    @property
     def named(self) -> list[tuple[str, Graph]]:
         """(stage, graph) from the first, the paper's operations, to the last pass's; names are distinct."""
         found: dict[str, Graph] = {self.begins: self.start}
@@ -87,44 +79,109 @@ class Compiled:
         """The graph after that stage. Raises GraphError naming the stages there are."""
         found = dict(self.named)
         if name not in found:
-            raise GraphError(f"no stage is named {name!r}; there are: {', '.join(found)}")
+            raise GraphError(f"no stage is named {name!r}; there are: {listed(found, name)}")
         return found[name]
 
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides a compile's graphs."""
+    """Everything that decides a plan. `saved` is the stopped compile that it goes on from.
+
+    `expected` counts of applications must hold for the smallest decode bucket; rules of `require_fused` must
+    find a kernel wherever they apply.
+    """
 
     config: ModelConfig
     deployment: Deployment
     recipe: Recipe
     line: Pipeline
     rules: Contributions
-    modes: tuple[Mode, ...]
     expected: Mapping[str, int] = field(default_factory=dict)
+    require_fused: frozenset[str] = frozenset()
+    saved: Saved | None = None
 
-    def context(self, mode: str) -> Context:
-        expected = self.expected if mode == "decode" else {}
-        return Context(rules=self.rules.rules, expected=expected, parallel=self.deployment.target != "cpu")
+    def bucket(self, name: str) -> Bucket:
+        """A bucket by its name, or the smallest of a kind. Raises GraphError listing those there are."""
+        found = [b for b in self.deployment.buckets if name in (b.name, b.kind)]
+        if not found:
+            known = ", ".join(b.name for b in self.deployment.buckets)
+            raise GraphError(f"{self.config.name}: there is no bucket {name!r}, only {known}")
+        return min(found, key=lambda bucket: bucket.rows)
 
-    def built(self, mode: Mode) -> Graph:
+    @property
+    def decode(self) -> Bucket:
+        """The smallest decode bucket, which figures speak of."""
+        return self.bucket("decode")
+
+    def built(self, bucket: Bucket) -> Graph:
         """The paper's operations for a bucket."""
-        return verify(build(self.config, self.deployment, mode, self.recipe.activation))
+        return verify(build(self.config, self.deployment, bucket, self.recipe.activation))
 
-    def bucket(
+    def start(self, bucket: Bucket) -> Graph:
+        """The graph that the passes begin with: built now, or kept when the compile stopped."""
+        return self.built(bucket) if self.saved is None else self.saved.graphs[bucket.name]
+
+    def compiled(
         self,
-        mode: Mode,
+        bucket: Bucket,
         *,
-        graph: Graph | None = None,
+        start: Graph | None = None,
         stop_after: str | None = None,
         watch: Callable[[Stage], None] | None = None,
     ) -> Compiled:
-        """Run the pipeline over one bucket, `graph` if it is built already. Raises GraphError."""
-        context = self.context(mode)
-        start = self.built(mode) if graph is None else graph
-        if stop_after == BUILD:
-            return Compiled(context, [], start)
-        return Compiled(context, self.line.run(start, context, stop_after=stop_after, watch=watch), start)
+        """Run the pipeline, or what is left of it, over one bucket; `start` if it is made already.
+
+        Raises GraphError.
+        """
+        context = Context(
+            rules=self.rules.rules,
+            expected=self.expected if bucket == self.decode else {},
+            prepack=None if self.saved is None else self.saved.loads.get(bucket.name),
+        )
+        begins = BUILD if self.saved is None else self.saved.after
+        graph = self.start(bucket) if start is None else start
+        passes = Pipeline(()) if stop_after == BUILD else self.line
+        stop = None if stop_after == BUILD else stop_after
+        return Compiled(context, passes.run(graph, context, stop_after=stop, watch=watch), graph, begins)
+
+    def firsts(self) -> dict[Bucket, Bucket]:
+        """For every bucket the one whose graph it has, but for sizes: the smallest that runs the same block,
+        writes to rings before it reads them, and takes logits of the same rows. Buckets that keep rows beside
+        the rings, and those of a compile that goes on, have graphs of their own.
+        """
+        found: dict[tuple[object, ...], Bucket] = {}
+        firsts = {}
+        for b in sorted(self.deployment.buckets, key=lambda bucket: bucket.rows):
+            own = self.saved is not None or b.keeps_beside
+            firsts[b] = found.setdefault((b,) if own else (b.block, b.logits), b)
+        return {b: firsts[b] for b in self.deployment.buckets}
+
+    def resized(self, graph: Graph, bucket: Bucket) -> Graph:
+        """The graph of another bucket that has the same form."""
+        sizes = {"tokens": bucket.rows, "lengths": bucket.sequences, "slots": bucket.sequences}
+        inputs = {
+            v.name: v.type.with_shape((sizes.get(v.name, bucket.rows), *v.type.shape[1:]))
+            for v in graph.inputs
+        }
+        name = f"{self.config.name}.{bucket.name}"
+        return verify(resized(graph, name, inputs, bucket.tokens))
+
+    def unfolded(
+        self, graph: Graph, nodes: Sequence[Node], without: frozenset[str]
+    ) -> tuple[Graph, list[Match]]:
+        """`graph` with the bodies of these nodes, folded again by the rules that are on, less some ops; and
+        where those applied.
+        """
+        line = self.line if self.saved is None else parse_pipeline(self.saved.pipeline, self.rules.passes)
+        chosen = [
+            rule
+            for p in line.passes
+            if isinstance(p, Fold)
+            for rule in p.chosen(self.rules.rules)
+            if rule.op.name not in without
+        ]
+        again, report = fold(unfold(graph, nodes), chosen)
+        return verify(tidy(again)), report.matches
 
 
 def rules_of(objects: Iterable[str] = ()) -> Contributions:
@@ -135,13 +192,20 @@ def rules_of(objects: Iterable[str] = ()) -> Contributions:
 def job_of(plan: Plan, rules: Contributions | None = None) -> Job:
     """What `plan` was compiled from. `rules` must hold what it was given by `--pass`. Raises GraphError."""
     known = rules_of() if rules is None else rules
+    for origin in plan.contributed:
+        if origin["name"] not in known.sources:
+            _, given, what = origin["source"].partition("--pass ")
+            remedy = f"give --pass {what}" if given else "install it"
+            raise GraphError(
+                f"plan {plan.name} was compiled with the {origin['kind']} {origin['name']} of "
+                f"{origin['source']}, written in {origin['at']}; {remedy}"
+            )
     return Job(
         ModelConfig.from_dict(plan.config),
-        Deployment(**plan.deployment),
+        Deployment.from_dict(plan.deployment),
         recipe_named(plan.recipe),
         parse_pipeline(plan.pipeline, known.passes),
         known,
-        tuple(plan.buckets),  # type: ignore[arg-type]
     )
 
 
@@ -182,42 +246,42 @@ class Saved:
     counts: Mapping[str, int]  # applications by rule in the decode bucket, if fold ran
     graphs: Mapping[str, Graph]
     loads: Mapping[str, Graph] = field(default_factory=dict)
+    rules: Contributions | None = None  # what may fold from here on; built-in and installed ones by default
+    expected: Mapping[str, int] = field(default_factory=dict)
 
     def text(self) -> str:
-        """Two lines of comment, then every graph under a line `## bucket MODE` or `## load MODE`, and END."""
+        """Two lines of comment, then every graph under a line `## bucket NAME` or `## load NAME`, and END."""
         asked = {
             "config": self.config.to_dict(),
-            "deployment": asdict(self.deployment),
+            "deployment": self.deployment.to_dict(),
             "recipe": self.recipe,
             "pipeline": self.pipeline,
             "counts": dict(self.counts),
         }
         parts = [f"{FIRST_LINE}{self.after}\n# {json.dumps(asked)}\n"]
-        parts += [f"## bucket {mode}\n{print_graph(graph)}" for mode, graph in self.graphs.items()]
-        parts += [f"## load {mode}\n{print_graph(graph)}" for mode, graph in self.loads.items()]
+        parts += [f"## bucket {name}\n{print_graph(graph)}" for name, graph in self.graphs.items()]
+        parts += [f"## load {name}\n{print_graph(graph)}" for name, graph in self.loads.items()]
         return "".join([*parts, END])
 
-    def job(self, rules: Contributions | None = None, expected: Mapping[str, int] | None = None) -> Job:
+    def job(self) -> Job:
         """What is left to do. Raises GraphError for counts that are expected of a fold that is over."""
-        known = rules_of() if rules is None else rules
-        for name in expected or ():
+        known = rules_of() if self.rules is None else self.rules
+        for name in self.expected:
             known.rule(name)
         line = parse_pipeline(self.pipeline, known.passes)
         rest = line if self.after == BUILD else line.after(self.after)
-        if expected and all(p.name != "fold" for p in rest.passes):
+        if self.expected and all(p.name != "fold" for p in rest.passes):
             raise GraphError(
                 f"fold ran before the stop after {self.after}; expect counts of a compile that folds"
             )
-        modes: tuple[Mode, ...] = tuple(self.graphs)  # type: ignore[arg-type]
-        return Job(
-            self.config, self.deployment, recipe_named(self.recipe), rest, known, modes, expected or {}
-        )
+        recipe = recipe_named(self.recipe)
+        return Job(self.config, self.deployment, recipe, rest, known, self.expected, saved=self)
 
 
 def stop(job: Job, after: str) -> Saved:
     """Run every bucket's pipeline up to `after` ("build": no pass). Raises GraphError."""
-    placed = {mode: job.bucket(mode, stop_after=after) for mode in job.modes}
-    decode = placed["decode"].context
+    compiled = {b.name: job.compiled(b, stop_after=after) for b in job.deployment.buckets}
+    decode = compiled[job.decode.name].context
     return Saved(
         after,
         job.config,
@@ -225,16 +289,9 @@ def stop(job: Job, after: str) -> Saved:
         job.recipe.name,
         str(job.line),
         decode.fold.counts if decode.fold is not None else {},
-        {mode: p.graph for mode, p in placed.items()},
-        {mode: p.context.prepack for mode, p in placed.items() if p.context.prepack is not None},
+        {name: c.graph for name, c in compiled.items()},
+        {name: c.context.prepack for name, c in compiled.items() if c.context.prepack is not None},
     )
-
-
-def resume(job: Job, saved: Saved, mode: Mode, watch: Callable[[Stage], None] | None = None) -> Compiled:
-    """One bucket's passes behind the one that `saved` stopped after. Raises GraphError."""
-    context = replace(job.context(mode), prepack=saved.loads.get(mode))
-    start = saved.graphs[mode]
-    return Compiled(context, job.line.run(start, context, watch=watch), start, saved.after)
 
 
 def read_saved(text: str, name: str = "the file") -> Saved:
@@ -248,7 +305,7 @@ def read_saved(text: str, name: str = "the file") -> Saved:
     rest = rest.rstrip().removesuffix(END.strip())
     try:
         asked = strict_json.parse(second[2:])
-        config, deployment = ModelConfig.from_dict(asked["config"]), Deployment(**asked["deployment"])
+        config, deployment = ModelConfig.from_dict(asked["config"]), Deployment.from_dict(asked["deployment"])
         recipe, pipeline, counts = asked["recipe"], asked["pipeline"], dict(asked["counts"])
         if not (isinstance(recipe, str) and isinstance(pipeline, str)):
             raise TypeError(f"recipe and pipeline are {recipe!r} and {pipeline!r}; expected their names")
@@ -256,17 +313,18 @@ def read_saved(text: str, name: str = "the file") -> Saved:
         raise GraphError(f"{name}: line 2: cannot be read: {error}; leave that line as it was") from None
     graphs: dict[str, dict[str, Graph]] = {"bucket": {}, "load": {}}
     for number, title, lines in _parts(rest):
-        kind, _, mode = title.partition(" ")
+        kind, _, bucket_name = title.partition(" ")
         if kind not in graphs:
-            raise GraphError(f"{name}: line {number}: '## {title}'; expected ## bucket MODE or ## load MODE")
-        if mode in graphs[kind]:
+            raise GraphError(f"{name}: line {number}: '## {title}'; expected ## bucket NAME or ## load NAME")
+        if bucket_name in graphs[kind]:
             raise GraphError(f"{name}: line {number}: '## {title}' is there twice; remove one")
         try:
-            graphs[kind][mode] = verify(parse_graph("\n".join(lines) + "\n"))
+            graphs[kind][bucket_name] = verify(parse_graph("\n".join(lines) + "\n"))
         except GraphError as error:
             raise GraphError(f"{name}: {title}, counted from line {number + 1}: {error}") from None
-    if "decode" not in graphs["bucket"]:
-        raise GraphError(f"{name}: has no decode bucket; a plan cannot be without")
+    for bucket in deployment.buckets:
+        if bucket.name not in graphs["bucket"]:
+            raise GraphError(f"{name}: bucket {bucket.name} is missing, which line 2 names; it was cut off")
     after = first.removeprefix(FIRST_LINE).strip()
     return Saved(after, config, deployment, recipe, pipeline, counts, graphs["bucket"], graphs["load"])
 
@@ -280,40 +338,3 @@ def _parts(text: str) -> list[tuple[int, str, list[str]]]:
         elif parts:
             parts[-1][2].append(line)
     return parts
-
-
-def figures(
-    placed: Mapping[str, Compiled],
-    job: Job,
-    launches: Mapping[str, int] | None = None,
-    counts: Mapping[str, int] | None = None,
-) -> dict[str, Any]:
-    """The decode bucket in figures: launches by layer, bytes by token, what each rule did.
-
-    `launches` by layer and `counts` of rules stand in where kernels were made, or fold had run before.
-    Planned bytes are what the launches read and write, per sequence; compulsory ones are what one sequence
-    must move, `dsv4c.models.traffic`. A layer kind has the launches of its largest layer, None without one.
-    """
-    from dsv4c.models.schedule import LayerKind, layer_plans
-    from dsv4c.passes.explain import table
-    from dsv4c.view.diff import totals
-    from dsv4c.view.text import summarize
-
-    decode = placed["decode"]
-    by_layer = launches or decode.schedule.launches
-    per_kind: dict[str, int | None] = {str(kind).lower(): None for kind in LayerKind}
-    for i, plan in enumerate(layer_plans(job.config)):
-        kind = str(plan.attention).lower()
-        per_kind[kind] = max(per_kind[kind] or 0, by_layer.get(f"layers.{i}", 0))
-    report = decode.context.fold
-    rows = [asdict(row) for row in table(report)] if report is not None else []
-    for row in rows:
-        del row["ms"]  # a plan holds nothing that differs from run to run; its timings have it
-    return {
-        "launches_per_layer": per_kind,
-        "launches_outside_layers": by_layer.get("", 0),
-        "planned_bytes_per_token": totals(decode.graph).bytes // job.deployment.batch,
-        "compulsory_bytes_per_token": sum(summarize(decode.graph, job.config).bytes_per_token.values()),
-        "rules": dict(report.counts if report is not None else counts or {}),
-        "passes": rows,
-    }

@@ -1,30 +1,27 @@
-"""Proves that the launches of a GPU plan do what its graph says, from the plan's data alone.
+"""Proves that the launches of a plan do what its graphs say, from the plan's data alone.
 
-Launches are followed in order over every byte of arena and states: what it holds, who wrote it, who has read
-it since. A launch may touch it only behind all of those, and must find what the graph says it reads.
+Launches are followed in order over every byte of arena, states, inputs and constants: what it holds, who
+wrote it, who has read it since. A launch may touch it only behind all of those, and must find what the graph
+says it reads.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
 
 from dsv4c.ir.graph import Graph, Node
-from dsv4c.ir.ops.shape import Reshape
 from dsv4c.ir.text import parse_graph
+from dsv4c.plan.folder import Plan
+from dsv4c.plan.records import SPACES, Argument, KernelCode, Launch, Program
 
-if TYPE_CHECKING:
-    from dsv4c.plan.records import Argument, Bucket, KernelLaunch, Plan
-
-FOLLOWED = ("arena", "state", "input")  # blocks whose bytes change
-BLOCKS = ("arena", "state", "weights", "constants", "input")
+FOLLOWED = ("arena", "state", "input", "constants")  # blocks whose bytes change
 
 
 @dataclass(frozen=True)
 class Violation:
-    """What is wrong, where: `launch` is its name, or "" for what concerns no launch alone.
+    """What is wrong, where: `launch` is its name, or "" for what concerns no launch alone; so is `bucket`.
 
     kind: order | wait | unwritten | stale | alias | outside | misplaced | overlap | kernel | missing.
     """
@@ -32,71 +29,76 @@ class Violation:
     kind: str
     launch: str
     text: str
+    bucket: str = ""
 
     def __str__(self) -> str:
-        return f"{self.kind}: {f'launch {self.launch}: ' if self.launch else ''}{self.text}"
+        places = [f"bucket {self.bucket}: "] * bool(self.bucket) + [f"launch {self.launch}: "] * bool(
+            self.launch
+        )
+        return f"{self.kind}: {''.join(places)}{self.text}"
 
 
-def check(plan: Plan, mode: str = "decode") -> list[Violation]:
-    """All violations of a GPU plan's bucket, in launch order; empty when it is sound.
+def check(plan: Plan) -> list[Violation]:
+    """All violations of a plan, bucket by bucket in launch order; empty when it is sound."""
+    found = list(_overlaps(plan))
+    programs = dict(plan.buckets) | ({"load": plan.load} if plan.load is not None else {})
+    for name, program in programs.items():
+        found += [replace(v, bucket=name) for v in _check(plan, program)]
+    return found
 
-    Raises PlanError if the plan has no such bucket.
-    """
-    bucket = plan.bucket(mode)
-    launches: Any = bucket.launches
-    graph = parse_graph(plan.graph_text(mode))
-    sizes = {
-        "arena": bucket.arena_bytes,
-        "state": plan.state_bytes,
-        "weights": plan.weights_bytes,
-        "constants": int(plan.constants.get("bytes", 0)),
-        "input": bucket.input_bytes,
-    }
-    found = [*_overlaps(plan), *_kernels(plan, launches), *_coverage(graph, launches)]
-    found += _aliases(graph, bucket)
-    for launch in launches:
-        found += _places(launch, bucket, plan, sizes)
-        found += _beside(launch)
+
+def _check(plan: Plan, program: Program) -> list[Violation]:
+    graph = parse_graph(plan.files[program.graph].decode())
+    found = [*_kernels(plan, program), *_coverage(graph, program), *_aliases(graph, program)]
+    roots = {v.name: root.name for v, root in graph.root_of.items()}
+    for launch in program.launches:
+        found += _places(launch, program, plan)
+        found += _beside(launch, roots)
     if not any(v.kind == "outside" for v in found):
-        found += _follow(graph, bucket, launches)
+        found += _follow(graph, program)
     return found
 
 
 # What each launch says --------------------------------------------------------------------------------------
 
 
-def _kernels(plan: Plan, launches: Sequence[KernelLaunch]) -> Iterator[Violation]:
-    for launch in launches:
-        record = plan.kernels.get(launch.kernel)
+def _kernels(plan: Plan, program: Program) -> Iterator[Violation]:
+    """A launch's code is among the plan's files."""
+    for launch in program.launches:
+        if not isinstance(launch.code, KernelCode):
+            if launch.code.body and launch.code.body not in plan.files:
+                yield Violation("kernel", launch.name, f"runs {launch.code.body}, which the plan has not")
+            continue
+        record = plan.kernels.get(launch.code.kernel)
         if record is None:
-            yield Violation("kernel", launch.name, f"runs kernel {launch.kernel}, which the plan has not")
+            yield Violation(
+                "kernel", launch.name, f"runs kernel {launch.code.kernel}, which the plan has not"
+            )
         elif record["cubin"] not in plan.files:
             yield Violation("kernel", launch.name, f"runs {record['cubin']}, which the plan has not")
 
 
-def _coverage(graph: Graph, launches: Sequence[KernelLaunch]) -> Iterator[Violation]:
+def _coverage(graph: Graph, program: Program) -> Iterator[Violation]:
     """Every node that does work is in a launch, and every launch has nodes of the graph."""
     names = {node.name for node in graph.nodes}
-    launched = {name for launch in launches for name in launch.nodes}
+    launched = {name for launch in program.launches for name in launch.nodes}
     for node in graph.nodes:
-        if node.name not in launched and node.inputs and not isinstance(node.op, Reshape):
+        if node.name not in launched and not node.op.view:
             yield Violation("missing", "", f"no launch computes {node.name} ({node.op.name})")
-    for launch in launches:
+    for launch in program.launches:
         for name in launch.nodes:
             if name not in names:
                 yield Violation("missing", launch.name, f"is for node {name}, which the graph has not")
 
 
-def _places(
-    launch: KernelLaunch, bucket: Bucket, plan: Plan, sizes: Mapping[str, int]
-) -> Iterator[Violation]:
+def _places(launch: Launch, program: Program, plan: Plan) -> Iterator[Violation]:
     """Arguments lie inside of their block, at the place of their value."""
-    weights = _weights(plan)
+    weights, sizes = _weights(plan), plan.blocks
     for a in launch.arguments:
         name = f"{a.value}.{a.component}"
         if a.space not in sizes:
             yield Violation(
-                "outside", launch.name, f"{name} is in block {a.space!r}: known are {', '.join(BLOCKS)}"
+                "outside", launch.name, f"{name} is in block {a.space!r}: known are {', '.join(SPACES)}"
             )
         elif not 0 <= a.offset <= a.offset + a.nbytes <= sizes[a.space]:
             end = a.offset + a.nbytes
@@ -113,8 +115,8 @@ def _places(
                 )
             elif a.access != "r":
                 yield Violation("misplaced", launch.name, f"{name} is a weight, and is written")
-        elif a.value in bucket.values:
-            slot = bucket.values[a.value]
+        elif a.value in program.values:
+            slot = program.values[a.value]
             part = next((c for c in slot.type.components if c.name == a.component), None)
             if part is None or (a.space, a.offset, a.nbytes) != (
                 slot.space,
@@ -129,14 +131,17 @@ def _places(
                 )
 
 
-def _beside(launch: KernelLaunch) -> Iterator[Violation]:
-    """What a launch writes shares no byte with another of its arguments: its CTAs run in any order."""
+def _beside(launch: Launch, roots: Mapping[str, str]) -> Iterator[Violation]:
+    """What a launch writes shares no byte with another of its arguments: its CTAs run in any order. What it
+    overwrites, under another name, is the same argument.
+    """
     for made in launch.arguments:
         if "w" not in made.access:
             continue
         for a in launch.arguments:
             apart = a.offset + a.nbytes <= made.offset or made.offset + made.nbytes <= a.offset
-            same = (a.value, a.component) == (made.value, made.component)
+            names = {roots.get(x.value, x.value) for x in (a, made)}
+            same = len(names) == 1 and a.component == made.component
             if a.space == made.space and not same and not apart:
                 yield Violation(
                     "overlap",
@@ -160,7 +165,8 @@ def _overlaps(plan: Plan) -> Iterator[Violation]:
         for component, (start, size) in parts.items()
     ]
     states = [(s.offset, s.offset + s.type.extent, s.name) for s in plan.state]
-    for block, size, spans in (("weights", plan.weights_bytes, weights), ("state", plan.state_bytes, states)):
+    for block, spans in (("weights", weights), ("state", states)):
+        size = plan.blocks[block]
         end, last = 0, ""
         for start, stop, name in sorted(spans):
             if start < end:
@@ -171,12 +177,12 @@ def _overlaps(plan: Plan) -> Iterator[Violation]:
                 end, last = stop, name
 
 
-def _aliases(graph: Graph, bucket: Bucket) -> Iterator[Violation]:
+def _aliases(graph: Graph, program: Program) -> Iterator[Violation]:
     """What overwrites an operand has the operand's place."""
     for node in graph.nodes:
         for result, operand in node.op.alias.items():
             made, old = node.outputs[result].name, node.inputs[operand].name
-            places = [(bucket.values[n].space, bucket.values[n].offset) for n in (made, old)]
+            places = [(program.values[n].space, program.values[n].offset) for n in (made, old)]
             if places[0] != places[1]:
                 yield Violation(
                     "alias",
@@ -218,12 +224,14 @@ class _Block:
             insort(self.starts, at)
 
 
-def _follow(graph: Graph, bucket: Bucket, launches: Sequence[KernelLaunch]) -> Iterator[Violation]:
-    same = _same_bytes(graph)
+def _follow(graph: Graph, program: Program) -> Iterator[Violation]:
+    launches, same = program.launches, _same_bytes(graph)
     nodes = {node.name: node for node in graph.nodes}
     blocks = {space: _Block() for space in FOLLOWED}
-    for value in (*graph.states, *graph.inputs):
-        slot = bucket.values[value.name]
+    for value in (*graph.states, *graph.inputs, *graph.params):
+        slot = program.values[value.name]
+        if slot.space not in blocks:
+            continue
         for segment in blocks[slot.space].over(slot.offset, slot.offset + slot.type.extent):
             segment.holds = value.name
     before: list[int] = []  # per launch, as bits: those that have completed when it touches memory
@@ -233,7 +241,8 @@ def _follow(graph: Graph, bucket: Bucket, launches: Sequence[KernelLaunch]) -> I
             yield Violation(
                 "order", launch.name, f"is behind launch {late[0]}, which does not come before it"
             )
-        holds = not launch.programmatic or launch.waits
+        run = launch.code
+        holds = not isinstance(run, KernelCode) or not run.programmatic or run.waits
         if not holds and launch.after:
             yield Violation("wait", launch.name, "has programmatic edges, and its kernel does not wait")
         mask = 0
@@ -258,8 +267,8 @@ def _touch(
     block: _Block,
     a: Argument,
     index: int,
-    launch: KernelLaunch,
-    launches: Sequence[KernelLaunch],
+    launch: Launch,
+    launches: Sequence[Launch],
     before: int,
     same: Mapping[str, str],
 ) -> Iterator[Violation]:
@@ -298,13 +307,13 @@ def _same_bytes(graph: Graph) -> dict[str, str]:
     """A reshaped result is its operand's bytes."""
     same: dict[str, str] = {}
     for node in graph.nodes:
-        if isinstance(node.op, Reshape) and node.inputs[0] not in graph.root_of:
+        if node.op.view and node.inputs[0] not in graph.root_of:
             source = node.inputs[0].name
             same[node.outputs[0].name] = same.get(source, source)
     return same
 
 
-def _results(launch: KernelLaunch, nodes: Mapping[str, Node]) -> dict[str, str]:
+def _results(launch: Launch, nodes: Mapping[str, Node]) -> dict[str, str]:
     """What an overwritten operand's bytes hold after the launch, by the operand's name."""
     made = {}
     for node in _known(launch.nodes, nodes):

@@ -6,18 +6,18 @@ contradict each other become problems, which `dsv4c.config` raises with whatever
 
 from __future__ import annotations
 
-import difflib
 import re
 import reprlib
 from collections.abc import Mapping
 from typing import Any
 
 from dsv4c.dialects.inference import read_inference
-from dsv4c.dialects.reading import Reading, problem, shown
+from dsv4c.dialects.reading import Reading, problem, shown, token_ids
 from dsv4c.dialects.release import read_release, release_dict
+from dsv4c.dialects.stored import settle
 from dsv4c.dialects.transformers import read_transformers
 
-__all__ = ["Reading", "problem", "read", "release_dict", "shown"]
+__all__ = ["Reading", "problem", "read", "release_dict", "settle", "shown"]
 
 # Settings that other models vary and DeepSeek-V4 does not. Absent is fine; another value is a problem.
 FIXED: dict[str, object] = {
@@ -61,10 +61,10 @@ def read(raw: Mapping[str, Any]) -> Reading:
         return _unknown(raw, problem("model_type", shown(model_type), "'deepseek_v4'"))
     if any(key in raw for key in TRANSFORMERS_ONLY):
         reading = read_transformers(raw)
-    elif "dim" in raw and "n_layers" in raw:
-        reading = read_inference(raw)
-    elif "hidden_size" in raw and "num_hidden_layers" in raw:
+    elif "hidden_size" in raw or "num_hidden_layers" in raw:
         reading = read_release(raw)
+    elif "dim" in raw or "n_layers" in raw:
+        reading = read_inference(raw)
     else:
         keys = reprlib.repr(sorted(raw))
         return _unknown(
@@ -74,6 +74,7 @@ def read(raw: Mapping[str, Any]) -> Reading:
         )
     if 4 not in reading.fields.get("compress_ratios", ()):  # no CSA layer, so there may be no indexer
         reading.fields = dict.fromkeys(("index_n_heads", "index_head_dim", "index_topk"), 0) | reading.fields
+    token_ids(reading)
     _fixed_settings(reading)
     _unread_keys(reading)
     return reading
@@ -100,11 +101,9 @@ def _fixed_settings(reading: Reading) -> None:
 
 
 def _unread_keys(reading: Reading) -> None:
-    unread = sorted(set(reading.raw) - reading.used - IRRELEVANT)
-    if unread:
-        named = []
-        for key in unread[:NAMED]:
-            close = difflib.get_close_matches(key[:80], reading.used - {key}, 1, 0.85)
-            named.append(f"{key[:80]} (is it {close[0]}?)" if close else key[:80])
+    reading.judge_keys("", reading.raw.keys() - IRRELEVANT, reading.used)
+    if reading.unread:
+        unread = sorted(reading.unread)
+        named = [key[:80] for key in unread[:NAMED]]
         more = f" and {len(unread) - NAMED} more" if len(unread) > NAMED else ""
         reading.notes.append(f"keys without a meaning here were ignored: {', '.join(named)}{more}")

@@ -71,9 +71,12 @@ def _formats(reading: Reading) -> None:
         reading.refuse("scale_fmt", shown(scale), "'ue8m0'")
     if experts is None:
         reading.fields |= {"linear_format": dtype, "expert_format": dtype}
+        reading.open["expert_format"] = ""
         return
     if dtype == "bf16" or not isinstance(experts, str) or experts not in EXPERT_FORMATS:
         expected = "no expert_dtype, as dtype is 'bf16'" if dtype == "bf16" else alternatives(EXPERT_FORMATS)
         reading.refuse("expert_dtype", shown(experts), expected, "linear_format", "expert_format")
         return
     reading.fields |= {"linear_format": dtype, "expert_format": EXPERT_FORMATS[experts]}
+    if experts == "fp4":
+        reading.open["expert_format"] = ""

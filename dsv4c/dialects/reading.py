@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -31,7 +32,11 @@ def is_list_of(value: Any, kind: type) -> bool:
 
 @dataclass
 class Reading:
-    """What a config file says: ModelConfig's fields, not yet checked one by one, and their keys in it."""
+    """What a config file says: ModelConfig's fields, not yet checked one by one, and their keys in it.
+
+    open: fields that the file does not decide, where the checkpoint beside it does; with what to say if there
+    is none: a note on the value in `fields`, or a problem where that has none.
+    """
 
     raw: Mapping[str, Any]
     spelling: dict[str, str]
@@ -40,6 +45,8 @@ class Reading:
     notes: list[str] = field(default_factory=list)
     refused: set[str] = field(default_factory=set)  # fields whose problem is already in the list
     used: set[str] = field(default_factory=set)  # keys that some rule has looked at
+    unread: list[str] = field(default_factory=list)  # keys that none has
+    open: dict[str, str] = field(default_factory=dict)
 
     def get(self, key: str) -> Any:
         self.used.add(key)
@@ -55,11 +62,39 @@ class Reading:
         self.problems.append(problem(key, found, expected))
         self.refused.update(fields)
 
+    def judge_keys(self, inside: str, keys: Iterable[str], known: Iterable[str]) -> None:
+        """Of the `keys` that stand `inside` an object ("" is the file) those that are not `known` are unread,
+        or refused where one is a known one misspelled.
+        """
+        known = sorted(known)
+        for key in sorted(set(keys) - set(known)):
+            spelled = f"{inside}.{key}" if inside else key
+            near = difflib.get_close_matches(key, known, 1, ALIKE)
+            if near and key not in NAMESAKES and difflib.SequenceMatcher(None, key, near[0]).ratio() >= TYPO:
+                fields = [name for name, own in self.spelling.items() if own == near[0]]
+                self.refuse(spelled, "is unknown", f"{near[0]}, or no such key", *fields)
+            else:
+                self.unread.append(f"{spelled} (is it {near[0]}?)" if near else spelled)
+
+
+ALIKE, TYPO = 0.85, 0.9  # difflib's ratio; a letter of ten is a typo, more may be another word
+NAMESAKES = frozenset({"qk_nope_head_dim", "qk_head_dim", "v_head_dim"})  # of earlier DeepSeek models
+
 
 def copy_fields(reading: Reading) -> None:
     for name, key in reading.spelling.items():
         if reading.get(key) is not None:
             reading.fields[name] = reading.raw[key]
+
+
+def token_ids(reading: Reading) -> None:
+    """Nothing that is compiled depends on them: of several the first counts, and there may be none."""
+    for name in ("bos_token_id", "eos_token_id"):
+        key = reading.spelling[name]
+        given = reading.fields.setdefault(name, None)
+        if is_list_of(given, int) and given:
+            reading.fields[name] = given[0]
+            reading.notes.append(f"{key} is {given}: {given[0]} was taken")
 
 
 def drop_dspark(reading: Reading) -> bool:

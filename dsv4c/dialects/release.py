@@ -46,6 +46,7 @@ YARN = {
     "rope_beta_fast": "beta_fast",
     "rope_beta_slow": "beta_slow",
 }
+PLAIN_ROPE = frozenset({"type", "rope_type", "rope_theta", "partial_rotary_factor"})
 QUANTIZATION: dict[str, object] = {
     "quant_method": "fp8",
     "fmt": "e4m3",
@@ -60,6 +61,8 @@ NVFP4_EXPERTS: dict[str, object] = {
     "moe_quant_algo": "NVFP4",
     "group_size": 16,
 }
+# What NVIDIA's tools write for it, now and before.
+NVFP4_KEYS = ("moe_quant_algo", "quant_algo", "quantized_layers", "group_size", "awq_block_size")
 # The releases with dspark_* keys carry three draft stages, whatever num_nextn_predict_layers says.
 DSPARK_STAGES = 3
 
@@ -117,6 +120,7 @@ def rope_scaling(reading: Reading, key: str, scaling: Any) -> None:
     """YaRN for the compressed layers, or none. No `mscale`: DeepSeek-V4 never rescales cos and sin."""
     reading.spelling |= {name: f"{key}.{part}" for name, part in YARN.items()}
     if scaling is None or (isinstance(scaling, Mapping) and rope_type(scaling) == "default"):
+        reading.judge_keys(key, scaling or (), PLAIN_ROPE)
         reading.fields |= {"rope_factor": 1.0, "rope_beta_fast": 32.0, "rope_beta_slow": 1.0}
         if "max_position_embeddings" in reading.fields:
             reading.fields["rope_original_max_position"] = reading.fields["max_position_embeddings"]
@@ -127,7 +131,7 @@ def rope_scaling(reading: Reading, key: str, scaling: Any) -> None:
         found = shown(scaling) if not isinstance(scaling, Mapping) else f"has type {rope_type(scaling)!r}"
         reading.refuse(key, found, "an object of type 'yarn' or 'default'", *YARN)
         return
-    known = {"type", "rope_type", "rope_theta", "partial_rotary_factor", "attention_factor", *YARN.values()}
+    known = {*PLAIN_ROPE, "attention_factor", *YARN.values()}
     for extra in sorted(set(scaling) - known):
         expected = "no such key, as DeepSeek-V4's YaRN does not have it"
         reading.refuse(f"{key}.{extra}", shown(scaling[extra]), expected)
@@ -149,12 +153,16 @@ def formats(reading: Reading) -> None:
         if top not in (None, "bf16"):
             expected = "no expert_dtype, as there is no quantization_config"
             reading.refuse("expert_dtype", shown(top), expected)
+        else:
+            reading.open |= dict.fromkeys(("linear_format", "expert_format"), "")
         return
     if not isinstance(quantization, Mapping):
         reading.refuse(
             "quantization_config", shown(quantization), "an object", "linear_format", "expert_format"
         )
         return
+    known = {*QUANTIZATION, *NVFP4_KEYS, "expert_dtype", "ignore"}
+    reading.judge_keys("quantization_config", quantization, known)
     for key, value in QUANTIZATION.items():
         if quantization.get(key) != value:
             found = shown(quantization[key]) if key in quantization else "is missing"
@@ -163,25 +171,65 @@ def formats(reading: Reading) -> None:
     if top is not None and inner is not None and top != inner:
         reading.refuse("expert_dtype", shown(top), f"{inner!r}, as quantization_config.expert_dtype says")
     stored = top if top is not None else inner
-    reading.fields |= {"linear_format": "fp8", "expert_format": _expert_format(reading, stored, quantization)}
+    reading.fields["linear_format"] = "fp8"
+    if any(quantization.get(key) is not None for key in NVFP4_KEYS):
+        _nvfp4_experts(reading, stored, quantization)
+    else:
+        _experts(reading, stored)
 
 
-def _expert_format(reading: Reading, stored: Any, quantization: Mapping[str, Any]) -> str:
-    algorithm = quantization.get("moe_quant_algo")
-    if algorithm is None:
-        if stored is None:
-            reading.notes.append("expert_dtype is absent, as in the first release: routed experts are MXFP4")
-            return "mxfp4"
-        if isinstance(stored, str) and stored in EXPERT_FORMATS:
-            return EXPERT_FORMATS[stored]
-        reading.refuse("expert_dtype", shown(stored), alternatives(EXPERT_FORMATS))
-        return "mxfp4"
-    if algorithm != "NVFP4":
-        reading.refuse("quantization_config.moe_quant_algo", shown(algorithm), "'NVFP4' or nothing")
-    if quantization.get("group_size", 16) != 16:
-        found = shown(quantization["group_size"])
-        reading.refuse("quantization_config.group_size", found, "16, NVFP4's block")
+def _experts(reading: Reading, stored: Any) -> None:
+    """Routed experts of a config that says nothing of NVFP4; whose checkpoint may be that all the same."""
+    if stored is not None and (not isinstance(stored, str) or stored not in EXPERT_FORMATS):
+        reading.refuse("expert_dtype", shown(stored), alternatives(EXPERT_FORMATS), "expert_format")
+        return
+    reading.fields["expert_format"] = "mxfp4" if stored is None else EXPERT_FORMATS[stored]
+    if stored is None:
+        absent = "expert_dtype is absent, as in the first release: routed experts are MXFP4"
+        reading.open["expert_format"] = absent
+    elif stored == "fp4":
+        reading.open["expert_format"] = ""
+
+
+def _nvfp4_experts(reading: Reading, stored: Any, quantization: Mapping[str, Any]) -> None:
+    """Routed experts of a config with keys of NVIDIA's tools: which algorithm, and what must go with it."""
+    key, algorithm = _algorithm(reading, quantization)
+    if algorithm not in (None, "NVFP4"):
+        reading.refuse(f"quantization_config.{key}", shown(algorithm), "'NVFP4' or nothing", "expert_format")
+        return
+    for block in ("group_size", "awq_block_size"):
+        if quantization.get(block, 16) != 16:
+            found = shown(quantization[block])
+            reading.refuse(f"quantization_config.{block}", found, "16, NVFP4's block")
     if stored not in (None, "fp4"):
-        expected = "'fp4', as quantization_config.moe_quant_algo is 'NVFP4'"
+        expected = f"'fp4', as quantization_config.{key} is 'NVFP4'"
         reading.refuse("expert_dtype", shown(stored), expected)
-    return "nvfp4"
+    if algorithm is None:
+        reading.open["expert_format"] = (
+            "quantization_config.moe_quant_algo is missing; expected 'NVFP4' if routed experts are that, or "
+            f"no {key}, if they are not, or the checkpoint beside the config"
+        )
+    else:
+        reading.fields["expert_format"] = "nvfp4"
+
+
+def _algorithm(reading: Reading, quantization: Mapping[str, Any]) -> tuple[str, Any]:
+    """The algorithm of routed experts and the key that names it; None where none does.
+
+    Newer configs have moe_quant_algo. Older ones say quant_algo for all that is quantized, or list every
+    layer of it with an algorithm of its own.
+    """
+    for key in ("moe_quant_algo", "quant_algo"):
+        if quantization.get(key) not in (None, "MIXED_PRECISION"):
+            return key, quantization[key]
+    layers = quantization.get("quantized_layers")
+    if not isinstance(layers, Mapping):
+        return next(key for key in NVFP4_KEYS if quantization.get(key) is not None), None
+    for layer, entry in layers.items():
+        if ".experts" not in layer:
+            expected = "layers of routed experts, the only ones that this release quantizes so"
+            reading.refuse("quantization_config.quantized_layers", f"has {layer}", expected)
+        named = entry.get("quant_algo") if isinstance(entry, Mapping) else entry
+        if named is not None:
+            return "quantized_layers", named
+    return "quantized_layers", None

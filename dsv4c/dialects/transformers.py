@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dsv4c.dialects.reading import Reading, alternatives, copy_fields, drop_dspark, is_list_of, shown
-from dsv4c.dialects.release import RELEASE, YARN, formats, rope_scaling, rope_type
+from dsv4c.dialects.release import PLAIN_ROPE, RELEASE, YARN, formats, rope_scaling, rope_type
 
 LAYER_TYPES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
 
@@ -60,6 +60,7 @@ def _layer_types(reading: Reading) -> None:
 
 def _compress_rates(reading: Reading, types: set[str]) -> None:
     rates = reading.get("compress_rates")
+    reading.judge_keys("compress_rates", rates if isinstance(rates, Mapping) else (), LAYER_TYPES)
     for name in sorted(types - {"sliding_attention"}):
         rate = rates.get(name) if isinstance(rates, Mapping) else rates
         if type(rate) is not int or rate != LAYER_TYPES[name]:
@@ -102,6 +103,7 @@ def _rope_parameters(reading: Reading) -> None:
         key = "rope_scaling" if parameters is None else "rope_parameters"
         rope_scaling(reading, key, reading.get(key))
         return
+    reading.judge_keys("rope_parameters", parameters, ("main", "compress"))
     for part, name in (("main", "rope_theta"), ("compress", "compress_rope_theta")):
         entry, key = parameters[part], f"rope_parameters.{part}"
         if not isinstance(entry, Mapping):
@@ -114,6 +116,7 @@ def _rope_parameters(reading: Reading) -> None:
             reading.fields[name] = theta
             reading.spelling[name] = f"{key}.rope_theta"
         _agree_on_rope_dims(reading, f"{key}.partial_rotary_factor", entry.get("partial_rotary_factor"))
+    reading.judge_keys("rope_parameters.main", parameters["main"], PLAIN_ROPE)
     main = rope_type(parameters["main"])
     if main != "default":
         expected = "'default', as sliding-window layers have no YaRN"

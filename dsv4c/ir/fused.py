@@ -60,6 +60,8 @@ class Fused(Op):
     """Some recipes or models have nothing to fold here: no warning where not even an anchor is found."""
     unless: ClassVar[tuple[str, ...]] = ()
     """Rules in whose company this one has no place: no warning where one of them applied."""
+    counts: ClassVar[tuple[int, ...]] = ()
+    """How many operands an occurrence may have, most first, where some may only be left out together."""
     example: ClassVar[Mapping[str, Any]] = {}
     """Values of fields, and types of operands as text, where the registration check needs them."""
 
@@ -267,8 +269,8 @@ def operand_labels(op: type[Fused], count: int) -> list[str]:
 def operand_counts(op: type[Fused]) -> tuple[int, ...]:
     """How many operands an occurrence may have, most first; empty for a variadic body, which proposes it."""
     parameters = body_parameters(op)
-    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
-        return ()
+    if op.counts or any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return op.counts
     least = sum(p.default is p.empty for p in parameters)
     return tuple(range(len(parameters), least - 1, -1))
 

@@ -77,6 +77,11 @@ class Op:
 
     name: ClassVar[str]
     alias: ClassVar[Mapping[int, int]] = {}  # result index -> operand index whose buffer it overwrites
+    per_call: ClassVar[str] = ""  # the attribute that counts the tokens of each sequence of a call
+    commutative: ClassVar[bool] = False  # two operands, in either order
+    view: ClassVar[bool] = False  # the result is the bytes of the first operand
+    picks: ClassVar[Mapping[int, tuple[int, int]]] = {}
+    """Operands that are indices: which operand each is an index into, and of which of its dimensions."""
 
     def infer(self, *operands: Type) -> Type | tuple[Type, ...]:
         """Result types. Raises GraphError when the operands do not fit."""
@@ -112,7 +117,14 @@ class Op:
 
     def attributes(self) -> dict[str, Any]:
         """Fields by name, in order of declaration."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        names = field_names(type(self))  # type: ignore[arg-type]  # mypy takes the class for an instance
+        return {name: getattr(self, name) for name in names}
+
+
+@cache
+def field_names(op: type[Op]) -> tuple[str, ...]:
+    """Attribute names, in order of declaration."""
+    return tuple(f.name for f in fields(op))  # type: ignore[arg-type]
 
 
 @cache

@@ -1,16 +1,20 @@
 """DeepSeek-V4 as a graph of the paper's operations, one bucket at a time.
 
-`build(config, deployment, mode, activation)` gives the whole model for B sequences of one token (`decode`), a
-chunk of one sequence starting anywhere (`prefill`), or the multi-token-prediction block (`mtp`). Weights and
+`build(config, deployment, bucket, activation)` gives the whole model, or the block that drafts, for as many
+sequences and tokens as the bucket says, each sequence in any slot and starting anywhere. Weights and
 activations are plain here; `passes.quantize` turns them into a recipe's formats. Equations: DeepSeek-V4's
 inference/model.py.
+
+Rings remember what later tokens look back to, and have room for `ROWS` new ones. A call of so few tokens
+writes them to the ring and reads it. One of more reads a copy beside the ring, long enough for all of its
+rows, and writes the last of them to the ring: what a sequence keeps does not grow with the size of chunks.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
+from dsv4c.buckets import ROWS, Bucket
 from dsv4c.config import Deployment, ModelConfig
 from dsv4c.ir.graph import Builder, Graph, Value
 from dsv4c.ir.ops import (
@@ -20,6 +24,7 @@ from dsv4c.ir.ops import (
     argmax,
     attention_scores,
     attention_values,
+    cache_extend,
     cache_write,
     cast,
     clamp,
@@ -34,10 +39,12 @@ from dsv4c.ir.ops import (
     grouped_linear,
     hadamard,
     index_scores,
+    last_rows,
     linear,
     mix_streams,
     mul,
     normalize,
+    owners,
     positions,
     reshape,
     rms_norm,
@@ -63,22 +70,26 @@ from dsv4c.models.layout import layout
 from dsv4c.models.schedule import LayerPlan, RouterKind, layer_plans, mtp_plans
 from dsv4c.types import BF16, F32, I32, DType, TensorType
 
-Mode = Literal["decode", "prefill", "mtp"]
+WINDOW_TILE = 16  # keys that attention takes at a time
+POOL_TILE = 8
 
 
-def round_up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
+def ring_rows(reach: int, tokens: int, tile: int) -> int:
+    """Rows that hold `tokens` new ones and what the first of them looks back to: `reach`, itself included."""
+    return -(-(reach + tokens - 1) // tile) * tile
 
 
-def build(config: ModelConfig, deployment: Deployment, mode: Mode, activation: DType = BF16) -> Graph:
-    """The model's graph for one bucket.
+def build(config: ModelConfig, deployment: Deployment, bucket: Bucket, activation: DType = BF16) -> Graph:
+    """The model's graph for one bucket: B sequences of T tokens, N = B·T rows.
 
-    Inputs: tokens i32[N], lengths i32[B] (valid tokens of each sequence, the rest is padding); mtp also
-    streams [N, S, H]. Outputs: logits f32[N, V], next i32[N], streams [N, S, H].
+    Inputs: tokens i32[N], lengths i32[B] (valid tokens of each sequence, the rest is padding; 0 is idle),
+    slots i32[B] (where each sequence's state is), no two active ones alike; a draft also takes streams
+    [N, S, H]. Outputs: streams [N, S, H], logits f32[N, V] and next i32[N]; or f32[B, V] and i32[B], of each
+    sequence's last token, when the bucket says so.
     """
-    with Builder(f"{config.name}.{mode}") as builder:
-        model = _Model(config, deployment, mode, activation, builder)
-        outputs = model.mtp() if mode == "mtp" else model.main()
+    with Builder(f"{config.name}.{bucket.name}") as builder:
+        model = _Model(config, deployment, bucket, activation, builder)
+        outputs = model.draft() if bucket.block == "draft" else model.main()
     return builder.finish(outputs)
 
 
@@ -93,21 +104,30 @@ class _Mix:
 
 class _Model:
     def __init__(
-        self, config: ModelConfig, deployment: Deployment, mode: Mode, activation: DType, builder: Builder
+        self,
+        config: ModelConfig,
+        deployment: Deployment,
+        bucket: Bucket,
+        activation: DType,
+        builder: Builder,
     ) -> None:
-        self.config, self.deployment, self.activation, self.builder = config, deployment, activation, builder
-        self.sequences = deployment.batch if mode == "decode" else 1
-        self.tokens_each = 1 if mode == "decode" else deployment.chunk
-        self.rows = self.sequences * self.tokens_each
+        self.config, self.deployment, self.bucket = config, deployment, bucket
+        self.activation, self.builder, self.rows = activation, builder, bucket.rows
+        sequences = TensorType(I32, (bucket.sequences,))
         self.layout = {p.name: p for p in layout(config)}
         self.declared: dict[str, Value] = {}
         self.frequencies: dict[bool, Value] = {}
         self.tokens = builder.input("tokens", TensorType(I32, (self.rows,)))
-        self.lengths = builder.input("lengths", TensorType(I32, (self.sequences,)))
-        self.start = builder.state(
-            "mtp.position" if mode == "mtp" else "position", TensorType(I32, (self.sequences,))
+        self.lengths = builder.input("lengths", sequences)
+        self.slots = builder.input("slots", sequences)
+        self.start = self.state("mtp.position" if bucket.block == "draft" else "position", I32)
+        self.positions, self.row_slots = positions(
+            self.start, self.slots, self.lengths, tokens=bucket.tokens, name="positions"
         )
-        self.positions = positions(self.start, self.lengths, tokens=self.tokens_each)
+        builder.rename(self.row_slots, "row_slots")
+        self.places: Value = self.row_slots  # where each row finds what `remember` returns
+        if bucket.keeps_beside:
+            self.places = owners(self.lengths, tokens=bucket.tokens, name="owners")
 
     # --- declarations --------------------------------------------------------------------------------------
 
@@ -120,7 +140,26 @@ class _Model:
         return self.declared[name]
 
     def state(self, name: str, dtype: DType, *shape: int) -> Value:
-        return self.builder.state(name, TensorType(dtype, (self.sequences, *shape)))
+        """What every slot keeps under that name."""
+        return self.builder.state(name, TensorType(dtype, (self.deployment.slots, *shape)))
+
+    def remember(self, name: str, rows: Value, reach: int, tile: int, label: str) -> Value:
+        """Put a call's rows [N, D] in the ring of that name, which later tokens look `reach` rows back to.
+
+        Returns what this call's tokens read: the ring, or the copy beside it, one per sequence of the call.
+        """
+        dtype = rows.type.dtype  # type: ignore[union-attr]  # quantization comes later
+        ring = self.state(name, dtype, ring_rows(reach, ROWS, tile), rows.type.shape[1])
+        given = (ring, rows, self.positions, self.row_slots)
+        if not self.bucket.keeps_beside:
+            written: Value = cache_write(*given, name=f"{label}_written")
+            return written
+        capacity = ring_rows(reach, self.bucket.tokens, tile)
+        beside: Value = cache_extend(
+            *given, capacity=capacity, tokens=self.bucket.tokens, name=f"{label}_beside"
+        )
+        cache_write(*given, name=f"{label}_written")
+        return beside
 
     def rotary(self, compressed: bool) -> Value:
         """RoPE frequencies: compressed layers use their own base with YaRN, for everything in the layer."""
@@ -155,7 +194,7 @@ class _Model:
             streams = self.layer(plan, streams)
         return self.outputs("", streams)
 
-    def mtp(self) -> dict[str, Value]:
+    def draft(self) -> dict[str, Value]:
         """The block that drafts one token more, from the streams and the token that follows."""
         c, (plan,) = self.config, mtp_plans(self.config)[:1]
         streams = self.builder.input(
@@ -168,7 +207,7 @@ class _Model:
             h = rms_norm(streams, self.weight(f"{plan.prefix}.hnorm"), eps=c.rms_norm_eps, name="h")
             e = linear(e, self.weight(f"{plan.prefix}.e_proj"), out=self.activation, name="e_out")
             h = linear(h, self.weight(f"{plan.prefix}.h_proj"), out=self.activation, name="h_out")
-            streams = add(reshape(e, shape=(self.rows, 1, c.hidden_size)), h, name="streams")
+            streams = add(reshape(e, shape=(-1, 1, c.hidden_size)), h, name="streams")
         streams = self.layer(plan, streams)
         return self.outputs(f"{plan.prefix}.", streams)
 
@@ -183,9 +222,11 @@ class _Model:
                 streams, shift(weights, offset=c.hc_eps), out=self.activation, name="hc_head"
             )
             x = rms_norm(x, self.weight(f"{prefix}norm"), eps=c.rms_norm_eps, name="final_norm")
+            if self.bucket.logits == "last":
+                x = last_rows(x, self.lengths, name="last")
             logits = linear(x, self.weight("head"), out=F32, name="logits")
             chosen = argmax(logits, name="next")
-            advance(self.start, self.lengths, name="position")
+            advance(self.start, self.slots, self.lengths, name="position")
         return {"logits": logits, "next": chosen, "streams": streams}
 
     def layer(self, plan: LayerPlan, streams: Value) -> Value:
@@ -210,8 +251,8 @@ class _Model:
 
     def mixes(self, name: str, streams: Value) -> Value:
         """(v · fn) * rsqrt(mean(v²) + eps) with v all streams of a token, f32."""
-        n, s, h = streams.type.shape
-        v = reshape(streams, shape=(n, s * h), name="v")
+        _, s, h = streams.type.shape
+        v = reshape(streams, shape=(-1, s * h), name="v")
         projected = linear(v, self.weight(f"{name}_fn"), out=F32)
         mixes: Value = mul(projected, rsqrt_mean_square(v, eps=self.config.rms_norm_eps), name="mixes")
         return mixes
@@ -230,7 +271,7 @@ class _Model:
 
             pre = shift(sigmoid(part(0, 0, s)), offset=c.hc_eps, name="pre")
             post = scale(sigmoid(part(1, s, 2 * s)), factor=2.0, name="post")
-            comb = reshape(part(2, 2 * s, 2 * s + s * s), shape=(self.rows, s, s))
+            comb = reshape(part(2, 2 * s, 2 * s + s * s), shape=(-1, s, s))
             comb = shift(softmax(comb, axis=-1), offset=c.hc_eps)
             comb = normalize(comb, axis=-2, eps=c.hc_eps)
             for _ in range(c.hc_sinkhorn_iters - 1):
@@ -253,17 +294,15 @@ class _Model:
         qa = linear(x, self.weight(f"{attn}.wq_a"), out=act, name="qa")
         qr = rms_norm(qa, self.weight(f"{attn}.q_norm"), eps=c.rms_norm_eps, name="qr")
         q = linear(qr, self.weight(f"{attn}.wq_b"), out=act, name="qb")
-        q = rms_norm(reshape(q, shape=(self.rows, heads, dim)), eps=c.rms_norm_eps, name="q_normed")
+        q = rms_norm(reshape(q, shape=(-1, heads, dim)), eps=c.rms_norm_eps, name="q_normed")
         q = rope(q, self.positions, frequencies, name="q")
 
         kv = linear(x, self.weight(f"{attn}.wkv"), out=act, name="kv_out")
         kv = rms_norm(kv, self.weight(f"{attn}.kv_norm"), eps=c.rms_norm_eps, name="kv_normed")
         kv = rope(kv, self.positions, frequencies, name="kv")
-        capacity = round_up(c.sliding_window + self.deployment.chunk - 1, 16)
-        window = self.state(f"{attn}.window", act, capacity, dim)
-        window = cache_write(window, kv, self.positions, name="window_written")
+        window = self.remember(f"{attn}.window", kv, c.sliding_window, WINDOW_TILE, "window")
         index = window_index(self.positions, window=c.sliding_window, name="window_index")
-        keys = gather(window, index, name="window_keys")
+        keys = gather(window, index, self.places, name="window_keys")
 
         if plan.has_compressor:
             entries = self.compressor(plan, f"{attn}.compressor", f"{attn}.entries", x, dim, rotated=False)
@@ -273,16 +312,17 @@ class _Model:
                 chosen = visible_entries(
                     self.positions, ratio=plan.ratio, capacity=entries.type.shape[1], name="entry_index"
                 )
-            keys = concat(keys, gather(entries, chosen, name="entry_keys"), axis=1, name="keys")
+            entry_keys = gather(entries, chosen, self.row_slots, name="entry_keys")
+            keys = concat(keys, entry_keys, axis=1, name="keys")
             index = concat(index, chosen, axis=1, name="index")
 
         scores = attention_scores(q, keys, index, scale=dim**-0.5, name="scores")
         p, denominator = sink_softmax(scores, self.weight(f"{attn}.attn_sink"), out=act, name="p")
         o = attention_values(p, denominator, keys, name="o")
         o = rope(o, self.positions, frequencies, inverse=True, name="o_unrotated")
-        o = reshape(o, shape=(self.rows, groups, heads * dim // groups))
+        o = reshape(o, shape=(-1, groups, heads * dim // groups))
         z = grouped_linear(o, self.weight(f"{attn}.wo_a"), out=act, name="z_grouped")
-        z = reshape(z, shape=(self.rows, groups * c.o_lora_rank), name="z")
+        z = reshape(z, shape=(-1, groups * c.o_lora_rank), name="z")
         out: Value = linear(z, self.weight(f"{attn}.wo_b"), out=act, name="attn_out")
         return out
 
@@ -296,22 +336,39 @@ class _Model:
             kv = linear(x, self.weight(f"{name}.wkv"), out=F32, name="kv_out")
             score = linear(x, self.weight(f"{name}.wgate"), out=F32, name="gate_out")
             score = add_position_bias(score, self.weight(f"{name}.ape"), self.positions, name="score_out")
-            width = kv.type.shape[1]
-            ring = round_up(width // dim * ratio + self.deployment.chunk - 1, ratio)
-            kv_ring = self.state(f"{name}.kv", F32, ring, width)
-            score_ring = self.state(f"{name}.score", F32, ring, width)
-            kv_ring = cache_write(kv_ring, kv, self.positions, name="kv_written")
-            score_ring = cache_write(score_ring, score, self.positions, name="score_written")
-            done = completed_entries(self.positions, ratio=ratio, sequences=self.sequences, name="done")
-            z = compress_pool(kv_ring, score_ring, done, ratio=ratio, overlap=plan.overlaps, name="pooled")
+            reach = kv.type.shape[1] // dim * ratio
+            kv_ring = self.remember(f"{name}.kv", kv, reach, POOL_TILE, "kv")
+            score_ring = self.remember(f"{name}.score", score, reach, POOL_TILE, "score")
+            done, slots = self.completed(ratio, self.row_slots, "done")
+            places = slots
+            if self.bucket.keeps_beside:
+                _, places = self.completed(ratio, self.places, "done_beside")
+            z = compress_pool(
+                kv_ring,
+                score_ring,
+                done,
+                places,
+                ratio=ratio,
+                overlap=plan.overlaps,
+                tokens=self.bucket.tokens,
+                name="pooled",
+            )
             z = self.to(z, self.activation, "z")
             e = rms_norm(z, self.weight(f"{name}.norm"), eps=c.rms_norm_eps, name="normed")
             e = rope(e, done, self.frequencies[True], stride=ratio, name="entry")
             if rotated:
                 e = hadamard(e, name="key")
             entries = self.state(cache, self.activation, max(1, self.deployment.max_context // ratio), dim)
-            written: Value = cache_write(entries, e, done, name="written")
+            written: Value = cache_write(entries, e, done, slots, name="written")
             return written
+
+    def completed(self, ratio: int, slots: Value, name: str) -> tuple[Value, Value]:
+        """The entries that this call completes, and where: by slot, or by sequence of the call."""
+        entries, places = completed_entries(
+            self.positions, slots, ratio=ratio, tokens=self.bucket.tokens, name=name
+        )
+        self.builder.rename(places, f"{name}_slots")
+        return entries, places
 
     def indexer(self, plan: LayerPlan, x: Value, qr: Value) -> Value:
         """Which entries each token attends to: i32[N, k], -1 padded."""
@@ -320,7 +377,7 @@ class _Model:
         with self.builder.scope("indexer"):
             q = linear(qr, self.weight(f"{name}.wq_b"), out=act, name="qb")
             q = rope(
-                reshape(q, shape=(self.rows, heads, dim)),
+                reshape(q, shape=(-1, heads, dim)),
                 self.positions,
                 self.frequencies[True],
                 name="q_rotated",
@@ -330,7 +387,9 @@ class _Model:
             weights = scale(weights, factor=dim**-0.5 * heads**-0.5, name="weights")
         keys = self.compressor(plan, f"{name}.compressor", f"{name}.keys", x, dim, rotated=True)
         with self.builder.scope("indexer"):
-            scores = index_scores(q, keys, weights, self.positions, ratio=plan.ratio, name="scores")
+            scores = index_scores(
+                q, keys, weights, self.positions, self.row_slots, ratio=plan.ratio, name="scores"
+            )
             chosen: Value = top_k(scores, k=c.index_topk, name="chosen")
             return chosen
 
@@ -356,7 +415,7 @@ class _Model:
         up = clamp(self.to(up, F32), low=-limit, high=limit)
         h = mul(silu(gate), up)
         if weights is not None:
-            h = mul(h, reshape(weights, shape=(*weights.type.shape, 1)))
+            h = mul(h, reshape(weights, shape=(-1, weights.type.shape[1], 1)))
         return self.to(h, self.activation, "h")
 
     def experts(self, plan: LayerPlan, x: Value) -> Value:

@@ -25,6 +25,27 @@ class Param:
         return math.prod(self.shape)
 
 
+PARTS = {
+    "attn.indexer.": "indexers",
+    "attn.compressor.": "compressors",
+    "attn.": "attention projections",
+    "ffn.gate": "routers",
+    "ffn.experts.": "routed experts",
+    "ffn.shared_experts.": "shared experts",
+    "hc_attn_": "hyper-connections",
+    "hc_ffn_": "hyper-connections",
+    "attn_norm": "norms",
+    "ffn_norm": "norms",
+}
+ENDS = "embedding and head"
+
+
+def part_of(name: str) -> str:
+    """The part of the model that a parameter counts to, by its canonical name."""
+    *_, leaf = name.split(".", 2)
+    return next((part for start, part in PARTS.items() if leaf.startswith(start)), ENDS)
+
+
 def layout(config: ModelConfig) -> Iterator[Param]:
     """Every parameter of the model, in the order of the forward pass, MTP blocks last. Experts are stacked
     [E,out,in]; the grouped output projection is [groups, rank, in].

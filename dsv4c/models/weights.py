@@ -175,28 +175,27 @@ def _expert_source(table: Table, param: Param, stored: Type) -> Source:
 
 
 def _parts(table: Table, tensor: str, stored: Type) -> dict[str, Part]:
-    """The tensors of one value of type `stored`, whose data is called `tensor`."""
-    relaxed = table.startswith(
-        "transformers"
-    )  # it saves unquantized tensors in whatever dtype the model was loaded
+    """The tensors of one value of type `stored`, whose data is called `tensor`.
+
+    Packed FP4 and power-of-two scales are the same bytes under several dtypes. A plain tensor may be stored
+    wider or narrower than the release has it: loading converts it if that rounds nothing.
+    """
     if isinstance(stored, TensorType):
         dtypes = {BF16: ("BF16", "F32"), F32: ("F32", "BF16"), I64: ("I64", "I32")}[stored.dtype]
-        return {"data": Part(tensor, dtypes if relaxed else dtypes[:1], stored.shape)}
+        return {"data": Part(tensor, dtypes, stored.shape)}
     data, scale = stored.components[:2]
     base = tensor.removesuffix(".weight")
     if stored.format == NVFP4:
         return {
-            "data": Part(tensor, ("U8",), data.shape),
+            "data": Part(tensor, ("U8", "I8"), data.shape),
             "scale": Part(f"{base}.weight_scale", ("F8_E4M3",), scale.shape),
             "global_scale": Part(f"{base}.weight_scale_2", ("F32",), ()),
             "input_scale": Part(f"{base}.input_scale", ("F32",), ()),
         }
     name = f"{tensor}_scale_inv" if table == "transformers" else f"{base}.scale"
-    bytes_as = ("F8_E8M0", "F32", "U8") if relaxed or stored.format == FP8_WEIGHT else ("F8_E8M0",)
-    element = ("I8", "U8") if relaxed else ("I8",)
     return {
-        "data": Part(tensor, ("F8_E4M3",) if stored.format == FP8_WEIGHT else element, data.shape),
-        "scale": Part(name, bytes_as, scale.shape),
+        "data": Part(tensor, ("F8_E4M3",) if stored.format == FP8_WEIGHT else ("I8", "U8"), data.shape),
+        "scale": Part(name, ("F8_E8M0", "F32", "U8"), scale.shape),
     }
 
 
@@ -369,6 +368,7 @@ class _Checkpoint(Protocol):
     @property
     def tensors(self) -> Mapping[str, _Entry]: ...
     def compare(self, sources: Mapping[str, Any]) -> _Report: ...
+    def unsound_scales(self, sources: Iterable[Any]) -> list[str]: ...
 
 
 @dataclass
@@ -382,8 +382,9 @@ def describe(checkpoint: _Checkpoint, config: ModelConfig) -> dict[str, Any]:
     """What a checkpoint holds against what the model needs, as JSON-able data.
 
     Keys: table, files, tensors, bytes, bytes_by_dtype, parameters, mtp {model, checkpoint},
-    missing, unexpected, misshapen, mistyped (lists of sentences or names), complete. MTP tensors are compared
-    when the checkpoint has any. Raises CheckpointError if the names follow no table.
+    missing, unexpected, misshapen, mistyped, unsound (lists of sentences or names), complete. MTP tensors are
+    compared when the checkpoint has any. Scales are looked at (unsound: those that cannot be right) when all
+    headers fit. Raises CheckpointError if the names follow no table.
     """
     table = detect_table(checkpoint.tensors, str(checkpoint.path))
     has_mtp = any(name.startswith("mtp.") for name in checkpoint.tensors)
@@ -398,7 +399,8 @@ def describe(checkpoint: _Checkpoint, config: ModelConfig) -> dict[str, Any]:
         tally.tensors += 1
         tally.bytes += entry.nbytes
         tally.by_dtype[entry.dtype] = tally.by_dtype.get(entry.dtype, 0) + entry.nbytes
-    problems = (report.missing, report.unexpected, report.misshapen, report.mistyped)
+    fits = not (report.missing or report.unexpected or report.misshapen or report.mistyped)
+    unsound = checkpoint.unsound_scales(needed.values()) if fits else []
     return {
         "table": table,
         "files": [str(file) for file in checkpoint.files],
@@ -411,5 +413,6 @@ def describe(checkpoint: _Checkpoint, config: ModelConfig) -> dict[str, Any]:
         "unexpected": report.unexpected,
         "misshapen": report.misshapen,
         "mistyped": report.mistyped,
-        "complete": not any(problems),
+        "unsound": unsound,
+        "complete": fits and not unsound,
     }

@@ -70,11 +70,14 @@ class Quantized(NamedTuple):
         """The tensors that are present, in memory order."""
         return tuple(p for p in (self.data, self.scale, self.tail, self.global_scale) if p is not None)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Quantized:
-        """Apply `function` to every part; for functions of leading dimensions that all parts share."""
-        tail = None if self.tail is None else function(self.tail)
-        global_scale = None if self.global_scale is None else function(self.global_scale)
-        return Quantized(self.format, function(self.data), function(self.scale), tail, global_scale)
+    def map(self, function: Callable[..., Tensor], *others: Quantized) -> Quantized:
+        """Apply `function` to every part, and the same part of `others`, values of the same format.
+
+        For functions of leading dimensions that all parts share.
+        """
+        parts = zip(self[1:], *(other[1:] for other in others), strict=True)
+        made = [None if part[0] is None else function(*part) for part in parts]
+        return Quantized(self.format, *made)  # type: ignore[arg-type]
 
 
 Value = Tensor | Quantized
@@ -219,6 +222,17 @@ def decode_scale(scale: Tensor) -> Tensor:
 def decode_data(q: Quantized) -> Tensor:
     """The elements before scaling, without the tail: f32 [..., K - tail], exact."""
     return decode_e2m1(q.data) if q.format.value is DType.E2M1 else q.data.to(torch.float32)
+
+
+def blocks_in_use(data: Tensor, format: QuantFormat) -> Tensor:
+    """Which blocks of stored elements (uint8 [..., K/2] for e2m1) hold one that is not zero: bool, in the
+    shape of the block scales.
+    """
+    packed = format.value is DType.E2M1
+    rows, columns = format.block
+    magnitude = data.view(torch.uint8) & (0x77 if packed else 0x7F)  # no sign: -0 is a zero
+    blocks = _split(magnitude, (rows, columns // 2 if packed else columns))
+    return blocks.amax((-3, -1)) > 0
 
 
 # --- quantize and dequantize ---

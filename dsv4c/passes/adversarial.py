@@ -143,13 +143,11 @@ def _bounds(value: Value, graph: Graph, seen: set[Value]) -> Iterator[int]:
         return
     seen.add(value)
     for node in graph.users[value]:
-        places = [i for i, v in enumerate(node.inputs) if v is value]
-        match node.op.name:
-            case "expert_linear" if 2 in places:
-                yield node.inputs[1].type.shape[0]
-            case "take_along" if 1 in places:
-                yield node.inputs[0].type.shape[-1]
-            case "embedding" if 1 in places:
-                yield node.inputs[0].type.shape[0]
-            case "embedding" | "reshape" | "slice" | "concat" | "take_along":
+        for place in (i for i, v in enumerate(node.inputs) if v is value):
+            if place in node.op.picks:
+                table, dimension = node.op.picks[place]
+                yield node.inputs[table].type.shape[dimension]
+            elif node.op.name in ("embedding", "reshape", "slice", "concat", "take_along"):
                 yield from _bounds(node.outputs[0], graph, seen)
+            elif node.op.name == "completed_entries" and place == 1:
+                yield from _bounds(node.outputs[1], graph, seen)

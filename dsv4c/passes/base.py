@@ -10,17 +10,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dsv4c.errors import GraphError
+from dsv4c.errors import GraphError, listed
 from dsv4c.ir.graph import Graph
 
 if TYPE_CHECKING:
     from dsv4c.passes.fold import FoldReport, Rule
-    from dsv4c.passes.memory import MemoryPlan
-    from dsv4c.passes.schedule import Schedule
-
-
-OF_CONTEXT = frozenset({"order", "places"})
-"""Facts that a context holds beside the graph: a graph in a file has lost them."""
 
 
 @dataclass
@@ -29,13 +23,10 @@ class Context:
 
     rules: Mapping[str, Rule] = field(default_factory=dict)  # all that may fold, by name, in order
     expected: Mapping[str, int] = field(default_factory=dict)  # applications that a rule must have
-    parallel: bool = False  # launches without an edge between them may overlap
     fold: FoldReport | None = None
     prepack: Graph | None = (
         None  # run once, when weights are loaded; its outputs are params of the main graph
     )
-    schedule: Schedule | None = None
-    memory: MemoryPlan | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -50,7 +41,7 @@ class Pass:
     name: ClassVar[str]
     requires: ClassVar[frozenset[str]] = frozenset()
     establishes: ClassVar[frozenset[str]] = frozenset()
-    spoils: ClassVar[frozenset[str]] = OF_CONTEXT
+    spoils: ClassVar[frozenset[str]] = frozenset()
     follows: ClassVar[str] = "fold"
     """Where `--pass` puts it: right behind this pass."""
 
@@ -99,7 +90,8 @@ def parse_spec(text: str, known: Mapping[str, type[Pass]]) -> Pass:
     """One pass from its spec. Raises GraphError for an unknown pass or option, listing those there are."""
     match = re.fullmatch(r"([A-Za-z0-9_-]+)(?:\{(.*)\})?", text)
     if match is None or match[1] not in known:
-        raise GraphError(f"pipeline: no pass is written {text[:80]!r}; there are: {', '.join(known)}")
+        there = listed(known, match[1] if match is not None else text[:80])
+        raise GraphError(f"pipeline: no pass is written {text[:80]!r}; there are: {there}")
     cls = known[match[1]]
     kinds = {f.name: str(f.type) for f in fields(cls)}
     options: dict[str, Any] = {}

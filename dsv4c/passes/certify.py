@@ -257,7 +257,9 @@ def patterns_for(applied: Application) -> tuple[str, ...]:
 
 # --- cutting sizes down ---
 
-GEOMETRY = frozenset({"reshape.shape", "slice.start", "slice.stop", "visible_entries.capacity"})
+GEOMETRY = frozenset(
+    {"reshape.shape", "slice.start", "slice.stop", "visible_entries.capacity", "compress_pool.tokens"}
+)
 """Attributes that follow from shapes, so they change with them."""
 
 SMALL = 512  # dimensions up to this stay

@@ -17,7 +17,6 @@ from dsv4c.ir.op import Op
 from dsv4c.passes.certify import PATTERNS, Application, allowed, both_sides
 from dsv4c.passes.compare import ORDER
 from dsv4c.passes.expand import expand
-from dsv4c.passes.match import COMMUTATIVE
 from dsv4c.types import BF16, E2M1, E4M3, F32, TensorType
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def _interchangeable(body: Graph) -> Iterator[tuple[int, int]]:
     """Pairs of operands of one type that are not just the two sides of a sum or product."""
     for (a, x), (b, y) in combinations(enumerate(body.inputs), 2):
         readers = {*body.users[x], *body.users[y]}
-        if x.type == y.type and not (len(readers) == 1 and next(iter(readers)).op.name in COMMUTATIVE):
+        if x.type == y.type and not (len(readers) == 1 and next(iter(readers)).op.commutative):
             yield a, b
 
 
@@ -281,12 +280,51 @@ def wrong_type(node: Node) -> Meaning | None:
     return _after(node, lambda x: x.to(torch.bfloat16).to(torch.float32))
 
 
-def wrong_slot(node: Node) -> Meaning | None:
+def wrong_place(node: Node) -> Meaning | None:
+    """Rows go one place too far."""
     if node.op.name != "cache_write" or node.inputs[0].type.shape[1] < 2:
         return None
     from dsv4c.reference import run
 
-    return lambda cache, rows, index: run(node.op, cache, rows, index + (index >= 0).to(index.dtype))
+    return lambda cache, rows, index, slots: run(node.op, cache, rows, index + (index >= 0).int(), slots)
+
+
+STATEFUL = ("cache_write", "cache_extend", "gather", "index_scores", "compress_pool")
+
+
+def wrong_slot(node: Node) -> Meaning | None:
+    """The state of the next sequence."""
+    return _next_one(node) if node.op.name in STATEFUL else None
+
+
+def _next_one(node: Node) -> Meaning | None:
+    """What the node picks is taken from one place further, the first after the last."""
+    ((place, (table, dimension)),) = node.op.picks.items()
+    count = node.inputs[table].type.shape[dimension]
+    if count < 2:
+        return None
+    from dsv4c.reference import run
+
+    def moved(*operands: Any) -> Any:
+        return run(node.op, *operands[:place], (operands[place] + 1) % count, *operands[place + 1 :])
+
+    return moved
+
+
+def forget_ring(node: Node) -> Meaning | None:
+    """A copy beside a ring begins with the call's own rows."""
+    if node.op.name != "cache_extend":
+        return None
+    from dsv4c.numerics.codec import nan_fill
+    from dsv4c.reference import run
+    from dsv4c.reference.interpret import clone
+
+    def empty(cache: Any, *rest: Any) -> Any:
+        forgotten = clone(cache)
+        nan_fill(forgotten)
+        return run(node.op, forgotten, *rest)
+
+    return empty
 
 
 def short_window(node: Node) -> Meaning | None:
@@ -328,11 +366,7 @@ def wrong_ratio(node: Node) -> Meaning | None:
 
 def wrong_row(node: Node) -> Meaning | None:
     """A table is read one row off."""
-    if node.op.name != "embedding":
-        return None
-    from dsv4c.reference import run
-
-    return lambda table, ids: run(node.op, table, (ids + 1) % table.shape[0])
+    return _next_one(node) if node.op.name == "embedding" else None
 
 
 def perturb(node: Node) -> Meaning | None:
@@ -359,7 +393,9 @@ DEFECTS: dict[str, Find] = {
     "forget sink": forget_sink,
     "wrong axis": wrong_axis,
     "wrong type": wrong_type,
+    "wrong place": wrong_place,
     "wrong slot": wrong_slot,
+    "forget the ring": forget_ring,
     "short window": short_window,
     "drop factor": drop_factor,
     "skip Hadamard": skip_hadamard,

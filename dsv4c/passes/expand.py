@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, trace
@@ -19,11 +19,21 @@ def expand(graph: Graph, names: Iterable[str] | None = None) -> Graph:
         unknown = wanted - {node.op.name for node in graph.nodes}
         if unknown:
             raise GraphError(f"no node is a {' or a '.join(sorted(unknown))}; nothing to expand")
+    return _expanded(graph, wanted, lambda node: wanted is None or node.op.name in wanted)
 
+
+def unfold(graph: Graph, nodes: Iterable[Node]) -> Graph:
+    """`graph` with these fused nodes replaced by their bodies, whose own fused ops stay."""
+    chosen = set(nodes)
+    return _expanded(graph, set(), lambda node: node in chosen)
+
+
+def _expanded(graph: Graph, wanted: set[str] | None, chosen: Callable[[Node], bool]) -> Graph:
+    """The chosen fused nodes replaced by their bodies; in those, fused ops of the names in `wanted`, too."""
     reserved = {v.name for v in graph.values()}
 
     def visit(builder: Builder, node: Node, values: dict[Value, Value]) -> bool:
-        if not isinstance(node.op, Fused) or (wanted is not None and node.op.name not in wanted):
+        if not isinstance(node.op, Fused) or not chosen(node):
             return False
         results = _emit_body(builder, node, [values[v] for v in node.inputs], wanted, reserved)
         values.update(zip(node.outputs, results, strict=True))

@@ -27,8 +27,6 @@ from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.holes import holes_in, is_hole
 from dsv4c.passes.work import Match, Work
 
-COMMUTATIVE = ("add", "mul")
-
 Guard = Callable[[Match], str | None]
 """Looks at a finished match and may refuse it, by returning the reason."""
 
@@ -335,7 +333,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _orders(node: Node) -> list[tuple[Value, ...]]:
-    if node.op.name in COMMUTATIVE and node.inputs[0] is not node.inputs[1]:
+    if node.op.commutative and node.inputs[0] is not node.inputs[1]:
         return [node.inputs, (node.inputs[1], node.inputs[0])]
     return [node.inputs]
 

@@ -5,29 +5,32 @@ A wrong order is an error when a pipeline is built. `str(pipeline)` is its spec;
 
 from __future__ import annotations
 
+import inspect
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from dsv4c.errors import GraphError
+from dsv4c.errors import GraphError, listed
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.verify import verify
-from dsv4c.passes.base import OF_CONTEXT, Context, Pass, parse_spec, split_specs
+from dsv4c.passes.base import Context, Pass, parse_spec, split_specs
 from dsv4c.passes.fold import FoldReport, Rule, fold
-from dsv4c.passes.memory import plan_memory
 from dsv4c.passes.prepack import prepack
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import recipe_named
-from dsv4c.passes.schedule import schedule
 from dsv4c.passes.tidy import tidy
 
 GROUP = "dsv4c.passes"
 """Entry points of this group contribute passes and rules."""
+
+OURS = "dsv4c"
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Fold(Pass):
     def chosen(self, known: Mapping[str, Rule]) -> list[Rule]:
         for name in (*self.rules, *self.without):
             if name not in known:
-                raise GraphError(f"fold: no rule is named {name!r}; there are: {', '.join(known)}")
+                raise GraphError(f"fold: no rule is named {name!r}; there are: {listed(known, name)}")
         return [r for n, r in known.items() if n not in self.without and (not self.rules or n in self.rules)]
 
     def run(self, graph: Graph, context: Context) -> Graph:
@@ -111,37 +114,7 @@ class Tidy(Pass):
         return tidy(graph)
 
 
-@dataclass(frozen=True)
-class Schedule(Pass):
-    """Launches in order, with what each waits for. `order`: source, or memory for a smaller arena."""
-
-    name: ClassVar[str] = "schedule"
-    requires: ClassVar = frozenset({"tidy"})  # dead nodes would be launched
-    establishes: ClassVar = frozenset({"order"})
-    spoils: ClassVar = frozenset({"places"})
-    order: str = "source"
-
-    def run(self, graph: Graph, context: Context) -> Graph:
-        context.schedule = schedule(graph, self.order)  # type: ignore[arg-type]
-        return graph
-
-
-@dataclass(frozen=True)
-class Memory(Pass):
-    """Every result gets its bytes in one arena."""
-
-    name: ClassVar[str] = "memory"
-    requires: ClassVar = frozenset({"order"})  # lives are spans of launches
-    establishes: ClassVar = frozenset({"places"})
-    spoils: ClassVar[frozenset[str]] = frozenset()
-
-    def run(self, graph: Graph, context: Context) -> Graph:
-        assert context.schedule is not None
-        context.memory = plan_memory(graph, context.schedule, parallel=context.parallel)
-        return graph
-
-
-PIPELINE: tuple[Pass, ...] = (Quantize("official"), Fold(), Prepack(), Tidy(), Schedule(), Memory())
+PIPELINE: tuple[Pass, ...] = (Quantize("official"), Fold(), Prepack(), Tidy())
 
 BUILT_IN: dict[str, type[Pass]] = {p.name: type(p) for p in PIPELINE}
 
@@ -213,16 +186,13 @@ class Pipeline:
         for i, p in enumerate(self.passes):
             if p.name == name:
                 return i
-        raise GraphError(f"no pass of {self} is named {name!r}")
+        names = [p.name for p in self.passes]
+        raise GraphError(f"no pass is named {name!r} in the pipeline; there are: {listed(names, name)}")
 
     def after(self, name: str) -> Pipeline:
-        """The passes behind `name`, for a graph that was saved there (and perhaps edited); before them, once
-        more, those whose results are not in the graph's text.
-        """
+        """The passes behind `name`, for a graph that was saved there (and perhaps edited)."""
         i = self.position(name) + 1
-        while i > 0 and self.passes[i - 1].establishes & OF_CONTEXT:
-            i -= 1
-        return Pipeline(self.passes[i:], self.given | (_made(self.passes[:i]) - OF_CONTEXT))
+        return Pipeline(self.passes[i:], self.given | _made(self.passes[:i]))
 
     def with_pass(self, new: Pass) -> Pipeline:
         """With `new` right behind the pass that it follows."""
@@ -251,15 +221,24 @@ def parse_pipeline(text: str, known: Mapping[str, type[Pass]] | None = None) -> 
 
 @dataclass(frozen=True)
 class Contributions:
-    """Passes and rules by name, and where each comes from."""
+    """Passes and rules by name, and where each that is not built in comes from: `--pass module:object` or the
+    package.
+    """
 
     passes: Mapping[str, type[Pass]]
     rules: Mapping[str, Rule]
     instances: tuple[Pass, ...] = ()  # given as objects, to be put into the pipeline
+    sources: Mapping[str, str] = field(default_factory=dict)
+
+    def origin(self, name: str) -> dict[str, str]:
+        """Who contributed a pass or rule, and the file and line that it is written in, as plan data."""
+        kind = "rule" if name in self.rules else "pass"
+        written = self.rules[name].op if kind == "rule" else self.passes[name]
+        return {"name": name, "kind": kind, "source": self.sources[name], "at": _place(written)}
 
     def rule(self, name: str) -> Rule:
         if name not in self.rules:
-            raise GraphError(f"no rule is named {name!r}; there are: {', '.join(self.rules)}")
+            raise GraphError(f"no rule is named {name!r}; there are: {listed(self.rules, name)}")
         return self.rules[name]
 
 
@@ -271,8 +250,8 @@ def contributions(objects: Iterable[tuple[str, Any]] = ()) -> Contributions:
     """
     from dsv4c.passes.fusions import FUSIONS
 
-    passes: dict[str, tuple[str, type[Pass]]] = {n: ("dsv4c", p) for n, p in BUILT_IN.items()}
-    rules: dict[str, tuple[str, Rule]] = {r.name: ("dsv4c", r) for r in map(as_rule, FUSIONS)}
+    passes: dict[str, tuple[str, type[Pass]]] = {n: (OURS, p) for n, p in BUILT_IN.items()}
+    rules: dict[str, tuple[str, Rule]] = {r.name: (OURS, r) for r in map(as_rule, FUSIONS)}
     instances: list[Pass] = []
     for source, given in objects:
         for item in _flatten(source, given):
@@ -285,8 +264,23 @@ def contributions(objects: Iterable[tuple[str, Any]] = ()) -> Contributions:
             if isinstance(item, Pass):
                 instances.append(item)
     return Contributions(
-        {n: p for n, (_, p) in passes.items()}, {n: r for n, (_, r) in rules.items()}, tuple(instances)
+        {n: p for n, (_, p) in passes.items()},
+        {n: r for n, (_, r) in rules.items()},
+        tuple(instances),
+        {n: source for n, (source, _) in (*passes.items(), *rules.items()) if source != OURS},
     )
+
+
+def _place(written: type) -> str:
+    """`package/module.py:12`: the same on every machine that has the package."""
+    module = sys.modules.get(written.__module__)
+    file = Path(getattr(module, "__file__", None) or f"{written.__module__}.py")
+    levels = written.__module__.count(".") + 1 + (file.stem == "__init__")
+    place = "/".join(file.parts[-levels:])
+    try:
+        return f"{place}:{inspect.getsourcelines(written)[1]}"
+    except OSError:  # made by a program, or shipped without its source
+        return place
 
 
 def as_rule(given: Rule | type[Fused]) -> Rule:
@@ -325,7 +319,7 @@ def load_object(name: str) -> tuple[str, Any]:
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:
         raise GraphError(f"--pass {name}: {error}; expected MODULE:OBJECT") from None
-    return name, found
+    return f"--pass {name}", found
 
 
 def installed() -> list[tuple[str, Any]]:
@@ -333,7 +327,8 @@ def installed() -> list[tuple[str, Any]]:
     found = []
     for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
         try:
-            found.append((f"{entry.name} ({entry.value})", entry.load()))
+            package = entry.name if entry.dist is None else f"package {entry.dist.name}"
+            found.append((f"{package} ({entry.value})", entry.load()))
         except (ImportError, AttributeError) as error:
             raise GraphError(
                 f"the entry point {entry.name} = {entry.value!r} of {GROUP} cannot be loaded: {error}"

@@ -17,7 +17,7 @@ from dsv4c.ir.ops.moe import TakeAlong
 from dsv4c.ir.ops.norm import RmsNorm
 from dsv4c.ir.ops.quant import Dequantize, Quantize
 from dsv4c.ir.ops.rope import RopeFrequencies
-from dsv4c.ir.ops.state import CacheWrite
+from dsv4c.ir.ops.state import CacheExtend, CacheWrite
 from dsv4c.passes.recipes import Recipe, format_of
 from dsv4c.types import F32, QuantFormat, QuantType, TensorType, Type
 
@@ -81,7 +81,7 @@ class _Quantizer:
                 self.check_rotary(op.dims)
             case Linear() | GroupedLinear() | ExpertLinear():
                 inputs[0] = self.gemm_input(node, inputs)
-            case CacheWrite():
+            case CacheWrite() | CacheExtend():
                 cache = inputs[0].type
                 if isinstance(cache, QuantType):
                     inputs[1] = self.encode(inputs[1], cache.format, node)

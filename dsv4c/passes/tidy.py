@@ -13,26 +13,29 @@ def tidy(graph: Graph) -> Graph:
 
 def merge_equal(graph: Graph) -> Graph:
     """Nodes with the same op and operands become the first of them."""
-    first: dict[tuple[Op, tuple[Value, ...]], Node] = {}
-    same: dict[Value, Value] = {}
-    repeated: set[Node] = set()
-    for node in graph.nodes:
-        inputs = tuple(same.get(v, v) for v in node.inputs)
-        if node.op.alias:
-            continue  # two writes are two writes
-        kept = first.setdefault((node.op, inputs), node)
-        if kept is not node:
-            repeated.add(node)
-            same.update(zip(node.outputs, kept.outputs, strict=True))
-    if not repeated:
+    same = repeated(graph)
+    if not same:
         return graph
     builder, values = Builder.like(graph)
     for node in graph.nodes:
-        if node in repeated:
+        if node.outputs[0] in same:
             values.update({v: values[same[v]] for v in node.outputs})
         else:
             builder.copy(node, values)
     return builder.finish({label: values[v] for label, v in graph.outputs.items()})
+
+
+def repeated(graph: Graph) -> dict[Value, Value]:
+    """Results of nodes that have the op and operands of an earlier one, and that one's results."""
+    first: dict[tuple[Op, tuple[Value, ...]], Node] = {}
+    same: dict[Value, Value] = {}
+    for node in graph.nodes:
+        if node.op.alias:
+            continue  # two writes are two writes
+        kept = first.setdefault((node.op, tuple(same.get(v, v) for v in node.inputs)), node)
+        if kept is not node:
+            same.update(zip(node.outputs, kept.outputs, strict=True))
+    return same
 
 
 def drop_dead(graph: Graph) -> Graph:

@@ -35,19 +35,20 @@ class Work:
 
     def __init__(self, graph: Graph) -> None:
         self.graph = graph
-        self.nodes = list(graph.nodes)
         self.outputs = set(graph.outputs.values())
-        self.index()
-
-    def index(self) -> None:
-        self.low = {node: i for i, node in enumerate(self.nodes)}
-        self.high = dict(self.low)
+        self._number(list(graph.nodes))
         self.made_by = {v: node for node in self.nodes for v in node.outputs}
         self.readers: dict[Value, list[Node]] = {}
         self.overwritten_by: dict[Value, Node] = {}
         self.by_op: dict[type[Op], list[Node]] = {}
         for node in self.nodes:
             self._enter(node)
+
+    def _number(self, nodes: list[Node]) -> None:
+        """Take this order: every node has one place in it."""
+        self.nodes = nodes
+        self.low = {node: i for i, node in enumerate(nodes)}
+        self.high = dict(self.low)
         self.straddling: list[Node] = []
 
     def _enter(self, node: Node) -> None:
@@ -116,9 +117,20 @@ class Work:
         return new
 
     def sort(self) -> None:
-        """Order the nodes again: each at its last member's place, unless it has to wait for another.
+        """Order the nodes again: each at its last member's place, unless it has to wait for another."""
+        ordered = sorted(self.low, key=self.high.__getitem__)
+        place = {node: i for i, node in enumerate(ordered)}
+        if any(place[follower] < i for node, i in place.items() for follower in self.after(node)):
+            ordered = self._waiting_for_others()
+        self._number(ordered)
+        for nodes in (*self.by_op.values(), *self.readers.values()):
+            if len(nodes) > 1:
+                nodes.sort(key=self.low.__getitem__)
 
-        By hand, for it runs once per rule on all nodes: networkx's sort takes three times as long.
+    def _waiting_for_others(self) -> list[Node]:
+        """The nodes, each as near to its last member's place as those that it waits for allow.
+
+        By hand, for it may run once per rule on all nodes: networkx's sort takes three times as long.
         """
         waiting = dict.fromkeys(self.low, 0)
         for node in self.low:
@@ -139,8 +151,7 @@ class Work:
         if len(ordered) != len(self.low):
             stuck = next(n for n, count in waiting.items() if count)
             raise GraphError(f"folding closed a cycle through {stuck.name}: a fault of fold itself")
-        self.nodes = ordered
-        self.index()
+        return ordered
 
     def rebuild(self) -> Graph:
         builder, values = Builder.like(self.graph)

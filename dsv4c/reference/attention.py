@@ -41,13 +41,9 @@ def complete(positions: Tensor, ratio: int) -> Tensor:
 
 
 @meaning(Gather)
-def gather(op: Gather, cache: Value, index: Tensor) -> Value:
-    sequences, slots, rows = cache.shape[0], cache.shape[1], index.shape[0]
-    sequence = torch.arange(rows)[:, None] // max(1, rows // sequences)
-    slot = (index % slots).to(torch.int64)
-
+def gather(op: Gather, cache: Value, index: Tensor, slots: Tensor) -> Value:
     def take(part: Tensor) -> Tensor:
-        chosen = part[sequence, slot]
+        chosen = part[slots[:, None], index % cache.shape[1]]
         absent = (index < 0).reshape(*index.shape, *[1] * (chosen.ndim - 2))
         return torch.where(absent, torch.zeros((), dtype=part.dtype), chosen)
 

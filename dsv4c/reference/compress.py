@@ -10,32 +10,32 @@ from dsv4c.reference.registry import meaning
 
 
 @meaning(CompletedEntries)
-def completed_entries(op: CompletedEntries, positions: Tensor) -> Tensor:
+def completed_entries(op: CompletedEntries, positions: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
     """Of the entries that T tokens can reach from the first one, those whose last token is among them."""
-    by_sequence = positions.reshape(op.sequences, -1)
-    places = -(-by_sequence.shape[1] // op.ratio)
+    by_sequence = positions.reshape(-1, op.tokens)
+    places = -(-op.tokens // op.ratio)
     first = by_sequence.masked_fill(by_sequence < 0, torch.iinfo(torch.int32).max).amin(1, keepdim=True)
     entries = first // op.ratio + torch.arange(places, dtype=torch.int32)
     last_token = (entries.to(torch.int64) + 1) * op.ratio - 1
-    present = (last_token[:, :, None] == by_sequence[:, None, :]).any(-1)
-    return torch.where(present, entries, -1).reshape(-1)
+    completes = last_token[:, :, None] == by_sequence[:, None, :]  # at most one token each
+    slot = (completes * slots.reshape(-1, 1, op.tokens)).sum(-1, dtype=torch.int32)
+    return torch.where(completes.any(-1), entries, -1).reshape(-1), slot.reshape(-1)
 
 
 @meaning(CompressPool)
-def compress_pool(op: CompressPool, kv: Tensor, score: Tensor, entries: Tensor) -> Tensor:
-    sequences, ring, width = kv.shape
+def compress_pool(op: CompressPool, kv: Tensor, score: Tensor, entries: Tensor, slots: Tensor) -> Tensor:
+    _, ring, width = kv.shape
     first = entries.to(torch.int64)[:, None] * op.ratio
     current = first + torch.arange(op.ratio)
     windows = [(current, slice(0, width))]
     if op.overlap:
         windows = [(current - op.ratio, slice(0, width // 2)), (current, slice(width // 2, width))]
-    sequence = torch.arange(entries.numel()) // max(1, entries.numel() // sequences)
 
     def rows(buffer: Tensor, absent: float) -> Tensor:
-        """The pooled tokens of each entry, [B·E, tokens, d]; tokens that do not exist read `absent`."""
+        """The pooled tokens of each entry, [M, tokens, d]; tokens that do not exist read `absent`."""
         parts = []
         for tokens, channels in windows:
-            chosen = buffer[sequence[:, None], tokens % ring][..., channels].to(torch.float64)
+            chosen = buffer[slots[:, None], tokens % ring][..., channels].to(torch.float64)
             exists = (tokens >= 0) & (entries >= 0)[:, None]
             parts.append(torch.where(exists[..., None], chosen, absent))
         return torch.cat(parts, dim=1)

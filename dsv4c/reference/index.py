@@ -6,23 +6,30 @@ import torch
 from torch import Tensor
 
 from dsv4c.ir.ops.index import IndexScores, TopK
-from dsv4c.numerics.codec import Value, round_once
+from dsv4c.numerics.codec import Quantized, Value, round_once
 from dsv4c.reference.attention import complete
 from dsv4c.reference.linear import exact
 from dsv4c.reference.registry import meaning
 
 
 @meaning(IndexScores)
-def index_scores(op: IndexScores, q: Value, keys: Value, weights: Tensor, positions: Tensor) -> Tensor:
+def index_scores(
+    op: IndexScores, q: Value, keys: Value, weights: Tensor, positions: Tensor, slots: Tensor
+) -> Tensor:
     """bf16 weights mean bf16 steps: the dots, the products and the sum over heads are each rounded."""
-    rows, sequences, entries = q.shape[0], keys.shape[0], keys.shape[1]
-    by_sequence = exact(q).reshape(sequences, -1, q.shape[2])  # [B, T·H, D]
-    dots = (by_sequence @ exact(keys).mT).reshape(rows, -1, entries)
+    entries, queries = keys.shape[1], exact(q)
+    dots = torch.empty(*q.shape[:2], entries, dtype=torch.float64)
+    for slot in set(slots.tolist()):
+        dots[slots == slot] = queries[slots == slot] @ exact(_of_slot(keys, slot)).mT
     steps = torch.bfloat16 if weights.dtype is torch.bfloat16 else torch.float64
     weighted = round_once(dots, steps).relu() * weights.to(steps)[..., None]
     scores = round_once(weighted.to(torch.float64).sum(1), steps).to(torch.float32)
     visible = torch.arange(entries) < complete(positions, op.ratio)[:, None]
     return torch.where(visible, scores, -torch.inf)
+
+
+def _of_slot(keys: Value, slot: int) -> Value:
+    return keys.map(lambda part: part[slot]) if isinstance(keys, Quantized) else keys[slot]
 
 
 @meaning(TopK)

@@ -24,7 +24,7 @@ def rope_frequencies(op: RopeFrequencies) -> Tensor:
         return frequencies
     low = max(math.floor(_pair_of(op.beta_fast, op)), 0)
     high = min(math.ceil(_pair_of(op.beta_slow, op)), op.dims - 1)
-    span = high - low if high > low else 0.001
+    span = high - low if high != low else 0.001
     slow = ((torch.arange(op.dims // 2, dtype=torch.float32) - low) / span).clamp(0, 1)
     fast = 1 - slow
     return frequencies / op.factor * (1 - fast) + frequencies * fast

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 
 from dsv4c.errors import CheckpointError
+from dsv4c.headers import ELEMENT_BYTES, Entry, read_entries
 from dsv4c.numerics.codec import Value
-from dsv4c.runtime.headers import ELEMENT_BYTES, Entry, read_entries
-from dsv4c.runtime.parameter import ParamReader, ParamRecord, Part, Source
+from dsv4c.numerics.soundness import scale_fault
+from dsv4c.runtime.parameter import REMEDY, ParamReader, ParamRecord, Part, Source
+from dsv4c.types import QuantType
 
 # the torch dtype of element types that we read; exponent and packed bytes are uint8
 _TORCH = {
@@ -38,8 +40,9 @@ _TORCH = {
 
 @dataclass(frozen=True)
 class Report:
-    """A checkpoint's headers against what is needed. `missing` and `unexpected` are tensor names, the other
-    two sentences; `ignored` counts tensors that were passed over on request, by prefix.
+    """A checkpoint's headers against what is needed. `missing`, `unexpected` and `spare` (the model's, and
+    needed by nothing) are tensor names, the other two sentences; `ignored` counts tensors that were passed
+    over on request, by prefix.
     """
 
     path: Path
@@ -48,6 +51,7 @@ class Report:
     unexpected: list[str] = field(default_factory=list)
     misshapen: list[str] = field(default_factory=list)
     mistyped: list[str] = field(default_factory=list)
+    spare: list[str] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
     needed: int = 0
 
@@ -63,6 +67,7 @@ class Report:
             ("unexpected", self.unexpected),
             ("of another shape", self.misshapen),
             ("of another dtype", self.mistyped),
+            ("not needed", self.spare),
         ):
             if found:
                 more = f"; and {len(found) - 5} more" if len(found) > 5 else ""
@@ -84,6 +89,9 @@ class Report:
             raise CheckpointError(str(self))
 
 
+SCALES = ("scale", "global_scale", "input_scale")
+"""Parts of a source that scale the others, or what is multiplied with them."""
+
 Sink = Callable[[str, Value], None]
 Progress = Callable[[str, int, int], None]
 
@@ -93,9 +101,10 @@ class Checkpoint:
     used.
     """
 
-    def __init__(self, path: Path, tensors: dict[str, Entry]) -> None:
+    def __init__(self, path: Path, tensors: dict[str, Entry], spare: frozenset[str] = frozenset()) -> None:
         self.path = path
         self.tensors = tensors
+        self.spare = spare
         self.files = sorted({entry.file for entry in tensors.values()})
         self._maps = {file: _Map(file) for file in self.files}
 
@@ -112,6 +121,13 @@ class Checkpoint:
             return Checkpoint(path, read_entries(path))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
+
+    def sparing(self, params: Iterable[ParamRecord]) -> Checkpoint:
+        """This checkpoint, in which the tensors of `params` may be: they belong to the model and nothing
+        needs them.
+        """
+        names = (n for p in params for source in p.sources.values() for n, _ in source.tensors())
+        return Checkpoint(self.path, self.tensors, frozenset(names))
 
     # checking
 
@@ -143,7 +159,9 @@ class Checkpoint:
             if name in needed:
                 continue
             prefix = next((p for p in ignore if name.startswith(p)), None)
-            if prefix is None:
+            if name in self.spare:
+                report.spare.append(name)
+            elif prefix is None:
                 report.unexpected.append(name)
             else:
                 report.ignored[prefix] = report.ignored.get(prefix, 0) + 1
@@ -205,6 +223,37 @@ class Checkpoint:
             {param.name: param.sources[table] for param in params}, table=table, ignore=ignore
         )
 
+    def unsound_scales(
+        self, sources: Iterable[Source | Mapping[str, Any]], *, workers: int | None = None
+    ) -> list[str]:
+        """A sentence for every scale of what `sources` read that cannot be right, whose headers fit.
+
+        Reads all scales, a small part of the payload, and of the data only what lies under a zero.
+        """
+        read = [source if isinstance(source, Source) else Source.from_json(source) for source in sources]
+        with ThreadPoolExecutor(workers or _workers(), "dsv4c-scales") as pool:
+            found = [sentence for part in pool.map(self._unsound_scales, read) for sentence in part]
+        return list(dict.fromkeys(found))  # the halves of a merged stack share theirs
+
+    def _unsound_scales(self, source: Source) -> list[str]:
+        sentences: list[str] = []
+        if not isinstance(source.stored, QuantType):
+            return sentences
+        for e in range(source.stack or 1):
+            data = source.parts["data"].name(e)
+            for role in (r for r in SCALES if r in source.parts):
+                name = source.parts[role].name(e)
+                fault = self._scale_fault(name, source.stored, None if role == "input_scale" else data)
+                if fault is not None:
+                    sentences.append(f"{self.tensors[name].file}: tensor {name} {fault}; {REMEDY}")
+        return sentences
+
+    def _scale_fault(self, name: str, stored: QuantType, data: str | None) -> str | None:
+        under = None if data is None else lambda: self.tensor(data)
+        fault = scale_fault(self.tensor(name), stored.format, under)
+        self.release(self.tensors[name])
+        return fault
+
     # reading
 
     def load(
@@ -217,7 +266,8 @@ class Checkpoint:
         workers: int | None = None,
         progress: Progress | None = None,
     ) -> Report:
-        """Check everything, then read every parameter, convert it to its type and call `sink(name, value)`.
+        """Check headers and scales, then read every parameter, convert it to its type and call
+        `sink(name, value)`.
 
         `sink` copies the value to its final place: the value may be a view of the file, valid during the call
         only. It is called from several threads, once per parameter. `progress(name, bytes done, bytes in
@@ -228,6 +278,10 @@ class Checkpoint:
         report.require_complete()
         assert report.table is not None
         readers = [ParamReader(self, param, param.sources[report.table]) for param in params]
+        unsound = self.unsound_scales((reader.source for reader in readers), workers=workers)
+        if unsound:
+            more = f"\n  and {len(unsound) - 1} more scales" if len(unsound) > 1 else ""
+            raise CheckpointError(f"{unsound[0]}{more}")
         total, done, lock = sum(reader.nbytes for reader in readers), 0, threading.Lock()
 
         stop = threading.Event()
@@ -247,7 +301,7 @@ class Checkpoint:
                 stop.set()
                 raise
 
-        with ThreadPoolExecutor(workers or min(4, os.cpu_count() or 1), "dsv4c-weights") as pool:
+        with ThreadPoolExecutor(workers or _workers(), "dsv4c-weights") as pool:
             try:
                 for future in [pool.submit(read, reader) for reader in readers]:
                     future.result()
@@ -272,6 +326,10 @@ class Checkpoint:
     def release(self, entry: Entry) -> None:
         """Give the pages of a tensor back to the system; they are read again if they are used again."""
         self._maps[entry.file].release(entry.begin, entry.end)
+
+
+def _workers() -> int:
+    return min(4, os.cpu_count() or 1)
 
 
 def _draft_block(name: str) -> str:

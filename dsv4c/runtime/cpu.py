@@ -7,6 +7,7 @@ bytes too early shows here, without a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from dsv4c.errors import PlanError
 from dsv4c.numerics.codec import Quantized, Value, nan_fill, view
-from dsv4c.plan.records import Bucket, Launch, Plan, Slot
+from dsv4c.plan.folder import Plan
+from dsv4c.plan.records import BodyCode, Launch, Program
+from dsv4c.runtime.executor import Watch, states_of, tensor_at
 
 POISON = 0x7FFF  # as bf16, f16, f32 and every second fp8 and ue8m0 a NaN; as an integer far from any index
 
@@ -32,110 +35,142 @@ class _Step:
 
 
 class CpuExecutor:
-    """One arena, one block of state for all sequences, one of weights, one of inputs: flat uint8 tensors."""
+    """An `Executor` whose blocks lie in host memory; `weights` is the block of weights."""
 
     def __init__(self, plan: Plan, weights: Tensor, *, poison: bool = False) -> None:
-        self.plan, self.weights, self.poison = plan, weights, poison
-        buckets = (*plan.buckets.values(), *plan.loads.values())
-        self.arena = _block(max(bucket.arena_bytes for bucket in buckets))
-        self.inputs = _block(max(bucket.input_bytes for bucket in buckets))
-        self.state = _block(plan.state_bytes)
-        self.states = {slot.name: view(self.state, slot.type, slot.offset) for slot in plan.state}
-        self._offsets = {slot.offset: slot for slot in plan.state}
-        self._programs: dict[tuple[str, int], _Program] = {}
+        self.plan, self.poison = plan, poison
+        self.blocks = {
+            n: _block(size) for n, size in plan.blocks.items() if n not in ("weights", "constants")
+        }
+        self.blocks |= {"weights": weights, "constants": constants_of(plan, weights)}
+        self.states = states_of(plan, self.blocks)
+        self._programs: dict[str, _Bound] = {}
         self.clear()
-        for bucket in plan.loads.values():
-            for step in _Program(self, bucket, 0).steps:
-                _execute(step)
 
     def clear(self) -> None:
-        """Fresh state: zeros, or NaN with `poison`. Positions are the caller's."""
         if self.poison:
             for value in self.states.values():
                 nan_fill(value)
         else:
-            self.state.zero_()
+            self.blocks["state"].zero_()
 
     def run(
-        self,
-        mode: str,
-        inputs: Mapping[str, Tensor],
-        sequence: int = 0,
-        watch: Callable[[str, Value], None] | None = None,
-    ) -> dict[str, Tensor]:
-        """One call of a bucket; a one-sequence bucket works on that sequence's state. The outputs lie in the
-        arena: the next call overwrites them. `watch(name, value)` sees every result as it was stored.
-        """
-        program = self._program(mode, sequence)
+        self, bucket: str, inputs: Mapping[str, Tensor], watch: Watch | None = None
+    ) -> Mapping[str, Tensor]:
+        bound = self._bound(bucket)
+        bound.take(inputs)
+        return self._call(bound, watch)
+
+    def value(self, bucket: str, name: str) -> Value:
+        return self._bound(bucket).value(name)
+
+    def repeat(
+        self, bucket: str, inputs: Mapping[str, Tensor], count: int, keep: Tensor | None
+    ) -> Mapping[str, Tensor]:
+        bound = self._bound(bucket)
+        bound.take(inputs)
+        for i in range(count):
+            if i:
+                bound.inputs["tokens"].copy_(bound.outputs["next"])
+            self._call(bound, None)
+            if keep is not None:
+                keep[i].copy_(bound.outputs["next"])
+        return bound.outputs
+
+    def wait(self) -> None:
+        """Calls are through when they return."""
+
+    def naming(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def _call(self, bound: _Bound, watch: Watch | None) -> Mapping[str, Tensor]:
         if self.poison:
-            self.arena.view(torch.int16).fill_(POISON)
-        for name, value in program.inputs.items():
-            value.copy_(inputs[name])
-        for step in program.steps:
-            _execute(step)
-            if watch is not None:
-                for name, result in zip(step.launch.outputs, step.results, strict=True):
-                    watch(name, result)
-        return program.outputs
+            self.blocks["arena"].view(torch.int16).fill_(POISON)
+        bound.execute(watch)
+        return bound.outputs
 
-    def _program(self, mode: str, sequence: int) -> _Program:
-        bucket = self.plan.bucket(mode)
-        key = mode, sequence if bucket.sequences == 1 else 0
-        if key not in self._programs:
-            self._programs[key] = _Program(self, bucket, key[1])
-        return self._programs[key]
-
-    def value(self, slot: Slot, sequence: int, sequences: int) -> Value:
-        """The bytes of a slot as a typed value. A state is cut to one sequence for one-sequence buckets."""
-        if slot.space == "state":
-            whole = self.states[self._offsets[slot.offset].name]
-            if sequences == whole.shape[0]:
-                return whole
-            return whole.map(_rows(sequence)) if isinstance(whole, Quantized) else _rows(sequence)(whole)
-        block = {"arena": self.arena, "weights": self.weights, "input": self.inputs}[slot.space]
-        return view(block, slot.type, slot.offset)
+    def _bound(self, bucket: str) -> _Bound:
+        if bucket not in self._programs:
+            self._programs[bucket] = _Bound(self.plan, self.plan.buckets[bucket], self.blocks)
+        return self._programs[bucket]
 
 
-class _Program:
-    """A bucket bound to an executor's bytes, for one sequence if it takes one."""
+def constants_of(plan: Plan, weights: Tensor) -> Tensor:
+    """The block of constants on the host: what the plan computes once, from `weights` or from nothing."""
+    constants = _block(plan.blocks["constants"])
+    if plan.load is not None:
+        arena = _block(plan.load.arena_bytes)
+        _Bound(plan, plan.load, {"weights": weights, "constants": constants, "arena": arena}).execute(None)
+    return constants
 
-    def __init__(self, executor: CpuExecutor, bucket: Bucket, sequence: int) -> None:
-        made: dict[tuple[str, int, str], Value] = {}  # a state and what is written to it are one object
 
-        def value(name: str) -> Value:
-            slot = bucket.values[name]
-            key = slot.space, slot.offset, str(slot.type)
-            if key not in made:
-                made[key] = executor.value(slot, sequence, bucket.sequences)
-            return made[key]
+class _Bound:
+    """A program bound to blocks."""
+
+    def __init__(self, plan: Plan, program: Program, blocks: Mapping[str, Tensor]) -> None:
+        self._places, self._blocks = program.values, blocks
+        self._made: dict[tuple[str, int, str], Value] = {}  # a state and what is written to it are one object
+
+        def plain(name: str) -> Tensor:
+            return tensor_at(plan, blocks, name, program.values[name])
 
         try:
-            self.inputs = {name: _plain(value(name)) for name in bucket.inputs}
-            self.outputs = {label: _plain(value(name)) for label, name in bucket.outputs.items()}
+            self.inputs = {name: plain(name) for name in program.inputs}
+            self.outputs = {label: plain(name) for label, name in program.outputs.items()}
             self.steps = [
                 _Step(
                     launch,
-                    meaning_of(executor.plan, launch),
-                    tuple(map(value, launch.inputs)),
-                    tuple(map(value, launch.outputs)),
+                    meaning_of(plan, launch),
+                    tuple(map(self.value, operands_of(launch))),
+                    tuple(map(self.value, results_of(launch))),
                 )
-                for launch in bucket.launches
-                if isinstance(launch, Launch)
+                for launch in program.launches
             ]
         except (KeyError, ValueError) as error:
             raise PlanError(
-                f"plan {executor.plan.name}: {bucket.graph}: a value has no place: {error}; compile it again"
+                f"plan {plan.name}: {program.graph}: a value has no place: {error}; compile it again"
             ) from None
+
+    def value(self, name: str) -> Value:
+        place = self._places[name]
+        key = place.space, place.offset, str(place.type)
+        if key not in self._made:
+            self._made[key] = view(self._blocks[place.space], place.type, place.offset)
+        return self._made[key]
+
+    def take(self, inputs: Mapping[str, Tensor]) -> None:
+        for name, value in self.inputs.items():
+            value.copy_(inputs[name])
+
+    def execute(self, watch: Watch | None) -> None:
+        for step in self.steps:
+            _execute(step)
+            if watch is not None:
+                watch(step.launch)
+
+
+def operands_of(launch: Launch) -> list[str]:
+    """Names of a body's operands, in order: each begins with its data."""
+    return [a.value for a in launch.arguments if a.component == "data" and a.access == "r"]
+
+
+def results_of(launch: Launch) -> list[str]:
+    """Names of a body's results, in order."""
+    return [a.value for a in launch.arguments if a.component == "data" and a.access == "w"]
 
 
 def meaning_of(plan: Plan, launch: Launch) -> Callable[..., Any]:
-    """What a launch computes, as a function of its operands."""
-    from dsv4c.ir.text import make_op
+    """What a launch computes, as a function of its operands. Raises PlanError for one that has a kernel."""
+    from dsv4c.ir.text import make_op  # the runtime knows ops only where it interprets them
     from dsv4c.reference import run
 
-    if launch.body:
-        return _body(plan.files[launch.body])
-    op = make_op(launch.op, launch.attributes)
+    if not isinstance(launch.code, BodyCode):
+        raise PlanError(
+            f"plan {plan.name}: launch {launch.name} has a kernel, expected a body; compile it again"
+        )
+    if launch.code.body:
+        return _body(plan.files[launch.code.body])
+    op = make_op(launch.op, launch.code.attributes)
     return lambda *operands: run(op, *operands)
 
 
@@ -173,13 +208,3 @@ def _store(launch: Launch, target: Value, value: Value) -> None:
 
 def _block(size: int) -> Tensor:
     return torch.zeros(-(-size // 16) * 16, dtype=torch.uint8)
-
-
-def _rows(sequence: int) -> Callable[[Tensor], Tensor]:
-    return lambda part: part[sequence : sequence + 1]
-
-
-def _plain(value: Value) -> Tensor:
-    if isinstance(value, Quantized):
-        raise ValueError(f"a quantized value {value.format} is an input or output of the plan")
-    return value

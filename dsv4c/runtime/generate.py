@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4c.errors import SessionError
-from dsv4c.plan.records import Progress
+from dsv4c.plan.folder import Progress
 from dsv4c.publish import published, require_writable
 from dsv4c.runtime.session import Session
 
@@ -24,13 +24,12 @@ def generate(
     *,
     progress: Progress | None = None,
 ) -> tuple[Tensor, list[int]]:
-    """Prefill `prompt` in sequence 0, decode every token of `forced`, then `new` greedy tokens; other
-    sequences wait. Returns logits f32 [len(prompt) + len(forced), vocab], row i after token i, and the new
+    """Prefill `prompt` in slot 0, decode every token of `forced`, then `new` greedy tokens; other
+    slots wait. Returns logits f32 [len(prompt) + len(forced), vocab], row i after token i, and the new
     tokens.
 
     Raises SessionError as the session does, for a context that would overflow before anything runs.
     """
-    waiting: list[int | None] = [None] * (session.batch - 1)
     room = session.max_context - session.positions[0]
     wanted = len(prompt) + len(forced) + max(new - 1, 0)  # the last new token is not consumed
     if wanted > room:
@@ -48,14 +47,14 @@ def generate(
     following = session.next_tokens[-1]
     for done, token in enumerate(forced):
         report("forced tokens", done)
-        rows.append(session.decode([token, *waiting])[:1])
+        rows.append(session.decode({0: token})[:1])
         following = session.next_tokens[0]
     generated: list[int] = []
     while len(generated) < new:
         generated.append(following)
         report("new tokens", len(forced) + len(generated))
         if len(generated) < new:
-            session.decode([following, *waiting])
+            session.decode({0: following})
             following = session.next_tokens[0]
     return torch.cat(rows), generated
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dsv4c.errors import CheckpointError
+from dsv4c.headers import Entry
 from dsv4c.numerics.codec import ConversionError, Quantized, Value, convert, view
-from dsv4c.runtime.headers import Entry
+from dsv4c.numerics.soundness import not_finite
 from dsv4c.types import F32, UE8M0, QuantType, TensorType, Type, TypeSyntaxError, parse_type
 
 
@@ -89,6 +90,9 @@ class ParamRecord:
 
 
 # --- its value ---
+
+
+REMEDY = "re-export it or download it again"
 
 
 class Tensors(Protocol):
@@ -201,12 +205,10 @@ class ParamReader:
                     role, e, f"holds {worst}; expected expert numbers from 0 to {self.source.limit - 1}"
                 )
             return
-        # A scale in bytes is ue8m0; data in bytes is packed e2m1, where every byte is two numbers.
-        bad = _first_bad(tensor) if role == "scale" or tensor.dtype is not torch.uint8 else None
-        if bad is not None:
-            index = list(torch.unravel_index(torch.tensor(bad), tensor.shape)) if tensor.ndim else []
-            at = [int(i) for i in index]
-            self._fail(role, e, f"is not finite (NaN or infinity) at {at}; re-export it or download it again")
+        # Scales were judged before anything was read. Data in bytes is packed e2m1: all are numbers.
+        fault = not_finite(tensor) if role == "data" and tensor.dtype is not torch.uint8 else None
+        if fault is not None:
+            self._fail(role, e, f"{fault}; {REMEDY}")
 
     def _regroup(self, value: Value) -> Value:
         """Give a matrix [G * R, K] the parameter's shape [G, R, K]; scale tiles must lie within a group or
@@ -252,24 +254,3 @@ def _exponents(scale: Tensor) -> Tensor | None:
     if bool((((bits & 0x7FFFFF) != 0) | (exponent < 1) | (exponent > 254)).any()):
         return None
     return exponent.to(torch.uint8)
-
-
-CHUNK = 1 << 22  # elements looked at together, so that the mask stays small
-
-
-def _first_bad(tensor: Tensor) -> int | None:
-    """Position of the first element, in row-major order, that is no finite number; None if all are. Bytes
-    are ue8m0 exponents.
-    """
-    flat = tensor.contiguous().view(-1)
-    for start in range(0, flat.numel(), CHUNK):
-        chunk = flat[start : start + CHUNK]
-        if tensor.dtype is torch.uint8:
-            bad = chunk == 0xFF
-        elif tensor.dtype is torch.float8_e4m3fn:
-            bad = (chunk.view(torch.uint8) & 0x7F) == 0x7F
-        else:
-            bad = ~torch.isfinite(chunk)
-        if bool(bad.any()):
-            return start + int(bad.to(torch.uint8).argmax())
-    return None

@@ -37,7 +37,7 @@ class Resident:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Resident:
-        """Read a weight record of a GPU plan. Raises PlanError if it is not one."""
+        """Read a weight record of a plan. Raises PlanError if it is not one."""
         try:
             components = tuple((c["name"], int(c["offset"]), int(c["nbytes"])) for c in data["components"])
             form = str(data["form"])

@@ -1,54 +1,85 @@
-"""A plan with weights and state: prompts in, logits out. Every request is checked before anything moves."""
+"""A plan with weights and state: prompts in, logits out. Every request is checked before anything moves.
+
+The host counts every slot's positions itself, so that no request waits for the device to know where it is.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import operator
-import os
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from dsv4c.errors import PlanError, SessionError
-from dsv4c.numerics.codec import Quantized, Value, view
-from dsv4c.plan.records import Plan, Progress
-from dsv4c.publish import published
-from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.parameter import ParamRecord
-from dsv4c.types import Type
+from dsv4c.buckets import ROWS, Bucket, Logits
+from dsv4c.errors import Dsv4cError, SessionError
+from dsv4c.plan.folder import Plan
+from dsv4c.runtime import state
+from dsv4c.runtime.executor import Executor, states_of
 
-STATE_SCHEMA = "2"
+POSITIONS = {"main": "position", "draft": "mtp.position"}
+"""The state that counts each slot's tokens, by the block that they went through."""
 
 
-class Executor(Protocol):
-    """What runs a plan's buckets. `state` is the block of all sequences, `states` its typed views."""
+P = ParamSpec("P")
+R = TypeVar("R")
 
-    state: Tensor
 
-    @property
-    def states(self) -> Mapping[str, Value]: ...
+def _one_at_a_time(
+    method: Callable[Concatenate[Session, P], R],
+) -> Callable[Concatenate[Session, P], R]:
+    """Calls from several threads wait for each other: all share one arena and one state."""
 
-    def clear(self) -> None: ...
+    @wraps(method)
+    def waiting(self: Session, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with self._lock:
+            return method(self, *args, **kwargs)
 
-    def run(self, mode: str, inputs: Mapping[str, Tensor], sequence: int = 0) -> dict[str, Tensor]: ...
+    return waiting
+
+
+class _Counter:
+    """Tokens that every slot has consumed, and the furthest that its buffers were ever written."""
+
+    def __init__(self, slots: int) -> None:
+        self.held = [0] * slots
+        self.reached = [0] * slots
+
+    def advance(self, slot: int, count: int) -> None:
+        self.held[slot] += count
+        self.reached[slot] = max(self.reached[slot], self.held[slot])
+
+    def put(self, slot: int, held: int, reached: int) -> None:
+        self.held[slot], self.reached[slot] = held, reached
 
 
 class Session:
-    """Generates with one plan and one checkpoint, `batch` sequences at a time.
+    """Generates with one plan and one checkpoint. A sequence lives in a slot, numbered from 0; slots are
+    independent. Logits, streams and tokens are tensors on the plan's device.
 
-    Sequences are numbered from 0 and independent. A request that is refused (SessionError) changes nothing.
+    Results do not depend on the bucket that a call runs in: it is the smallest that fits. A request that is
+    refused (SessionError) changes nothing. Logits that are not finite are refused, too, but too late for
+    their slot: only `reset` helps there. On a GPU that shows where something waits for the device.
+
+    Threads may share a session: their calls follow one another, and `streams` and `next_tokens` are of the
+    last one, whosever that was.
     """
 
     def __init__(self, plan: Plan, executor: Executor) -> None:
         self.plan, self.executor = plan, executor
-        deployment, config = plan.deployment, plan.config
-        self.batch, self.max_context = int(deployment["batch"]), int(deployment["max_context"])
-        self.vocab_size = int(config["vocab_size"])
+        self._lock = threading.RLock()
+        self.slots, self.max_context = int(plan.deployment["slots"]), int(plan.deployment["max_context"])
+        self.vocab_size = int(plan.config["vocab_size"])
+        self.device = executor.blocks["state"].device
+        self._states = states_of(plan, executor.blocks)
+        self._counters = {b: _Counter(self.slots) for b, name in POSITIONS.items() if name in self._states}
+        self._following = torch.zeros(self.slots, dtype=torch.int32, device=self.device)
+        self._followed = [False] * self.slots  # slots whose likeliest next token `_following` holds
+        self._finite = torch.ones(self.slots, dtype=torch.bool, device=self.device)  # all logits so far
         self._streams: Tensor | None = None
         self._next: Tensor | None = None
         self._broken = False
@@ -56,155 +87,262 @@ class Session:
 
     # --- running ---
 
-    def prefill(self, tokens: Sequence[int] | Tensor, sequence: int = 0) -> Tensor:
-        """Consume `tokens` after what the sequence has consumed so far. Returns logits f32 [len, vocab]: row
-        i predicts what follows tokens[i].
+    @_one_at_a_time
+    def prefill(self, tokens: Sequence[int] | Tensor, slot: int = 0, *, logits: Logits = "all") -> Tensor:
+        """Consume `tokens` after what the slot has consumed so far. Returns logits f32 [len, vocab]: row i
+        predicts what follows tokens[i]; with "last" f32 [1, vocab], the last row alone.
 
-        Raises SessionError for no tokens, an id out of range, a context that would overflow, no such
-        sequence.
+        Raises SessionError for no tokens, an id out of range, a context that would overflow, no such slot.
         """
         ids = self._prompt(tokens)
-        self._check_sequence(sequence)
-        self._check_room(self.positions[sequence], len(ids), f"sequence {sequence}")
-        return self._chunks("prefill", ids, sequence, {})
+        self._check_slot(slot)
+        self._check_room("main", slot, len(ids))
+        return self._chunks("main", ids, slot, logits)
 
-    def decode(self, tokens: Sequence[int | None]) -> Tensor:
-        """One token for each sequence, None for those that wait. Returns logits f32 [batch, vocab], NaN in
-        the rows of those.
+    @_one_at_a_time
+    def decode(self, tokens: Sequence[int | None] | Mapping[int, int]) -> Tensor:
+        """One token for each slot: None for those that wait, or a mapping that names only the others.
+        Returns logits f32 [slots, vocab], NaN in the rows of those that wait.
 
         Raises SessionError for another number of tokens, nothing but None, an id out of range, a full
         context.
         """
-        if not isinstance(tokens, Iterable):
-            raise SessionError(f"decode got {tokens!r}, expected a token per sequence, [3]")
-        given = list(tokens)
-        if len(given) != self.batch:
-            raise SessionError(
-                f"decode takes one token per sequence, {self.batch} in all, got {len(given)}; "
-                "give None for a sequence that waits"
-            )
-        active = [sequence for sequence, token in enumerate(given) if token is not None]
-        if not active:
-            raise SessionError("decode got no token for any sequence; give at least one")
-        ids = {sequence: self._id(given[sequence], f"token {sequence}") for sequence in active}
-        for sequence in active:
-            self._check_room(self.positions[sequence], 1, f"sequence {sequence}")
-        lengths = torch.tensor([int(s in ids) for s in range(self.batch)], dtype=torch.int32)
-        row = torch.tensor([ids.get(s, 0) for s in range(self.batch)], dtype=torch.int32)
-        outputs = self._run("decode", {"tokens": row, "lengths": lengths}, 0)
-        logits = outputs["logits"].clone()
-        logits[lengths == 0] = torch.nan
-        self._streams, self._next = outputs["streams"].clone(), outputs["next"].clone()
+        given = self._by_slot(tokens)
+        if not given:
+            raise SessionError("decode got no token for any slot; give at least one")
+        work = {s: [self._id(token, f"token {s}")] for s, token in given.items()}
+        for s in work:
+            self._check_room("main", s, 1)
+        logits = torch.full((self.slots, self.vocab_size), torch.nan, device=self.device)
+        streams: list[Tensor | None] = [None] * self.slots
+        most = max(b.sequences for b in self._buckets("main"))
+        active = list(work)
+        for start in range(0, len(active), most):
+            part = {s: work[s] for s in active[start : start + most]}
+            made = self._call(self._fitting("main", len(part), 1), part)
+            for s, rows in made.items():
+                logits[s] = rows["logits"][0]
+                streams[s] = rows["streams"]
+        empty = next(rows for rows in streams if rows is not None)
+        self._streams = torch.cat([torch.zeros_like(empty) if r is None else r for r in streams])
+        self._next = self._following.clone()
         return logits
 
-    def draft(self, streams: Tensor, tokens: Sequence[int] | Tensor, sequence: int = 0) -> Tensor:
-        """Run the MTP block on the streams [len, S, H] of consecutive tokens and the token that follows each.
-        Returns logits f32 [len, vocab]: row i predicts what follows tokens[i].
+    @_one_at_a_time
+    def verify(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """A few tokens of some slots in one call. Returns logits f32 [len, vocab] by slot, row i after its
+        token i; `take_back` undoes the tokens that are not to be kept.
 
-        Raises SessionError as `prefill` does, PlanError if the plan was compiled without MTP.
+        Raises SessionError as `prefill` does, and where no bucket of the plan has as many rows.
         """
-        bucket = self.plan.bucket("mtp")
+        work = {}
+        for slot, given in tokens.items():
+            self._check_slot(slot)
+            work[slot] = self._prompt(given)
+            self._check_room("main", slot, len(work[slot]))
+        if not work:
+            raise SessionError("verify got no tokens for any slot; give at least one")
+        longest = max(map(len, work.values()))
+        bucket = self._fitting("main", len(work), longest)
+        if bucket.sequences < len(work) or bucket.tokens < longest or bucket.logits != "all":
+            raise SessionError(
+                f"verify got {longest} tokens of {len(work)} slots; no bucket of the plan takes as many, "
+                f"only {', '.join(self.plan.buckets)}; compile with another --verify, or give fewer"
+            )
+        made = self._call(bucket, work)
+        self._remember(list(made.values()))
+        return {slot: rows["logits"] for slot, rows in made.items()}
+
+    @_one_at_a_time
+    def take_back(self, count: int, slot: int = 0) -> None:
+        """Forget the last `count` tokens of a slot, bit for bit as if they had never run.
+
+        Raises SessionError for more than it holds, or than its buffers can step back from the furthest token
+        that they were given.
+        """
+        self._check_slot(slot)
+        self._check_whole()
+        counter = self._counters["main"]
+        held, reached = counter.held[slot], counter.reached[slot]
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= held:
+            raise SessionError(f"slot {slot} holds {held} tokens, {count!r} cannot be taken back")
+        if reached - (held - count) > ROWS:
+            raise SessionError(
+                f"slot {slot} was given {reached} tokens; it can go back to {reached - ROWS} at most, not to "
+                f"{held - count}; reset it and prefill again"
+            )
+        self._set_position("main", slot, held - count, reached)
+        self._followed[slot] = False
+
+    @_one_at_a_time
+    def generate(self, count: int, slots: Sequence[int] | None = None) -> Tensor:
+        """Enqueue `count` greedy steps: each takes the likeliest token after the last one, first that of the
+        slot's last call. The host waits for none of them. Returns i32 [count, slots] on the device: row i
+        holds the tokens chosen by step i, -1 for slots that wait.
+
+        `slots` move on, all by default. Raises SessionError as `decode` does.
+        """
+        wanted = list(range(self.slots)) if slots is None else list(slots)
+        kept = self._greedy(count, wanted, keep=True)
+        chosen = torch.full((count, self.slots), -1, dtype=torch.int32, device=self.device)
+        assert kept is not None
+        chosen[:, wanted] = kept
+        return chosen
+
+    @_one_at_a_time
+    def enqueue(self, count: int, slots: Sequence[int] | None = None) -> None:
+        """`generate` without keeping the tokens: one graph launch per step and nothing else on the stream."""
+        self._greedy(count, list(range(self.slots)) if slots is None else list(slots), keep=False)
+
+    @_one_at_a_time
+    def draft(self, streams: Tensor, tokens: Sequence[int] | Tensor, slot: int = 0) -> Tensor:
+        """Run the draft block on the streams [len, S, H] of consecutive tokens and the token that follows
+        each. Returns logits f32 [len, vocab]: row i predicts what follows tokens[i].
+
+        Raises SessionError as `prefill` does, PlanError if the plan was compiled without a draft block.
+        """
+        program = self.plan.program("draft")
         ids = self._prompt(tokens)
-        self._check_sequence(sequence)
-        wanted = bucket.values["streams"].type.shape[1:]
+        self._check_slot(slot)
+        wanted = program.values["streams"].type.shape[1:]
         if tuple(streams.shape) != (len(ids), *wanted):
             raise SessionError(
                 f"draft takes one row of streams per token, {[len(ids), *wanted]}, got {list(streams.shape)}"
             )
-        self._check_room(self.draft_positions[sequence], len(ids), f"the MTP block of sequence {sequence}")
-        return self._chunks("mtp", ids, sequence, {"streams": streams})
+        self._check_room("draft", slot, len(ids))
+        return self._chunks("draft", ids, slot, "all", {"streams": streams})
 
-    def reset(self, sequence: int | None = None) -> None:
-        """Forget one sequence, or all. What its buffers hold does not matter: positions say what is valid."""
-        if sequence is None:
+    @_one_at_a_time
+    def reset(self, slot: int | None = None) -> None:
+        """Forget one slot's sequence, or all. What its buffers hold does not matter: positions say what is
+        valid.
+        """
+        if slot is None:
             self.executor.clear()
             self._broken = False
-            for position in self._positions():
-                position.zero_()
-            return
-        self._check_sequence(sequence)
-        self._check_whole()
-        for position in self._positions():
-            position[sequence] = 0
+        else:
+            self._check_slot(slot)
+            self._check_whole()
+        for s in range(self.slots) if slot is None else (slot,):
+            for block in self._counters:
+                self._set_position(block, s, 0, 0)
+            self._followed[s] = False
+            self._finite[s] = True
+        self._streams = self._next = None
+
+    def wait(self) -> None:
+        """Wait for everything enqueued. Raises DriverError if a step failed on the device; the state is then
+        half-written.
+        """
+        try:
+            with self.executor.naming():
+                self.executor.wait()
+        except Dsv4cError:
+            self._broken = True
+            raise
 
     # --- looking ---
 
     @property
     def positions(self) -> list[int]:
-        """Tokens that every sequence has consumed."""
-        return self._position("position").tolist()
+        """Tokens that every slot has consumed, once the device is through."""
+        return list(self._counters["main"].held)
 
     @property
     def draft_positions(self) -> list[int]:
-        """Tokens that the MTP block of every sequence has consumed."""
-        return self._position("mtp.position").tolist()
+        """Tokens that the draft block of every slot has consumed. Raises PlanError without one."""
+        self.plan.program("draft")
+        return list(self._counters["draft"].held)
 
     @property
     def streams(self) -> Tensor:
         """The hyper-connection streams after the last layer [rows, S, H] of the last call: its tokens in
-        order, or one row per sequence. Input of `draft`.
+        order, or one row per slot. Input of `draft`.
         """
         if self._streams is None:
-            raise SessionError("no streams yet; call prefill or decode first")
+            raise SessionError("no streams yet for this state; call prefill or decode first")
         return self._streams
 
     @property
     def next_tokens(self) -> list[int]:
-        """The likeliest next token by row of the last call (the lowest id of equals)."""
+        """The likeliest next token by row of the last call (of equals the lowest). Waits as `wait` does."""
         if self._next is None:
-            raise SessionError("no next tokens yet; call prefill or decode first")
+            raise SessionError("no next tokens yet for this state; call prefill or decode first")
+        self.wait()
+        self._check_finite(range(self.slots))
         return self._next.tolist()
 
     # --- keeping ---
 
-    def save_state(self, path: str | Path) -> Path:
-        """Write the state of all sequences to a safetensors file, whole or not at all, and return its path.
+    @_one_at_a_time
+    def copy_slot(self, source: int, target: int) -> None:
+        """Let `target` hold what `source` holds. Raises SessionError for no such slot, or one whose logits
+        were not finite.
+        """
+        for slot in (source, target):
+            self._check_slot(slot)
+        self._check_whole()
+        self._check_finite([source])
+        if source != target:
+            state.copy_slot(self._states, source, target)
+            self._following[target] = self._following[source]
+            self._followed[target] = self._followed[source]
+            for counter in self._counters.values():
+                counter.put(target, counter.held[source], counter.reached[source])
+            self._finite[target] = self._finite[source]
 
-        Raises SessionError if it cannot be written.
+    @_one_at_a_time
+    def export_slot(self, path: str | Path, slot: int = 0) -> Path:
+        """Write one slot's state to a safetensors file, whole or not at all, and return its path.
+
+        Raises SessionError if it cannot be written, or its logits were not finite.
+        """
+        self._check_slot(slot)
+        self._check_whole()
+        self._check_finite([slot])
+        return state.write(Path(path), self.plan, self._states, [slot])
+
+    @_one_at_a_time
+    def restore_slot(self, path: str | Path, slot: int = 0) -> None:
+        """Go on in a slot from what `export_slot` wrote, of this or another slot. The next call must bring
+        tokens: what was likeliest is not in the file.
+
+        Raises SessionError for a file that is damaged or of another plan; the slot is then as before.
+        """
+        self._check_slot(slot)
+        self._check_whole()
+        self._take(state.read(Path(path), self.plan, self._states, 1), [slot])
+
+    @_one_at_a_time
+    def save_state(self, path: str | Path) -> Path:
+        """Write the state of all slots to a safetensors file, whole or not at all, and return its path.
+
+        Raises SessionError if it cannot be written, or logits of a slot were not finite.
         """
         self._check_whole()
-        target = Path(path)
-        state = self.executor.state.cpu()
-        metadata = {
-            "format": "dsv4c-state",
-            "schema": STATE_SCHEMA,
-            "plan": self.plan.digest,
-            "sha256": _checksum(state),
-        }
-        try:
-            with published(target) as made:
-                save_file({"state": state}, made, metadata)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise SessionError(f"{target}: the state cannot be written: {reason}") from None
-        return target
+        self._check_finite(range(self.slots))
+        return state.write(Path(path), self.plan, self._states, list(range(self.slots)))
 
+    @_one_at_a_time
     def load_state(self, path: str | Path) -> None:
-        """Go on from a saved state. Raises SessionError for a file that is damaged or of another plan; the
-        session's state is then as before.
+        """Go on from a saved state. The next call must bring tokens: what was likeliest is not in the file.
+
+        Raises SessionError for a file that is damaged or of another plan; the session is then as before.
         """
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != "dsv4c-state" or metadata.get("schema") != STATE_SCHEMA:
-                    raise SessionError(f"{path}: is no saved state of this version of dsv4c")
-                if metadata.get("plan") != self.plan.digest:
-                    raise SessionError(
-                        f"{path}: was saved with another plan ({metadata.get('plan', '?')[:12]}) than this "
-                        f"one ({self.plan.digest[:12]}); load the plan it was saved with"
-                    )
-                state = file.get_tensor("state")
-        except (OSError, SafetensorError) as error:
-            raise SessionError(f"{path}: cannot be read as a saved state: {error}") from None
-        mine = self.executor.state
-        if state.dtype != mine.dtype or state.shape != mine.shape:
-            found = f"{state.dtype}{list(state.shape)}"
-            raise SessionError(f"{path}: holds {found}, expected {mine.numel()} bytes of state")
-        if metadata.get("sha256") != _checksum(state):
-            raise SessionError(f"{path}: is damaged: its bytes are not those that were saved")
-        self._check_positions(path, state)
-        mine.copy_(state)
+        read = state.read(Path(path), self.plan, self._states, self.slots)
+        self._take(read, list(range(self.slots)))
         self._broken = False
+
+    def _take(self, saved: state.Saved, slots: Sequence[int]) -> None:
+        saved.put(self._states, slots)
+        for block, counter in self._counters.items():
+            held = saved.positions(POSITIONS[block])
+            for slot, count in zip(slots, held, strict=True):
+                counter.put(slot, count, count)
+        for slot in slots:
+            self._followed[slot] = False
+            self._finite[slot] = True
+        self._streams = self._next = None
 
     # --- checks ---
 
@@ -237,15 +375,38 @@ class Session:
             raise SessionError("the prompt is empty; give at least one token")
         return ids
 
-    def _check_sequence(self, sequence: int) -> None:
-        if isinstance(sequence, bool) or not isinstance(sequence, int) or not 0 <= sequence < self.batch:
-            raise SessionError(f"there is no sequence {sequence!r}; this plan has 0 to {self.batch - 1}")
-
-    def _check_room(self, position: int, count: int, who: str) -> None:
-        self._check_whole()
-        if position + count > self.max_context:
+    def _by_slot(self, tokens: Sequence[int | None] | Mapping[int, int]) -> dict[int, Any]:
+        if isinstance(tokens, Mapping):
+            for slot in tokens:
+                self._check_slot(slot)
+            return dict(tokens)
+        if not isinstance(tokens, Iterable):
+            raise SessionError(f"decode got {tokens!r}, expected a token per slot, [3]")
+        given = list(tokens)
+        if len(given) != self.slots:
             raise SessionError(
-                f"{who} holds {position} tokens; {count} more exceed the context of {self.max_context}; "
+                f"decode takes one token per slot, {self.slots} in all, got {len(given)}; "
+                "give None for a slot that waits"
+            )
+        return {slot: token for slot, token in enumerate(given) if token is not None}
+
+    def _check_slot(self, slot: int) -> None:
+        if isinstance(slot, bool) or not isinstance(slot, int) or not 0 <= slot < self.slots:
+            raise SessionError(f"there is no slot {slot!r}; this plan has 0 to {self.slots - 1}")
+
+    def _look(self, slots: Iterable[int]) -> None:
+        """`_check_finite`, where looking does not make the host wait for what it has enqueued."""
+        if self.device.type == "cpu":
+            self._check_finite(slots)
+
+    def _check_room(self, block: str, slot: int, count: int) -> None:
+        self._check_whole()
+        self._look([slot])
+        held = self._counters[block].held[slot]
+        if held + count > self.max_context:
+            who = f"slot {slot}" if block == "main" else f"the draft block of slot {slot}"
+            raise SessionError(
+                f"{who} holds {held} tokens; {count} more exceed the context of {self.max_context}; "
                 "reset it, or compile with a larger --max-context"
             )
 
@@ -253,113 +414,139 @@ class Session:
         if self._broken:
             raise SessionError("an earlier step was interrupted: the state is half-written; call reset()")
 
-    def _check_positions(self, path: str | Path, state: Tensor) -> None:
-        for slot in self.plan.state:
-            if slot.name in POSITIONS:
-                value = view(state, slot.type, slot.offset)
-                assert isinstance(value, Tensor)
-                if bool(((value < 0) | (value > self.max_context)).any()):
-                    raise SessionError(f"{path}: is damaged: {slot.name} is {value.tolist()}")
+    def _check_finite(self, slots: Iterable[int]) -> None:
+        """Refuse what would come of logits that are not finite. Waits for the device."""
+        finite = self._finite.tolist()
+        bad = [s for s in slots if not finite[s]]
+        if bad:
+            self._streams = self._next = None
+            raise SessionError(
+                f"the logits of slot {bad[0]} are not finite (NaN or infinity): its weights overflow these "
+                "numerics; compare with the recipe fp32, or find the first such node with `dsv4c bisect`; "
+                f"then call reset({bad[0]})"
+            )
 
     # --- steps ---
 
-    def _chunks(self, mode: str, ids: list[int], sequence: int, rows: Mapping[str, Tensor]) -> Tensor:
-        size = self.plan.bucket(mode).tokens
-        logits, streams, chosen = [], [], []
-        for start in range(0, len(ids), size):
-            part = ids[start : start + size]
-            inputs = {"tokens": _padded(torch.tensor(part, dtype=torch.int32), size)}
-            inputs["lengths"] = torch.tensor([len(part)], dtype=torch.int32)
-            inputs |= {name: _padded(value[start : start + size], size) for name, value in rows.items()}
-            outputs = self._run(mode, inputs, sequence)
-            logits.append(outputs["logits"][: len(part)].clone())
-            streams.append(outputs["streams"][: len(part)].clone())
-            chosen.append(outputs["next"][: len(part)].clone())
-        if mode != "mtp":
-            self._streams, self._next = torch.cat(streams), torch.cat(chosen)
-        return torch.cat(logits)
+    def _buckets(self, block: str, logits: Logits = "all") -> list[Bucket]:
+        shapes = (program.shape for program in self.plan.buckets.values())
+        return [b for b in shapes if b.block == block and logits in (b.logits, "last")]
 
-    def _run(self, mode: str, inputs: Mapping[str, Tensor], sequence: int) -> dict[str, Tensor]:
-        self._broken = True  # until the step is through: an interrupt may leave half-written state
-        with torch.inference_mode():
-            outputs = self.executor.run(mode, inputs, sequence)
-        self._broken = False
-        return outputs
+    def _fitting(self, block: str, sequences: int, tokens: int, logits: Logits = "all") -> Bucket:
+        """The smallest bucket that holds so many rows; of several sequences at least that many, of one as
+        many tokens as there are in any.
+        """
+        fitting = self._buckets(block, logits)
+        wide = [b for b in fitting if b.sequences >= sequences] or fitting
+        enough = [b for b in wide if b.tokens >= tokens]
+        if enough:
+            return min(enough, key=lambda b: (b.rows, b.tokens))
+        return max(wide, key=lambda b: (b.tokens, -b.sequences))
 
-    def _position(self, name: str) -> Tensor:
-        if name not in self.executor.states:
-            self.plan.bucket("mtp")
-        value = self.executor.states[name]
+    def _chunks(
+        self,
+        block: str,
+        ids: list[int],
+        slot: int,
+        logits: Logits,
+        beside: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """One slot's tokens, as many per call as the plan has room for."""
+        made = []
+        start = 0
+        while start < len(ids):
+            bucket = self._fitting(block, 1, len(ids) - start, logits)
+            part = ids[start : start + bucket.tokens]
+            rows = {n: value[start : start + len(part)] for n, value in (beside or {}).items()}
+            made.append(self._call(bucket, {slot: part}, rows)[slot])
+            start += len(part)
+        if block == "main":
+            self._remember(made)
+        if logits == "last":
+            return made[-1]["logits"][-1:]
+        return torch.cat([rows["logits"] for rows in made])
+
+    def _remember(self, made: Sequence[Mapping[str, Tensor]]) -> None:
+        self._streams = torch.cat([rows["streams"] for rows in made])
+        self._next = torch.cat([rows["next"] for rows in made])
+
+    def _call(
+        self, bucket: Bucket, work: Mapping[int, Sequence[int]], beside: Mapping[str, Tensor] | None = None
+    ) -> dict[int, dict[str, Tensor]]:
+        """One call on the tokens of some slots. Returns copies of each slot's rows of the outputs."""
+        inputs = self._inputs(bucket, work)
+        for name, value in (beside or {}).items():
+            inputs[name] = torch.cat([value, value.new_zeros(bucket.rows - len(value), *value.shape[1:])])
+        with self.executor.naming(), torch.inference_mode():
+            self._broken = True  # until the step is through: an interrupt may leave half-written state
+            outputs = self.executor.run(bucket.name, inputs)
+            made = {}
+            for i, (slot, ids) in enumerate(work.items()):
+                row, last = i * bucket.tokens, bucket.logits == "last"
+                rows = {n: v[row : row + len(ids)].clone() for n, v in outputs.items() if n == "streams"}
+                at, count = (i, 1) if last else (row, len(ids))
+                rows |= {n: v[at : at + count].clone() for n, v in outputs.items() if n != "streams"}
+                made[slot] = rows
+                self._finite[slot] &= rows["logits"].isfinite().all()
+                if bucket.block == "main":
+                    self._following[slot] = rows["next"][-1]
+            self._broken = False
+        for slot, ids in work.items():
+            self._counters[bucket.block].advance(slot, len(ids))
+            if bucket.block == "main":
+                self._followed[slot] = True
+        self._look(work)
+        return made
+
+    def _inputs(self, bucket: Bucket, work: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
+        """Tokens row by row, lengths and slots of the bucket's sequences; idle ones have none and no slot."""
+        tokens, lengths, slots = [], [], []
+        for slot, ids in work.items():
+            tokens += [*ids, *[0] * (bucket.tokens - len(ids))]
+            lengths.append(len(ids))
+            slots.append(slot)
+        idle = bucket.sequences - len(work)
+        rows = {
+            "tokens": [*tokens, *[0] * (idle * bucket.tokens)],
+            "lengths": [*lengths, *[0] * idle],
+            "slots": [*slots, *[-1] * idle],
+        }
+        return {name: torch.tensor(values, dtype=torch.int32) for name, values in rows.items()}
+
+    def _greedy(self, count: int, slots: Sequence[int], *, keep: bool) -> Tensor | None:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise SessionError(f"steps to enqueue: {count!r}, expected a number of at least 1")
+        for s in slots:
+            self._check_slot(s)
+            self._check_room("main", s, count)
+        if not slots or len(set(slots)) < len(slots):
+            raise SessionError(f"slots to move on: {list(slots)}, expected at least one, each once")
+        unknown = [s for s in slots if not self._followed[s]]
+        if unknown:
+            raise SessionError(f"slot {unknown[0]} has no likeliest token yet; call prefill or decode first")
+        bucket = self._fitting("main", len(slots), 1)
+        if bucket.sequences < len(slots):
+            raise SessionError(
+                f"no bucket of the plan decodes {len(slots)} slots together, only "
+                f"{', '.join(self.plan.buckets)}; move fewer on at a time, or compile with another --batch"
+            )
+        kept = torch.empty(count, bucket.rows, dtype=torch.int32, device=self.device) if keep else None
+        inputs = self._inputs(bucket, {s: [0] for s in slots})
+        chosen = self._following[list(slots)]
+        inputs["tokens"] = torch.cat([chosen, chosen.new_zeros(bucket.rows - len(slots))])
+        with self.executor.naming(), torch.inference_mode():
+            self._broken = True
+            outputs = self.executor.repeat(bucket.name, inputs, count, kept)
+            self._following[list(slots)] = outputs["next"][: len(slots)]
+            self._finite[list(slots)] &= outputs["logits"][: len(slots)].isfinite().all(dim=1)
+            self._broken = False
+        for s in slots:
+            self._counters["main"].advance(s, count)
+        self._look(slots)
+        return kept if kept is None else kept[:, : len(slots)]
+
+    def _set_position(self, block: str, slot: int, held: int, reached: int) -> None:
+        value = self._states[POSITIONS[block]]
         assert isinstance(value, Tensor)
-        return value
-
-    def _positions(self) -> list[Tensor]:
-        return [self._position(name) for name in POSITIONS if name in self.executor.states]
-
-
-POSITIONS = ("position", "mtp.position")
-
-
-def _checksum(state: Tensor) -> str:
-    """sha256 (hex) of a block of bytes in host memory."""
-    return hashlib.sha256(state.numpy().data).hexdigest()
-
-
-def _padded(rows: Tensor, size: int) -> Tensor:
-    """`rows` with zeros appended to `size` rows."""
-    padding = rows.new_zeros(size - len(rows), *rows.shape[1:])
-    return torch.cat([rows, padding])
-
-
-# --- binding ---
-
-
-def bind(
-    plan: Plan,
-    weights: str | Path,
-    *,
-    progress: Progress | None = None,
-    workers: int | None = None,
-    poison: bool = False,
-) -> Session:
-    """See `Plan.bind`."""
-    if plan.target != "cpu":
-        from dsv4c.runtime import cuda
-
-        return cuda.bind(plan, weights, progress=progress, workers=workers, poison=poison)
-    from dsv4c.runtime.cpu import CpuExecutor
-
-    checkpoint = Checkpoint.open(weights)
-    params = [ParamRecord.from_json(record) for record in plan.weights]
-    checkpoint.check(params).require_complete()
-    _check_memory(plan)
-    block = torch.empty(plan.weights_bytes, dtype=torch.uint8)
-    offsets = {record["name"]: int(record["offset"]) for record in plan.weights}
-    types = {param.name: param.type for param in params}
-    checkpoint.load(params, _sink(block, types, offsets), progress=progress, workers=workers)
-    return Session(plan, CpuExecutor(plan, block, poison=poison))
-
-
-def _sink(
-    block: Tensor, types: Mapping[str, Type], offsets: Mapping[str, int]
-) -> Callable[[str, Value], None]:
-    """Copies every parameter to its place in the block; called from several threads, each for another one."""
-
-    def store(name: str, value: Value) -> None:
-        target = view(block, types[name], offsets[name])
-        wanted = target.parts if isinstance(target, Quantized) else (target,)
-        given = value.parts if isinstance(value, Quantized) else (value,)
-        for to, part in zip(wanted, given, strict=True):
-            to.copy_(part)
-
-    return store
-
-
-def _check_memory(plan: Plan) -> None:
-    needed = plan.weights_bytes + plan.state_bytes + max(b.arena_bytes for b in plan.buckets.values())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise PlanError(
-            f"plan {plan.name} needs {needed / 1e9:,.1f} GB of memory for weights, state and arena, this "
-            f"machine has {memory / 1e9:,.1f} GB"
-        )
+        value[slot] = held
+        self._counters[block].put(slot, held, reached)

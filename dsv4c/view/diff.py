@@ -12,22 +12,8 @@ from typing import Any
 
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.text import print_node
-from dsv4c.view.layers import is_launch, layer_of
-
-
-@dataclass(frozen=True)
-class Totals:
-    """A graph in figures: nodes that launch something, bytes they read and write, operations."""
-
-    nodes: int
-    launches: int
-    bytes: int
-    flops: int
-
-
-def totals(graph: Graph) -> Totals:
-    costs = [node.cost for node in graph.nodes if is_launch(node)]
-    return Totals(len(graph.nodes), len(costs), sum(c.bytes for c in costs), sum(c.flops for c in costs))
+from dsv4c.ir.totals import totals
+from dsv4c.view.layers import layer_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,7 +68,7 @@ class _Drawing:
         return f"n{self.ids}"
 
     def lines(self) -> Iterator[str]:
-        yield f"digraph {json.dumps(self.graph.name)} {{"
+        yield f"digraph {json.dumps(self.graph.name, ensure_ascii=False)} {{"
         yield '  graph [fontname="Helvetica", fontsize=12, color="#999999", nodesep=0.2, ranksep=0.3];'
         yield '  node [fontname="Helvetica", fontsize=10, shape=box, style="filled,rounded"];'
         yield '  node [fillcolor=white, color="#555555", margin="0.08,0.04"];'

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html as markup
 import json
+import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,8 +17,9 @@ from typing import Any
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.ir.text import print_attribute
+from dsv4c.ir.totals import totals
 from dsv4c.types import Type
-from dsv4c.view.diff import Difference, diff, totals
+from dsv4c.view.diff import Difference, diff
 from dsv4c.view.layers import Section, body_of, body_results, family, layer_of, sections
 
 STATIC = Path(__file__).parent / "static"
@@ -37,14 +39,11 @@ def html(
         "TITLE": markup.escape(title or stages[0][1].name),
         "STYLE": (STATIC / "style.css").read_text(encoding="utf-8"),
         "SCRIPT": (STATIC / "page.js").read_text(encoding="utf-8"),
-        # "</" would end the script element that carries the data.
-        "DATA": json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("</", "<\\/"),
+        # "</" and "<!--" would end, or never end, the script element that carries the data.
+        "DATA": json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
     }
     page = (STATIC / "page.html").read_text(encoding="utf-8")
-    for name, text in parts.items():
-        before, _, after = page.partition(f"{{{{{name}}}}}")
-        page = before + text + after
-    return page
+    return re.sub(r"\{\{([A-Z]+)\}\}", lambda place: parts[place[1]], page)
 
 
 @dataclass

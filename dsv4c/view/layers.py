@@ -189,8 +189,3 @@ def body_results(node: Node, body: Graph) -> tuple[Value, ...]:
 def family(node: Node) -> str:
     """The file that declares the op: `linear`, `norm`; of a fused op `fused`."""
     return "fused" if isinstance(node.op, Fused) else type(node.op).__module__.rpartition(".")[2]
-
-
-def is_launch(node: Node) -> bool:
-    """Does the node do anything at run time? A change of shape does not."""
-    return node.op.name != "reshape"

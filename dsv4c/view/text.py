@@ -7,17 +7,16 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from dsv4c.config import ModelConfig
-from dsv4c.ir.graph import Graph
+from dsv4c.ir.graph import Graph, Kind
 from dsv4c.ir.text import print_graph, print_nodes
-from dsv4c.models.traffic import Cache, stored_types, token_traffic
-from dsv4c.types import F32, QuantType
-from dsv4c.view.diff import Totals, totals
+from dsv4c.ir.totals import Totals, compulsory, totals
+from dsv4c.models.layout import part_of
 from dsv4c.view.layers import Fold, Section, family, find_section, folds
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A graph in figures. Bytes per token are compulsory ones, for one sequence at `context` tokens."""
+    """A graph in figures. Bytes per token are compulsory ones: of a call with full caches, over its rows."""
 
     graph: str
     totals: Totals
@@ -27,7 +26,7 @@ class Summary:
     parameter_bytes: int
     state_bytes: int  # of one sequence
     context: int  # tokens that the state holds room for
-    bytes_per_token: dict[str, int]  # by part of the model; empty for a graph without main layers
+    bytes_per_token: dict[str, int]  # by part of the model, largest first
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,11 +40,10 @@ class Summary:
         lines.append(f"state         {_bytes(self.state_bytes)} per sequence of {self.context:,} tokens")
         gflop, moved = self.totals.flops / 1e9, _bytes(self.totals.bytes)
         lines.append(f"work          {gflop:,.2f} GFLOP, moves {moved} node by node")
-        if self.bytes_per_token:
-            total = sum(self.bytes_per_token.values())
-            lines.append(f"bytes/token   {_bytes(total)} at least, at {self.context:,} tokens of context")
-            for part, count in self.bytes_per_token.items():
-                lines.append(f"  {part:24}{_bytes(count):>12}  {100 * count / total:5.1f} %")
+        total = sum(self.bytes_per_token.values())
+        lines.append(f"bytes/token   {_bytes(total)} at least, at {self.context:,} tokens of context")
+        for part, count in self.bytes_per_token.items():
+            lines.append(f"  {part:24}{_bytes(count):>12}  {100 * count / max(total, 1):5.1f} %")
         lines.append("ops by family")
         for name, ops in self.ops.items():
             counts = ", ".join(f"{op} {count}" for op, count in ops.items())
@@ -54,13 +52,12 @@ class Summary:
 
 
 def summarize(graph: Graph, config: ModelConfig) -> Summary:
-    """Figures of a graph of this model. Types of its parameters and caches decide the bytes."""
+    """Figures of a graph of this model."""
     ops: dict[str, dict[str, int]] = {}
     for node in graph.nodes:
         counts = ops.setdefault(family(node), {})
         counts[node.op.name] = counts.get(node.op.name, 0) + 1
     by_size = sorted(ops.items(), key=lambda item: -sum(item[1].values()))
-    context = room(graph, config)
     return Summary(
         graph=graph.name,
         totals=totals(graph),
@@ -69,8 +66,8 @@ def summarize(graph: Graph, config: ModelConfig) -> Summary:
         parameters=sum(math.prod(p.type.shape) for p in graph.params),
         parameter_bytes=sum(p.type.nbytes for p in graph.params),
         state_bytes=sum(s.type.nbytes // s.type.shape[0] for s in graph.states),
-        context=context,
-        bytes_per_token=_bytes_per_token(graph, config, context),
+        context=room(graph, config),
+        bytes_per_token=_bytes_per_token(graph),
     )
 
 
@@ -90,18 +87,14 @@ def room(graph: Graph, config: ModelConfig) -> int:
     return most
 
 
-def _bytes_per_token(graph: Graph, config: ModelConfig, context: int) -> dict[str, int]:
-    if not any(s.name.startswith("layers.") for s in graph.states):
-        return {}
-    stored = stored_types(config)
-    of_shape = {name: type_.shape for name, type_ in stored.items()}
-    types = {p.name: p.type for p in graph.params if of_shape.get(p.name) == p.type.shape}
-    window = next(s.type for s in graph.states if s.name.endswith(".attn.window"))
-    if isinstance(window, QuantType):
-        cache = Cache.OFFICIAL
-    else:
-        cache = Cache.F32 if window.dtype is F32 else Cache.BF16
-    return token_traffic(config, context, cache=cache, types=types).parts
+def _bytes_per_token(graph: Graph) -> dict[str, int]:
+    tokens = graph.by_name.get("tokens")
+    rows = 1 if tokens is None else tokens.type.shape[0]
+    found: dict[str, int] = {}
+    for value, count in compulsory(graph).items():
+        part = "state" if value.kind is Kind.STATE else part_of(value.name)
+        found[part] = found.get(part, 0) + count
+    return dict(sorted(((part, n // rows) for part, n in found.items()), key=lambda item: -item[1]))
 
 
 def _bytes(count: int) -> str:

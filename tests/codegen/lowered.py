@@ -10,7 +10,7 @@ from unittest import mock
 
 from dsv4c.codegen.build import Built, Resources, Source, source_key
 from dsv4c.compiler.compile import compile
-from dsv4c.plan.records import Plan
+from dsv4c.plan.folder import Plan
 
 
 def stand_in(sources: Sequence[Source], target: str, store: Path, **_: Any) -> list[Built]:

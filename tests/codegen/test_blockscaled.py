@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv4c.arch import SM_90A, SM_100A, Arch
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.kernels.blockscaled import BlockScaledSpec, emit_blockscaled
 from dsv4c.codegen.registry import Launchable, choose, request_of
@@ -21,24 +22,24 @@ ROW, WEIGHT = "q[e2m1,e4m3,1x16,row]", "q[e2m1,e4m3,1x16,tensor]"
 SMALL = BlockScaledSpec("small_gemm", 200, 1024, 512)
 
 
-def asked(x: str, w: str, target: str = "sm_100a", out: DType = BF16) -> tuple[Launchable, ...]:
+def asked(x: str, w: str, arch: Arch = SM_100A, out: DType = BF16) -> tuple[Launchable, ...]:
     """The launches of a linear layer."""
     with Builder("test") as b:
         y = Linear(out=out)(b.input("x", parse_type(x)), b.param("w", parse_type(w)))
     graph = b.finish({"y": y})
-    request, _ = request_of(graph.nodes, target, graph.users, {v: v.name for v in graph.params})
+    request, _ = request_of(graph.nodes, arch, graph.users, {v: v.name for v in graph.params})
     return choose(request)
 
 
 def test_text(golden: Golden) -> None:
     golden(
-        emit_blockscaled(BlockScaledSpec("wq_b_gemm", 64, 32768, 1024, "wq_b")).source,
+        emit_blockscaled(BlockScaledSpec("wq_b_gemm", 64, 32768, 1024, "wq_b"), SM_100A).source,
         "kernels/blockscaled.py.txt",
     )
 
 
 def test_it_assembles_into_block_scaled_instructions(tmp_path: Path) -> None:
-    emission = emit_blockscaled(SMALL)
+    emission = emit_blockscaled(SMALL, SM_100A)
     (built,) = build([Source(emission.symbol, emission.source)], "sm_100a", tmp_path)
     assert built.resources.stack == 0
     assert built.resources.registers <= 128
@@ -60,7 +61,7 @@ def test_it_assembles_into_block_scaled_instructions(tmp_path: Path) -> None:
 
 
 def test_launch_facts() -> None:
-    emission = emit_blockscaled(SMALL)
+    emission = emit_blockscaled(SMALL, SM_100A)
     assert emission.grid == (8, 2, 1)
     assert emission.block == 128
     assert emission.packing == {"w": "nvfp4_mma/8x2"}
@@ -83,29 +84,29 @@ def test_a_linear_layer_of_many_nvfp4_rows_takes_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("x", "w", "target", "out", "why"),
+    ("x", "w", "arch", "out", "why"),
     [
-        (f"{ROW}[64,512]", f"{WEIGHT}[1024,512]", "sm_90a", BF16, "tcgen05 instructions, which sm_100a has"),
-        (f"{ROW}[16,512]", f"{WEIGHT}[1024,512]", "sm_100a", BF16, "16 rows: the GEMM is for more than 16"),
+        (f"{ROW}[64,512]", f"{WEIGHT}[1024,512]", SM_90A, BF16, "tcgen05 instructions, which sm_90a has not"),
+        (f"{ROW}[16,512]", f"{WEIGHT}[1024,512]", SM_100A, BF16, "16 rows: the GEMM is for more than 16"),
         (
             f"{ROW}[64,384]",
             f"{WEIGHT}[1024,384]",
-            "sm_100a",
+            SM_100A,
             BF16,
             "rows of 384 elements: want a multiple of 256",
         ),
-        (f"{ROW}[64,512]", f"{WEIGHT}[1024,512]", "sm_100a", F32, "writes bf16, not f32"),
+        (f"{ROW}[64,512]", f"{WEIGHT}[1024,512]", SM_100A, F32, "writes bf16, not f32"),
         (
             "bf16[64,512]",
             f"{WEIGHT}[1024,512]",
-            "sm_100a",
+            SM_100A,
             BF16,
             "multiplies rows q[e2m1,e4m3,1x16,row][N,K]",
         ),
     ],
 )
-def test_refusals(x: str, w: str, target: str, out: DType, why: str) -> None:
+def test_refusals(x: str, w: str, arch: Arch, out: DType, why: str) -> None:
     with pytest.raises(BuildError) as error:
-        asked(x, w, target, out)
+        asked(x, w, arch, out)
     assert why in str(error.value)
     assert "linears: " in str(error.value)  # the GEMV says why, too

@@ -14,32 +14,39 @@ from typer.testing import CliRunner
 from dsv4c.cli import app
 from dsv4c.compiler.verify import Violation, check
 from dsv4c.errors import PlanError
-from dsv4c.plan.records import Argument, KernelLaunch, Plan
+from dsv4c.plan.folder import Plan
+from dsv4c.plan.records import Argument, Launch
 from tests.codegen.lowered import gpu_plan
 
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return gpu_plan()
+    return gpu_plan(batch=1, verify=1, chunk=1)
 
 
-def launches(plan: Plan) -> list[KernelLaunch]:
-    return [launch for launch in plan.bucket("decode").launches if isinstance(launch, KernelLaunch)]
+def launches(plan: Plan) -> list[Launch]:
+    return list(plan.program().launches)
 
 
-def rebuilt(plan: Plan, changed: list[KernelLaunch], **bucket: Any) -> Plan:
-    decode = replace(plan.bucket("decode"), launches=tuple(changed), **bucket)
-    return replace(plan, buckets={"decode": decode})
+def rebuilt(plan: Plan, changed: list[Launch], **changes: Any) -> Plan:
+    """Other launches of the decode step; `arena` is the bytes of the arena's block."""
+    arena = changes.pop("arena", plan.blocks["arena"])
+    decode = replace(plan.program(), launches=tuple(changed), **changes)
+    return replace(plan, buckets={"decode-1": decode}, blocks={**plan.blocks, "arena": arena})
 
 
-def with_launch(plan: Plan, name: str, change: Callable[[KernelLaunch], KernelLaunch]) -> Plan:
+def with_launch(plan: Plan, name: str, change: Callable[[Launch], Launch]) -> Plan:
     every = launches(plan)
     assert name in [launch.name for launch in every]
     return rebuilt(plan, [change(launch) if launch.name == name else launch for launch in every])
 
 
+def with_code(plan: Plan, name: str, **fields: Any) -> Plan:
+    return with_launch(plan, name, lambda x: replace(x, code=replace(x.kernel, **fields)))
+
+
 def with_argument(plan: Plan, name: str, value: str, **fields: Any) -> Plan:
-    def change(launch: KernelLaunch) -> KernelLaunch:
+    def change(launch: Launch) -> Launch:
         assert value in [a.value for a in launch.arguments]
         return replace(
             launch,
@@ -78,13 +85,13 @@ def test_an_edge_around_the_reader_lets_the_writer_overtake_it(plan: Plan) -> No
 
 
 def test_a_programmatic_edge_needs_a_kernel_that_waits(plan: Plan) -> None:
-    found = check(with_launch(plan, "layers.1.x_attn", lambda x: replace(x, waits=False)))
+    found = check(with_code(plan, "layers.1.x_attn", waits=False))
     assert ("wait", "layers.1.x_attn") in kinds(found)
     assert ("order", "layers.1.x_attn") in kinds(found)  # and nothing orders it
 
 
 def test_a_full_edge_orders_a_kernel_that_does_not_wait(plan: Plan) -> None:
-    sound = with_launch(plan, "layers.1.x_attn", lambda x: replace(x, waits=False, programmatic=False))
+    sound = with_code(plan, "layers.1.x_attn", waits=False, programmatic=False)
     assert check(sound) == []
 
 
@@ -106,10 +113,10 @@ def test_scratch_under_two_names_is_found(plan: Plan) -> None:
     place = argument(plan, "layers.3.ffn.router.experts.up", "layers.3.ffn.router.experts.logits")
     found = check(
         with_argument(
-            rebuilt(plan, launches(plan), arena_bytes=plan.bucket("decode").arena_bytes + 256),
+            rebuilt(plan, launches(plan), arena=plan.blocks["arena"] + 256),
             "layers.3.ffn.router.experts.up",
             place.value,
-            offset=plan.bucket("decode").arena_bytes,
+            offset=plan.blocks["arena"],
         )
     )
     assert kinds(found) == {("unwritten", "layers.3.ffn.router.experts.up")}
@@ -128,7 +135,7 @@ def test_what_is_read_before_the_wait_must_not_be_written_in_the_step(plan: Plan
 
 def test_overwritten_bytes_are_found(plan: Plan) -> None:
     """Two values at one place while both are alive."""
-    decode = plan.bucket("decode")
+    decode = plan.program()
     qa, q = decode.values["layers.0.attn.qa"], decode.values["layers.0.attn.kv_out"]
     moved = rebuilt(
         plan, launches(plan), values={**decode.values, "layers.0.attn.kv_out": replace(q, offset=qa.offset)}
@@ -142,10 +149,10 @@ def test_overwritten_bytes_are_found(plan: Plan) -> None:
 
 def test_a_launch_may_not_write_what_its_other_nodes_read(plan: Plan) -> None:
     """The queries in the bytes of the KV row that a rider of the same launch stores."""
-    decode, name = plan.bucket("decode"), "layers.0.attn.qb"
+    decode, name = plan.program(), "layers.0.attn.qb"
     kv, qb = decode.values["layers.0.attn.kv_out"], decode.values[name]
     values = {**decode.values, name: replace(qb, offset=kv.offset)}
-    moved = rebuilt(plan, launches(plan), values=values, arena_bytes=decode.arena_bytes + qb.type.extent)
+    moved = rebuilt(plan, launches(plan), values=values, arena=plan.blocks["arena"] + qb.type.extent)
     for launch in launches(plan):
         if name in [a.value for a in launch.arguments]:
             moved = with_argument(moved, launch.name, name, offset=kv.offset)
@@ -164,7 +171,7 @@ def test_a_state_read_after_its_write_must_be_the_new_value(plan: Plan) -> None:
 
 
 def test_a_write_that_is_not_in_place_is_found(plan: Plan) -> None:
-    decode = plan.bucket("decode")
+    decode = plan.program()
     slot = decode.values["layers.0.attn.window_written"]
     values = {**decode.values, "layers.0.attn.window_written": replace(slot, offset=slot.offset + 256)}
     found = check(rebuilt(plan, launches(plan), values=values))
@@ -204,12 +211,12 @@ def test_overlapping_weights_and_states_are_found(plan: Plan) -> None:
     assert any(v.kind == "overlap" and second["name"] in v.text and first["name"] in v.text for v in found)
     states = (plan.state[0], replace(plan.state[1], offset=plan.state[0].offset), *plan.state[2:])
     assert any(v.kind == "overlap" and "state" in v.text for v in check(replace(plan, state=states)))
-    short = check(replace(plan, weights_bytes=plan.weights_bytes // 2))
+    short = check(replace(plan, blocks={**plan.blocks, "weights": plan.blocks["weights"] // 2}))
     assert any(v.kind == "outside" and not v.launch for v in short)
 
 
 def test_a_missing_kernel_or_launch_is_found(plan: Plan) -> None:
-    found = check(with_launch(plan, "streams", lambda x: replace(x, kernel="0" * 24)))
+    found = check(with_code(plan, "streams", kernel="0" * 24))
     assert ("kernel", "streams") in kinds(found)
     every = [replace(x, after=(i - 1,) if i else ()) for i, x in enumerate(launches(plan)[:-1])]
     found = check(rebuilt(plan, every))
@@ -223,7 +230,7 @@ def test_the_command_prints_what_is_wrong_and_fails(plan: Plan, tmp_path: Path) 
     plan.save(tmp_path / "sound")
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "sound")])
     assert result.exit_code == 0
-    assert "sound (68 decode launches" in result.stdout
+    assert "sound (decode-1 68 launches" in result.stdout
     with_argument(plan, "streams", "embed", access="w").save(tmp_path / "wrong")
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "wrong"), "--json"])
     assert result.exit_code == PlanError.exit_code
@@ -241,6 +248,16 @@ def test_the_kernels_of_a_plan_can_be_listed(plan: Plan, tmp_path: Path) -> None
     assert {"registers", "shared", "spills", "code"} <= rows[0].keys()
 
 
-def test_only_buckets_of_the_plan_can_be_checked(plan: Plan) -> None:
-    with pytest.raises(PlanError, match="no bucket 'prefill'"):
-        check(plan, "prefill")
+@pytest.mark.parametrize("target", ["cpu", "sm_90a"])
+def test_every_bucket_of_a_plan_is_checked_by_one_verifier(target: str) -> None:
+    """The arena of another bucket is no excuse, and what runs at load is checked as well."""
+    plan = gpu_plan(target=target, batch=(1, 2), chunk=8, max_context=64)
+    assert check(plan) == []
+    assert plan.load is not None
+    for name, program in {**plan.buckets, "load": plan.load}.items():
+        last = program.launches[-1]
+        broken = replace(program, launches=program.launches[:-1])
+        whole = {"load": broken} if name == "load" else {"buckets": {**plan.buckets, name: broken}}
+        found = check(replace(plan, **whole))
+        assert {(v.kind, v.bucket) for v in found} == {("missing", name)}
+        assert last.nodes[0] in found[0].text

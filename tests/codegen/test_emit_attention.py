@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from dsv4c.codegen.build import TARGETS, Source, build
+from dsv4c.arch import ARCHS, SM_90A, Arch
+from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels.attention import AttentionSpec, emit_attention, plan_attention
 from dsv4c.codegen.kernels.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
@@ -25,22 +26,22 @@ TOP_K = TopKSpec("top_k", 2, 50, 6, 4)
 TOP_K_CLUSTER = TopKSpec("top_k_cluster", 1, 20000, 512, 4, bits=32)
 
 
-def emissions() -> list[Emission]:
+def emissions(arch: Arch) -> list[Emission]:
     return [
-        *map(emit_attention, (CSA, HCA, BF16)),
-        *map(emit_index_scores, (SCORES, SCORES_BF16)),
-        *map(emit_top_k, (TOP_K, TOP_K_CLUSTER)),
+        *(emit_attention(spec, arch) for spec in (CSA, HCA, BF16)),
+        *(emit_index_scores(spec, arch) for spec in (SCORES, SCORES_BF16)),
+        *(emit_top_k(spec, arch) for spec in (TOP_K, TOP_K_CLUSTER)),
     ]
 
 
 def test_attention_text(golden):
-    golden(emit_attention(CSA).source, "kernels/attention_csa.py.txt")
+    golden(emit_attention(CSA, SM_90A).source, "kernels/attention_csa.py.txt")
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_family_assembles_without_spills(target: str, tmp_path: Path):
-    every = emissions()
-    built = build([Source(e.symbol, e.source) for e in every], target, tmp_path, workers=1)
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+def test_every_family_assembles_without_spills(arch: Arch, tmp_path: Path):
+    every = emissions(arch)
+    built = build([Source(e.symbol, e.source) for e in every], arch.name, tmp_path, workers=1)
     for emission, kernel in zip(every, built, strict=True):
         assert kernel.resources.stack == 0, f"{emission.symbol} spills or indexes registers dynamically"
         assert kernel.resources.registers * emission.block <= 65536
@@ -49,20 +50,38 @@ def test_every_family_assembles_without_spills(target: str, tmp_path: Path):
 
 
 def test_parameters_follow_the_components_of_the_caches():
-    names = [(p.operand, p.component) for p in emit_attention(CSA).parameters]
+    names = [(p.operand, p.component) for p in emit_attention(CSA, SM_90A).parameters]
     assert names[:7] == [
         ("q", "data"),
         *(("window", c) for c in ("data", "scale", "tail")),
         *(("entries", c) for c in ("data", "scale", "tail")),
     ]
-    assert [p.operand for p in emit_attention(BF16).parameters] == [
+    assert [p.operand for p in emit_attention(BF16, SM_90A).parameters] == [
         "q",
         "window",
         "sink",
         "frequencies",
         "positions",
+        "slots",
         "out",
     ]
+
+
+@pytest.mark.parametrize("capacity", [64, 40000])
+def test_kernels_are_the_same_for_any_rows(capacity: int):
+    """Many entries are spread wider, which must not depend on the rows either."""
+    attention = replace(HCA, heads=64, width=512, capacity=capacity, splits=None, tile=None)
+    specs = (
+        (emit_attention, attention),
+        (emit_attention, replace(CSA, capacity=capacity)),
+        (emit_index_scores, replace(SCORES, capacity=capacity)),
+        (emit_top_k, replace(TOP_K, capacity=capacity)),
+    )
+    for emit, spec in specs:
+        one, eight = emit(replace(spec, rows=1), SM_90A), emit(replace(spec, rows=8), SM_90A)
+        assert one.source == eight.source
+        assert (one.block, one.shared, one.cluster) == (eight.block, eight.shared, eight.cluster)
+    assert plan_attention(attention).splits == (16 if capacity > 2304 else 8)
 
 
 @pytest.mark.parametrize("keys", [128, 192, 640, 1152, 8320])
@@ -83,7 +102,7 @@ def test_planned_tiles_cover_the_keys_and_fit(keys: int, format: str):
     assert rounds * a.splits * a.tile >= keys
     assert a.tile % 16 == 0
     assert (rounds == 1) == (a.stages == 1)
-    assert emit_attention(spec).shared == a.shared <= 227 * 1024
+    assert emit_attention(spec, SM_90A).shared == a.shared <= SM_90A.shared_per_cta
 
 
 @pytest.mark.parametrize(
@@ -96,7 +115,7 @@ def test_staged_rows_keep_fragments_off_each_others_banks(a: Attention):
 
 @pytest.mark.parametrize("capacity", [21, 2048, 32768, 262144])
 def test_top_k_threads_hold_every_score(capacity: int):
-    emission = emit_top_k(TopKSpec("top_k", 3, capacity, 512, 4))
+    emission = emit_top_k(TopKSpec("top_k", 3, capacity, 512, 4), SM_90A)
     splits = emission.cluster[0]
     assert emission.grid == (3 * splits, 1, 1)
     t = Selection(capacity, 512, 4, 16, splits, emission.block)
@@ -116,11 +135,11 @@ def test_top_k_threads_hold_every_score(capacity: int):
 )
 def test_attention_refuses(spec: AttentionSpec, message: str):
     with pytest.raises(BuildError, match=message):
-        emit_attention(spec)
+        emit_attention(spec, SM_90A)
 
 
 def test_index_refuses():
     with pytest.raises(BuildError, match="heads come in eights, got 12"):
-        emit_index_scores(replace(SCORES, heads=12))
+        emit_index_scores(replace(SCORES, heads=12), SM_90A)
     with pytest.raises(BuildError, match="keys have 16 or 32 bits, got 8"):
-        emit_top_k(replace(TOP_K, bits=8))
+        emit_top_k(replace(TOP_K, bits=8), SM_90A)

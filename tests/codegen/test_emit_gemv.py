@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from dsv4c.arch import ARCHS, SM_90A, Arch
 from dsv4c.codegen.build import TARGETS, Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels.experts import ExpertsSpec
 from dsv4c.codegen.kernels.experts_down import emit_experts_down
 from dsv4c.codegen.kernels.experts_up import Routing, emit_experts_up
-from dsv4c.codegen.kernels.gemv import SHARED_PER_SM, Activations, GemvSpec, Matrix, emit_gemv, plan_parts
+from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv, plan_parts
 from dsv4c.codegen.kernels.quantize import QuantizeSpec, emit_quantize
 from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec, Rider, seated
 from dsv4c.errors import BuildError
@@ -90,6 +91,9 @@ SMALL = [
     in_proj(1, 256),
     q_proj("q_proj_one_warp", 3, replace(WINDOW, width=128), KEYS, k=128, rows=512),
     q_proj("q_proj_wide_row", 2, WINDOW, ENTRIES, KEYS, k=128, rows=2048),
+    q_proj(
+        "q_proj_four", 8, WINDOW, replace(ENTRIES, ring=11, tokens=4), replace(KEYS, ring=11, tokens=4), k=256
+    ),
     q_proj("q_proj_long", 8, replace(WINDOW, format="bf16"), replace(LONG, format="bf16"), k=256, rows=512),
 ]
 SPLIT = [  # eight rows do not fit beside two stages of weights
@@ -104,47 +108,49 @@ BY_SCORE, BY_TABLE = Routing("scores", 1.5), Routing("table", 1.5)
 BY_ROWS = Routing("rows", 1.5, stored=False)
 
 
-def small_kernels() -> list[Emission]:
-    kernels = [emit_gemv(spec) for spec in SMALL + SPLIT]
+def small_kernels(arch: Arch) -> list[Emission]:
+    kernels = [emit_gemv(spec, arch) for spec in SMALL + SPLIT]
     for routed, shared in (("mxfp4", "fp8"), ("nvfp4", "nvfp4"), ("fp8", "fp8"), ("bf16", "bf16")):
         spec = experts(routed, shared)
         for n, routing in enumerate((BY_SCORE, BY_TABLE, BY_ROWS)):
-            kernels.append(emit_experts_up(replace(spec, name=f"up{n}_{spec.name}"), routing))
-        kernels.append(emit_experts_down(replace(spec, name=f"down_{spec.name}")))
+            kernels.append(emit_experts_up(replace(spec, name=f"up{n}_{spec.name}"), routing, arch))
+        kernels.append(emit_experts_down(replace(spec, name=f"down_{spec.name}"), arch))
     packed = replace(experts("nvfp4", "nvfp4"), packed=True)
-    kernels.append(emit_experts_up(replace(packed, name="up_w4a4"), BY_SCORE))
-    kernels.append(emit_experts_up(replace(packed, name="up_hash_w4a4"), BY_TABLE))
-    kernels.append(emit_experts_down(replace(packed, name="down_w4a4")))
+    kernels.append(emit_experts_up(replace(packed, name="up_w4a4"), BY_SCORE, arch))
+    kernels.append(emit_experts_up(replace(packed, name="up_hash_w4a4"), BY_TABLE, arch))
+    kernels.append(emit_experts_down(replace(packed, name="down_w4a4"), arch))
     return kernels
 
 
 @pytest.mark.parametrize("k", [8, 64, 136, 160, 192, 320, 448, 1024, 4096, 7168])
 @pytest.mark.parametrize("rounds", [1, 3])
 def test_every_column_is_some_warps(k: int, rounds: int) -> None:
-    (part,) = plan_parts(dense("odd", 64, k, "bf16", ROWS, rounds=rounds))
+    (part,) = plan_parts(dense("odd", 64, k, "bf16", ROWS, rounds=rounds), SM_90A)
     ring = part.ring
     assert ring.k_warps * ring.steps * ring.span == ring.product.units == -(-k // 64)
 
 
 def test_goldens(golden: Golden) -> None:
-    golden(emit_gemv(in_proj(1)).source, "kernels/gemv_in_proj.py.txt")
-    golden(emit_gemv(dense("wq_b", 32768, 1024, "fp8", NORMALIZED)).source, "kernels/gemv_wq_b.py.txt")
-    golden(emit_gemv(q_proj("q_proj", 2, WINDOW, ENTRIES, KEYS)).source, "kernels/gemv_q_proj.py.txt")
-    golden(emit_gemv(dense("wo_b", 4096, 8192, "nvfp4", UNPACKED)).source, "kernels/gemv_w4a4.py.txt")
-    golden(emit_gemv(SPLIT[1]).source, "kernels/gemv_split.py.txt")
+    golden(emit_gemv(in_proj(1), SM_90A).source, "kernels/gemv_in_proj.py.txt")
+    golden(
+        emit_gemv(dense("wq_b", 32768, 1024, "fp8", NORMALIZED), SM_90A).source, "kernels/gemv_wq_b.py.txt"
+    )
+    golden(emit_gemv(q_proj("q_proj", 2, WINDOW, ENTRIES, KEYS), SM_90A).source, "kernels/gemv_q_proj.py.txt")
+    golden(emit_gemv(dense("wo_b", 4096, 8192, "nvfp4", UNPACKED), SM_90A).source, "kernels/gemv_w4a4.py.txt")
+    golden(emit_gemv(SPLIT[1], SM_90A).source, "kernels/gemv_split.py.txt")
     golden(emit_quantize(QuantizeSpec("norm_quantize", 3, 1536, 1e-6)).source, "kernels/norm_quantize.py.txt")
     flash = ExpertsSpec("experts", 1, 4096, 2048, 256, 6, "mxfp4", "fp8", 10.0)
-    golden(emit_experts_up(flash, BY_SCORE).source, "kernels/experts_up.py.txt")
-    golden(emit_experts_up(flash, BY_ROWS).source, "kernels/experts_up_hash.py.txt")
-    golden(emit_experts_down(flash).source, "kernels/experts_down.py.txt")
+    golden(emit_experts_up(flash, BY_SCORE, SM_90A).source, "kernels/experts_up.py.txt")
+    golden(emit_experts_up(flash, BY_ROWS, SM_90A).source, "kernels/experts_up_hash.py.txt")
+    golden(emit_experts_down(flash, SM_90A).source, "kernels/experts_down.py.txt")
 
 
 @pytest.mark.parametrize("spec", FLASH + SMALL + SPLIT, ids=lambda s: f"{s.name}-{s.batch}")
 def test_a_plan_covers_every_tile_once(spec: GemvSpec) -> None:
-    parts = plan_parts(spec)
+    parts = plan_parts(spec, SM_90A)
     riders = len(spec.riders) * spec.batch
     assert [p.first for p in parts] == [riders + sum(q.ctas for q in parts[:i]) for i in range(len(parts))]
-    assert riders + sum(p.ctas for p in parts) == emit_gemv(spec).grid[0]
+    assert riders + sum(p.ctas for p in parts) == emit_gemv(spec, SM_90A).grid[0]
     covered: Counter[tuple[str, int]] = Counter()
     for part in parts:
         r = part.ring
@@ -163,15 +169,15 @@ def test_a_plan_covers_every_tile_once(spec: GemvSpec) -> None:
 
 @pytest.mark.parametrize("spec", FLASH, ids=lambda s: f"{s.name}-{s.batch}")
 def test_two_ctas_fit_an_sm(spec: GemvSpec) -> None:
-    assert 2 * (emit_gemv(spec).shared + 1024) <= SHARED_PER_SM
+    assert 2 * (emit_gemv(spec, SM_90A).shared + 1024) <= SM_90A.shared_per_sm
 
 
 def test_rows_are_split_only_where_they_do_not_fit() -> None:
-    splits = {spec.name: [part.splits for part in plan_parts(spec)] for spec in FLASH + SMALL}
+    splits = {spec.name: [part.splits for part in plan_parts(spec, SM_90A)] for spec in FLASH + SMALL}
     assert set(itertools.chain(*splits.values())) == {1}
     for spec, wanted in zip(SPLIT, ([2], [2], [2], [1, 2, 2]), strict=True):
-        assert [part.splits for part in plan_parts(spec)] == wanted
-        assert {part.splits for part in plan_parts(replace(spec, batch=1))} == {1}
+        assert [part.splits for part in plan_parts(spec, SM_90A)] == wanted
+        assert {part.splits for part in plan_parts(replace(spec, batch=1), SM_90A)} == {1}
 
 
 @pytest.mark.parametrize("batch", range(1, 9))
@@ -179,8 +185,8 @@ def test_rows_are_split_only_where_they_do_not_fit() -> None:
 def test_the_splits_of_a_row_make_all_rows(batch: int, k: int) -> None:
     """By the text's own arithmetic; two may share some."""
     spec = dense("rows", 48, k, "bf16", ROWS, batch)
-    (part,) = plan_parts(spec)
-    found = re.search(r"\n    first = (.*)\n", emit_gemv(spec).source)
+    (part,) = plan_parts(spec, SM_90A)
+    found = re.search(r"\n    first = (.*)\n", emit_gemv(spec, SM_90A).source)
     assert (found is None) == (part.splits == 1)
     scope = {"cutlass": SimpleNamespace(min=min), "Int32": int}
     starts = [eval(found[1], {"block": block, **scope}) if found else 0 for block in range(part.splits)]
@@ -191,14 +197,35 @@ def test_the_splits_of_a_row_make_all_rows(batch: int, k: int) -> None:
 def test_packing_does_not_depend_on_the_batch() -> None:
     """One copy of the weights serves the plans of all batch sizes."""
     for spec in FLASH + SPLIT:
-        packings = {tuple(emit_gemv(replace(spec, batch=b)).packing.items()) for b in (1, 2, 3, 5, 8)}
+        packings = {tuple(emit_gemv(replace(spec, batch=b), SM_90A).packing.items()) for b in (1, 2, 3, 5, 8)}
         assert len(packings) == 1
         for name in dict(packings.pop()).values():
             assert str(parse_packing(name)) == name
 
 
+def test_sums_do_not_depend_on_the_batch() -> None:
+    """Tiles, rounds and how warps share columns decide the order in which a row's products are added."""
+
+    def order(spec: GemvSpec) -> list[tuple[int, ...]]:
+        rings = [part.ring for part in plan_parts(spec, SM_90A)]
+        return [(r.tile_warps, r.k_warps, r.span, r.steps, r.rounds) for r in rings]
+
+    for spec in FLASH + SMALL + SPLIT:
+        assert all(order(replace(spec, batch=b)) == order(spec) for b in range(1, 9))
+
+
+def test_experts_are_one_kernel_for_any_batch() -> None:
+    spec = experts("mxfp4", "fp8")
+    for b in (1, 2, 8):
+        other = replace(spec, batch=b)
+        up, down = emit_experts_up(other, BY_SCORE, SM_90A), emit_experts_down(other, SM_90A)
+        assert up.source == emit_experts_up(spec, BY_SCORE, SM_90A).source
+        assert down.source == emit_experts_down(spec, SM_90A).source
+        assert up.grid[1] == down.grid[1] == b
+
+
 def test_shared_arrays_do_not_overlap() -> None:
-    for part in plan_parts(in_proj(3)):
+    for part in plan_parts(in_proj(3), SM_90A):
         places = part.places
         assert places["x"] - places["ring"] >= part.ring.ring_bytes
         assert places["fx"] - places["x"] >= part.ring.product.x_bytes
@@ -208,7 +235,7 @@ def test_shared_arrays_do_not_overlap() -> None:
 
 
 def test_text_waits_once_per_path_with_weights_in_flight() -> None:
-    for emission in small_kernels():
+    for emission in small_kernels(SM_90A):
         assert emission.source.index("ptx.launch_dependents()") == emission.source.index("ptx.launch_dep")
         paths = re.split(r"\n@cute\.(?:jit|kernel)\n", emission.source)[1:]
         for path in paths:
@@ -225,13 +252,13 @@ def test_text_waits_once_per_path_with_weights_in_flight() -> None:
 def test_riders_take_the_first_ctas_and_change_no_weight() -> None:
     riders = (WINDOW, ENTRIES, KEYS)
     spec = q_proj("q_proj", 2, *riders)
-    emission, bare = emit_gemv(spec), emit_gemv(replace(spec, riders=()))
+    emission, bare = emit_gemv(spec, SM_90A), emit_gemv(replace(spec, riders=()), SM_90A)
     assert emission.packing == bare.packing
     assert emission.shared == bare.shared
     assert emission.grid[0] == bare.grid[0] + 6
     assert emission.parameters[: len(bare.parameters)] == bare.parameters
     names = [p.name for p in emission.parameters]
-    assert len(set(names)) == len(names)  # riders share positions and frequencies
+    assert len(set(names)) == len(names)  # riders share positions, slots and frequencies
     bounds = re.findall(r"\b(?:if|elif) block < (\d+):", emission.source.split("@cute.kernel")[1])
     assert bounds == ["2", "4", "6"]
     assert re.search(r"else:\n        \w+\(smem, block - 6,", emission.source)
@@ -239,20 +266,21 @@ def test_riders_take_the_first_ctas_and_change_no_weight() -> None:
 
 def test_a_launch_has_the_threads_that_its_riders_rows_take() -> None:
     spec = q_proj("q_proj", 1, WINDOW, ENTRIES, KEYS, k=128, rows=512)
-    assert emit_gemv(replace(spec, riders=())).block < 128 <= emit_gemv(spec).block
+    assert emit_gemv(replace(spec, riders=()), SM_90A).block < 128 <= emit_gemv(spec, SM_90A).block
     for threads in (128, 192, 256):
         window, entries, keys = seated("launch", spec.riders, threads)
         assert window == WINDOW
         assert isinstance(entries, CompressSpec)
         assert isinstance(keys, CompressSpec)
         assert (entries.pool.groups, keys.pool.groups) == (threads // 128, threads // 32)
-        assert entries.pool.groups * entries.pool.run >= entries.pool.tokens
+        assert entries.pool.groups * entries.pool.run >= entries.pool.pooled
 
 
 @pytest.mark.parametrize(
     ("rider", "message"),
     [
-        (replace(ENTRIES, ring=7), "compress pools 8 tokens, its ring holds 7"),
+        (replace(ENTRIES, ring=7), "compress pools 8 tokens, with 1 of .*: want a ring of 8 rows, got 7"),
+        (replace(ENTRIES, ring=14, tokens=8), "with 8 of a sequence per launch: want a ring of 15 rows"),
         (replace(KEYS, width=256), "must be 128 wide"),
         (replace(WINDOW, width=192), "multiple of 128 up to 1024 wide, got 192"),
         (replace(WINDOW, width=1152), "256 threads hold rows .* up to 1024 wide, got 1152"),
@@ -285,10 +313,10 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_small_kernel_assembles(store: Path, target: str) -> None:
-    kernels = small_kernels()
-    built = build([Source(k.symbol, k.source) for k in kernels], target, store)
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+def test_every_small_kernel_assembles(store: Path, arch: Arch) -> None:
+    kernels = small_kernels(arch)
+    built = build([Source(k.symbol, k.source) for k in kernels], arch.name, store)
     for kernel, result in zip(kernels, built, strict=True):
         assert result.resources.stack == 0, kernel.symbol
         assert result.resources.registers <= 128  # two CTAs of 256 threads share 64 K registers
@@ -322,7 +350,7 @@ def test_every_small_kernel_assembles(store: Path, target: str) -> None:
 )
 def test_refusals(spec: GemvSpec, message: str) -> None:
     with pytest.raises(BuildError, match=message):
-        emit_gemv(spec)
+        emit_gemv(spec, SM_90A)
 
 
 @pytest.mark.parametrize(
@@ -338,15 +366,15 @@ def test_refusals(spec: GemvSpec, message: str) -> None:
 )
 def test_expert_refusals(change: dict[str, object], message: str) -> None:
     spec = replace(experts("mxfp4", "fp8"), **change)  # type: ignore[arg-type]
-    for emit in (lambda spec: emit_experts_up(spec, BY_SCORE), emit_experts_down):
+    for emit in (lambda: emit_experts_up(spec, BY_SCORE, SM_90A), lambda: emit_experts_down(spec, SM_90A)):
         with pytest.raises(BuildError, match=message):
-            emit(spec)
+            emit()
 
 
 def test_experts_are_chosen_among_those_there_are() -> None:
     for change in ({"top_k": 9}, {"experts": 1025}):
         with pytest.raises(BuildError, match="want some of at most 1024"):
-            emit_experts_up(replace(experts("mxfp4", "fp8"), **change), BY_SCORE)
+            emit_experts_up(replace(experts("mxfp4", "fp8"), **change), BY_SCORE, SM_90A)
 
 
 @pytest.mark.parametrize(("hidden", "intermediate", "count"), [(4096, 2048, 256), (7168, 3072, 384)])
@@ -356,12 +384,12 @@ def test_routing_leaves_two_ctas_to_an_sm(
 ) -> None:
     for routed in ("mxfp4", "nvfp4"):
         spec = ExpertsSpec("up", 1, hidden, intermediate, count, 6, routed, "fp8", 10.0)
-        assert 2 * (emit_experts_up(spec, routing).shared + 1024) <= SHARED_PER_SM
+        assert 2 * (emit_experts_up(spec, routing, SM_90A).shared + 1024) <= SM_90A.shared_per_sm
 
 
 def test_what_the_router_keeps_lies_apart_from_what_lives_beside_it() -> None:
     for routing in (BY_SCORE, BY_TABLE, BY_ROWS):
-        text = emit_experts_up(experts("fp8", "fp8"), routing).source.split("def routed(")[1]
+        text = emit_experts_up(experts("fp8", "fp8"), routing, SM_90A).source.split("def routed(")[1]
         at = {n: int(x or 0) for n, x in re.findall(r"s_(\w+) = smem(?: \+ (\d+))?\n", text)}
         assert at["sums"] - at["part"] >= max(4 * 64, 8 * 32)  # sums f32 [warps][16]; scores and keys
         assert at["choice"] - at["sums"] >= (4 * 4 * 2 if routing is BY_ROWS else 0)
@@ -370,7 +398,7 @@ def test_what_the_router_keeps_lies_apart_from_what_lives_beside_it() -> None:
 
 def test_a_token_is_read_before_the_wait_and_its_experts_weights_with_it() -> None:
     for routing in (BY_TABLE, BY_ROWS):
-        emission = emit_experts_up(experts("mxfp4", "fp8"), routing)
+        emission = emit_experts_up(experts("mxfp4", "fp8"), routing, SM_90A)
         early = [p.operand for p in emission.parameters if p.early]
         assert early == ["tokens"]
         path = emission.source.split("def routed(")[1]

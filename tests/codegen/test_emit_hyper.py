@@ -8,17 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from dsv4c.codegen.build import TARGETS, Source, build
+from dsv4c.arch import ARCHS, SM_90A, Arch
+from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels.ends import (
     AdvanceSpec,
     ArgmaxSpec,
     EmbedSpec,
+    LastRowsSpec,
+    PositionsSpec,
     emit_advance,
     emit_argmax,
     emit_embed,
+    emit_last_rows,
+    emit_positions,
 )
-from dsv4c.codegen.kernels.hyper_norm import SHARED_LIMIT, HyperNormSpec, emit_hyper_norm
+from dsv4c.codegen.kernels.hyper_norm import HyperNormSpec, emit_hyper_norm
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
 from dsv4c.errors import BuildError
 
@@ -29,13 +34,15 @@ FLASH = replace(BOUNDARY, rows=1, hidden=4096)
 PRO = replace(BOUNDARY, rows=1, hidden=7168)
 
 
-def emissions() -> list[Emission]:
+def emissions(arch: Arch) -> list[Emission]:
     return [
-        *map(emit_hyper_norm, (BOUNDARY, FIRST, HEAD, PRO)),
-        emit_router_gate(RouterGateSpec(rows=3, hidden=256, experts=8)),
-        emit_argmax(ArgmaxSpec(rows=2, vocabulary=250)),
+        *(emit_hyper_norm(spec, arch) for spec in (BOUNDARY, FIRST, HEAD, PRO)),
+        emit_router_gate(RouterGateSpec(rows=3, hidden=256, experts=8), arch),
+        emit_argmax(ArgmaxSpec(rows=2, vocabulary=250), arch),
         emit_embed(EmbedSpec(rows=2, hidden=256)),
-        emit_advance(AdvanceSpec(rows=2)),
+        emit_advance(AdvanceSpec(sequences=2)),
+        emit_positions(PositionsSpec(sequences=2, tokens=4)),
+        emit_last_rows(LastRowsSpec(sequences=2, tokens=4, hidden=256)),
     ]
 
 
@@ -44,13 +51,13 @@ def operands(emission: Emission) -> list[str]:
 
 
 def test_boundary_text(golden):
-    golden(emit_hyper_norm(BOUNDARY).source, "kernels/hyper_norm.py.txt")
+    golden(emit_hyper_norm(BOUNDARY, SM_90A).source, "kernels/hyper_norm.py.txt")
 
 
-@pytest.mark.parametrize("target", TARGETS)
-def test_every_kernel_assembles_without_spills(target: str, tmp_path: Path):
-    every = emissions()
-    built = build([Source(e.symbol, e.source) for e in every], target, tmp_path, workers=1)
+@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+def test_every_kernel_assembles_without_spills(arch: Arch, tmp_path: Path):
+    every = emissions(arch)
+    built = build([Source(e.symbol, e.source) for e in every], arch.name, tmp_path, workers=1)
     for emission, kernel in zip(every, built, strict=True):
         assert kernel.resources.stack == 0, f"{emission.symbol} spills or indexes registers dynamically"
         assert kernel.resources.registers * emission.block <= 65536
@@ -65,8 +72,19 @@ def test_every_kernel_assembles_without_spills(target: str, tmp_path: Path):
         assert "st.async" not in kernel.ptx.split("barrier.cluster.wait")[0] or not clustered
 
 
+def test_kernels_are_the_same_for_any_rows():
+    for spec in (BOUNDARY, FIRST, HEAD, FLASH, PRO):
+        assert emit_hyper_norm(replace(spec, rows=8), SM_90A).source == emit_hyper_norm(spec, SM_90A).source
+    assert emit_argmax(ArgmaxSpec(1, 250), SM_90A).source == emit_argmax(ArgmaxSpec(8, 250), SM_90A).source
+    assert emit_embed(EmbedSpec(1, 256)).source == emit_embed(EmbedSpec(8, 256)).source
+    assert emit_advance(AdvanceSpec(1)).source == emit_advance(AdvanceSpec(8)).source
+    assert emit_last_rows(LastRowsSpec(1, 4, 256)).source == emit_last_rows(LastRowsSpec(8, 4, 256)).source
+    assert emit_positions(PositionsSpec(1, 4)).source == emit_positions(PositionsSpec(8, 4)).source
+
+
 def test_weights_are_read_before_the_wait(tmp_path: Path):
-    (kernel,) = build([Source((e := emit_hyper_norm(FLASH)).symbol, e.source)], "sm_90a", tmp_path, workers=1)
+    emission = emit_hyper_norm(FLASH, SM_90A)
+    (kernel,) = build([Source(emission.symbol, emission.source)], "sm_90a", tmp_path, workers=1)
     before, after = kernel.ptx.split("griddepcontrol.wait")
     assert before.count("ld.relaxed.gpu.global.v4.b32") == 24  # strong loads: the assembler keeps them there
     assert "ld.relaxed" not in after
@@ -76,46 +94,55 @@ def test_flags_decide_the_operands():
     weights = ["m_fn", "m_base", "m_scale", "m_gain"]
     mixed = ["m_x", "m_f", "m_post", "m_comb", *weights]
     row = ["m_normed", "m_q", "m_q_scale"]
-    assert operands(emit_hyper_norm(BOUNDARY)) == [*mixed, "m_x_out", "m_post_out", "m_comb_out", *row]
-    assert operands(emit_hyper_norm(FIRST)) == ["m_x", *weights, "m_post_out", "m_comb_out", *row]
-    assert operands(emit_hyper_norm(HEAD)) == [*mixed, "m_normed"]
+    assert operands(emit_hyper_norm(BOUNDARY, SM_90A)) == [
+        *mixed,
+        "m_x_out",
+        "m_post_out",
+        "m_comb_out",
+        *row,
+    ]
+    assert operands(emit_hyper_norm(FIRST, SM_90A)) == ["m_x", *weights, "m_post_out", "m_comb_out", *row]
+    assert operands(emit_hyper_norm(HEAD, SM_90A)) == [*mixed, "m_normed"]
 
 
 @pytest.mark.parametrize(("spec", "ctas", "threads"), [(BOUNDARY, 2, 128), (FLASH, 16, 256), (PRO, 14, 512)])
 def test_a_cluster_per_token_takes_whole_groups(spec: HyperNormSpec, ctas: int, threads: int):
-    emission = emit_hyper_norm(spec)
+    emission = emit_hyper_norm(spec, SM_90A)
     assert (emission.grid, emission.cluster) == ((spec.rows * ctas, 1, 1), (ctas, 1, 1))
     assert emission.block == threads
-    assert emission.shared <= SHARED_LIMIT
+    assert emission.shared <= SM_90A.shared_per_cta
 
 
 def test_flash_leaves_shared_memory_to_its_predecessor():
-    assert emit_hyper_norm(FLASH).shared <= 8 * 1024
+    assert emit_hyper_norm(FLASH, SM_90A).shared <= 8 * 1024
 
 
 @pytest.mark.parametrize("hidden", [96, 128, 128 * 17, 16384])
 def test_rows_that_no_cluster_cuts_are_refused(hidden: int):
     with pytest.raises(BuildError, match=f"hyper_norm of {hidden} columns: no cluster"):
-        emit_hyper_norm(replace(BOUNDARY, hidden=hidden))
+        emit_hyper_norm(replace(BOUNDARY, hidden=hidden), SM_90A)
 
 
 def test_router_refusals_say_what_they_want():
     with pytest.raises(BuildError, match="want columns"):
-        emit_router_gate(RouterGateSpec(rows=1, hidden=100, experts=8))
+        emit_router_gate(RouterGateSpec(rows=1, hidden=100, experts=8), SM_90A)
     with pytest.raises(BuildError, match="multiple of 8"):
         emit_embed(EmbedSpec(rows=1, hidden=100))
+    with pytest.raises(BuildError, match="multiple of 8"):
+        emit_last_rows(LastRowsSpec(sequences=1, tokens=8, hidden=100))
 
 
 def test_a_gate_covers_every_expert_once():
     for experts, hidden in ((256, 4096), (384, 7168), (8, 256), (131, 512)):
         spec = RouterGateSpec(rows=1, hidden=hidden, experts=experts)
-        assert emit_router_gate(spec).grid[0] * spec.gate.rows == experts
-        assert spec.gate.pieces * spec.gate.threads * 8 == hidden
+        gate = spec.gate(SM_90A)
+        assert emit_router_gate(spec, SM_90A).grid[0] * gate.rows == experts
+        assert gate.pieces * gate.threads * 8 == hidden
 
 
 def test_an_argmax_covers_every_column_once():
     for vocabulary in (129280, 512, 250, 7):
-        emission = emit_argmax(ArgmaxSpec(rows=1, vocabulary=vocabulary))
+        emission = emit_argmax(ArgmaxSpec(rows=1, vocabulary=vocabulary), SM_90A)
         columns = int(re.search(r"first = rank \* (\d+)", emission.source)[1])
         ctas = emission.cluster[0]
         assert (ctas - 1) * columns < vocabulary <= ctas * columns

@@ -3,35 +3,37 @@
 from __future__ import annotations
 
 import json
-import struct
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks.plans import first_layers
+from dsv4c.arch import SM_90A
 from dsv4c.codegen.build import TARGETS
-from dsv4c.codegen.lower import component_bytes, packed_bytes, rope_table
+from dsv4c.codegen.lower import component_bytes, packed_bytes
+from dsv4c.codegen.select import Kernels
 from dsv4c.compiler.compile import compile
 from dsv4c.compiler.verify import check
 from dsv4c.config import load_config
 from dsv4c.errors import BuildError, ConfigError
-from dsv4c.ir.graph import Graph
 from dsv4c.ir.ops.rope import RopeFrequencies
+from dsv4c.numerics.codec import view
 from dsv4c.numerics.packing import pack, parse_packing
-from dsv4c.passes.base import Context, Pass
-from dsv4c.passes.pipeline import PIPELINE, Memory, Pipeline
-from dsv4c.passes.schedule import schedule
-from dsv4c.plan.records import KernelLaunch, Plan, load
+from dsv4c.passes.schedule import Group
+from dsv4c.plan.folder import Plan, load
+from dsv4c.plan.records import Launch
 from dsv4c.reference.registry import run
+from dsv4c.runtime.cpu import constants_of
 from dsv4c.types import parse_type
 from tests.codegen.lowered import gpu_plan
 
 
-def launches(plan: Plan) -> list[KernelLaunch]:
-    return [launch for launch in plan.bucket("decode").launches if isinstance(launch, KernelLaunch)]
+def launches(plan: Plan) -> tuple[Launch, ...]:
+    """Of a decode step of one sequence."""
+    return plan.program().launches
 
 
 @pytest.fixture(scope="module")
@@ -40,13 +42,13 @@ def tiny() -> Plan:
 
 
 @pytest.mark.parametrize("recipe", ["official", "bf16", "nvfp4-experts", "nvfp4"])
-@pytest.mark.parametrize("batch", [1, 3, 8])
-def test_every_node_of_a_tiny_model_has_a_kernel(recipe: str, batch: int) -> None:
-    plan = gpu_plan(recipe=recipe, batch=batch)
+def test_every_node_of_a_tiny_model_has_a_kernel(recipe: str) -> None:
+    plan = gpu_plan(recipe=recipe, batch=(1, 3, 8), slots=9, verify=3)
     assert check(plan) == []
-    assert plan.bucket("decode").tokens == batch
-    for launch in launches(plan):
-        pointers = plan.files[plan.kernels[launch.kernel]["source"]].decode().count(": cute.Pointer,")
+    assert list(plan.buckets) == ["decode-1", "decode-3", "decode-8", "verify-1x3", "prefill-8"]
+    assert plan.report["unfolded"] == []
+    for launch in (launch for program in plan.buckets.values() for launch in program.launches):
+        pointers = plan.files[plan.kernels[launch.kernel.kernel]["source"]].decode().count(": cute.Pointer,")
         assert pointers >= 2 * len(launch.arguments)  # of the kernel and of its host function
 
 
@@ -56,30 +58,31 @@ def test_every_node_of_a_release_model_has_a_kernel(model: str, recipe: str) -> 
     config = first_layers(model, 6)
     for target, batch, max_context in (
         ("sm_90a", 1, config.max_position_embeddings),
-        ("sm_90a", 2, 131072),
-        ("sm_90a", 5, 131072),
+        ("sm_90a", (2, 5), 131072),
         ("sm_100a", 8, config.max_position_embeddings),
     ):
         plan = gpu_plan(config, recipe=recipe, target=target, batch=batch, max_context=max_context)
         assert check(plan) == []
+        assert plan.report["unfolded"] == []
 
 
 def test_release_models_share_kernels_between_equal_layers() -> None:
-    flash = gpu_plan("deepseek-v4-flash", max_context=131072)
+    flash = gpu_plan("deepseek-v4-flash", max_context=131072, batch=1, verify=1, chunk=1)
     assert check(flash) == []
     assert len(flash.kernels) < 35
     assert len(launches(flash)) > 10 * 43
-    used = {launch.kernel for launch in launches(flash)}
+    used = {launch.kernel.kernel for launch in launches(flash)}
     assert used == set(flash.kernels)
     text = sum(len(content) for content in flash.files.values()) + len(flash.text)
     assert text < 8 << 20  # without cubins and PTX
 
 
 def test_launches_are_a_chain_of_programmatic_edges(tiny: Plan) -> None:
-    for index, launch in enumerate(launches(tiny)):
-        assert launch.waits
-        assert launch.after == ((index - 1,) if index else ())
-        assert launch.programmatic == (index > 0)
+    for program in tiny.buckets.values():
+        for index, launch in enumerate(program.launches):
+            assert launch.kernel.waits
+            assert launch.after == ((index - 1,) if index else ())
+            assert launch.kernel.programmatic == (index > 0)
 
 
 def test_the_step_begins_with_positions_and_ends_by_advancing_them(tiny: Plan) -> None:
@@ -138,72 +141,47 @@ def test_component_bytes_are_those_that_pack_makes() -> None:
         component_bytes(parse_type("i32[7]"), "f32")
 
 
-@pytest.mark.parametrize("factor", [1.0, 16.0, 4.0])
-@pytest.mark.parametrize("theta", [10000.0, 160000.0, 1e6])
-def test_frequencies_are_the_references_to_the_last_bit(factor: float, theta: float) -> None:
-    op = RopeFrequencies(theta, 64, factor, 65536, 32.0, 1.0)
-    table = rope_table(op)
-    assert struct.pack("<32f", *table) == run(op).numpy().tobytes()
-
-
-def test_constants_are_a_safetensors_file(tiny: Plan) -> None:
-    from safetensors.torch import load as read
-
-    tensors = read(tiny.files[tiny.constants["file"]])
-    assert set(tensors) == set(tiny.constants["values"]) == {"frequencies", "compress_frequencies"}
-    op = RopeFrequencies(10000.0, 64, 1.0, 65536, 32.0, 1.0)
-    assert torch.equal(tensors["frequencies"], run(op))
-    assert tiny.constants["bytes"] == 256
+def test_constants_are_the_references_to_the_last_bit(tiny: Plan) -> None:
+    """Computed once at load, on the host, from nothing."""
+    assert tiny.load is not None
+    assert set(tiny.load.outputs.values()) == {"frequencies", "compress_frequencies"}
+    block = constants_of(tiny, torch.empty(0, dtype=torch.uint8))
+    assert block.numel() == tiny.blocks["constants"] == 512
+    place = tiny.load.values["frequencies"]
+    wanted = run(RopeFrequencies(10000.0, 64, 1.0, 65536, 32.0, 1.0))
+    assert torch.equal(view(block, place.type, place.offset), wanted)
+    for program in tiny.buckets.values():
+        assert program.values["frequencies"] == place
 
 
 def test_work_on_weights_alone_must_be_folded() -> None:
     with pytest.raises(BuildError, match=r"at layers\.0\.hc_attn\.slice.*: slice of weights is left over"):
-        gpu_plan(
-            pipeline="quantize{recipe=official},fold{without=hyper_norm+hyper_norm_first},prepack,tidy,schedule,memory"
-        )
+        gpu_plan(disable=["hyper_norm", "hyper_norm_first"])
 
 
-def test_an_unfolded_op_is_named_with_its_place() -> None:
+def test_a_primitive_without_a_kernel_is_named_with_its_place() -> None:
     with pytest.raises(
         BuildError, match=r"at layers\.0\.attn\.attn_out.*no kernel for|no kernel is registered"
     ):
-        gpu_plan(
-            pipeline="quantize{recipe=official},fold{without=quantize_linear},prepack,tidy,schedule,memory"
-        )
+        gpu_plan(disable=["quantize_linear"])
 
 
-@dataclass(frozen=True)
-class Own(Pass):
-    """A schedule that lets other ops share a launch than the built-in one."""
-
-    name: ClassVar[str] = "own"
-    requires: ClassVar = frozenset({"tidy"})
-    establishes: ClassVar = frozenset({"order"})
-    spoils: ClassVar = frozenset({"places"})
-    groups: tuple[str, ...] = ()
-
-    def run(self, graph: Graph, context: Context) -> Graph:
-        context.schedule = schedule(graph, groups=(self.groups,))
-        return graph
+def test_what_cannot_share_a_launch_gets_its_own(tiny: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A target's groups are a wish: kernels decide."""
+    with_more = (*Kernels(SM_90A).groups, Group(("swiglu", "experts_down")), Group(("attention", "in_proj")))
+    monkeypatch.setattr(Kernels, "groups", with_more)
+    assert gpu_plan().buckets == tiny.buckets
 
 
-def test_the_schedule_is_the_pipelines(tiny: Plan) -> None:
-    def plan(*groups: str) -> Plan:
-        passes = (*(p for p in PIPELINE if p.name not in ("schedule", "memory")), Own(groups), Memory())
-        return gpu_plan(pipeline=Pipeline(passes))
-
-    own = plan("q_norm_quantize", "kv_norm_rope_store", "compressor")
-    assert check(own) == []
-    assert len(launches(own)) == len(launches(tiny)) + 4  # of the layers with two in_proj
-    assert "in_proj + in_proj" not in {launch.op for launch in launches(own)}
-    with pytest.raises(BuildError, match="one q_norm_quantize per launch, in which state writes ride, not 0"):
-        plan()
+def test_nodes_that_need_company_are_refused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Kernels, "groups", ())
+    with pytest.raises(BuildError, match=r"at layers\.0\.attn\."):
+        gpu_plan()
 
 
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        ({"batch": 9}, "1 to 8 rows"),
         ({"recipe": "fp32"}, "embed: copies rows of bf16"),
     ],
 )
@@ -212,9 +190,20 @@ def test_what_no_kernel_covers_is_refused(options: dict[str, Any], why: str) -> 
         gpu_plan(**options)
 
 
-def test_the_mtp_block_has_no_gpu_bucket() -> None:
-    with pytest.raises(ConfigError, match="no bucket for the MTP block"):
-        gpu_plan(mtp=True)
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (
+            {"draft": "mtp"},
+            "draft: sm_90a has no kernels for the MTP block; compile with draft off, or for cpu",
+        ),
+        ({"batch": 9}, "decode-9 has 9 rows; expected at most 8: sm_90a has no kernels for more"),
+        ({"chunk": (8, 64)}, "prefill-64 has 64 rows; expected at most 8"),
+    ],
+)
+def test_buckets_that_no_kernel_is_for_are_refused(options: dict[str, Any], why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        gpu_plan(**options)
 
 
 def test_block_scales_that_straddle_groups_are_refused() -> None:
@@ -229,10 +218,11 @@ def test_kernels_of_a_tiny_plan_assemble_without_spills(
     target: str, recipe: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     store = tmp_path_factory.getbasetemp() / f"store-{recipe}"
-    plan = compile("tiny", target=target, recipe=recipe, max_context=256, cache=store)
+    options = {"batch": 1, "verify": 1, "chunk": 1, "max_context": 256, "cache": store}
+    plan = compile("tiny", target=target, recipe=recipe, **options)
     assert plan.cache_hits == 0
     assert all(record["stack"] == 0 for record in plan.kernels.values())
     assert {record["not_run_here"] for record in plan.kernels.values()} == {target == "sm_100a"}
-    again = compile("tiny", target=target, recipe=recipe, max_context=256, cache=store)
+    again = compile("tiny", target=target, recipe=recipe, **options)
     assert again.cache_hits == len(plan.kernels)
     assert again.text == plan.text

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
+from dsv4c.arch import SM_90A, SM_100A, Arch
 from dsv4c.codegen.registry import Launchable, Request, choose, request_of
 from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Builder, Graph, Node, Value
@@ -41,13 +42,13 @@ def graph_of(make: Callable[[Values, Values], object]) -> Graph:
     return b.finish({str(i): v for i, v in enumerate(results)})
 
 
-def requests(graph: Graph, target: str = "sm_90a") -> list[Request]:
+def requests(graph: Graph, arch: Arch = SM_90A) -> list[Request]:
     """One request per node."""
-    return [request_of([node], target, graph.users, {})[0] for node in graph.nodes]
+    return [request_of([node], arch, graph.users, {})[0] for node in graph.nodes]
 
 
 def together(graph: Graph, *nodes: Node, labels: dict[Value, str] | None = None) -> tuple[Launchable, ...]:
-    return choose(request_of(nodes or graph.nodes, "sm_90a", graph.users, labels or {})[0])
+    return choose(request_of(nodes or graph.nodes, SM_90A, graph.users, labels or {})[0])
 
 
 def refused(graph: Graph) -> str:
@@ -92,8 +93,8 @@ def test_equal_requests_share_one_answer() -> None:
 
 
 def test_a_target_is_part_of_the_key() -> None:
-    graph = graph_of(lambda p, _: positions(p("s", "i32[3]"), p("n", "i32[3]"), tokens=1))
-    (hopper,), (blackwell,) = requests(graph), requests(graph, "sm_100a")
+    graph = graph_of(lambda p, _: positions(p("s", "i32[5]"), p("at", "i32[3]"), p("n", "i32[3]"), tokens=1))
+    (hopper,), (blackwell,) = requests(graph), requests(graph, SM_100A)
     assert hopper != blackwell
     assert choose(hopper)[0].emission == choose(blackwell)[0].emission
 
@@ -136,21 +137,21 @@ def test_state_writes_ride_with_the_queries(row: QuantFormat) -> None:
     weight = {FP8_ROW: FP8_WEIGHT, NVFP4_ROW: NVFP4}[row]
 
     def make(p: Values, state: Values) -> tuple[Value, ...]:
-        at, f = p("at", "i32[1]"), p("f", "f32[32]")
+        at, slots, f = p("at", "i32[1]"), p("slots", "i32[1]"), p("f", "f32[32]")
         kv = "q[e4m3,ue8m0,1x64,tail=64]"
         op = QNormQuantize(eps=1e-6, format=row, out=BF16)
         made = [
             op(p("x", "bf16[1,256]"), p("gq", "bf16[256]"), p("wq", f"{weight}[256,256]")),
             KvNormRopeStore(eps=1e-6)(
-                state("w", f"{kv}[1,128,128]"), p("kv", "bf16[1,128]"), p("g", "bf16[128]"), at, f
+                state("w", f"{kv}[3,144,128]"), p("kv", "bf16[1,128]"), p("g", "bf16[128]"), at, slots, f
             ),
         ]
-        for name, type_, rotated in (("e", f"{kv}[1,16,128]", False), ("k", f"{MXFP4}[1,16,128]", True)):
-            rings = [state(f"{name}_{r}", "f32[1,8,256]") for r in ("kv", "score")]
+        for name, type_, rotated in (("e", f"{kv}[3,16,128]", False), ("k", f"{MXFP4}[3,16,128]", True)):
+            rings = [state(f"{name}_{r}", "f32[3,16,256]") for r in ("kv", "score")]
             rows = [p(f"{name}_{r}", "f32[1,256]") for r in ("u", "s")]
-            compressor = Compressor(ratio=4, overlap=True, sequences=1, eps=1e-6, rotated=rotated)
+            compressor = Compressor(ratio=4, overlap=True, tokens=1, eps=1e-6, rotated=rotated)
             bias, gain = p(f"{name}_b", "f32[4,256]"), p(f"{name}_g", "bf16[128]")
-            made += compressor(state(name, type_), *rings, *rows, bias, gain, at, f)
+            made += compressor(state(name, type_), *rings, *rows, bias, gain, at, slots, f)
         return tuple(made)
 
     graph = graph_of(make)
@@ -173,9 +174,10 @@ def indexed(extra_reader: bool) -> Graph:
     def make(p: Values, _: Values) -> tuple[Value, ...]:
         scores = Indexer(ratio=4, factor=0.015625)(
             p("q", "bf16[1,32,128]"),
-            p("keys", f"{MXFP4}[1,64,128]"),
+            p("keys", f"{MXFP4}[3,64,128]"),
             p("weights", "bf16[1,32]"),
             p("at", "i32[1]"),
+            p("slots", "i32[1]"),
             p("f", "f32[32]"),
         )
         chosen: Value = IndexTopk(k=8)(scores)
@@ -305,7 +307,8 @@ def test_rows_are_quantized_to_nvfp4_once_for_all_their_readers() -> None:
                 p("at", "i32[1]"),
                 p("f", "f32[32]"),
                 p("sink", "f32[4]"),
-                state("ring", "bf16[1,128,128]"),
+                state("ring", "bf16[3,144,128]"),
+                p("slots", "i32[1]"),
             ),
             "scales scores by 0.088",
         ),
@@ -313,3 +316,27 @@ def test_rows_are_quantized_to_nvfp4_once_for_all_their_readers() -> None:
 )
 def test_numerics_that_a_kernel_lacks_are_refused(make: Callable[..., object], why: str) -> None:
     assert why in refused(graph_of(make))
+
+
+def test_copies_beside_rings_have_no_kernel() -> None:
+    """What chunks of many tokens read; rings alone serve up to eight."""
+    kv = "q[e4m3,ue8m0,1x64,tail=64]"
+
+    def store(p: Values, state: Values) -> object:
+        x = (p("kv", "bf16[16,128]"), p("g", "bf16[128]"), p("at", "i32[16]"), p("slots", "i32[16]"))
+        op = QNormQuantize(eps=1e-6, format=None, out=BF16)
+        q = op(p("x", "bf16[16,128]"), p("gq", "bf16[128]"), p("wq", "bf16[256,128]"))
+        beside = KvNormRopeStore(eps=1e-6, beside=144, tokens=16)
+        return (q, *beside(state("w", f"{kv}[3,144,128]"), *x, p("f", "f32[32]")))
+
+    assert "makes no copy of 144 rows beside one" in refused(graph_of(store))
+
+    def attend(p: Values, state: Values) -> object:
+        op = Attention(
+            eps=1e-6, precision=BF16, window=128, scale=128**-0.5, groups=2, format=None, ratio=128
+        )
+        q = (p("q", "bf16[2,4,128]"), p("at", "i32[2]"), p("f", "f32[32]"), p("sink", "f32[4]"))
+        ring, entries = p("beside", "bf16[1,256,128]"), state("entries", "bf16[3,4,128]")
+        return op(*q, ring, p("owners", "i32[2]"), entries, p("slots", "i32[2]"))
+
+    assert "reads rings and entries in the same slots" in refused(graph_of(attend))

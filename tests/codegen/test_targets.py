@@ -1,4 +1,4 @@
-"""Every kernel of a tiny decode step, compiled for both targets; what the FP4 conversions become there."""
+"""Every kernel of a tiny model, compiled for both targets; what the FP4 conversions become there."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import pytest
 
 from dsv4c.codegen.build import TARGETS
 from dsv4c.compiler.compile import compile
-from dsv4c.plan.records import Plan
+from dsv4c.plan.folder import Plan
 from tests.codegen.sass import disassemble
 
+ONE_ROW = {"batch": 1, "verify": 1, "chunk": 1}
 RECIPES = ("official", "bf16", "nvfp4-experts", "nvfp4")
 TO_E2M1 = "cvt.rn.satfinite.e2m1x2.f32"
 FROM_E2M1 = "cvt.rn.f16x2.e2m1x2"
@@ -25,12 +26,23 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plans(store: Path) -> dict[tuple[str, str], Plan]:
-    """Plans by target and recipe."""
-    made = {}
-    for target in TARGETS:
-        for recipe in RECIPES:
-            made[target, recipe] = compile("tiny", target=target, max_context=256, recipe=recipe, cache=store)
-    return made
+    """Plans by target and recipe; those of the official one with the most rows and with several of a
+    sequence.
+    """
+    buckets = dict.fromkeys(RECIPES, ONE_ROW) | {"official": {"batch": (1, 8)}}
+    return {
+        (target, recipe): compile(
+            "tiny",
+            target=target,
+            max_context=256,
+            recipe=recipe,
+            cache=store,
+            certify=False,
+            **buckets[recipe],
+        )
+        for target in TARGETS
+        for recipe in RECIPES
+    }
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -52,7 +64,12 @@ def test_every_kernel_assembles_without_a_stack(
 def test_progress_counts_stages_and_kernels_to_the_end(plans: object, store: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     plan = compile(
-        "tiny", target="sm_90a", max_context=256, cache=store, progress=lambda *call: calls.append(call)
+        "tiny",
+        target="sm_90a",
+        max_context=256,
+        cache=store,
+        progress=lambda *call: calls.append(call),
+        **ONE_ROW,
     )
     assert calls[-1][1] == calls[-1][2]
     assert ("build", len(plan.kernels), len(plan.kernels)) in calls

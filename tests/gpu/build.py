@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.plans import PLANS, first_layers
 from dsv4c.compiler.compile import compile
-from dsv4c.plan.records import Plan
+from dsv4c.plan.folder import Plan
 from tests.goldens import golden_case
 
 KERNELS = ("gemv", "hyper", "attention")  # of build_*.py

@@ -11,6 +11,7 @@ import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from dsv4c.arch import ARCHS
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels.experts import ExpertsSpec
@@ -211,7 +212,7 @@ def describe(
 def main() -> None:
     """Emit, build, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", default="sm_90a")
+    parser.add_argument("--target", default="sm_90a", choices=ARCHS)
     parser.add_argument("--store", type=Path, default=Path("build/store"))
     parser.add_argument("--only", default="", help="cases whose names contain this")
     parser.add_argument("--folder", type=Path, default=FOLDER)
@@ -219,8 +220,11 @@ def main() -> None:
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
     every: list[tuple[GemvSpec | QuantizeSpec, bool, Emission]]
+    arch = ARCHS[options.target]
     every = [
-        (case.spec, case.timed, emit_gemv(case.spec)) for case in cases() if options.only in case.spec.name
+        (case.spec, case.timed, emit_gemv(case.spec, arch))
+        for case in cases()
+        if options.only in case.spec.name
     ]
     every += [
         (spec, False, emit_quantize(spec))
@@ -229,8 +233,8 @@ def main() -> None:
     ]
     pairs = []
     for spec, routing, timed in experts() if not options.only else []:
-        up = emit_experts_up(replace(spec, name=f"up_{routing.source}_{spec.name}"), routing)
-        down = emit_experts_down(replace(spec, name=f"down_{routing.source}_{spec.name}"))
+        up = emit_experts_up(replace(spec, name=f"up_{routing.source}_{spec.name}"), routing, arch)
+        down = emit_experts_down(replace(spec, name=f"down_{routing.source}_{spec.name}"), arch)
         pairs.append((spec, routing, timed, up, down))
     emissions = [e for *_, e in every] + [e for *_, up, down in pairs for e in (up, down)]
     built = build([Source(e.symbol, e.source) for e in emissions], options.target, options.store)

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dsv4c.arch import ARCHS, Arch
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels import ends, gemv, hyper_norm, router
@@ -27,7 +28,7 @@ def boundary(rows: int, hidden: int, **flags: Any) -> hyper_norm.HyperNormSpec:
     return hyper_norm.HyperNormSpec(rows, hidden, 1e-6, 1e-6, flags.pop("iterations", 20), **flags)
 
 
-def specs() -> Iterator[tuple[str, Any, Emission]]:
+def specs(arch: Arch) -> Iterator[tuple[str, Any, Emission]]:
     """(kind, spec, kernel) of every case."""
     boundaries = [boundary(b, h) for h in (FLASH, PRO, TINY) for b in BATCHES]
     boundaries += [boundary(b, h, mix=False, keep=False) for h, b in ((FLASH, 1), (TINY, 3))]
@@ -43,21 +44,26 @@ def specs() -> Iterator[tuple[str, Any, Emission]]:
     boundaries += [boundary(1, PRO, held=held) for held in (0, 18)]
     boundaries += [boundary(1, 512), boundary(1, 2560), boundary(1, 384)]
     for spec in boundaries:
-        yield "hyper", spec, hyper_norm.emit_hyper_norm(spec)
+        yield "hyper", spec, hyper_norm.emit_hyper_norm(spec, arch)
     for hidden, experts in ((FLASH, 256), (PRO, 384), (TINY, 8)):
         for rows in BATCHES:
             gate = router.RouterGateSpec(rows, hidden, experts)
-            yield "gate", gate, router.emit_router_gate(gate)
+            yield "gate", gate, router.emit_router_gate(gate, arch)
     for rows, vocabulary in ((1, 129280), (8, 129280), (3, 512), (2, 250)):
         argmax = ends.ArgmaxSpec(rows, vocabulary)
-        yield "argmax", argmax, ends.emit_argmax(argmax)
+        yield "argmax", argmax, ends.emit_argmax(argmax, arch)
     for rows, hidden in ((1, FLASH), (8, PRO), (3, TINY)):
         embed = ends.EmbedSpec(rows, hidden)
         yield "embed", embed, ends.emit_embed(embed)
-    for rows in BATCHES:
-        advance, positions = ends.AdvanceSpec(rows), ends.PositionsSpec(rows)
+    for sequences, tokens, hidden in ((1, 8, FLASH), (2, 4, PRO), (3, 2, TINY)):
+        last = ends.LastRowsSpec(sequences, tokens, hidden)
+        yield "last_rows", last, ends.emit_last_rows(last)
+    for sequences in BATCHES:
+        advance = ends.AdvanceSpec(sequences)
         yield "advance", advance, ends.emit_advance(advance)
-        yield "positions", positions, ends.emit_positions(positions)
+        for tokens in (1, 4, 40):
+            positions = ends.PositionsSpec(sequences, tokens)
+            yield "positions", positions, ends.emit_positions(positions)
     neighbors = (
         ("wo_b", 4096, 8192),
         ("w13", 4096, 4096),
@@ -67,19 +73,19 @@ def specs() -> Iterator[tuple[str, Any, Emission]]:
     for name, rows, k in neighbors:  # in the timed chains
         x = gemv.Activations("x", "e4m3")
         matrix = gemv.GemvSpec(name, 1, k, (gemv.Matrix("w", rows, "fp8", x, "y"),))
-        yield "gemv", matrix, gemv.emit_gemv(matrix)
+        yield "gemv", matrix, gemv.emit_gemv(matrix, arch)
 
 
 def main() -> None:
     """Emit, build, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", default="sm_90a")
+    parser.add_argument("--target", default="sm_90a", choices=ARCHS)
     parser.add_argument("--store", type=Path, default=Path("build/store"))
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
     folder = options.folder
     folder.mkdir(parents=True, exist_ok=True)
-    every = list(specs())
+    every = list(specs(ARCHS[options.target]))
     built = build([Source(e.symbol, e.source) for _, _, e in every], options.target, options.store)
     cases = []
     for (kind, spec, emission), kernel in zip(every, built, strict=True):

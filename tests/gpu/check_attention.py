@@ -2,9 +2,11 @@
 
 Needs torch and cuda-bindings. Inputs are fresh, random first and then of a `STYLES` (nothing but zeros, equal
 scores, one dimension, softmaxes of one key, codes at the end of their range, all scores negative or tied), at
-positions -1 (idle), 0, 1, 3, around 128, in the middle and at the end. Outputs and every cache slot that a
-position hides are poisoned with NaN. Times are medians of 25 replays of a graph of launches over at least 64
-distinct sets of operands, in microseconds per launch, on plain and on programmatic edges.
+positions -1 (idle), 0, 1, 3, around 128, in the middle and at the end, in slots of any order, some of them of
+nobody. With several rows per sequence some are shorter. Outputs and what positions hide of a cache are
+poisoned with NaN. Every row alone gives the bits that it gives among others. Times are medians of 25 replays
+of a graph of launches over at least 64 distinct sets of operands, in microseconds per launch, on plain and on
+programmatic edges.
 """
 
 from __future__ import annotations
@@ -12,7 +14,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +47,7 @@ from tests.gpu.kernels import measure, options_parser, run_once, start, wanted
 
 FORMATS = {"fp8": KV_FP8, "mxfp4": MXFP4}
 FREQUENCIES = run(RopeFrequencies(160000.0, 64, 16.0, 65536, 32.0, 1.0))
+SPARE = 3  # slots of nobody
 Operands = dict[str, Any]  # operand name -> tensor or Quantized, on the CPU
 
 
@@ -89,62 +93,106 @@ def kv_rows(count: int, width: int) -> Tensor:
     return rows.to(torch.bfloat16)
 
 
-def positions_of(spec: dict[str, Any], limit: int) -> list[list[int]]:
-    """Position vectors that cover empty, partial, wrapped and full windows, and idle sequences."""
-    pool = [0, limit - 1, 5, -1, 1, limit // 2, 127, 3, 128, min(700, limit - 1), limit - 2]
-    batch = spec["batch"]
+@dataclass(frozen=True)
+class Step:
+    """Where the rows of a launch are: positions and slots i32[N], as the kernel `positions` makes them.
+
+    `count` slots, more than sequences.
+    """
+
+    positions: Tensor
+    slots: Tensor
+    count: int
+
+    @property
+    def sequences(self) -> Iterator[tuple[int, int, int]]:
+        """(slot, first position, last position) of those that are not idle."""
+        for slot in self.slots[self.positions >= 0].unique().tolist():
+            at = self.positions[(self.slots == slot) & (self.positions >= 0)]
+            yield slot, int(at.min()), int(at.max())
+
+    def __str__(self) -> str:
+        return f"positions {self.positions.tolist()} of slots {self.slots.tolist()}"
+
+
+def step_from(starts: Sequence[int], tokens: int, limit: int, turn: int = 0) -> Step:
+    """A step of up to `tokens` rows of each sequence, from `starts` on (-1: none), in slots drawn anew.
+
+    Every other sequence has half of the rows, if there are more than one; none goes beyond `limit`.
+    """
+    positions, slots = [], []
+    places = torch.randperm(len(starts) + SPARE).tolist()
+    for i, (first, slot) in enumerate(zip(starts, places, strict=False)):
+        length = 0 if first < 0 else min(tokens - (i + turn) % 2 * (tokens // 2), limit - first)
+        positions += [first + t if t < length else -1 for t in range(tokens)]
+        slots += [slot if t < length else 0 for t in range(tokens)]
+    made = (torch.tensor(values, dtype=torch.int32) for values in (positions, slots))
+    return Step(*made, len(places))
+
+
+def steps_of(case: dict[str, Any], limit: int) -> list[Step]:
+    """Steps that cover empty, partial, wrapped and full windows, windows of both old and new tokens, and idle
+    sequences.
+    """
+    pool = [0, limit - 1, 5, -1, 1, limit // 2, 127, 3, 124, 128, 122, min(700, limit - 1), limit - 2]
+    tokens = case["tokens"]
+    count = case["rows"] // tokens
     vectors = [
-        [pool[(i * batch + j) % len(pool)] for j in range(batch)] for i in range(-(-len(pool) // batch))
+        [pool[(i * count + j) % len(pool)] for j in range(count)] for i in range(-(-len(pool) // count))
     ]
-    return [[min(p, limit - 1) for p in vector] for vector in vectors]
+    starts = [[min(p, limit - 1) for p in vector] for vector in vectors]
+    return [step_from(vector, tokens, limit, turn) for turn, vector in enumerate(starts)]
 
 
 # What each family's inputs are, and what should come out ----------------------------------------------------
 
 
-def attention_inputs(spec: dict[str, Any], positions: list[int]) -> Operands:
+def attention_inputs(spec: dict[str, Any], step: Step) -> Operands:
     """Random operands; only what the positions make visible is a number."""
-    B, h, D, fmt = spec["batch"], spec["heads"], spec["width"], spec["format"]
-    scale = torch.exp(torch.randn(B, h, 1))
+    N, h, D, fmt = spec["rows"], spec["heads"], spec["width"], spec["format"]
+    scale = torch.exp(torch.randn(N, h, 1))
     x: Operands = {
-        "q": (torch.randn(B, h, D) * scale).to(torch.bfloat16),
-        "window": poisoned(fmt, B, spec["ring"], D),
+        "q": (torch.randn(N, h, D) * scale).to(torch.bfloat16),
+        "window": poisoned(fmt, step.count, spec["ring"], D),
         "sink": torch.randn(h) * 2,
         "frequencies": FREQUENCIES,
-        "positions": torch.tensor(positions, dtype=torch.int32),
-        "out": torch.full((B, h, D), math.nan, dtype=torch.bfloat16),
+        "positions": step.positions,
+        "slots": step.slots,
+        "out": torch.full((N, h, D), math.nan, dtype=torch.bfloat16),
     }
-    if spec["entries"] != "none":
-        x["entries"] = poisoned(fmt, B, spec["capacity"], D)
-    if spec["entries"] == "selected":
-        x["selected"] = torch.full((B, spec["selected_count"]), -1, dtype=torch.int32)
-    for b, t in enumerate(positions):
-        seen = torch.arange(max(0, t - spec["window"] + 1), t + 1)
-        put(x["window"], (b, seen % spec["ring"]), kv_rows(len(seen), D), fmt)
-        if spec["entries"] == "none":
-            continue
+    for slot, first, last in step.sequences:
+        seen = torch.arange(max(0, first - spec["window"] + 1), last + 1)
+        put(x["window"], (slot, seen % spec["ring"]), kv_rows(len(seen), D), fmt)
+    if spec["entries"] == "none":
+        return x
+    x["entries"] = poisoned(fmt, step.count, spec["capacity"], D)
+    if spec["entries"] == "all":
+        for slot, _, last in step.sequences:
+            count = min((last + 1) // spec["ratio"], spec["capacity"])
+            put(x["entries"], (slot, torch.arange(count)), kv_rows(count, D), fmt)
+        return x
+    x["selected"] = torch.full((N, spec["selected_count"]), -1, dtype=torch.int32)
+    for n, (t, slot) in enumerate(zip(step.positions.tolist(), step.slots.tolist(), strict=True)):
         count = min((t + 1) // spec["ratio"], spec["capacity"])
-        chosen = torch.arange(count)
-        if spec["entries"] == "selected":
-            chosen = torch.randperm(count)[: spec["selected_count"]].sort().values
-            x["selected"][b, : len(chosen)] = chosen.to(torch.int32)
-        put(x["entries"], (b, chosen), kv_rows(len(chosen), D), fmt)
+        chosen = torch.randperm(count)[: spec["selected_count"]].sort().values
+        x["selected"][n, : len(chosen)] = chosen.to(torch.int32)
+        put(x["entries"], (slot, chosen), kv_rows(len(chosen), D), fmt)
     return x
 
 
 def attention_expected(spec: dict[str, Any], x: Operands) -> Operands:
     """The graph's ops, one after the other."""
-    positions = x["positions"]
+    positions, slots = x["positions"], x["slots"]
     # On the device: torch's CPU rsqrt rounds short bf16 tensors twice, to bf16 after the root as well.
     q = run(RmsNorm(eps=spec["eps"], precision=BF16 if spec["exact_norm"] else F32), x["q"].cuda()).cpu()
     q = run(Rope(), q, positions, FREQUENCIES)
     index = run(WindowIndex(window=spec["window"]), positions)
-    keys = wide(run(Gather(), x["window"], index))
+    keys = wide(run(Gather(), x["window"], index, slots))
     if spec["entries"] != "none":
         more = x.get("selected")
         if more is None:
             more = run(VisibleEntries(ratio=spec["ratio"], capacity=spec["capacity"]), positions)
-        keys = torch.cat([keys, wide(run(Gather(), x["entries"], more))], dim=1)
+        keys = torch.cat([keys, wide(run(Gather(), x["entries"], more, slots))], dim=1)
         index = torch.cat([index, more], dim=1)
     logits = run(AttentionScores(scale=spec["width"] ** -0.5), q, keys, index)
     p, denominator = run(SinkSoftmax(out=BF16), logits, x["sink"])
@@ -152,84 +200,89 @@ def attention_expected(spec: dict[str, Any], x: Operands) -> Operands:
     return {"out": run(Rope(inverse=True), out, positions, FREQUENCIES)}
 
 
-def state_inputs(spec: dict[str, Any], positions: list[int]) -> Operands:
-    """Random rows; rings hold numbers for the tokens before the positions, caches are poison. `plain_w` is
-    the weight of the product beside.
+def state_inputs(spec: dict[str, Any], step: Step) -> Operands:
+    """Random rows; rings hold numbers for the tokens that are pooled with the new ones, caches are poison.
+    `plain_w` is the weight of the product beside.
     """
-    B = spec["batch"]
+    N, S = spec["batch"], step.count
     store, *compressors = spec["riders"]
     (matrix,) = spec["matrices"]
     w = (torch.randn(matrix["rows"], spec["k"]) * spec["k"] ** -0.5).to(torch.bfloat16)
     x: Operands = {
-        "x": torch.randn(B, spec["k"]).to(torch.bfloat16),
+        "x": torch.randn(N, spec["k"]).to(torch.bfloat16),
         "w": pack(parse_packing(spec["packing"]["w"]), w),
         "plain_w": w,
-        "y": torch.full((B, matrix["rows"]), math.nan, dtype=torch.bfloat16),
-        "kv": kv_rows(B, store["width"]),
+        "y": torch.full((N, matrix["rows"]), math.nan, dtype=torch.bfloat16),
+        "kv": kv_rows(N, store["width"]),
         "kv_norm": torch.randn(store["width"]).to(torch.bfloat16),
         "frequencies": FREQUENCIES,
-        "positions": torch.tensor(positions, dtype=torch.int32),
-        "window": poisoned(store["format"], B, store["ring"], store["width"]),
+        "positions": step.positions,
+        "slots": step.slots,
+        "window": poisoned(store["format"], S, store["ring"], store["width"]),
     }
     for c in compressors:
         name, R = c["name"], c["ring"]
-        channels = c["width"] * (2 if c["overlap"] else 1)
-        x[f"{name}_u"] = torch.randn(B, channels) * 3
-        x[f"{name}_s"] = torch.randn(B, channels) * 4
+        windows = 2 if c["overlap"] else 1
+        channels = c["width"] * windows
+        x[f"{name}_u"] = torch.randn(N, channels) * 3
+        x[f"{name}_s"] = torch.randn(N, channels) * 4
         x[f"{name}_ape"] = torch.randn(c["ratio"], channels)
         x[f"{name}_norm"] = torch.randn(c["width"]).to(torch.bfloat16)
-        x[f"{name}_entries"] = poisoned(c["format"], B, c["capacity"], c["width"])
+        x[f"{name}_entries"] = poisoned(c["format"], S, c["capacity"], c["width"])
         for ring in ("kv", "score"):
-            x[f"{name}_{ring}"] = torch.full((B, R, channels), math.nan)
-            for b, t in enumerate(positions):
-                before = torch.arange(max(0, t - R + 1), max(0, t))
-                x[f"{name}_{ring}"][b, before % R] = torch.randn(len(before), channels) * 4
+            x[f"{name}_{ring}"] = torch.full((S, R, channels), math.nan)
+            for slot, first, _ in step.sequences:
+                before = torch.arange(max(0, first + 1 - windows * c["ratio"]), first)
+                x[f"{name}_{ring}"][slot, before % R] = torch.randn(len(before), channels) * 4
     return x
 
 
 def state_expected(spec: dict[str, Any], x: Operands) -> Operands:
     """Caches after the step, and the product."""
     store, *compressors = spec["riders"]
-    positions = x["positions"]
+    positions, slots = x["positions"], x["slots"]
     rows = run(RmsNorm(eps=store["eps"]), x["kv"], x["kv_norm"])
     rows = run(Rope(), rows, positions, FREQUENCIES)
-    out = {"window": write(x["window"], rows, store["format"], positions)}
+    out = {"window": write(x["window"], rows, store["format"], positions, slots)}
     out["y"] = run(Linear(out=BF16), x["x"], x["plain_w"])
     for c in compressors:
         name, ratio = c["name"], c["ratio"]
         ape = x[f"{name}_ape"][positions.long() % ratio]
-        kv = run(CacheWrite(), x[f"{name}_kv"], x[f"{name}_u"], positions)
-        score = run(CacheWrite(), x[f"{name}_score"], x[f"{name}_s"] + ape, positions)
-        entries = run(CompletedEntries(ratio=ratio, sequences=spec["batch"]), positions)
-        z = run(CompressPool(ratio=ratio, overlap=c["overlap"]), kv, score, entries).to(torch.bfloat16)
+        kv = run(CacheWrite(), x[f"{name}_kv"], x[f"{name}_u"], positions, slots)
+        score = run(CacheWrite(), x[f"{name}_score"], x[f"{name}_s"] + ape, positions, slots)
+        entries, places = run(CompletedEntries(ratio=ratio, tokens=c["tokens"]), positions, slots)
+        pool = CompressPool(ratio=ratio, overlap=c["overlap"], tokens=c["tokens"])
+        z = run(pool, kv, score, entries, places).to(torch.bfloat16)
         z = run(RmsNorm(eps=c["eps"]), z, x[f"{name}_norm"])
         z = run(Rope(stride=ratio), z, entries, FREQUENCIES)
         if c["hadamard"]:
             z = run(Hadamard(), z)
         out[f"{name}_kv"], out[f"{name}_score"] = kv, score
-        out[f"{name}_entries"] = write(x[f"{name}_entries"], z, c["format"], entries)
+        out[f"{name}_entries"] = write(x[f"{name}_entries"], z, c["format"], entries, places)
     return out
 
 
-def write(cache: Any, rows: Tensor, format: str, index: Tensor) -> Any:
+def write(cache: Any, rows: Tensor, format: str, index: Tensor, slots: Tensor) -> Any:
     """CacheWrite of rows in the cache's format."""
-    return run(CacheWrite(), cache, rows if format == "bf16" else run(Quantize(FORMATS[format]), rows), index)
+    encoded = rows if format == "bf16" else run(Quantize(FORMATS[format]), rows)
+    return run(CacheWrite(), cache, encoded, index, slots)
 
 
-def index_inputs(spec: dict[str, Any], positions: list[int]) -> Operands:
+def index_inputs(spec: dict[str, Any], step: Step) -> Operands:
     """Random operands; invisible keys are poison."""
-    B, H, C, fmt = spec["batch"], spec["heads"], spec["capacity"], spec["format"]
+    N, H, C, fmt = spec["rows"], spec["heads"], spec["capacity"], spec["format"]
     x: Operands = {
-        "q": torch.randn(B, H, 128).to(torch.bfloat16),
-        "keys": poisoned(fmt, B, C, 128),
-        "weights": (torch.randn(B, H) * 0.01).to(torch.bfloat16),
+        "q": torch.randn(N, H, 128).to(torch.bfloat16),
+        "keys": poisoned(fmt, step.count, C, 128),
+        "weights": (torch.randn(N, H) * 0.01).to(torch.bfloat16),
         "frequencies": FREQUENCIES,
-        "positions": torch.tensor(positions, dtype=torch.int32),
-        "scores": torch.full((B, C), math.nan),
+        "positions": step.positions,
+        "slots": step.slots,
+        "scores": torch.full((N, C), math.nan),
     }
-    for b, t in enumerate(positions):
-        count = min((t + 1) // spec["ratio"], C)
-        put(x["keys"], (b, torch.arange(count)), (torch.randn(count, 128) * 2).to(torch.bfloat16), fmt)
+    for slot, _, last in step.sequences:
+        count = min((last + 1) // spec["ratio"], C)
+        put(x["keys"], (slot, torch.arange(count)), (torch.randn(count, 128) * 2).to(torch.bfloat16), fmt)
     return x
 
 
@@ -239,25 +292,25 @@ def index_expected(spec: dict[str, Any], x: Operands) -> Operands:
     q = run(Hadamard(), run(Rope(), x["q"], positions, FREQUENCIES))
     if spec["format"] == "mxfp4":
         q = run(Quantize(MXFP4), q)
-    scores = run(IndexScores(ratio=spec["ratio"]), q, x["keys"], x["weights"], positions)
+    scores = run(IndexScores(ratio=spec["ratio"]), q, x["keys"], x["weights"], positions, x["slots"])
     visible = (positions + 1) // spec["ratio"]
     scores[visible <= spec["k"]] = math.nan
     return {"scores": scores.masked_fill(scores == -math.inf, math.nan)}
 
 
-def top_k_inputs(spec: dict[str, Any], positions: list[int]) -> Operands:
+def top_k_inputs(spec: dict[str, Any], step: Step) -> Operands:
     """Scores with many ties, zeros of both signs and huge values; invisible ones are NaN."""
-    B, C = spec["batch"], spec["capacity"]
-    scores = torch.randn(B, C) * torch.exp(torch.randn(B, C))
-    scores[torch.rand(B, C) < 0.3] = 0.0
-    scores[torch.rand(B, C) < 0.001] = 3e38
-    scores = torch.where(torch.rand(B, C) < 0.3, scores.clamp(-0.5, 0.5), scores)
+    N, C = spec["rows"], spec["capacity"]
+    scores = torch.randn(N, C) * torch.exp(torch.randn(N, C))
+    scores[torch.rand(N, C) < 0.3] = 0.0
+    scores[torch.rand(N, C) < 0.001] = 3e38
+    scores = torch.where(torch.rand(N, C) < 0.3, scores.clamp(-0.5, 0.5), scores)
     if spec["bits"] == 16:
         scores = scores.to(torch.bfloat16).float()
-    for b, t in enumerate(positions):
-        scores[b, min((t + 1) // spec["ratio"], C) :] = math.nan
-    out = torch.full((B, min(spec["k"], C)), -(1 << 30), dtype=torch.int32)
-    return {"scores": scores + 0.0, "positions": torch.tensor(positions, dtype=torch.int32), "out": out}
+    for n, t in enumerate(step.positions.tolist()):
+        scores[n, min((t + 1) // spec["ratio"], C) :] = math.nan
+    out = torch.full((N, min(spec["k"], C)), -(1 << 30), dtype=torch.int32)
+    return {"scores": scores + 0.0, "positions": step.positions, "out": out}
 
 
 def top_k_expected(spec: dict[str, Any], x: Operands) -> Operands:
@@ -265,7 +318,7 @@ def top_k_expected(spec: dict[str, Any], x: Operands) -> Operands:
     return {"out": run(TopK(k=spec["k"]), x["scores"].nan_to_num(-math.inf))}
 
 
-Family = tuple[Callable[..., Operands], Callable[..., Operands]]
+Family = tuple[Callable[[dict[str, Any], Step], Operands], Callable[[dict[str, Any], Operands], Operands]]
 FAMILIES: dict[str, Family] = {
     "AttentionSpec": (attention_inputs, attention_expected),
     "GemvSpec": (state_inputs, state_expected),
@@ -280,7 +333,7 @@ def limit_of(case: dict[str, Any]) -> int:
     if case["family"] == "AttentionSpec":
         return spec["capacity"] * spec["ratio"] if spec["entries"] != "none" else 9000
     if case["family"] == "GemvSpec":
-        return 312 * 128
+        return min((c["capacity"] * c["ratio"] for c in spec["riders"][1:]), default=9000)
     return spec["capacity"] * spec["ratio"]
 
 
@@ -404,26 +457,50 @@ def launch_of(case: dict[str, Any], kernel: Kernel, device: dict[tuple[str, str]
     )
 
 
+ROWS = {  # operands with a row for each row of the launch; the last is the result
+    "AttentionSpec": ("q", "selected", "positions", "slots", "out"),
+    "IndexScoresSpec": ("q", "weights", "positions", "slots", "scores"),
+    "TopKSpec": ("scores", "positions", "out"),
+}
+
+
+def check_alone(case: dict[str, Any], kernel: Kernel, device: dict[tuple[str, str], Tensor]) -> None:
+    """Every row in a launch of its own leaves the bits that the launch of all left.
+
+    Raises WrongResultError if one does not.
+    """
+    of_rows = ROWS[case["family"]]
+    result = of_rows[-1], "data"
+    for n in range(case["rows"]):
+        one = {(o, c): t[n : n + 1].clone() if o in of_rows else t for (o, c), t in device.items()}
+        one[result].copy_(torch.full_like(one[result], -1 if one[result].dtype is torch.int32 else math.nan))
+        run_once(launch_of({**case, "grid": case["grid_of_one"]}, kernel, one))
+        if not torch.equal(raw(one[result]), raw(device[result][n : n + 1])):
+            raise WrongResultError(f"row {n} alone differs from row {n} of {case['rows']}")
+
+
 def check(case: dict[str, Any], kernel: Kernel) -> float:
-    """Worst error over all position vectors, 1 = the allowed one."""
+    """Worst error over all steps, 1 = the allowed one."""
     inputs, expected = FAMILIES[case["family"]]
     limit, worst = limit_of(case), 0.0
-    vectors = positions_of(case["spec"], limit)
+    steps = steps_of(case, limit)
     if limit > LONG:
-        vectors = vectors[:6]
-    trials = [("random", positions) for positions in vectors]
+        steps = steps[:6]
+    trials = [("random", step) for step in steps]
     for i, style in enumerate(STYLES if limit <= LONG else ()):
-        trials += [(style, vectors[j % len(vectors)]) for j in (2 * i + 1, 2 * i + 2)]
-    for style, positions in trials:
-        x = inputs(case["spec"], positions)
+        trials += [(style, steps[j % len(steps)]) for j in (2 * i + 1, 2 * i + 2)]
+    for style, step in trials:
+        x = inputs(case["spec"], step)
         if style != "random":
             adversarial(case["family"], x, style)
         device = on_device(x)
         run_once(launch_of(case, kernel, device))
+        if case["grid_of_one"] and case["rows"] > 1:
+            check_alone(case, kernel, device)
         for name, want in expected(case["spec"], x).items():
             error = compare(case, name, back(x, device, name), want)
             if not error <= 1.0:
-                where = f"{name} of {style} operands at positions {positions}"
+                where = f"{name} of {style} operands at {step}"
                 raise WrongResultError(f"{where}: error {error:.3g} of the allowed")
             worst = max(worst, error)
     return worst
@@ -431,7 +508,8 @@ def check(case: dict[str, Any], kernel: Kernel) -> float:
 
 def time_case(case: dict[str, Any], kernel: Kernel, programmatic: bool) -> float:
     """Microseconds per launch, over distinct operands."""
-    x = FAMILIES[case["family"]][0](case["spec"], [case["timed_at"]] * case["spec"]["batch"])
+    starts = [case["timed_at"]] * (case["rows"] // case["tokens"])
+    x = FAMILIES[case["family"]][0](case["spec"], step_from(starts, case["tokens"], limit_of(case)))
     nbytes = sum(p.nbytes for value in x.values() for p in parts(value).values())
     sets = min(64, max(4, (1 << 30) // nbytes))
     devices = [on_device(x) for _ in range(sets)]

@@ -2,8 +2,9 @@
 
 Needs torch and cuda-bindings. Random codes and scales, then activations of `STYLES`: signed zeros, the ends
 of the format, one channel alone; rows to NVFP4 also with ties and with one outlier above the smallest scales.
-Outputs are poisoned with NaN. Timing is the median of 25 replays of a graph of launches that cycle over at
-least 220 MB of distinct weights, in microseconds per launch.
+Outputs are poisoned with NaN. Kernels of fewer rows give the bits that those of more rows give. Timing is the
+median of 25 replays of a graph of launches that cycle over at least 220 MB of distinct weights, in
+microseconds per launch.
 """
 
 from __future__ import annotations
@@ -243,6 +244,31 @@ def check_style(
     return worst
 
 
+def check_rows(same: list[tuple[dict[str, Any], Kernel]]) -> list[str]:
+    """Of cases alike but for their rows: whose first or last rows differ in a bit from the largest's."""
+    *fewer, (most, kernel) = sorted(same, key=lambda item: item[0]["spec"]["batch"])
+    operands, _ = check(most, kernel)
+    spec, wrong = most["spec"], []
+    inputs = {m["x"]["name"] for m in spec["matrices"]}
+    results = {m["out"] for m in spec["matrices"]}
+    for case, other in fewer:
+        count = case["spec"]["batch"]
+        assert case["packing"] == most["packing"]
+        for first in (0, spec["batch"] - count):
+            part = dict(operands)
+            for operand, component in operands:
+                if operand in inputs | results:
+                    part[operand, component] = operands[operand, component][first : first + count].clone()
+            for name in results:
+                part[name, "data"].fill_(math.nan)
+            run_once(launch_of(case, other, part))
+            for name in results:
+                bits = part[name, "data"].view(torch.uint8)
+                if not torch.equal(bits, operands[name, "data"][first : first + count].view(torch.uint8)):
+                    wrong.append(f"{case['symbol']}: {name} of rows {first}.. of {most['symbol']}")
+    return wrong
+
+
 def time_case(case: dict[str, Any], kernel: Kernel, operands: Operands, programmatic: bool) -> float:
     """Microseconds per launch."""
     weights = [(m["name"], "data") for m in case["spec"]["matrices"]]
@@ -263,9 +289,16 @@ def main() -> int:
     cases = json.loads((options.folder / "cases.json").read_text())
     cases = [c for c in cases if wanted(c["symbol"], options) and (c["timed"] or not options.timed)]
     wrong, rows = 0, []
+    alike: dict[str, list[tuple[dict[str, Any], Kernel]]] = {}
+    libraries = []
     for case in cases:
         library = Library((options.folder / f"{case['symbol']}.cubin").read_bytes(), case["symbol"])
+        libraries.append(library)
         kernel = library.kernel(case["symbol"], shared=case["shared"])
+        if "matrices" in case["spec"]:
+            name = case["spec"]["name"].rpartition("_b")[0]
+            key = json.dumps({**case["spec"], "name": name, "batch": None})
+            alike.setdefault(key, []).append((case, kernel))
         if "eps" in case["spec"]:
             worst = max(check_quantize(case, kernel, style) for style in (*STYLES, "floor", "ties"))
             operands = {}
@@ -282,6 +315,11 @@ def main() -> int:
         print(line, flush=True)
         rows.append(line)
         del operands
+        torch.cuda.empty_cache()
+    for same in alike.values():
+        for line in check_rows(same) if len(same) > 1 else ():
+            print(f"BITS DIFFER: {line}", flush=True)
+            wrong += 1
         torch.cuda.empty_cache()
     print(f"{len(rows)} cases, {wrong} wrong")
     return 1 if wrong else 0

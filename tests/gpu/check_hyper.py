@@ -1,8 +1,8 @@
 """Hyper-connection, gate and head kernels on a GPU: python -m tests.gpu.check_hyper.
 
 Needs torch and cuda-bindings, no compiler. Truth is float64 over fresh random and adversarial inputs; every
-output is poisoned first. Times are microseconds per launch inside one explicit graph whose weights rotate
-through 96 MB or more.
+output is poisoned first. Kernels of fewer rows give the bits that those of more rows give. Times are
+microseconds per launch inside one explicit graph whose weights rotate through 96 MB or more.
 """
 
 from __future__ import annotations
@@ -307,27 +307,103 @@ def check_embed(case: Case, report: Report) -> None:
     report.bound(str(case), "wrong elements", float((t["x"] != want).sum()), 0)
 
 
+def check_last_rows(case: Case, report: Report) -> None:
+    """Bitwise copies, zeros for an idle sequence."""
+    n, tokens, h = case.spec["sequences"], case.spec["tokens"], case.spec["hidden"]
+    for idle in (False, True):
+        lengths = sequence_tensors(n, tokens, idle)["lengths"]
+        t = {"x": rand(n * tokens, h, dtype=torch.bfloat16), "lengths": lengths}
+        t["y"] = empty(n, h, dtype=torch.bfloat16)
+        poison(t, "y")
+        run(case, t)
+        rows = t["x"].view(n, tokens, h)
+        want = [rows[i, m - 1] if m else torch.zeros_like(rows[i, 0]) for i, m in enumerate(lengths.tolist())]
+        report.bound(str(case), "wrong elements", float((t["y"] != torch.stack(want)).sum()), 0)
+
+
+def sequence_tensors(sequences: int, tokens: int, idle: bool = False) -> Tensors:
+    """Positions of more slots than sequences, slots in any order; the second sequence is idle, or all are."""
+    slots = torch.randperm(sequences + 3, device=DEVICE)[:sequences].to(torch.int32)
+    lengths = torch.randint(1, tokens + 1, (sequences,), dtype=torch.int32, device=DEVICE)
+    if idle:
+        lengths.zero_()
+    lengths[1:2] = 0
+    slots[lengths == 0] = -1
+    start = torch.randint(0, 1 << 20, (sequences + 3,), dtype=torch.int32, device=DEVICE)
+    return {"start": start, "slots": slots, "lengths": lengths}
+
+
 def check_advance(case: Case, report: Report) -> None:
-    """start + lengths, in place."""
-    n = case.spec["rows"]
-    start = torch.randint(0, 1000, (n,), dtype=torch.int32, device=DEVICE)
-    lengths = torch.tensor([i % 2 for i in range(n)], dtype=torch.int32, device=DEVICE)
-    want = start + lengths
-    run(case, {"start": start, "lengths": lengths})
-    report.bound(str(case), "wrong positions", float((start != want).sum()), 0)
+    """start of active slots + lengths, in place."""
+    t = sequence_tensors(case.spec["sequences"], 8)
+    want = t["start"].clone()
+    for slot, length in zip(t["slots"].tolist(), t["lengths"].tolist(), strict=True):
+        if length:
+            want[slot] += length
+    run(case, t)
+    report.bound(str(case), "wrong positions", float((t["start"] != want).sum()), 0)
 
 
 def check_positions(case: Case, report: Report) -> None:
-    """start where a token is given, -1 elsewhere."""
-    n = case.spec["sequences"]
+    """The slot's start and on where tokens are given, -1 in slot 0 elsewhere."""
+    sequences, tokens = case.spec["sequences"], case.spec["tokens"]
     for idle in (False, True):
-        start = torch.randint(0, 1 << 20, (n,), dtype=torch.int32, device=DEVICE)
-        lengths = torch.tensor([int(not idle and i != 1) for i in range(n)], dtype=torch.int32, device=DEVICE)
-        t = {"start": start, "lengths": lengths, "positions": empty(n, dtype=torch.int32)}
-        t["positions"].fill_(-(1 << 30))
+        t = sequence_tensors(sequences, tokens, idle)
+        for name in ("positions", "row_slots"):
+            t[name] = torch.full((sequences * tokens,), -(1 << 30), dtype=torch.int32, device=DEVICE)
         run(case, t)
-        want = torch.where(lengths > 0, start, -1)
-        report.bound(str(case), "wrong positions", float((t["positions"] != want).sum()), 0)
+        want = {"positions": [], "row_slots": []}
+        for slot, length in zip(t["slots"].tolist(), t["lengths"].tolist(), strict=True):
+            for i in range(tokens):
+                want["positions"].append(int(t["start"][slot]) + i if i < length else -1)
+                want["row_slots"].append(slot if i < length else 0)
+        wrong = sum(t[name].tolist() != values for name, values in want.items())
+        report.bound(str(case), "wrong positions", float(wrong), 0)
+
+
+# Rows -------------------------------------------------------------------------------------------------------
+
+RESULTS = {
+    "hyper": ("x_out", "post_out", "comb_out", "normed", "q", "q_scale"),
+    "gate": ("logits",),
+    "argmax": ("token",),
+    "embed": ("x",),
+}
+OF_ROWS = {
+    "hyper": ("x", "f", "post", "comb"),
+    "gate": ("x",),
+    "argmax": ("logits",),
+    "embed": ("ids",),
+}
+
+
+def check_rows(cases: list[Case], report: Report) -> None:
+    """A row gives the same bits in launches of any number of rows: the first and the last ones of each case
+    against those of the largest that is like it but for its rows.
+    """
+    alike: dict[str, list[Case]] = {}
+    for case in cases:
+        if case.kind in RESULTS:
+            key = json.dumps([case.kind, {**case.spec, "rows": None}])
+            alike.setdefault(key, []).append(case)
+    for same in alike.values():
+        *fewer, most = sorted(same, key=lambda case: case.spec["rows"])
+        written = [n for n in RESULTS[most.kind] if [n, "data"] in most.parameters or n == "q_scale"]
+        t = MAKERS[most.kind](most.spec)
+        poison(t, *written)
+        run(most, t)
+        for case in fewer:
+            count = case.spec["rows"]
+            for first in (0, most.spec["rows"] - count):
+                named = (*OF_ROWS[case.kind], *RESULTS[case.kind])
+                part = {n: v[first : first + count].clone() if n in named else v for n, v in t.items()}
+                poison(part, *written)
+                run(case, part)
+                wrong = sum(
+                    int((part[n].view(torch.uint8) != t[n][first : first + count].view(torch.uint8)).sum())
+                    for n in written
+                )
+                report.bound(f"{case} [rows {first}..]", "bytes that rows change", float(wrong), 0)
 
 
 CHECKS: dict[str, Callable[[Case, Report], None]] = {
@@ -335,6 +411,7 @@ CHECKS: dict[str, Callable[[Case, Report], None]] = {
     "gate": check_gate,
     "argmax": check_argmax,
     "embed": check_embed,
+    "last_rows": check_last_rows,
     "advance": check_advance,
     "positions": check_positions,
 }
@@ -463,6 +540,7 @@ def main() -> int:
         if case.kind == "hyper" and case.spec["mix"] and case.spec["keep"]:
             check_chain(case, report)
         case.alive.clear()
+    check_rows(cases, report)
     rows: list[str] = []
     for case in [] if options.no_time else cases:
         timed = case.spec.get("hidden", 4096) in (4096, 7168) and case.spec.get("experts", 256) > 8

@@ -24,51 +24,15 @@ from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph
 from dsv4c.numerics.codec import Quantized, Value, dequantize, view
-from dsv4c.plan.records import Plan, load
+from dsv4c.passes.rounding import integers, limit
+from dsv4c.plan.folder import Plan, load
 from dsv4c.reference import run
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.cuda import CudaExecutor, Device, check_device
 from dsv4c.runtime.parameter import ParamRecord
 from dsv4c.runtime.residence import Resident
-from dsv4c.types import DType, QuantFormat, QuantType, TensorType, Type
+from dsv4c.types import DType, Type
 from tests.goldens import CASES, golden_case
-
-# The largest |device - reference| / |reference| of a result. Sums run in another order, which moves f32 by a
-# few 1e-7 and seldom moves a bf16 result to its neighbor; were all moved, that would be 2^-8.
-ORDER, NEIGHBOR = 1e-5, 2.0**-8
-# Kernels keep f32 where the graph rounds to bf16 on the way (gate and up, probabilities, experts' results).
-ROUNDING = 2.0**-7
-# One code further: 6 to 12 % of an FP8 value, so 1 code in 20 is 0.02; no quantization at all would be 0.026.
-# An NVFP4 row whose largest value goes to the next bf16 moves all scales by 2^-8: 2 % of the codes (45 % of a
-# value) and 6 % of the block scales (9 %), together 0.067, and the worst of hundreds of rows is larger.
-FP8_CODES, FP4_CODES = 0.02, 0.12
-COPIES = ("positions", "embed", "advance", "argmax", "index_topk")
-SUMS = ("in_proj", "linear", "grouped_linear", "router", "compressor")
-
-
-def limit(node: Node, variable: Variable) -> float:
-    """What a result may differ by: nothing for integers and copies, else as its op and format say."""
-    type_, inside = variable.type, getattr(node.op, "format", None)
-    if node.op.name in COPIES or _integers(type_):
-        return 0.0
-    if isinstance(type_, QuantType):
-        return _codes(type_.format)
-    outside = any(isinstance(v.type, QuantType) and v.type.format == inside for v in node.outputs)
-    if inside is not None and not outside:
-        return _codes(inside)
-    if node.op.name == "indexer":
-        return FP8_CODES  # its queries are rounded inside
-    if node.op.name in SUMS:
-        return ORDER if type_.dtype is DType.F32 else NEIGHBOR
-    return NEIGHBOR if type_.dtype is DType.F32 else ROUNDING
-
-
-def _integers(type_: Type) -> bool:
-    return isinstance(type_, TensorType) and type_.dtype in (DType.I32, DType.I64)
-
-
-def _codes(format: QuantFormat) -> float:
-    return FP4_CODES if format.value is DType.E2M1 else FP8_CODES
 
 
 def random_param(name: str, type_: Type, experts: int) -> Value:
@@ -164,8 +128,8 @@ class Checker:
             for node in nodes:
                 for variable in node.outputs:
                     got, want = self.value(variable), expected[variable]
-                    if node.op.name == "router" and not _integers(variable.type):
-                        (ids,) = (v for v in node.outputs if _integers(v.type))
+                    if node.op.name == "router" and not integers(variable.type):
+                        (ids,) = (v for v in node.outputs if integers(v.type))
                         got, want = _by_expert(got, self.value(ids)), _by_expert(want, expected[ids])
                     if node.op.name == "indexer":
                         got, want = self._needed_scores(got, want)

@@ -24,7 +24,7 @@ from dsv4c.ir.ops.shape import Reshape
 from dsv4c.ir.text import parse_graph
 from dsv4c.numerics.codec import Quantized, Value, dequantize, quantize, view
 from dsv4c.passes.recipes import RECIPES
-from dsv4c.plan.records import load
+from dsv4c.plan.folder import load
 from dsv4c.runtime.cuda import CudaExecutor, CudaSession
 from dsv4c.types import QuantType
 from tests.goldens import Recorded, recorded

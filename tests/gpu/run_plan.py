@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 
 from dsv4c.errors import Dsv4cError
-from dsv4c.plan.records import Plan, load
+from dsv4c.plan.folder import Plan, load
 from dsv4c.runtime import driver
 from dsv4c.runtime.cuda import CudaSession, block_bytes
 from tests.goldens import Recorded, Run, recorded

@@ -14,7 +14,7 @@ from safetensors.torch import load as load_safetensors
 from dsv4c.compiler.compile import compile
 from dsv4c.ir.text import parse_graph
 from dsv4c.numerics.codec import Quantized, Value
-from dsv4c.plan.records import Plan
+from dsv4c.plan.folder import Plan
 from dsv4c.reference import run
 from dsv4c.reference.interpret import clone
 from dsv4c.runtime import driver

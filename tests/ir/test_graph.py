@@ -150,6 +150,7 @@ def branches(order: str, crossed: bool = False, dead: str = "") -> Graph:
     """Two chains that meet, a state that one reads and then the other writes, nodes emitted in `order`."""
     with Builder("g") as b:
         x, index = b.input("x", X), b.input("index", TensorType(I32, (2,)))
+        slots = b.input("slots", TensorType(I32, (2,)))
         cache = b.state("cache", TensorType(BF16, (1, 8, 4)))
         made: dict[str, Value] = {"x": x}
         steps = {
@@ -157,8 +158,8 @@ def branches(order: str, crossed: bool = False, dead: str = "") -> Graph:
             "A": lambda: scale(made["b" if crossed else "a"], factor=2.0),
             "b": lambda: silu(x),
             "B": lambda: scale(made["b"], factor=3.0),
-            "r": lambda: gather(cache, reshape(index, shape=(2, 1))),
-            "w": lambda: cache_write(cache, made["B"], index),
+            "r": lambda: gather(cache, reshape(index, shape=(2, 1)), slots),
+            "w": lambda: cache_write(cache, made["B"], index, slots),
             "d": lambda: silu(made["A"]),
             "D": lambda: scale(made["A"], factor=5.0),
         }
@@ -195,9 +196,10 @@ def stateful(writes: int) -> tuple[Graph, list[Value]]:
     with Builder("g") as b:
         cache = b.state("cache", TensorType(BF16, (1, 8, 4)))
         rows, index = b.input("rows", X), b.input("index", TensorType(I32, (2,)))
+        slots = b.input("slots", TensorType(I32, (2,)))
         chain = [cache]
         for _ in range(writes):
-            chain.append(cache_write(chain[-1], rows, index, name="written"))
+            chain.append(cache_write(chain[-1], rows, index, slots, name="written"))
         b.state("other", TensorType(BF16, (1,)))
     return b.finish({"cache": chain[-1]}), chain
 

@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from dsv4c.config import Deployment, load_config
+from dsv4c.buckets import bucket_named
+from dsv4c.config import load_config
 from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.op import Op
@@ -16,6 +17,7 @@ from dsv4c.ir.ops.state import Advance, CacheWrite
 from dsv4c.ir.verify import RULES, verify
 from dsv4c.models.deepseek_v4 import build
 from dsv4c.types import BF16, F32, I32, TensorType
+from tests.interpreted import deployment_of
 
 X = TensorType(BF16, (2, 4))
 CACHE, INDEX = TensorType(BF16, (1, 8, 4)), TensorType(I32, (2,))
@@ -81,27 +83,31 @@ def refused_type() -> Graph:
 
 def write_to_input() -> Graph:
     start, lengths = Value("start", INDEX, Kind.INPUT), Value("lengths", INDEX, Kind.INPUT)
-    return graph([node(Advance(), [start, lengths], ("next", INDEX))], [start, lengths])
+    slots = Value("slots", INDEX, Kind.INPUT)
+    return graph([node(Advance(), [start, slots, lengths], ("next", INDEX))], [start, slots, lengths])
 
 
 def write_and_read_twice() -> Graph:
     start = Value("start", INDEX, Kind.STATE)
-    return graph([node(Advance(), [start, start], ("next", INDEX))], states=[start])
+    return graph([node(Advance(), [start, start, start], ("next", INDEX))], states=[start])
 
 
 def read_after_write() -> Graph:
     with Builder("g") as b:
         cache, rows = b.state("cache", CACHE), b.input("rows", X)
-        index, slots = b.input("index", INDEX), b.input("slots", TensorType(I32, (1, 2)))
-        cache_write(cache, rows, index, name="written")
-        kept = gather(cache, slots, name="kept")
+        index, slots = b.input("index", INDEX), b.input("slots", INDEX)
+        places = b.input("places", TensorType(I32, (2, 1)))
+        cache_write(cache, rows, index, slots, name="written")
+        kept = gather(cache, places, slots, name="kept")
     return b.finish({"kept": kept})
 
 
 def returned_after_write() -> Graph:
     with Builder("g") as b:
         cache = b.state("cache", CACHE)
-        cache_write(cache, b.input("rows", X), b.input("index", INDEX), name="written")
+        cache_write(
+            cache, b.input("rows", X), b.input("index", INDEX), b.input("slots", INDEX), name="written"
+        )
     return b.finish({"cache": cache})
 
 
@@ -147,13 +153,10 @@ def test_an_alias_that_changes_its_type() -> None:
     """No op's rule allows it, so the rule is asked directly."""
     from dsv4c.ir.verify import aliases_keep_their_type
 
-    cache, rows, index = (
-        Value("c", CACHE, Kind.STATE),
-        Value("r", X, Kind.INPUT),
-        Value("i", INDEX, Kind.INPUT),
-    )
-    broken = node(CacheWrite(), [cache, rows, index], ("w", TensorType(BF16, (1, 9, 4))))
-    assert list(aliases_keep_their_type(graph([broken], [rows, index], [cache]))) == [
+    cache, rows = Value("c", CACHE, Kind.STATE), Value("r", X, Kind.INPUT)
+    index, slots = Value("i", INDEX, Kind.INPUT), Value("s", INDEX, Kind.INPUT)
+    broken = node(CacheWrite(), [cache, rows, index, slots], ("w", TensorType(BF16, (1, 9, 4))))
+    assert list(aliases_keep_their_type(graph([broken], [rows, index, slots], [cache]))) == [
         "w: overwrites %c: bf16[1,8,4] with bf16[1,9,4]"
     ]
 
@@ -176,16 +179,18 @@ def test_ten_violations_are_shown() -> None:
 def test_a_sound_graph_comes_back() -> None:
     with Builder("g") as b:
         cache, rows = b.state("cache", CACHE), b.input("rows", X)
-        index, slots = b.input("index", INDEX), b.input("slots", TensorType(I32, (1, 2)))
-        before = gather(cache, slots, name="before")
-        written = cache_write(cache, rows, index)
-        after = gather(written, slots, name="after")
+        index, slots = b.input("index", INDEX), b.input("slots", INDEX)
+        places = b.input("places", TensorType(I32, (2, 1)))
+        before = gather(cache, places, slots, name="before")
+        written = cache_write(cache, rows, index, slots)
+        after = gather(written, places, slots, name="after")
         z = add(before, after)
     sound = b.finish({"z": z})
     assert verify(sound) is sound
 
 
-@pytest.mark.parametrize("mode", ["decode", "prefill", "mtp"])
-def test_models_are_sound(mode: str) -> None:
-    model = build(load_config("tiny"), Deployment(batch=3), mode)  # type: ignore[arg-type]
+@pytest.mark.parametrize("bucket", ["decode-3", "verify-2x4", "prefill-8.last", "prefill-64", "draft-2x64"])
+def test_models_are_sound(bucket: str) -> None:
+    asked = bucket_named(bucket)
+    model = build(load_config("tiny"), deployment_of(asked, slots=3), asked)
     assert verify(model) is model

@@ -6,23 +6,28 @@ from collections import Counter
 
 import pytest
 
+from dsv4c.buckets import ROWS, Bucket
 from dsv4c.config import Deployment, load_config
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.text import parse_graph, print_graph, print_nodes
 from dsv4c.ir.verify import verify
-from dsv4c.models.deepseek_v4 import Mode, build
+from dsv4c.models.deepseek_v4 import build
 from dsv4c.models.layout import layout
 from dsv4c.models.schedule import layer_plans
 from dsv4c.types import BF16, F32, I32, TensorType
 
-BATCH, CHUNK, CONTEXT = 3, 16, 512
-DEPLOYMENT = Deployment(batch=BATCH, chunk=CHUNK, max_context=CONTEXT)
-MODES: tuple[Mode, ...] = ("decode", "prefill", "mtp")
+SLOTS, CONTEXT = 5, 512
+DECODE, VERIFY = Bucket("decode", 3), Bucket("verify", 2, 4)
+SMALL, CHUNK = Bucket("prefill", tokens=ROWS, logits="last"), Bucket("prefill", tokens=64)
+DRAFT = Bucket("draft", tokens=64)
+DEPLOYMENT = Deployment(max_context=CONTEXT, slots=SLOTS, buckets=(DECODE, VERIFY, SMALL, CHUNK, DRAFT))
+
+Graphs = dict[Bucket, Graph]
 
 
 @pytest.fixture(scope="module")
-def graphs() -> dict[str, Graph]:
-    return {mode: verify(build(load_config("tiny"), DEPLOYMENT, mode)) for mode in MODES}
+def graphs() -> Graphs:
+    return {bucket: verify(build(load_config("tiny"), DEPLOYMENT, bucket)) for bucket in DEPLOYMENT.buckets}
 
 
 def of_layer(graph: Graph, layer: str, part: str = "") -> Counter[str]:
@@ -35,70 +40,96 @@ def test_the_graphs_use_every_parameter_once_as_declared(name: str) -> None:
     config = load_config(name)
     declared = {p.name: p for p in layout(config)}
     used: set[str] = set()
-    for mode in MODES if config.mtp_layers else MODES[:2]:
-        graph = verify(build(config, Deployment(), mode))
+    for bucket in DEPLOYMENT.buckets if config.mtp_layers else DEPLOYMENT.buckets[:-1]:
+        graph = verify(build(config, DEPLOYMENT, bucket))
         for param in graph.params:
             storage = {"f32": F32, "i64": I32}.get(declared[param.name].storage, BF16)
             assert param.type == TensorType(storage, declared[param.name].shape)
             assert graph.users[param], f"%{param.name} is not used"
-        if mode != "mtp":
+        if bucket is not DRAFT:
             assert {p.name for p in graph.params} == {n for n in declared if not n.startswith("mtp.")}
         used |= {p.name for p in graph.params}
     assert used == set(declared)
 
 
-def test_decode_and_prefill_are_the_same_program(graphs: dict[str, Graph]) -> None:
-    decode, prefill = graphs["decode"], graphs["prefill"]
-    assert [n.op.name for n in decode.nodes] == [n.op.name for n in prefill.nodes]
-    assert [v.name for v in decode.values()] == [v.name for v in prefill.values()]
-    for a, b in zip(decode.states, prefill.states, strict=True):
-        assert a.type.shape == (BATCH, *b.type.shape[1:])
-        assert b.type.shape[0] == 1
+def test_calls_of_few_tokens_are_the_same_program(graphs: Graphs) -> None:
+    decode, verify_ = graphs[DECODE], graphs[VERIFY]
+    assert [n.op.name for n in decode.nodes] == [n.op.name for n in verify_.nodes]
+    assert [v.name for v in decode.values()] == [v.name for v in verify_.values()]
 
 
-def test_inputs_and_outputs(graphs: dict[str, Graph]) -> None:
+def test_every_bucket_keeps_the_same_state(graphs: Graphs) -> None:
+    """Chunks of any size: it is the sequences' state, not the call's."""
+    main = [graphs[bucket] for bucket in (DECODE, VERIFY, SMALL, CHUNK)]
+    states = [{s.name: s.type for s in graph.states} for graph in main]
+    assert all(each == states[0] for each in states)
+    assert {s.type.shape[0] for graph in graphs.values() for s in graph.states} == {SLOTS}
+
+
+def test_chunks_read_beside_the_rings_and_then_write_to_them(graphs: Graphs) -> None:
+    """One copy per ring; the ring itself is read by that copy alone, before its only write."""
+    config, graph = load_config("tiny"), graphs[CHUNK]
+    rings = [s for s in graph.states if s.name.endswith((".window", ".kv", ".score"))]
+    compressors = sum(p.has_compressor + p.has_indexer for p in layer_plans(config))
+    assert len(rings) == config.num_layers + 2 * compressors
+    for ring in rings:
+        assert [n.op.name for n in graph.users[ring]] == ["cache_extend", "cache_write"]
+        copy, write = graph.users[ring]
+        assert copy.inputs == write.inputs
+        assert not graph.users[write.outputs[0]]
+        longer = copy.outputs[0].type.shape[1] - ring.type.shape[1]
+        assert longer == (48 if ring.name.endswith(".window") else 56)  # 64 tokens instead of 8, in tiles
+        assert copy.outputs[0].type.shape[0] == 1
+    few = [n.op.name for bucket in (DECODE, VERIFY, SMALL) for n in graphs[bucket].nodes]
+    assert not {"cache_extend", "owners"} & set(few)
+
+
+def test_inputs_and_outputs(graphs: Graphs) -> None:
     config = load_config("tiny")
     streams = (config.hc_mult, config.hidden_size)
-    for mode, graph in graphs.items():
-        sequences, rows = (BATCH, BATCH) if mode == "decode" else (1, CHUNK)
+    for bucket, graph in graphs.items():
+        sequences, rows = bucket.sequences, bucket.rows
+        answered = sequences if bucket.logits == "last" else rows
         inputs = {v.name: v.type for v in graph.inputs}
         assert inputs["tokens"] == TensorType(I32, (rows,))
         assert inputs["lengths"] == TensorType(I32, (sequences,))
-        assert inputs.get("streams") == (TensorType(BF16, (rows, *streams)) if mode == "mtp" else None)
+        assert inputs["slots"] == TensorType(I32, (sequences,))
+        assert inputs.get("streams") == (TensorType(BF16, (rows, *streams)) if bucket is DRAFT else None)
         outputs = {label: v.type for label, v in graph.outputs.items()}
         assert outputs == {
-            "logits": TensorType(F32, (rows, config.vocab_size)),
-            "next": TensorType(I32, (rows,)),
+            "logits": TensorType(F32, (answered, config.vocab_size)),
+            "next": TensorType(I32, (answered,)),
             "streams": TensorType(BF16, (rows, *streams)),
         }
 
 
-def test_what_each_kind_of_layer_keeps(graphs: dict[str, Graph]) -> None:
-    """Rings hold a chunk beyond what the oldest token of the chunk still reads."""
+def test_what_each_kind_of_layer_keeps(graphs: Graphs) -> None:
+    """Rings hold what the oldest of a few new tokens still reads, and the new ones."""
     config = load_config("tiny")
-    states = {s.name: s.type for s in graphs["decode"].states}
-    expected = {"position": TensorType(I32, (BATCH,))}
-    window = -(-(config.sliding_window + CHUNK - 1) // 16) * 16
+    states = {s.name: s.type for s in graphs[DECODE].states}
+    expected = {"position": TensorType(I32, (SLOTS,))}
+    window = -(-(config.sliding_window + ROWS - 1) // 16) * 16
     for plan in layer_plans(config):
         attn, dim = f"{plan.prefix}.attn", config.head_dim
-        expected[f"{attn}.window"] = TensorType(BF16, (BATCH, window, dim))
+        expected[f"{attn}.window"] = TensorType(BF16, (SLOTS, window, dim))
         for name, width, cache in (
             (f"{attn}.compressor", dim, f"{attn}.entries"),
             (f"{attn}.indexer.compressor", config.index_head_dim, f"{attn}.indexer.keys"),
         ):
             if not (plan.has_indexer if "indexer" in name else plan.has_compressor):
                 continue
-            expected[cache] = TensorType(BF16, (BATCH, CONTEXT // plan.ratio, width))
+            expected[cache] = TensorType(BF16, (SLOTS, CONTEXT // plan.ratio, width))
             halves = 2 if plan.overlaps else 1
-            ring = -(-(halves * plan.ratio + CHUNK - 1) // plan.ratio) * plan.ratio
+            ring = {4: 16, 128: 136}[plan.ratio]
+            assert ring >= halves * plan.ratio + ROWS - 1
             for part in ("kv", "score"):
-                expected[f"{name}.{part}"] = TensorType(F32, (BATCH, ring, halves * width))
+                expected[f"{name}.{part}"] = TensorType(F32, (SLOTS, ring, halves * width))
     assert states == expected
-    assert {s.name for s in graphs["mtp"].states} == {"mtp.position", "mtp.0.attn.window"}
+    assert {s.name for s in graphs[DRAFT].states} == {"mtp.position", "mtp.0.attn.window"}
 
 
-def test_what_each_kind_of_layer_computes(graphs: dict[str, Graph]) -> None:
-    config, graph = load_config("tiny"), graphs["decode"]
+def test_what_each_kind_of_layer_computes(graphs: Graphs) -> None:
+    config, graph = load_config("tiny"), graphs[DECODE]
     kinds = set()
     for plan in layer_plans(config):
         kinds.add((plan.ratio, plan.router.value))
@@ -127,7 +158,7 @@ def test_what_each_kind_of_layer_computes(graphs: dict[str, Graph]) -> None:
     assert len(kinds) >= 3
 
 
-def test_the_text_reads_back(graphs: dict[str, Graph]) -> None:
+def test_the_text_reads_back(graphs: Graphs) -> None:
     for graph in graphs.values():
         text = print_graph(graph)
         assert parse_graph(text) == graph
@@ -135,27 +166,27 @@ def test_the_text_reads_back(graphs: dict[str, Graph]) -> None:
 
 
 @pytest.mark.parametrize("label", ["SWA+hash", "CSA+dense", "HCA+dense"])
-def test_whole_text_of_one_layer_of_each_kind(label: str, graphs: dict[str, Graph], golden) -> None:
+def test_whole_text_of_one_layer_of_each_kind(label: str, graphs: Graphs, golden) -> None:
     plans = {plan.label: plan for plan in reversed(layer_plans(load_config("tiny")))}
     if label not in plans:
         pytest.fail(f"the tiny model has no {label} layer, only {', '.join(plans)}")
-    scope, graph = plans[label].prefix, graphs["decode"]
+    scope, graph = plans[label].prefix, graphs[DECODE]
     nodes = [n for n in graph.nodes if f"{n.scope}.".startswith(f"{scope}.")]
     golden("\n".join(print_nodes(nodes)), f"model/{label.lower().replace('+', '_')}.decode.txt")
 
 
-def test_whole_text_of_the_rest(graphs: dict[str, Graph], golden) -> None:
-    nodes = [n for n in graphs["decode"].nodes if not n.scope.startswith("layers.")]
+def test_whole_text_of_the_rest(graphs: Graphs, golden) -> None:
+    nodes = [n for n in graphs[DECODE].nodes if not n.scope.startswith("layers.")]
     golden("\n".join(print_nodes(nodes)), "model/frame.decode.txt")
-    nodes = [n for n in graphs["mtp"].nodes if n.scope in ("", "mtp.0", "mtp.0.output")]
-    golden("\n".join(print_nodes(nodes)), "model/frame.mtp.txt")
+    nodes = [n for n in graphs[DRAFT].nodes if n.scope in ("", "mtp.0", "mtp.0.output")]
+    golden("\n".join(print_nodes(nodes)), "model/frame.draft.txt")
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_names_do_not_depend_on_the_activation_type(mode: Mode) -> None:
+@pytest.mark.parametrize("bucket", DEPLOYMENT.buckets, ids=lambda bucket: bucket.name)
+def test_names_do_not_depend_on_the_activation_type(bucket: Bucket) -> None:
     """Where F32 leaves nothing to cast, the value itself goes by the name that the cast would have."""
 
-    wide, narrow = (build(load_config("tiny"), DEPLOYMENT, mode, dtype) for dtype in (F32, BF16))
+    wide, narrow = (build(load_config("tiny"), DEPLOYMENT, bucket, dtype) for dtype in (F32, BF16))
     casts = [n.name for n in narrow.nodes if n.op.name == "cast"]
     named = {name for name in casts if not name.rpartition(".")[2].startswith("cast")}
     assert {name.rpartition(".")[2] for name in named} >= {"h", "ffn_out", "x_ffn"}

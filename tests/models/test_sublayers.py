@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dsv4c.buckets import Bucket
 from dsv4c.config import load_config
 from dsv4c.ir.graph import Builder, Graph, Node, Value, rewrite
 from dsv4c.ir.op import Op
@@ -62,7 +63,7 @@ RECIPE = {"official-quant": OFFICIAL, "nvfp4-experts": RECIPES["nvfp4-experts"],
 
 
 def weights(case: Recorded, recipe: Recipe) -> Mapping[str, codec.Value]:
-    return weights_of(case.folder, recipe, ("decode",))
+    return weights_of(case.folder, recipe)
 
 
 def bound(case: Recorded, name: str) -> float:
@@ -73,7 +74,7 @@ def bound(case: Recorded, name: str) -> float:
 
 
 def prefill_graph(case: Recorded, recipe: Recipe, rows: int) -> Graph:
-    return graph_of(load_config(case.folder), recipe, "prefill", rows)
+    return graph_of(load_config(case.folder), recipe, Bucket("prefill", tokens=rows))
 
 
 def of_layer(case: Recorded, prefix: str, names: tuple[str, ...]) -> list[str]:

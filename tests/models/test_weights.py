@@ -184,8 +184,8 @@ def test_records_are_plain_data_and_name_every_table(tiny):
     assert record["sources"]["release"] == {
         "stored": "q[e2m1,ue8m0,1x32][8,128,256]",
         "parts": {
-            "data": ["layers.2.ffn.experts.{e}.w1.weight", "I8", [128, 128]],
-            "scale": ["layers.2.ffn.experts.{e}.w1.scale", "F8_E8M0", [128, 8]],
+            "data": ["layers.2.ffn.experts.{e}.w1.weight", "I8|U8", [128, 128]],
+            "scale": ["layers.2.ffn.experts.{e}.w1.scale", "F8_E8M0|F32|U8", [128, 8]],
         },
         "stack": 8,
     }

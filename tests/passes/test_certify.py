@@ -100,11 +100,18 @@ class AttendTest(Fused):
     out: DType
 
     def body(
-        self, cache: Value, row: Value, q: Value, sink: Value, positions: Value, frequencies: Value
+        self,
+        cache: Value,
+        row: Value,
+        q: Value,
+        sink: Value,
+        positions: Value,
+        slots: Value,
+        frequencies: Value,
     ) -> tuple[Value, ...]:
-        cache = cache_write(cache, rope(row, positions, frequencies), positions)
+        cache = cache_write(cache, rope(row, positions, frequencies), positions, slots)
         index = window_index(positions, window=self.window)
-        keys = gather(cache, index)
+        keys = gather(cache, index, slots)
         scores = attention_scores(rope(q, positions, frequencies), keys, index, scale=self.scale)
         p, denominator = sink_softmax(scores, sink, out=self.out)
         return attention_values(p, denominator, keys), cache
@@ -146,10 +153,12 @@ def simple() -> list[Match]:
 
 
 def attended() -> list[Match]:
-    def build(cache: Value, row: Value, q: Value, sink: Value, pos: Value, freq: Value) -> tuple[Value, ...]:
-        cache = cache_write(cache, rope(row, pos, freq), pos)
+    def build(
+        cache: Value, row: Value, q: Value, sink: Value, pos: Value, slots: Value, freq: Value
+    ) -> tuple[Value, ...]:
+        cache = cache_write(cache, rope(row, pos, freq), pos, slots)
         index = window_index(pos, window=8)
-        keys = gather(cache, index)
+        keys = gather(cache, index, slots)
         scores = attention_scores(rope(q, pos, freq), keys, index, scale=0.25)
         p, denominator = sink_softmax(scores, sink, out=BF16)
         return attention_values(p, denominator, keys), cache
@@ -157,11 +166,12 @@ def attended() -> list[Match]:
     return matches_of(
         AttendTest,
         build,
-        cache="state bf16[1,16,32]",
+        cache="state bf16[2,16,32]",
         row="bf16[2,32]",
         q="bf16[2,3,32]",
         sink="param f32[3]",
         pos="i32[2]",
+        slots="i32[2]",
         freq="param f32[8]",
     )
 
@@ -447,7 +457,7 @@ def test_every_injected_defect_is_caught() -> None:
     assert summary["injected"] == summary["caught"] == len(found)
     names = {k.defect for k in found}
     assert {"drop eps", "swap scale axes", "skip clamp", "off-by-one block", "wrong rounding"} <= names
-    assert {"rotate the other way", "forget sink", "wrong slot", "swap operands"} <= names
+    assert {"rotate the other way", "forget sink", "wrong place", "wrong slot", "swap operands"} <= names
 
 
 def test_a_blind_certificate_lets_defects_live(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -464,12 +474,13 @@ def test_every_defect_has_a_place_somewhere() -> None:
     """The catalogue holds nothing that no op can suffer."""
 
     def build(b: Builder) -> Graph:
-        from dsv4c.ir.ops import completed_entries, hadamard, mix_streams, scale, top_k
+        from dsv4c.ir.ops import cache_extend, completed_entries, hadamard, mix_streams, scale, top_k
 
         x = b.input("x", parse_type("f32[2,64]"))
         streams, comb = b.input("s", parse_type("f32[2,4,64]")), b.input("c", parse_type("f32[2,4,4]"))
+        slots = b.input("slots", parse_type("i32[2]"))
         ids, w = b.input("i", parse_type("i32[2]")), b.input("w", parse_type("f32[8,64]"))
-        cache = b.state("cache", parse_type("f32[1,4,64]"))
+        cache = b.state("cache", parse_type("f32[2,4,64]"))
         sink, freq = b.input("sink", parse_type("f32[4]")), b.input("f", parse_type("f32[8]"))
         table = b.input("e", parse_type("f32[4,8,64]"))
         with b:
@@ -479,8 +490,9 @@ def test_every_defect_has_a_place_somewhere() -> None:
             rope(scale(x, factor=2.0), ids, freq)
             sink_softmax(b.input("l", parse_type("f32[2,4,8]")), sink, out=BF16)
             softmax(linear(x, w, out=F32), axis=-1)
-            cache_write(cache, hadamard(x), ids)
-            embedding(w, completed_entries(ids, ratio=4, sequences=1))
+            cache_extend(cache, x, ids, slots, capacity=8, tokens=2)
+            cache_write(cache, hadamard(x), ids, slots)
+            embedding(w, completed_entries(ids, slots, ratio=4, tokens=2)[0])
             top_k(x, k=2)
             expert_linear(x, table, b.input("k", parse_type("i32[2,2]")), out=F32)
         return b.finish({})

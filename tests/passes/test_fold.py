@@ -44,7 +44,7 @@ from dsv4c.ir.verify import verify
 from dsv4c.numerics.codec import Quantized
 from dsv4c.passes.expand import expand
 from dsv4c.passes.fold import FoldReport, Rule, fold
-from dsv4c.passes.match import BUDGET, COMMUTATIVE, Search
+from dsv4c.passes.match import BUDGET, Search
 from dsv4c.passes.work import Match, Work
 from dsv4c.reference.interpret import interpret
 from dsv4c.types import BF16, F32, FP8_ROW, I32, MXFP4, DType, QuantFormat, TensorType, parse_type
@@ -83,8 +83,8 @@ class StoreTest(Fused):
     literals = ("rms_norm.precision",)
     eps: float
 
-    def body(self, cache: Value, x: Value, index: Value) -> Value:
-        return cache_write(cache, rms_norm(x, eps=self.eps), index)  # type: ignore[no-any-return]
+    def body(self, cache: Value, x: Value, index: Value, slots: Value) -> Value:
+        return cache_write(cache, rms_norm(x, eps=self.eps), index, slots)  # type: ignore[no-any-return]
 
 
 @fused
@@ -193,10 +193,11 @@ def test_products_match_either_way(swapped: bool) -> None:
 
 
 def test_a_write_carries_its_alias() -> None:
-    def build(cache: Value, x: Value, index: Value) -> Value:
-        return gather(cache_write(cache, rms_norm(x, eps=1e-6), index), reshape(index, shape=(1, 2)))  # type: ignore[no-any-return]
+    def build(cache: Value, x: Value, index: Value, slots: Value) -> Value:
+        written = cache_write(cache, rms_norm(x, eps=1e-6), index, slots)
+        return gather(written, reshape(index, shape=(2, 1)), slots)  # type: ignore[no-any-return]
 
-    graph = graph_of(build, cache="state bf16[1,8,16]", x="bf16[2,16]", index="i32[2]")
+    graph = graph_of(build, cache="state bf16[1,8,16]", x="bf16[2,16]", index="i32[2]", slots="i32[2]")
     names, _, new = folded(graph, StoreTest)
     assert names == ["reshape", "store_test", "gather"] or names == ["store_test", "reshape", "gather"]
     store = next(n for n in new.nodes if n.op.name == "store_test")
@@ -312,17 +313,17 @@ def test_a_read_that_must_come_before_the_write_closes_a_cycle() -> None:
         literals = ("rms_norm.precision",)
         eps: float
 
-        def body(self, cache: Value, x: Value, index: Value) -> tuple[Value, ...]:
+        def body(self, cache: Value, x: Value, index: Value, slots: Value) -> tuple[Value, ...]:
             y = rms_norm(x, eps=self.eps)
-            return cache_write(cache, y, index), y
+            return cache_write(cache, y, index, slots), y
 
-    def build(cache: Value, x: Value, index: Value) -> Value:
+    def build(cache: Value, x: Value, index: Value, slots: Value) -> Value:
         y = rms_norm(x, eps=1e-6)
-        old = gather(cache, cast(y, to=I32))  # reads the cache before it is written, needs the norm
-        cache_write(cache, y, index)
+        old = gather(cache, cast(y, to=I32), slots)  # reads the cache before it is written, needs the norm
+        cache_write(cache, y, index, slots)
         return old  # type: ignore[no-any-return]
 
-    graph = graph_of(build, cache="state f32[1,8,16]", x="f32[2,16]", index="i32[2]")
+    graph = graph_of(build, cache="state f32[1,8,16]", x="f32[2,16]", index="i32[2]", slots="i32[2]")
     _, report, _ = folded(graph, NormAndStoreTest)
     assert refused(report, NormAndStoreTest)[0] == "cycle"
 
@@ -360,7 +361,7 @@ def test_a_disagreement_ends_a_partial_match() -> None:
 
 def test_an_operand_too_many() -> None:
     def build(cache: Value, x: Value, g: Value, index: Value) -> Value:
-        return cache_write(cache, rms_norm(x, g, eps=1e-6), index)  # type: ignore[no-any-return]
+        return cache_write(cache, rms_norm(x, g, eps=1e-6), index, index)  # type: ignore[no-any-return]
 
     types = {"cache": "state bf16[1,8,16]", "x": "bf16[2,16]", "g": "bf16[16]", "index": "i32[2]"}
     _, report, _ = folded(graph_of(build, **types), StoreTest)
@@ -394,13 +395,13 @@ def test_an_overwritten_operand_that_is_also_another() -> None:
     class AdvanceTest(Fused):
         """A write alone."""
 
-        def body(self, start: Value, lengths: Value) -> Value:
-            return advance(start, lengths)  # type: ignore[no-any-return]
+        def body(self, start: Value, slots: Value, lengths: Value) -> Value:
+            return advance(start, slots, lengths)  # type: ignore[no-any-return]
 
     builder = Builder("g")
     start = builder.state("start", T("i32[2]"))
     with builder:
-        graph = builder.finish({"next": advance(start, start)})
+        graph = builder.finish({"next": advance(start, start, start)})
     _, report = fold(graph, [Rule(AdvanceTest)])
     assert refused(report, AdvanceTest)[::2] == ("alias", "%start is two operands")
 
@@ -584,7 +585,7 @@ def declare(**members: Any) -> type[Fused]:
         ({"body": lambda self, x: (silu(x), 3)}, "returns 3, which is no value"),
         ({"body": lambda self, x, y: silu(x)}, "never reads y"),
         (
-            {"body": lambda self, cache, rows, i: gather(cache_write(cache, rows, i), i)},
+            {"body": lambda self, cache, rows, i, s: gather(cache_write(cache, rows, i, s), i, s)},
             "the write %cache_write is not among the body's results",
         ),
         ({}, "declares no body"),
@@ -609,7 +610,7 @@ def test_what_is_overwritten_must_not_depend_on_types() -> None:
         """Stores rows of one type, and adds those of another."""
 
         def body(self, cache: Value, rows: Value) -> Value:
-            return advance(cache, rows) if dtype_of(rows) == BF16 else add(cache, rows)  # type: ignore[no-any-return]
+            return advance(cache, rows, rows) if dtype_of(rows) == BF16 else add(cache, rows)  # type: ignore[no-any-return]
 
     op = MaybeStoreTest()
     trace(op, (T("f32[2]"), T("f32[2]")))
@@ -646,7 +647,7 @@ def test_cost_counts_what_crosses_the_edge_once() -> None:
     assert cost.writes == (results[0].nbytes,)
     store = StoreTest(eps=1e-6)
     cache, index = TensorType(BF16, (1, 512, 256)), TensorType(I32, (4,))
-    assert store.cost((cache, x, index), (cache,)).writes == (x.nbytes,)  # four rows, not the cache
+    assert store.cost((cache, x, index, index), (cache,)).writes == (x.nbytes,)  # four rows, not the cache
 
 
 # --- meaning ---
@@ -663,7 +664,7 @@ def graphs(draw: st.DrawFn) -> Graph:
     builder = Builder("random")
     x, y = (builder.input(n, TensorType(F32, (2, 32))) for n in "xy")
     cache = builder.state("cache", TensorType(F32, (1, 4, 32)))
-    index = builder.input("index", TensorType(I32, (2,)))
+    index, slots = (builder.input(n, TensorType(I32, (2,))) for n in ("index", "slots"))
     values = [x, y]
     quantized: list[Value] = []
     with builder:
@@ -687,9 +688,9 @@ def graphs(draw: st.DrawFn) -> Graph:
                 case "silu":
                     values.append(silu(a))
                 case "write":
-                    cache = cache_write(cache, rms_norm(a, eps=1e-6), index)
+                    cache = cache_write(cache, rms_norm(a, eps=1e-6), index, slots)
         if cache.node is None:
-            cache = cache_write(cache, x, index)
+            cache = cache_write(cache, x, index, slots)
     outputs = draw(st.sets(st.sampled_from([*values[2:], *quantized, cache]), min_size=1))
     ordered = [v for v in [*values[2:], *quantized, cache] if v in outputs]
     return verify(builder.finish({v.name: v for v in ordered}))
@@ -698,11 +699,12 @@ def graphs(draw: st.DrawFn) -> Graph:
 def run(graph: Graph) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     given = {
-        v.name: torch.randn(v.type.shape, generator=generator) for v in graph.inputs if v.name != "index"
+        v.name: torch.randn(v.type.shape, generator=generator) for v in graph.inputs if v.type.dtype is F32
     }
+    given |= {"index": torch.tensor([1, 3]).int(), "slots": torch.tensor([0, 0]).int()}
     states = {v.name: torch.zeros(v.type.shape) for v in graph.states}
     return {
-        **interpret(graph, {**given, "index": torch.tensor([1, 3], dtype=torch.int32)}, states, {}),
+        **interpret(graph, given, states, {}),
         **states,
     }
 
@@ -715,7 +717,7 @@ def commuted(graph: Graph) -> Graph:
     """The operands of sums and products in the order of their names, for a match may take them either way."""
 
     def visit(builder: Builder, node: Node, values: dict[Value, Value]) -> bool:
-        if node.op.name not in COMMUTATIVE:
+        if not node.op.commutative:
             return False
         operands = tuple(values[v] for v in sorted(node.inputs, key=lambda v: v.name))
         values.update(zip(node.outputs, builder.emit(node.op, operands, names=[node.name]), strict=True))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import dataclass, replace
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import ClassVar
 
 import pytest
 
+from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, load_config
 from dsv4c.errors import GraphError
 from dsv4c.ir.declare import fused
@@ -71,7 +73,7 @@ class BreakTest(Pass):
 
 
 def tiny() -> Graph:
-    return build(load_config("tiny"), Deployment(max_context=128, chunk=4), "decode")
+    return build(load_config("tiny"), Deployment(max_context=128), Bucket("decode"))
 
 
 def small() -> Graph:
@@ -87,9 +89,9 @@ def small() -> Graph:
 @pytest.mark.parametrize(
     "text",
     [
-        "quantize{recipe=official},fold,prepack,tidy,schedule,memory",
+        "quantize{recipe=official},fold,prepack,tidy",
         "quantize{recipe=nvfp4},fold{rules=sinkhorn+head,without=head},tidy",
-        "quantize{recipe=bf16},tidy,schedule{order=memory},memory",
+        "quantize{recipe=bf16},tidy",
     ],
 )
 def test_specs_round_trip(text: str) -> None:
@@ -99,18 +101,14 @@ def test_specs_round_trip(text: str) -> None:
 
 def test_the_default_is_the_list() -> None:
     assert Pipeline().passes == PIPELINE
-    assert str(Pipeline()) == "quantize{recipe=official},fold,prepack,tidy,schedule,memory"
+    assert str(Pipeline()) == "quantize{recipe=official},fold,prepack,tidy"
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("fold", "fold requires 'formats', which quantize establishes"),
-        ("quantize{recipe=official},schedule", "schedule requires 'tidy', which tidy establishes"),
-        (
-            "quantize{recipe=official},tidy,schedule,fold,memory",
-            "memory requires 'order', which schedule establishes and fold undid it",
-        ),
+        ("quantize{recipe=official},schedule", "no pass is written 'schedule'; there are: quantize, fold"),
         ("quantise", "no pass is written 'quantise'; there are: quantize, fold"),
         ("quantize{recipes=official}", "quantize has no option 'recipes=official'; it has: recipe"),
         ("quantize{recipe}", "quantize has no option 'recipe'"),
@@ -119,6 +117,20 @@ def test_the_default_is_the_list() -> None:
 def test_a_pipeline_that_cannot_work(text: str, message: str) -> None:
     with pytest.raises(GraphError, match=message):
         parse_pipeline(text)
+
+
+def test_a_pass_can_undo_what_another_needs() -> None:
+    @dataclass(frozen=True)
+    class Unquantize(Pass):
+        name: ClassVar[str] = "unquantize"
+        spoils: ClassVar = frozenset({"formats"})
+
+    quantize = parse_pipeline("quantize{recipe=official}").passes
+    message = (
+        "fold requires 'formats', which quantize establishes and unquantize undid it; put quantize before"
+    )
+    with pytest.raises(GraphError, match=message):
+        Pipeline((*quantize, Unquantize(), Fold()))
 
 
 def test_options_read_as_their_type() -> None:
@@ -135,13 +147,11 @@ def test_stages_are_verified_counted_and_watched() -> None:
     seen: list[Stage] = []
     context = Context(rules=contributions().rules)
     stages = Pipeline().run(tiny(), context, watch=seen.append)
-    assert [s.name for s in stages] == ["quantize", "fold", "prepack", "tidy", "schedule", "memory"]
+    assert [s.name for s in stages] == ["quantize", "fold", "prepack", "tidy"]
     assert seen == stages
     assert len(stages[1].graph.nodes) < len(stages[0].graph.nodes) / 4
     assert all(s.seconds >= 0 for s in stages)
     assert context.fold is not None
-    assert context.schedule is not None
-    assert context.memory is not None
     assert context.prepack is not None
 
 
@@ -150,10 +160,10 @@ def test_stop_edit_and_resume() -> None:
     stopped = Pipeline().run(tiny(), Context(rules=contributions().rules), stop_after="fold")
     assert stopped[-1].name == "fold"
     resumed = Pipeline().after("fold")
-    assert str(resumed) == "prepack,tidy,schedule,memory"
+    assert str(resumed) == "prepack,tidy"
     text = print_graph(stopped[-1].graph)
     assert resumed.run(parse_graph(text), Context())[-1].graph == whole
-    with pytest.raises(GraphError, match=r"no pass of .* is named 'nope'"):
+    with pytest.raises(GraphError, match=r"no pass is named 'nope' in the pipeline; there are: quantize"):
         Pipeline().run(tiny(), Context(), stop_after="nope")
 
 
@@ -249,7 +259,7 @@ def test_objects_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     module = ModuleType("contributed_here")
     module.count = CountTest  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "contributed_here", module)
-    assert load_object("contributed_here:count") == ("contributed_here:count", CountTest)
+    assert load_object("contributed_here:count") == ("--pass contributed_here:count", CountTest)
     with pytest.raises(GraphError, match="--pass contributed_here:nope"):
         load_object("contributed_here:nope")
     with pytest.raises(GraphError, match="--pass no_such_module: No module named"):
@@ -258,7 +268,7 @@ def test_objects_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
     class Entry:
-        name, value = "extra", "extra.passes:all"
+        name, value, dist = "extra", "extra.passes:all", None
 
         def __init__(self, found: object) -> None:
             self.found = found
@@ -273,6 +283,12 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
 
     give(CountTest)
     assert installed() == [("extra (extra.passes:all)", CountTest)]
+    monkeypatch.setattr(Entry, "dist", SimpleNamespace(name="dsv4c-extra"))
+    known = contributions(installed())
+    assert known.sources == {"count-test": "package dsv4c-extra (extra.passes:all)"}
+    origin = known.origin("count-test")
+    assert (origin["kind"], origin["source"]) == ("pass", known.sources["count-test"])
+    assert re.fullmatch(r"passes/test_pipeline\.py:\d+", origin["at"].removeprefix("tests/"))
     give(ImportError("No module named 'extra'"))
     with pytest.raises(GraphError, match=r"the entry point extra = 'extra\.passes:all' .* cannot be loaded"):
         installed()
@@ -283,7 +299,7 @@ def test_two_packages_with_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
 
     class Entry:
         def __init__(self, name: str, found: object) -> None:
-            self.name, self.value, self.found = name, f"{name}.passes:all", found
+            self.name, self.value, self.found, self.dist = name, f"{name}.passes:all", found, None
 
         def load(self) -> object:
             return self.found
@@ -299,13 +315,12 @@ def test_two_packages_with_one_name(monkeypatch: pytest.MonkeyPatch) -> None:
 # --- again ---
 
 
-@pytest.mark.parametrize("order", ["source", "memory"])
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_any_pass_a_second_time_changes_nothing(recipe: str, order: str) -> None:
-    line = Pipeline().with_options("quantize", recipe=recipe).with_options("schedule", order=order)
+def test_any_pass_a_second_time_changes_nothing(recipe: str) -> None:
+    line = Pipeline().with_options("quantize", recipe=recipe)
     context = Context(rules=contributions().rules)
     graph = build(
-        load_config("tiny"), Deployment(max_context=128, chunk=4), "decode", recipe_named(recipe).activation
+        load_config("tiny"), Deployment(max_context=128), Bucket("decode"), recipe_named(recipe).activation
     )
     for p in line.passes:
         graph = p.run(graph, context)
@@ -313,8 +328,6 @@ def test_any_pass_a_second_time_changes_nothing(recipe: str, order: str) -> None
         again = p.run(graph, context)
         assert again == graph
         assert print_graph(again) == print_graph(graph)
-        assert context.schedule == before.schedule
-        assert context.memory == before.memory
         if p.name == "prepack":
             assert context.prepack is None
             context = before

@@ -7,14 +7,15 @@ from dataclasses import replace
 
 import pytest
 
-from dsv4c.config import Deployment, ModelConfig, load_config
+from dsv4c.buckets import Bucket
+from dsv4c.config import ModelConfig, load_config
 from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.ops.norm import RmsNorm
 from dsv4c.ir.ops.quant import Dequantize, Quantize
 from dsv4c.ir.text import parse_graph, print_graph, print_nodes
 from dsv4c.ir.verify import verify
-from dsv4c.models.deepseek_v4 import Mode, build
+from dsv4c.models.deepseek_v4 import build
 from dsv4c.models.layout import layout
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import OFFICIAL, RECIPES, Recipe, format_of, recipe_named
@@ -32,12 +33,18 @@ from dsv4c.types import (
     TensorType,
 )
 from tests.goldens import recorded
+from tests.interpreted import deployment_of
 
 GEMMS = ("linear", "grouped_linear", "expert_linear")
 
 
-def plain(config: ModelConfig, mode: Mode = "decode", recipe: Recipe = OFFICIAL) -> Graph:
-    return build(config, Deployment(batch=2, max_context=256, chunk=8), mode, recipe.activation)
+DECODE = Bucket("decode", 2)
+BUCKETS = (DECODE, Bucket("prefill", tokens=8), Bucket("prefill", tokens=32), Bucket("draft", tokens=32))
+
+
+def plain(config: ModelConfig, bucket: Bucket = DECODE, recipe: Recipe = OFFICIAL) -> Graph:
+    deployment = deployment_of(bucket, slots=2, max_context=256)
+    return build(config, deployment, bucket, recipe.activation)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +64,12 @@ def node(graph: Graph, name: str) -> Node:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-@pytest.mark.parametrize("mode", ["decode", "prefill", "mtp"])
-def test_weights_inputs_and_caches_take_the_recipes_formats(tiny: ModelConfig, name: str, mode: Mode) -> None:
+@pytest.mark.parametrize("bucket", BUCKETS, ids=lambda bucket: bucket.name)
+def test_weights_inputs_and_caches_take_the_recipes_formats(
+    tiny: ModelConfig, name: str, bucket: Bucket
+) -> None:
     recipe = RECIPES[name]
-    before = plain(tiny, mode, recipe)
+    before = plain(tiny, bucket, recipe)
     graph = verify(quantize(before, recipe))
     seen: Counter[str] = Counter()
     for gemm in (n for n in graph.nodes if n.op.name in GEMMS):
@@ -76,12 +85,14 @@ def test_weights_inputs_and_caches_take_the_recipes_formats(tiny: ModelConfig, n
         assert state.type.shape == {s.name: s.type.shape for s in before.states}[state.name]
     assert {k: v.type for k, v in graph.outputs.items()} == {k: v.type for k, v in before.outputs.items()}
     assert parse_graph(print_graph(graph)) == graph
-    assert len(seen) == {"fp32": 1, "bf16": 1, "nvfp4": 3}.get(name, 4 if mode == "mtp" else len(seen))
+    assert len(seen) == {"fp32": 1, "bf16": 1, "nvfp4": 3}.get(
+        name, 4 if bucket.kind == "draft" else len(seen)
+    )
 
 
 def test_a_recipe_without_formats_changes_nothing(tiny: ModelConfig) -> None:
     for name in ("fp32", "bf16"):
-        graph = plain(tiny, "decode", RECIPES[name])
+        graph = plain(tiny, recipe=RECIPES[name])
         assert print_graph(quantize(graph, RECIPES[name])) == print_graph(graph)
 
 
@@ -153,7 +164,7 @@ def test_static_input_scales_follow_the_chosen_experts(tiny: ModelConfig) -> Non
 
 
 def test_nvfp4_computes_its_global_scale_at_run_time(tiny: ModelConfig) -> None:
-    graph = verify(quantize(plain(tiny, "decode", RECIPES["nvfp4"]), RECIPES["nvfp4"]))
+    graph = verify(quantize(plain(tiny, recipe=RECIPES["nvfp4"]), RECIPES["nvfp4"]))
     assert not [p.name for p in graph.params if p.name.endswith("input_scale")]
     assert {p.name for p in graph.params} == {p.name for p in plain(tiny).params}
     quantized = {p.name for p in graph.params if isinstance(p.type, QuantType)}
@@ -208,7 +219,7 @@ def test_whole_text_of_one_official_layer(official: Graph, golden) -> None:
 
 
 def test_a_graph_takes_one_recipe() -> None:
-    graph = build(load_config("tiny"), Deployment(max_context=64, chunk=4), "decode")
+    graph = plain(load_config("tiny"))
     once = quantize(graph, recipe_named("official"))
     with pytest.raises(
         GraphError, match=r"recipe nvfp4: %layers\.0\.\S+ is q\[e4m3.* a graph takes one recipe"

@@ -7,7 +7,7 @@ import pytest
 from dsv4c.config import load_config
 from dsv4c.errors import ConfigError
 from dsv4c.models.layout import layout
-from dsv4c.passes.recipes import OFFICIAL, RECIPES, format_of, recipe_named
+from dsv4c.passes.recipes import OFFICIAL, RECIPES, format_of, recipe_for, recipe_named
 from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, KV_FP8, MXFP4, NVFP4, NVFP4_ROW, QuantFormat
 
 LAYER = "layers.3"
@@ -50,16 +50,23 @@ def test_official_weights_and_activations(name: str) -> None:
 def test_routed_experts_of_each_recipe() -> None:
     found = {
         name: (of_layer(name, "weights", EXPERTS), of_layer(name, "activations", EXPERTS))
-        for name in ("official", "nvfp4-experts", "nvfp4-experts-w4a4")
+        for name in ("official", "fp8-experts", "nvfp4-experts", "nvfp4-experts-w4a4")
     }
     assert found == {
         "official": ({MXFP4}, {FP8_ROW}),
+        "fp8-experts": ({FP8_WEIGHT}, {FP8_ROW}),
         "nvfp4-experts": ({NVFP4}, {FP8_ROW}),
         "nvfp4-experts-w4a4": ({NVFP4}, {NVFP4_ROW}),
     }
     for name in found:  # the MTP block's experts stay as the release has them
-        assert of_layer(name, "weights", EXPERTS, "mtp.0") == {MXFP4}
+        assert of_layer(name, "weights", EXPERTS, "mtp.0") == {FP8_WEIGHT if name == "fp8-experts" else MXFP4}
         assert of_layer(name, "activations", EXPERTS, "mtp.0") == {FP8_ROW}
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "fp8"])
+def test_official_numerics_are_those_of_the_models_own_experts(format: str) -> None:
+    assert recipe_for("official", format).name == ("fp8-experts" if format == "fp8" else "official")
+    assert recipe_for("bf16", format).name == "bf16"
 
 
 @pytest.mark.parametrize("name", ["official", "nvfp4-experts", "nvfp4-experts-w4a4", "nvfp4"])
@@ -91,6 +98,6 @@ def test_the_first_pattern_that_matches_decides() -> None:
 def test_names() -> None:
     assert {name: recipe.name for name, recipe in RECIPES.items()} == {name: name for name in RECIPES}
     assert recipe_named("official") is OFFICIAL
-    message = r"recipe: unknown recipe 'fp16'; known: fp32, bf16, official, nvfp4-experts, .*, nvfp4"
+    message = r"recipe: unknown recipe 'fp16'; known: fp32, bf16, official, fp8-experts, .*, nvfp4"
     with pytest.raises(ConfigError, match=message):
         recipe_named("fp16")

@@ -32,10 +32,11 @@ def test_equal_nodes_become_one_through_chains() -> None:
 
 def test_writes_are_never_merged_and_never_dead() -> None:
     b = Builder("g")
-    x, index, cache = b.input("x", X), b.input("i", TensorType(I32, (2,))), b.state("c", CACHE)
+    x, cache = b.input("x", X), b.state("c", CACHE)
+    index, slots = b.input("i", TensorType(I32, (2,))), b.input("s", TensorType(I32, (2,)))
     with b:
-        once = cache_write(cache, x, index)
-        twice = cache_write(once, x, index)
+        once = cache_write(cache, x, index, slots)
+        twice = cache_write(once, x, index, slots)
         silu(x)  # nobody reads it
         graph = b.finish({"x": scale(x, factor=2.0)})
     new = verify(tidy(graph))
@@ -47,9 +48,10 @@ def test_reads_on_either_side_of_a_write_stay_two() -> None:
     b = Builder("g")
     x, cache = b.input("x", X), b.state("c", CACHE)
     index, rows = b.input("i", TensorType(I32, (2,))), b.input("r", TensorType(I32, (2, 2)))
+    slots = b.input("s", TensorType(I32, (2,)))
     with b:
-        before = gather(cache, rows)
-        after = gather(cache_write(cache, x, index), rows)
+        before = gather(cache, rows, slots)
+        after = gather(cache_write(cache, x, index, slots), rows, slots)
         graph = verify(b.finish({"before": before, "after": after}))
     assert tidy(graph) is graph
 
@@ -60,17 +62,18 @@ def test_dead_nodes_take_their_params_and_states_along_but_no_inputs() -> None:
     b.input("unread", X)
     weight, dead_weight = b.param("w", X), b.param("dead", X)
     state, rows = b.state("s", CACHE), b.input("r", TensorType(I32, (2, 2)))
+    slots = b.input("slots", TensorType(I32, (2,)))
     with b:
         mul(
             add(x, dead_weight),
-            reshape(gather(state, rows), shape=(4, 8)).node.inputs[0].node.inputs[0] and x,
+            reshape(gather(state, rows, slots), shape=(4, 8)).node.inputs[0].node.inputs[0] and x,
         )
         graph = b.finish({"y": mul(x, weight)})
     new = verify(drop_dead(graph))
     assert ops(new) == ["mul"]
     assert [v.name for v in new.params] == ["w"]
     assert new.states == ()
-    assert [v.name for v in new.inputs] == ["x", "unread", "r"]
+    assert [v.name for v in new.inputs] == ["x", "unread", "r", "slots"]
 
 
 def test_what_depends_on_weights_alone_moves_to_load_time() -> None:

@@ -47,15 +47,15 @@ def test_visible_entries() -> None:
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_gather_takes_rows_of_the_own_sequence(quantized: bool) -> None:
+def test_gather_takes_rows_of_the_own_slot(quantized: bool) -> None:
     rows = torch.randn(2, 8, 128).to(torch.bfloat16)
     cache = quantize(rows, KV_FP8) if quantized else rows
     exact = dequantize(cache, torch.bfloat16) if quantized else rows
-    index = ints(0, 9, -1, 7, 3, 15).reshape(2, 3)  # slots wrap modulo 8
-    keys = run(Gather(), cache, index)
+    index = ints(0, 9, -1, 7, 3, 15).reshape(2, 3)  # places wrap modulo 8
+    keys = run(Gather(), cache, index, ints(1, 0))
     keys = run(Dequantize(out=BF16), keys) if quantized else keys
-    assert torch.equal(keys[0], torch.stack([exact[0, 0], exact[0, 1], torch.zeros(128)]).to(torch.bfloat16))
-    assert torch.equal(keys[1], torch.stack([exact[1, 7], exact[1, 3], exact[1, 7]]))
+    assert torch.equal(keys[0], torch.stack([exact[1, 0], exact[1, 1], torch.zeros(128)]).to(torch.bfloat16))
+    assert torch.equal(keys[1], torch.stack([exact[0, 7], exact[0, 3], exact[0, 7]]))
 
 
 @pytest.mark.parametrize("quantized", [False, True])
@@ -63,7 +63,7 @@ def test_gather_of_nothing_is_zero_even_from_nan(quantized: bool) -> None:
     cache: torch.Tensor | Quantized = torch.randn(1, 4, 128).to(torch.bfloat16)
     cache = quantize(cache, KV_FP8) if quantized else cache
     nan_fill(cache)
-    keys = run(Gather(), cache, torch.full((2, 3), -1, dtype=torch.int32))
+    keys = run(Gather(), cache, torch.full((2, 3), -1, dtype=torch.int32), ints(0, 0))
     keys = dequantize(keys) if isinstance(keys, Quantized) else keys
     assert torch.equal(keys.float(), torch.zeros(2, 3, 128))
 
@@ -92,7 +92,7 @@ def test_attention_is_softmax_with_an_extra_logit() -> None:
 
 def test_a_row_without_keys_is_zero() -> None:
     index = torch.full((2, 4), -1, dtype=torch.int32)
-    keys = run(Gather(), torch.full((1, 4, 16), math.nan), index)
+    keys = run(Gather(), torch.full((1, 4, 16), math.nan), index, ints(0, 0))
     y = attend(torch.randn(2, 3, 16), keys, index, torch.tensor([0.0, 100.0, -100.0]), 1.0)
     assert torch.equal(y, torch.zeros(2, 3, 16))
 
@@ -122,6 +122,6 @@ def test_unwritten_slots_do_not_leak() -> None:
     ring[0, :3] = torch.randn(3, 16)
     positions = ints(2)
     index = run(WindowIndex(window=4), positions)
-    y = attend(torch.randn(1, 2, 16), run(Gather(), ring, index), index, torch.zeros(2), 1.0)
+    y = attend(torch.randn(1, 2, 16), run(Gather(), ring, index, ints(0)), index, torch.zeros(2), 1.0)
     assert y.isfinite().all()
     assert (y != 0).any()

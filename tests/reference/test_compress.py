@@ -22,19 +22,21 @@ def ints(*values: int) -> torch.Tensor:
 def test_completed_entries(ratio: int, tokens: int, start: int, missing: int) -> None:
     length = max(0, tokens - missing)
     row = [start + t if t < length else -1 for t in range(tokens)]
-    entries = run(CompletedEntries(ratio=ratio, sequences=1), ints(*row))
-    assert entries.dtype is torch.int32
-    assert entries.shape == (-(-tokens // ratio),)
+    entries, slots = run(CompletedEntries(ratio=ratio, tokens=tokens), ints(*row), ints(*[5] * tokens))
+    assert entries.dtype is slots.dtype is torch.int32
+    assert entries.shape == slots.shape == (-(-tokens // ratio),)
     expected = [p // ratio for p in row if p >= 0 and p % ratio == ratio - 1]
     assert [w for w in entries.tolist() if w >= 0] == expected
     assert all(w == -1 for w in entries.tolist()[len(expected) :])
+    assert slots.tolist() == [5 if w >= 0 else 0 for w in entries.tolist()]
 
 
 def test_completed_entries_of_two_sequences() -> None:
-    entries = run(CompletedEntries(ratio=4, sequences=2), ints(2, 3, 4, 5, 6, -1, -1, -1))
-    assert entries.tolist() == [0, -1]
-    entries = run(CompletedEntries(ratio=4, sequences=2), ints(2, -1, -1, -1, 7, 8, 9, 10))
-    assert entries.tolist() == [-1, 1]
+    op, slots = CompletedEntries(ratio=4, tokens=4), ints(3, 3, 3, 3, 1, 1, 1, 1)
+    entries, places = run(op, ints(2, 3, 4, 5, 6, -1, -1, -1), slots)
+    assert (entries.tolist(), places.tolist()) == ([0, -1], [3, 0])
+    entries, places = run(op, ints(2, -1, -1, -1, 7, 8, 9, 10), slots)
+    assert (entries.tolist(), places.tolist()) == ([-1, 1], [0, 1])
 
 
 def naive_pool(kv: torch.Tensor, score: torch.Tensor, entry: int, ratio: int, overlap: bool) -> torch.Tensor:
@@ -61,10 +63,10 @@ def naive_pool(kv: torch.Tensor, score: torch.Tensor, entry: int, ratio: int, ov
 def test_pool(ratio: int, overlap: bool, ring: int) -> None:
     kv, score = torch.randn(2, ring, 6), torch.randn(2, ring, 6) * 5
     entries = ints(3, -1, 0, 17)
-    pooled = run(CompressPool(ratio=ratio, overlap=overlap), kv, score, entries)
+    pooled = run(CompressPool(ratio, overlap, tokens=4), kv, score, entries, ints(1, 0, 0, 1))
     assert pooled.shape == (4, 3 if overlap else 6)
     assert torch.equal(pooled[1], torch.zeros_like(pooled[1]))
-    for row, (sequence, entry) in {0: (0, 3), 2: (1, 0), 3: (1, 17)}.items():
+    for row, (sequence, entry) in {0: (1, 3), 2: (0, 0), 3: (1, 17)}.items():
         expected = naive_pool(kv[sequence], score[sequence], entry, ratio, overlap)
         torch.testing.assert_close(pooled[row].double(), expected, rtol=1e-6, atol=1e-7)
 
@@ -72,12 +74,18 @@ def test_pool(ratio: int, overlap: bool, ring: int) -> None:
 def test_tokens_before_the_start_weigh_nothing_even_as_nan() -> None:
     kv, score = torch.full((1, 8, 6), math.nan), torch.full((1, 8, 6), math.nan)
     kv[:, :4], score[:, :4] = torch.randn(1, 4, 6), torch.randn(1, 4, 6)
-    pooled = run(CompressPool(ratio=4, overlap=True), kv, score, ints(0))
+    pooled = run(CompressPool(ratio=4, overlap=True, tokens=4), kv, score, ints(0), ints(0))
     expected = naive_pool(kv[0], score[0], 0, 4, True)
     torch.testing.assert_close(pooled[0].double(), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_no_entry_pools_to_zero_from_a_poisoned_ring() -> None:
     poisoned = torch.full((2, 8, 6), math.nan)
-    pooled = run(CompressPool(ratio=4, overlap=True), poisoned, poisoned, ints(-1, -1, -1, -1))
+    pooled = run(
+        CompressPool(ratio=4, overlap=True, tokens=4),
+        poisoned,
+        poisoned,
+        ints(-1, -1, -1, -1),
+        ints(0, 0, 0, 0),
+    )
     assert torch.equal(pooled, torch.zeros(4, 3))

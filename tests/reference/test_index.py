@@ -19,11 +19,11 @@ def ints(*values: int) -> torch.Tensor:
 
 def test_scores_in_f32() -> None:
     q, keys, weights = torch.randn(4, 3, 32), torch.randn(2, 5, 32), torch.randn(4, 3)
-    scores = run(IndexScores(ratio=4), q, keys, weights, ints(3, 19, 7, -1))
+    scores = run(IndexScores(ratio=4), q, keys, weights, ints(3, 19, 7, -1), ints(1, 0, 1, 0))
     assert scores.dtype is torch.float32
     visible = [1, 5, 2, 0]
     for n in range(4):
-        dots = (q[n].double() @ keys[n // 2].double().T).relu()
+        dots = (q[n].double() @ keys[1 - n % 2].double().T).relu()
         expected = (dots * weights[n].double()[:, None]).sum(0)
         torch.testing.assert_close(
             scores[n, : visible[n]].double(), expected[: visible[n]], rtol=1e-5, atol=1e-6
@@ -37,7 +37,7 @@ def test_scores_in_bf16_steps(quantized: bool) -> None:
     weights = torch.randn(3, 4).to(torch.bfloat16)
     operands = (quantize(q, MXFP4), quantize(keys, MXFP4)) if quantized else (q, keys)
     exact = [dequantize(o, torch.float64) if quantized else o.double() for o in operands]
-    scores = run(IndexScores(ratio=2), *operands, weights, ints(11, 11, 11))
+    scores = run(IndexScores(ratio=2), *operands, weights, ints(11, 11, 11), ints(0, 0, 0))
     for n in range(3):
         dots = (exact[0][n] @ exact[1][0].T).to(torch.float32).to(torch.bfloat16).relu()
         products = dots * weights[n][:, None]
@@ -54,7 +54,7 @@ def test_unwritten_keys_do_not_leak(quantized: bool) -> None:
         fresh.parts if quantized else (fresh,), written.parts if quantized else (written,), strict=True
     ):
         target[:, :2] = source[:, :2]
-    scores = run(IndexScores(ratio=4), q, fresh, torch.randn(2, 4), ints(8, -1))
+    scores = run(IndexScores(ratio=4), q, fresh, torch.randn(2, 4), ints(8, -1), ints(0, 0))
     assert scores[0, :2].isfinite().all()
     assert (scores[0, 2:] == -math.inf).all()
     assert (scores[1] == -math.inf).all()

@@ -14,23 +14,24 @@ from dsv4c.reference import interpret
 from dsv4c.types import F32, FP8_ROW, I32, TensorType
 
 X = torch.arange(8.0).reshape(2, 4)
-INDEX = torch.tensor([1, 3], dtype=torch.int32)
+INDEX, SLOTS = torch.tensor([1, 3], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
 
 
 def ring() -> Graph:
     """Reads the cache before and after a write to it."""
     with Builder("ring") as b:
         x, index = b.input("x", TensorType(F32, (2, 4))), b.input("index", TensorType(I32, (2,)))
+        slots = b.input("slots", TensorType(I32, (2,)))
         cache, w = b.state("cache", TensorType(F32, (1, 4, 4))), b.param("w", TensorType(F32, (2, 4)))
         before = reshape(cache, shape=(16,), name="before")
-        written = cache_write(cache, add(x, w, name="sum"), index, name="written")
+        written = cache_write(cache, add(x, w, name="sum"), index, slots, name="written")
         after = scale(reshape(written, shape=(16,)), factor=1.0, name="after")
     return verify(b.finish({"before": before, "after": after, "again": written}))
 
 
 def test_states_are_written_in_place_and_earlier_values_stay() -> None:
     cache, w = torch.full((1, 4, 4), -1.0), torch.full((2, 4), 10.0)
-    out = interpret(ring(), {"x": X, "index": INDEX}, {"cache": cache}, {"w": w})
+    out = interpret(ring(), {"x": X, "index": INDEX, "slots": SLOTS}, {"cache": cache}, {"w": w})
     assert (out["before"] == -1).all()
     wanted = torch.full((4, 4), -1.0)
     wanted[[1, 3]] = X + 10
@@ -40,7 +41,7 @@ def test_states_are_written_in_place_and_earlier_values_stay() -> None:
 
 
 def test_watching_by_name_and_by_function() -> None:
-    given = {"x": X, "index": INDEX}, {"cache": torch.zeros(1, 4, 4)}, {"w": torch.ones(2, 4)}
+    given = {"x": X, "index": INDEX, "slots": SLOTS}, {"cache": torch.zeros(1, 4, 4)}, {"w": torch.ones(2, 4)}
     out = interpret(ring(), *given, watch={"sum", "w"})
     assert torch.equal(out["sum"], X + 1)
     assert torch.equal(out["w"], torch.ones(2, 4))
@@ -69,7 +70,7 @@ def test_quantized_values_pass_through() -> None:
     ],
 )
 def test_a_missing_or_wrong_value_is_named(change: dict[str, torch.Tensor | None], message: str) -> None:
-    inputs = {k: v for k, v in ({"x": X, "index": INDEX} | change).items() if v is not None}
+    inputs = {k: v for k, v in ({"x": X, "index": INDEX, "slots": SLOTS} | change).items() if v is not None}
     with pytest.raises(GraphError, match=message):
         interpret(ring(), inputs, {"cache": torch.zeros(1, 4, 4)}, {"w": torch.ones(2, 4)})
 
@@ -79,6 +80,6 @@ def test_a_meaning_that_breaks_its_type_rule_is_named(monkeypatch: pytest.Monkey
     from dsv4c.reference import MEANINGS
 
     monkeypatch.setitem(MEANINGS, Add, lambda op, a, b: (a + b).double().float()[:1])
-    given = {"x": X, "index": INDEX}, {"cache": torch.zeros(1, 4, 4)}, {"w": torch.ones(2, 4)}
+    given = {"x": X, "index": INDEX, "slots": SLOTS}, {"cache": torch.zeros(1, 4, 4)}, {"w": torch.ones(2, 4)}
     with pytest.raises(GraphError, match=r"sum: add returned f32\[1,4\], its type rule says f32\[2,4\]"):
         interpret(ring(), *given)

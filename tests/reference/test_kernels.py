@@ -98,7 +98,7 @@ def test_rope_up_to_a_million_positions(kernels: Kernels, table: str) -> None:
 
 def test_sparse_attention(kernels: Kernels) -> None:
     cache, index = kernels["sparse_attn.kv"][None], kernels["sparse_attn.idx"]
-    keys = run(Gather(), cache, index)
+    keys = run(Gather(), cache, index, torch.zeros(len(index), dtype=torch.int32))
     scores = run(AttentionScores(scale=512**-0.5), kernels["sparse_attn.q"], keys, index)
     p, denominator = run(SinkSoftmax(out=BF16), scores, kernels["sparse_attn.sink"])
     o = run(AttentionValues(), p, denominator, keys)

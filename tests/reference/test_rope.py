@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,14 @@ def test_yarn_keeps_fast_pairs_divides_slow_ones_and_blends() -> None:
         f * (1 if i <= 15 else 1 / 16 if i >= 25 else 1 - 0.09375 * (i - 15)) for i, f in enumerate(base)
     ]
     assert run(YARN).tolist() == pytest.approx(expected, rel=3e-7)
+
+
+def test_a_ramp_that_ends_before_it_begins_is_the_official_codes() -> None:
+    """Over 4 tokens even the slowest pair makes less than a turn: the ramp runs from 0 back to -1, so that
+    `linear_ramp_factor` is 0 everywhere and no pair is divided.
+    """
+    short = replace(YARN, original_max_position=4)
+    assert torch.equal(run(short), run(replace(short, factor=1.0)))
 
 
 @pytest.mark.parametrize("inverse", [False, True])

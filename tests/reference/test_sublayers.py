@@ -74,11 +74,16 @@ def bf16(q: Quantized) -> torch.Tensor:
     return run(Dequantize(out=BF16), q)
 
 
+def zeros(index: torch.Tensor) -> torch.Tensor:
+    """Slot 0 for every row of `index`."""
+    return torch.zeros(len(index), dtype=torch.int32)
+
+
 def poisoned_cache(rows: Quantized, slots: int, index: torch.Tensor) -> Quantized:
     """A one-sequence cache full of NaN, with `rows` written to `index`."""
     cache = rows.map(lambda part: torch.empty(1, slots, *part.shape[1:], dtype=part.dtype))
     nan_fill(cache)
-    return run(CacheWrite(), cache, rows, index)
+    return run(CacheWrite(), cache, rows, index, zeros(index))
 
 
 def compressor(
@@ -89,9 +94,11 @@ def compressor(
     score = run(Linear(out=F32), x, recorded.weight(f"{name}.wgate"))
     score = run(Add(), score, recorded.weight(f"{name}.ape")[POSITIONS % 4])
     rings = [torch.full((1, 156, kv.shape[1]), torch.nan) for _ in range(2)]
-    rings = [run(CacheWrite(), r, rows, POSITIONS) for r, rows in zip(rings, (kv, score), strict=True)]
-    entries = run(CompletedEntries(ratio=4, sequences=1), POSITIONS)
-    pooled = run(Cast(to=BF16), run(CompressPool(ratio=4, overlap=True), *rings, entries))
+    slots = zeros(POSITIONS)
+    rings = [run(CacheWrite(), r, rows, POSITIONS, slots) for r, rows in zip(rings, (kv, score), strict=True)]
+    entries, slots = run(CompletedEntries(ratio=4, tokens=len(POSITIONS)), POSITIONS, slots)
+    pool = CompressPool(ratio=4, overlap=True, tokens=len(POSITIONS))
+    pooled = run(Cast(to=BF16), run(pool, *rings, entries, slots))
     normed = run(RmsNorm(eps=EPS), pooled, recorded.weight(f"{name}.norm"))
     return run(Rope(stride=4), normed, entries, frequencies), entries
 
@@ -122,15 +129,16 @@ def test_compressed_sparse_attention(recorded: Recorded) -> None:
     index_w = run(Linear(out=BF16), x, weight("attn.indexer.weights_proj"))
     index_w = run(Scale(factor=128**-0.5 * 32**-0.5), index_w)
     assert recorded.compare("index_q", bf16(index_q)) == recorded.compare("index_w", index_w) == 0
-    scores = run(IndexScores(ratio=4), index_q, poisoned_cache(keys, 40, which), index_w, POSITIONS)
+    slots = zeros(POSITIONS)
+    scores = run(IndexScores(ratio=4), index_q, poisoned_cache(keys, 40, which), index_w, POSITIONS, slots)
     selected = run(TopK(k=TOP_K), scores)
     assert torch.equal(scores[:, :37], recorded.expected[f"prefill.{LAYER}.index_scores"])
     assert torch.equal(selected, recorded.expected[f"prefill.{LAYER}.index_sel"])
 
     window = run(WindowIndex(window=WINDOW), POSITIONS)
     gathered = [
-        bf16(run(Gather(), poisoned_cache(kv, 320, POSITIONS), window)),
-        bf16(run(Gather(), poisoned_cache(entries, 40, which), selected)),
+        bf16(run(Gather(), poisoned_cache(kv, 320, POSITIONS), window, slots)),
+        bf16(run(Gather(), poisoned_cache(entries, 40, which), selected, slots)),
     ]
     attended, index = torch.cat(gathered, 1), torch.cat([window, selected], 1)
     logits = run(AttentionScores(scale=512**-0.5), q, attended, index)

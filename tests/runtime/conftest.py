@@ -8,7 +8,7 @@ import pytest
 
 import dsv4c
 from dsv4c.models.synth import synthesize
-from dsv4c.plan.records import Plan
+from dsv4c.plan.folder import Plan
 
 CONTEXT, CHUNK, BATCH = 160, 24, 3
 
@@ -21,5 +21,5 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def plan(checkpoint: Path) -> Plan:
-    """Official numerics, three sequences, an odd chunk, all buckets."""
-    return dsv4c.compile(checkpoint, batch=BATCH, max_context=CONTEXT, chunk=CHUNK, mtp=True)
+    """Official numerics, three slots, an odd chunk, a bucket of every kind."""
+    return dsv4c.compile(checkpoint, batch=BATCH, max_context=CONTEXT, chunk=CHUNK, draft="mtp")

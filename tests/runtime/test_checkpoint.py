@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dsv4c.config import load_config
 from dsv4c.errors import CheckpointError
-from dsv4c.models.weights import records, sources
+from dsv4c.models.weights import describe, records, sources
 from dsv4c.numerics.codec import Quantized, dequantize, quantize
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.parameter import ParamRecord, Part, Source
@@ -388,9 +388,12 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(quant, copy):
 
 
 def test_a_mistyped_tensor_is_named_with_both_types(quant, copy):
-    folder = copy(**{"layers.2.ffn.gate.weight": torch.zeros(8, 256)})
+    folder = copy(**{"layers.2.ffn.gate.weight": torch.zeros(8, 256, dtype=torch.float16)})
     check_fails(
-        folder, quant[1], "layers.2.ffn.gate.weight in model.safetensors is F32, expected BF16", "re-export"
+        folder,
+        quant[1],
+        "layers.2.ffn.gate.weight in model.safetensors is F16, expected BF16 or F32",
+        "re-export",
     )
 
 
@@ -482,6 +485,96 @@ def test_infinite_weights_are_refused(quant, copy):
     gate[4] = float("-inf")
     with pytest.raises(CheckpointError, match=r"tensor layers\.2\.ffn\.gate\.bias is not finite .* at \[4\]"):
         read(copy(**{"layers.2.ffn.gate.bias": gate}), params(quant[1]))
+
+
+EXPERT, LINEAR = "layers.2.ffn.experts.5.w2", f"{LAYER}.wo_b"
+
+
+@pytest.mark.parametrize(
+    ("name", "index", "value", "found"),
+    [
+        (f"{LINEAR}.scale", (1, 0), -0.25, r"is -0\.25 at \[1, 0\]; expected positive"),
+        (f"{LINEAR}.scale", (0, 1), 0.0, r"is 0 at \[0, 1\] over weights that are not; expected positive"),
+        (f"{LINEAR}.scale", (1, 0), float("inf"), r"is not finite \(NaN or infinity\) at \[1, 0\]"),
+        (f"{LINEAR}.scale", (1, 0), 1e30, r"is at most 1e\+30, which scales no weight"),
+        (f"{LINEAR}.scale", (..., slice(None)), 1e-30, r"is at most 1e-30, which scales no weight"),
+        (f"{EXPERT}.scale", (4, 3), -1.0, r"is -1 at \[4, 3\]; expected positive"),
+    ],
+)
+def test_a_scale_that_cannot_be_right_is_named(quant, copy, name, index, value, found):
+    scale = quant[2][name].float()
+    scale[index] = value
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: tensor {name} {found}"):
+        read(copy(**{name: scale}), params(quant[1]))
+
+
+def test_a_scale_in_bytes_is_judged_by_its_power_of_two(quant, copy):
+    scale = poison(quant[2][f"{EXPERT}.scale"], (4, 3), byte=254)
+    with pytest.raises(CheckpointError, match=rf"{EXPERT}\.scale is at most 1\.7e\+38, which scales no"):
+        read(copy(**{f"{EXPERT}.scale": scale}), params(quant[1]))
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0])
+@pytest.mark.parametrize("part", ["weight_scale", "weight_scale_2", "input_scale"])
+def test_every_nvfp4_scale_must_be_positive(tmp_path, part, value):
+    case = golden_case("nvfp4-experts")
+    tensors, name = load_file(case / "model.safetensors"), f"layers.0.ffn.experts.3.w2.{part}"
+    tensors[name] = torch.full_like(tensors[name].float(), value).to(tensors[name].dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint, config = Checkpoint.open(tmp_path), load_config(case)
+    (told,) = describe(checkpoint, config)["unsound"]
+    assert f"model.safetensors: tensor {name} is {value:g}" in told
+    assert not describe(checkpoint, config)["complete"]
+    with pytest.raises(CheckpointError, match=rf"tensor {name} is {value:g}"):
+        checkpoint.load(params(config), lambda *_: pytest.fail("a weight was read"))
+
+
+def test_a_zero_scale_over_zeros_is_right(quant, copy):
+    data, scale = quant[2][f"{LINEAR}.weight"].clone(), quant[2][f"{LINEAR}.scale"].float()
+    data.view(torch.uint8)[:128, :128] = 0x80  # -0
+    scale[0, 0] = 0.0
+    folder = copy(**{f"{LINEAR}.weight": data, f"{LINEAR}.scale": scale})
+    value = dequantize(read(folder, [replace(p, requantize=True) for p in params(quant[1])])[LINEAR])
+    assert not value[:128, :128].any()
+
+
+def test_all_wrong_scales_are_counted(quant, copy):
+    names = [f"{LINEAR}.scale", f"{LAYER}.wq_a.scale"]
+    folder = copy(**{name: -quant[2][name].float() for name in names})
+    with pytest.raises(CheckpointError, match=r"and 1 more scales$"):
+        read(folder, params(quant[1]))
+
+
+# --- other dtypes for the same numbers ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "store"),
+    [
+        (f"{EXPERT}.scale", lambda t: t.view(torch.uint8)),
+        (f"{EXPERT}.scale", lambda t: t.float()),
+        (f"{EXPERT}.weight", lambda t: t.view(torch.uint8)),
+        (f"{LINEAR}.scale", lambda t: t.view(torch.uint8)),
+        ("layers.0.ffn.gate.tid2eid", lambda t: t.to(torch.int32)),
+        ("norm.weight", lambda t: t.float()),
+    ],
+    ids=["ue8m0 in U8", "ue8m0 in F32", "FP4 in U8", "FP8's scale in U8", "expert ids in I32", "bf16 in F32"],
+)
+def test_a_dtype_that_loses_nothing_is_read_as_the_usual_one(quant, copy, name, store):
+    parameter = name.rpartition(".")[0].replace(".5.", ".") if "experts" in name else name
+    parameter = parameter.removesuffix(".scale").removesuffix(".weight")
+    wanted = [p for p in params(quant[1]) if p.name == parameter]
+    expected = read(quant[0], wanted, ignore=("",))[parameter]
+    found = read(copy(**{name: store(quant[2][name])}), wanted, ignore=("",))[parameter]
+    quantized = isinstance(expected, Quantized)
+    for a, b in zip(expected.parts, found.parts, strict=True) if quantized else [(expected, found)]:
+        assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+def test_a_wider_dtype_that_holds_more_is_refused(quant, copy):
+    folder = copy(**{"norm.weight": quant[2]["norm.weight"].float() + 1e-6})
+    with pytest.raises(CheckpointError, match=r"norm\.weight cannot become parameter norm: .* without round"):
+        read(folder, params(quant[1]))
 
 
 @pytest.mark.parametrize("expert", [8, -1])

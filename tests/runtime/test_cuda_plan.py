@@ -8,25 +8,30 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
+from dsv4c.buckets import Bucket
 from dsv4c.config import load_config
 from dsv4c.errors import CheckpointError, PlanError, SessionError
 from dsv4c.numerics.codec import Quantized, quantize
 from dsv4c.numerics.packing import pack, parse_packing
-from dsv4c.plan.records import Argument, Bucket, KernelLaunch, Plan, Slot, StateSlot, load
+from dsv4c.plan.folder import Plan, load
+from dsv4c.plan.records import Argument, BodyCode, KernelCode, Launch, Place, Program, StateSlot
+from dsv4c.runtime import bind as binding
 from dsv4c.runtime import cuda, driver, residence
-from dsv4c.runtime.cuda import CudaExecutor, CudaSession, Device, check_device, feeds_back
+from dsv4c.runtime.cuda import CudaExecutor, Device, check_device, feeds_back
 from dsv4c.runtime.residence import Resident
+from dsv4c.runtime.session import Session
 from dsv4c.types import BF16, F32, FP8_WEIGHT, I32, MXFP4, QuantType, TensorType, Type
 from tests.codegen.lowered import gpu_plan
 
-BATCH, VOCAB, CONTEXT, WIDTH = 2, 16, 24, 4
+SLOTS, VOCAB, CONTEXT, WIDTH = 3, 16, 24, 4
+BUCKETS = (Bucket("decode"), Bucket("decode", sequences=2), Bucket("verify", tokens=3))
 H200 = Device("NVIDIA H200", (9, 0), 13000, 140 << 30, 141 << 30)
 
 # --- a model in four kernels: the next token is 3 * token + position + a weight, in the vocabulary ----------
@@ -40,78 +45,92 @@ def floats(address: int, count: int) -> Any:
     return (ctypes.c_float * count).from_address(address)
 
 
-def embed(tokens: int, streams: int) -> None:
-    for b, token in enumerate(ints(tokens, BATCH)):
-        for i in range(WIDTH):
-            floats(streams, BATCH * WIDTH)[b * WIDTH + i] = float(token)
+def kernels_of(bucket: Bucket) -> dict[str, Callable[..., None]]:
+    """The model's kernels for so many rows, by symbol."""
+    rows, per_sequence = bucket.rows, bucket.tokens
+
+    def embed(tokens: int, streams: int) -> None:
+        for r, token in enumerate(ints(tokens, rows)):
+            for i in range(WIDTH):
+                floats(streams, rows * WIDTH)[r * WIDTH + i] = float(token)
+
+    def score(streams: int, positions: int, slots: int, weight: int, constant: int, logits: int) -> None:
+        offset = floats(weight, 1)[0] + floats(constant, 1)[0]
+        for r in range(rows):
+            slot = ints(slots, bucket.sequences)[r // per_sequence]
+            position = ints(positions, SLOTS)[slot] + r % per_sequence if slot >= 0 else 0
+            token = floats(streams, rows * WIDTH)[r * WIDTH]
+            for v in range(VOCAB):
+                chosen = v == int(3 * token + position + offset) % VOCAB
+                floats(logits, rows * VOCAB)[r * VOCAB + v] = float(chosen)
+
+    def argmax(logits: int, following: int) -> None:
+        for r in range(rows):
+            row = floats(logits, rows * VOCAB)[r * VOCAB : (r + 1) * VOCAB]
+            ints(following, rows)[r] = row.index(max(row))
+
+    def advance(positions: int, lengths: int, slots: int) -> None:
+        for slot, length in zip(ints(slots, bucket.sequences), ints(lengths, bucket.sequences), strict=True):
+            if slot >= 0:
+                ints(positions, SLOTS)[slot] += length
+
+    return {f"{f.__name__}-{bucket.name}": f for f in (embed, score, argmax, advance)}
 
 
-def score(streams: int, positions: int, weight: int, constant: int, logits: int) -> None:
-    offset = floats(weight, 1)[0] + floats(constant, 1)[0]
-    for b, position in enumerate(ints(positions, BATCH)):
-        token = floats(streams, BATCH * WIDTH)[b * WIDTH]
-        for v in range(VOCAB):
-            chosen = v == int(3 * token + position + offset) % VOCAB
-            floats(logits, BATCH * VOCAB)[b * VOCAB + v] = float(chosen)
-
-
-def argmax(logits: int, following: int) -> None:
-    for b in range(BATCH):
-        row = floats(logits, BATCH * VOCAB)[b * VOCAB : (b + 1) * VOCAB]
-        ints(following, BATCH)[b] = row.index(max(row))
-
-
-def advance(positions: int, lengths: int) -> None:
-    for b in range(BATCH):
-        ints(positions, BATCH)[b] += ints(lengths, BATCH)[b]
-
-
-KERNELS: dict[str, Callable[..., None]] = {f.__name__: f for f in (embed, score, argmax, advance)}
-WEIGHT, CONSTANT = 5.0, 2.0
+KERNELS = {symbol: kernel for bucket in BUCKETS for symbol, kernel in kernels_of(bucket).items()}
+WEIGHT, CONSTANT = 5.0, 1.0
 
 
 def expected_next(token: int, position: int) -> int:
     return int(3 * token + position + WEIGHT + CONSTANT) % VOCAB
 
 
-VALUES: dict[str, Slot] = {
-    "tokens": Slot(TensorType(I32, (BATCH,)), "input", 0),
-    "lengths": Slot(TensorType(I32, (BATCH,)), "input", 256),
-    "position": Slot(TensorType(I32, (BATCH,)), "state", 256),
-    "bias": Slot(TensorType(F32, (1,)), "weights", 0),
-    "shift": Slot(TensorType(F32, (1,)), "constants", 0),
-    "streams": Slot(TensorType(F32, (BATCH, WIDTH)), "arena", 0),
-    "out.logits": Slot(TensorType(F32, (BATCH, VOCAB)), "arena", 256),
-    "out.next": Slot(TensorType(I32, (BATCH,)), "arena", 512),
-}
+def values_of(bucket: Bucket) -> dict[str, Place]:
+    rows, sequences = bucket.rows, bucket.sequences
+    return {
+        "tokens": Place(TensorType(I32, (rows,)), "input", 0),
+        "lengths": Place(TensorType(I32, (sequences,)), "input", 256),
+        "slots": Place(TensorType(I32, (sequences,)), "input", 512),
+        "position": Place(TensorType(I32, (SLOTS,)), "state", 256),
+        "bias": Place(TensorType(F32, (1,)), "weights", 0),
+        "shift": Place(TensorType(F32, (1,)), "constants", 0),
+        "streams": Place(TensorType(F32, (rows, WIDTH)), "arena", 0),
+        "out.logits": Place(TensorType(F32, (rows, VOCAB)), "arena", 256),
+        "out.next": Place(TensorType(I32, (rows,)), "arena", 512),
+    }
+
+
 CHAIN = (
     ("embed", "tokens", "streams"),
-    ("score", "streams", "position", "bias", "shift", "out.logits"),
+    ("score", "streams", "position", "slots", "bias", "shift", "out.logits"),
     ("argmax", "out.logits", "out.next"),
-    ("advance", "position", "lengths"),
+    ("advance", "position", "lengths", "slots"),
 )
+TWO = BUCKETS[1]
 
 
-def launches(chain: Iterable[Sequence[str]] = CHAIN) -> tuple[KernelLaunch, ...]:
-    made = []
+def launches(chain: Iterable[Sequence[str]] = CHAIN, bucket: Bucket = TWO) -> tuple[Launch, ...]:
+    made, values = [], values_of(bucket)
     for i, (kernel, *operands) in enumerate(chain):
         arguments = tuple(
-            Argument(VALUES[name].space, VALUES[name].offset, name, "data", VALUES[name].type.nbytes, "rw")
+            Argument(values[name].space, values[name].offset, name, "data", values[name].type.nbytes, "rw")
             for name in operands
         )
         made.append(
-            KernelLaunch(
+            Launch(
                 name=f"{kernel}.{i}",
                 op=kernel,
                 nodes=(kernel, f"{kernel}_too"),
                 scope="",
-                kernel=f"hash-{kernel}",
-                grid=(1, 1, 1),
-                block=32,
-                cluster=(1, 1, 1),
-                shared=0,
-                programmatic=i > 0,
-                waits=True,
+                code=KernelCode(
+                    kernel=f"hash-{kernel}-{bucket.name}",
+                    grid=(1, 1, 1),
+                    block=32,
+                    cluster=(1, 1, 1),
+                    shared=0,
+                    programmatic=i > 0,
+                    waits=True,
+                ),
                 arguments=arguments,
                 after=(i - 1,) if i else (),
             )
@@ -119,40 +138,58 @@ def launches(chain: Iterable[Sequence[str]] = CHAIN) -> tuple[KernelLaunch, ...]
     return tuple(made)
 
 
-def plan(**changes: Any) -> Plan:
-    bucket = Bucket(
-        graph="graph.decode.txt",
-        tokens=BATCH,
-        sequences=BATCH,
-        values=VALUES,
+def program(bucket: Bucket = TWO, chain: Iterable[Sequence[str]] = CHAIN) -> Program:
+    return Program(
+        graph=f"graph.{bucket.name}.txt",
+        bucket=bucket,
+        values=values_of(bucket),
         arena_bytes=768,
-        input_bytes=512,
-        inputs=("tokens", "lengths"),
+        inputs=("tokens", "lengths", "slots"),
         outputs={"logits": "out.logits", "next": "out.next", "streams": "streams"},
-        launches=changes.pop("launches", launches()),
+        launches=launches(chain, bucket),
     )
+
+
+SHIFT = Launch(  # of the first and only frequency: 1
+    name="shift",
+    op="rope_frequencies",
+    nodes=("shift",),
+    scope="",
+    code=BodyCode(
+        "theta=10000.0, dims=2, factor=1.0, original_max_position=64, beta_fast=32.0, beta_slow=1.0"
+    ),
+    arguments=(Argument("constants", 0, "shift", "data", 4, "w"),),
+    after=(),
+)
+ONCE = Program(
+    "graph.load.txt", None, {"shift": values_of(TWO)["shift"]}, 0, (), {"shift": "shift"}, (SHIFT,)
+)
+BLOCKS = {"weights": 256, "state": 512, "constants": 256, "arena": 768, "input": 768}
+
+
+def plan(**changes: Any) -> Plan:
+    """The toy's plan; `decode` are other launches of the step of two sequences."""
+    programs = {bucket.name: program(bucket) for bucket in BUCKETS}
+    if "decode" in changes:
+        programs["decode-2"] = dataclasses.replace(programs["decode-2"], launches=changes.pop("decode"))
     kernels = {f"hash-{name}": {"symbol": name, "cubin": f"kernels/{name}.cubin"} for name in KERNELS}
     made = Plan(
         name="toy",
         config={"vocab_size": VOCAB},
         config_digest="0",
-        deployment={"target": "sm_90a", "recipe": "official", "batch": BATCH, "max_context": CONTEXT},
+        deployment={"target": "sm_90a", "recipe": "official", "slots": SLOTS, "max_context": CONTEXT},
         recipe="official",
         pipeline="",
-        buckets={"decode": bucket},
-        state=(StateSlot("position", VALUES["position"].type, 256),),
-        state_bytes=512,
+        blocks=BLOCKS,
+        buckets=programs,
+        load=ONCE,
+        state=(StateSlot("position", values_of(TWO)["position"].type, 256),),
         weights=(),
-        weights_bytes=256,
         kernels=kernels,
-        constants={"file": "constants.safetensors", "bytes": 256, "values": {"shift": SHIFT}},
         files={f"kernels/{name}.cubin": name.encode() for name in KERNELS}
-        | {"graph.decode.txt": b"", "constants.safetensors": save({"shift": torch.tensor([CONSTANT])})},
+        | {p.graph: b"" for p in (*programs.values(), ONCE)},
     )
     return dataclasses.replace(made, **changes)
-
-
-SHIFT = {"type": "f32[1]", "offset": 0}
 
 
 class FakeLibrary:
@@ -194,11 +231,11 @@ def _fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_stream", lambda: 0)
 
 
-def session(compiled: Plan | None = None, *, poison: bool = False) -> CudaSession:
+def session(compiled: Plan | None = None, *, poison: bool = False) -> Session:
     compiled = compiled or plan()
     weights = torch.zeros(256, dtype=torch.uint8)
     weights[:4].view(torch.float32).fill_(WEIGHT)
-    return CudaSession(compiled, CudaExecutor(compiled, weights, poison=poison, device="cpu"))
+    return Session(compiled, CudaExecutor(compiled, weights, poison=poison, device="cpu"))
 
 
 def rows(tokens: Sequence[int], start: int = 0) -> list[int]:
@@ -208,46 +245,80 @@ def rows(tokens: Sequence[int], start: int = 0) -> list[int]:
 # --- steps --------------------------------------------------------------------------------------------------
 
 
-def test_prefill_gives_a_row_per_token_and_leaves_the_other_sequence_alone() -> None:
+def test_prefill_gives_a_row_per_token_and_leaves_the_other_slots_alone() -> None:
     s = session()
-    logits = s.prefill([3, 1, 4], sequence=1)
-    assert logits.argmax(1).tolist() == rows([3, 1, 4])
-    assert s.next_tokens == rows([3, 1, 4])
-    assert s.positions == [0, 3]
-    assert s.executor.states["position"].tolist() == [0, 3]
-    assert s.streams[:, 0].tolist() == [3.0, 1.0, 4.0]
+    logits = s.prefill([3, 1, 4, 1], slot=1)
+    assert logits.argmax(1).tolist() == rows([3, 1, 4, 1])
+    assert s.next_tokens == rows([3, 1, 4, 1])
+    assert s.positions == [0, 4, 0]
+    assert s.executor.states["position"].tolist() == [0, 4, 0]
+    assert s.streams[:, 0].tolist() == [3.0, 1.0, 4.0, 1.0]
 
 
-def test_decode_moves_the_sequences_that_got_a_token() -> None:
+def test_decode_moves_the_slots_that_got_a_token() -> None:
     s = session()
-    s.prefill([3, 1], sequence=0)
-    logits = s.decode([None, 7])
+    s.prefill([3, 1], slot=0)
+    logits = s.decode([None, 7, None])
     assert logits[0].isnan().all()
     assert int(logits[1].argmax()) == expected_next(7, 0)
-    logits = s.decode([9, 2])
-    assert logits.argmax(1).tolist() == [expected_next(9, 2), expected_next(2, 1)]
-    assert s.positions == s.executor.states["position"].tolist() == [3, 2]
+    logits = s.decode({1: 2, 0: 9})
+    assert logits[:2].argmax(1).tolist() == [expected_next(9, 2), expected_next(2, 1)]
+    assert s.positions == s.executor.states["position"].tolist() == [3, 2, 0]
+
+
+def test_a_call_runs_the_smallest_bucket_that_fits_and_more_slots_several(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    s, called = session(), []
+    run = s.executor.run
+
+    def watched(bucket: str, *arguments: Any) -> Any:
+        called.append(bucket)
+        return run(bucket, *arguments)
+
+    monkeypatch.setattr(s.executor, "run", watched)
+    s.prefill([1, 2, 3, 4])
+    s.prefill([1, 2], slot=1)
+    s.decode({2: 1})
+    s.decode({2: 1, 0: 1})
+    logits = s.decode([5, 6, 7])
+    s.verify({1: [3, 3]})
+    verify, one, two = "verify-1x3", "decode-1", "decode-2"
+    assert called == [verify, one, verify, one, two, two, one, verify]
+    assert logits.argmax(1).tolist() == [expected_next(5, 5), expected_next(6, 2), expected_next(7, 2)]
+    assert s.next_tokens == rows([3, 3], 3)
+    assert s.positions == s.executor.states["position"].tolist() == [6, 5, 3]
+
+
+def test_taken_back_tokens_never_were() -> None:
+    s = session()
+    s.prefill([3, 1], slot=1)
+    s.verify({1: [4, 1, 5]})
+    s.take_back(2, slot=1)
+    assert s.positions == s.executor.states["position"].tolist() == [0, 3, 0]
+    assert int(s.decode({1: 9})[1].argmax()) == expected_next(9, 3)
 
 
 @pytest.mark.parametrize("poison", [False, True])
 def test_tokens_are_fed_back_without_the_host(poison: bool) -> None:
     s = session(poison=poison)
-    s.prefill([3, 1], sequence=0)
-    s.prefill([5], sequence=1)  # steps of one sequence must not lose the other's next token
+    s.prefill([3, 1], slot=0)
+    s.prefill([5], slot=2)  # steps of one slot must not lose the other's next token
     wanted, token = [], expected_next(1, 1)
     for i in range(4):
         token = expected_next(token, 2 + i)
         wanted.append(token)
-    chosen = s.generate(4)
+    chosen = s.generate(4, [2, 0])
     assert chosen[:, 0].tolist() == wanted
-    assert int(chosen[0, 1]) == expected_next(expected_next(5, 0), 1)
-    assert s.positions == [6, 5]
+    assert chosen[:, 1].tolist() == [-1] * 4
+    assert int(chosen[0, 2]) == expected_next(expected_next(5, 0), 1)
+    assert s.positions == [6, 0, 5]
 
 
 def test_enqueue_continues_and_launches_one_graph_per_step() -> None:
     s, other = session(), session()
     for one in (s, other):
-        one.prefill([3], sequence=0)
+        one.prefill([3], slot=0)
     s.generate(2, [0])
     FakeGraph.launched = 0
     s.enqueue(5, [0])
@@ -257,92 +328,128 @@ def test_enqueue_continues_and_launches_one_graph_per_step() -> None:
 
 def test_a_plan_whose_tokens_are_read_late_copies_them_between_steps() -> None:
     late = (*CHAIN, ("embed", "tokens", "streams"))
-    early, copied = session(), session(plan(launches=launches(late)))
-    assert early.executor.feeds_back
-    assert not copied.executor.feeds_back
+    early, copied = session(), session(plan(decode=launches(late)))
+    assert early.executor.programs["decode-2"].feeds_back
+    assert not copied.executor.programs["decode-2"].feeds_back
     for one in (early, copied):
-        one.prefill([3], sequence=0)
-    assert torch.equal(early.generate(6, [0])[:, 0], copied.generate(6, [0])[:, 0])
+        one.prefill([3], slot=0)
+        one.prefill([4], slot=1)
+    assert torch.equal(early.generate(6, [0, 1]), copied.generate(6, [0, 1]))
 
 
 def test_state_goes_to_a_file_and_back(tmp_path: Path) -> None:
     s = session()
-    s.prefill([3, 1, 4], sequence=0)
+    s.prefill([3, 1, 4], slot=0)
     path = s.save_state(tmp_path / "state")
-    first = s.decode([2, None])
+    first = s.decode({0: 2})
     s.reset()
-    assert s.positions == [0, 0]
+    assert s.positions == [0, 0, 0]
     s.load_state(path)
-    assert s.positions == [3, 0]
-    again = s.decode([2, None])
+    assert s.positions == [3, 0, 0]
+    again = s.decode({0: 2})
     assert torch.equal(first[0], again[0])
 
 
-def test_reset_of_one_sequence_keeps_the_others() -> None:
+def test_reset_of_one_slot_keeps_the_others() -> None:
     s = session()
-    s.prefill([3, 1], sequence=0)
-    s.prefill([5, 2, 6], sequence=1)
+    s.prefill([3, 1], slot=0)
+    s.prefill([5, 2, 6], slot=1)
     s.reset(1)
-    assert s.positions == s.executor.states["position"].tolist() == [2, 0]
+    assert s.positions == s.executor.states["position"].tolist() == [2, 0, 0]
 
 
 # --- refused requests change nothing ------------------------------------------------------------------------
 
 
-def refused(s: CudaSession, request: Callable[[], object], message: str) -> None:
-    before = s.executor.state.clone(), s.positions
+def refused(s: Session, request: Callable[[], object], message: str) -> None:
+    before = s.executor.blocks["state"].clone(), s.positions
     FakeGraph.launched = 0
     with pytest.raises(SessionError, match=message):
         request()
     assert FakeGraph.launched == 0
-    assert torch.equal(s.executor.state, before[0])
+    assert torch.equal(s.executor.blocks["state"], before[0])
     assert s.positions == before[1]
-    s.decode([1, None])
+    s.decode({0: 1})
 
 
 def test_a_full_context_is_refused_before_the_step() -> None:
     s = session()
-    s.prefill([1] * (CONTEXT - 2), sequence=0)
-    refused(s, lambda: s.prefill([1, 2, 3]), "sequence 0 holds 22 tokens; 3 more exceed the context of 24")
-    refused(s, lambda: s.enqueue(2, [0]), "sequence 0 holds 23 tokens; 2 more exceed")
+    s.prefill([1] * (CONTEXT - 2), slot=0)
+    refused(s, lambda: s.prefill([1, 2, 3]), "slot 0 holds 22 tokens; 3 more exceed the context of 24")
+    refused(s, lambda: s.enqueue(2, [0]), "slot 0 holds 23 tokens; 2 more exceed")
 
 
-def test_a_full_sequence_is_refused_and_the_others_go_on() -> None:
+def test_a_full_slot_is_refused_and_the_others_go_on() -> None:
     s = session()
-    s.prefill([1] * CONTEXT, sequence=0)
-    before = s.executor.state.clone()
-    for request in (lambda: s.decode([1, 2]), lambda: s.generate(1, [0]), lambda: s.prefill([1])):
-        with pytest.raises(SessionError, match="sequence 0 holds 24 tokens; 1 more exceed the context of 24"):
+    s.prefill([1] * CONTEXT, slot=0)
+    before = s.executor.blocks["state"].clone()
+    for request in (
+        lambda: s.decode({0: 1, 1: 2}),
+        lambda: s.generate(1, [0]),
+        lambda: s.prefill([1]),
+        lambda: s.verify({0: [1]}),
+    ):
+        with pytest.raises(SessionError, match="slot 0 holds 24 tokens; 1 more exceed the context of 24"):
             request()
-    assert torch.equal(s.executor.state, before)
-    assert s.decode([None, 7])[1].argmax() == expected_next(7, 0)
-    assert s.positions == [CONTEXT, 1]
+    assert torch.equal(s.executor.blocks["state"], before)
+    assert s.decode({1: 7})[1].argmax() == expected_next(7, 0)
+    assert s.positions == [CONTEXT, 1, 0]
 
 
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (lambda s: s.decode([1, 2, 3]), "2 in all, got 3"),
-        (lambda s: s.decode([None, None]), "no token for any sequence"),
-        (lambda s: s.decode([VOCAB, None]), "out of range"),
+        (lambda s: s.decode([1, 2]), "3 in all, got 2"),
+        (lambda s: s.decode([None] * 3), "no token for any slot"),
+        (lambda s: s.decode({}), "no token for any slot"),
+        (lambda s: s.decode({3: 1}), "no slot 3"),
+        (lambda s: s.decode([VOCAB, None, None]), "out of range"),
         (lambda s: s.prefill([]), "the prompt is empty"),
-        (lambda s: s.prefill([1], sequence=2), "no sequence 2"),
-        (lambda s: s.enqueue(0), "a number of at least 1"),
-        (lambda s: s.enqueue(1), "sequence 1 has no likeliest token yet"),
-        (lambda s: s.generate(1, [5]), "no sequence 5"),
+        (lambda s: s.prefill([1], slot=3), "no slot 3"),
+        (lambda s: s.verify({}), "no tokens for any slot"),
+        (
+            lambda s: s.verify({0: [1] * 4}),
+            "verify got 4 tokens of 1 slots; no bucket of the plan takes as many",
+        ),
+        (lambda s: s.verify({0: [1, 1], 1: [1]}), "verify got 2 tokens of 2 slots; no bucket"),
+        (lambda s: s.take_back(3), "slot 0 holds 2 tokens, 3 cannot be taken back"),
+        (lambda s: s.take_back(1, slot=7), "no slot 7"),
+        (lambda s: s.enqueue(0, [0]), "a number of at least 1"),
+        (lambda s: s.generate(-1, [0]), "a number of at least 1"),
+        (lambda s: s.generate("2", [0]), "a number of at least 1"),
+        (lambda s: s.enqueue(1), "slot 1 has no likeliest token yet"),
+        (lambda s: s.enqueue(1, []), "expected at least one, each once"),
+        (lambda s: s.enqueue(1, [0, 0]), "expected at least one, each once"),
+        (lambda s: s.generate(1, [5]), "no slot 5"),
     ],
 )
-def test_wrong_requests_are_refused(request_: Callable[[CudaSession], object], message: str) -> None:
+def test_wrong_requests_are_refused(request_: Callable[[Session], object], message: str) -> None:
     s = session()
-    s.prefill([1, 2], sequence=0)
+    s.prefill([1, 2], slot=0)
     refused(s, lambda: request_(s), message)
+
+
+def test_more_slots_than_any_bucket_takes_do_not_move_on_together() -> None:
+    s = session()
+    for slot in range(SLOTS):
+        s.prefill([1, 2], slot=slot)
+    refused(
+        s, lambda: s.generate(1), r"no bucket of the plan decodes 3 slots together, only decode-1, .*--batch"
+    )
 
 
 def test_tokens_of_a_loaded_state_are_not_guessed(tmp_path: Path) -> None:
     s = session()
-    s.prefill([3], sequence=0)
+    s.prefill([3], slot=0)
     s.load_state(s.save_state(tmp_path / "state"))
-    refused(s, lambda: s.enqueue(1, [0]), "sequence 0 has no likeliest token yet")
+    refused(s, lambda: s.enqueue(1, [0]), "slot 0 has no likeliest token yet")
+
+
+def test_a_token_that_was_taken_back_is_followed_by_none() -> None:
+    s = session()
+    s.prefill([3, 1], slot=0)
+    s.take_back(1)
+    refused(s, lambda: s.enqueue(1, [0]), "slot 0 has no likeliest token yet")
 
 
 # --- plans and machines that do not fit ---------------------------------------------------------------------
@@ -375,17 +482,17 @@ def test_a_machine_is_refused_before_weights_are_opened(
 ) -> None:
     here(monkeypatch, **device)
     with pytest.raises(PlanError, match=message):
-        plan(weights_bytes=4 << 30).bind(tmp_path / "absent")
+        plan(blocks={**BLOCKS, "weights": 4 << 30}).bind(tmp_path / "absent")
 
 
 def here(monkeypatch: pytest.MonkeyPatch, **facts: Any) -> None:
     """A machine on which `bind` may check, and must not allocate."""
 
-    def allocated(size: int, device: object) -> Tensor:
+    def allocated(size: int, **_: object) -> Tensor:
         raise AssertionError(f"{size} bytes were allocated")
 
     monkeypatch.setattr(Device, "current", lambda: dataclasses.replace(H200, **facts))
-    monkeypatch.setattr(cuda, "_block", allocated)
+    monkeypatch.setattr(binding, "torch", SimpleNamespace(empty=allocated, uint8=torch.uint8))
 
 
 def test_a_driver_that_torch_cannot_use_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,7 +514,7 @@ def test_weights_of_another_config_are_refused(checkpoint: Path, monkeypatch: py
 
 def test_a_plan_for_no_gpu() -> None:
     with pytest.raises(PlanError, match="compiled for cpu, which is no GPU"):
-        check_device(plan(deployment={"target": "cpu", "batch": 1, "max_context": 1}), H200)
+        check_device(plan(deployment={"target": "cpu", "slots": 1, "max_context": 1}), H200)
 
 
 def test_a_machine_without_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,10 +526,10 @@ def test_a_machine_without_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_an_altered_cubin_is_found_at_load(tmp_path: Path) -> None:
     folder = plan().save(tmp_path / "plan")
-    assert load(folder).bucket("decode").launches == launches()
-    cubin = folder / "kernels" / "score.cubin"
-    cubin.write_bytes(cubin.read_bytes()[:-1] + b"E")
-    with pytest.raises(PlanError, match=r"score\.cubin: was altered"):
+    assert load(folder).program("decode-2").launches == launches()
+    cubin = folder / "kernels" / "score-decode-2.cubin"
+    cubin.write_bytes(cubin.read_bytes()[:-1] + b"3")
+    with pytest.raises(PlanError, match=r"score-decode-2\.cubin: was altered"):
         load(folder)
 
 
@@ -431,18 +538,19 @@ def test_a_pointer_outside_its_block_is_refused() -> None:
     far = dataclasses.replace(first.arguments[1], offset=1 << 20)
     broken = dataclasses.replace(first, arguments=(first.arguments[0], far))
     with pytest.raises(PlanError, match=r"streams\.data lies at bytes 1048576 to .* of arena"):
-        session(plan(launches=(broken, *rest)))
+        session(plan(decode=(broken, *rest)))
 
 
 def test_a_launch_of_an_unknown_kernel_is_refused() -> None:
-    broken = dataclasses.replace(launches()[0], kernel="gone")
+    first = launches()[0]
+    broken = dataclasses.replace(first, code=dataclasses.replace(first.kernel, kernel="gone"))
     with pytest.raises(PlanError, match="names kernel gone"):
-        session(plan(launches=(broken,)))
+        session(plan(decode=(broken,)))
 
 
-def test_a_plan_without_kernels_is_refused() -> None:
-    with pytest.raises(PlanError, match="launches without kernels"):
-        session(plan(launches=()))
+def test_code_of_the_cpu_is_no_kernel() -> None:
+    with pytest.raises(PlanError, match=r"launch shift has no kernel"):
+        session(plan(decode=(SHIFT,)))
 
 
 def test_an_error_on_the_device_names_launch_and_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -454,14 +562,12 @@ def test_an_error_on_the_device_names_launch_and_nodes(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(driver, "synchronize", fail)
     with pytest.raises(driver.DriverError, match=r"launch 2, argmax\.2 \(nodes argmax, argmax_too\): CUDA_"):
-        s.decode([1, None])
+        s.decode({0: 1, 1: 1})
     with pytest.raises(SessionError, match="half-written"):
-        s.decode([1, None])
+        s.decode({0: 1, 1: 1})
 
 
-FAILED = (
-    r"one of the 4 launches of a step of plan toy failed: .*CUDA.*; bind with poison=True \(--poison\) to run"
-)
+FAILED = r"a step of plan toy failed: .*CUDA.*; bind with poison=True \(--poison\) to run"
 
 
 @pytest.mark.parametrize(
@@ -476,13 +582,13 @@ def test_an_error_of_a_step_without_poison_names_the_plan(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s = session()
-    s.prefill([3], sequence=0)
+    s.prefill([3], slot=0)
 
     def fail(self: FakeGraph, stream: int) -> None:
         raise error
 
     monkeypatch.setattr(FakeGraph, "launch", fail)
-    for request in (lambda: s.prefill([1]), lambda: s.decode([1, 2])):
+    for request in (lambda: s.prefill([1]), lambda: s.decode({0: 1, 1: 2})):
         with pytest.raises(driver.DriverError, match=FAILED) as raised:
             request()
         assert "\n" not in str(raised.value)
@@ -493,10 +599,10 @@ def test_an_error_of_a_step_without_poison_names_the_plan(
 
 @pytest.mark.parametrize("look", [lambda s: s.wait(), lambda s: s.next_tokens], ids=["wait", "next_tokens"])
 def test_an_error_that_comes_up_later_names_the_plan(
-    look: Callable[[CudaSession], object], monkeypatch: pytest.MonkeyPatch
+    look: Callable[[Session], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     s = session()
-    s.prefill([3], sequence=0)
+    s.prefill([3], slot=0)
 
     def fail(what: str) -> None:
         raise driver.DriverError(f"{what}: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access")
@@ -505,13 +611,18 @@ def test_an_error_that_comes_up_later_names_the_plan(
     with pytest.raises(driver.DriverError, match=FAILED):
         look(s)
     with pytest.raises(SessionError, match="half-written"):
-        s.decode([1, None])
+        s.decode({0: 1, 1: 1})
 
 
 def test_feedback_needs_every_reader_before_the_argmax() -> None:
-    assert feeds_back(plan())
-    unordered = [dataclasses.replace(launch, after=()) for launch in launches()]
-    assert not feeds_back(plan(launches=tuple(unordered)))
+    step = program()
+    assert feeds_back(step)
+    unordered = tuple(dataclasses.replace(launch, after=()) for launch in launches())
+    assert not feeds_back(dataclasses.replace(step, launches=unordered))
+
+
+def test_steps_of_several_tokens_do_not_feed_back() -> None:
+    assert not feeds_back(program(Bucket("verify", tokens=3)))
 
 
 # --- addresses ----------------------------------------------------------------------------------------------
@@ -519,19 +630,38 @@ def test_feedback_needs_every_reader_before_the_argmax() -> None:
 
 def test_pointers_are_block_addresses_and_the_argmax_writes_the_tokens() -> None:
     executor = session().executor
-    bound = executor._bound
+    bound = executor.programs["decode-2"]._bound
     base = {name: block.data_ptr() for name, block in executor.blocks.items()}
     assert bound[0].arguments == (base["input"], base["arena"])
-    assert bound[1].arguments[1:4] == (base["state"] + 256, base["weights"], base["constants"])
+    pointers = (base["state"] + 256, base["input"] + 512, base["weights"], base["constants"])
+    assert bound[1].arguments[1:5] == pointers
     assert bound[2].arguments == (base["arena"] + 256, base["input"])
+
+
+def test_buckets_share_blocks_and_kernels_are_loaded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[bytes] = []
+
+    class Counted(FakeLibrary):
+        def __init__(self, cubin: bytes, name: str) -> None:
+            super().__init__(cubin, name)
+            loaded.append(cubin)
+
+    monkeypatch.setattr(driver, "Library", Counted)
+    again = dataclasses.replace(program(), bucket=Bucket("decode", sequences=4))
+    executor = session(plan(buckets={**plan().buckets, "decode-4": again})).executor
+    assert sorted(loaded) == sorted(name.encode() for name in KERNELS)
+    two, four = (executor.programs[name]._bound for name in ("decode-2", "decode-4"))
+    assert [a.arguments for a in two] == [b.arguments for b in four]
 
 
 def test_prefixes_of_the_step_are_graphs_too() -> None:
     executor = session().executor
-    executor.inputs["tokens"].fill_(3)
-    executor.graph_of(range(2)).launch(0)
-    assert executor.outputs["logits"].argmax(1).tolist() == [expected_next(3, 0)] * BATCH
-    assert executor.states["position"].tolist() == [0, 0]
+    step = executor.programs["decode-2"]
+    step.inputs["tokens"].fill_(3)
+    step.inputs["slots"].copy_(torch.tensor([2, 0]))
+    step.graph_of(range(2)).launch(0)
+    assert step.outputs["logits"].argmax(1).tolist() == [expected_next(3, 0)] * 2
+    assert executor.states["position"].tolist() == [0] * SLOTS
 
 
 # --- weights ------------------------------------------------------------------------------------------------

@@ -13,11 +13,16 @@ import pytest
 
 import dsv4c
 from dsv4c import publish
+from dsv4c.buckets import Bucket
 from dsv4c.errors import PlanError
 from dsv4c.ir.text import make_op, parse_graph
 from dsv4c.ir.verify import verify
-from dsv4c.plan import records as plans
-from dsv4c.plan.records import PLAN_FILE, TIMINGS_FILE, Plan, check_target, load
+from dsv4c.plan import folder as plans
+from dsv4c.plan.folder import PLAN_FILE, TIMINGS_FILE, Plan, check_target, load
+from dsv4c.plan.records import SPACES, BodyCode
+from dsv4c.runtime.cpu import operands_of, results_of
+from dsv4c.types import parse_type
+from tests.runtime.conftest import BATCH, CHUNK, CONTEXT
 
 
 @pytest.fixture
@@ -34,15 +39,12 @@ def test_a_saved_plan_comes_back_equal(plan: Plan, saved: Path) -> None:
 
 
 def test_the_same_input_gives_the_same_bytes(plan: Plan, checkpoint: Path) -> None:
-    d = plan.deployment
-    again = dsv4c.compile(
-        checkpoint, batch=d["batch"], max_context=d["max_context"], chunk=d["chunk"], mtp=True
-    )
+    again = dsv4c.compile(checkpoint, batch=BATCH, max_context=CONTEXT, chunk=CHUNK, draft="mtp")
     assert again.text == plan.text
     assert again.files == plan.files
 
 
-def test_a_plan_is_plain_data_without_absolute_paths(saved: Path, checkpoint: Path) -> None:
+def test_a_plan_is_plain_data_without_absolute_paths(plan: Plan, saved: Path, checkpoint: Path) -> None:
     for file in saved.rglob("*"):
         if file.is_file():
             text = file.read_text(encoding="utf-8")
@@ -51,36 +53,57 @@ def test_a_plan_is_plain_data_without_absolute_paths(saved: Path, checkpoint: Pa
     data = json.loads((saved / PLAN_FILE).read_text())
     assert data["schema"] == plans.SCHEMA
     assert data["deployment"]["target"] == "cpu"
-    assert set(data["files"]) >= {"graph.decode.txt", "graph.prefill.txt", "graph.mtp.txt"}
+    assert set(data["files"]) >= {f"graph.{bucket}.txt" for bucket in (*plan.buckets, "load")}
     written = {str(p.relative_to(saved)) for p in saved.rglob("*") if p.is_file()}
     assert written == {*data["files"], PLAN_FILE, TIMINGS_FILE}
 
 
 def test_the_graphs_of_a_plan_parse_and_its_launches_are_theirs(plan: Plan) -> None:
-    for mode, bucket in plan.buckets.items():
-        graph = verify(parse_graph(plan.graph_text(mode)))
-        assert set(bucket.values) == set(graph.by_name)
-        for launch in bucket.launches:
-            node = graph.by_name[launch.name].node
-            assert node is not None
-            assert make_op(launch.op, launch.attributes) == node.op
-            assert launch.inputs == tuple(v.name for v in node.inputs)
-            assert all(wait < bucket.launches.index(launch) for wait in launch.after[:1])
+    assert plan.load is not None
+    for program in (*plan.buckets.values(), plan.load):
+        graph = verify(parse_graph(plan.files[program.graph].decode()))
+        assert set(program.values) == set(graph.by_name)
+        for index, launch in enumerate(program.launches):
+            node = next(n for n in graph.nodes if n.name == launch.name)
+            assert isinstance(launch.code, BodyCode)
+            assert make_op(launch.op, launch.code.attributes) == node.op
+            assert operands_of(launch) == [v.name for v in node.inputs]
+            assert results_of(launch) == [v.name for v in node.outputs]
+            assert launch.after == ((index - 1,) if index else ())
+
+
+def test_launches_and_values_agree_on_places(plan: Plan) -> None:
+    """Whoever reads arguments and whoever reads places finds the same bytes."""
+    records = {w["name"]: {c["name"]: c["offset"] for c in w["components"]} for w in plan.weights}
+    for program in plan.buckets.values():
+        for argument in (a for launch in program.launches for a in launch.arguments):
+            place = program.values[argument.value]
+            part = next(c for c in place.type.components if c.name == argument.component)
+            assert (argument.space, argument.offset) == (place.space, place.offset + part.offset)
+            if place.space == "weights":
+                assert argument.offset == records[argument.value][argument.component]
+
+
+def test_a_bucket_is_found_by_name_or_as_the_smallest_of_its_kind(plan: Plan) -> None:
+    assert list(plan.buckets) == ["decode-3", "verify-1x4", "prefill-24", "draft-24"]
+    for name, program in plan.buckets.items():
+        assert program.shape.name == name
+        assert plan.program(name) is plan.program(program.shape.kind) is program
+    larger = replace(plan.program("decode"), bucket=Bucket("decode", sequences=8))
+    assert replace(plan, buckets={"decode-8": larger, **plan.buckets}).program() is plan.program("decode-3")
 
 
 def test_blocks_of_a_plan_do_not_overlap(plan: Plan) -> None:
     for records, size in (
-        ([(s.offset, s.type.extent) for s in plan.state], plan.state_bytes),
-        (
-            [(w["offset"], plans.parse_type(w["type"]).extent) for w in plan.weights],
-            plan.weights_bytes,
-        ),
+        ([(s.offset, s.type.extent) for s in plan.state], plan.blocks["state"]),
+        ([(w["offset"], parse_type(w["type"]).extent) for w in plan.weights], plan.blocks["weights"]),
     ):
         end = 0
         for offset, extent in sorted(records):
             assert offset >= end
             end = offset + extent
         assert end <= size
+    assert set(plan.blocks) == set(SPACES)
 
 
 def test_a_plan_may_be_moved_but_not_renamed_inside(saved: Path, plan: Plan) -> None:
@@ -96,24 +119,24 @@ def altered(path: Path, change: Callable[[str], str]) -> None:
 
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a graph edited": (
-        lambda p: altered(p / "graph.decode.txt", lambda t: t.replace("eps=1e-06", "eps=1e-05", 1)),
-        r"graph\.decode\.txt: was altered after it was compiled",
+        lambda p: altered(p / "graph.decode-3.txt", lambda t: t.replace("eps=1e-06", "eps=1e-05", 1)),
+        r"graph\.decode-3\.txt: was altered after it was compiled",
     ),
     "an offset edited": (
         lambda p: altered(p / PLAN_FILE, lambda t: t.replace('"offset": 256', '"offset": 512', 1)),
         r"plan\.json: was altered after it was compiled",
     ),
     "a file gone": (
-        lambda p: (p / "graph.mtp.txt").unlink(),
-        r"graph\.mtp\.txt: is missing from the plan",
+        lambda p: (p / "graph.draft-24.txt").unlink(),
+        r"graph\.draft-24\.txt: is missing from the plan",
     ),
     "cut short": (
         lambda p: altered(p / PLAN_FILE, lambda t: t[: len(t) // 2]),
         r"plan\.json: is damaged: .*compile the plan again",
     ),
     "another schema": (
-        lambda p: altered(p / PLAN_FILE, lambda t: t.replace('"schema": 1', '"schema": 99', 1)),
-        r"has schema 99, this version of dsv4c reads 1; compile the plan again",
+        lambda p: altered(p / PLAN_FILE, lambda t: t.replace('"schema": 2', '"schema": 99', 1)),
+        r"has schema 99, this version of dsv4c reads 2; compile the plan again",
     ),
     "another program's": (
         lambda p: (p / PLAN_FILE).write_text('{"steps": []}'),
@@ -157,7 +180,7 @@ def test_a_file_outside_of_the_plan_is_refused(saved: Path) -> None:
 def test_a_record_that_lacks_a_field_is_refused(saved: Path) -> None:
     data = json.loads((saved / PLAN_FILE).read_text())
     del data["digest"]
-    del data["buckets"]["decode"]["launches"][3]["after"]
+    del data["buckets"]["decode-3"]["launches"][3]["after"]
     (saved / PLAN_FILE).write_text(signed(data))
     with pytest.raises(PlanError, match=r"a record cannot be read: KeyError\('after'\)"):
         load(saved)
@@ -172,10 +195,24 @@ def test_what_is_no_plan_is_refused(tmp_path: Path, checkpoint: Path) -> None:
         load(tmp_path)
 
 
-def test_an_unknown_bucket_is_named(plan: Plan, checkpoint: Path) -> None:
-    without = replace(plan, buckets={k: v for k, v in plan.buckets.items() if k != "mtp"})
-    with pytest.raises(PlanError, match=r"has no bucket 'mtp', only decode, prefill; compile with mtp=True"):
-        without.bucket("mtp")
+def test_a_bucket_that_is_none_is_refused(saved: Path) -> None:
+    data = json.loads((saved / PLAN_FILE).read_text())
+    del data["digest"]
+    data["buckets"]["decode-1x3"] = data["buckets"].pop("decode-3")
+    (saved / PLAN_FILE).write_text(signed(data))
+    with pytest.raises(
+        PlanError, match=r"a record cannot be read: .*'decode-1x3' names no bucket; decode-3 is"
+    ):
+        load(saved)
+
+
+def test_an_unknown_bucket_is_named(plan: Plan) -> None:
+    without = replace(plan, buckets={k: v for k, v in plan.buckets.items() if k != "draft-24"})
+    known = "only decode-3, verify-1x4, prefill-24"
+    with pytest.raises(PlanError, match=rf"has no bucket 'draft', {known}; compile with --draft mtp$"):
+        without.program("draft")
+    with pytest.raises(PlanError, match=rf"has no bucket 'decode-8', {known}$"):
+        without.program("decode-8")
 
 
 # --- writing ---

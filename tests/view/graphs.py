@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cache
 
+from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, ModelConfig, load_config
 from dsv4c.ir.declare import fused
 from dsv4c.ir.fused import Fused
@@ -23,7 +24,7 @@ def config(name: str) -> ModelConfig:
 
 @cache
 def plain(name: str) -> Graph:
-    return build(config(name), Deployment(max_context=8192), "decode")
+    return build(config(name), Deployment(max_context=8192), Bucket("decode"))
 
 
 @cache

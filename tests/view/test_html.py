@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html as markup
 import json
 import re
 from collections.abc import Iterator
@@ -118,6 +119,17 @@ def test_the_data_of_a_block_is_the_graph(flash: str) -> None:
     wanted = [n.name for n in official("deepseek-v4-flash").nodes if n.scope.startswith("layers.30")]
     assert found == wanted
     assert [data["ops"][row[0]][0] for row in rows][:3] == ["reshape", "linear", "rsqrt_mean_square"]
+
+
+@pytest.mark.parametrize("title", ["</script><b>x", "{{DATA}}", "<!--<script>", "a & 'b'"])
+def test_a_title_is_text_and_nothing_else(title: str) -> None:
+    name, graph = stages("tiny")[0]
+    titled = Graph(title, graph.inputs, graph.states, graph.params, graph.nodes, graph.outputs)
+    page = html([(name, titled)], title=title)
+    assert f"<title>{markup.escape(title)}</title>" in page
+    assert page_data(page)["stages"][0]["graph"] == title
+    assert page.count("</script>") == 2  # the data and the program
+    assert "<!--" not in page.partition('id="data">')[2].partition("</script>")[0]
 
 
 def test_stages_need_distinct_names() -> None:

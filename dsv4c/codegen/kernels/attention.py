@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
-from dsv4c.codegen.kernels.gemv import SHARED_PER_CTA
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.geometry import HEADS, Attention, Row
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
@@ -24,16 +24,17 @@ KEYS = ("fp8", "bf16")
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """q bf16[batch, heads, width] before norm and RoPE -> out bf16[batch, heads, width].
+    """q bf16[rows, heads, width] before norm and RoPE -> out bf16[rows, heads, width], of tokens anywhere.
 
-    Keys: the last `window` tokens in a ring of `ring` rows, and of a cache of `capacity` entries, one per
-    `ratio` tokens, those that `entries` says: "none", "all" complete ones, or the `selected_count` numbers of
-    i32 `selected` (-1 for none; what the token may see comes first). `exact_norm` rounds the per-head norm's
-    steps to bf16, as the release does. `splits` and `tile` override how keys are spread over CTAs.
+    Keys of a slot: the last `window` tokens in a ring of `ring` rows, and of a cache of `capacity` entries,
+    one per `ratio` tokens, those that `entries` says: "none", "all" complete ones, or the `selected_count`
+    numbers of i32 `selected` (-1 for none; what the token may see comes first). A ring may hold later tokens
+    too, of other rows. `exact_norm` rounds the per-head norm's steps to bf16, as the release does. `splits`
+    and `tile` override how keys are spread over CTAs.
     """
 
     name: str
-    batch: int
+    rows: int
     heads: int
     width: int
     format: str
@@ -54,6 +55,7 @@ class AttentionSpec:
     sink: str = "sink"
     frequencies: str = "frequencies"
     positions: str = "positions"
+    slots: str = "slots"
     out: str = "out"
 
     @property
@@ -69,16 +71,16 @@ class AttentionSpec:
         if self.entries != "none":
             caches += [Parameter(self.entries_operand, c) for c in row.components]
         chosen = [Parameter(self.selected)] if self.entries == "selected" else []
-        rest = (self.sink, self.frequencies, self.positions, self.out)
+        rest = (self.sink, self.frequencies, self.positions, self.slots, self.out)
         return (Parameter(self.q), *caches, *chosen, *map(Parameter, rest))
 
 
-def emit_attention(spec: AttentionSpec) -> Emission:
+def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
     a = plan_attention(spec)
-    _check(spec, a)
+    _check(spec, a, arch)
     row = spec.width * 2 if spec.format == "bf16" else (spec.width - 64) + (spec.width - 64) // 64 + 128
-    nbytes = spec.batch * ((spec.window + spec.extra) * row + spec.heads * spec.width * 4)
+    nbytes = (spec.window + spec.extra) * row + spec.heads * spec.width * 4
     source = render(
         "attention.py.jinja",
         spec=spec,
@@ -88,22 +90,21 @@ def emit_attention(spec: AttentionSpec) -> Emission:
         signature=_signature(spec),
         pointers=[p.name for p in spec.parameters],
         nbytes=nbytes,
-        floor=floor_us(nbytes),
+        arch=arch,
     )
-    ctas = a.splits * a.head_tiles * spec.batch
+    ctas = a.splits * a.head_tiles * spec.rows
     cluster = (a.splits, 1, 1)
     return Emission(f"{spec.name}_0", source, (ctas, 1, 1), a.warps * 32, a.shared, spec.parameters, cluster)
 
 
 def plan_attention(spec: AttentionSpec) -> Attention:
-    """Spread the keys over clusters of 8 CTAs, or of 16 where there are many keys and few clusters.
+    """Spread the keys over clusters of 8 CTAs, or of 16 where there are many keys and few clusters per row.
 
     One tile per CTA if that fits. Where positions decide how many of many entries exist, tiles are small, so
-    that a few keys still occupy every CTA.
+    that a few keys still occupy every CTA. The number of rows decides nothing: sums are split alike for all.
     """
     keys = spec.window + spec.extra
-    clusters = spec.batch * -(-spec.heads // HEADS)
-    wide = keys > 2304 and clusters <= 4
+    wide = keys > 2304 and -(-spec.heads // HEADS) <= 4
     splits = spec.splits or min(16 if wide else 8, spec.width // 16)
     largest = 144 if spec.format == "fp8" else 80
     tile = 16 * -(-keys // (splits * 16))
@@ -130,7 +131,7 @@ def plan_attention(spec: AttentionSpec) -> Attention:
     )
 
 
-def _check(spec: AttentionSpec, a: Attention) -> None:
+def _check(spec: AttentionSpec, a: Attention, arch: Arch) -> None:
     def expect(condition: bool, text: str) -> None:
         if not condition:
             raise BuildError(f"{spec.name}: {text}")
@@ -146,7 +147,8 @@ def _check(spec: AttentionSpec, a: Attention) -> None:
         a.tile % 16 == 0 and a.tile <= 32 * a.warps,
         f"tiles are multiples of 16 up to {32 * a.warps}, got {a.tile}",
     )
-    expect(a.shared <= SHARED_PER_CTA, f"needs {a.shared} bytes of shared memory, a CTA has {SHARED_PER_CTA}")
+    limit = arch.shared_per_cta
+    expect(a.shared <= limit, f"needs {a.shared} bytes of shared memory, a CTA has {limit}")
 
 
 def _literal(value: object) -> str:
@@ -162,15 +164,16 @@ def _keys_text(spec: AttentionSpec) -> str:
 
 
 def _signature(spec: AttentionSpec) -> str:
-    B, keys = spec.batch, CACHE_FORMATS[spec.format]
+    keys = CACHE_FORMATS[spec.format]
     lines = [
-        f"q, out: bf16[{B},{spec.heads},{spec.width}]; window: {keys}[{B},{spec.ring},{spec.width}];",
-        f"sink: f32[{spec.heads}]; frequencies: f32[32]; positions: i32[{B}], -1 for none (gives zeros)",
+        f"q, out: bf16[N,{spec.heads},{spec.width}]; window: {keys}[S,{spec.ring},{spec.width}];",
+        f"sink: f32[{spec.heads}]; frequencies: f32[32]; "
+        "positions: i32[N], -1 for none (gives zeros); slots: i32[N]",
     ]
     if spec.entries != "none":
-        lines[0] += f"\nentries: {keys}[{B},{spec.capacity},{spec.width}];"
+        lines[0] += f"\nentries: {keys}[S,{spec.capacity},{spec.width}];"
     if spec.entries == "selected":
-        lines[0] += f" selected: i32[{B},{spec.selected_count}];"
+        lines[0] += f" selected: i32[N,{spec.selected_count}];"
     return "\n".join(lines)
 
 
@@ -184,22 +187,22 @@ def attention(request: Request) -> Answer:
     assert isinstance(op, FusedAttention)
     q, ring = request.types[x["q"]], request.types[x["ring"]]
     entries = request.types[x["entries"]] if "entries" in x else None
-    batch, heads, width = q.shape
+    rows, heads, width = q.shape
     if not holds(q, BF16):
         return No(f"takes bf16 queries, not {q}")
     if op.format not in (None, NVFP4_ROW):
         return No(f"leaves its result in bf16 or {NVFP4_ROW}, it does not quantize to {op.format}")
-    if batch != ring.shape[0]:
-        return No(f"takes one token per sequence, not {batch} against {ring}")
     if not math.isclose(op.scale, width**-0.5, rel_tol=1e-6):
         return No(f"scales scores by {width**-0.5} (head width {width}), not {op.scale}")
     form = format_name(ring, CACHES)
     if form not in ("fp8", "bf16") or (entries is not None and format_name(entries, CACHES) != form):
         return No(f"takes caches of {KV_FP8} or of bf16, not {ring} and {entries}")
+    if "slots" in x and x["slots"] != x["ring_slots"]:
+        return No("reads rings and entries in the same slots; these rings are copies beside them")
     kind = "none" if entries is None else "selected" if "chosen" in x else "all"
     spec = AttentionSpec(
         {"none": "attention_swa", "selected": "attention_csa", "all": "attention_hca"}[kind],
-        batch,
+        rows,
         heads,
         width,
         form,
@@ -212,14 +215,16 @@ def attention(request: Request) -> Answer:
         capacity=entries.shape[1] if entries is not None else 0,
         exact_norm=op.precision is BF16,
     )
-    values = {**x, "window": x["ring"], "out": call.outputs[0]}
+    values = {**x, "window": x["ring"], "slots": x["ring_slots"], "out": call.outputs[0]}
     if kind == "selected":
         values["selected"] = x["chosen"]
     if op.format is None:
-        return [launchable(request, emit_attention(spec), values)]
+        return [launchable(request, emit_attention(spec, request.arch), values)]
     q_value = values.pop("out")
     row = scratch_for("row", TensorType(BF16, q.shape), "w")
     return [
-        launchable(request, emit_attention(spec), values, stage="attend", scratch={"out": row["row"]}),
+        launchable(
+            request, emit_attention(spec, request.arch), values, stage="attend", scratch={"out": row["row"]}
+        ),
         quantize_rows(request, {"q": q_value}, request.types[q_value].shape),
     ]

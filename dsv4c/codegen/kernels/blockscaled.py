@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.lib.geometry import Gemm
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
@@ -15,7 +16,6 @@ from dsv4c.errors import BuildError
 from dsv4c.ir.ops.linear import Linear
 from dsv4c.types import BF16, NVFP4, NVFP4_ROW, QuantType
 
-TARGET = "sm_100a"
 FEWEST_ROWS = 17  # a GEMV serves fewer
 STAGES = 4
 PACKING = "nvfp4_mma/8x2"
@@ -42,8 +42,10 @@ class BlockScaledSpec:
         return self.columns * self.k * 9 // 16
 
 
-def emit_blockscaled(spec: BlockScaledSpec) -> Emission:
-    """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
+def emit_blockscaled(spec: BlockScaledSpec, arch: Arch) -> Emission:
+    """The kernel of a spec. Raises BuildError for shapes and architectures that the family does not cover."""
+    if not arch.tensor_memory:
+        raise BuildError(f"{spec.name}: is written in tcgen05 instructions, which {arch.name} has not")
     if spec.rows < FEWEST_ROWS:
         raise BuildError(f"{spec.name}: {spec.rows} rows: the GEMM is for more than 16, fewer take a GEMV")
     if spec.k % Gemm.K_TILE:
@@ -77,11 +79,9 @@ def blockscaled(request: Request) -> Answer:
     quantized = isinstance(x, QuantType) and isinstance(w, QuantType) and len(x.shape) == 2
     if not quantized or (x.format, w.format) != (NVFP4_ROW, NVFP4):  # type: ignore[union-attr]
         return No(f"multiplies rows {NVFP4_ROW}[N,K] with weights {NVFP4}[M,K], not {x} with {w}")
-    if request.target != TARGET:
-        return No(f"is written in tcgen05 instructions, which {TARGET} has and {request.target} has not")
     if isinstance(result, QuantType) or result.dtype is not BF16:
         return No(f"writes bf16, not {result}")
     label = request.labels[call.inputs[1]] or "w"
     spec = BlockScaledSpec(f"{label}_gemm", x.shape[0], w.shape[0], x.shape[1], label)
     values = {"x": call.inputs[0], label: call.inputs[1], "y": call.outputs[0]}
-    return [launchable(request, emit_blockscaled(spec), values)]
+    return [launchable(request, emit_blockscaled(spec, request.arch), values)]

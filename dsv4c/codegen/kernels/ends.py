@@ -1,16 +1,17 @@
-"""Kernels at the ends of a step: embedding, argmax, positions. The head's norm is in `hyper_norm`."""
+"""Kernels at a step's ends: embedding, last rows, argmax, positions. The head's norm is in `hyper_norm`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dsv4c.codegen.emit import BANDWIDTH, Emission, Parameter, floor_us, render
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.lib.slices import STREAMS
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
-from dsv4c.ir.ops.sample import Argmax
+from dsv4c.ir.ops.sample import Argmax, LastRows
 from dsv4c.ir.ops.state import Advance, Positions
 from dsv4c.passes.fusions.embed import Embed
 from dsv4c.types import BF16, F32
@@ -25,6 +26,15 @@ class EmbedSpec:
 
 
 @dataclass(frozen=True)
+class LastRowsSpec:
+    """x bf16[sequences * tokens, hidden], lengths i32[sequences] -> y bf16[sequences, hidden]."""
+
+    sequences: int
+    tokens: int
+    hidden: int
+
+
+@dataclass(frozen=True)
 class ArgmaxSpec:
     """logits f32[rows, vocabulary] -> token i32[rows]."""
 
@@ -34,14 +44,18 @@ class ArgmaxSpec:
 
 @dataclass(frozen=True)
 class AdvanceSpec:
-    """start i32[rows] += lengths i32[rows], in place."""
+    """start i32[S], slots, lengths i32[sequences]: start[slots] += lengths in place, where there are any."""
 
-    rows: int
+    sequences: int
 
 
 @dataclass(frozen=True)
 class PositionsSpec:
-    """start, lengths i32[sequences] -> positions i32[sequences * tokens], -1 beyond lengths."""
+    """start i32[S], slots, lengths i32[sequences] -> positions and their slots, i32[sequences * tokens] each.
+
+    Positions are start[slot] and on, -1 from `lengths` on, where slots are 0. A sequence of length 0 may have
+    any slot, -1 too.
+    """
 
     sequences: int
     tokens: int = 1
@@ -55,8 +69,8 @@ def emit_embed(spec: EmbedSpec) -> Emission:
     ctas = -(-spec.hidden // (8 * threads))
     types = {
         "table": f"bf16[*,{spec.hidden}]",
-        "ids": f"i32[{spec.rows}]",
-        "x": f"bf16[{spec.rows},{STREAMS},{spec.hidden}]",
+        "ids": "i32[N]",
+        "x": f"bf16[N,{STREAMS},{spec.hidden}]",
     }
     parameters = tuple(map(Parameter, types))
     source = render(
@@ -64,7 +78,6 @@ def emit_embed(spec: EmbedSpec) -> Emission:
         symbol="embed",
         parameters=[p.name for p in parameters],
         signature=_signature(types, parameters),
-        rows=spec.rows,
         hidden=spec.hidden,
         streams=STREAMS,
         threads=threads,
@@ -73,7 +86,33 @@ def emit_embed(spec: EmbedSpec) -> Emission:
     return Emission("embed_0", source, (ctas, spec.rows, 1), threads, 0, parameters)
 
 
-def emit_argmax(spec: ArgmaxSpec) -> Emission:
+def emit_last_rows(spec: LastRowsSpec) -> Emission:
+    """The copy of rows. Raises BuildError unless they are whole 16-byte pieces."""
+    if spec.hidden % 8:
+        raise BuildError(f"last rows of {spec.hidden} columns: want a multiple of 8, for 16-byte copies")
+    pieces = spec.hidden // 8
+    threads = min(256, -(-pieces // 32) * 32)
+    ctas = -(-pieces // threads)
+    types = {
+        "x": f"bf16[B * {spec.tokens},{spec.hidden}]",
+        "lengths": "i32[B]",
+        "y": f"bf16[B,{spec.hidden}]",
+    }
+    parameters = tuple(map(Parameter, types))
+    source = render(
+        "last_rows.py.jinja",
+        symbol="last_rows",
+        parameters=[p.name for p in parameters],
+        signature=_signature(types, parameters),
+        tokens=spec.tokens,
+        row_bytes=2 * spec.hidden,
+        threads=threads,
+        ctas=ctas,
+    )
+    return Emission("last_rows_0", source, (ctas, spec.sequences, 1), threads, 0, parameters)
+
+
+def emit_argmax(spec: ArgmaxSpec, arch: Arch) -> Emission:
     """The argmax: a cluster per row."""
     vector = 1 if spec.vocabulary % 4 else 4
     pieces = spec.vocabulary // vector
@@ -81,15 +120,14 @@ def emit_argmax(spec: ArgmaxSpec) -> Emission:
     each = -(-pieces // ctas)
     threads = min(512, -(-each // 32) * 32)
     inbox = threads // 32 * 8
-    types = {"logits": f"f32[{spec.rows},{spec.vocabulary}]", "token": f"i32[{spec.rows}]"}
+    types = {"logits": f"f32[N,{spec.vocabulary}]", "token": "i32[N]"}
     parameters = tuple(map(Parameter, types))
-    nbytes = spec.rows * spec.vocabulary * 4
+    nbytes = spec.vocabulary * 4
     source = render(
         "head_argmax.py.jinja",
         symbol="argmax",
         parameters=[p.name for p in parameters],
         signature=_signature(types, parameters),
-        rows=spec.rows,
         vocabulary=spec.vocabulary,
         ctas=ctas,
         threads=threads,
@@ -100,8 +138,7 @@ def emit_argmax(spec: ArgmaxSpec) -> Emission:
         bar=inbox + ctas * 8,
         shared=inbox + ctas * 8 + 8,
         nbytes=nbytes,
-        floor=floor_us(nbytes),
-        bandwidth=BANDWIDTH,
+        arch=arch,
     )
     return Emission(
         "argmax_0",
@@ -116,23 +153,22 @@ def emit_argmax(spec: ArgmaxSpec) -> Emission:
 
 def emit_positions(spec: PositionsSpec) -> Emission:
     """The positions of a step's tokens. Raises BuildError for more than one CTA has threads."""
-    rows = spec.sequences * spec.tokens
-    if rows > 1024:
-        raise BuildError(f"positions of {rows} tokens: one CTA has threads for 1024")
-    parameters = tuple(map(Parameter, ("start", "lengths", "positions")))
-    threads = -(-rows // 32) * 32
+    if spec.tokens > 1024:
+        raise BuildError(f"positions of {spec.tokens} tokens of a sequence: one CTA has threads for 1024")
+    parameters = tuple(map(Parameter, ("start", "slots", "lengths", "positions", "row_slots")))
+    threads = -(-spec.tokens // 32) * 32
     names = [p.name for p in parameters]
-    source = render("positions.py.jinja", symbol="positions", parameters=names, spec=spec, threads=threads)
-    return Emission("positions_0", source, (1, 1, 1), threads, 0, parameters)
+    source = render(
+        "positions.py.jinja", symbol="positions", parameters=names, tokens=spec.tokens, threads=threads
+    )
+    return Emission("positions_0", source, (spec.sequences, 1, 1), threads, 0, parameters)
 
 
 def emit_advance(spec: AdvanceSpec) -> Emission:
     """The positions' update."""
-    parameters = tuple(map(Parameter, ("start", "lengths")))
-    threads = -(-spec.rows // 32) * 32
-    names = [p.name for p in parameters]
-    source = render("advance.py.jinja", symbol="advance", parameters=names, rows=spec.rows, threads=threads)
-    return Emission("advance_0", source, (1, 1, 1), threads, 0, parameters)
+    parameters = tuple(map(Parameter, ("start", "slots", "lengths")))
+    source = render("advance.py.jinja", symbol="advance", parameters=[p.name for p in parameters])
+    return Emission("advance_0", source, (spec.sequences, 1, 1), 32, 0, parameters)
 
 
 def _signature(types: Mapping[str, str], parameters: tuple[Parameter, ...]) -> str:
@@ -146,9 +182,9 @@ def _signature(types: Mapping[str, str], parameters: tuple[Parameter, ...]) -> s
 def positions(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, Positions)
-    start, lengths = call.inputs
-    spec = PositionsSpec(request.types[start].shape[0], call.op.tokens)
-    values = {"start": start, "lengths": lengths, "positions": call.outputs[0]}
+    at, row_slots = call.outputs
+    spec = PositionsSpec(request.types[call.operands["lengths"]].shape[0], call.op.tokens)
+    values = {**call.operands, "positions": at, "row_slots": row_slots}
     return [launchable(request, emit_positions(spec), values)]
 
 
@@ -167,6 +203,17 @@ def embed(request: Request) -> Answer:
     return [launchable(request, emit_embed(spec), values)]
 
 
+@kernel(LastRows)
+def last_rows(request: Request) -> Answer:
+    x, y = request.call.operands, request.call.outputs[0]
+    rows, lengths = request.types[x["x"]], request.types[x["lengths"]]
+    if not holds(rows, BF16) or len(rows.shape) != 2:
+        return No(f"copies rows bf16[N,H], not {rows}")
+    sequences = lengths.shape[0]
+    spec = LastRowsSpec(sequences, rows.shape[0] // sequences, rows.shape[1])
+    return [launchable(request, emit_last_rows(spec), {**x, "y": y})]
+
+
 @kernel(Argmax)
 def argmax(request: Request) -> Answer:
     call = request.call
@@ -174,12 +221,11 @@ def argmax(request: Request) -> Answer:
     if not holds(logits, F32) or len(logits.shape) != 2:
         return No(f"takes logits f32[N,V], not {logits}")
     values = {"logits": call.inputs[0], "token": call.outputs[0]}
-    return [launchable(request, emit_argmax(ArgmaxSpec(*logits.shape)), values)]
+    return [launchable(request, emit_argmax(ArgmaxSpec(*logits.shape), request.arch), values)]
 
 
 @kernel(Advance)
 def advance(request: Request) -> Answer:
-    call = request.call
-    start, lengths = call.inputs
-    spec = AdvanceSpec(request.types[start].shape[0])
-    return [launchable(request, emit_advance(spec), {"start": start, "lengths": lengths})]
+    x = request.call.operands
+    spec = AdvanceSpec(request.types[x["lengths"]].shape[0])
+    return [launchable(request, emit_advance(spec), x)]

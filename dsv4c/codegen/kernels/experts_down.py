@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.experts import (
     ExpertsSpec,
     check_experts,
@@ -17,7 +18,7 @@ from dsv4c.codegen.kernels.experts import (
     weight_parameters,
 )
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds
-from dsv4c.codegen.kernels.gemv import SMS, WARPS, k_warps_of, place, span_of
+from dsv4c.codegen.kernels.gemv import WARPS, k_warps_of, place, span_of
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.shapes import Product, Ring
 from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable
@@ -57,9 +58,9 @@ class DownRings:
         )
 
 
-def _down_rings(spec: ExpertsSpec) -> DownRings:
+def _down_rings(spec: ExpertsSpec, arch: Arch) -> DownRings:
     tiles = -(-spec.hidden // 16)
-    tile_warps = next(n for n in (1, 2, 4, 8) if n == 8 or -(-tiles // n) <= 2 * SMS)
+    tile_warps = next(n for n in (1, 2, 4, 8) if n == 8 or -(-tiles // n) <= 2 * arch.sms)
     k_warps = k_warps_of(spec.intermediate, WARPS // tile_warps)
     kind = "bf16" if not spec.quantized else "f16" if spec.packed else "e4m3"
     routed = Product(spec.routed, kind, 1, spec.intermediate)
@@ -73,15 +74,15 @@ def _down_rings(spec: ExpertsSpec) -> DownRings:
             rows,
         )
 
-    return planned(most_stages(spec.name, lambda stages: planned(stages).places))
+    return planned(most_stages(spec.name, lambda stages: planned(stages).places, arch))
 
 
-def emit_experts_down(spec: ExpertsSpec) -> Emission:
+def emit_experts_down(spec: ExpertsSpec, arch: Arch) -> Emission:
     """y = bf16(sum over the token's routed experts of fp8(h) w2, plus the shared expert's), accumulated in
     f32.
     """
     check_experts(spec)
-    rings = _down_rings(spec)
+    rings = _down_rings(spec, arch)
     parameters = (
         *row_parameters("h", spec, spec.packed),
         *row_parameters("shared_h", spec, spec.packed),
@@ -101,7 +102,7 @@ def emit_experts_down(spec: ExpertsSpec) -> Emission:
         warps=rings.routed.warps,
         shared=rings.places["end"],
         nbytes=spec.weight_bytes,
-        floor=floor_us(spec.weight_bytes),
+        arch=arch,
         formats=WEIGHT_FORMATS,
     )
     return Emission(
@@ -143,7 +144,7 @@ def experts_down(request: Request) -> Answer:
     )
     values = {**x, "shared_h": x["h_shared"], "expert_ids": x["experts"], "y": call.outputs[0]}
     if not packed:
-        return [launchable(request, emit_experts_down(spec), values)]
+        return [launchable(request, emit_experts_down(spec, request.arch), values)]
     launches: list[Launchable] = []
     scratch: dict[str, Scratch] = {}
     for name in ("h", "shared_h"):
@@ -151,4 +152,7 @@ def experts_down(request: Request) -> Answer:
         shape = request.types[number].shape
         launches.append(quantize_rows(request, {"x": number}, shape, name, x=name))
         scratch |= scratch_for(name, QuantType(NVFP4_ROW, shape), "r")
-    return [*launches, launchable(request, emit_experts_down(spec), values, stage="down", scratch=scratch)]
+    return [
+        *launches,
+        launchable(request, emit_experts_down(spec, request.arch), values, stage="down", scratch=scratch),
+    ]

@@ -11,7 +11,8 @@ import itertools
 import math
 from dataclasses import dataclass
 
-from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.experts import (
     ExpertsSpec,
     check_experts,
@@ -22,7 +23,6 @@ from dsv4c.codegen.kernels.experts import (
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds, is_packed
 from dsv4c.codegen.kernels.gemv import (
     BITS,
-    SMS,
     WARPS,
     Activations,
     GemvSpec,
@@ -67,12 +67,12 @@ class Routing:
     def signature(self, spec: ExpertsSpec) -> list[str]:
         """The parameters with their types."""
         types = {
-            "logits": f"f32[{spec.batch},{spec.experts}]",
+            "logits": f"f32[N,{spec.experts}]",
             "bias": f"f32[{spec.experts}]",
-            "row": f"bf16[{spec.batch},{spec.hidden}]",
+            "row": f"bf16[N,{spec.hidden}]",
             "gate": f"bf16[{spec.experts},{spec.hidden}]",
             "table": f"i32[*,{spec.top_k}]",
-            "tokens": f"i32[{spec.batch}]",
+            "tokens": "i32[N]",
         }
         return [f"{p.operand}: {types[p.operand]}" for p in self.parameters]
 
@@ -121,7 +121,7 @@ def padded(experts: int) -> int:
     return -(-experts // 32) * 32
 
 
-def _up_parts(spec: ExpertsSpec, routing: Routing) -> tuple[UpPart, UpPart]:
+def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch) -> tuple[UpPart, UpPart]:
     """Shared and routed part. Rounds are chosen so that all CTAs fit the machine at once and read about the
     same.
     """
@@ -140,11 +140,11 @@ def _up_parts(spec: ExpertsSpec, routing: Routing) -> tuple[UpPart, UpPart]:
             sums = 4 * ring.warps * spec.top_k if routing.source == "rows" else 0
             return UpPart(name, ring, jobs, scores, sums, 8 * spec.top_k)
 
-        return planned(most_stages(spec.name, lambda stages: planned(stages).places))
+        return planned(most_stages(spec.name, lambda stages: planned(stages).places, arch))
 
     def longest(rounds: tuple[int, ...]) -> float:
         ctas = -(-tiles // rounds[0]) - (-spec.top_k * tiles // rounds[1])
-        if ctas > 2 * SMS:
+        if ctas > 2 * arch.sms:
             return math.inf
         return max(rounds[0] * BITS[spec.shared], rounds[1] * BITS[spec.routed])
 
@@ -155,12 +155,12 @@ def _up_parts(spec: ExpertsSpec, routing: Routing) -> tuple[UpPart, UpPart]:
     )
 
 
-def emit_experts_up(spec: ExpertsSpec, routing: Routing) -> Emission:
+def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch) -> Emission:
     """h = bf16(silu(min(x w1, limit)) * clamp(x w3, -limit, limit) * weight), 1 for the shared expert."""
     check_experts(spec)
     if spec.top_k > spec.experts or spec.experts > 1024:
         raise BuildError(f"{spec.name}: {spec.top_k} of {spec.experts} experts: want some of at most 1024")
-    parts = _up_parts(spec, routing)
+    parts = _up_parts(spec, routing, arch)
     parameters = (
         *row_parameters("x", spec, spec.quantized),
         *routing.parameters,
@@ -189,7 +189,7 @@ def emit_experts_up(spec: ExpertsSpec, routing: Routing) -> Emission:
         warps=parts[0].ring.warps,
         shared=shared,
         nbytes=nbytes,
-        floor=floor_us(nbytes),
+        arch=arch,
         formats=WEIGHT_FORMATS,
     )
     packing = {}
@@ -249,14 +249,14 @@ def _routed(
         return No(f"takes bf16 rows and gate or {NVFP4_ROW} and {NVFP4}, not {row} and {gate}")
     rows, (experts, hidden) = row.shape[0], gate.shape
     source = "scores" if isinstance(router, Router) else "table" if packed else "rows"
-    up = emit_experts_up(spec, Routing(source, router.factor, "weights" in values))
+    up = emit_experts_up(spec, Routing(source, router.factor, "weights" in values), request.arch)
     if source == "rows":
         return [launchable(request, up, values)]
     if packed:
         matrix = Matrix("gate", experts, "nvfp4", Activations("x", "f16", "unpack"), "logits", "f32")
-        gate_kernel = emit_gemv(GemvSpec("router_gate", rows, hidden, (matrix,)))
+        gate_kernel = emit_gemv(GemvSpec("router_gate", rows, hidden, (matrix,)), request.arch)
     else:
-        gate_kernel = emit_router_gate(RouterGateSpec(rows, hidden, experts))
+        gate_kernel = emit_router_gate(RouterGateSpec(rows, hidden, experts), request.arch)
     made, read = ({"logits": Scratch("logits", rows * experts * 4, access)} for access in "wr")
     return [
         launchable(request, gate_kernel, {**values, "x": values["row"]}, stage="gate", scratch=made),
@@ -264,7 +264,7 @@ def _routed(
     ]
 
 
-@kernel(Router, HashRouter, Swiglu, several=True)
+@kernel(Router, HashRouter, Swiglu, chained=True)
 def routed_experts(request: Request) -> Answer:
     """A router and the experts that it chooses: nobody else reads its weights, so each CTA makes its own."""
     first, last = request.calls[0], request.calls[-1]

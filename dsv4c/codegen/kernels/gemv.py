@@ -12,15 +12,13 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
 from dsv4c.codegen.kernels.riders import CompressSpec, Rider, lanes, seated
 from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Product, Ring
 from dsv4c.errors import BuildError
 
-SMS = 132
-SHARED_PER_SM = 228 * 1024  # of which each resident CTA loses 1 KB
-SHARED_PER_CTA = 227 * 1024
 CTA_BYTES = 32 << 10  # what a CTA could have read in the time that it takes to start and to end
 MOST_ROUNDS = 10  # the partial sums of eight rows take 4 KB of shared memory per round
 STAGES = 5  # measured: a sixth stage of FP8 units gains nothing
@@ -169,10 +167,10 @@ class Part:
         return place(sizes)
 
 
-def emit_gemv(spec: GemvSpec) -> Emission:
+def emit_gemv(spec: GemvSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
     _check(spec)
-    parts = plan_parts(spec)
+    parts = plan_parts(spec, arch)
     warps = parts[0].ring.warps
     riders = seated(spec.name, spec.riders, warps * 32)
     parameters = tuple(dict.fromkeys(p for seat in (*parts, *riders) for p in seat.parameters))
@@ -189,7 +187,7 @@ def emit_gemv(spec: GemvSpec) -> Emission:
         warps=warps,
         shared=shared,
         nbytes=nbytes,
-        floor=floor_us(nbytes),
+        arch=arch,
         formats=WEIGHT_FORMATS,
         libs=libs_of((part.x.prologue for part in parts), riders),
     )
@@ -247,16 +245,16 @@ def _check(spec: GemvSpec) -> None:
             )
 
 
-def plan_parts(spec: GemvSpec) -> list[Part]:
+def plan_parts(spec: GemvSpec, arch: Arch) -> list[Part]:
     """Tiles, warps, stages and CTAs of a launch: about two CTAs per SM, weights in flight in both."""
     kinds: dict[tuple[str, Activations, str], list[Matrix]] = {}
     for matrix in spec.matrices:
         kinds.setdefault((matrix.format, matrix.x, matrix.out_dtype), []).append(matrix)
-    tile_warps, rounds = _plan_tiles(spec)
+    tile_warps, rounds = _plan_tiles(spec, arch)
     parts, first = [], len(spec.riders) * spec.batch
     heaviest_first = sorted(kinds.items(), key=lambda item: -BYTES[item[0][0]])
     for (format, x, out_dtype), matrices in heaviest_first:
-        part = _part(spec, format, x, out_dtype, matrices, tile_warps, rounds, first)
+        part = _part(spec, arch, format, x, out_dtype, matrices, tile_warps, rounds, first)
         parts.append(part)
         first += part.ctas
     return parts
@@ -267,7 +265,7 @@ def _ctas(spec: GemvSpec, tile_warps: int, rounds: int) -> list[int]:
     return [math.ceil(m.rows / (16 * tile_warps) / rounds) for m in spec.matrices]
 
 
-def _plan_tiles(spec: GemvSpec) -> tuple[int, int]:
+def _plan_tiles(spec: GemvSpec, arch: Arch) -> tuple[int, int]:
     """Tiles that a CTA works on at a time, and how many times, so that the fullest SM has the least to do."""
     per_group = min(m.rows // 16 // spec.groups for m in spec.matrices)
     nbytes = {m: BYTES[m.format] / COLUMNS[m.format] * spec.k for m in spec.matrices}  # of a tile
@@ -276,11 +274,11 @@ def _plan_tiles(spec: GemvSpec) -> tuple[int, int]:
         """Bytes that the busiest SM reads, CTAs taken in order, heaviest parts first, two at a time."""
         tile_warps, rounds = plan
         ctas = sorted(zip(nbytes.values(), _ctas(spec, tile_warps, rounds), strict=True), reverse=True)
-        slots = [0.0] * min(2 * SMS, sum(count for _, count in ctas))
+        slots = [0.0] * min(2 * arch.sms, sum(count for _, count in ctas))
         for cost, count in ctas:
             for _ in range(count):
                 heapq.heapreplace(slots, slots[0] + cost * tile_warps * rounds + CTA_BYTES)
-        return max(slots) * (2.0 if len(slots) > SMS else 1.2) * (1 + 0.001 * rounds)
+        return max(slots) * (2.0 if len(slots) > arch.sms else 1.2) * (1 + 0.001 * rounds)
 
     plans = [
         (tile_warps, rounds)
@@ -308,6 +306,7 @@ def span_of(product: Product, k_warps: int, rounds: int = 1) -> int:
 
 def _part(
     spec: GemvSpec,
+    arch: Arch,
     format: str,
     x: Activations,
     out_dtype: str,
@@ -332,8 +331,8 @@ def _part(
         return Part(name, ring, splits, x, out_dtype, tuple(slots), first, at * splits, nbytes)
 
     for splits in range(1, spec.batch + 1):
-        for limit in (SHARED_PER_SM // 2 - 1024, SHARED_PER_CTA):
+        for resident in (2, 1):
             for stages in range(STAGES, 1, -1):
-                if planned(splits, stages).places["end"] <= limit:
+                if planned(splits, stages).places["end"] <= arch.shared_of(resident):
                     return planned(splits, stages)
     raise BuildError(f"{spec.name}: a row of {spec.k} leaves no shared memory for two stages of weights")

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv4c.codegen.emit import BANDWIDTH, Emission, Parameter, floor_us, render
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.slices import STREAMS, Slice
@@ -18,7 +19,6 @@ from dsv4c.passes.fusions.head import Head
 from dsv4c.passes.fusions.hyper_norm import HyperNorm, HyperNormFirst
 from dsv4c.types import BF16, FP8_ROW, NVFP4_ROW, TensorType
 
-SHARED_LIMIT = 232448 - 1024  # what a CTA may use on sm_90 and sm_100, less the system's kilobyte
 CLUSTER_LIMIT = 16
 
 
@@ -45,17 +45,16 @@ class HyperNormSpec:
     ctas: int | None = None  # per token; None: as many as fit a cluster
     held: int | None = None  # rows of fn in registers; None: as many as leave room for a predecessor
 
-    @property
-    def slice(self) -> Slice:
+    def slice(self, arch: Arch) -> Slice:
         """The cut of a row. Raises BuildError when no cluster can hold `fn`."""
         projected = STREAMS if self.head else STREAMS * (STREAMS + 2)
         for ctas in [self.ctas] if self.ctas else range(CLUSTER_LIMIT, 1, -1):
             cut = Slice(self.hidden, ctas, projected, min(projected, self._held(ctas)))
-            if self.hidden % (128 * ctas) == 0 and cut.width <= 1024 and cut.shared <= SHARED_LIMIT:
+            if self.hidden % (128 * ctas) == 0 and cut.width <= 1024 and cut.shared <= arch.shared_per_cta:
                 return cut
         raise BuildError(
             f"hyper_norm of {self.hidden} columns: no cluster of 2 to {CLUSTER_LIMIT} CTAs cuts them into "
-            f"whole groups of 128 with at most 1024 columns and {SHARED_LIMIT} B of fn each"
+            f"whole groups of 128 with at most 1024 columns and {arch.shared_per_cta} B of fn each"
         )
 
     def _held(self, ctas: int) -> int:
@@ -70,21 +69,20 @@ class HyperNormSpec:
         return 24 if threads <= 256 else 12 if threads <= 512 else 0
 
 
-def emit_hyper_norm(spec: HyperNormSpec) -> Emission:
+def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
     """The kernel of one boundary. Raises BuildError for shapes that no cluster can hold."""
-    cut = spec.slice
+    cut = spec.slice(arch)
     symbol = "hyper_head" if spec.head else "hyper_norm" if spec.mix else "hyper_norm_first"
     parameters = _parameters(spec)
     nbytes = cut.rows * (STREAMS * spec.hidden + 2) * 4 + spec.hidden * 2
-    nbytes += spec.rows * spec.hidden * 2 * (STREAMS + spec.mix)
+    nbytes += spec.hidden * 2 * (STREAMS + spec.mix)
     source = render(
         "hyper_norm.py.jinja",
         what="The head's collapse and norm" if spec.head else "Streams mixed, collapsed and normalized",
         symbol=symbol,
         parameters=[p.name for p in parameters],
-        signature=_signature(spec),
+        signature=_signature(spec, cut),
         slice=cut,
-        rows=spec.rows,
         norm_eps=spec.norm_eps,
         hc_eps=spec.hc_eps,
         iterations=spec.iterations,
@@ -94,8 +92,7 @@ def emit_hyper_norm(spec: HyperNormSpec) -> Emission:
         bf16=spec.bf16,
         fp8=spec.fp8,
         nbytes=nbytes,
-        floor=floor_us(nbytes),
-        bandwidth=BANDWIDTH,
+        arch=arch,
     )
     return Emission(
         symbol=f"{symbol}_0",
@@ -116,24 +113,24 @@ def _parameters(spec: HyperNormSpec) -> tuple[Parameter, ...]:
     return (*map(Parameter, names), *quantized)
 
 
-def _signature(spec: HyperNormSpec) -> str:
+def _signature(spec: HyperNormSpec, cut: Slice) -> str:
     """Operands and results with their types, in ABI order, one a line."""
-    n, h, p = spec.rows, spec.hidden, spec.slice.rows
+    h, p = spec.hidden, cut.rows
     types = {
-        "x": f"bf16[{n},4,{h}]",
-        "f": f"bf16[{n},{h}]",
-        "post": f"f32[{n},4]",
-        "comb": f"f32[{n},4,4]",
+        "x": f"bf16[N,4,{h}]",
+        "f": f"bf16[N,{h}]",
+        "post": "f32[N,4]",
+        "comb": "f32[N,4,4]",
         "fn": f"f32[{p},{4 * h}]",
         "base": f"f32[{p}]",
         "scale": f"f32[{1 if spec.head else 3}]",
         "gain": f"bf16[{h}]",
-        "x_out": f"bf16[{n},4,{h}]",
-        "post_out": f"f32[{n},4]",
-        "comb_out": f"f32[{n},4,4]",
-        "normed": f"bf16[{n},{h}]",
-        "q": f"e4m3[{n},{h}]",
-        "q_scale": f"ue8m0[{n},{h // 128}]",
+        "x_out": f"bf16[N,4,{h}]",
+        "post_out": "f32[N,4]",
+        "comb_out": "f32[N,4,4]",
+        "normed": f"bf16[N,{h}]",
+        "q": f"e4m3[N,{h}]",
+        "q_scale": f"ue8m0[N,{h // 128}]",
     }
     return "\n".join(f"{p.name}: {types[p.name.removeprefix('m_')]}" for p in _parameters(spec))
 
@@ -173,11 +170,11 @@ def hyper_norm(request: Request) -> Answer:
     )
     values = {**x, "x": x["streams"], "scale": x["scales"], **made}
     if not packed:
-        return [launchable(request, emit_hyper_norm(spec), values)]
+        return [launchable(request, emit_hyper_norm(spec, request.arch), values)]
     shape = request.types[made["q"]].shape
     row = {} if "normed" in made else {"normed": scratch_for("row", TensorType(BF16, shape), "w")["row"]}
     operands = {"x": made["normed"], "q": made["q"]} if "normed" in made else {"q": made["q"]}
     return [
-        launchable(request, emit_hyper_norm(spec), values, stage="norm", scratch=row),
+        launchable(request, emit_hyper_norm(spec, request.arch), values, stage="norm", scratch=row),
         quantize_rows(request, operands, shape),
     ]

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv4c.codegen.emit import Emission, Parameter, floor_us, render
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
 from dsv4c.codegen.lib.geometry import Index, Row, Selection
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
@@ -19,20 +20,19 @@ from dsv4c.passes.fusions.indexer import Indexer
 from dsv4c.types import BF16, MXFP4
 
 KEYS = ("mxfp4", "bf16")
-CTAS = 264  # two per SM
 WIDTH = 128  # of a head
 
 
 @dataclass(frozen=True)
 class IndexScoresSpec:
-    """q bf16[batch, heads, 128] before RoPE, keys [batch, capacity, 128] in `format`, weights bf16[batch,
-    heads] -> scores f32[batch, capacity], written only where visible, and only if more than `k` entries are.
-    Strings name operands. Queries are Hadamard-transformed, and quantized like the keys; weights are taken
-    times `factor`, rounded to bf16.
+    """q bf16[rows, heads, 128] before RoPE, keys [S, capacity, 128] in `format`, weights bf16[rows, heads] ->
+    scores f32[rows, capacity] of the keys of each row's slot, written only where visible, and only if more
+    than `k` entries are. Strings name operands. Queries are Hadamard-transformed, and quantized like the
+    keys; weights are taken times `factor`, rounded to bf16.
     """
 
     name: str
-    batch: int
+    rows: int
     heads: int
     format: str
     capacity: int
@@ -44,49 +44,49 @@ class IndexScoresSpec:
     weights: str = "weights"
     frequencies: str = "frequencies"
     positions: str = "positions"
+    slots: str = "slots"
     scores: str = "scores"
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """In ABI order."""
         keys = (Parameter(self.keys, c) for c in Row(128, self.format).components)
-        rest = (self.weights, self.frequencies, self.positions, self.scores)
+        rest = (self.weights, self.frequencies, self.positions, self.slots, self.scores)
         return (Parameter(self.q), *keys, *map(Parameter, rest))
 
 
-def emit_index_scores(spec: IndexScoresSpec) -> Emission:
+def emit_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
     if spec.format not in KEYS:
         raise BuildError(f"{spec.name}: keys must be {' or '.join(KEYS)}, got {spec.format}")
     if spec.heads % 8:
         raise BuildError(f"{spec.name}: heads come in eights, got {spec.heads}")
     tiles = 2 if spec.format == "mxfp4" and spec.capacity > 32768 else 1  # pays once queries are reread often
-    ctas = min(-(-spec.capacity // (128 * tiles)), max(1, CTAS // spec.batch))
-    x = Index(spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, ctas, tiles)
-    nbytes = spec.batch * (spec.capacity * (68 if spec.format == "mxfp4" else 256) + spec.heads * 256)
-    B = spec.batch
+    ctas = min(-(-spec.capacity // (128 * tiles)), max(1, 2 * arch.sms // spec.rows))
+    x = Index(spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, tiles)
+    nbytes = spec.capacity * (68 if spec.format == "mxfp4" else 256) + spec.heads * 256
     source = render(
         "index_scores.py.jinja",
         spec=spec,
         x=x,
         signature=(
-            f"q: bf16[{B},{spec.heads},128]; keys: {CACHE_FORMATS[spec.format]}[{B},{spec.capacity},128];\n"
-            f"weights: bf16[{B},{spec.heads}]; "
-            f"frequencies: f32[32]; positions: i32[{B}], -1 for none; scores: f32[{B},{spec.capacity}]."
+            f"q: bf16[N,{spec.heads},128]; keys: {CACHE_FORMATS[spec.format]}[S,{spec.capacity},128];\n"
+            f"weights: bf16[N,{spec.heads}]; frequencies: f32[32]; positions: i32[N], -1 for none; "
+            f"slots: i32[N]; scores: f32[N,{spec.capacity}]."
         ),
         pointers=[p.name for p in spec.parameters],
         nbytes=nbytes,
-        floor=floor_us(nbytes),
+        arch=arch,
     )
-    return Emission(f"{spec.name}_0", source, (ctas * B, 1, 1), 256, x.shared, spec.parameters)
+    return Emission(f"{spec.name}_0", source, (ctas, spec.rows, 1), 256, x.shared, spec.parameters)
 
 
 @dataclass(frozen=True)
 class TopKSpec:
-    """scores f32[batch, capacity] -> out i32[batch, min(k, capacity)]; `bits` is 16 for bf16 values."""
+    """scores f32[rows, capacity] -> out i32[rows, min(k, capacity)]; `bits` is 16 for bf16 values."""
 
     name: str
-    batch: int
+    rows: int
     capacity: int
     k: int
     ratio: int
@@ -101,7 +101,7 @@ class TopKSpec:
         return tuple(map(Parameter, (self.scores, self.positions, self.out)))
 
 
-def emit_top_k(spec: TopKSpec) -> Emission:
+def emit_top_k(spec: TopKSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
     if spec.bits not in (16, 32):
         raise BuildError(f"{spec.name}: keys have 16 or 32 bits, got {spec.bits}")
@@ -114,25 +114,31 @@ def emit_top_k(spec: TopKSpec) -> Emission:
     splits = next((n for n in (1, 2, 4, 8) if spec.capacity <= (8192 if n == 1 else 4096 * n)), 16)
     threads = min(1024, -(-spec.capacity // (4 * 32)) * 32)
     t = Selection(spec.capacity, spec.k, spec.ratio, spec.bits, splits, threads)
-    B, nbytes = spec.batch, spec.batch * spec.capacity * 4
+    nbytes = spec.capacity * 4
     source = render(
         "top_k.py.jinja",
         spec=spec,
         t=t,
-        signature=f"scores: f32[{B},{spec.capacity}]; positions: i32[{B}], -1: none; out: i32[{B},{t.out}]",
+        signature=f"scores: f32[N,{spec.capacity}]; positions: i32[N], -1: none; out: i32[N,{t.out}]",
         pointers=[p.name for p in spec.parameters],
         nbytes=nbytes,
-        floor=floor_us(nbytes),
+        arch=arch,
     )
     return Emission(
-        f"{spec.name}_0", source, (splits * B, 1, 1), threads, t.shared, spec.parameters, (splits, 1, 1)
+        f"{spec.name}_0",
+        source,
+        (splits * spec.rows, 1, 1),
+        threads,
+        t.shared,
+        spec.parameters,
+        (splits, 1, 1),
     )
 
 
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(Indexer, IndexTopk, several=True)
+@kernel(Indexer, IndexTopk, chained=True)
 def indexer(request: Request) -> Answer:
     """Scores, then the best of them: the first leaves out what the second need not look at."""
     op, best = request.calls[0].op, request.calls[-1].op
@@ -145,17 +151,17 @@ def indexer(request: Request) -> Answer:
     q, keys, weights = (request.types[x[n]] for n in ("q", "keys", "weights"))
     if not holds(q, BF16) or not holds(weights, BF16):
         return No(f"takes bf16 queries and head weights, not {q} and {weights}")
-    if q.shape[2] != WIDTH or q.shape[0] != keys.shape[0]:
-        return No(f"takes one token per sequence in heads of {WIDTH}, not {q} against {keys}")
+    if q.shape[2] != WIDTH:
+        return No(f"takes heads of {WIDTH}, not {q}")
     format_ = format_name(keys, CACHES)
     if format_ not in ("mxfp4", "bf16"):
         return No(f"takes keys of {MXFP4} or bf16, not {keys}")
-    batch, heads, _ = q.shape
+    rows, heads, _ = q.shape
     capacity = keys.shape[1]
-    first = IndexScoresSpec("index_scores", batch, heads, format_, capacity, op.ratio, best.k, op.factor)
-    second = TopKSpec("index_topk", batch, capacity, best.k, op.ratio)  # of scores rounded to bf16
+    first = IndexScoresSpec("index_scores", rows, heads, format_, capacity, op.ratio, best.k, op.factor)
+    second = TopKSpec("index_topk", rows, capacity, best.k, op.ratio)  # of scores rounded to bf16
     values = {**x, "scores": scores, "out": request.calls[1].outputs[0]}
     return [
-        launchable(request, emit_index_scores(first), values, stage="scores"),
-        launchable(request, emit_top_k(second), values, stage="topk"),
+        launchable(request, emit_index_scores(first, request.arch), values, stage="scores"),
+        launchable(request, emit_top_k(second, request.arch), values, stage="topk"),
     ]

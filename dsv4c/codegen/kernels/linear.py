@@ -70,7 +70,9 @@ def _gemv(
     spec = GemvSpec(name, rows, k, tuple(matrices), groups, riders=riding.riders)
     gains = {x.gain: "f32" for x, _, _ in products if x.gain}
     values |= riding.values
-    return launchable(request, emit_gemv(spec), values, stage=stage, scratch=scratch, forms=gains)
+    return launchable(
+        request, emit_gemv(spec, request.arch), values, stage=stage, scratch=scratch, forms=gains
+    )
 
 
 def _packed_gemv(

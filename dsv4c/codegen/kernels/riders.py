@@ -1,6 +1,6 @@
-"""State writes of a decode step: the window's KV row, the compressors' rows and entries.
+"""State writes of a step: the window's KV rows, the compressors' rows and entries.
 
-`KvStoreSpec` and `CompressSpec` are stages of one CTA per sequence, which rides in another launch: a skeleton
+`KvStoreSpec` and `CompressSpec` are stages of one CTA per row, which rides in another launch: a skeleton
 gives them CTAs of its own size (`templates/state_stages.py.jinja` holds the calls).
 """
 
@@ -25,7 +25,7 @@ THREADS = 256
 
 @dataclass(frozen=True)
 class KvStoreSpec:
-    """kv bf16[B, width] -> norm with gain, RoPE, the window's format, slot position % ring."""
+    """kv bf16[N, width] -> norm with gain, RoPE, the window's format, at its slot and position % ring."""
 
     width: int
     format: str
@@ -36,6 +36,7 @@ class KvStoreSpec:
     gain: str = "kv_norm"
     frequencies: str = "frequencies"
     positions: str = "positions"
+    slots: str = "slots"
     window: str = "window"
     kind: ClassVar[str] = "kv_store"
 
@@ -52,26 +53,27 @@ class KvStoreSpec:
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """In ABI order."""
-        names = (self.kv, self.gain, self.frequencies, self.positions)
+        names = (self.kv, self.gain, self.frequencies, self.positions, self.slots)
         return (*map(Parameter, names), *(Parameter(self.window, c) for c in self.row.components))
 
     @property
     def text(self) -> str:
         """What the stage computes."""
-        rows = f"{CACHE_FORMATS[self.format]}[B,{self.ring},{self.width}]"
+        rows = f"{CACHE_FORMATS[self.format]}[S,{self.ring},{self.width}]"
         return (
-            f"{self.window}: {rows} at position % {self.ring}\n"
-            f"        <- rope(rms_norm({self.kv}: bf16[B,{self.width}], {self.gain}: bf16[{self.width}], "
+            f"{self.window}: {rows} at slot, position % {self.ring}\n"
+            f"        <- rope(rms_norm({self.kv}: bf16[N,{self.width}], {self.gain}: bf16[{self.width}], "
             f"eps={self.eps}), position)"
         )
 
 
 @dataclass(frozen=True)
 class CompressSpec:
-    """u, s f32[B, channels] -> rings f32[B, ring, channels]; at a window's last token its entry.
+    """u, s f32[N, channels] -> rings f32[S, ring, channels]; at a window's last token its entry.
 
-    Operand names are `name` and a suffix; `capacity` entries per sequence, Hadamard-transformed first if
-    `hadamard`. `threads` are those of the CTA it rides on.
+    N is `tokens` rows of each sequence, one after the other. Operand names are `name` and a suffix;
+    `capacity` entries per slot, Hadamard-transformed first if `hadamard`. `threads` are those of the CTA it
+    rides on.
     """
 
     name: str
@@ -84,8 +86,10 @@ class CompressSpec:
     eps: float
     hadamard: bool = False
     threads: int = THREADS
+    tokens: int = 1
     frequencies: str = "frequencies"
     positions: str = "positions"
+    slots: str = "slots"
     kind: ClassVar[str] = "compress"
 
     @property
@@ -131,7 +135,7 @@ class CompressSpec:
     @property
     def pool(self) -> Pool:
         """The device library's view."""
-        return Pool(self.row, self.ratio, self.overlap, self.ring, self.capacity, self.threads)
+        return Pool(self.row, self.ratio, self.overlap, self.ring, self.capacity, self.threads, self.tokens)
 
     @property
     def shared(self) -> int:
@@ -148,6 +152,7 @@ class CompressSpec:
             self.gain,
             self.frequencies,
             self.positions,
+            self.slots,
             self.kv_ring,
             self.score_ring,
         )
@@ -161,11 +166,11 @@ class CompressSpec:
         if self.hadamard:
             entry = f"hadamard({entry})"
         return (
-            f"{self.kv_ring}, {self.score_ring}: f32[B,{self.ring},{c}] at row position % {self.ring}\n"
-            f"        <- {self.u}, {self.s}: f32[B,{c}] + {self.ape}: f32[{self.ratio},{c}]\n"
-            f"    {self.entries}: {CACHE_FORMATS[self.format]}[B,{self.capacity},{width}] at w, "
+            f"{self.kv_ring}, {self.score_ring}: f32[S,{self.ring},{c}] at slot, position % {self.ring}\n"
+            f"        <- {self.u}, {self.s}: f32[N,{c}] + {self.ape}: f32[{self.ratio},{c}]\n"
+            f"    {self.entries}: {CACHE_FORMATS[self.format]}[S,{self.capacity},{width}] at slot, w, "
             f"when (position + 1) % {self.ratio} == 0\n"
-            f"        <- {entry}, softmax pooling over {self.pool.tokens} tokens"
+            f"        <- {entry}, softmax pooling over {self.pool.pooled} tokens"
         )
 
 
@@ -185,9 +190,11 @@ def seated(name: str, riders: Iterable[Rider], threads: int) -> tuple[Rider, ...
         if isinstance(rider, KvStoreSpec):
             placed.append(rider)
             continue
-        if rider.ring < rider.pool.tokens:
+        needed = rider.pool.pooled + rider.tokens - 1
+        if rider.ring < needed:
             raise BuildError(
-                f"{name}: {rider.name} pools {rider.pool.tokens} tokens, its ring holds {rider.ring}"
+                f"{name}: {rider.name} pools {rider.pool.pooled} tokens, with {rider.tokens} of a sequence "
+                f"per launch: want a ring of {needed} rows, got {rider.ring}"
             )
         placed.append(replace(rider, threads=threads))
     return tuple(placed)
@@ -221,7 +228,7 @@ NOBODY = Riding()
 
 
 def riding_of(request: Request, rows: int) -> Riding | No:
-    """The state writes of a request, one token each for `rows` sequences."""
+    """The state writes of a request, for the `rows` rows of its launch."""
     riders: list[Rider] = []
     values: dict[str, int] = {}
     for call in request.calls:
@@ -250,8 +257,10 @@ def _window(request: Request, call: Call, rows: int, values: dict[str, int]) -> 
     op, x = call.op, call.operands
     assert isinstance(op, KvNormRopeStore)
     window, tokens = request.types[x["window"]], request.types[x["kv"]].shape[0]
-    if not tokens == window.shape[0] == rows:
-        return No(f"stores one token per sequence, not {tokens} tokens in {window.shape[0]} windows")
+    if tokens != rows:
+        return No(f"stores a row of keys for each of the launch's {rows} rows, not {tokens}")
+    if op.beside is not None:
+        return No(f"writes to rings, and makes no copy of {op.beside} rows beside one")
     if not format_name(window, CACHES):
         return No(f"stores {KV_FP8} or bf16, not {window}")
     spec = KvStoreSpec(
@@ -261,6 +270,7 @@ def _window(request: Request, call: Call, rows: int, values: dict[str, int]) -> 
         op.eps,
         frequencies=_shared(call, "frequencies", values),
         positions=_shared(call, "positions", values),
+        slots=_shared(call, "slots", values),
     )
     values |= {spec.kv: x["kv"], spec.gain: x["gain"], spec.window: x["window"]}
     return spec
@@ -272,8 +282,11 @@ def _compressor(request: Request, call: Call, rows: int, values: dict[str, int])
     entries, ring = request.types[x["entries"]], request.types[x["kv_ring"]]
     if not format_name(entries, CACHES):
         return No(f"stores {KV_FP8}, {MXFP4} or bf16, not {entries}")
-    if op.sequences != rows:
-        return No(f"compresses one token per sequence, not {rows} tokens of {op.sequences} sequences")
+    tokens = request.types[x["kv"]].shape[0]
+    if tokens != rows:
+        return No(f"compresses each of the launch's {rows} rows, not {tokens}")
+    if "owners" in x:
+        return No(f"pools what rings and the launch hold, and makes no copy of {op.beside} rows beside one")
     spec = CompressSpec(
         "index" if op.rotated else "compress",
         entries.shape[2],
@@ -284,8 +297,10 @@ def _compressor(request: Request, call: Call, rows: int, values: dict[str, int])
         entries.shape[1],
         op.eps,
         hadamard=op.rotated,
+        tokens=op.tokens,
         frequencies=_shared(call, "frequencies", values),
         positions=_shared(call, "positions", values),
+        slots=_shared(call, "slots", values),
     )
     values |= {spec.u: x["kv"], spec.s: x["gate"], spec.ape: x["bias"], spec.gain: x["gain"]}
     values |= {spec.kv_ring: x["kv_ring"], spec.score_ring: x["score_ring"], spec.entries: x["entries"]}

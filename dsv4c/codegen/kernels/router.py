@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsv4c.codegen.emit import BANDWIDTH, Emission, Parameter, floor_us, render
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.lib.slices import Gate
 from dsv4c.errors import BuildError
-
-CTAS = 132  # one per multiprocessor of an H200 at most, so that all weights are in flight at once
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,13 @@ class RouterGateSpec:
     hidden: int
     experts: int
 
-    @property
-    def gate(self) -> Gate:
-        """The cut. Raises BuildError when rows do not split into whole warps, or are too many."""
+    def gate(self, arch: Arch) -> Gate:
+        """The cut: a CTA per SM at most, so that all weights are in flight at once.
+
+        Raises BuildError when rows do not split into whole warps, or are too many.
+        """
         each = next(
-            n for n in range(1, self.experts + 1) if self.experts % n == 0 and self.experts // n <= CTAS
+            n for n in range(1, self.experts + 1) if self.experts % n == 0 and self.experts // n <= arch.sms
         )
         threads = next((t for t in range(256, 0, -32) if self.hidden % (8 * t) == 0), 0)
         if threads == 0 or each * self.rows > 32:
@@ -34,9 +35,9 @@ class RouterGateSpec:
         return Gate(self.rows, self.hidden, self.experts, each, threads)
 
 
-def emit_router_gate(spec: RouterGateSpec) -> Emission:
+def emit_router_gate(spec: RouterGateSpec, arch: Arch) -> Emission:
     """The gate's products. Raises BuildError for shapes it cannot cut."""
-    gate = spec.gate
+    gate = spec.gate(arch)
     ctas = spec.experts // gate.rows
     nbytes = spec.experts * spec.hidden * 2 + spec.rows * spec.hidden * 2
     parameters = tuple(map(Parameter, ("x", "gate", "logits")))
@@ -47,7 +48,6 @@ def emit_router_gate(spec: RouterGateSpec) -> Emission:
         gate=gate,
         ctas=ctas,
         nbytes=nbytes,
-        floor=floor_us(nbytes),
-        bandwidth=BANDWIDTH,
+        arch=arch,
     )
     return Emission("router_gate_0", source, (ctas, 1, 1), gate.threads, gate.shared, parameters)

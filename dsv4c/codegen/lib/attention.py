@@ -60,14 +60,14 @@ def _send2(s: Int32, s_bar: Int32, rank: Int32, a: Float32, b: Float32):
 
 
 @cute.jit
-def read_query(a: Constexpr[Attention], g_q: Int64, sequence: Int32, head: Int32, warp: Int32, lane: Int32):
-    """The lane's pieces [row half][h][pair] of 16 heads of q bf16[B, heads, width]; zeros past the last."""
+def read_query(a: Constexpr[Attention], g_q: Int64, token: Int32, head: Int32, warp: Int32, lane: Int32):
+    """The lane's pieces [row half][h][pair] of 16 heads of q bf16[N, heads, width]; zeros past the last."""
     w = cute.make_rmem_tensor((2, 2, 4), Uint32)
     w.fill(0)
     for i in range_constexpr(2):
         row = head + lane // 4 + 8 * i
         if row < a.heads:
-            g = g_q + ((Int64(sequence) * a.heads + row) * a.width + warp // 2 * 64 + lane % 4 * 8) * 2
+            g = g_q + ((Int64(token) * a.heads + row) * a.width + warp // 2 * 64 + lane % 4 * 8) * 2
             for h in range_constexpr(2):
                 words = ptx.ldg128(g + h * 64)
                 for n in range_constexpr(4):
@@ -180,19 +180,19 @@ def visible_entries(a: Constexpr[Attention], position: Int32):
 
 
 @cute.jit
-def read_selection(a: Constexpr[Attention], g_selected: Int64, sequence: Int32, key: Int32):
+def read_selection(a: Constexpr[Attention], g_selected: Int64, token: Int32, key: Int32):
     """The entry that key `key` of the list (window, then entries) stands for; negative in the window."""
     entry = key - a.window
     if const_expr(a.entries != "selected"):
         return entry
     if entry >= 0 and entry < a.extra:
-        entry = ptx.ldg32(g_selected + (Int64(sequence) * a.extra + entry) * 4).bitcast(Int32)
+        entry = ptx.ldg32(g_selected + (Int64(token) * a.extra + entry) * 4).bitcast(Int32)
     return entry
 
 
 @cute.jit
 def find_key(a: Constexpr[Attention], key: Int32, entry: Int32, position: Int32, visible: Int32):
-    """Where key `key` lies: ring slot (newest token first), ring + entry, or -1. Selected means visible."""
+    """Where key `key` lies: ring row (newest token first), ring + entry, or -1. Selected means visible."""
     place = Int32(-1)
     if key < a.window:
         if key <= position:
@@ -210,16 +210,16 @@ def _row(
     a: Constexpr[Attention],
     g_window: Int64,
     g_entries: Int64,
-    sequence: Int32,
+    slot: Int32,
     place: Int32,
     nbytes: Constexpr[int],
 ):
-    """Address of a component's row of `nbytes` at `place` (any valid address for -1)."""
-    g = g_window + (Int64(sequence) * a.ring + cutlass.max(place, Int32(0))) * nbytes
+    """Address of a component's row of `nbytes` at `place` of a slot (any valid address for -1)."""
+    g = g_window + (Int64(slot) * a.ring + cutlass.max(place, Int32(0))) * nbytes
     if const_expr(a.entries == "none"):
         return g
     if place >= a.ring:
-        g = g_entries + (Int64(sequence) * a.capacity + place - a.ring) * nbytes
+        g = g_entries + (Int64(slot) * a.capacity + place - a.ring) * nbytes
     return g
 
 
@@ -230,7 +230,7 @@ def fetch_tile(
     window: tuple,
     entries: tuple,
     scales: cute.Tensor,
-    sequence: Int32,
+    slot: Int32,
     place: Int32,
     warp: Int32,
     lane: Int32,
@@ -243,7 +243,7 @@ def fetch_tile(
     chunks = a.data_bytes // 16
     present = cute.arch.vote_ballot_sync(place >= 0)
     s_rows = s_keys + warp * (a.tile_rows * a.row_bytes)
-    g_row = _row(a, window[0], entries[0], sequence, place, a.data_bytes)
+    g_row = _row(a, window[0], entries[0], slot, place, a.data_bytes)
     for n in range_constexpr(a.tile_rows):
         g = stream.shuffle64(g_row, Int32(n))
         for i in range_constexpr(-(-chunks // 32)):
@@ -251,8 +251,8 @@ def fetch_tile(
                 at = (lane + 32 * i) * 16
                 _copy16(s_rows + n * a.row_bytes + at, g + at, present & (1 << n))
     if const_expr(a.format == "fp8"):
-        g_tail = _row(a, window[2], entries[2], sequence, place, ROPE * 2)
-        g_scale = _row(a, window[1], entries[1], sequence, place, a.scales)
+        g_tail = _row(a, window[2], entries[2], slot, place, ROPE * 2)
+        g_scale = _row(a, window[1], entries[1], slot, place, a.scales)
         scales.fill(0)
         for n in range_constexpr(-(-a.tile_rows // 4)):
             i = 4 * n + lane // 8
@@ -567,7 +567,7 @@ def finish(
     a: Constexpr[Attention],
     sm: Int32,
     g_out: Int64,
-    sequence: Int32,
+    token: Int32,
     head: Int32,
     rank: Int32,
     tid: Int32,
@@ -585,7 +585,7 @@ def finish(
                 turn = ptx.lds64(sm + a.o_turns + (dimension - (a.width - ROPE)) * 4)
                 c, s = turn[0].bitcast(Float32), turn[1].bitcast(Float32)
                 lo, hi = lo * c + hi * s, hi * c - lo * s
-            at = (Int64(sequence) * a.heads + head + row) * a.width + dimension
+            at = (Int64(token) * a.heads + head + row) * a.width + dimension
             ptx.stg32(g_out + at * 2, ptx.f32x2_to_bf16x2(lo, hi))
 
 

@@ -1,4 +1,4 @@
-"""New rows of the caches: norm, rotation, quantization, and the write into the row's slot.
+"""New rows of the caches: norm, rotation, quantization, and the write into their place.
 
 A row is held by the first `width / 4` threads of a CTA, four neighboring elements each, as floats. Every
 thread runs every line (there are barriers inside); the others carry zeros and store nothing.
@@ -64,18 +64,24 @@ def rotate(row: Constexpr[Row], r: cute.Tensor, constants: cute.Tensor, position
 
 @cute.jit
 def store(
-    row: Constexpr[Row], r: cute.Tensor, g_data: Int64, g_scale: Int64, g_tail: Int64, slot: Int64, tid: Int32
+    row: Constexpr[Row],
+    r: cute.Tensor,
+    g_data: Int64,
+    g_scale: Int64,
+    g_tail: Int64,
+    place: Int64,
+    tid: Int32,
 ):
-    """Write the row to place `slot` of the component arrays, in the row's domain and format."""
+    """Write the row to `place` of the component arrays, in the row's domain and format."""
     if const_expr(row.hadamard):
         hadamard.hadamard128(r, tid % 32)
     if const_expr(row.format == "bf16"):
         if tid < row.lanes:
-            _store_bf16(r, g_data + (slot * row.lanes + tid) * 8)
+            _store_bf16(r, g_data + (place * row.lanes + tid) * 8)
     elif const_expr(row.format == "fp8"):
-        _store_fp8(row, r, g_data, g_scale, g_tail, slot, tid)
+        _store_fp8(row, r, g_data, g_scale, g_tail, place, tid)
     else:
-        _store_mxfp4(r, g_data, g_scale, slot, tid)
+        _store_mxfp4(r, g_data, g_scale, place, tid)
 
 
 @cute.jit
@@ -85,7 +91,13 @@ def _store_bf16(r: cute.Tensor, g: Int64):
 
 @cute.jit
 def _store_fp8(
-    row: Constexpr[Row], r: cute.Tensor, g_data: Int64, g_scale: Int64, g_tail: Int64, slot: Int64, tid: Int32
+    row: Constexpr[Row],
+    r: cute.Tensor,
+    g_data: Int64,
+    g_scale: Int64,
+    g_tail: Int64,
+    place: Int64,
+    tid: Int32,
 ):
     """Blocks of 64 are 16 neighboring threads; the last 64 elements stay bf16."""
     amax = Float32(0.0)
@@ -95,22 +107,22 @@ def _store_fp8(
     f = quantize.reciprocal(byte)
     coded = (row.width - ROPE) // 4  # threads whose elements become codes
     if tid < coded:
-        ptx.stg32(g_data + (slot * coded + tid) * 4, quantize.codes4(r[0] * f, r[1] * f, r[2] * f, r[3] * f))
+        ptx.stg32(g_data + (place * coded + tid) * 4, quantize.codes4(r[0] * f, r[1] * f, r[2] * f, r[3] * f))
         if tid % 16 == 0:
-            ptx.stg_u8(g_scale + slot * (coded // 16) + tid // 16, byte.to(Uint32))
+            ptx.stg_u8(g_scale + place * (coded // 16) + tid // 16, byte.to(Uint32))
     elif tid < row.lanes:
-        _store_bf16(r, g_tail + (slot * (ROPE // 4) + tid - coded) * 8)
+        _store_bf16(r, g_tail + (place * (ROPE // 4) + tid - coded) * 8)
 
 
 @cute.jit
-def _store_mxfp4(r: cute.Tensor, g_data: Int64, g_scale: Int64, slot: Int64, tid: Int32):
+def _store_mxfp4(r: cute.Tensor, g_data: Int64, g_scale: Int64, place: Int64, tid: Int32):
     """A row of 128: 64 bytes of codes, the even element in the low nibble, and 4 scales."""
     byte = hadamard.block32_exponent(r)
     codes = hadamard.e2m1_codes4(r, byte)
     if tid < 32:
-        ptx.stg16(g_data + slot * 64 + tid * 2, codes)
+        ptx.stg16(g_data + place * 64 + tid * 2, codes)
         if tid % 8 == 0:
-            ptx.stg_u8(g_scale + slot * 4 + tid // 8, byte.to(Uint32))
+            ptx.stg_u8(g_scale + place * 4 + tid // 8, byte.to(Uint32))
 
 
 @cute.jit
@@ -123,26 +135,28 @@ def kv_store(
     g_gain: Int64,
     g_frequencies: Int64,
     g_positions: Int64,
+    g_slots: Int64,
     g_data: Int64,
     g_scale: Int64,
     g_tail: Int64,
-    sequence: Int32,
+    token: Int32,
     tid: Int32,
 ):
-    """One CTA: row `sequence` of kv bf16[B, width], normed and rotated, into its window's slot.
+    """One CTA: row `token` of kv bf16[N, width], normed and rotated, into its slot's window.
 
     16 bytes of shared memory. Position -1 writes nothing.
     """
     constants = prefetch(row, g_gain, g_frequencies, tid)
     ptx.wait()
-    position = ptx.ldg32(g_positions + sequence * 4).bitcast(Int32)
+    position = ptx.ldg32(g_positions + token * 4).bitcast(Int32)
+    slot = ptx.ldg32(g_slots + token * 4).to(Int64)
     r = cute.make_rmem_tensor((4,), Float32)
     r.fill(0.0)
     if tid < row.lanes:
-        w = ptx.ldg64(g_kv + (Int64(sequence) * row.lanes + tid) * 8)
+        w = ptx.ldg64(g_kv + (Int64(token) * row.lanes + tid) * 8)
         for i in range_constexpr(2):
             r[2 * i], r[2 * i + 1] = ptx.bf16x2_to_f32x2(w[i])
     normalize(row, s, r, constants, eps, tid)
     if position >= 0:
         rotate(row, r, constants, position, tid)
-        store(row, r, g_data, g_scale, g_tail, Int64(sequence) * ring + position % ring, tid)
+        store(row, r, g_data, g_scale, g_tail, slot * ring + position % ring, tid)

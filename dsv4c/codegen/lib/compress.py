@@ -1,12 +1,14 @@
 """The KV compressor's step for one token: remember its row; at a window's end make its entry.
 
-Pooling is a softmax over tokens, per channel, in one pass with a running maximum; the current token is taken
-from the projections themselves, so nothing waits for the ring. Tokens before position 0 are never read.
+Pooling is a softmax over tokens, per channel, in one pass with a running maximum. The launch's own tokens are
+taken from the projections themselves, so nothing waits for the ring, which other CTAs are writing. What they
+write, nobody reads: with `pooled + tokens - 1` rows in a ring, the new rows of a sequence fall on none that
+the oldest of them pools. Tokens before position 0 are never read.
 """
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, range_constexpr
+from cutlass import Constexpr, Float32, Int32, Int64, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import cache, ptx, softmax
 from dsv4c.codegen.lib.geometry import Pool
@@ -23,35 +25,38 @@ def compress(
     g_gain: Int64,
     g_frequencies: Int64,
     g_positions: Int64,
+    g_slots: Int64,
     g_kv: Int64,
     g_score: Int64,
     g_data: Int64,
     g_scale: Int64,
     g_tail: Int64,
-    sequence: Int32,
+    token: Int32,
     tid: Int32,
 ):
-    """One CTA: u and s f32[B, channels] of row `sequence`, ape f32[ratio, channels].
+    """One CTA: u and s f32[N, channels] of row `token`, ape f32[ratio, channels].
 
     `pool.shared` bytes of shared memory. Position -1 writes nothing.
     """
     row = pool.row
     constants = cache.prefetch(row, g_gain, g_frequencies, tid)
     ptx.wait()
-    position = ptx.ldg32(g_positions + sequence * 4).bitcast(Int32)
+    position = ptx.ldg32(g_positions + token * 4).bitcast(Int32)
+    slot = ptx.ldg32(g_slots + token * 4).to(Int64)
     if position >= 0:
-        at = Int64(sequence) * (pool.channels * 4)
+        at = Int64(token) * (pool.channels * 4)
         g_u_row, g_s_row = g_u + at, g_s + at
         g_ape_row = g_ape + position % pool.ratio * (pool.channels * 4)
-        ring = Int64(sequence) * pool.ring
+        ring = slot * pool.ring
         remember(pool, g_u_row, g_s_row, g_ape_row, g_kv, g_score, ring + position % pool.ring, tid)
         if (position + 1) % pool.ratio == 0:
             entry = position // pool.ratio
-            total = pool_group(pool, g_u_row, g_s_row, g_ape_row, g_kv, g_score, ring, position, tid)
+            before = token % pool.tokens  # rows of the sequence ahead of this one
+            total = pool_group(pool, g_u_row, g_s_row, g_ape, g_kv, g_score, ring, position, before, tid)
             r = combine(pool, s + 128, total, tid)
             cache.normalize(row, s, r, constants, eps, tid)
             cache.rotate(row, r, constants, entry * pool.ratio, tid)
-            cache.store(row, r, g_data, g_scale, g_tail, Int64(sequence) * pool.capacity + entry, tid)
+            cache.store(row, r, g_data, g_scale, g_tail, slot * pool.capacity + entry, tid)
 
 
 @cute.jit
@@ -96,12 +101,16 @@ def pool_group(
     g_score: Int64,
     ring: Int64,
     position: Int32,
+    before: Int32,
     tid: Int32,
 ):
-    """The group's run of tokens, for the thread's four channels: [maximum, weight, weighted sum][4]."""
+    """The group's run of tokens, for the thread's four channels: [maximum, weight, weighted sum][4].
+
+    Rows of u and s are the current token's and, up to `before` rows earlier, those of the tokens before it.
+    """
     group = tid // pool.row.lanes
     channel = tid % pool.row.lanes * 4
-    first = position + 1 - pool.tokens
+    first = position + 1 - pool.pooled
     total = cute.make_rmem_tensor((3, 4), Float32)
     total.fill(0.0)
     for i in range_constexpr(4):
@@ -115,14 +124,19 @@ def pool_group(
             i = step * pool.chunk + n
             j = group * pool.run + i
             token = first + j
-            if token >= 0 and i < pool.run and j < pool.tokens:
+            if token >= 0 and i < pool.run and j < pool.pooled:
                 at = Int32(channel)
                 if j >= pool.ratio:  # with overlap: the current window, the second half of the channels
                     at = at + pool.row.width
                 place = ((ring + token % pool.ring) * pool.channels + at) * 4
-                if token == position:
-                    now = add_bias(ptx.ldg128(g_s + at * 4), g_ape + at * 4)
-                    u = ptx.ldg128(g_u + at * 4)
+                fresh, back = token == position, Int32(0)
+                if const_expr(pool.tokens > 1):
+                    fresh, back = token + before >= position, position - token
+                if fresh:
+                    g_bias = g_ape + (position - back) % pool.ratio * (pool.channels * 4)
+                    row = back * (pool.channels * 4)
+                    now = add_bias(ptx.ldg128(g_s - row + at * 4), g_bias + at * 4)
+                    u = ptx.ldg128(g_u - row + at * 4)
                     for c in range_constexpr(4):
                         score[n, c] = now[c]
                         value[n, c] = u[c].bitcast(Float32)

@@ -40,8 +40,9 @@ class Row:
 class Pool:
     """How a compressor pools: an entry is the softmax-weighted sum of `ratio` tokens (or 2 * `ratio`).
 
-    The rings f32 [B, ring, channels] hold token p in row p % ring; `capacity` entries of `row` per sequence.
-    A CTA of `threads` threads splits the pooled tokens over as many groups as it has threads for.
+    The rings f32 [S, ring, channels] hold token p of a slot in row p % ring; `capacity` entries of `row` per
+    slot. A CTA of `threads` threads splits the pooled tokens over as many groups as it has threads for. A
+    launch has `tokens` rows of each sequence, one after the other.
     """
 
     row: Row
@@ -50,6 +51,7 @@ class Pool:
     ring: int
     capacity: int
     threads: int
+    tokens: int = 1
 
     @property
     def channels(self) -> int:
@@ -57,19 +59,19 @@ class Pool:
         return self.row.width * (2 if self.overlap else 1)
 
     @property
-    def tokens(self) -> int:
+    def pooled(self) -> int:
         """Tokens under one softmax."""
         return self.ratio * (2 if self.overlap else 1)
 
     @property
     def groups(self) -> int:
         """Thread groups that each pool `run` of the tokens."""
-        return min(self.threads // self.row.lanes, self.tokens)
+        return min(self.threads // self.row.lanes, self.pooled)
 
     @property
     def run(self) -> int:
         """Tokens of one group: consecutive ones, the last group's run may be shorter."""
-        return -(-self.tokens // self.groups)
+        return -(-self.pooled // self.groups)
 
     @property
     def chunk(self) -> int:
@@ -84,12 +86,12 @@ class Pool:
 
 @dataclass(frozen=True)
 class Attention:
-    """One query token against `window` ring rows and up to `extra` cache entries per sequence.
+    """One query token against `window` ring rows and up to `extra` cache entries of its slot.
 
     A cluster of `splits` CTAs shares the keys of 16 heads: CTA r takes tiles r, r + splits, ... of `tile`
     keys. Warps 2n and 2n + 1 work on dimensions 64n..64n+63, one scale block of an FP8 row or its BF16 tail:
     each scores every other group of 16 keys, and sums up the values of 32 dimensions. entries: "none",
-    "selected" (i32[B, extra] entry numbers) or "all" (w < (t+1) // ratio). exact_norm: the per-head norm in
+    "selected" (i32[N, extra] entry numbers) or "all" (w < (t+1) // ratio). exact_norm: the per-head norm in
     bf16 steps.
     """
 
@@ -119,7 +121,7 @@ class Attention:
 
     @property
     def head_tiles(self) -> int:
-        """CTAs (per split) that the heads of a sequence need."""
+        """CTAs (per split) that the heads of a token need."""
         return -(-self.heads // HEADS)
 
     @property
@@ -272,7 +274,7 @@ class Attention:
 class Index:
     """Index scores: `heads` queries of 128 against up to `capacity` keys, one per `ratio` tokens.
 
-    A warp scores `tiles` times 16 keys at a time; `ctas` CTAs of 8 warps share the keys of a sequence.
+    A warp scores `tiles` times 16 keys at a time; CTAs of 8 warps, as many as there are, share a slot's keys.
     Nothing is scored while at most `k` keys exist. format: "mxfp4" or "bf16", of queries and keys.
     """
 
@@ -281,7 +283,6 @@ class Index:
     capacity: int
     ratio: int
     k: int
-    ctas: int
     tiles: int
 
     @property

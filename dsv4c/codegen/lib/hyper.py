@@ -139,7 +139,7 @@ def project(
     quad: Int32,
     lane: Int32,
 ):
-    """The warp's part of x . fn[i] in lane i and of sum(x^2) in lane `rows` (modulo `stride`)."""
+    """The warp's parts of x . fn[i] and, as sum `rows`, of sum(x^2), which `lanes_sums` leaves."""
     a, b = ptx.bf16x2_to_f32x2(x0)
     c, d = ptx.bf16x2_to_f32x2(x1)
     values = cute.make_rmem_tensor((t.stride,), Float32)
@@ -162,32 +162,33 @@ def project(
 
 @cute.jit
 def lanes_sums(values: cute.Tensor, n: Constexpr[int], lane: Int32):
-    """Sum over the warp of values[lane % n], for n values per lane (n a power of two), in a fixed order.
+    """Sum over the warp of values[lane // (32 / n)], for n values per lane (a power of two, at most 32).
 
-    Each step halves what a lane still carries, so n values cost n - 1 shuffles and not 5 n.
+    Each step halves what a lane still carries, so n values cost n - 1 shuffles and not 5 n. Lanes 16 apart
+    are added first, neighbors last, whatever n is: a sum has the same bits among any number of others.
     """
-    for step in range_constexpr(n.bit_length() - 1):
+    for step in range_constexpr(5):
+        offset = const_expr(16 >> step)
         half = const_expr(n >> (step + 1))
-        upper = (lane & half) != 0
+        upper = (lane & offset) != 0
         for i in range_constexpr(half):
             keep = values[i]
             give = values[i + half]
             if upper:
                 keep = values[i + half]
                 give = values[i]
-            values[i] = keep + cute.arch.shuffle_sync_bfly(give, offset=half)
-    r = values[0]
-    for bit in range_constexpr(5):
-        if const_expr((1 << bit) >= n):
-            r = r + cute.arch.shuffle_sync_bfly(r, offset=1 << bit)
-    return r
+            values[i] = keep + cute.arch.shuffle_sync_bfly(give, offset=offset)
+        if const_expr(half == 0):
+            values[0] = values[0] + cute.arch.shuffle_sync_bfly(values[0], offset=offset)
+    return values[0]
 
 
 @cute.jit
 def share_sums(t: Constexpr[Slice], sm: Int32, r: Float32, rank: Int32, warp: Int32, lane: Int32):
-    """Add the warps' parts `r` (lane i holds sum i) and send the CTA's sums to every CTA. All threads."""
-    if lane < t.sums:
-        ptx.sts_f32(sm + t.o_part + (warp * t.stride + lane) * 4, r)
+    """Add the warps' parts `r` of `project` and send the CTA's sums to every CTA. All threads."""
+    own = lane // (32 // t.stride)
+    if own < t.sums:
+        ptx.sts_f32(sm + t.o_part + (warp * t.stride + own) * 4, r)
     cute.arch.sync_threads()
     cluster.meet()
     if warp < t.ctas and lane < t.sums:

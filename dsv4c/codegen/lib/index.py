@@ -51,15 +51,15 @@ def prepare_turns(sm: Int32, frequency: Float32, position: Int32, lane: Int32):
 
 @cute.jit
 def prepare_queries(
-    x: Constexpr[Index], sm: Int32, s_turns: Int32, g_q: Int64, sequence: Int32, warp: Int32, lane: Int32
+    x: Constexpr[Index], sm: Int32, s_turns: Int32, g_q: Int64, token: Int32, warp: Int32, lane: Int32
 ):
-    """Rotate, transform and quantize heads 8 * warp.. of q bf16[B, heads, 128] into MMA fragments.
+    """Rotate, transform and quantize heads 8 * warp.. of q bf16[N, heads, 128] into MMA fragments.
 
     Lane (g, q) works on dimensions 32q..32q+31 of head g: one scale block, and its own part of the fragments.
     """
     if warp < x.heads // 8:
         r = cute.make_rmem_tensor((32,), Float32)
-        g = g_q + ((Int64(sequence) * x.heads + warp * 8 + lane // 4) * 128 + lane % 4 * 32) * 2
+        g = g_q + ((Int64(token) * x.heads + warp * 8 + lane // 4) * 128 + lane % 4 * 32) * 2
         words = [ptx.ldg128(g + 16 * n) for n in range(4)]
         for n in range_constexpr(16):
             r[2 * n], r[2 * n + 1] = ptx.bf16x2_to_f32x2(words[n // 4][n % 4])
@@ -121,16 +121,16 @@ def load_keys(
     keys: cute.Tensor,
     g_data: Int64,
     g_scale: Int64,
-    sequence: Int32,
+    slot: Int32,
     first: Int32,
     lane: Int32,
 ):
-    """Keys first + 16m + 8i + g into registers [m][i][words], for FP4 followed by the block scale."""
+    """Keys first + 16m + 8i + g of a slot to registers [m][i][words], for FP4 followed by the block scale."""
     words = 4 if const_expr(x.format == "mxfp4") else 16
     for m in range_constexpr(x.tiles):
         for i in range_constexpr(2):
             key = first + 16 * m + 8 * i + lane // 4
-            at = Int64(sequence) * x.capacity + key
+            at = Int64(slot) * x.capacity + key
             if key < x.capacity:
                 for n in range_constexpr(words // 4):
                     r = ptx.ldg128(g_data + (at * 4 + lane % 4) * (words * 4) + n * 16)
@@ -165,13 +165,11 @@ def fragments(x: Constexpr[Index], keys: cute.Tensor):
 
 
 @cute.jit
-def load_weights(
-    x: Constexpr[Index], g_weights: Int64, factor: Constexpr[float], sequence: Int32, lane: Int32
-):
+def load_weights(x: Constexpr[Index], g_weights: Int64, factor: Constexpr[float], token: Int32, lane: Int32):
     """The lane's head weights times `factor`, bf16x2 [heads / 8]: heads 8n + 2q and the next."""
     r = cute.make_rmem_tensor((x.heads // 8,), Uint32)
     for n in range_constexpr(x.heads // 8):
-        r[n] = ptx.ldg32(g_weights + (sequence * x.heads + 8 * n + lane % 4 * 2) * 2)
+        r[n] = ptx.ldg32(g_weights + (token * x.heads + 8 * n + lane % 4 * 2) * 2)
         if const_expr(factor != 1.0):
             lo, hi = ptx.bf16x2_to_f32x2(r[n])
             r[n] = ptx.f32x2_to_bf16x2(lo * Float32(factor), hi * Float32(factor))
@@ -208,16 +206,16 @@ def store_scores(
     x: Constexpr[Index],
     total: cute.Tensor,
     g_scores: Int64,
-    sequence: Int32,
+    token: Int32,
     first: Int32,
     visible: Int32,
     lane: Int32,
 ):
-    """Scores of visible keys to f32[B, capacity]: lane q of a quad stores that of half q."""
+    """Scores of visible keys to f32[N, capacity]: lane q of a quad stores that of half q."""
     for m in range_constexpr(x.tiles):
         key = first + 16 * m + lane % 4 * 8 + lane // 4
         value = total[m, 0]
         if lane % 4 == 1:
             value = total[m, 1]
         if lane % 4 < 2 and key < visible:
-            ptx.stg_f32(g_scores + (Int64(sequence) * x.capacity + key) * 4, value)
+            ptx.stg_f32(g_scores + (Int64(token) * x.capacity + key) * 4, value)

@@ -29,7 +29,7 @@ def prefetch(t: Constexpr[Gate], sm: Int32, g_weight: Int64, block: Int32, threa
 
 @cute.jit
 def products(t: Constexpr[Gate], sm: Int32, g_x: Int64, thread: Int32, lane: Int32):
-    """The warp's part of expert r times token b in lane r * tokens + b (modulo `stride`)."""
+    """The warp's parts of expert r times token b, as sums r * tokens + b that `hyper.lanes_sums` leaves."""
     values = cute.make_rmem_tensor((t.stride,), Float32)
     values.fill(0.0)
     for n in range_constexpr(t.pieces):
@@ -61,8 +61,9 @@ def store_logits(
     t: Constexpr[Gate], sm: Int32, g_logits: Int64, r: Float32, block: Int32, thread: Int32, lane: Int32
 ):
     """Add the warps' parts `r` in order and store f32 [tokens][experts]. All threads."""
-    if lane < t.sums:
-        ptx.sts_f32(sm + t.o_part + (thread // 32 * t.stride + lane) * 4, r)
+    own = lane // (32 // t.stride)
+    if own < t.sums:
+        ptx.sts_f32(sm + t.o_part + (thread // 32 * t.stride + own) * 4, r)
     cute.arch.sync_threads()
     if thread < t.sums:
         total = Float32(0.0)
@@ -268,7 +269,9 @@ def row_sums(
     threads: Constexpr[int],
     lane: Int32,
 ):
-    """The warp's part of x . gate[expert of lane i] in lane i; `w` holds the first pieces, `early_rows`."""
+    """The warp's parts of x . gate[expert of lane i] as sums i that `hyper.lanes_sums` leaves; `w` holds the
+    first pieces, `early_rows`.
+    """
     stride = const_expr(1 << (k - 1).bit_length())
     values = cute.make_rmem_tensor((stride,), Float32)
     values.fill(0.0)
@@ -290,9 +293,10 @@ def row_sums(
 
 @cute.jit
 def share_sums(s: Int32, r: Float32, k: Constexpr[int], warp: Int32, lane: Int32):
-    """The warp's sums to f32 [warps][k] at `s`; a CTA barrier makes them visible."""
-    if lane < k:
-        ptx.sts_f32(s + (warp * k + lane) * 4, r)
+    """The warp's `row_sums` to f32 [warps][k] at `s`; a CTA barrier makes them visible."""
+    own = lane // (32 // const_expr(1 << (k - 1).bit_length()))
+    if own < k:
+        ptx.sts_f32(s + (warp * k + own) * 4, r)
 
 
 @cute.jit

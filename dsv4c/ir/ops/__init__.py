@@ -17,9 +17,9 @@ from dsv4c.ir.ops.moe import embedding, take_along
 from dsv4c.ir.ops.norm import normalize, rms_norm, rsqrt_mean_square, softmax
 from dsv4c.ir.ops.quant import dequantize, hadamard, quantize
 from dsv4c.ir.ops.rope import rope, rope_frequencies
-from dsv4c.ir.ops.sample import argmax
+from dsv4c.ir.ops.sample import argmax, last_rows
 from dsv4c.ir.ops.shape import concat, reshape, slice_
-from dsv4c.ir.ops.state import advance, cache_write, positions
+from dsv4c.ir.ops.state import advance, cache_extend, cache_write, owners, positions
 
 __all__ = [
     "add",
@@ -28,6 +28,7 @@ __all__ = [
     "argmax",
     "attention_scores",
     "attention_values",
+    "cache_extend",
     "cache_write",
     "cast",
     "clamp",
@@ -43,10 +44,12 @@ __all__ = [
     "grouped_linear",
     "hadamard",
     "index_scores",
+    "last_rows",
     "linear",
     "mix_streams",
     "mul",
     "normalize",
+    "owners",
     "positions",
     "quantize",
     "reshape",

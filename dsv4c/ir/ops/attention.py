@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
 from dsv4c.types import F32, I32, DType, TensorType, Type
 
@@ -33,22 +35,23 @@ class VisibleEntries(Op):
 
 @primitive
 class Gather(Op):
-    """Rows of each sequence's cache: cache[B, C, D], index i32[N, K] -> [N, K, D].
+    """Rows of a cache: cache[S, C, D], index i32[N, K], slots i32[N] -> [N, K, D].
 
-    Row n belongs to sequence n // (N/B); slot = index % C; index -1 gives zeros.
+    Row n reads index % C of its slot; index -1 gives zeros.
     """
 
-    def infer(self, cache: Type, index: Type) -> Type:
+    picks: ClassVar = {2: (0, 0)}
+
+    def infer(self, cache: Type, index: Type, slots: Type) -> Type:
         chosen = expect_tensor(index, "index", 2, I32)
-        expect(len(cache.shape) == 3, f"cache must be [B, C, D], got {cache}")
-        expect(
-            chosen.shape[0] % cache.shape[0] == 0,
-            f"{chosen.shape[0]} rows do not divide over {cache.shape[0]} sequences",
-        )
+        expect(len(cache.shape) == 3, f"cache must be [S, C, D], got {cache}")
+        expect_tensor(slots, "slots", 1, I32)
+        expect(slots.shape == chosen.shape[:1], f"slots {slots} and index {index} differ in rows")
         return cache.with_shape((*chosen.shape, cache.shape[2]))
 
     def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
-        return Cost(0, (results[0].nbytes, operands[1].nbytes), (results[0].nbytes,))
+        _, index, slots = operands
+        return Cost(0, (results[0].nbytes, index.nbytes, slots.nbytes), (results[0].nbytes,))
 
 
 @primitive

@@ -2,47 +2,57 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
 from dsv4c.types import F32, I32, TensorType, Type
 
 
 @primitive
 class CompletedEntries(Op):
-    """Entries finished by this call: positions i32[B·T] -> i32[B·E] with E = ceil(T / ratio).
+    """Entries finished by this call: positions, slots i32[B·T] -> (entries, their slots), both i32[B·E].
 
-    Entry w is finished by token (w+1)·ratio - 1; unused places hold -1.
+    E = ceil(T / ratio) for T = `tokens` of each sequence. Entry w is finished by token (w+1)·ratio - 1 and
+    lies in that token's slot; unused places hold -1 in slot 0.
     """
 
     ratio: int
-    sequences: int
+    tokens: int
+    per_call: ClassVar = "tokens"
 
-    def infer(self, positions: Type) -> TensorType:
+    def infer(self, positions: Type, slots: Type) -> tuple[TensorType, TensorType]:
         rows = expect_tensor(positions, "positions", 1, I32).shape[0]
+        expect(slots == positions, f"slots {slots} and positions {positions} differ")
         expect(self.ratio > 0, f"ratio must be positive, got {self.ratio}")
-        expect(self.sequences > 0, f"sequences must be positive, got {self.sequences}")
-        expect(rows % self.sequences == 0, f"{rows} rows do not divide over {self.sequences} sequences")
-        return TensorType(I32, (self.sequences * -(-(rows // self.sequences) // self.ratio),))
+        expect(self.tokens > 0, f"tokens must be positive, got {self.tokens}")
+        expect(rows % self.tokens == 0, f"{rows} rows are not {self.tokens} of each sequence")
+        entries = TensorType(I32, (rows // self.tokens * -(-self.tokens // self.ratio),))
+        return entries, entries
 
 
 @primitive
 class CompressPool(Op):
-    """Per-channel softmax over the tokens of a window, weighting their kv -> f32[B·E, d].
+    """Per-channel softmax over the tokens of a window, weighting their kv -> f32[M, d].
 
-    kv and score are rings f32[B, R, c·d] (token p in row p % R; score includes the position bias), entries
-    i32[B·E]. With `overlap` (c = 2) entry w pools tokens ratio·(w-1).. of channels [:d] and ratio·w.. of
-    [d:]; tokens before the start weigh nothing, whatever their row holds. Entry -1 gives zeros.
+    kv and score are rings f32[S, R, c·d] (token p in row p % R; score includes the position bias), entries
+    and slots i32[M]. With `overlap` (c = 2) entry w pools tokens ratio·(w-1).. of channels [:d] and
+    ratio·w.. of [d:]; tokens before the start weigh nothing, whatever their row holds. Entry -1 gives zeros.
+    `tokens` is how many of each sequence a call has: in the long run one entry is pooled per `ratio` of them.
     """
 
     ratio: int
     overlap: bool
+    tokens: int
+    per_call: ClassVar = "tokens"
+    picks: ClassVar = {3: (0, 0)}
 
-    def infer(self, kv: Type, score: Type, entries: Type) -> TensorType:
+    def infer(self, kv: Type, score: Type, entries: Type, slots: Type) -> TensorType:
         expect(self.ratio > 0, f"ratio must be positive, got {self.ratio}")
+        expect(self.tokens > 0, f"tokens must be positive, got {self.tokens}")
         ring = expect_tensor(kv, "kv", 3, F32)
         expect(score == kv, f"kv {kv} and score {score} differ")
         expect_tensor(entries, "entries", 1, I32)
-        sequences, count = ring.shape[0], entries.shape[0]
-        expect(count % sequences == 0, f"{count} entries do not divide over {sequences} sequences")
+        expect(slots == entries, f"slots {slots} and entries {entries} differ")
         parts = 2 if self.overlap else 1
         expect(
             ring.shape[1] >= parts * self.ratio,
@@ -52,12 +62,12 @@ class CompressPool(Op):
         return TensorType(F32, (entries.shape[0], ring.shape[2] // parts))
 
     def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
-        kv, _, entries = operands
+        kv, _, entries, slots = operands
         window = self.ratio * kv.shape[2] * 4  # bytes that one entry pools
-        once_in = self.ratio if entries.shape[0] == kv.shape[0] else 1  # decode pools in one of `ratio` calls
-        pooled = entries.shape[0] * window // once_in
+        most = -(-self.tokens // self.ratio)  # entries that a sequence may complete in a call
+        pooled = entries.shape[0] * window * self.tokens // (most * self.ratio)
         flops = 4 * elements(results[0]) * self.ratio
-        return Cost(flops, (pooled, pooled, entries.nbytes), (results[0].nbytes,))
+        return Cost(flops, (pooled, pooled, entries.nbytes, slots.nbytes), (results[0].nbytes,))
 
 
 @primitive

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
+from typing import ClassVar
+
+from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive, row_bytes
 from dsv4c.types import F32, I32, TensorType, Type
 
 
@@ -10,30 +12,31 @@ from dsv4c.types import F32, I32, TensorType, Type
 class IndexScores(Op):
     """Sum over heads of relu(q_h · key_w) * weight_h -> f32[N, C], -inf for entries w >= (t+1)//ratio.
 
-    q[N, H, D] and keys[B, C, D], quantized or plain; weights[N, H]; with bf16 weights the dot products, the
-    products with the weights and the sum are each rounded to bf16.
+    q[N, H, D] and keys[S, C, D], quantized or plain; weights[N, H]; positions and slots i32[N]. With bf16
+    weights the dot products, the products with the weights and the sum are each rounded to bf16.
     """
 
     ratio: int
+    picks: ClassVar = {4: (1, 0)}
 
-    def infer(self, q: Type, keys: Type, weights: Type, positions: Type) -> TensorType:
+    def infer(self, q: Type, keys: Type, weights: Type, positions: Type, slots: Type) -> TensorType:
         expect(
             len(q.shape) == 3 and len(keys.shape) == 3,
-            f"q must be [N, H, D], keys [B, C, D]; got {q}, {keys}",
+            f"q must be [N, H, D], keys [S, C, D]; got {q}, {keys}",
         )
         expect(q.shape[2] == keys.shape[2], f"q {q} and keys {keys} differ in width")
         expect_tensor(weights, "weights", 2)
         expect(weights.shape == q.shape[:2], f"weights {weights} do not fit q {q}")
         expect_tensor(positions, "positions", 1, I32)
-        rows, sequences = q.shape[0], keys.shape[0]
-        expect(positions.shape == (rows,), f"q {q} and positions {positions} differ in rows")
-        expect(rows % sequences == 0, f"{rows} rows do not divide over {sequences} sequences")
+        expect(positions.shape == q.shape[:1], f"q {q} and positions {positions} differ in rows")
+        expect(slots == positions, f"slots {slots} and positions {positions} differ")
         return TensorType(F32, (q.shape[0], keys.shape[1]))
 
     def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
-        q = operands[0]
+        q, keys, *small = operands
         flops = 2 * elements(results[0]) * q.shape[1] * (q.shape[2] + 1)
-        return Cost(flops, tuple(o.nbytes for o in operands), (results[0].nbytes,))
+        read = row_bytes(keys, min(q.shape[0], keys.shape[0]))  # of the slots that the rows are in
+        return Cost(flops, (q.nbytes, read, *(o.nbytes for o in small)), (results[0].nbytes,))
 
 
 @primitive

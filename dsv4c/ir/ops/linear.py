@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
 from dsv4c.types import BF16, F32, I32, DType, QuantType, TensorType, Type
 
@@ -64,6 +66,7 @@ class ExpertLinear(Op):
     """Tokens through their experts: x[N, K] or x[N, k, K], w[E, M, K], experts i32[N, k] -> out[N, k, M]."""
 
     out: DType
+    picks: ClassVar = {2: (1, 0)}
 
     def infer(self, x: Type, w: Type, experts: Type) -> TensorType:
         _compatible(x, w)

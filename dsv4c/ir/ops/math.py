@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from dsv4c.ir.op import Op, expect, expect_tensor, primitive
 from dsv4c.types import E2M1, E4M3, F32, UE8M0, DType, TensorType, Type
 
@@ -28,6 +30,8 @@ def _same(x: Type) -> TensorType:
 class Add(Op):
     """a + b."""
 
+    commutative: ClassVar = True
+
     def infer(self, a: Type, b: Type) -> TensorType:
         return broadcast(a, b)
 
@@ -35,6 +39,8 @@ class Add(Op):
 @primitive
 class Mul(Op):
     """a * b."""
+
+    commutative: ClassVar = True
 
     def infer(self, a: Type, b: Type) -> TensorType:
         return broadcast(a, b)

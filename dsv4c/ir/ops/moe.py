@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from dsv4c.ir.op import Cost, Op, expect, expect_tensor, primitive
 from dsv4c.types import I32, TensorType, Type
 
@@ -9,6 +11,8 @@ from dsv4c.types import I32, TensorType, Type
 @primitive
 class Embedding(Op):
     """Rows of a table: table[V, ...], ids i32[N] -> [N, ...]. The hash router's expert table is one too."""
+
+    picks: ClassVar = {1: (0, 0)}
 
     def infer(self, table: Type, ids: Type) -> TensorType:
         tensor = expect_tensor(table, "table", least=1)
@@ -22,6 +26,8 @@ class Embedding(Op):
 @primitive
 class TakeAlong(Op):
     """x[n, index[n, j]] (or x[index[n, j]] for a vector x): x[N, E] or x[E], index i32[N, k] -> [N, k]."""
+
+    picks: ClassVar = {1: (0, -1)}
 
     def infer(self, x: Type, index: Type) -> TensorType:
         tensor = expect_tensor(x, "x")

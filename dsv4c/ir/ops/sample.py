@@ -1,9 +1,23 @@
-"""The next token."""
+"""The next token, and the rows it is read from."""
 
 from __future__ import annotations
 
-from dsv4c.ir.op import Op, expect_tensor, primitive
+from dsv4c.ir.op import Cost, Op, expect, expect_tensor, primitive
 from dsv4c.types import I32, TensorType, Type
+
+
+@primitive
+class LastRows(Op):
+    """Row of each sequence's last token: x[B·T, ...], lengths i32[B] -> [B, ...]; zeros where length is 0."""
+
+    def infer(self, x: Type, lengths: Type) -> TensorType:
+        tensor = expect_tensor(x, "x", least=1)
+        rows, sequences = tensor.shape[0], expect_tensor(lengths, "lengths", 1, I32).shape[0]
+        expect(rows % sequences == 0, f"{rows} rows do not divide over {sequences} sequences")
+        return tensor.with_shape((sequences, *tensor.shape[1:]))
+
+    def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
+        return Cost(0, (results[0].nbytes, operands[1].nbytes), (results[0].nbytes,))
 
 
 @primitive
@@ -14,4 +28,4 @@ class Argmax(Op):
         return TensorType(I32, expect_tensor(logits, "logits", 2).shape[:1])
 
 
-argmax = Argmax.apply
+last_rows, argmax = LastRows.apply, Argmax.apply

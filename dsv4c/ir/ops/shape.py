@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from math import prod
+from typing import ClassVar
+
 from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
 from dsv4c.types import QuantType, TensorType, Type
 
 
 @primitive
 class Reshape(Op):
-    """The same elements in another shape."""
+    """The same elements in another shape, of which one dimension may be -1: what is left."""
 
+    view: ClassVar = True
     shape: tuple[int, ...]
 
     def infer(self, x: Type) -> TensorType:
-        result = TensorType(expect_tensor(x, "x").dtype, self.shape)
+        dtype, count = expect_tensor(x, "x").dtype, elements(x)
+        given = prod(n for n in self.shape if n != -1)
+        expect(self.shape.count(-1) <= 1, f"shape {self.shape} leaves several dimensions open")
+        expect(-1 not in self.shape or count % given == 0, f"{x} does not divide into {self.shape}")
+        result = TensorType(dtype, tuple(count // given if n == -1 else n for n in self.shape))
         expect(
             elements(x) == elements(result),
             f"{x} has {elements(x)} elements, {result} has {elements(result)}",

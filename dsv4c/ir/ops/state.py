@@ -1,61 +1,124 @@
-"""Writes to state, and the positions that say where."""
+"""Writes to state, and the positions and slots that say where.
+
+State is [slots, ...], one slot per sequence that a session keeps. A call is about a few of them, and every
+row carries the slot it belongs to.
+"""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from dsv4c.ir.op import Cost, Op, expect, expect_tensor, primitive
+from dsv4c.ir.op import Cost, Op, expect, expect_tensor, primitive, row_bytes
 from dsv4c.types import I32, TensorType, Type
 
 
 @primitive
 class CacheWrite(Op):
-    """cache[B, C, ...] with rows[M, ...] stored at slots index % C, in place; negative indices store nothing.
+    """cache[S, C, ...] with rows[M, ...] stored in place: row m at index % C of its slot.
 
-    Row m belongs to sequence m // (M/B).
+    index i32[M], slots i32[M]. Negative indices store nothing; of two rows for one place the later one stays.
     """
 
     alias: ClassVar = {0: 0}
+    picks: ClassVar = {3: (0, 0)}
 
-    def infer(self, cache: Type, rows: Type, index: Type) -> Type:
+    def infer(self, cache: Type, rows: Type, index: Type, slots: Type) -> Type:
         expect_tensor(index, "index", 1, I32)
-        expect(len(cache.shape) >= 2, f"cache must be [B, C, ...], got {cache}")
+        expect(len(cache.shape) >= 2, f"cache must be [S, C, ...], got {cache}")
         expect(rows.shape[:1] == index.shape, f"rows {rows} and index {index} differ")
-        expect(
-            index.shape[0] % cache.shape[0] == 0, f"{index} does not divide over {cache.shape[0]} sequences"
-        )
+        expect(slots == index, f"slots {slots} and index {index} differ")
         wanted = cache.with_shape((rows.shape[0], *cache.shape[2:]))
         expect(rows == wanted, f"rows must be {wanted} to go into {cache}, got {rows}")
         return cache
 
     def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
-        _, rows, index = operands
-        return Cost(0, (0, rows.nbytes, index.nbytes), (rows.nbytes,))
+        _, rows, index, slots = operands
+        return Cost(0, (0, rows.nbytes, index.nbytes, slots.nbytes), (rows.nbytes,))
+
+
+@primitive
+class CacheExtend(Op):
+    """What a ring would hold if it had `capacity` rows and the call's rows in it -> [B, capacity, ...].
+
+    cache[S, C, ...] holds the last C positions before the call, p at p % C. rows[N, ...] are the call's,
+    `tokens` of each sequence, at positions i32[N] of slots i32[N]; -1 is no row. Row r of the result is the
+    sequence's latest position p with p % capacity = r: one of the call's, one that the ring still has, or
+    else zeros. The ring stays as it is.
+    """
+
+    capacity: int
+    tokens: int
+    per_call: ClassVar = "tokens"
+    picks: ClassVar = {3: (0, 0)}
+
+    def infer(self, cache: Type, rows: Type, positions: Type, slots: Type) -> Type:
+        expect_tensor(positions, "positions", 1, I32)
+        expect(len(cache.shape) >= 2, f"cache must be [S, C, ...], got {cache}")
+        expect(rows.shape[:1] == positions.shape, f"rows {rows} and positions {positions} differ")
+        expect(slots == positions, f"slots {slots} and positions {positions} differ")
+        wanted = cache.with_shape((rows.shape[0], *cache.shape[2:]))
+        expect(rows == wanted, f"rows must be {wanted} to go with {cache}, got {rows}")
+        count = rows.shape[0]
+        expect(count % self.tokens == 0, f"{count} rows are not {self.tokens} of each sequence")
+        expect(
+            self.tokens <= self.capacity,
+            f"a capacity of {self.capacity} cannot hold {self.tokens} rows of a sequence",
+        )
+        return cache.with_shape((count // self.tokens, self.capacity, *cache.shape[2:]))
+
+    def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
+        cache, rows, positions, slots = operands
+        kept = results[0].shape[0] * min(cache.shape[1], self.capacity) - rows.shape[0]
+        old = row_bytes(cache, max(0, kept), rank=2)
+        return Cost(0, (old, rows.nbytes, positions.nbytes, slots.nbytes), (results[0].nbytes,))
 
 
 @primitive
 class Positions(Op):
-    """start i32[B], lengths i32[B] -> i32[B·tokens]: start + t for the first `lengths` tokens, then -1."""
+    """Where the tokens of a call go: start i32[S], slots i32[B], lengths i32[B] -> (positions, row slots).
+
+    Both are i32[B·tokens], `tokens` rows of each sequence: start[slot] + t in that slot for the first
+    `lengths` of them, then position -1 in slot 0. A sequence of length 0 is idle, its slot may be -1.
+    """
 
     tokens: int
+    per_call: ClassVar = "tokens"
 
-    def infer(self, start: Type, lengths: Type) -> TensorType:
+    def infer(self, start: Type, slots: Type, lengths: Type) -> tuple[TensorType, TensorType]:
         expect_tensor(start, "start", 1, I32)
         expect_tensor(lengths, "lengths", 1, I32)
-        expect(start == lengths, f"start {start} and lengths {lengths} differ")
-        return TensorType(I32, (start.shape[0] * self.tokens,))
+        expect(slots == lengths, f"slots {slots} and lengths {lengths} differ")
+        rows = TensorType(I32, (lengths.shape[0] * self.tokens,))
+        return rows, rows
+
+
+@primitive
+class Owners(Op):
+    """Which sequence of the call each row belongs to: lengths i32[B] -> i32[B·tokens], 0, ..., 0, 1, ...
+
+    The slots, so to speak, of values that have one row per sequence of the call.
+    """
+
+    tokens: int
+    per_call: ClassVar = "tokens"
+
+    def infer(self, lengths: Type) -> TensorType:
+        sequences = expect_tensor(lengths, "lengths", 1, I32).shape[0]
+        return TensorType(I32, (sequences * self.tokens,))
 
 
 @primitive
 class Advance(Op):
-    """start + lengths, in place."""
+    """start[slots] + lengths, in place: start i32[S], slots and lengths i32[B]. Length 0 moves nothing."""
 
     alias: ClassVar = {0: 0}
 
-    def infer(self, start: Type, lengths: Type) -> TensorType:
+    def infer(self, start: Type, slots: Type, lengths: Type) -> TensorType:
         tensor = expect_tensor(start, "start", 1, I32)
-        expect(start == lengths, f"start {start} and lengths {lengths} differ")
+        expect_tensor(lengths, "lengths", 1, I32)
+        expect(slots == lengths, f"slots {slots} and lengths {lengths} differ")
         return tensor
 
 
-cache_write, positions, advance = CacheWrite.apply, Positions.apply, Advance.apply
+cache_write, cache_extend = CacheWrite.apply, CacheExtend.apply
+positions, owners, advance = Positions.apply, Owners.apply, Advance.apply

@@ -25,39 +25,41 @@ from dsv4c.passes.fusions.q_norm_rope import q_norm_rope
 from dsv4c.types import BF16, FP8_ROW, DType, QuantFormat, QuantType
 
 
-def keys_of(cache: Value, index: Value, out: DType) -> Value:
+def keys_of(cache: Value, index: Value, slots: Value, out: DType) -> Value:
     """Rows of a cache as plain keys."""
-    rows: Value = gather(cache, index)
+    rows: Value = gather(cache, index, slots)
     if isinstance(cache.type, QuantType):
         rows = dequantize(rows, out=out)
     return rows
 
 
 def operands_of(rotation: Node, around: Neighborhood) -> int | None:
-    """How many operands the attention that ends in this rotation has: 5 SWA, 6 HCA, 7 CSA."""
+    """How many operands the attention that ends in this rotation has: 6 SWA, 8 HCA, 9 CSA."""
     values = around.producer(rotation.inputs[0])
     if values is None or not isinstance(values.op, AttentionValues):
         return None
     keys = around.producer(values.inputs[2])
     if keys is None or not isinstance(keys.op, Concat):
-        return 5
+        return 6
     rows = around.producer(keys.inputs[1])
     while rows is not None and not isinstance(rows.op, Gather):
         rows = around.producer(rows.inputs[0])
     chosen = rows and around.producer(rows.inputs[1])
-    return 6 if chosen is not None and isinstance(chosen.op, VisibleEntries) else 7
+    return 8 if chosen is not None and isinstance(chosen.op, VisibleEntries) else 9
 
 
 @fused
 class Attention(Fused):
     """q[N, h, D] before its norm -> [N, groups, h/groups * D], quantized when there is a `format`.
 
-    Without `entries`: sliding window alone (SWA). With them: the `chosen` ones (CSA), or else all that are
-    complete, one per `ratio` tokens (HCA).
+    Row n sees the `ring` in ring_slots[n] and the `entries` in slots[n]; they differ where the ring is a
+    copy beside the state. Without `entries`: sliding window alone (SWA). With them: the `chosen` ones (CSA),
+    or else all that are complete, one per `ratio` tokens (HCA).
     """
 
     literals = ("concat.axis",)
     anchor = InverseRope
+    counts = (9, 8, 6)
     example: ClassVar[Mapping[str, Any]] = {
         "q": "bf16[1,4,128]",
         "positions": "i32[1]",
@@ -96,17 +98,19 @@ class Attention(Fused):
         frequencies: Value,
         sink: Value,
         ring: Value,
+        ring_slots: Value,
         entries: Value | None = None,
+        slots: Value | None = None,
         chosen: Value | None = None,
     ) -> Value:
         act = dtype_of(q)
         q = q_norm_rope(q, positions, frequencies, eps=self.eps, precision=self.precision)
         index = window_index(positions, window=self.window)
-        keys = keys_of(ring, index, act)
-        if entries is not None:
+        keys = keys_of(ring, index, ring_slots, act)
+        if entries is not None and slots is not None:
             if chosen is None:
                 chosen = visible_entries(positions, ratio=self.ratio, capacity=entries.type.shape[1])
-            keys = concat(keys, keys_of(entries, chosen, act), axis=1)
+            keys = concat(keys, keys_of(entries, chosen, slots, act), axis=1)
             index = concat(index, chosen, axis=1)
         scores = attention_scores(q, keys, index, scale=self.scale)
         p, denominator = sink_softmax(scores, sink, out=act)

@@ -10,6 +10,7 @@ from dsv4c.ir.fused import Fused, Neighborhood, dtype_of
 from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.ops import (
     add_position_bias,
+    cache_extend,
     cache_write,
     cast,
     completed_entries,
@@ -29,21 +30,25 @@ from dsv4c.types import F32, QuantType
 class Compressor(Fused):
     """kv, gate f32[N, W] to their rings, finished entries to the cache. Returns cache, kv ring, score ring.
 
+    Rows and entries lie in their slots. With `owners`, the sequence of the call that each row belongs to, the
+    windows are pooled from copies of the rings that have room for all rows: `beside` is their capacity.
     `rotated` entries are index keys: under the Hadamard transform.
     """
 
     optional = True
     literals = ("rms_norm.precision", "rope.inverse")
     anchor = CompressPool
+    per_call = "tokens"
     example: ClassVar[Mapping[str, Any]] = {
         "entries": "q[e4m3,ue8m0,1x64,tail=64][1,128,512]",
         "gain": "bf16[512]",
     }
     ratio: int
     overlap: bool
-    sequences: int
+    tokens: int
     eps: float
     rotated: bool
+    beside: int = 0
 
     @classmethod
     def propose(cls, anchor: Node, around: Neighborhood) -> Iterable[Mapping[str, Any]]:
@@ -63,18 +68,28 @@ class Compressor(Fused):
         bias: Value,
         gain: Value,
         positions: Value,
+        slots: Value,
         frequencies: Value,
+        owners: Value | None = None,
     ) -> tuple[Value, ...]:
+        ratio, tokens, capacity = self.ratio, self.tokens, self.beside
         score = add_position_bias(gate, bias, positions)
-        kv_ring = cache_write(kv_ring, kv, positions)
-        score_ring = cache_write(score_ring, score, positions)
-        done = completed_entries(positions, ratio=self.ratio, sequences=self.sequences)
-        z = compress_pool(kv_ring, score_ring, done, ratio=self.ratio, overlap=self.overlap)
+        done, done_slots = completed_entries(positions, slots, ratio=ratio, tokens=tokens)
+        if owners is not None:
+            kv_beside = cache_extend(kv_ring, kv, positions, slots, capacity=capacity, tokens=tokens)
+            score_beside = cache_extend(score_ring, score, positions, slots, capacity=capacity, tokens=tokens)
+            _, places = completed_entries(positions, owners, ratio=ratio, tokens=tokens)
+        kv_ring = cache_write(kv_ring, kv, positions, slots)
+        score_ring = cache_write(score_ring, score, positions, slots)
+        seen = (kv_ring, score_ring, done, done_slots)
+        if owners is not None:
+            seen = (kv_beside, score_beside, done, places)
+        z = compress_pool(*seen, ratio=ratio, overlap=self.overlap, tokens=tokens)
         if dtype_of(gain) != F32:
             z = cast(z, to=dtype_of(gain))
-        e = rope(rms_norm(z, gain, eps=self.eps), done, frequencies, stride=self.ratio)
+        e = rope(rms_norm(z, gain, eps=self.eps), done, frequencies, stride=ratio)
         if self.rotated:
             e = hadamard(e)
         if isinstance(entries.type, QuantType):
             e = quantize(e, format=entries.type.format)
-        return cache_write(entries, e, done), kv_ring, score_ring
+        return cache_write(entries, e, done, done_slots), kv_ring, score_ring

@@ -52,8 +52,8 @@ def post_mix(f: Value, streams: Value, post: Value, comb: Value) -> Value:
 
 def mixes_of(streams: Value, fn: Value, eps: float) -> Value:
     """(v · fn) * rsqrt(mean(v²) + eps) over all streams of a token, f32."""
-    n, s, h = streams.type.shape
-    v = reshape(streams, shape=(n, s * h))
+    _, s, h = streams.type.shape
+    v = reshape(streams, shape=(-1, s * h))
     out: Value = mul(linear(v, fn, out=F32), rsqrt_mean_square(v, eps=eps))
     return out
 
@@ -88,7 +88,7 @@ class HyperNormFirst(Fused):
         return ({"format": proposed_format(anchor, around)},)
 
     def body(self, streams: Value, fn: Value, base: Value, scales: Value, gain: Value) -> tuple[Value, ...]:
-        n, s, _ = streams.type.shape
+        s = streams.type.shape[1]
         mixes = mixes_of(streams, fn, self.norm_eps)
 
         def part(i: int, start: int, stop: int) -> Value:
@@ -99,7 +99,7 @@ class HyperNormFirst(Fused):
 
         pre = shift(sigmoid(part(0, 0, s)), offset=self.hc_eps)
         post = scale(sigmoid(part(1, s, 2 * s)), factor=2.0)
-        comb = reshape(part(2, 2 * s, 2 * s + s * s), shape=(n, s, s))
+        comb = reshape(part(2, 2 * s, 2 * s + s * s), shape=(-1, s, s))
         comb = sinkhorn(comb, iterations=self.iterations, eps=self.hc_eps)
         x = collapse_streams(streams, pre, out=dtype_of(streams))
         normed = rms_norm(x, gain, eps=self.norm_eps)

@@ -14,7 +14,7 @@ from dsv4c.types import QuantType
 
 @fused
 class Indexer(Fused):
-    """q[N, H, D] before RoPE, keys[B, C, D], weights[N, H] -> scores f32[N, C], -inf where not visible."""
+    """q[N, H, D] before RoPE, keys[S, C, D], weights[N, H] -> scores f32[N, C], -inf where not visible."""
 
     optional = True
     literals = ("rope.inverse", "rope.stride")
@@ -22,9 +22,12 @@ class Indexer(Fused):
     ratio: int
     factor: float
 
-    def body(self, q: Value, keys: Value, weights: Value, positions: Value, frequencies: Value) -> Value:
+    def body(
+        self, q: Value, keys: Value, weights: Value, positions: Value, slots: Value, frequencies: Value
+    ) -> Value:
         q = hadamard(rope(q, positions, frequencies))
         if isinstance(keys.type, QuantType):
             q = quantize(q, format=keys.type.format)
-        scores: Value = index_scores(q, keys, scale(weights, factor=self.factor), positions, ratio=self.ratio)
+        weights = scale(weights, factor=self.factor)
+        scores: Value = index_scores(q, keys, weights, positions, slots, ratio=self.ratio)
         return scores

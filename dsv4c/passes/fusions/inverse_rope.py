@@ -32,9 +32,9 @@ class InverseRope(Fused):
         return ({"groups": shape[1], "format": f} for f in formats or [None]) if len(shape) == 3 else ()
 
     def body(self, o: Value, positions: Value, frequencies: Value) -> Value:
-        n, heads, dim = o.type.shape
+        _, heads, dim = o.type.shape
         o = rope(o, positions, frequencies, inverse=True)
-        o = reshape(o, shape=(n, self.groups, heads * dim // self.groups))
+        o = reshape(o, shape=(-1, self.groups, heads * dim // self.groups))
         return o if self.format is None else quantize(o, format=self.format)
 
 

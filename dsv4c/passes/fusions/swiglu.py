@@ -22,7 +22,7 @@ def swiglu(gate: Value, up: Value, limit: float, weights: Value | None) -> Value
         gate, up = cast(gate, to=F32), cast(up, to=F32)
     h = mul(silu(clamp(gate, low=None, high=limit)), clamp(up, low=-limit, high=limit))
     if weights is not None:
-        h = mul(h, reshape(weights, shape=(*weights.type.shape, 1)))
+        h = mul(h, reshape(weights, shape=(-1, weights.type.shape[1], 1)))
     out: Value = cast(h, to=act) if act != F32 else h
     return out
 

@@ -8,10 +8,11 @@ from functools import cache
 
 import torch
 
-from dsv4c.config import Deployment, ModelConfig, load_config
+from dsv4c.buckets import Bucket
+from dsv4c.config import ModelConfig, load_config
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.verify import verify
-from dsv4c.models.deepseek_v4 import Mode, build
+from dsv4c.models.deepseek_v4 import build
 from dsv4c.numerics import codec
 from dsv4c.numerics.codec import Quantized
 from dsv4c.passes.fold import FoldReport, Rule, fold
@@ -19,27 +20,32 @@ from dsv4c.passes.fusions import FUSIONS
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import RECIPES, recipe_named
 from dsv4c.types import DType, QuantType
+from tests.interpreted import deployment_of
 
-MODES: tuple[Mode, ...] = ("decode", "prefill", "mtp")
-CASES = [(recipe, mode) for recipe in RECIPES for mode in MODES]
-RULES = [Rule(op) for op in FUSIONS]
 CHUNK = 132  # finishes a window of 128, and leaves one unfinished
+DECODE, VERIFY = Bucket("decode"), Bucket("verify", 2, 4, "last")
+PREFILL, DRAFT = Bucket("prefill", tokens=CHUNK), Bucket("draft", tokens=CHUNK)
+BUCKETS = (DECODE, VERIFY, PREFILL, DRAFT)
+CASES = [(recipe, bucket) for recipe in RECIPES for bucket in BUCKETS]
+RULES = [Rule(op) for op in FUSIONS]
+SLOTS = 2  # so that it matters which one a row is in
 
 
 @cache
-def unfolded(model: str, recipe: str, mode: Mode, max_context: int = 512) -> Graph:
-    """The verified graph of one sequence before any fusion."""
-    return graph_of(load_config(model), recipe, mode, Deployment(max_context=max_context, chunk=CHUNK))
+def unfolded(model: str, recipe: str, bucket: Bucket, max_context: int = 512) -> Graph:
+    """The verified graph of a bucket before any fusion."""
+    return graph_of(load_config(model), recipe, bucket, max_context)
 
 
-def graph_of(config: ModelConfig, recipe: str, mode: Mode, deployment: Deployment) -> Graph:
+def graph_of(config: ModelConfig, recipe: str, bucket: Bucket, max_context: int = 512) -> Graph:
     numerics = recipe_named(recipe)
-    return verify(quantize(build(config, deployment, mode, numerics.activation), numerics))
+    deployment = deployment_of(bucket, recipe=recipe, max_context=max_context, slots=SLOTS)
+    return verify(quantize(build(config, deployment, bucket, numerics.activation), numerics))
 
 
 @cache
-def folded(model: str, recipe: str, mode: Mode, max_context: int = 512) -> tuple[Graph, FoldReport]:
-    graph, report = fold(unfolded(model, recipe, mode, max_context), RULES)
+def folded(model: str, recipe: str, bucket: Bucket, max_context: int = 512) -> tuple[Graph, FoldReport]:
+    graph, report = fold(unfolded(model, recipe, bucket, max_context), RULES)
     return verify(graph), report
 
 
@@ -53,7 +59,7 @@ def one_layer(ratio: int, recipe: str = "official", hashed: bool = False) -> Gra
         num_hash_layers=int(hashed),
         mtp_layers=0,
     )
-    return graph_of(config, recipe, "decode", Deployment(max_context=512, chunk=1))
+    return graph_of(config, recipe, DECODE)
 
 
 def wiring(graph: Graph) -> list[str]:

@@ -7,17 +7,28 @@ from functools import cache
 import pytest
 import torch
 
+from dsv4c.buckets import Bucket, Kind
 from dsv4c.config import load_config
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.verify import verify
-from dsv4c.models.deepseek_v4 import Mode
 from dsv4c.numerics import codec
 from dsv4c.passes.fold import fold
 from dsv4c.passes.recipes import RECIPES
 from dsv4c.reference.interpret import clone, interpret
 from tests.goldens import recorded
-from tests.interpreted import Model, fresh_states, padded
-from tests.passes.fusions.cases import CHUNK, RULES, differing, folded, random_weights, unfolded
+from tests.interpreted import Model, fresh_states, padded, padded_all
+from tests.passes.fusions.cases import (
+    CHUNK,
+    DECODE,
+    DRAFT,
+    PREFILL,
+    RULES,
+    VERIFY,
+    differing,
+    folded,
+    random_weights,
+    unfolded,
+)
 
 DECODED = 5  # crosses the end of a window of four
 
@@ -29,18 +40,18 @@ def tokens(count: int, vocab: int) -> list[int]:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_folding_changes_no_bit_of_prefill_and_decode(recipe: str) -> None:
     config = load_config("tiny")
-    plain = {mode: unfolded("tiny", recipe, mode) for mode in ("prefill", "decode")}
-    fused = {mode: folded("tiny", recipe, mode)[0] for mode in ("prefill", "decode")}
-    weights = random_weights(plain["decode"], config.n_routed_experts)
+    plain = {bucket: unfolded("tiny", recipe, bucket) for bucket in (PREFILL, VERIFY, DECODE)}
+    fused = {bucket: folded("tiny", recipe, bucket)[0] for bucket in plain}
+    weights = random_weights(plain[DECODE], config.n_routed_experts)
     ids = tokens(CHUNK + DECODED, config.vocab_size)
-    first = fresh_states(plain["prefill"])
+    first = fresh_states(plain[PREFILL])
     second = {name: clone(value) for name, value in first.items()}
-    calls = [("prefill", padded(ids[: CHUNK - 1], CHUNK))]
-    calls += [("decode", padded([token], 1)) for token in ids[CHUNK - 1 :]]
-    for mode, inputs in calls:
-        expected = interpret(plain[mode], inputs, first, weights)
-        found = interpret(fused[mode], inputs, second, weights)
-        assert bool(expected["logits"][: int(inputs["lengths"])].isfinite().all())
+    calls = [(PREFILL, padded(ids[: CHUNK - 1], CHUNK)), (VERIFY, padded_all({1: ids[:3], 0: ids[:4]}, 2, 4))]
+    calls += [(DECODE, padded([token], 1)) for token in ids[CHUNK - 1 :]]
+    for bucket, inputs in calls:
+        expected = interpret(plain[bucket], inputs, first, weights)
+        found = interpret(fused[bucket], inputs, second, weights)
+        assert bool(expected["logits"][: int(inputs["lengths"].sum())].isfinite().all())
         assert differing(expected, found) == []
         assert differing(first, second) == []
 
@@ -48,7 +59,7 @@ def test_folding_changes_no_bit_of_prefill_and_decode(recipe: str) -> None:
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_folding_changes_no_bit_of_a_draft(recipe: str) -> None:
     config = load_config("tiny")
-    plain, fused = unfolded("tiny", recipe, "mtp"), folded("tiny", recipe, "mtp")[0]
+    plain, fused = unfolded("tiny", recipe, DRAFT), folded("tiny", recipe, DRAFT)[0]
     weights = random_weights(plain, config.n_routed_experts)
     (streams,) = (v for v in plain.inputs if v.name == "streams")
     rows = torch.randn(streams.type.shape, generator=torch.Generator().manual_seed(2))
@@ -70,8 +81,8 @@ def _folded(graph: Graph) -> Graph:
 class FoldedModel(Model):
     """A recorded model whose graphs are folded."""
 
-    def graph(self, mode: Mode) -> Graph:
-        return _folded(super().graph(mode))
+    def graph(self, bucket: Bucket | Kind) -> Graph:
+        return _folded(super().graph(bucket))
 
 
 def test_the_folded_official_model_is_within_tolerance_of_its_recording() -> None:

@@ -24,7 +24,7 @@ from dsv4c.passes.fusions import FUSIONS
 from dsv4c.passes.fusions.rmsnorm_quantize import RmsnormQuantize
 from dsv4c.passes.work import Match, Work
 from dsv4c.types import BF16, F32, DType
-from tests.passes.fusions.cases import RULES, folded, one_layer, unfolded, wiring
+from tests.passes.fusions.cases import DECODE, RULES, folded, one_layer, unfolded, wiring
 
 RECIPE = {"scaled_experts_down": "nvfp4-experts-w4a4"}
 NO_INNER_VALUE = {"index_topk", "in_proj", "rmsnorm_quantize"}  # every value of the body is a result
@@ -33,8 +33,8 @@ NO_INNER_VALUE = {"index_topk", "in_proj", "rmsnorm_quantize"}  # every value of
 def match_of(rule: str) -> tuple[Graph, Match]:
     """The unfolded graph of tiny's decode step, and the rule's first occurrence in it."""
     recipe = RECIPE.get(rule, "official")
-    _, report = folded("tiny", recipe, "decode")
-    return unfolded("tiny", recipe, "decode"), next(m for m in report.matches if m.op.name == rule)
+    _, report = folded("tiny", recipe, DECODE)
+    return unfolded("tiny", recipe, DECODE), next(m for m in report.matches if m.op.name == rule)
 
 
 def inner_values(match: Match) -> list[Value]:
@@ -53,7 +53,7 @@ def refusals(report: FoldReport, rule: str) -> list[Refusal]:
 @pytest.mark.parametrize("rule", [op.name for op in FUSIONS if op.name not in NO_INNER_VALUE])
 def test_an_inner_value_that_escapes_is_a_refusal(rule: str) -> None:
     graph, match = match_of(rule)
-    before = sum(m.op.name == rule for m in folded("tiny", RECIPE.get(rule, "official"), "decode")[1].matches)
+    before = sum(m.op.name == rule for m in folded("tiny", RECIPE.get(rule, "official"), DECODE)[1].matches)
     value = inner_values(match)[-1]
     kept, report = fold(leaking(graph, value), RULES)
     assert verify(kept).outputs["leak"].name == value.name
@@ -78,7 +78,7 @@ def test_without_the_check_an_escaping_value_would_be_lost(monkeypatch: pytest.M
 def test_without_the_check_a_cycle_would_close(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Work, "way_back", lambda *_: None)
     with pytest.raises(GraphError, match="cycle"):
-        fold(unfolded("tiny", "nvfp4-experts-w4a4", "decode"), RULES)
+        fold(unfolded("tiny", "nvfp4-experts-w4a4", DECODE), RULES)
 
 
 def test_without_the_check_an_attribute_would_be_lost(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,7 +118,7 @@ def test_the_plain_row_of_a_norm_is_a_result_for_those_who_read_it() -> None:
 
 def test_a_hash_router_stays_apart_when_the_routed_input_depends_on_it() -> None:
     """Static input scales are those of the chosen experts, so swiglu cannot start before the router."""
-    graph, report = folded("tiny", "nvfp4-experts-w4a4", "decode")
+    graph, report = folded("tiny", "nvfp4-experts-w4a4", DECODE)
     refused = refusals(report, "hash_swiglu")
     assert report.counts["hash_swiglu"] == 0
     assert {r.cause for r in refused} == {"cycle"}
@@ -128,7 +128,7 @@ def test_a_hash_router_stays_apart_when_the_routed_input_depends_on_it() -> None
 
 def test_a_guard_refuses_with_its_reason() -> None:
     rules = [replace(r, guard=lambda _: "not today") if r.name == "router" else r for r in RULES]
-    _, report = fold(unfolded("tiny", "official", "decode"), rules)
+    _, report = fold(unfolded("tiny", "official", DECODE), rules)
     assert report.counts["router"] == 0
     assert {r.found for r in refusals(report, "router") if r.cause == "guard"} == {"not today"}
 

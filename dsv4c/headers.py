@@ -6,6 +6,7 @@ Every doubt is a CheckpointError that names file and tensor, what was found and 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -142,8 +143,22 @@ def _check_offsets(file: Path, entries: list[Entry], payload: int, size: int) ->
         )
 
 
-def _read_index(index: Path) -> dict[str, Entry]:
-    """Tensors of all shards that an index names, which must agree with the index both ways."""
+def find_entry(folder: Path, name: re.Pattern[str]) -> Entry | None:
+    """The first tensor of a checkpoint folder whose name matches; None without one, or without a checkpoint.
+
+    Reads one file's header, however many shards there are. Raises CheckpointError if that is not sound.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if index.is_file():
+        shards = _weight_map(index)
+        found = next((tensor for tensor in shards if name.fullmatch(tensor)), None)
+        return None if found is None else read_header(folder / shards[found]).get(found)
+    entries = read_header(single) if single.is_file() else {}
+    return next((entry for entry in entries.values() if name.fullmatch(entry.name)), None)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """File by tensor, as an index has it; the files lie next to the index."""
     try:
         content = strict_json.parse(index.read_text(encoding="utf-8"))
         where = content["weight_map"]
@@ -155,10 +170,16 @@ def _read_index(index: Path) -> dict[str, Entry]:
         raise CheckpointError(
             f"{index}: not a checkpoint index: no weight_map of names to files ({error!r})"
         ) from None
-    shards = sorted(set(where.values()))
-    foreign = [shard for shard in shards if Path(shard).name != shard]
+    foreign = sorted(shard for shard in where.values() if Path(shard).name != shard)
     if foreign:
         raise CheckpointError(f"{index}: names the shard {foreign[0]!r}; expected files next to the index")
+    return where
+
+
+def _read_index(index: Path) -> dict[str, Entry]:
+    """Tensors of all shards that an index names, which must agree with the index both ways."""
+    where = _weight_map(index)
+    shards = sorted(set(where.values()))
     absent = [shard for shard in shards if not (index.parent / shard).is_file()]
     if absent:
         names = sorted(name for name, shard in where.items() if shard == absent[0])

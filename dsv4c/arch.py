@@ -1,0 +1,66 @@
+"""What a GPU is: the facts that decide which kernels it gets, how these are cut, and which plans it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One architecture, with the figures of the `gpu` that kernels are planned for. Shared memory in bytes.
+
+    read_bandwidth: bytes per second that it reads in its best grid, the floor of a kernel's time.
+    converts_e2m1: has conversions of e2m1, which decide how FP4 codes are packed. tensor_memory: has tcgen05.
+    run_here: plans have run on it.
+    """
+
+    name: str  # as the compiler calls it; its "a": no later architecture runs the code
+    gpu: str
+    capability: tuple[int, int]
+    sms: int
+    shared_per_sm: int  # of which each resident CTA loses SYSTEM_SHARED
+    shared_per_cta: int
+    read_bandwidth: float
+    converts_e2m1: bool
+    tensor_memory: bool
+    run_here: bool
+
+    def floor_us(self, nbytes: int) -> float:
+        """Microseconds that reading `nbytes` takes at least."""
+        return nbytes / self.read_bandwidth * 1e6
+
+    def shared_of(self, resident: int) -> int:
+        """Bytes of shared memory that a CTA may use where `resident` of them are to fit an SM."""
+        return min(self.shared_per_cta, self.shared_per_sm // resident - SYSTEM_SHARED)
+
+
+SYSTEM_SHARED = 1024
+
+SM_90A = Arch(
+    name="sm_90a",
+    gpu="H200",
+    capability=(9, 0),
+    sms=132,
+    shared_per_sm=228 * 1024,
+    shared_per_cta=227 * 1024,
+    read_bandwidth=4.45e12,
+    converts_e2m1=False,
+    tensor_memory=False,
+    run_here=True,
+)
+
+SM_100A = Arch(
+    name="sm_100a",
+    gpu="B200",
+    capability=(10, 0),
+    sms=148,
+    shared_per_sm=228 * 1024,
+    shared_per_cta=227 * 1024,
+    read_bandwidth=8.0e12,  # as specified, not measured
+    converts_e2m1=True,
+    tensor_memory=True,
+    run_here=False,
+)
+
+ARCHS = {arch.name: arch for arch in (SM_90A, SM_100A)}
+"""By the name of the target."""

@@ -1,0 +1,75 @@
+"""Code of the GPU targets: the kernels that families of `codegen.kernels` answer a launch with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from functools import cached_property
+
+import dsv4c.codegen.kernels  # noqa: F401  (registers the families)
+from dsv4c.arch import Arch
+from dsv4c.codegen.build import Source, source_key
+from dsv4c.codegen.lower import Operand, Part
+from dsv4c.codegen.registry import KERNELS, Launchable, choose, request_of
+from dsv4c.errors import BuildError
+from dsv4c.ir.graph import Graph, Kind, Node, Value
+from dsv4c.passes.schedule import Group
+from dsv4c.plan.records import KernelCode
+
+
+class Kernels:
+    """A `Coder` for one GPU architecture. `sources` are the kernels to build, by the names that launches call
+    them.
+    """
+
+    def __init__(self, arch: Arch) -> None:
+        self.arch = arch
+        self.sources: dict[str, Source] = {}
+        self._keys: dict[Source, str] = {}
+
+    @cached_property
+    def groups(self) -> Sequence[Group]:
+        """What families take in one launch."""
+        return tuple(Group(tuple(op.name for op in k.ops), k.chained) for k in KERNELS if k.several)
+
+    def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
+        labels = {p: label_of(p.name) for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
+        request, values = request_of(nodes, self.arch, graph.users, labels)
+        return tuple(self._part(launch, values) for launch in choose(request))
+
+    def check_load(self, graph: Graph) -> None:
+        """Constants of the model may be computed at load; kernels take the weights themselves."""
+        for node in graph.nodes:
+            if node.inputs:
+                raise BuildError(
+                    f"at {node.name}: {node.op.name} of weights is left over; kernels take the weights "
+                    "themselves, expected it folded into the op that reads it"
+                )
+
+    def _part(self, launch: Launchable, values: Sequence[Value]) -> Part:
+        emission = launch.emission
+        source = Source(emission.symbol, emission.source)
+        if source not in self._keys:
+            self._keys[source] = source_key(source, self.arch.name)[:24]
+        key = self._keys[source]
+        self.sources[key] = source
+        code = KernelCode(
+            kernel=key,
+            grid=emission.grid,
+            block=emission.block,
+            cluster=emission.cluster,
+            shared=emission.shared,
+            programmatic=emission.programmatic and emission.waits,
+            waits=emission.waits,
+        )
+        operands = tuple(
+            Operand(b.component, b.access, None if b.value is None else values[b.value], b.scratch)
+            for b in launch.bindings
+        )
+        forms = {values[number]: form for number, form in launch.forms.items()}
+        return Part(code, operands, launch.stage, launch.scratch, forms)
+
+
+def label_of(name: str) -> str:
+    """A parameter's name inside its layer, as an identifier."""
+    return re.sub(r"^(layers|mtp)\.\d+\.((attn|ffn)\.)?", "", name).replace(".", "_")

@@ -1,0 +1,130 @@
+"""What `compile` is asked for, checked and completed to a job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, get_args
+
+from dsv4c.buckets import ROWS, Bucket, Logits
+from dsv4c.compiler.job import Job, choose_rules, rules_of
+from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
+from dsv4c.errors import ConfigError
+from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, parse_pipeline
+from dsv4c.passes.recipes import Recipe, recipe_for
+
+CHUNK = 64  # tokens per prefill call on the CPU, unless the context is shorter
+BATCHES = (1, 2, 4, 8)  # sequences that decode together on a GPU
+VERIFY = 4  # tokens of a sequence that one step can verify
+
+Draft = Literal["off", "mtp"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """A model (a config, a built-in name, a config.json or a checkpoint folder), and how to compile it.
+
+    target: cpu, sm_90a or sm_100a. batch: sequences that decode together, a bucket for each number (1; on a
+    GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens
+    that each has room for. verify: tokens of one sequence that a verify step takes, 1 for no such bucket.
+    chunk: tokens of one sequence that prefill calls take, a bucket for each size (64 or the context; on a
+    GPU 8). logits: of every token of a chunk, or of its last alone. draft: "mtp" adds the draft block's
+    bucket. pipeline: passes (or their spec) in place of the default ones, whose recipe is `recipe`. rules:
+    what may fold, by default the built-in ones and those of installed packages, without those of `disable`
+    ("all": every one) that `enable` does not take back. expected: applications by rule that must hold for
+    the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever they apply.
+    """
+
+    model: ModelConfig | str | Path
+    target: str = "cpu"
+    recipe: str = "official"
+    batch: int | Sequence[int] | None = None
+    slots: int | None = None
+    max_context: int = 4096
+    verify: int | None = None
+    chunk: int | Sequence[int] | None = None
+    logits: Logits = "all"
+    draft: Draft = "off"
+    pipeline: str | Pipeline | None = None
+    rules: Contributions | None = None
+    disable: Iterable[str] = ()
+    enable: Iterable[str] = ()
+    expected: Mapping[str, int] = field(default_factory=dict)
+    require_fused: Iterable[str] = ()
+
+    def job(self) -> Job:
+        """Everything that decides the plan. Raises ConfigError for a model, deployment or recipe that cannot
+        be, GraphError for a rule or a pipeline.
+        """
+        config = self.model if isinstance(self.model, ModelConfig) else load_config(self.model)
+        known = rules_of() if self.rules is None else self.rules
+        required = frozenset(self.require_fused)
+        for name in (*self.expected, *required):
+            known.rule(name)
+        recipe = recipe_for(self.recipe, config.expert_format)
+        deployment = self._deployment(config, recipe)
+        line = choose_rules(pipeline_of(self.pipeline, recipe, known), known, self.disable, self.enable)
+        return Job(config, deployment, recipe, line, known, self.expected, required)
+
+    def _deployment(self, config: ModelConfig, recipe: Recipe) -> Deployment:
+        for name, given, known in (("logits", self.logits, Logits), ("draft", self.draft, Draft)):
+            if given not in get_args(known):
+                choices = " or ".join(map(repr, get_args(known)))
+                raise ConfigError(f"{name}: {given!r} is unknown; expected {choices}")
+        on_cpu = self.target == "cpu"
+        batches = _numbers("batch", self.batch, (1,) if on_cpu else BATCHES)
+        chunks = _numbers("chunk", self.chunk, (min(CHUNK if on_cpu else ROWS, self.max_context),))
+        verify = self.verify if self.verify is not None else min(VERIFY, self.max_context)
+        if not 1 <= verify <= ROWS:
+            raise ConfigError(f"verify: {verify} tokens, expected 1 (no such bucket) to {ROWS}")
+        if self.draft != "off" and not config.mtp_layers:
+            raise ConfigError(f"{config.name}: has no MTP block (mtp_layers is 0); compile with draft off")
+        if self.draft != "off" and not on_cpu:
+            raise ConfigError(
+                f"draft: {self.target} has no kernels for the MTP block; compile with draft off, or for cpu"
+            )
+        buckets = [Bucket("decode", sequences=n) for n in batches]
+        if verify > 1:
+            buckets.append(Bucket("verify", tokens=verify))
+        shapes = {(b.sequences, b.tokens, b.logits) for b in buckets}
+        for tokens in chunks:
+            if (1, tokens, self.logits) not in shapes:  # a verify bucket may do a chunk's work
+                buckets.append(Bucket("prefill", tokens=tokens, logits=self.logits))
+        if self.draft != "off":
+            buckets.append(Bucket("draft", tokens=max(chunks)))
+        slots = max(batches) if self.slots is None else self.slots
+        deployment = Deployment(self.target, recipe.name, self.max_context, slots, tuple(buckets))
+        check_deployment(config, deployment)
+        return deployment
+
+
+def _numbers(name: str, given: int | Sequence[int] | None, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes of buckets, ascending. Raises ConfigError for one that is no positive number or given twice."""
+    numbers = default if given is None else (given,) if isinstance(given, int) else tuple(given)
+    if not numbers:
+        raise ConfigError(f"{name}: no sizes, expected at least one")
+    for n in numbers:
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise ConfigError(f"{name}: {n!r} is no size of a bucket, expected a number of at least 1")
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(f"{name}: {', '.join(map(str, numbers))} names a size twice")
+    return tuple(sorted(numbers))
+
+
+def pipeline_of(pipeline: str | Pipeline | None, recipe: Recipe, rules: Contributions) -> Pipeline:
+    """The passes of a compile: the given ones, or the default ones under `recipe` and contributed ones.
+
+    Raises GraphError for a spec that does not parse or an order that does not work, ConfigError for one that
+    quantizes by another recipe.
+    """
+    if pipeline is not None:
+        given = parse_pipeline(pipeline, rules.passes) if isinstance(pipeline, str) else pipeline
+        for p in given.passes:
+            if isinstance(p, Quantize) and p.recipe != recipe.name:
+                raise ConfigError(f"pipeline: quantizes by {p.recipe}, the recipe is {recipe.name}; give one")
+        return given
+    line = Pipeline().with_options("quantize", recipe=recipe.name)
+    for extra in rules.instances:
+        line = line.with_pass(extra)
+    return line

@@ -1,0 +1,56 @@
+"""A plan and a checkpoint to a session. Refuses before it allocates: another model, the machine, then the
+checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from dsv4c.errors import PlanError
+from dsv4c.plan.folder import Plan, Progress
+from dsv4c.runtime.checkpoint import Checkpoint
+from dsv4c.runtime.cpu import CpuExecutor
+from dsv4c.runtime.model import check_model
+from dsv4c.runtime.parameter import ParamRecord
+from dsv4c.runtime.residence import Resident, load_weights
+from dsv4c.runtime.session import Session
+
+
+def bind(
+    plan: Plan,
+    weights: str | Path,
+    *,
+    progress: Progress | None = None,
+    workers: int | None = None,
+    poison: bool = False,
+) -> Session:
+    """See `Plan.bind`."""
+    check_model(plan, Path(weights))
+    on_cpu = plan.target == "cpu"
+    if on_cpu:
+        _check_memory(plan)
+    else:
+        from dsv4c.runtime.cuda import CudaExecutor, Device, check_device  # loads the driver
+
+        check_device(plan, Device.current())
+    residents = [Resident.from_json(record) for record in plan.weights]
+    checkpoint = Checkpoint.open(weights).sparing(map(ParamRecord.from_json, plan.unused))
+    checkpoint.check([resident.record for resident in residents]).require_complete()
+    device = "cpu" if on_cpu else "cuda"
+    block = torch.empty(max(plan.blocks["weights"], 256), dtype=torch.uint8, device=device)
+    load_weights(checkpoint, residents, block, progress=progress, workers=workers)
+    executor: type[CpuExecutor] | type[CudaExecutor] = CpuExecutor if on_cpu else CudaExecutor
+    return Session(plan, executor(plan, block, poison=poison))
+
+
+def _check_memory(plan: Plan) -> None:
+    needed = sum(plan.blocks.values())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise PlanError(
+            f"plan {plan.name} needs {needed / 1e9:,.1f} GB of memory for weights, state and arena, this "
+            f"machine has {memory / 1e9:,.1f} GB; compile with fewer --slots or a smaller --max-context"
+        )

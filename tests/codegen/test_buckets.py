@@ -1,0 +1,64 @@
+"""Plans of several buckets: every node has a kernel in each, and kernels that no row decides are shared."""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.plans import first_layers
+from dsv4c.plan.folder import Plan
+from dsv4c.plan.records import KernelCode, Program
+from tests.codegen.lowered import gpu_plan
+
+OF_ROWS = {"in_proj_0", "q_proj_0", "wo_a_0", "wo_b_0", "head_0", "router_gate_0"}
+"""Kernels of any number of rows of their own: a weight meets all rows at once."""
+
+
+def kernels(plan: Plan, program: Program) -> set[tuple[str, str]]:
+    """(symbol, key) of what a bucket launches."""
+    keys = {launch.code.kernel for launch in program.launches if isinstance(launch.code, KernelCode)}
+    return {(plan.kernels[key]["symbol"], key) for key in keys}
+
+
+@pytest.fixture(scope="module", params=["official", "nvfp4"])
+def flash(request: pytest.FixtureRequest) -> Plan:
+    """Three kinds of layers in full width, with every bucket that GPUs have kernels for."""
+    config = first_layers("deepseek-v4-flash", 6)
+    return gpu_plan(
+        config, recipe=request.param, max_context=8192, batch=(1, 2, 8), verify=4, chunk=8, slots=9
+    )
+
+
+def test_every_bucket_has_kernels_for_what_is_fused(flash: Plan) -> None:
+    assert list(flash.buckets) == ["decode-1", "decode-2", "decode-8", "verify-1x4", "prefill-8"]
+    counts = {name: len(program.launches) for name, program in flash.buckets.items()}
+    assert len(set(counts.values())) == 1, counts
+    ops = {name: [launch.op for launch in program.launches] for name, program in flash.buckets.items()}
+    assert all(ops[name] == ops["decode-1"] for name in ops)
+
+
+def test_kernels_that_rows_do_not_decide_are_shared(flash: Plan) -> None:
+    first = kernels(flash, flash.buckets["decode-1"])
+    for name, program in flash.buckets.items():
+        own = {symbol for symbol, _ in kernels(flash, program) - first}
+        tokens = program.bucket.tokens if program.bucket else 0
+        # Tokens of one sequence per launch decide how a window is pooled, which rides in q_proj.
+        assert own <= OF_ROWS | ({"positions_0"} if tokens > 1 else set()), (name, own)
+    assert len(flash.kernels) < 2.5 * len(first)
+
+
+def test_logits_of_last_rows_alone_take_one_launch_more() -> None:
+    options = {"max_context": 256, "batch": 1, "verify": 1, "chunk": 8}
+    every, last = (gpu_plan("tiny", logits=logits, **options).buckets for logits in ("all", "last"))
+    ops = [launch.op for launch in last["prefill-8.last"].launches]
+    assert ops.count("last_rows") == 1
+    ops.remove("last_rows")
+    assert ops == [launch.op for launch in every["prefill-8"].launches]
+
+
+def test_slots_are_bound_wherever_state_is(flash: Plan) -> None:
+    for program in flash.buckets.values():
+        for launch in program.launches:
+            names = {argument.value for argument in launch.arguments}
+            spaces = {argument.space for argument in launch.arguments}
+            if "state" in spaces:
+                assert names & {"slots", "row_slots"}, launch.name
