@@ -19,7 +19,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from dsv4c.runtime.headers import INDEX, read_header
 from safetensors.torch import save
 
 from dsv4c import strict_json
@@ -28,6 +27,7 @@ from dsv4c.cli.run import token_ids
 from dsv4c.compiler.job import Saved, job_of, read_saved
 from dsv4c.config import BUILTIN_FOLDER, Deployment, load_config
 from dsv4c.errors import CheckpointError, ConfigError, GraphError, PlanError, SessionError
+from dsv4c.headers import INDEX, read_header
 from dsv4c.ir.text import graph_from_json, graph_to_json, parse_attribute, parse_graph
 from dsv4c.ir.verify import verify
 from dsv4c.passes.pipeline import Pipeline, parse_pipeline

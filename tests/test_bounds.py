@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from dsv4c.runtime.headers import read_header
+import torch
 
 import dsv4c
 from dsv4c import strict_json
 from dsv4c.config import BUILTIN_FOLDER, Deployment, load_config
-from dsv4c.errors import CheckpointError, ConfigError, GraphError, PlanError
+from dsv4c.errors import CheckpointError, ConfigError, GraphError, PlanError, SessionError
+from dsv4c.headers import read_header
 from dsv4c.ir.text import parse_attribute, parse_graph
 from dsv4c.models.synth import synthesize
 from dsv4c.plan import records
 from dsv4c.plan.records import PLAN_FILE, Plan, load
+from dsv4c.runtime.generate import check_file, save_logits
 from dsv4c.types import TypeSyntaxError, parse_type
 from tests.commands import command
 
@@ -232,6 +236,29 @@ def test_a_header_beyond_its_file_is_refused_soon(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     with pytest.raises(CheckpointError, match="key199999 is given twice"):
         read_header(tmp_path / "x.safetensors")
+
+
+# --- logits ---
+
+
+def test_logits_go_to_regular_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for check in (check_file, lambda path: save_logits(path, torch.zeros(1, 4))):
+        with pytest.raises(SessionError, match=r"pipe: the logits cannot be written: it is no regular file"):
+            check(tmp_path / "pipe")
+
+
+def test_logits_that_fill_the_disk_are_told(tmp_path: Path) -> None:
+    """The writer runs with a limit to the size of its files."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with pytest.raises(SessionError, match=r"out: the logits cannot be written: "):
+            save_logits(tmp_path / "out", torch.zeros(100, 100))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert list(tmp_path.iterdir()) == []
 
 
 # --- stopped compiles ---
