@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,27 +21,38 @@ from dsv4c import dialects, strict_json
 from dsv4c.arch import ARCHS
 from dsv4c.buckets import ROWS, Bucket, bucket_named
 from dsv4c.dialects import problem, shown
-from dsv4c.errors import ConfigError
+from dsv4c.errors import ConfigError, listed
 
 BUILTIN = ("deepseek-v4-flash", "deepseek-v4-pro", "tiny")
+HUB = "deepseek-ai"
 BUILTIN_FOLDER = Path(__file__).parent / "models" / "configs"
 TARGETS = ("cpu", *ARCHS)
 RATIOS = {0: "SWA", 4: "CSA", 128: "HCA"}
 FP8_BLOCK = 128
+MOST_EXPERTS = 1 << 17  # of all layers: each has tensors of its own
+MOST_SEQUENCES = 1 << 16
+MOST_PROBLEMS = 50  # that one error lists
 
 
 @dataclass(frozen=True)
 class _Rule:
+    """What a field must be. `most` bounds what a compile does, far above any model, before it does it."""
+
     expected: str
     accepts: Callable[[Any], bool]
+    most: int | None = None
 
 
 def _integer(least: int, expected: str) -> _Rule:
-    return _Rule(expected, lambda value: type(value) is int and value >= least)
+    return _Rule(expected, lambda value: type(value) is int and value >= least, 1 << 24)
+
+
+def _at_most(most: int, rule: _Rule) -> _Rule:
+    return replace(rule, most=most)
 
 
 def _positive_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and value > 0
+    return (type(value) is int or (type(value) is float and math.isfinite(value))) and value > 0
 
 
 def _one_of(*values: str) -> _Rule:
@@ -50,7 +61,8 @@ def _one_of(*values: str) -> _Rule:
 
 _SIZE = _integer(1, "a positive integer")
 _COUNT = _integer(0, "an integer of at least 0")
-_NUMBER = _Rule("a positive number", _positive_number)
+_NUMBER = _Rule("a positive number", _positive_number, 1 << 53)
+_POSITIONS = _at_most((1 << 31) - 1, _SIZE)
 _TOKEN = _Rule("a token id or null", lambda value: value is None or (type(value) is int and value >= 0))
 _SCHEDULE = _Rule(
     "a list of compress ratios, one per layer",
@@ -71,14 +83,14 @@ class ModelConfig:
     name: str = field(compare=False)
     vocab_size: int = _ruled(_SIZE)
     hidden_size: int = _ruled(_SIZE)
-    num_layers: int = _ruled(_SIZE)  # without the MTP blocks
+    num_layers: int = _ruled(_at_most(512, _SIZE))  # without the MTP blocks
     num_attention_heads: int = _ruled(_SIZE)
     head_dim: int = _ruled(_SIZE)  # K and V are the same vector of this width
     qk_rope_head_dim: int = _ruled(_SIZE)  # the last dims of a head, rotated in interleaved pairs
     q_lora_rank: int = _ruled(_SIZE)
     o_groups: int = _ruled(_SIZE)
     o_lora_rank: int = _ruled(_SIZE)  # per group
-    n_routed_experts: int = _ruled(_SIZE)
+    n_routed_experts: int = _ruled(_at_most(8192, _SIZE))
     n_shared_experts: int = _ruled(_SIZE)
     num_experts_per_tok: int = _ruled(_SIZE)
     moe_intermediate_size: int = _ruled(_SIZE)  # routed and shared experts alike
@@ -89,19 +101,19 @@ class ModelConfig:
     index_head_dim: int = _ruled(_COUNT)
     index_topk: int = _ruled(_COUNT)
     sliding_window: int = _ruled(_SIZE)  # raw tokens a query sees, itself included
-    hc_mult: int = _ruled(_SIZE)  # residual streams of the hyper-connections
-    hc_sinkhorn_iters: int = _ruled(_SIZE)
+    hc_mult: int = _ruled(_at_most(64, _SIZE))  # residual streams of the hyper-connections
+    hc_sinkhorn_iters: int = _ruled(_at_most(256, _SIZE))
     hc_eps: float = _ruled(_NUMBER)
     rms_norm_eps: float = _ruled(_NUMBER)
     rope_theta: float = _ruled(_NUMBER)  # sliding-window layers
     compress_rope_theta: float = _ruled(_NUMBER)  # everything in a compressed layer, with YaRN
     rope_factor: float = _ruled(_NUMBER)  # YaRN; 1 is no scaling
-    rope_original_max_position: int = _ruled(_SIZE)
+    rope_original_max_position: int = _ruled(_POSITIONS)
     rope_beta_fast: float = _ruled(_NUMBER)
     rope_beta_slow: float = _ruled(_NUMBER)
-    max_position_embeddings: int = _ruled(_SIZE)
+    max_position_embeddings: int = _ruled(_POSITIONS)
     compress_ratios: tuple[int, ...] = _ruled(_SCHEDULE)  # one per layer: 0 SWA, 4 CSA, 128 HCA
-    mtp_layers: int = _ruled(_COUNT)  # sliding-window blocks after the last layer
+    mtp_layers: int = _ruled(_at_most(16, _COUNT))  # sliding-window blocks after the last layer
     linear_format: str = _ruled(_one_of("bf16", "fp8"))  # what the checkpoint stores
     expert_format: str = _ruled(_one_of("bf16", "fp8", "mxfp4", "nvfp4"))
     bos_token_id: int | None = _ruled(_TOKEN)
@@ -135,13 +147,15 @@ class ModelConfig:
         """The config that `to_dict` wrote. ConfigError on a missing, unknown or wrong field."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"config: {shown(data)}; expected the fields of ModelConfig by name")
-        name = str(data.get("name", "config"))
+        name, notes = str(data.get("name", "config")), data.get("notes", ())
         known = {item.name for item in fields(ModelConfig)}
         extra = [
             problem(key, "is unknown", "one of ModelConfig's fields") for key in sorted(set(data) - known)
         ]
+        if not isinstance(notes, list | tuple) or not all(isinstance(note, str) for note in notes):
+            extra.append(problem("notes", shown(notes), "a list of sentences"))
         _raise_if_any(name, extra + list(_problems(data, {}, set())))
-        return ModelConfig(**dict(data))
+        return ModelConfig(**{**data, "name": name})
 
 
 @dataclass(frozen=True)
@@ -162,8 +176,11 @@ class Deployment:
             problems.append(problem("recipe", shown(self.recipe), "a name of lowercase words joined by '-'"))
         for name in ("max_context", "slots"):
             value = getattr(self, name)
+            most = MOST_SEQUENCES if name == "slots" else (1 << 31) - 1
             if not _SIZE.accepts(value):
                 problems.append(problem(name, shown(value), _SIZE.expected))
+            elif value > most:
+                problems.append(problem(name, shown(value), f"at most {most:,}"))
         _raise_if_any("deployment", problems or list(_bucket_problems(self)))
 
     @property
@@ -240,22 +257,27 @@ def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
 def load_config(source: str | Path) -> ModelConfig:
     """The model that `source` names: a built-in name, a `config.json`, or a checkpoint folder that holds one.
 
-    A built-in name comes before a folder that is called so: write `./tiny` for the folder. Raises ConfigError
-    that lists every problem of the file. What was ignored or filled in is in `notes`.
+    A built-in name comes before a folder that is called so: write `./tiny` for the folder. The id of its
+    release on the hub, deepseek-ai/DeepSeek-V4-Flash, leads to it where there is no such folder. Raises
+    ConfigError that lists every problem of the file. What was ignored or filled in is in `notes`.
     """
-    builtin = isinstance(source, str) and source in BUILTIN
-    path = BUILTIN_FOLDER / f"{source}.json" if builtin else _config_file(Path(source))
+    builtin = _builtin(source)
+    if builtin != source and os.path.exists(source):
+        builtin = None  # a clone of the release, under its id
+    path = BUILTIN_FOLDER / f"{builtin}.json" if builtin is not None else _config_file(Path(source))
     reading = dialects.read(_parse(path))
     dialects.settle(reading, path.parent if path.name == "config.json" else None)
-    where = str(source) if builtin else str(path)
+    where = str(path) if builtin is None else str(source)
     if not reading.spelling:  # not a dialect we read: nothing else about it can be judged
         _raise_if_any(where, reading.problems)
     _raise_if_any(
         where, reading.problems + list(_problems(reading.fields, reading.spelling, reading.refused))
     )
     name = path.parent.resolve().name if path.name == "config.json" else path.stem
-    if builtin and os.path.isdir(source):
+    if builtin == source and os.path.isdir(source):
         reading.notes.append(f"{source} is the built-in config; the folder here is ./{source}")
+    elif builtin is not None and builtin != source:
+        reading.notes.append(f"{source} is the built-in {builtin}; nothing was downloaded")
     return ModelConfig(name=name, notes=tuple(reading.notes), **reading.fields)
 
 
@@ -268,17 +290,28 @@ def save_config(config: ModelConfig, folder: str | Path) -> Path:
 
 # Reading the file
 
-_EXPECTED_SOURCE = f"expected a config.json, a checkpoint folder or one of {', '.join(BUILTIN)}"
+
+def _builtin(source: str | Path) -> str | None:
+    """The built-in model that `source` names, by its own name or its release's id on the hub."""
+    if not isinstance(source, str):
+        return None
+    hub, _, name = source.rpartition("/")
+    return name.lower() if hub == HUB and name.lower() in BUILTIN else source if source in BUILTIN else None
+
+
+def _expected_source(meant: str = "") -> str:
+    name = meant.rstrip("/").rpartition("/")[2]
+    return f"expected a config.json, a checkpoint folder or one of {listed(BUILTIN, name)}"
 
 
 def _config_file(path: Path) -> Path:
     try:
         if path.is_dir():
             if (path / "plan.json").exists():
-                raise ConfigError(f"{path}: is a compiled plan; {_EXPECTED_SOURCE}")
+                raise ConfigError(f"{path}: is a compiled plan; {_expected_source()}")
             path = path / "config.json"
         if not path.exists():
-            raise ConfigError(f"{path}: no such file; {_EXPECTED_SOURCE}")
+            raise ConfigError(f"{path}: no such file; {_expected_source(str(path))}")
     except OSError as error:  # a folder above that may not be entered
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     return path
@@ -313,7 +346,9 @@ def _raise_if_any(where: str, problems: list[str]) -> None:
         return
     if len(problems) == 1:
         raise ConfigError(f"{where}: {problems[0]}")
-    raise ConfigError(f"{where}: {len(problems)} problems\n" + "\n".join(f"  {line}" for line in problems))
+    more = [f"and {len(problems) - MOST_PROBLEMS} more"] if len(problems) > MOST_PROBLEMS else []
+    lines = "\n".join(f"  {line}" for line in problems[:MOST_PROBLEMS] + more)
+    raise ConfigError(f"{where}: {len(problems)} problems\n{lines}")
 
 
 def _problems(values: Mapping[str, Any], spelling: Mapping[str, str], refused: set[str]) -> Iterator[str]:
@@ -330,6 +365,9 @@ def _problems(values: Mapping[str, Any], spelling: Mapping[str, str], refused: s
         elif not rule.accepts(values[item.name]):
             sound = False
             yield problem(key, shown(values[item.name]), rule.expected)
+        elif rule.most is not None and values[item.name] > rule.most:
+            sound = False
+            yield problem(key, shown(values[item.name]), f"at most {rule.most:,}")
     if sound:
         yield from _contradictions(values, lambda name: spelling.get(name, name))
 
@@ -349,7 +387,7 @@ def _contradictions(values: Mapping[str, Any], key: Callable[[str], str]) -> Ite
     ratios, layers, csa = v("compress_ratios"), v("num_layers"), 4 in v("compress_ratios")
     if len(ratios) != layers:
         yield problem(key("compress_ratios"), f"has {len(ratios)} entries", f"{layers}, one per layer")
-    for index, ratio in enumerate(ratios):
+    for index, ratio in enumerate(ratios[:layers]):
         if ratio not in RATIOS:
             kinds = " or ".join(f"{known} ({kind})" for known, kind in RATIOS.items())
             yield problem(f"{key('compress_ratios')}[{index}]", shown(ratio), kinds)
@@ -368,6 +406,8 @@ def _contradictions(values: Mapping[str, Any], key: Callable[[str], str]) -> Ite
         v("num_hash_layers") <= layers, "num_hash_layers", f"at most {key('num_layers')}, {layers}"
     )
     experts = v("n_routed_experts")
+    expected = f"at most {MOST_EXPERTS:,} over all {layers} layers of {key('num_layers')}"
+    yield from must(experts * layers <= MOST_EXPERTS, "n_routed_experts", expected)
     expected = f"at most {key('n_routed_experts')}, {experts}"
     yield from must(v("num_experts_per_tok") <= experts, "num_experts_per_tok", expected)
     yield from must(v("n_shared_experts") == 1, "n_shared_experts", "1, the only number DeepSeek-V4 uses")

@@ -97,6 +97,8 @@ class QuantFormat:
             raise ValueError(f"quantized values are e4m3 or e2m1, not {self.value}")
         if self.scale not in (UE8M0, E4M3, F32):
             raise ValueError(f"block scales are ue8m0, e4m3 or f32, not {self.scale}")
+        if min(self.block) < 1 or self.tail < 0:
+            raise ValueError(f"blocks have at least 1 row and column, tails at least 0 elements, not {self}")
 
     @property
     def largest(self) -> float:
@@ -239,33 +241,62 @@ class QuantType:
 
 Type = TensorType | QuantType
 
-_SHAPE = re.compile(r"\[((?:\d+(?:,\d+)*)?)\]")
+MOST_DIMENSIONS, MOST_BYTES = 16, 1 << 56
+"""What a type in a text may have. No machine comes near; sums of sizes below it stay 64-bit numbers."""
+
+_COUNT = re.compile(r"0|[1-9][0-9]{0,18}")
+
+
+def _count(text: str) -> int:
+    """A number as `str` writes it, so that `1_0`, ` 1` and digits of other scripts are none."""
+    if not _COUNT.fullmatch(text):
+        raise ValueError(f"{text[:24]!r} is no number of at most 19 digits")
+    return int(text)
 
 
 def _parse_shape(text: str, whole: str) -> tuple[int, ...]:
-    match = _SHAPE.fullmatch(text)
-    if match is None:
-        raise TypeSyntaxError(f"cannot read the shape {text!r} of type {whole!r}; expected [n,m,...]")
-    return tuple(int(n) for n in match[1].split(",")) if match[1] else ()
+    wanted = f"cannot read the shape {_cut(text)!r} of type {_cut(whole)!r}; expected [n,m,...]"
+    if not (text.startswith("[") and text.endswith("]")):
+        raise TypeSyntaxError(wanted)
+    parts = text[1:-1].split(",") if text != "[]" else []
+    if len(parts) > MOST_DIMENSIONS:
+        raise TypeSyntaxError(f"{_cut(whole)!r} has {len(parts)} dimensions, at most {MOST_DIMENSIONS} do")
+    try:
+        shape = tuple(map(_count, parts))
+    except ValueError as error:
+        raise TypeSyntaxError(f"{wanted}: {error}") from None
+    if 0 in shape:
+        raise TypeSyntaxError(f"{whole!r} holds nothing; expected dimensions of at least 1")
+    if math.prod(shape) > MOST_BYTES // 8:
+        raise TypeSyntaxError(f"{whole!r} has more than {MOST_BYTES // 8:,} elements, which no memory holds")
+    return shape
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @cache
 def parse_format(text: str) -> QuantFormat:
     """`str(QuantFormat)` read back. Raises TypeSyntaxError."""
     if not (text.startswith("q[") and text.endswith("]")):
-        raise TypeSyntaxError(f"cannot read the quantized format {text!r}; expected q[value,scale,RxC,...]")
+        raise TypeSyntaxError(
+            f"cannot read the quantized format {_cut(text)!r}; expected q[value,scale,RxC,...]"
+        )
     try:
         value, scale, block, *rest = text[2:-1].split(",")
         rows, columns = block.split("x")
         fields: dict[str, object] = {}
         for part in rest:
             if part.startswith("tail="):
-                fields["tail"] = int(part[5:])
+                fields["tail"] = _count(part[5:])
             else:
                 fields["global_scale"] = GlobalScale(part)
-        return QuantFormat(DType(value), DType(scale), (int(rows), int(columns)), **fields)  # type: ignore[arg-type]
+        return QuantFormat(DType(value), DType(scale), (_count(rows), _count(columns)), **fields)  # type: ignore[arg-type]
     except ValueError as error:
-        raise TypeSyntaxError(f"cannot read the quantized format {text!r}: {error}") from None
+        raise TypeSyntaxError(
+            f"cannot read the quantized format {_cut(text)!r}: {_cut(str(error))}"
+        ) from None
 
 
 @cache
@@ -283,5 +314,7 @@ def parse_type(text: str) -> Type:
         dtype = DType(name)
     except ValueError:
         known = ", ".join(d.value for d in DType)
-        raise TypeSyntaxError(f"unknown element type {name!r} in {text!r}; known: {known}") from None
+        raise TypeSyntaxError(
+            f"unknown element type {_cut(name)!r} in {_cut(text)!r}; known: {known}"
+        ) from None
     return TensorType(dtype, _parse_shape(bracket + rest, text))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv4c import strict_json
 from tests.commands import command
 
 REPOSITORY = Path(__file__).parents[1]
@@ -128,6 +129,22 @@ MISTAKES = {
         "error: nothing-here: no such folder; compile",
     ),
     ("weights", "nothing-here"): (4, "error: nothing-here: no such file or folder"),
+    ("compile", "deepseek-v4-flsh"): (2, "deepseek-v4-pro, tiny; did you mean 'deepseek-v4-flash'?"),
+    ("show", "nvidia/DeepSeek-V4-Pro-NVFP4"): (2, "tiny; did you mean 'deepseek-v4-pro'?"),
+    ("compile", "tiny", "--recipe", "oficial"): (2, "nvfp4; did you mean 'official'?"),
+    ("compile", "tiny", "--recipe", "NVFP4"): (2, "nvfp4; did you mean 'nvfp4'?"),
+    ("compile", "tiny", "--disable", "sinkorn"): (
+        3,
+        "no rule is named 'sinkorn'; there are: embed, sinkhorn",
+    ),
+    ("compile", "tiny", "--enable", "hyper_nrom"): (3, "in_proj; did you mean 'hyper_norm'?"),
+    ("compile", "tiny", "--stop-after", "fould"): (3, "there are: quantize, fold, prepack, tidy"),
+    ("compile", "tiny", "--pipeline", "quantise{recipe=official},fold"): (
+        3,
+        "tidy; did you mean 'quantize'?",
+    ),
+    ("why-not", "swiglo", "tiny"): (3, "in_proj; did you mean 'swiglu'?"),
+    ("show", "tiny", "--after", "fould"): (3, "did you mean 'fold'?"),
 }
 
 
@@ -143,6 +160,31 @@ def test_a_mistake_is_one_message_and_an_exit_code(
     assert result.out == ""
     assert "Traceback" not in result.err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        (("show", "nothing-here"), "ConfigError", 2),
+        (("compile", "tiny", "--expect", "=3"), "GraphError", 3),
+        (("weights", "nothing-here"), "CheckpointError", 4),
+        (("passes", "nothing-here"), "PlanError", 5),
+        (("synth", "tiny", "-o", "w", "--shards", "0"), "UsageError", 2),
+        (("show", "tiny", "--nope"), "UsageError", 2),
+        (("show",), "UsageError", 2),
+        (("shwo", "tiny"), "UsageError", 2),
+    ],
+)
+def test_with_json_an_error_is_an_object_in_a_line(
+    arguments: tuple[str, ...], kind: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = command(*arguments, "--json")
+    found = strict_json.parse(result.err)
+    assert (result.code, result.out, result.err.count("\n")) == (code, "", 1)
+    assert (found["kind"], found["exit_code"]) == (kind, code)
+    plain = command(*arguments).err
+    assert found["error"].split()[0] in plain
 
 
 DEEP = "[" * 100_000
@@ -189,21 +231,27 @@ def test_a_file_of_another_kind(name: str, tmp_path: Path) -> None:
 # --- the whole process ---
 
 
-def run(*arguments: str, **options: object) -> subprocess.Popen[str]:
+def run(
+    *arguments: str, stdout: object = subprocess.PIPE, cwd: Path | None = None, **environment: str
+) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "dsv4c", *arguments],
-        stdout=options.pop("stdout", subprocess.PIPE),
+        [sys.executable, "-P", "-m", "dsv4c", *arguments],  # as the installed command: not from this folder
+        stdout=stdout,
         stderr=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        **options,  # type: ignore[call-overload]
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | environment,
     )
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "arguments", [("show", "deepseek-v4-flash", "--no-fold"), ("show", "tiny", "--json"), ("--help",)]
 )
-def test_a_reader_that_leaves_is_no_mistake(arguments: tuple[str, ...]) -> None:
+def test_a_reader_that_leaves_is_no_mistake(
+    arguments: tuple[str, ...], unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     read, write = os.pipe()
     os.close(read)
     with run(*arguments, stdout=write) as process:
@@ -212,13 +260,23 @@ def test_a_reader_that_leaves_is_no_mistake(arguments: tuple[str, ...]) -> None:
     assert (process.returncode, error) == (141, "")
 
 
+@pytest.mark.parametrize("arguments", [("show", "nothing-here"), ("show", "--nope")])
+def test_nor_is_one_that_reads_no_errors(arguments: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command_line = [sys.executable, "-m", "dsv4c", *arguments]
+    process = subprocess.run(command_line, stdout=write, stderr=write, cwd=REPOSITORY, check=False)
+    os.close(write)
+    assert process.returncode == 141
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize("arguments", [("show", "tiny"), ("show", "tiny", "--json"), ("--help",)])
 def test_a_full_disk_is_told(arguments: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full, run(*arguments, stdout=full) as process:
         _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert error.splitlines()[0] == "error: No space left on device"
+    assert "No space left on device" in error.splitlines()[0]
     assert "Traceback" not in error
 
 
@@ -227,15 +285,33 @@ def test_closed_streams_are_no_mistake() -> None:
     assert subprocess.run(shell, shell=True, cwd=REPOSITORY, check=False).returncode == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("wait", [0.3, 0.6, 1.2])
-def test_ctrl_c_at_any_time(wait: float, tmp_path: Path) -> None:
+def test_ctrl_c_or_a_polite_kill_at_any_time(wait: float, number: signal.Signals, tmp_path: Path) -> None:
     with run("compile", "deepseek-v4-pro", "-o", str(tmp_path / "a.plan")) as process:
         time.sleep(wait)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, error = process.communicate(timeout=30)
-    assert process.returncode in (130, -signal.SIGINT)  # to a shell, both are 130
+    assert process.returncode in (130, -number)  # to a shell, the latter is 130 or 143
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_compilers_are_ended(number: signal.Signals, tmp_path: Path) -> None:
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    command = ("compile", "tiny", "--target", "sm_90a", "--no-certify", "-o", str(tmp_path / "a.plan"))
+    with run(*command, "--cache", str(tmp_path / "cache"), TMPDIR=str(scratch)) as process:
+        while process.poll() is None and not list(scratch.iterdir()):  # until a compiler has its folder
+            time.sleep(0.05)
+        time.sleep(0.3)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert error == "interrupted: nothing was left half-written\n"
+    assert list(scratch.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir() if path.name not in ("cache", "tmp")] == []
 
 
 def test_ctrl_c_while_the_command_line_loads() -> None:
@@ -255,6 +331,60 @@ def test_ctrl_c_while_the_command_line_loads() -> None:
         [sys.executable, "-c", textwrap.dedent(script)], cwd=REPOSITORY, capture_output=True, check=False
     )
     assert (result.returncode, result.stderr) == (-signal.SIGINT, b"")
+
+
+# --- a folder that somebody else made ---
+
+NAMES = ("queue", "json", "typing", "torch", "cutlass", "cuda", "graphviz", "dsv4c", "sitecustomize")
+
+
+@pytest.fixture
+def hostile(tmp_path: Path) -> Path:
+    """A folder with modules, and a program, that leave a mark when they run."""
+    folder = tmp_path / "downloaded"
+    folder.mkdir()
+    for name in NAMES:
+        (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w').close()\n")
+    (folder / "dot").write_text(f"#!/bin/sh\ntouch {tmp_path / 'mark'}\n")
+    (folder / "dot").chmod(0o755)
+    return folder
+
+
+STARTING = [
+    ("show", "tiny", "--layer", "1", "--format", "svg"),
+    pytest.param(("compile", "tiny", "--target", "sm_90a", "--no-certify"), marks=pytest.mark.slow),
+]
+"""Commands that start other programs; `test_nothing_else_starts_programs` knows where that is done."""
+
+
+@pytest.mark.parametrize("arguments", STARTING, ids=lambda arguments: arguments[0])
+def test_nothing_in_the_folder_runs(arguments: tuple[str, ...], hostile: Path, tmp_path: Path) -> None:
+    with run(*arguments, cwd=hostile, XDG_CACHE_HOME=str(tmp_path / "cache")) as process:
+        _, error = process.communicate(timeout=300)
+    assert process.returncode == 0 or "which is not on PATH" in error
+    assert not (tmp_path / "mark").exists()
+
+
+def test_nothing_else_starts_programs() -> None:
+    starting = ("subprocess", "multiprocessing", "os.exec", "os.spawn", "os.system", "os.fork", "graphviz.")
+    texts = {path: path.read_text() for path in (REPOSITORY / "dsv4c").rglob("*.py")}
+    found = {path.name for path, text in texts.items() if any(word in text for word in starting)}
+    assert found == {"build.py", "svg.py"}
+
+
+def test_a_module_beside_the_user_takes_the_place_of_none(hostile: Path, tmp_path: Path) -> None:
+    (hostile / "mine.py").write_text("from dsv4c.passes.fusions.embed import Embed\n")
+    with run("show", "tiny", "--pass", "mine:Embed", "--json", cwd=hostile) as process:
+        _, error = process.communicate(timeout=100)
+    assert not (tmp_path / "mark").exists(), error
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_what_is_written_to_a_full_disk_is_told(tmp_path: Path) -> None:
+    result = command("show", "tiny", "-o", "/dev/full")
+    assert (result.code, result.err) == (3, "error: /dev/full: cannot be written: No space left on device\n")
+    result = command("compile", "tiny", "--stop-after", "fold", "-o", "/dev/full", "--force")
+    assert (result.code, result.err) == (3, "error: /dev/full: cannot be written: No space left on device\n")
 
 
 def test_a_machine_without_homes(monkeypatch: pytest.MonkeyPatch) -> None:

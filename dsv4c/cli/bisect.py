@@ -69,9 +69,7 @@ def bisect_command(
         print(text(verdict), end="")
     if verdict.culprit is not None:
         note(f"{output}: the reproducer; run python {output / 'reproduce.py'}")
-        raise GraphError(
-            f"{plan}: {verdict.culprit.rule} is at fault, first at {verdict.culprit.node}"
-        )
+        raise GraphError(f"{plan}: {verdict.culprit.rule} is at fault, first at {verdict.culprit.node}")
     if not verdict.right:
         raise GraphError(f"{plan}: results differ, but no node's do: look at the places of its values")
 

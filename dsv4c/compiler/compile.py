@@ -17,10 +17,11 @@ from dsv4c.cache import cache_folder
 from dsv4c.codegen.lower import Folded, Unfold, lower
 from dsv4c.codegen.targets import target_of
 from dsv4c.compiler.assemble import assemble
+from dsv4c.compiler.blame import blamed
 from dsv4c.compiler.job import Compiled, Job, Saved
 from dsv4c.compiler.request import Request
 from dsv4c.config import ModelConfig
-from dsv4c.errors import ConfigError, GraphError
+from dsv4c.errors import BuildError, ConfigError, GraphError
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.passes.pipeline import Stage
 from dsv4c.passes.work import Match
@@ -76,12 +77,11 @@ def compile(
     target = target_of(job.deployment.target)
     again: list[Match] = []
     with stages("lower"):
-        lowered = lower(
-            [_folded(job, b, first, compiled[first], again) for b, first in firsts.items()],
-            target.coder,
-            target.bodies,
-            job.require_fused,
-        )
+        folded = [_folded(job, b, first, compiled[first], again) for b, first in firsts.items()]
+        try:
+            lowered = lower(folded, target.coder, target.bodies, job.require_fused)
+        except BuildError as error:
+            raise blamed(job, error) from None
 
     # 4. Both sides of every rewrite, and cubins.
     certificates: Sequence[dict[str, Any]] = ()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dsv4c import strict_json
 from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, ModelConfig
-from dsv4c.errors import ConfigError, GraphError
+from dsv4c.errors import ConfigError, GraphError, listed
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.resize import resized
 from dsv4c.ir.text import parse_graph, print_graph
@@ -46,6 +46,8 @@ BUILD = "build"
 """Name of the stage before the first pass: the paper's operations."""
 
 FIRST_LINE = "# dsv4c graphs of a compile that stopped after "
+END = "## end\n"
+"""Last line of a stopped compile; a file without it was cut off."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,7 @@ class Compiled:
         """The graph after that stage. Raises GraphError naming the stages there are."""
         found = dict(self.named)
         if name not in found:
-            raise GraphError(f"no stage is named {name!r}; there are: {', '.join(found)}")
+            raise GraphError(f"no stage is named {name!r}; there are: {listed(found, name)}")
         return found[name]
 
 
@@ -248,7 +250,7 @@ class Saved:
     expected: Mapping[str, int] = field(default_factory=dict)
 
     def text(self) -> str:
-        """Two lines of comment, then every graph under a line `## bucket NAME` or `## load NAME`."""
+        """Two lines of comment, then every graph under a line `## bucket NAME` or `## load NAME`, and END."""
         asked = {
             "config": self.config.to_dict(),
             "deployment": self.deployment.to_dict(),
@@ -259,7 +261,7 @@ class Saved:
         parts = [f"{FIRST_LINE}{self.after}\n# {json.dumps(asked)}\n"]
         parts += [f"## bucket {name}\n{print_graph(graph)}" for name, graph in self.graphs.items()]
         parts += [f"## load {name}\n{print_graph(graph)}" for name, graph in self.loads.items()]
-        return "".join(parts)
+        return "".join([*parts, END])
 
     def job(self) -> Job:
         """What is left to do. Raises GraphError for counts that are expected of a fold that is over."""
@@ -298,10 +300,15 @@ def read_saved(text: str, name: str = "the file") -> Saved:
     second, _, rest = rest.partition("\n")
     if not first.startswith(FIRST_LINE) or not second.startswith("# {"):
         raise GraphError(f"{name}: holds no stopped compile; expected what `--stop-after PASS -o FILE` wrote")
+    if not rest.rstrip().endswith(f"\n{END.strip()}"):
+        raise GraphError(f"{name}: is cut off: its last line is not {END.strip()!r}; stop the compile again")
+    rest = rest.rstrip().removesuffix(END.strip())
     try:
         asked = strict_json.parse(second[2:])
         config, deployment = ModelConfig.from_dict(asked["config"]), Deployment.from_dict(asked["deployment"])
-        recipe, pipeline, counts = asked["recipe"], asked["pipeline"], asked["counts"]
+        recipe, pipeline, counts = asked["recipe"], asked["pipeline"], dict(asked["counts"])
+        if not (isinstance(recipe, str) and isinstance(pipeline, str)):
+            raise TypeError(f"recipe and pipeline are {recipe!r} and {pipeline!r}; expected their names")
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise GraphError(f"{name}: line 2: cannot be read: {error}; leave that line as it was") from None
     graphs: dict[str, dict[str, Graph]] = {"bucket": {}, "load": {}}
@@ -309,6 +316,8 @@ def read_saved(text: str, name: str = "the file") -> Saved:
         kind, _, bucket_name = title.partition(" ")
         if kind not in graphs:
             raise GraphError(f"{name}: line {number}: '## {title}'; expected ## bucket NAME or ## load NAME")
+        if bucket_name in graphs[kind]:
+            raise GraphError(f"{name}: line {number}: '## {title}' is there twice; remove one")
         try:
             graphs[kind][bucket_name] = verify(parse_graph("\n".join(lines) + "\n"))
         except GraphError as error:

@@ -44,6 +44,9 @@ IRRELEVANT = frozenset(
 )
 
 
+NAMED = 20  # unread keys that are named
+
+
 def read(raw: Mapping[str, Any]) -> Reading:
     """Recognize the dialect of a parsed `config.json` and read it."""
     unsupported = _v41_marks(raw)
@@ -100,4 +103,7 @@ def _fixed_settings(reading: Reading) -> None:
 def _unread_keys(reading: Reading) -> None:
     reading.judge_keys("", reading.raw.keys() - IRRELEVANT, reading.used)
     if reading.unread:
-        reading.notes.append(f"keys without a meaning here were ignored: {', '.join(sorted(reading.unread))}")
+        unread = sorted(reading.unread)
+        named = [key[:80] for key in unread[:NAMED]]
+        more = f" and {len(unread) - NAMED} more" if len(unread) > NAMED else ""
+        reading.notes.append(f"keys without a meaning here were ignored: {', '.join(named)}{more}")

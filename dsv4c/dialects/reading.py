@@ -8,6 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+LARGEST = (1 << 31) - 1
+"""Counts above it are wrong whatever they count."""
+
 
 def problem(key: str, found: str, expected: str) -> str:
     """One line of a ConfigError: which key, what it holds, what it should hold."""
@@ -52,7 +55,7 @@ class Reading:
     def count(self, name: str) -> int | None:
         """The field as an int; None when it is missing or wrong, which the field's own rule will report."""
         value = self.fields.get(name)
-        return value if type(value) is int else None
+        return value if type(value) is int and 0 <= value <= LARGEST else None
 
     def refuse(self, key: str, found: str, expected: str, *fields: str) -> None:
         """Add a problem. Of the `fields` that it leaves without a value nothing else is said."""

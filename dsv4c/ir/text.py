@@ -1,6 +1,6 @@
 """The text and JSON forms of a graph. `print_graph(parse_graph(print_graph(g)))` is `print_graph(g)`.
 
-    graph tiny.decode
+    graph tiny.decode-1
     input %tokens: i32[1]
     param %layers.0.attn.wq_a: q[e4m3,ue8m0,128x128][128,256]
     @layers.0.attn
@@ -17,11 +17,12 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from functools import cache
+from math import inf, isfinite, nan
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dsv4c.errors import GraphError
-from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
+from dsv4c.ir.graph import Builder, Graph, Node, Value
 from dsv4c.ir.op import Op, lookup
 from dsv4c.types import DType, QuantFormat, TypeSyntaxError, parse_format, parse_type
 
@@ -98,38 +99,70 @@ _TYPE = r"(?:q\[[^\]]*\])?[a-z0-9]*\[[0-9,]*\]"
 _RESULT = re.compile(rf"%({_NAME}): ({_TYPE})")
 _RESULTS = re.compile(rf"%{_NAME}: {_TYPE}(?:, %{_NAME}: {_TYPE})*")
 _OPERANDS = re.compile(rf"(?:%{_NAME}(?:, ?%{_NAME})*)?")
-_NODE = re.compile(
-    r"(?P<results>%.*?) = (?P<op>[a-z][a-z0-9_]*)\((?P<operands>[^)]*)\)"
-    r"(?: \{(?P<attributes>.*?)\})?(?: from \[(?P<origin>[^\]]*)\])?"
-)
-_ATTRIBUTE = re.compile(
-    r'(?P<name>\w+)=(?P<value>q\[[^\]]*\]|"(?:[^"\\]|\\.)*"|\((?:[^()]|\([^()]*\))*\)|[^,\s]+)(?:, )?'
-)
-_ELEMENT = re.compile(r'(q\[[^\]]*\]|"(?:[^"\\]|\\.)*"|\([^()]*\)|[^,]+)(?:,|$)')
-_KEYWORDS = {"none": None, "true": True, "false": False}
+_CALL = re.compile(r"(?P<op>[a-z][a-z0-9_]*)\((?P<operands>[^)]*)\)")
+_FIELD = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=")
+_LITERAL = re.compile(r'q\[[^\]]*\]|"(?:[^"\\]|\\.)*"|[^\s,()"]+')
+_INTEGER = re.compile(r"-?(?:0|[1-9][0-9]{0,18})")
+_EXPONENT = r"e[+-]?[0-9]{1,3}"
+_FLOAT = re.compile(rf"-?[0-9]{{1,20}}(?:\.[0-9]{{1,40}}(?:{_EXPONENT})?|{_EXPONENT})")
+_WORDS = {"none": None, "true": True, "false": False, "inf": inf, "-inf": -inf, "nan": nan}
+MOST_NESTED = 8
+"""Tuples within tuples of an attribute."""
+
+
+def parse_attribute(text: str) -> Any:
+    """`print_attribute` read back. Raises GraphError."""
+    value, end = _value(text, 0)
+    if end != len(text):
+        raise GraphError(f"cannot read the attribute value {_cut(text)!r}: {_cut(text[end:])!r} is left over")
+    return value
+
+
+def _value(text: str, at: int, depth: int = 0) -> tuple[Any, int]:
+    """The value that begins at `at`, and where it ends."""
+    if not text.startswith("(", at):
+        match = _LITERAL.match(text, at)
+        if match is None:
+            raise GraphError(f"cannot read the attribute value {_cut(text[at:])!r}")
+        return _literal(match[0]), match.end()
+    if depth == MOST_NESTED:
+        raise GraphError(f"attributes are nested at most {MOST_NESTED} deep, {_cut(text)!r} is deeper")
+    items: list[Any] = []
+    at += 1
+    while not text.startswith(")", at):
+        if items and not text.startswith(",", at):
+            raise GraphError(f"cannot read the tuple at {_cut(text[at:])!r}; expected (a,b,...)")
+        item, at = _value(text, at + bool(items), depth + 1)
+        items.append(item)
+    return tuple(items), at + 1
 
 
 @cache
-def parse_attribute(text: str) -> Any:
-    """`print_attribute` read back. Raises GraphError."""
-    if text in _KEYWORDS:
-        return _KEYWORDS[text]
+def _literal(text: str) -> Any:
+    if text in _WORDS:
+        return _WORDS[text]
     if text.startswith("q["):
         return _read(parse_format, text)
     if text.startswith('"'):
         return _read(json.loads, text)
-    if text.startswith("("):
-        return tuple(parse_attribute(m[1]) for m in _ELEMENT.finditer(text[1:-1]))
-    if text.startswith(tuple("-0123456789")) or text in ("inf", "nan"):
-        return _read(int if text.lstrip("-").isdigit() else float, text)
-    return _read(DType, text)
+    if not text.startswith(tuple("-.0123456789")):
+        return _read(DType, text)
+    if _INTEGER.fullmatch(text):
+        return int(text)
+    if _FLOAT.fullmatch(text) and isfinite(number := float(text)):
+        return number
+    raise GraphError(f"cannot read the attribute value {_cut(text)!r}")
 
 
 def _read(kind: Callable[[str], Any], text: str) -> Any:
     try:
         return kind(text)
     except ValueError:
-        raise GraphError(f"cannot read the attribute value {text!r}") from None
+        raise GraphError(f"cannot read the attribute value {_cut(text)!r}") from None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 @cache
@@ -137,15 +170,16 @@ def make_op(name: str, attributes: str) -> Op:
     """An op from its name and its attributes' text. Raises GraphError naming what is missing or unknown."""
     op = lookup(name)
     fields: dict[str, Any] = {}
-    position = 0
-    while position < len(attributes):
-        match = _ATTRIBUTE.match(attributes, position)
+    at = 0
+    while at < len(attributes):
+        if fields:
+            at += len(", ") if attributes.startswith(", ", at) else len(attributes)
+        match = _FIELD.match(attributes, at)
         if match is None:
-            raise GraphError(f"cannot read the attributes {attributes[position:]!r} of {name}")
-        if match["name"] in fields:
-            raise GraphError(f"{name}: attribute {match['name']} is given twice")
-        fields[match["name"]] = parse_attribute(match["value"])
-        position = match.end()
+            raise GraphError(f"cannot read the attributes {_cut(attributes)!r} of {name}")
+        if match[1] in fields:
+            raise GraphError(f"{name}: attribute {match[1]} is given twice")
+        fields[match[1]], at = _value(attributes, match.end())
     return build_op(op, fields)
 
 
@@ -184,6 +218,10 @@ def _is_a(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
+_EXPECTED_NODE = "expected `%result: type = op(%operand, ...) {attribute=value}`"
+WIDEST = 400  # characters of a line that an error shows
+
+
 class _Parser:
     def __init__(self, text: str) -> None:
         self.lines = text.splitlines()
@@ -193,7 +231,9 @@ class _Parser:
     def fail(self, message: str, near: str = "") -> GraphError:
         line = self.lines[self.number - 1]
         column = max(line.find(near), 0) if near else 0
-        return GraphError(f"line {self.number}: {message}\n  {line}\n  {' ' * column}^")
+        start = max(column - WIDEST // 2, 0) if len(line) > WIDEST else 0
+        shown = line[start : start + WIDEST]
+        return GraphError(f"line {self.number}: {message}\n  {shown}\n  {' ' * (column - start)}^")
 
     def value(self, name: str, scope: str) -> Value:
         full = f"{scope}{name}" if name.startswith(".") else name
@@ -202,29 +242,35 @@ class _Parser:
         return self.values[full]
 
     def node(self, line: str, builder: Builder, scope: str) -> None:
-        match = _NODE.fullmatch(line)
-        if (
-            match is None
-            or not _RESULTS.fullmatch(match["results"])
-            or not _OPERANDS.fullmatch(match["operands"])
-        ):
-            raise self.fail("expected `%result: type = op(%operand, ...) {attribute=value}`")
-        results = _RESULT.findall(match["results"])
+        written, _, call = line.partition(" = ")
+        match = _CALL.match(call)
+        if match is None or not _RESULTS.fullmatch(written) or not _OPERANDS.fullmatch(match["operands"]):
+            raise self.fail(_EXPECTED_NODE)
+        attributes, named = self._tail(call[match.end() :])
+        results = _RESULT.findall(written)
         names = [f"{scope}{n}" if n.startswith(".") else n for n, _ in results]
         given = match["operands"].split(",") if match["operands"] else []
         operands = [self.value(o.strip()[1:], scope) for o in given]
         try:
-            op = make_op(match["op"], match["attributes"] or "")
-            origin = (match["origin"] or "").split()
-            made = builder.emit(op, tuple(operands), names=names, scope=scope, origin=origin)
+            op = make_op(match["op"], attributes)
+            made = builder.emit(op, tuple(operands), names=names, scope=scope, origin=named.split())
         except GraphError as error:
             raise self.fail(str(error)) from None
-        for (_, written), value in zip(results, made, strict=True):
-            if str(value.type) != written:
+        for (_, type_), value in zip(results, made, strict=True):
+            if str(value.type) != type_:
                 raise self.fail(
-                    f"%{value.name} is written as {written} but {match['op']} gives {value.type}", written
+                    f"%{value.name} is written as {type_} but {match['op']} gives {value.type}", type_
                 )
             self.values[value.name] = value
+
+    def _tail(self, text: str) -> tuple[str, str]:
+        """Attributes and origin of ` {attributes} from [origin]`, of which either may be missing."""
+        origin = ""
+        if text.endswith("]") and (start := text.rfind(" from [")) >= 0:
+            text, origin = text[:start], text[start + len(" from [") : -1]
+        if text and not (text.startswith(" {") and text.endswith("}")):
+            raise self.fail(_EXPECTED_NODE)
+        return text[2:-1], origin
 
     def outputs(self, line: str) -> dict[str, Value]:
         outputs: dict[str, Value] = {}
@@ -301,37 +347,3 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
         ],
         "outputs": {name: v.name for name, v in graph.outputs.items()},
     }
-
-
-def graph_from_json(data: dict[str, Any]) -> Graph:
-    """`graph_to_json` read back. Raises GraphError for another schema or a damaged record."""
-    if data.get("schema") != SCHEMA:
-        raise GraphError(f"graph JSON has schema {data.get('schema')!r}, this version reads {SCHEMA}")
-    try:
-        builder = Builder(data["name"])
-        values: dict[str, Value] = {}
-        for key, kind in (("inputs", Kind.INPUT), ("states", Kind.STATE), ("params", Kind.PARAM)):
-            declare = {Kind.INPUT: builder.input, Kind.STATE: builder.state, Kind.PARAM: builder.param}[kind]
-            for v in data[key]:
-                values[v["name"]] = declare(v["name"], parse_type(v["type"]))
-        for record in data["nodes"]:
-            fields = {k: parse_attribute(v) for k, v in record["attributes"].items()}
-            names = [v["name"] for v in record["outputs"]]
-            made = builder.emit(
-                build_op(lookup(record["op"]), fields),
-                tuple(values[n] for n in record["inputs"]),
-                names=names,
-                scope=record["scope"],
-                origin=record["origin"],
-            )
-            for v, written in zip(made, record["outputs"], strict=True):
-                if str(v.type) != written["type"]:
-                    raise GraphError(
-                        f"%{v.name} is written as {written['type']} but {record['op']} gives {v.type}"
-                    )
-            values.update(zip(names, made, strict=True))
-        return builder.finish({name: values[v] for name, v in data["outputs"].items()})
-    except KeyError as error:
-        raise GraphError(f"graph JSON lacks {error}; is it damaged?") from None
-    except (TypeError, AttributeError, ValueError) as error:
-        raise GraphError(f"graph JSON is damaged: {error}") from None

@@ -18,6 +18,7 @@ from dsv4c import strict_json
 from dsv4c.buckets import bucket_named
 from dsv4c.errors import PlanError
 from dsv4c.plan.records import (
+    SPACES,
     Argument,
     BodyCode,
     KernelCode,
@@ -26,6 +27,7 @@ from dsv4c.plan.records import (
     Program,
     StateSlot,
 )
+from dsv4c.plan.typed import require_types
 from dsv4c.publish import OccupiedError, published, require_writable
 from dsv4c.types import TypeSyntaxError, parse_type
 
@@ -34,6 +36,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 """Version of the folder's form; a reader refuses any other."""
+
+LARGEST_FILE = 1 << 30
+"""Bytes of a plan's file; weights are none of them."""
 
 PLAN_FILE, TIMINGS_FILE = "plan.json", "timings.json"
 Progress = Callable[[str, int, int], None]
@@ -207,11 +212,14 @@ def load(folder: str | Path) -> Plan:
     text = _read(path)
     data = _parse(path, text)
     _check_digest(path, text, data)
-    files = {name: _checked(folder, name, digest) for name, digest in data["files"].items()}
+    files = _files(folder, data)
     try:
-        return _plan_from_json(data, files, _timings(folder / TIMINGS_FILE))
+        plan = _plan_from_json(data, files, _timings(folder / TIMINGS_FILE))
     except (KeyError, TypeError, ValueError, AttributeError, TypeSyntaxError) as error:
-        raise PlanError(f"{path}: a record cannot be read: {error!r}; compile the plan again") from None
+        raise PlanError(f"{path}: a record cannot be read: {error!r:.200}; compile the plan again") from None
+    require_types(plan, str(path))
+    _require_keys(path, plan)
+    return plan
 
 
 # --- writing ---
@@ -275,9 +283,17 @@ def _launch_to_json(launch: Launch) -> dict[str, Any]:
 # --- reading ---
 
 
+def _read_bytes(path: Path) -> bytes:
+    """Raises OSError, PlanError for a file beyond `LARGEST_FILE`."""
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise PlanError(f"{path}: has {size:,} bytes, files of a plan at most {LARGEST_FILE:,}")
+    return path.read_bytes()
+
+
 def _read(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return _read_bytes(path).decode()
     except OSError as error:
         raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -318,15 +334,50 @@ def _check_digest(path: Path, text: str, data: Mapping[str, Any]) -> None:
         raise PlanError(f"{path}: was altered after it was compiled; compile the plan again")
 
 
+def _files(folder: Path, data: Mapping[str, Any]) -> dict[str, bytes]:
+    """Contents of the files that a plan names, each compared with its digest."""
+    named = data.get("files")
+    if not isinstance(named, Mapping):
+        raise PlanError(f"{folder / PLAN_FILE}: names no files; compile the plan again")
+    return {name: _checked(folder, name, digest) for name, digest in named.items()}
+
+
+_DEPLOYMENT = {"target": str, "recipe": str, "max_context": int, "slots": int, "buckets": list}
+
+
+_CERTIFICATE = frozenset({"rule", "op", "operands", "kind", "worst"})
+
+
+def _require_keys(path: Path, plan: Plan) -> None:
+    """What readers take from the parts of a plan that are no records of ours."""
+    found = {name: type(value) for name, value in plan.deployment.items()}
+    counts = [value for value in plan.deployment.values() if type(value) is int]
+    if found != _DEPLOYMENT or min(counts) < 1 or plan.deployment["buckets"] != list(plan.buckets):
+        raise PlanError(
+            f"{path}: its deployment is {plan.deployment!r:.200}; expected {', '.join(_DEPLOYMENT)}, the "
+            f"buckets {', '.join(plan.buckets)}"
+        )
+    for number, certificate in enumerate(plan.certificates):
+        if not certificate.keys() >= _CERTIFICATE or not isinstance(certificate["operands"], list):
+            raise PlanError(f"{path}: certificate {number} lacks one of {', '.join(sorted(_CERTIFICATE))}")
+    if type(plan.config.get("vocab_size")) is not int:
+        raise PlanError(f"{path}: its config has no vocab_size; compile the plan again")
+    missing = [space for space in SPACES if space not in plan.blocks]
+    if missing:
+        raise PlanError(f"{path}: says no size of the block of {missing[0]}; compile the plan again")
+
+
 def _checked(folder: Path, name: str, digest: str) -> bytes:
     relative = PurePosixPath(name)
     if relative.is_absolute() or ".." in relative.parts:
-        raise PlanError(f"{folder / PLAN_FILE}: names the file {name!r}; expected files inside the plan")
+        raise PlanError(f"{folder / PLAN_FILE}: names the file {name[:80]!r}; expected files inside the plan")
     path = folder / relative
-    if not path.is_file():
-        raise PlanError(f"{path}: is missing from the plan; compile the plan again, or copy it as a whole")
     try:
-        content = path.read_bytes()
+        if not path.is_file():
+            raise PlanError(
+                f"{path}: is missing from the plan; compile the plan again, or copy it as a whole"
+            )
+        content = _read_bytes(path)
     except OSError as error:
         raise PlanError(f"{path}: cannot be read: {error.strerror}") from None
     if _sha256(content) != digest:

@@ -142,7 +142,7 @@ class Checkpoint:
         need.
 
         Tensors that start with a prefix in `ignore` are not unexpected. By default that is "mtp.", the draft
-        blocks, unless one of them is needed.
+        blocks, or "mtp.1." and so on, where some of them are needed.
         """
         needed: dict[str, Part] = {}
         for source in sources.values():
@@ -151,7 +151,10 @@ class Checkpoint:
         for name, part in needed.items():
             self._compare_tensor(name, part, report)
         if ignore is None:
-            ignore = () if any(name.startswith("mtp.") for name in needed) else ("mtp.",)
+            used = {_draft_block(name) for name in needed} - {""}
+            ignore = (
+                sorted({_draft_block(name) for name in self.tensors} - used - {""}) if used else ("mtp.",)
+            )
         for name in self.tensors:
             if name in needed:
                 continue
@@ -327,6 +330,12 @@ class Checkpoint:
 
 def _workers() -> int:
     return min(4, os.cpu_count() or 1)
+
+
+def _draft_block(name: str) -> str:
+    """`mtp.0.` of a tensor of that block, "" of any other."""
+    first, number, *rest = [*name.split(".", 2), ""]
+    return f"{first}.{number}." if first == "mtp" and rest[0] else ""
 
 
 class _Map:

@@ -63,7 +63,7 @@ formats = st.builds(
 )
 shapes = st.lists(st.integers(1, 300), min_size=2, max_size=4).map(lambda s: (*s[:-1], 2 * s[-1] + 64))
 types = st.one_of(
-    st.builds(TensorType, st.sampled_from(list(DType)), st.lists(st.integers(0, 9), max_size=4).map(tuple)),
+    st.builds(TensorType, st.sampled_from(list(DType)), st.lists(st.integers(1, 9), max_size=4).map(tuple)),
     st.builds(QuantType, formats, shapes),
 )
 

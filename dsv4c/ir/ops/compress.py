@@ -24,6 +24,7 @@ class CompletedEntries(Op):
         rows = expect_tensor(positions, "positions", 1, I32).shape[0]
         expect(slots == positions, f"slots {slots} and positions {positions} differ")
         expect(self.ratio > 0, f"ratio must be positive, got {self.ratio}")
+        expect(self.tokens > 0, f"tokens must be positive, got {self.tokens}")
         expect(rows % self.tokens == 0, f"{rows} rows are not {self.tokens} of each sequence")
         entries = TensorType(I32, (rows // self.tokens * -(-self.tokens // self.ratio),))
         return entries, entries
@@ -46,6 +47,8 @@ class CompressPool(Op):
     picks: ClassVar = {3: (0, 0)}
 
     def infer(self, kv: Type, score: Type, entries: Type, slots: Type) -> TensorType:
+        expect(self.ratio > 0, f"ratio must be positive, got {self.ratio}")
+        expect(self.tokens > 0, f"tokens must be positive, got {self.tokens}")
         ring = expect_tensor(kv, "kv", 3, F32)
         expect(score == kv, f"kv {kv} and score {score} differ")
         expect_tensor(entries, "entries", 1, I32)
