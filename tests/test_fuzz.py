@@ -11,8 +11,8 @@ from dsv4c.plan.records import Plan
 from tests.fuzzing import Target, check, mutated, targets
 
 NAMES = (
-    *("json", "type", "attribute", "graph", "graph json", "config", "header", "index", "plan", "saved"),
-    *("pipeline", "tokens", "counts", "state"),
+    *("json", "type", "attribute", "graph", "graph json", "config", "header", "header json", "index", "plan"),
+    *("saved", "pipeline", "tokens", "counts", "state"),
 )
 MANY = 100_000
 
