@@ -2,8 +2,8 @@
 
 What needs no graph is proved whenever a plan is loaded (`dsv4c.plan.check`). Here the graphs join: they are
 well-formed, they are lowered once more, and launches are followed in order over every byte of arena, states,
-inputs and constants: what it holds, who wrote it, who has read it since. A launch may touch it only behind all
-of those, and must find what the graph says it reads.
+inputs and constants: what it holds, who wrote it, who has read it since. A launch may touch it only behind
+all of those, and must find what the graph says it reads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FOLLOWED = ("arena", "state", "input", "constants")  # blocks whose bytes change
 def check(plan: Plan) -> list[Violation]:
     """All violations of a plan, with those that need no graph first; empty when it is sound."""
     found = data.check(plan)
-    outside = {v.bucket for v in found if v.kind in ("outside", "order")}
+    outside = {v.bucket for v in found if v.launch and v.kind in ("outside", "order")}
     for name, program in programs(plan).items():
         found += [replace(v, bucket=name) for v in _check(plan, program, follow=name not in outside)]
     return found

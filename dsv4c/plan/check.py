@@ -124,17 +124,14 @@ def _kernels(plan: Plan) -> tuple[dict[str, tuple[Cubin, Declared]], list[Violat
                 wrong = list(_agrees(plan, record, cubin, declared))
                 known[key] = cubin, declared
         found += [Violation("kernel", "", f"kernel {key}: {text}") for text in wrong]
-    launched = {x.code.kernel for p in programs(plan).values() for x in p.launches if _is_kernel(x)}
+    codes = [launch.code for program in programs(plan).values() for launch in program.launches]
+    launched = {code.kernel for code in codes if isinstance(code, KernelCode)}
     found += [
         Violation("surplus", "", f"no launch runs kernel {key}")
         for key in plan.kernels
         if key not in launched
     ]
     return known, found
-
-
-def _is_kernel(launch: Launch) -> bool:
-    return isinstance(launch.code, KernelCode)
 
 
 def _record(plan: Plan, record: Mapping[str, Any]) -> Iterator[str]:
@@ -281,7 +278,7 @@ def _limits(plan: Plan) -> Iterator[Violation]:
 
 def _blocks(plan: Plan, weights: Iterable[Weight]) -> Iterator[Violation]:
     """Blocks end where the last of what lies in them does."""
-    ends = dict.fromkeys(SPACES, 0)
+    ends: dict[str, int] = dict.fromkeys(SPACES, 0)
     ends["weights"] = max((at + size for w in weights for _, at, size in w.parts.values()), default=0)
     for state in plan.state:
         ends["state"] = max(ends["state"], state.offset + state.type.extent)
@@ -331,9 +328,9 @@ def _values(plan: Plan, program: Program, weights: Mapping[str, Weight]) -> Iter
     end = 0
     for name, place in program.values.items():
         offset, extent = place.offset, place.type.extent
-        if offset % ALIGN or not 0 <= offset <= offset + extent <= plan.blocks[place.space]:
-            if place.space != "weights" or name not in weights:  # those have a form, and its bytes
-                yield Violation("outside", "", _beyond(name, place, plan.blocks[place.space]))
+        inside = not offset % ALIGN and 0 <= offset <= offset + extent <= plan.blocks[place.space]
+        if not inside and name not in weights:  # those have a form, and its bytes
+            yield Violation("outside", "", _beyond(name, place, plan.blocks[place.space]))
         if place.space == "arena":
             end = max(end, offset + extent)
         elif name in weights and place != Place(weights[name].type, "weights", weights[name].offset):
