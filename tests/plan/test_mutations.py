@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import json
 from collections import Counter
@@ -21,7 +20,7 @@ from dsv4c.errors import PlanError
 from dsv4c.plan.check import check, programs
 from dsv4c.plan.folder import PLAN_FILE, Plan, plan_of
 from tests.codegen.lowered import gpu_plan, no_compiler
-from tests.plan.mutations import Kind, edits
+from tests.plan.mutations import Kind, edits, places
 
 HARMLESS = {
     "pipeline *": "how it was compiled: read by commands that compile again, by nothing that runs",
@@ -30,6 +29,10 @@ HARMLESS = {
     "report* *": "figures printed for people; those of buckets and kernels are compared all the same",
 }
 """Kinds that nothing finds, and why none has to."""
+
+
+OF_FILES = ("digest", "schema", "files")
+"""Fields that are read with the folder, where tests of folders edit them."""
 
 
 def model() -> ModelConfig:
@@ -85,9 +88,9 @@ def judged(plan: Plan, data: Mapping[str, Any], files: Mapping[str, bytes], kind
 def results(plan: Plan, other: Plan) -> Iterator[Result]:
     data, stale = json.loads(plan.text), json.loads(other.text)
     for kind, edit in edits(data, stale):
-        edited = copy.deepcopy(data)
+        edited = json.loads(plan.text)
         edit(edited)
-        if kind.path.partition(".")[0] not in ("digest", "schema", "files"):
+        if kind.path.partition(".")[0] not in OF_FILES:
             yield judged(plan, edited, plan.files, kind)
 
 
@@ -143,6 +146,9 @@ def test_every_kind_of_edit_is_found(target: str, capsys: pytest.CaptureFixture[
     with capsys.disabled():
         print(f"\n{table(found, target)}")
     assert len({r.kind for r in found}) == len(found) > 300
+    assert {path for path in places(json.loads(plan.text)) if path.partition(".")[0] not in OF_FILES} <= {
+        r.kind.path for r in found
+    }
     assert not [str(kind) for kind, why in reasons.items() if not why]
 
 
