@@ -46,7 +46,7 @@ def made(target: str) -> tuple[Plan, Plan]:
     certify = target == "cpu"
     common = {"target": target, "certify": certify, "max_context": 256}
     return (
-        gpu_plan(model(), batch=(1, 2), slots=2, verify=1, chunk=4, **common),
+        gpu_plan(model(), batch=(1, 2), slots=2, verify=1, chunk=1, **common),
         gpu_plan(
             replace(model(), rms_norm_eps=1e-5),
             recipe="bf16",
