@@ -52,8 +52,8 @@ def passes(name: str, store: Path) -> Work:
 
 
 def certificates(name: str, store: Path) -> Work:
+    from dsv4c.certify.certificates import certify
     from dsv4c.compiler.compile import job_for
-    from dsv4c.passes.certify import certify
 
     fold = job_for(name, max_context=CONTEXT).bucket("decode").context.fold
     assert fold is not None
