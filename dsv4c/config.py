@@ -147,13 +147,15 @@ class ModelConfig:
         """The config that `to_dict` wrote. ConfigError on a missing, unknown or wrong field."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"config: {shown(data)}; expected the fields of ModelConfig by name")
-        name = str(data.get("name", "config"))
+        name, notes = str(data.get("name", "config")), data.get("notes", ())
         known = {item.name for item in fields(ModelConfig)}
         extra = [
             problem(key, "is unknown", "one of ModelConfig's fields") for key in sorted(set(data) - known)
         ]
+        if not isinstance(notes, list | tuple) or not all(isinstance(note, str) for note in notes):
+            extra.append(problem("notes", shown(notes), "a list of sentences"))
         _raise_if_any(name, extra + list(_problems(data, {}, set())))
-        return ModelConfig(**dict(data))
+        return ModelConfig(**{**data, "name": name})
 
 
 @dataclass(frozen=True)

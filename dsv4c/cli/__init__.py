@@ -29,7 +29,7 @@ COMMANDS = {
     "show": "Show a model's graph: figures first, then the operations, equal layers folded into one.",
     "diff": "Compare two graphs: nodes gone, new and changed; launches, bytes and operations.",
     "passes": "Show the pipeline of a plan and what every rule saved in a decode step.",
-    "why-not": "Explain where a rule did not apply: the furthest match, what failed first, what it would save.",
+    "why-not": "Explain where a rule did not apply: the best match, what failed first, what it would save.",
     "check": "Check every way a rule applied: the nodes it replaced and the fused op agree on hard inputs.",
     "bisect": "Find the rewrite at fault: run the plan, and its unfused nodes on operands of each launch.",
     "verify": "Check a plan: every file by its digest, and in every bucket what launches do to each other.",

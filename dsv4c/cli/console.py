@@ -88,7 +88,7 @@ def progress_bar(title: str, *, bytes_counted: bool = False) -> Iterator[Progres
 
 
 def write_text(path: Path | None, text: str, error: type[Dsv4cError]) -> None:
-    """Write a file, whole or not at all, or to stdout when `path` is None.
+    """Write a file, whole or not at all, a device or a pipe as it comes, or to stdout when `path` is None.
 
     Raises `error` if the file cannot be written.
     """
@@ -96,7 +96,7 @@ def write_text(path: Path | None, text: str, error: type[Dsv4cError]) -> None:
         print(text, end="")
         return
     try:
-        with published(path) as made:
+        with published(path, stream=True) as made:
             made.write_text(text, encoding="utf-8")
     except OSError as problem:
         raise error(f"{path}: cannot be written: {problem.strerror}") from None

@@ -62,7 +62,7 @@ def why_not_command(
     extra: PassOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Explain where a rule did not apply: the furthest match, what failed first, what it would save.
+    """Explain where a rule did not apply: the best match, what failed first, what it would save.
 
     The pipeline runs again, from the plan's own settings or the options given with a config.
 
