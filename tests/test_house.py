@@ -424,7 +424,8 @@ PATH = ("models", "passes", "codegen", "plan")
 def walk(model: str, **options: Any) -> list[str]:
     """The rooms in which the model's graph, and what becomes of it, is made when it is compiled, in order.
 
-    Tools (`ir`) and the path itself (`compiler`) are none of them; a plan is of its own room, whoever makes it.
+    Tools (`ir`) and the path itself (`compiler`) are none of them; a plan is of its own room, whoever makes
+    it.
     """
     rooms: list[str] = []
 
@@ -526,7 +527,7 @@ def loaded_with(names: Sequence[str], looked_for: Sequence[str]) -> list[str]:
 
 
 EVALUATE = ("bisect", "check", "run", "synth", "weights")
-"""Commands that compute with tensors; the help of all others, and their work with graphs, waits for no torch."""
+"""Commands that compute with tensors; all others, and their help, wait for no torch."""
 
 
 def test_commands_load_without_torch() -> None:
