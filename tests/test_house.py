@@ -50,9 +50,9 @@ HOUSE = {
         (*LEAVES, "runtime", "plan", "numerics"), ("torch", "numpy"), rooms_inside=("ir", "reference")
     ),
     "runtime": Room(
-        (*CONFIG, "plan", "numerics"),
+        (*CONFIG, "plan", "numerics", "runtime.cpu"),
         ("torch", "numpy", "safetensors", "cuda"),
-        ("runtime.cpu",),
+        (),
         ("rich",),
     ),
     # Graph work happens without torch: these load it, and whatever needs it, only inside functions.
@@ -68,13 +68,18 @@ HOUSE = {
     "view": Room((*CONFIG, "ir", "models"), ("networkx",), (), ("graphviz", "rich")),
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
     "codegen.lib": Room((), ("cutlass", "cuda")),
-    # Launches are lowered to what plans hold, which is data.
-    "codegen": Room((*COMPILER, "codegen.lib", "plan"), ("jinja2",), (), ("cutlass", "cuda", "torch")),
+    # Launches are lowered to what plans hold, which is data: without templates, as for the CPU.
+    "codegen.lower": Room((*COMPILER, "codegen.lib", "plan")),
+    "codegen.bodies": Room((*COMPILER, "plan", "codegen.lower")),
+    "codegen": Room(
+        (*COMPILER, "codegen.lib", "codegen.lower", "plan"), ("jinja2",), (), ("cutlass", "cuda", "torch")
+    ),
+    "codegen.targets": Room((*COMPILER, "codegen.lower", "codegen.bodies"), (), ("codegen",)),
     # The one path from a config to a plan. Torch and kernels are loaded only where they are needed.
     "compiler": Room(
-        (*COMPILER, "plan"),
+        (*COMPILER, "plan", "codegen.lower", "codegen.targets"),
         (),
-        ("runtime", "runtime.cpu", "numerics", "reference", "view", "codegen"),
+        ("runtime", "runtime.cpu", "numerics", "reference", "view", "codegen", "codegen.bodies"),
         ("torch", "safetensors"),
     ),
     "": Room((*CONFIG, "ir", "passes", "compiler", "plan"), (), ("runtime", "models", "codegen", "view")),

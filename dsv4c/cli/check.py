@@ -75,7 +75,7 @@ def check_command(
 
     asked = ask(subject, extra=extra)
     folder = cache_folder(cache) / "certificates"
-    found = certify(_matches(asked, asked.job.deployment.buckets), folder=folder, fresh=not cached)
+    found = certify(_matches(asked, tuple(dict.fromkeys(asked.job.firsts().values()))), folder=folder, fresh=not cached)
     changed = _changed(asked, found.all)
     if json:
         print_json(
