@@ -22,19 +22,20 @@ import torch
 from safetensors.torch import save
 
 from dsv4c import strict_json
+from dsv4c.buckets import Bucket
 from dsv4c.cli.compile import counts, describe, figures
 from dsv4c.cli.run import token_ids
 from dsv4c.compiler.job import Saved, job_of, read_saved
 from dsv4c.config import BUILTIN_FOLDER, Deployment, load_config
 from dsv4c.errors import CheckpointError, ConfigError, GraphError, PlanError, SessionError
 from dsv4c.headers import INDEX, read_header
-from dsv4c.ir.text import graph_from_json, graph_to_json, parse_attribute, parse_graph
+from dsv4c.ir.text import graph_to_json, parse_attribute, parse_graph
 from dsv4c.ir.verify import verify
 from dsv4c.passes.pipeline import Pipeline, parse_pipeline
-from dsv4c.plan import records
-from dsv4c.plan.records import PLAN_FILE, Plan, load
+from dsv4c.plan import folder as folders
+from dsv4c.plan.folder import PLAN_FILE, Plan, load
+from dsv4c.runtime import state
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.session import STATE_SCHEMA, Session
 from dsv4c.types import KV_FP8, NVFP4, TypeSyntaxError, parse_type
 
 LONGEST = 1 << 16  # bytes of an input
@@ -216,7 +217,9 @@ def check(target: Target, data: bytes) -> float:
 
 def targets(folder: Path, plan: Plan) -> dict[str, Target]:
     """Every parser by name. Those of files read one in `folder`."""
-    graphs = [_SMALL_GRAPH.encode(), plan.graph_text("decode").encode()]
+    first, _, _ = plan.graph_text("decode").partition("@layers.1")
+    lines = [line for line in first.splitlines() if not re.search(r"%(mtp|layers\.[1-9])", line)]
+    graphs = [_SMALL_GRAPH.encode(), "\n".join([*lines, "return streams=%streams\n"]).encode()]
     as_json = json.dumps(graph_to_json(parse_graph(_SMALL_GRAPH))).encode()
     return {
         "json": Target(
@@ -229,7 +232,6 @@ def targets(folder: Path, plan: Plan) -> dict[str, Target]:
             parse_attribute, (GraphError,), ["(1,2.5,(bf16,none))", f"({KV_FP8},true)", '"a \\" b"', "1e-06"]
         ),
         "graph": Target(lambda data: verify(parse_graph(data.decode())), (GraphError,), graphs),
-        "graph json": Target(_graph_json, (GraphError, ValueError), [as_json[1:]], json=True),
         "config": _of_json(folder / "config.json", load_config, (ConfigError,), _configs()),
         "header": _of_file(folder / "x.safetensors", read_header, (CheckpointError,), [_tensors()]),
         "header json": _header(folder / "y.safetensors"),
@@ -275,11 +277,6 @@ def _header(path: Path) -> Target:
     end = 8 + int.from_bytes(whole[:8], "little")
     payload = whole[end:]
     return Target(run, (CheckpointError,), [whole[9:end].rstrip()], json=True)
-
-
-def _graph_json(data: bytes) -> object:
-    parsed = strict_json.parse(b"{" + data)
-    return verify(graph_from_json(parsed)) if isinstance(parsed, dict) else None
 
 
 def _configs() -> list[bytes]:
@@ -341,11 +338,10 @@ def _index(folder: Path) -> bytes:
 
 
 def _saved() -> str:
-    graphs = {"decode": parse_graph(_SMALL_GRAPH)}
-    saved = Saved(
-        "fold", load_config("tiny"), Deployment(), "official", str(Pipeline()), {"embed": 1}, graphs
-    )
-    return saved.text()
+    graphs = {"decode-1": parse_graph(_SMALL_GRAPH)}
+    deployment = Deployment(buckets=(Bucket("decode"),))
+    asked = (load_config("tiny"), deployment, "official", str(Pipeline()), {"embed": 1})
+    return Saved("fold", *asked, graphs).text()
 
 
 def _plan(folder: Path, plan: Plan) -> Target:
@@ -355,16 +351,17 @@ def _plan(folder: Path, plan: Plan) -> Target:
     data["files"] = dict(list(data["files"].items())[:2])
     for name in ("weights", "certificates", "state"):
         data[name] = data[name][:2]
-    data["report"], data["loads"] = {}, {}
-    data["buckets"] = {"decode": data["buckets"]["decode"]}
-    bucket = data["buckets"]["decode"]
+    data["report"], data["load"] = {}, None
+    data["buckets"] = {"decode-1": data["buckets"]["decode-1"]}
+    data["deployment"]["buckets"] = ["decode-1"]
+    bucket = data["buckets"]["decode-1"]
     bucket["launches"], bucket["values"] = bucket["launches"][:2], dict(list(bucket["values"].items())[:3])
     del data["digest"]
     body = json.dumps(data, indent=0).partition("\n")[2]
 
     def run(changed: bytes) -> None:
         text = changed.decode()
-        (folder / PLAN_FILE).write_text(records._first_lines(text) + text)
+        (folder / PLAN_FILE).write_text(folders._first_lines(text) + text)
         read = load(folder)
         describe(read)
         figures(read)
@@ -374,21 +371,19 @@ def _plan(folder: Path, plan: Plan) -> Target:
 
 
 def _state(path: Path) -> Target:
-    """A session of 64 bytes; nothing but the saved state itself may change them."""
-    state, kept = torch.zeros(64, dtype=torch.uint8), torch.arange(64, dtype=torch.uint8)
-    plan = SimpleNamespace(digest="0" * 64, state=())
-    session: Any = object.__new__(Session)
-    session.plan, session.executor, session.max_context = plan, SimpleNamespace(state=state), 16
-    session._check_whole = lambda: None
-    session.executor.state = kept
-    good = Session.save_state(session, path).read_bytes()
-    metadata = json.loads(good[8 : 8 + int.from_bytes(good[:8], "little")])["__metadata__"]
-    assert metadata["schema"] == STATE_SCHEMA
+    """States of two slots; nothing but what was saved may be taken."""
+    plan: Any = SimpleNamespace(digest="0" * 64, state=(), deployment={"max_context": 16})
+    states = {
+        "window": torch.arange(64, dtype=torch.float32).reshape(2, 32),
+        "position": torch.tensor([3, 7]),
+    }
+    good = state.write(path, plan, states, [0, 1]).read_bytes()
+    saved = state.read(path, plan, states, 2).rows
 
     def run(data: bytes) -> None:
-        session.executor.state = torch.zeros(64, dtype=torch.uint8)
         path.write_bytes(data)
-        session.load_state(path)
-        assert torch.equal(session.executor.state, kept), "a state that nobody saved was taken"
+        found = state.read(path, plan, states, 2).rows
+        same = found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
+        assert same, "a state that nobody saved was taken"
 
     return Target(run, (SessionError,), [good])

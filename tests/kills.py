@@ -31,7 +31,7 @@ import dsv4c
 from dsv4c.cache import Store
 from dsv4c.compiler.compile import compile
 from dsv4c.models.synth import synthesize
-from dsv4c.plan.records import load
+from dsv4c.plan.folder import load
 from dsv4c.publish import PREFIX
 from dsv4c.runtime.checkpoint import Checkpoint
 from tests.codegen.lowered import no_compiler

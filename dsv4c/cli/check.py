@@ -75,7 +75,8 @@ def check_command(
 
     asked = ask(subject, extra=extra)
     folder = cache_folder(cache) / "certificates"
-    found = certify(_matches(asked, tuple(dict.fromkeys(asked.job.firsts().values()))), folder=folder, fresh=not cached)
+    forms = tuple(dict.fromkeys(asked.job.firsts().values()))
+    found = certify(_matches(asked, forms), folder=folder, fresh=not cached)
     changed = _changed(asked, found.all)
     if json:
         print_json(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4c import strict_json
 from dsv4c.buckets import bucket_named
-from dsv4c.errors import PlanError
+from dsv4c.errors import PlanError, listed
 from dsv4c.plan.records import (
     SPACES,
     Argument,
@@ -95,7 +95,7 @@ class Plan:
         if not of_kind:
             hint = "; compile with --draft mtp" if bucket == "draft" else ""
             raise PlanError(
-                f"plan {self.name} has no bucket {bucket!r}, only {', '.join(self.buckets)}{hint}"
+                f"plan {self.name} has no bucket {bucket!r}, only {listed(self.buckets, bucket)}{hint}"
             )
         return min(of_kind, key=lambda program: program.shape.rows)
 
