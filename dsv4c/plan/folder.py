@@ -343,9 +343,8 @@ def _files(folder: Path, data: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 _DEPLOYMENT = {"target": str, "recipe": str, "max_context": int, "slots": int, "buckets": list}
-
-
 _CERTIFICATE = frozenset({"rule", "op", "operands", "kind", "worst"})
+_ORIGIN = frozenset({"name", "kind", "source", "at"})
 
 
 def _require_keys(path: Path, plan: Plan) -> None:
@@ -360,6 +359,9 @@ def _require_keys(path: Path, plan: Plan) -> None:
     for number, certificate in enumerate(plan.certificates):
         if not certificate.keys() >= _CERTIFICATE or not isinstance(certificate["operands"], list):
             raise PlanError(f"{path}: certificate {number} lacks one of {', '.join(sorted(_CERTIFICATE))}")
+    for number, origin in enumerate(plan.contributed):
+        if not origin.keys() >= _ORIGIN:
+            raise PlanError(f"{path}: contribution {number} lacks one of {', '.join(sorted(_ORIGIN))}")
     if type(plan.config.get("vocab_size")) is not int:
         raise PlanError(f"{path}: its config has no vocab_size; compile the plan again")
     missing = [space for space in SPACES if space not in plan.blocks]
