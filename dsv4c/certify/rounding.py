@@ -8,16 +8,14 @@ result, by its op and format; selections must be equal, as sets. Recorded models
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from dsv4c.ir.graph import Node
 from dsv4c.ir.graph import Value as Variable
+from dsv4c.numerics.codec import Quantized, Value, dequantize
 from dsv4c.types import DType, QuantFormat, QuantType, TensorType, Type
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dsv4c.numerics.codec import Value
 
 # Sums run in another order, which moves f32 by a few 1e-7 and seldom moves a bf16 result to its neighbor;
 # were all moved, that would be 2^-8.
@@ -95,8 +93,6 @@ def _selection(node: Node, variable: Variable) -> Variable | None:
 
 
 def _in_order(weights: Value, ids: Value) -> Tensor:
-    from torch import Tensor
-
     assert isinstance(weights, Tensor)
     assert isinstance(ids, Tensor)
     return weights.gather(-1, ids.long().argsort(-1))
@@ -106,8 +102,6 @@ def distance(expected: Value, found: Value, before: Value | None = None) -> floa
     """|found - expected| / |expected| over what is finite in both, infinite where only one of them is finite
     or integers differ. `before`: count only what one of them changed.
     """
-    import torch
-
     if isinstance(expected, torch.Tensor) and not expected.is_floating_point():
         assert isinstance(found, torch.Tensor)
         a, b = (x.sort(-1).values if x.ndim > 1 else x for x in (expected, found))
@@ -126,8 +120,4 @@ def distance(expected: Value, found: Value, before: Value | None = None) -> floa
 
 
 def _wide(value: Value) -> Tensor:
-    import torch
-
-    from dsv4c.numerics.codec import Quantized, dequantize
-
     return dequantize(value, torch.float64) if isinstance(value, Quantized) else value.double()
