@@ -25,6 +25,7 @@ from dsv4c.config import ModelConfig, save_config
 from dsv4c.errors import CheckpointError
 from dsv4c.models.weights import Source, Table, TensorSpec, inventory, sources
 from dsv4c.publish import OccupiedError, published
+from dsv4c.scope import Scope
 from dsv4c.types import NVFP4, QuantType
 
 if TYPE_CHECKING:
@@ -321,7 +322,7 @@ def _put(job: _Job, role: str, values: Tensor) -> None:
 
 def _distribution(name: str, matrix: tuple[int, ...]) -> tuple[float, float]:
     """Mean and standard deviation of a parameter's elements."""
-    leaf = name.rpartition(".")[2]
+    leaf = Scope.of(name).leaf
     if leaf.endswith("norm"):
         return 1.0, 0.1
     if leaf == "embed":

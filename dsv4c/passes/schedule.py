@@ -13,8 +13,6 @@ from typing import Any
 
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 
-LAYERS = ("layers", "mtp")  # scopes that count layers
-
 
 @dataclass(frozen=True)
 class Group:
@@ -43,18 +41,6 @@ class Schedule:
     def owner(self, value: Value) -> Value:
         """The value whose bytes `value` is: itself, what it reshapes, or the state it was written to."""
         return self.views.get(value, value)
-
-
-def layer_of(node: Node) -> str:
-    """The layer that a node belongs to ("layers.3", "mtp.0"), or "" outside of layers."""
-    return layer_in(node.scope)
-
-
-def layer_in(scope: str) -> str:
-    """The layer that a scope lies in, or ""."""
-    kind, _, rest = scope.partition(".")
-    number = rest.partition(".")[0]
-    return f"{kind}.{number}" if kind in LAYERS and number.isdecimal() else ""
 
 
 def schedule(graph: Graph, groups: Sequence[Group] = ()) -> Schedule:
@@ -86,7 +72,7 @@ def _grouped(
         return next((g for g in known if g.takes(names) and _may_join(order, host, index, g)), None)
 
     for index, node in enumerate(nodes):
-        layer = layer_of(node)
+        layer = node.place.layer
         if not layer or not any(node.op.name in group.ops for group in groups):
             continue
         hosts = open_.setdefault(layer, [])

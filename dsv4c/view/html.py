@@ -20,7 +20,7 @@ from dsv4c.ir.text import print_attribute
 from dsv4c.ir.totals import totals
 from dsv4c.types import Type
 from dsv4c.view.diff import Difference, diff
-from dsv4c.view.layers import Section, body_of, body_results, family, layer_of, sections
+from dsv4c.view.layers import Section, body_of, body_results, family, sections
 
 STATIC = Path(__file__).parent / "static"
 
@@ -255,4 +255,4 @@ class _Changes:
 def _moves(value: Value) -> bool:
     """Does the value's name depend on which layer reads it? Also true of what the first layer reads."""
     assert value.node is not None
-    return bool(layer_of(value.node.scope)) or value.node.op.name == "expand_streams"
+    return bool(value.node.place.block) or value.node.op.name == "expand_streams"
