@@ -66,6 +66,12 @@ class Node:
         return Scope.of(self.scope)
 
     @property
+    def weight(self) -> Value | None:
+        """The operand that is the op's weight; None without one."""
+        place = self.op.weight
+        return self.inputs[place] if place is not None and place < len(self.inputs) else None
+
+    @property
     def provenance(self) -> tuple[str, ...]:
         """Names of the results of the unfused graph that this node computes."""
         return self.origin or tuple(v.name for v in self.outputs)

@@ -106,7 +106,7 @@ def encode(section: Section) -> Iterator[tuple[Hashable, ...]]:
     def operand(value: Value) -> Hashable:
         if value in number:
             return number[value]
-        if value.kind is not Kind.RESULT or not _other_layer(value, section):
+        if not from_a_layer(value):
             return section.canonical(value.name), value.type
         return f"^{foreign.setdefault(value, len(foreign))}", value.type
 
@@ -123,10 +123,11 @@ def encode(section: Section) -> Iterator[tuple[Hashable, ...]]:
         )
 
 
-def _other_layer(value: Value, section: Section) -> bool:
-    """Is `value` the result of another layer, or of what a first layer has in place of one?"""
-    assert value.node is not None
-    return bool(value.node.place.block) or value.node.op.name == "expand_streams"
+def from_a_layer(value: Value) -> bool:
+    """Is `value` the result of a layer, or of what a first layer has in place of one? Then its name depends
+    on which layer reads it.
+    """
+    return value.node is not None and (bool(value.node.place.block) or value.node.op.name == "expand_streams")
 
 
 def find_section(graph: Graph, layer: int | str) -> Section:
