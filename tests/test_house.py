@@ -24,7 +24,7 @@ class Room:
     packages_inside: tuple[str, ...] = ()
 
 
-LEAVES = ("types", "errors", "strict_json", "headers", "publish", "cache", "buckets", "arch")
+LEAVES = ("types", "errors", "strict_json", "headers", "publish", "cache", "buckets", "arch", "scope")
 CONFIG = (*LEAVES, "config")
 COMPILER = (*CONFIG, "ir", "models", "passes")
 
@@ -38,7 +38,8 @@ HOUSE = {
     "cache": Room(("errors", "publish")),
     "buckets": Room(),
     "arch": Room(),
-    "dialects": Room(("errors", "headers")),
+    "scope": Room(),
+    "dialects": Room(("errors", "headers", "scope")),
     "config": Room((*LEAVES, "dialects")),
     "numerics": Room(LEAVES, ("torch", "numpy")),
     # The contract of compiler and runtime: data.
