@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 import dsv4c
 from dsv4c.cli import COMMANDS
 from dsv4c.cli.run import token_ids
-from dsv4c.config import BUILTIN_FOLDER
+from dsv4c.compiler.job import rules_of
+from dsv4c.config import BUILTIN_FOLDER, TARGETS, load_config
 from dsv4c.errors import SessionError
-from dsv4c.ir.text import graph_from_json
 from dsv4c.models.synth import synthesize
+from dsv4c.passes.recipes import RECIPES
 from tests.codegen.lowered import gpu_plan
 from tests.commands import command
 
@@ -38,6 +39,43 @@ def plan(weights: Path) -> Path:
     result = command("compile", weights, "-o", folder, "--max-context", 64, "--chunk", 5, "--batch", 2)
     assert result.code == 0, result.err
     return folder
+
+
+# --- what there is ---
+
+
+def test_rules_recipes_targets_and_models_are_listed() -> None:
+    rules = command("rules", "--json").json["rules"]
+    assert [row["rule"] for row in rules] == list(rules_of().rules)
+    assert {row["from"] for row in rules} == {"dsv4c"}
+    assert all(row["what"] for row in rules)
+    recipes = command("recipes", "--json").json["recipes"]
+    assert [row["recipe"] for row in recipes] == list(RECIPES)
+    assert all(row["what"] for row in recipes)
+    assert [row["target"] for row in command("targets", "--json").json["targets"]] == list(TARGETS)
+    flash, _, tiny = command("models", "--json").json["models"]
+    assert round(flash["parameters"] / 1e9, 2) == 284.33
+    assert tiny["layers"] == "2 SWA, 2 CSA, 2 HCA"
+
+
+@pytest.mark.parametrize("name", ["rules", "recipes", "targets", "models"])
+def test_lists_are_tables_to_read(name: str) -> None:
+    (rows,) = command(name, "--json").json.values()
+    out = command(name).out
+    assert all(str(next(iter(row.values()))) in out for row in rows)
+
+
+def test_the_hubs_id_leads_to_the_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "deepseek-ai/DeepSeek-V4-Flash"
+    assert load_config(name) == load_config("deepseek-v4-flash")
+    assert load_config(name).notes == (
+        "deepseek-ai/DeepSeek-V4-Flash is the built-in deepseek-v4-flash; nothing was downloaded",
+    )
+    clone = tmp_path / name
+    clone.mkdir(parents=True)
+    (clone / "config.json").write_text((BUILTIN_FOLDER / "tiny.json").read_text())
+    assert load_config(name) == load_config("tiny")  # a clone comes first
 
 
 # --- compile ---
@@ -139,7 +177,7 @@ def test_show_as_json_dot_and_file(plan: Path, tmp_path: Path) -> None:
     assert {"inputs", "states", "params", "nodes", "outputs"} <= set(graph)
     layer = command("show", plan, "--format", "json", "--layer", "1").json
     assert {node["scope"].split(".attn")[0].split(".ffn")[0] for node in layer["nodes"]} == {"layers.1"}
-    assert graph_from_json(layer).name == "weights.decode-2.layers.1"
+    assert layer["name"] == "weights.decode-2.layers.1"
     file = tmp_path / "g.dot"
     result = command("show", "tiny", "--layer", "0", "--format", "dot", "-o", file)
     assert (result.code, result.out) == (0, "")

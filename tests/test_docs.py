@@ -13,14 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from dsv4c.arch import SM_90A
-from dsv4c.codegen.select import Kernels
 from dsv4c.compiler.request import Request
-from dsv4c.config import load_config
-from dsv4c.ir.totals import totals
-from dsv4c.models.traffic import token_traffic
-from dsv4c.passes.memory import plan_memory
-from dsv4c.passes.schedule import schedule
+from dsv4c.ir.totals import compulsory, totals
+from dsv4c.view.text import render
+from tests.codegen.lowered import gpu_plan
 
 ROOT = Path(__file__).parent.parent
 TUTORIAL = ROOT / "docs" / "write-a-pass.md"
@@ -80,6 +76,16 @@ def test_the_readmes_first_example_prints_what_it_says(tmp_path: Path) -> None:
     run([sys.executable, "-c", python[1] + "assert logits.shape == (1, 512)"], tmp_path, env)
 
 
+def test_the_readmes_layer_is_what_show_prints() -> None:
+    """Without types, attributes and origins, as it says."""
+    job = Request("deepseek-v4-flash", batch=1, verify=1, chunk=1).job()
+    text = render(job.compiled(job.decode).after("fold"), 4, True)
+    lines = [line for line in text.split("# layers.4 of graph", 1)[1].split("\n") if line[:1] in ("@", "%")]
+    cut = [re.split(r" \{| from \[", line, maxsplit=1)[0] for line in lines]
+    plain = [re.sub(r": (?:q\[[^\]]*\]|[a-z0-9]+)\[[^\]]*\]", "", line) for line in cut]
+    assert "\n".join(["```", *plain, "```"]) in (ROOT / "README.md").read_text()
+
+
 def test_the_readmes_table_of_passes_is_what_they_do() -> None:
     rows = dict(re.findall(r"^\| (\w[\w, ()]*) \| (.*) \|$", (ROOT / "README.md").read_text(), re.M))
     for place, name in ((0, "deepseek-v4-flash"), (2, "deepseek-v4-pro")):
@@ -87,19 +93,18 @@ def test_the_readmes_table_of_passes_is_what_they_do() -> None:
         compiled = job.compiled(job.decode)
         found = {stage: totals(graph) for stage, graph in compiled.named}
         assert found["prepack"] == found["tidy"]
-        grouped = schedule(compiled.graph, Kernels(SM_90A).groups)
+        plan = gpu_plan(name, max_context=131072, batch=1, verify=1, chunk=1, certify=False)
+        program, moved = plan.program(), found["tidy"].bytes
         counts = {s: (t.launches, t.bytes) for s, t in found.items()} | {
-            "prepack, tidy": (found["tidy"].launches, found["tidy"].bytes),
-            "schedule (launch groups)": (len(grouped.launches), found["tidy"].bytes),
+            "prepack, tidy": (found["tidy"].launches, moved),
+            "lower (sm_90a)": (len(program.launches), moved),
         }
-        for stage in ("build", "quantize", "fold", "prepack, tidy", "schedule (launch groups)"):
+        for stage in ("build", "quantize", "fold", "prepack, tidy", "lower (sm_90a)"):
             launches, moved = counts[stage]
             shown = [cell.strip() for cell in rows[stage].split("|")][place : place + 2]
             assert shown == [f"{launches:,}", f"{moved / 1e9:.3f}"], stage
-        compulsory = token_traffic(load_config(name), 131072).bytes
-        assert rows["compulsory"].split("|")[place + 1].strip() == f"{compulsory / 1e9:.3f}"
-        memory = plan_memory(compiled.graph, grouped)
-        assert memory.bytes == memory.lower_bound
+        least = sum(compulsory(compiled.graph).values())
+        assert rows["compulsory"].split("|")[place + 1].strip() == f"{least / 1e9:.3f}"
 
 
 def test_the_tutorials_fusion_is_short() -> None:

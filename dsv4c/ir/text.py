@@ -1,6 +1,6 @@
 """The text and JSON forms of a graph. `print_graph(parse_graph(print_graph(g)))` is `print_graph(g)`.
 
-    graph tiny.decode
+    graph tiny.decode-1
     input %tokens: i32[1]
     param %layers.0.attn.wq_a: q[e4m3,ue8m0,128x128][128,256]
     @layers.0.attn
@@ -22,7 +22,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from dsv4c.errors import GraphError
-from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
+from dsv4c.ir.graph import Builder, Graph, Node, Value
 from dsv4c.ir.op import Op, lookup
 from dsv4c.types import DType, QuantFormat, TypeSyntaxError, parse_format, parse_type
 
@@ -347,37 +347,3 @@ def graph_to_json(graph: Graph) -> dict[str, Any]:
         ],
         "outputs": {name: v.name for name, v in graph.outputs.items()},
     }
-
-
-def graph_from_json(data: dict[str, Any]) -> Graph:
-    """`graph_to_json` read back. Raises GraphError for another schema or a damaged record."""
-    if data.get("schema") != SCHEMA:
-        raise GraphError(f"graph JSON has schema {data.get('schema')!r}, this version reads {SCHEMA}")
-    try:
-        builder = Builder(data["name"])
-        values: dict[str, Value] = {}
-        for key, kind in (("inputs", Kind.INPUT), ("states", Kind.STATE), ("params", Kind.PARAM)):
-            declare = {Kind.INPUT: builder.input, Kind.STATE: builder.state, Kind.PARAM: builder.param}[kind]
-            for v in data[key]:
-                values[v["name"]] = declare(v["name"], parse_type(v["type"]))
-        for record in data["nodes"]:
-            fields = {k: parse_attribute(v) for k, v in record["attributes"].items()}
-            names = [v["name"] for v in record["outputs"]]
-            made = builder.emit(
-                build_op(lookup(record["op"]), fields),
-                tuple(values[n] for n in record["inputs"]),
-                names=names,
-                scope=record["scope"],
-                origin=record["origin"],
-            )
-            for v, written in zip(made, record["outputs"], strict=True):
-                if str(v.type) != written["type"]:
-                    raise GraphError(
-                        f"%{v.name} is written as {written['type']} but {record['op']} gives {v.type}"
-                    )
-            values.update(zip(names, made, strict=True))
-        return builder.finish({name: values[v] for name, v in data["outputs"].items()})
-    except KeyError as error:
-        raise GraphError(f"graph JSON lacks {error}; is it damaged?") from None
-    except (TypeError, AttributeError, ValueError) as error:
-        raise GraphError(f"graph JSON is damaged: {error}") from None

@@ -27,6 +27,7 @@ def compulsory(graph: Graph) -> dict[Value, int]:
     however many ops do, and what it writes.
     """
     reads: dict[Value, int] = {}
+    slices: dict[Value, int] = {}
     writes: dict[Value, int] = {}
     for node in graph.nodes:
         if node.op.view:
@@ -34,10 +35,17 @@ def compulsory(graph: Graph) -> dict[Value, int]:
         cost = node.cost
         for value, count in zip(node.inputs, cost.reads, strict=True):
             root = graph.root_of.get(value, value)
-            if root.kind in (Kind.PARAM, Kind.STATE):
+            if root.kind in (Kind.PARAM, Kind.STATE) and node.op.addressed:
+                slices[root] = slices.get(root, 0) + count
+            elif root.kind in (Kind.PARAM, Kind.STATE):
                 reads[root] = max(reads.get(root, 0), count)
         for value, count in zip(node.outputs, cost.writes, strict=True):
             if value in graph.root_of:
                 root = graph.root_of[value]
                 writes[root] = writes.get(root, 0) + count
-    return {value: reads.get(value, 0) + writes.get(value, 0) for value in (*graph.params, *graph.states)}
+
+    def touched(value: Value) -> int:
+        read = min(max(reads.get(value, 0), slices.get(value, 0)), value.type.nbytes)
+        return read + writes.get(value, 0)
+
+    return {value: touched(value) for value in (*graph.params, *graph.states)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
@@ -17,8 +16,8 @@ from dsv4c.ir.graph import Builder, Graph
 from dsv4c.ir.ops import add, cache_write, gather, quantize, reshape, rms_norm, scale, silu, sink_softmax
 from dsv4c.ir.ops.math import Silu
 from dsv4c.ir.text import (
-    graph_from_json,
     graph_to_json,
+    make_op,
     parse_attribute,
     parse_graph,
     print_attribute,
@@ -96,7 +95,6 @@ def test_models_read_back(recipe: str, bucket: str) -> None:
     again = parse_graph(text)
     assert same(again, graph)
     assert print_graph(again) == text
-    assert same(graph_from_json(json.loads(json.dumps(graph_to_json(graph)))), graph)
 
 
 def test_a_graph_without_results() -> None:
@@ -228,42 +226,23 @@ def test_errors_point_with_a_caret() -> None:
     assert shown[caret.index("^") :].startswith("%.gain")
 
 
-JSON_ERRORS = [  # path, value, message
-    (["schema"], 2, "graph JSON has schema 2, this version reads 1"),
-    (["nodes", 0, "op"], "rms_nrom", "unknown op 'rms_nrom'"),
-    (["nodes", 0, "attributes"], {"eps": ""}, "cannot read the attribute value ''"),
-    (["nodes", 0, "attributes"], {"epsilon": "1e-06"}, "unexpected keyword argument 'epsilon'"),
-    (
-        ["nodes", 0, "outputs", 0, "type"],
-        "f32[2,128]",
-        "written as f32[2,128] but rms_norm gives bf16[2,128]",
-    ),
-    (["nodes", 0, "outputs"], [], "damaged"),
-    (["nodes", 0, "inputs", 0], "nowhere", "lacks 'nowhere'"),
-    (["inputs", 0, "type"], "bf17[2]", "unknown element type 'bf17'"),
-    (["inputs"], None, "damaged"),
-    (["nodes"], [7], "damaged"),
-    (["outputs"], [], "damaged"),
-]
-
-
-@pytest.mark.parametrize(("path", "value", "message"), JSON_ERRORS)
-def test_damaged_json(path: list[Any], value: Any, message: str) -> None:
-    data = copy.deepcopy(graph_to_json(small()))
-    place: Any = data
-    for step in path[:-1]:
-        place = place[step]
-    place[path[-1]] = value
-    with pytest.raises(GraphError) as error:
-        graph_from_json(data)
-    assert message in str(error.value)
-
-
-def test_json_that_lacks_a_field() -> None:
-    data = graph_to_json(small())
-    del data["params"]
-    with pytest.raises(GraphError, match="graph JSON lacks 'params'; is it damaged"):
-        graph_from_json(data)
+def test_json_says_what_the_graph_is() -> None:
+    graph = small()
+    data = json.loads(json.dumps(graph_to_json(graph)))
+    assert (data["schema"], data["name"]) == (1, graph.name)
+    for key in ("inputs", "states", "params"):
+        assert [(v["name"], v["type"]) for v in data[key]] == [
+            (v.name, str(v.type)) for v in getattr(graph, key)
+        ]
+    assert data["outputs"] == {label: v.name for label, v in graph.outputs.items()}
+    for record, node in zip(data["nodes"], graph.nodes, strict=True):
+        attributes = ", ".join(f"{key}={value}" for key, value in record["attributes"].items())
+        assert make_op(record["op"], attributes) == node.op
+        assert record["inputs"] == [v.name for v in node.inputs]
+        assert [(v["name"], v["type"]) for v in record["outputs"]] == [
+            (v.name, str(v.type)) for v in node.outputs
+        ]
+        assert (record["scope"], tuple(record["origin"])) == (node.scope, node.origin)
 
 
 # --- random graphs ---
@@ -301,4 +280,3 @@ def test_any_graph_reads_back(graph: Graph) -> None:
     again = parse_graph(text)
     assert same(again, graph)
     assert print_graph(again) == text
-    assert same(graph_from_json(graph_to_json(graph)), graph)
