@@ -40,7 +40,8 @@ HOUSE = {
     "arch": Room(),
     "dialects": Room(("errors", "headers")),
     "config": Room((*LEAVES, "dialects")),
-    "numerics": Room(LEAVES, ("torch", "numpy")),
+    "numerics.forms": Room(),
+    "numerics": Room((*LEAVES, "numerics.forms"), ("torch", "numpy")),
     # The contract of compiler and runtime: data.
     "plan": Room(LEAVES, (), ("runtime",)),
     "ir": Room(LEAVES),
@@ -50,7 +51,7 @@ HOUSE = {
         (*LEAVES, "runtime", "plan", "numerics"), ("torch", "numpy"), rooms_inside=("ir", "reference")
     ),
     "runtime": Room(
-        (*CONFIG, "plan", "numerics"),
+        (*CONFIG, "plan", "numerics", "numerics.forms"),
         ("torch", "numpy", "safetensors", "cuda"),
         ("runtime.cpu",),
         ("rich",),
@@ -67,9 +68,11 @@ HOUSE = {
     ),
     "view": Room((*CONFIG, "ir", "models"), ("networkx",), (), ("graphviz", "rich")),
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
-    "codegen.lib": Room((), ("cutlass", "cuda")),
+    "codegen.lib": Room(("numerics.forms",), ("cutlass", "cuda")),
     # Launches are lowered to what plans hold, which is data.
-    "codegen": Room((*COMPILER, "codegen.lib", "plan"), ("jinja2",), (), ("cutlass", "cuda", "torch")),
+    "codegen": Room(
+        (*COMPILER, "codegen.lib", "plan", "numerics.forms"), ("jinja2",), (), ("cutlass", "cuda", "torch")
+    ),
     # The one path from a config to a plan. Torch and kernels are loaded only where they are needed.
     "compiler": Room(
         (*COMPILER, "plan"),

@@ -16,11 +16,7 @@ from dsv4c.view.layers import Fold, Section, family, find_section, folds
 
 @dataclass(frozen=True)
 class Summary:
-<<<<<<< HEAD
     """A graph in figures. Bytes per token are compulsory ones: a call's with full caches, over its rows."""
-=======
-    """A graph in figures. Bytes per token are compulsory ones: of a call with full caches, over its rows."""
->>>>>>> main
 
     graph: str
     totals: Totals

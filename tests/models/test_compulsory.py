@@ -12,7 +12,7 @@ import pytest
 from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, load_config
 from dsv4c.ir.graph import Graph, Kind
-from dsv4c.ir.totals import compulsory
+from dsv4c.ir.totals import compulsory, totals
 from dsv4c.models.deepseek_v4 import build
 from dsv4c.models.layout import part_of
 from dsv4c.models.schedule import LayerKind, layer_plans
