@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.numerics.codec import Quantized, view
-from dsv4c.numerics.packing import UNIT_BYTES, parse_packing
+from dsv4c.numerics.forms import UNIT_BYTES, parse_packing
 from dsv4c.plan.folder import Plan, load
 from dsv4c.plan.records import Argument, Launch
 from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, Device, check_device

@@ -41,7 +41,8 @@ HOUSE = {
     "scope": Room(),
     "dialects": Room(("errors", "headers", "scope")),
     "config": Room((*LEAVES, "dialects")),
-    "numerics": Room(LEAVES, ("torch", "numpy")),
+    "numerics.forms": Room(),
+    "numerics": Room((*LEAVES, "numerics.forms"), ("torch", "numpy")),
     # The contract of compiler and runtime: data.
     "plan": Room(LEAVES, (), ("runtime",)),
     "ir": Room(LEAVES),
@@ -51,7 +52,7 @@ HOUSE = {
         (*LEAVES, "runtime", "plan", "numerics"), ("torch", "numpy"), rooms_inside=("ir", "reference")
     ),
     "runtime": Room(
-        (*CONFIG, "plan", "numerics", "runtime.cpu"),
+        (*CONFIG, "plan", "numerics", "numerics.forms", "runtime.cpu"),
         ("torch", "numpy", "safetensors", "cuda"),
         (),
         ("rich",),
@@ -68,12 +69,15 @@ HOUSE = {
     ),
     "view": Room((*CONFIG, "ir", "models"), ("networkx",), (), ("graphviz", "rich")),
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
-    "codegen.lib": Room((), ("cutlass", "cuda")),
+    "codegen.lib": Room(("numerics.forms",), ("cutlass", "cuda")),
     # Launches are lowered to what plans hold, which is data: without templates, as for the CPU.
-    "codegen.lower": Room((*COMPILER, "codegen.lib", "plan")),
+    "codegen.lower": Room((*COMPILER, "codegen.lib", "plan", "numerics.forms")),
     "codegen.bodies": Room((*COMPILER, "plan", "codegen.lower")),
     "codegen": Room(
-        (*COMPILER, "codegen.lib", "codegen.lower", "plan"), ("jinja2",), (), ("cutlass", "cuda", "torch")
+        (*COMPILER, "codegen.lib", "codegen.lower", "plan", "numerics.forms"),
+        ("jinja2",),
+        (),
+        ("cutlass", "cuda", "torch"),
     ),
     "codegen.targets": Room((*COMPILER, "codegen.lower", "codegen.bodies"), (), ("codegen",)),
     # The one path from a config to a plan. Torch and kernels are loaded only where they are needed.

@@ -24,7 +24,7 @@ def totals(graph: Graph) -> Totals:
 
 def compulsory(graph: Graph) -> dict[Value, int]:
     """Bytes that a call must touch of every parameter and state, whatever runs it: what it reads, once
-    however many ops do, and what it writes.
+    however many ops do, and what it writes. Slices are read beside each other.
     """
     reads: dict[Value, int] = {}
     slices: dict[Value, int] = {}

@@ -19,7 +19,8 @@ from dsv4c.buckets import Bucket
 from dsv4c.config import load_config
 from dsv4c.errors import CheckpointError, PlanError, SessionError
 from dsv4c.numerics.codec import Quantized, quantize
-from dsv4c.numerics.packing import pack, parse_packing
+from dsv4c.numerics.forms import parse_packing
+from dsv4c.numerics.packing import pack
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Argument, BodyCode, KernelCode, Launch, Place, Program, StateSlot
 from dsv4c.runtime import bind as binding
