@@ -43,10 +43,7 @@ def _value(value: Value, graph: Graph, pattern: str, generator: torch.Generator)
 
 def _is_weight(value: Value, graph: Graph) -> bool:
     """An operand that scales or projects others; zeros there would hide what the others do."""
-    roles = {"linear": 1, "grouped_linear": 1, "expert_linear": 1, "rms_norm": 1, "rope": 2, "embedding": 0}
-    return any(
-        roles.get(n.op.name) == i for n in graph.users[value] for i, v in enumerate(n.inputs) if v is value
-    )
+    return any(node.weight is value for node in graph.users[value])
 
 
 def _floats(shape: tuple[int, ...], pattern: str, generator: torch.Generator) -> Tensor:
@@ -137,7 +134,5 @@ def _bounds(value: Value, graph: Graph, seen: set[Value]) -> Iterator[int]:
             if place in node.op.picks:
                 table, dimension = node.op.picks[place]
                 yield node.inputs[table].type.shape[dimension]
-            elif node.op.name in ("embedding", "reshape", "slice", "concat", "take_along"):
-                yield from _bounds(node.outputs[0], graph, seen)
-            elif node.op.name == "completed_entries" and place == 1:
-                yield from _bounds(node.outputs[1], graph, seen)
+            elif (result := node.op.hands_on(place)) is not None:
+                yield from _bounds(node.outputs[result], graph, seen)

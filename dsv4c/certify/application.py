@@ -102,11 +102,6 @@ def application(match: Match) -> Application:
 
 # --- cutting sizes down ---
 
-GEOMETRY = frozenset(
-    {"reshape.shape", "slice.start", "slice.stop", "visible_entries.capacity", "compress_pool.tokens"}
-)
-"""Attributes that follow from shapes, so they change with them."""
-
 SMALL = 512  # dimensions up to this stay
 
 
@@ -119,10 +114,10 @@ def reduce_sizes(applied: Application) -> Application:
     """The same application with fewer rows, dimensions up to 512 or so, 8 experts, where ops accept it."""
     applied = _fewer_rows(applied)
     experts = {
-        v.type.shape[0]
+        n.inputs[table].type.shape[dimension]
         for n in _primitives(applied.nodes).nodes
-        if n.op.name == "expert_linear"
-        for v in n.inputs[1:2]
+        if n.op.product
+        for table, dimension in n.op.picks.values()
     }
     sizes = {n for v in applied.nodes.inputs for n in v.type.shape if n > SMALL or n in experts}
     taken: set[int] = set()
@@ -196,7 +191,7 @@ def _regrown(op: Op, traced: Op) -> Op:
     """`op` with the geometry that the traced body has at the smaller size; every other attribute its own."""
     if type(op) is not type(traced):
         return op
-    changed = {k: v for k, v in traced.attributes().items() if f"{op.name}.{k}" in GEOMETRY}
+    changed = {k: v for k, v in traced.attributes().items() if k in op.geometry}
     return replace(op, **changed) if changed else op  # type: ignore[type-var]
 
 

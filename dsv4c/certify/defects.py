@@ -289,12 +289,9 @@ def wrong_place(node: Node) -> Meaning | None:
     return lambda cache, rows, index, slots: run(node.op, cache, rows, index + (index >= 0).int(), slots)
 
 
-STATEFUL = ("cache_write", "cache_extend", "gather", "index_scores", "compress_pool")
-
-
 def wrong_slot(node: Node) -> Meaning | None:
     """The state of the next sequence."""
-    return _next_one(node) if node.op.name in STATEFUL else None
+    return _next_one(node) if node.op.by_slot else None
 
 
 def _next_one(node: Node) -> Meaning | None:

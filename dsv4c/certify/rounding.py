@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsv4c.ir.graph import Node
 from dsv4c.ir.graph import Value as Variable
+from dsv4c.ir.op import Rounding
 from dsv4c.numerics.codec import Quantized, Value, dequantize
 from dsv4c.types import DType, QuantFormat, QuantType, TensorType, Type
 
@@ -26,8 +27,6 @@ ROUNDING = 2.0**-7
 # An NVFP4 row whose largest value goes to the next bf16 moves all scales by 2^-8: 2 % of the codes (45 % of a
 # value) and 6 % of the block scales (9 %), together 0.067, and the worst of hundreds of rows is larger.
 FP8_CODES, FP4_CODES = 0.02, 0.12
-COPIES = ("positions", "embed", "advance", "argmax", "index_topk")
-SUMS = ("in_proj", "linear", "grouped_linear", "router", "compressor")
 
 OUTPUTS = 0.2
 """What all nodes of a model together may do to its outputs, each within its bound: codes and selections flip,
@@ -38,16 +37,16 @@ and that piles up from layer to layer. Runs of one model with other rounding poi
 def limit(node: Node, variable: Variable) -> float:
     """What a result may differ by: nothing for integers and copies, else as its op and format say."""
     type_, inside = variable.type, getattr(node.op, "format", None)
-    if node.op.name in COPIES or integers(type_):
+    if node.op.rounding is Rounding.NOWHERE or integers(type_):
         return 0.0
     if isinstance(type_, QuantType):
         return _codes(type_.format)
     outside = any(isinstance(v.type, QuantType) and v.type.format == inside for v in node.outputs)
     if inside is not None and not outside:
         return _codes(inside)
-    if node.op.name == "indexer":
-        return FP8_CODES  # its queries are rounded inside
-    if node.op.name in SUMS:
+    if node.op.rounding is Rounding.CODES:
+        return FP8_CODES
+    if node.op.rounding is Rounding.ONCE:
         return ORDER if type_.dtype is DType.F32 else NEIGHBOR
     return NEIGHBOR if type_.dtype is DType.F32 else ROUNDING
 

@@ -75,7 +75,8 @@ def check_command(
         raise GraphError("check: name a plan or a config, or give --inject")
     asked = ask(subject, extra=extra)
     folder = cache_folder(cache) / "certificates"
-    found = certify(_matches(asked, asked.job.deployment.buckets), folder=folder, fresh=not cached)
+    forms = tuple(dict.fromkeys(asked.job.firsts().values()))
+    found = certify(_matches(asked, forms), folder=folder, fresh=not cached)
     changed = _changed(asked, found.all)
     if json:
         print_json(

@@ -10,7 +10,7 @@ from dsv4c.cli.console import print_json
 from dsv4c.cli.options import JsonOption, PlanArgument
 from dsv4c.compiler.verify import check
 from dsv4c.errors import PlanError
-from dsv4c.plan.folder import load
+from dsv4c.plan.folder import read_plan
 
 
 def register(app: typer.Typer) -> None:
@@ -29,7 +29,7 @@ def verify_command(plan: PlanArgument, json: JsonOption = False) -> None:
 
       dsv4c verify flash.plan --json
     """
-    read = load(plan)
+    read = read_plan(plan)
     launches = {name: len(program.launches) for name, program in read.buckets.items()}
     violations = check(read)
     if json:

@@ -10,18 +10,17 @@ complete before its own wait had returned.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from dsv4c.buckets import Bucket
-from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
 from dsv4c.errors import BuildError, GraphError
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.text import print_graph
 from dsv4c.ir.totals import totals
+from dsv4c.numerics.forms import parse_packing
 from dsv4c.passes.memory import MemoryPlan, aligned, lay_out, plan_memory
 from dsv4c.passes.schedule import Group, Schedule, schedule
 from dsv4c.plan.records import Argument, BodyCode, KernelCode, Launch, Place, Program, StateSlot
@@ -430,15 +429,6 @@ def _forms(coded: Iterable[_Coded], constants: set[str]) -> dict[str, str]:
     return forms
 
 
-def packed_bytes(packing: str, rows: int, columns: int) -> int:
-    """Bytes of one matrix in a packing `format/TxS`: whole tiles of 16 rows, T at a time, and S units."""
-    format_, tiles, span = re.fullmatch(r"(\w+)/(\d+)x(\d+)", packing).groups()  # type: ignore[union-attr]
-    format_ = format_.partition("_")[0]  # variants have the same bytes
-    across = math.ceil(math.ceil(rows / 16) / int(tiles)) * int(tiles)
-    along = math.ceil(math.ceil(columns / COLUMNS[format_]) / int(span)) * int(span)
-    return across * along * BYTES[format_]
-
-
 def lay_out_weights(params: Mapping[str, Type], forms: Mapping[str, str]) -> tuple[tuple[Weight, ...], int]:
     """Offsets of the parameters in their block, one after the other, and the bytes of all."""
     weights, end = [], 0
@@ -463,6 +453,6 @@ def component_bytes(type_: Type, form: str) -> dict[str, int]:
             raise BuildError(f"f32 is a form of bf16 weights, not of {type_}")
         return {"data": 2 * plain["data"]}
     *lead, rows, columns = type_.shape
-    data = math.prod(lead) * packed_bytes(form, rows, columns)
+    data = math.prod(lead) * parse_packing(form).nbytes(rows, columns)
     inside = form.startswith(("mxfp4", "nvfp4"))
     return {"data": data} | {n: s for n, s in plain.items() if n != "data" and not (inside and n == "scale")}

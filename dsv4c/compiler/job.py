@@ -142,13 +142,14 @@ class Job:
         return Compiled(context, passes.run(graph, context, stop_after=stop, watch=watch), graph, begins)
 
     def firsts(self) -> dict[Bucket, Bucket]:
-        """For every bucket the one whose graph it has, but for sizes: the smallest that runs the same block,
-        writes to rings before it reads them, and takes logits of the same rows. Buckets that keep rows beside
-        the rings, and those of a compile that goes on, have graphs of their own.
+        """For every bucket the one whose graph it has, but for sizes: the first, decode steps before others,
+        of those that run the same block, write to rings before they read them, and give logits of the same
+        rows. Buckets that keep rows beside the rings, and those of a compile that goes on, have graphs of
+        their own.
         """
         found: dict[tuple[object, ...], Bucket] = {}
         firsts = {}
-        for b in sorted(self.deployment.buckets, key=lambda bucket: bucket.rows):
+        for b in sorted(self.deployment.buckets, key=lambda bucket: (bucket.kind != "decode", bucket.rows)):
             own = self.saved is not None or b.keeps_beside
             firsts[b] = found.setdefault((b,) if own else (b.block, b.logits), b)
         return {b: firsts[b] for b in self.deployment.buckets}

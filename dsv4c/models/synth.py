@@ -28,6 +28,7 @@ from dsv4c.errors import CheckpointError
 from dsv4c.models.weights import Source, Table, TensorSpec, inventory, sources
 from dsv4c.numerics.codec import quantize
 from dsv4c.publish import OccupiedError, published
+from dsv4c.scope import Scope
 from dsv4c.types import NVFP4, QuantType
 
 SHARD_BYTES = 2_000_000_000
@@ -309,7 +310,7 @@ def _put(job: _Job, role: str, values: Tensor) -> None:
 
 def _distribution(name: str, matrix: tuple[int, ...]) -> tuple[float, float]:
     """Mean and standard deviation of a parameter's elements."""
-    leaf = name.rpartition(".")[2]
+    leaf = Scope.of(name).leaf
     if leaf.endswith("norm"):
         return 1.0, 0.1
     if leaf == "embed":

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dsv4c.errors import PlanError
 from dsv4c.numerics.codec import Quantized, Value
-from dsv4c.numerics.packing import Packing, pack, parse_packing
+from dsv4c.numerics.forms import Packing, parse_packing
+from dsv4c.numerics.packing import pack
 from dsv4c.runtime.checkpoint import Checkpoint, Progress
 from dsv4c.runtime.parameter import ParamRecord
 from dsv4c.types import DType, QuantType

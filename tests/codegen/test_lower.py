@@ -13,7 +13,7 @@ import torch
 from benchmarks.plans import first_layers
 from dsv4c.arch import SM_90A
 from dsv4c.codegen.build import TARGETS
-from dsv4c.codegen.lower import component_bytes, packed_bytes
+from dsv4c.codegen.lower import component_bytes
 from dsv4c.codegen.select import Kernels
 from dsv4c.compiler.compile import compile
 from dsv4c.compiler.verify import check
@@ -23,7 +23,8 @@ from dsv4c.ir.graph import Builder
 from dsv4c.ir.ops import slice_
 from dsv4c.ir.ops.rope import RopeFrequencies
 from dsv4c.numerics.codec import view
-from dsv4c.numerics.packing import pack, parse_packing
+from dsv4c.numerics.forms import parse_packing
+from dsv4c.numerics.packing import pack
 from dsv4c.passes.schedule import Group
 from dsv4c.plan.folder import Plan, load
 from dsv4c.plan.records import Launch
@@ -122,14 +123,6 @@ def test_weights_lie_in_the_forms_that_kernels_want(tiny: Plan) -> None:
     assert [c["name"] for c in records["layers.0.attn.wo_a"]["components"]] == ["data", "scale"]
     assert [c["name"] for c in records["layers.0.ffn.experts.w1"]["components"]] == ["data"]
     assert "frequencies" not in records  # a constant
-
-
-@pytest.mark.parametrize("format_", ["fp8", "bf16", "mxfp4", "nvfp4"])
-@pytest.mark.parametrize("shape", [(48, 128), (208, 384), (16, 640)])
-def test_packed_bytes_are_those_of_the_packing(format_: str, shape: tuple[int, int]) -> None:
-    for tiles, span in ((1, 1), (2, 1), (4, 2), (8, 4)):
-        name = f"{format_}/{tiles}x{span}"
-        assert packed_bytes(name, *shape) == parse_packing(name).nbytes(*shape)
 
 
 def test_component_bytes_are_those_that_pack_makes() -> None:
