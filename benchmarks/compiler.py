@@ -31,11 +31,12 @@ Work = Callable[[], object]
 
 
 def build(name: str, store: Path) -> Work:
+    from dsv4c.buckets import Bucket
     from dsv4c.config import Deployment, load_config
     from dsv4c.ir.verify import verify
     from dsv4c.models.deepseek_v4 import build
 
-    return lambda: verify(build(load_config(name), Deployment(max_context=CONTEXT), "decode"))
+    return lambda: verify(build(load_config(name), Deployment(max_context=CONTEXT), Bucket("decode")))
 
 
 def text(name: str, store: Path) -> Work:
@@ -52,19 +53,21 @@ def passes(name: str, store: Path) -> Work:
 
 
 def certificates(name: str, store: Path) -> Work:
-    from dsv4c.compiler.compile import job_for
-    from dsv4c.passes.certify import certify
+    from dsv4c.certify.certificates import certify
+    from dsv4c.compiler.request import Request
 
-    fold = job_for(name, max_context=CONTEXT).bucket("decode").context.fold
+    job = Request(name, max_context=CONTEXT).job()
+    fold = job.compiled(job.decode).context.fold
     assert fold is not None
     return lambda: certify(fold.matches, folder=store)
 
 
 def page(name: str, store: Path) -> Work:
-    from dsv4c.compiler.compile import job_for
+    from dsv4c.compiler.request import Request
     from dsv4c.view.html import html
 
-    named = job_for(name, max_context=CONTEXT).bucket("decode").named
+    job = Request(name, max_context=CONTEXT).job()
+    named = job.compiled(job.decode).named
     return lambda: html(named)
 
 

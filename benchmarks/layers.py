@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import time
@@ -29,8 +28,9 @@ from dsv4c.numerics.codec import Quantized, view
 from dsv4c.numerics.forms import UNIT_BYTES, parse_packing
 from dsv4c.plan.folder import Plan, load
 from dsv4c.plan.records import Argument, Launch
-from dsv4c.runtime.cuda import CudaExecutor, Device, check_device
+from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, Device, check_device
 from dsv4c.runtime.residence import Resident
+from dsv4c.scope import LAYERS, Scope
 from dsv4c.types import DType, QuantType
 
 KINDS = {0: "SWA", 4: "CSA", 128: "HCA"}
@@ -100,7 +100,7 @@ def fill_weight(block: Tensor, resident: Resident, experts: int) -> None:
 def fill_state(executor: CudaExecutor) -> None:
     """Caches as if tokens had been there: keys of the size of 1."""
     for slot in executor.plan.state:
-        value = view(executor.state, slot.type, slot.offset)
+        value = view(executor.blocks["state"], slot.type, slot.offset)
         if isinstance(value, Quantized):
             assert isinstance(slot.type, QuantType)
             random_e4m3(value.data.view(torch.uint8).view(-1))
@@ -118,14 +118,14 @@ def fill_state(executor: CudaExecutor) -> None:
 class Clock:
     """Replays of parts of the step's graph, each from the same position and a flushed L2."""
 
-    def __init__(self, executor: CudaExecutor, position: int, replays: int) -> None:
-        self.executor, self.position, self.replays = executor, position, replays
+    def __init__(self, step: BoundProgram, position: int, replays: int) -> None:
+        self.step, self.position, self.replays = step, position, replays
         self._flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
 
     def prefixes(self, ends: Sequence[int]) -> dict[int, float]:
         """Median microseconds of the first `end` launches for every end, taken in turns."""
         stream = torch.cuda.current_stream().cuda_stream
-        graphs = {end: self.executor.graph_of(range(end)) for end in ends if end}
+        graphs = {end: self.step.graph_of(range(end)) for end in ends if end}
         times: dict[int, list[float]] = {end: [] for end in graphs}
         for replay in range(self.replays + 2):
             for end, graph in graphs.items():
@@ -142,11 +142,12 @@ class Clock:
         return {end: statistics.median(values) for end, values in times.items()} | {0: 0.0}
 
     def _set(self) -> None:
-        position = self.executor.states["position"]
+        position, slots = self.step.value("position"), self.step.inputs["slots"]
         assert isinstance(position, Tensor)
         position.fill_(self.position)
-        self.executor.inputs["tokens"].fill_(17)
-        self.executor.inputs["lengths"].fill_(1)
+        self.step.inputs["tokens"].fill_(17)
+        self.step.inputs["lengths"].fill_(1)
+        torch.arange(len(slots), out=slots)
         self._flush.fill_(1)
 
 
@@ -174,9 +175,9 @@ def moved_bytes(plan: Plan, launch: Launch, position: int) -> float:
 
 
 def _moved(plan: Plan, argument: Argument, position: int) -> float:
-    config, deployment = plan.config, plan.deployment
+    config = plan.config
     name, size = argument.value, float(argument.nbytes)
-    batch, context = int(deployment["batch"]), int(deployment["max_context"])
+    batch, context = plan.program().shape.sequences, int(plan.deployment["max_context"])
     if argument.space == "weights" and ".ffn.experts." in name:
         touched = min(batch * config["num_experts_per_tok"], config["n_routed_experts"])
         return size * touched / config["n_routed_experts"]
@@ -186,11 +187,11 @@ def _moved(plan: Plan, argument: Argument, position: int) -> float:
         return size
     if "w" in argument.access:
         return 0.0  # a row or two
-    layer = re.match(r"layers\.(\d+)\.", name)
-    ratio = config["compress_ratios"][int(layer[1])] if layer else 0
-    if ".indexer.keys" in name:
+    place = Scope.of(name)
+    ratio = config["compress_ratios"][place.number] if place.block == LAYERS else 0
+    if place.path == "attn.indexer.keys":
         return size * min(position / context, 1.0)
-    if ".attn.entries" in name:
+    if place.path == "attn.entries":
         visible = position // ratio
         read = min(visible, config["index_topk"]) if ratio == 4 else visible
         return size * read / max(context // ratio, 1)
@@ -227,17 +228,17 @@ class Part:
     floor: float
 
 
-def layer_of(launch: Launch) -> int | None:
-    """The layer that a launch belongs to, by its scope or its name."""
-    match = re.search(r"\blayers\.(\d+)\b", f"{launch.scope} {launch.name}")
-    return int(match[1]) if match else None
+def layer_of(scope: str, name: str) -> int | None:
+    """The main layer that a launch belongs to, by its scope or its name; None outside of layers."""
+    places = [Scope.of(scope), Scope.of(name)]
+    return next((place.number for place in places if place.block == LAYERS), None)
 
 
 def measure(folder: Path, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
     """Times of one plan."""
     plan = load(folder)
     check_device(plan, Device.current())
-    block = torch.empty(-(-plan.weights_bytes // 256) * 256, dtype=torch.uint8, device="cuda")
+    block = torch.empty(-(-plan.blocks["weights"] // 256) * 256, dtype=torch.uint8, device="cuda")
     experts = int(plan.config["n_routed_experts"])
     for record in plan.weights:
         fill_weight(block, Resident.from_json(record), experts)
@@ -248,9 +249,10 @@ def measure(folder: Path, options: argparse.Namespace, bandwidth: float) -> dict
     seconds = time.perf_counter() - started
     fill_state(executor)
     position = min(options.position, int(plan.deployment["max_context"]) - 8)
-    clock = Clock(executor, position, options.replays)
-    launches = executor.launches
-    owners = [layer_of(launch) for launch in launches]
+    step = executor.programs[plan.program().shape.name]
+    clock = Clock(step, position, options.replays)
+    launches = step.launches
+    owners = [layer_of(launch.scope, launch.name) for launch in launches]
     ends = {layer: i + 1 for i, layer in enumerate(owners) if layer is not None}
     if sorted(ends.values()) != list(ends.values()):
         raise SystemExit(f"{folder}: layers do not follow each other in the launches")
@@ -281,7 +283,7 @@ def measure(folder: Path, options: argparse.Namespace, bandwidth: float) -> dict
         for i in range(begins[layer], ends[layer]):
             nbytes = moved_bytes(plan, launches[i], position)
             places = [begins[other] + i - begins[layer] for other in alike]
-            grid = launches[i].grid
+            grid = launches[i].kernel.grid
             parts.append(
                 Part(
                     layer,
@@ -294,7 +296,7 @@ def measure(folder: Path, options: argparse.Namespace, bandwidth: float) -> dict
                     1e6 * nbytes / bandwidth,
                 )
             )
-    finite = bool(executor.outputs["logits"].isfinite().all())
+    finite = bool(step.outputs["logits"].isfinite().all())
     return {
         "plan": plan.name,
         "digest": plan.digest,

@@ -29,10 +29,11 @@ def once(folder: Path) -> str:
     start = time.perf_counter()
     plan = load(folder)
     read = time.perf_counter()
-    executor = CudaExecutor(plan, one.expand(plan.weights_bytes))  # one byte that says it is all of them
+    executor = CudaExecutor(plan, one.expand(plan.blocks["weights"]))  # one byte that says it is all of them
     torch.cuda.synchronize()
     ready = time.perf_counter()
-    kernels, launches = len(plan.kernels), len(executor.launches)
+    kernels = len(plan.kernels)
+    launches = sum(len(bound.launches) for bound in executor.programs.values())
     return f"{ready - start:.3f} {read - start:.3f} {ready - read:.3f} {kernels} {launches} {plan.name}"
 
 

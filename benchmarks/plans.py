@@ -49,6 +49,8 @@ def main() -> None:
             first_layers(name, layers),
             target=options.target,
             batch=options.batch,
+            verify=1,
+            chunk=1,
             max_context=options.context,
         )
         print(plan.save(folder, force=True))

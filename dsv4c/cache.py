@@ -61,8 +61,6 @@ class Store:
         """Keep an entry, where that is possible."""
         path = self._path(key)
         with contextlib.suppress(OSError):
-            if path.exists() and not path.is_file():  # a pipe, say, which nobody may read
-                return
             path.parent.mkdir(parents=True, exist_ok=True)
             with published(path, durable=False) as made:
                 made.write_bytes(_head(key, content) + b"\n" + content)

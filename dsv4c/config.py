@@ -21,9 +21,10 @@ from dsv4c import dialects, strict_json
 from dsv4c.arch import ARCHS
 from dsv4c.buckets import ROWS, Bucket, bucket_named
 from dsv4c.dialects import problem, shown
-from dsv4c.errors import ConfigError
+from dsv4c.errors import ConfigError, listed
 
 BUILTIN = ("deepseek-v4-flash", "deepseek-v4-pro", "tiny")
+HUB = "deepseek-ai"
 BUILTIN_FOLDER = Path(__file__).parent / "models" / "configs"
 TARGETS = ("cpu", *ARCHS)
 RATIOS = {0: "SWA", 4: "CSA", 128: "HCA"}
@@ -146,13 +147,15 @@ class ModelConfig:
         """The config that `to_dict` wrote. ConfigError on a missing, unknown or wrong field."""
         if not isinstance(data, Mapping):
             raise ConfigError(f"config: {shown(data)}; expected the fields of ModelConfig by name")
-        name = str(data.get("name", "config"))
+        name, notes = str(data.get("name", "config")), data.get("notes", ())
         known = {item.name for item in fields(ModelConfig)}
         extra = [
             problem(key, "is unknown", "one of ModelConfig's fields") for key in sorted(set(data) - known)
         ]
+        if not isinstance(notes, list | tuple) or not all(isinstance(note, str) for note in notes):
+            extra.append(problem("notes", shown(notes), "a list of sentences"))
         _raise_if_any(name, extra + list(_problems(data, {}, set())))
-        return ModelConfig(**dict(data))
+        return ModelConfig(**{**data, "name": name})
 
 
 @dataclass(frozen=True)
@@ -254,22 +257,27 @@ def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
 def load_config(source: str | Path) -> ModelConfig:
     """The model that `source` names: a built-in name, a `config.json`, or a checkpoint folder that holds one.
 
-    A built-in name comes before a folder that is called so: write `./tiny` for the folder. Raises ConfigError
-    that lists every problem of the file. What was ignored or filled in is in `notes`.
+    A built-in name comes before a folder that is called so: write `./tiny` for the folder. The id of its
+    release on the hub, deepseek-ai/DeepSeek-V4-Flash, leads to it where there is no such folder. Raises
+    ConfigError that lists every problem of the file. What was ignored or filled in is in `notes`.
     """
-    builtin = isinstance(source, str) and source in BUILTIN
-    path = BUILTIN_FOLDER / f"{source}.json" if builtin else _config_file(Path(source))
+    builtin = _builtin(source)
+    if builtin != source and os.path.exists(source):
+        builtin = None  # a clone of the release, under its id
+    path = BUILTIN_FOLDER / f"{builtin}.json" if builtin is not None else _config_file(Path(source))
     reading = dialects.read(_parse(path))
     dialects.settle(reading, path.parent if path.name == "config.json" else None)
-    where = str(source) if builtin else str(path)
+    where = str(path) if builtin is None else str(source)
     if not reading.spelling:  # not a dialect we read: nothing else about it can be judged
         _raise_if_any(where, reading.problems)
     _raise_if_any(
         where, reading.problems + list(_problems(reading.fields, reading.spelling, reading.refused))
     )
     name = path.parent.resolve().name if path.name == "config.json" else path.stem
-    if builtin and os.path.isdir(source):
+    if builtin == source and os.path.isdir(source):
         reading.notes.append(f"{source} is the built-in config; the folder here is ./{source}")
+    elif builtin is not None and builtin != source:
+        reading.notes.append(f"{source} is the built-in {builtin}; nothing was downloaded")
     return ModelConfig(name=name, notes=tuple(reading.notes), **reading.fields)
 
 
@@ -282,17 +290,28 @@ def save_config(config: ModelConfig, folder: str | Path) -> Path:
 
 # Reading the file
 
-_EXPECTED_SOURCE = f"expected a config.json, a checkpoint folder or one of {', '.join(BUILTIN)}"
+
+def _builtin(source: str | Path) -> str | None:
+    """The built-in model that `source` names, by its own name or its release's id on the hub."""
+    if not isinstance(source, str):
+        return None
+    hub, _, name = source.rpartition("/")
+    return name.lower() if hub == HUB and name.lower() in BUILTIN else source if source in BUILTIN else None
+
+
+def _expected_source(meant: str = "") -> str:
+    name = meant.rstrip("/").rpartition("/")[2]
+    return f"expected a config.json, a checkpoint folder or one of {listed(BUILTIN, name)}"
 
 
 def _config_file(path: Path) -> Path:
     try:
         if path.is_dir():
             if (path / "plan.json").exists():
-                raise ConfigError(f"{path}: is a compiled plan; {_EXPECTED_SOURCE}")
+                raise ConfigError(f"{path}: is a compiled plan; {_expected_source()}")
             path = path / "config.json"
         if not path.exists():
-            raise ConfigError(f"{path}: no such file; {_EXPECTED_SOURCE}")
+            raise ConfigError(f"{path}: no such file; {_expected_source(str(path))}")
     except OSError as error:  # a folder above that may not be entered
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
     return path

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class Dsv4cError(Exception):
     """Base of the family: a message that names the place, what was found, what was wanted and what to do."""
@@ -43,3 +46,11 @@ class BuildError(Dsv4cError):
     """Code generation or kernel compilation failed."""
 
     exit_code = 7
+
+
+def listed(known: Iterable[str], meant: str) -> str:
+    """The names that there are, and the likeliest that was meant, if one is like it."""
+    names = list(known)
+    by_lower = {name.lower(): name for name in names}
+    near = difflib.get_close_matches(meant.lower(), by_lower, 1)
+    return ", ".join(names) + (f"; did you mean {by_lower[near[0]]!r}?" if near else "")

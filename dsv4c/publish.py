@@ -34,6 +34,7 @@ def published(
     replace: bool = True,
     keep: Callable[[str], bool] = lambda name: False,
     durable: bool = True,
+    stream: bool = False,
 ) -> Iterator[Path]:
     """A path to write a file or a folder at, which becomes `target` when the block ends without an error.
 
@@ -41,9 +42,12 @@ def published(
     moved aside first, and the next call here moves it back should this one be killed in between); entries
     of the old one that `keep` accepts by name go along. Without `replace` a folder that is not empty stays.
     `durable` waits until the disk has everything; caches can do without. What is no regular file, a device
-    or a pipe, is written to directly. Raises OSError, OccupiedError for a folder that stays.
+    or a pipe, is never replaced; with `stream` it is written to directly. Raises OSError, OccupiedError for a
+    folder that stays.
     """
     if _is_stream(target):
+        if not stream:
+            raise OSError(errno.EINVAL, "it is no regular file", str(target))
         yield target
         return
     place = Path(os.path.realpath(target)) if target.is_symlink() else target
@@ -55,7 +59,7 @@ def published(
         if made.is_dir():
             _place_folder(made, place, scratch, replace, keep)
         else:
-            _place_file(made, place)
+            _place_file(made, place, scratch)
         if durable:
             _flush_entry(place.parent)
 
@@ -96,13 +100,15 @@ def require_writable(folder: Path) -> None:
 
 
 def _is_stream(target: Path) -> bool:
-    """Is it there, and something to write to rather than to replace? So is the output of another program."""
+    """Is it there, and something to write to rather than to replace? So is what a process has open."""
     try:
         mode = os.stat(target).st_mode
     except OSError:
         return False
-    there = Path(os.path.abspath(target)).parts[1:2]
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or there in (("dev",), ("proc",))
+    if not stat.S_ISREG(mode):
+        return not stat.S_ISDIR(mode)
+    named = target.parent / os.readlink(target) if target.is_symlink() else target
+    return Path(os.path.realpath(named.parent)).parts[1:2] == ("proc",)  # /dev/stdout, /dev/fd/3
 
 
 def _claim(folder: Path) -> tuple[Path, int]:
@@ -141,9 +147,12 @@ def _discard(scratch: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _place_file(made: Path, place: Path) -> None:
-    if place.exists():  # a new file has the rights that the process gives new files
-        os.chmod(made, stat.S_IMODE(os.stat(place).st_mode))
+def _place_file(made: Path, place: Path, scratch: Path) -> None:
+    """With the rights of the old file, or those that a new file has, whatever its writer gave it."""
+    like = place if place.exists() else scratch / "usual"
+    if like != place:
+        like.touch()
+    os.chmod(made, stat.S_IMODE(os.stat(like).st_mode))
     os.replace(made, place)
 
 

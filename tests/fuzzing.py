@@ -12,27 +12,30 @@ import random
 import re
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from dsv4c.runtime.headers import INDEX, read_entries, read_header
 from safetensors.torch import save
 
 from dsv4c import strict_json
-from dsv4c.cli.compile import counts
+from dsv4c.buckets import Bucket
+from dsv4c.cli.compile import counts, describe, figures
 from dsv4c.cli.run import token_ids
-from dsv4c.compiler.job import Saved, read_saved
+from dsv4c.compiler.job import Saved, job_of, read_saved
 from dsv4c.config import BUILTIN_FOLDER, Deployment, load_config
 from dsv4c.errors import CheckpointError, ConfigError, GraphError, PlanError, SessionError
-from dsv4c.ir.text import graph_from_json, graph_to_json, parse_attribute, parse_graph
+from dsv4c.headers import INDEX, read_header
+from dsv4c.ir.text import graph_to_json, parse_attribute, parse_graph
 from dsv4c.ir.verify import verify
 from dsv4c.passes.pipeline import Pipeline, parse_pipeline
-from dsv4c.plan import records
-from dsv4c.plan.records import PLAN_FILE, Plan, load
-from dsv4c.runtime.session import STATE_SCHEMA, Session
+from dsv4c.plan import folder as folders
+from dsv4c.plan.folder import PLAN_FILE, Plan, load
+from dsv4c.runtime import state
+from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.types import KV_FP8, NVFP4, TypeSyntaxError, parse_type
 
 LONGEST = 1 << 16  # bytes of an input
@@ -80,22 +83,85 @@ NASTY = (
 _PIECES = re.compile(r'-?[0-9][0-9.e+-]*|"[^"\n]{0,80}"|[A-Za-z_][A-Za-z0-9_]*|.', re.DOTALL)
 
 
+VALUES: tuple[Any, ...] = (
+    *(
+        0,
+        -1,
+        1,
+        3,
+        2**31,
+        2**63,
+        10**40,
+        1.5,
+        -0.0,
+        1e308,
+        True,
+        False,
+        None,
+        "",
+        "x",
+        "0",
+        "f32[1]",
+        "arena",
+    ),
+    *([], [[]], {}, {"a": 1}, [1, 2, 3], ["x"], "a" * 300, "\x00", "../x", "٣", "q[e4m3,ue8m0,1x64][1,64]"),
+)
+
+
 @dataclass(frozen=True)
 class Target:
-    """A parser: what it reads from, what it may raise, and whether its inputs are bytes rather than text."""
+    """A parser: what it reads from, what it may raise, and inputs to begin from. `json`: these are objects,
+    but for their first sign.
+    """
 
     run: Callable[[bytes], object]
     errors: tuple[type[Exception], ...]
     corpus: Sequence[bytes]
+    json: bool = False
 
 
 def mutated(target: Target, seed: int) -> bytes:
-    """One to four changes: of whole numbers, words and signs, of bytes, of the length."""
+    """One to four changes: of whole numbers, words and signs, of bytes, of the length; half of the changes to
+    JSON are of values, in what stays JSON.
+    """
     choose = random.Random(seed)
     data = choose.choice(target.corpus)
-    for _ in range(choose.randint(1, 4)):
+    count = choose.randint(1, 4)
+    if target.json and choose.random() < 0.5:
+        parsed = json.loads(b"{" + data)
+        for _ in range(count):
+            _change_a_value(choose, parsed)
+        return json.dumps(parsed).encode()[1:]
+    for _ in range(count):
         data = (_bytewise if choose.random() < 0.3 else _piecewise)(choose, data, target.corpus)
     return data[:LONGEST]
+
+
+def _change_a_value(choose: random.Random, parsed: Any) -> None:
+    """Somewhere below: another value, none, one more, or two of them exchanged."""
+    place = parsed
+    while True:
+        inner = list(place) if isinstance(place, dict) else list(range(len(place)))
+        if not inner:
+            break
+        key = choose.choice(inner)
+        if isinstance(place[key], dict | list) and choose.random() < 0.8:
+            place = place[key]
+            continue
+        match choose.randrange(4):
+            case 0 | 1:
+                place[key] = deepcopy(choose.choice(VALUES))
+            case 2:
+                del place[key]
+            case 3:
+                other = choose.choice(inner)
+                place[key], place[other] = place[other], place[key]
+        return
+    value = deepcopy(choose.choice(VALUES))
+    if isinstance(place, dict):
+        place[choose.choice(("a", "name", "", "0"))] = value
+    else:
+        place.append(value)
 
 
 def _piecewise(choose: random.Random, data: bytes, corpus: Sequence[bytes]) -> bytes:
@@ -151,7 +217,9 @@ def check(target: Target, data: bytes) -> float:
 
 def targets(folder: Path, plan: Plan) -> dict[str, Target]:
     """Every parser by name. Those of files read one in `folder`."""
-    graphs = [_SMALL_GRAPH.encode(), plan.graph_text("decode").encode()]
+    first, _, _ = plan.graph_text("decode").partition("@layers.1")
+    lines = [line for line in first.splitlines() if not re.search(r"%(mtp|layers\.[1-9])", line)]
+    graphs = [_SMALL_GRAPH.encode(), "\n".join([*lines, "return streams=%streams\n"]).encode()]
     as_json = json.dumps(graph_to_json(parse_graph(_SMALL_GRAPH))).encode()
     return {
         "json": Target(
@@ -164,10 +232,10 @@ def targets(folder: Path, plan: Plan) -> dict[str, Target]:
             parse_attribute, (GraphError,), ["(1,2.5,(bf16,none))", f"({KV_FP8},true)", '"a \\" b"', "1e-06"]
         ),
         "graph": Target(lambda data: verify(parse_graph(data.decode())), (GraphError,), graphs),
-        "graph json": Target(_graph_json, (GraphError, ValueError), [as_json]),
-        "config": _of_file(folder / "config.json", load_config, (ConfigError,), _configs()),
+        "config": _of_json(folder / "config.json", load_config, (ConfigError,), _configs()),
         "header": _of_file(folder / "x.safetensors", read_header, (CheckpointError,), [_tensors()]),
-        "index": _of_file(folder / INDEX, read_entries, (CheckpointError,), [_index(folder)]),
+        "header json": _header(folder / "y.safetensors"),
+        "index": _of_json(folder / INDEX, Checkpoint.open, (CheckpointError,), [_index(folder)]),
         "plan": _plan(folder / "plan", plan),
         "saved": _of_text(read_saved, (GraphError,), [_saved()]),
         "pipeline": _of_text(parse_pipeline, (GraphError, ConfigError), [str(Pipeline()), "fold{rules=a+b}"]),
@@ -189,9 +257,26 @@ def _of_file(path: Path, parse: Callable[[Path], object], errors: Any, corpus: S
     return Target(run, errors, corpus)
 
 
-def _graph_json(data: bytes) -> object:
-    parsed = strict_json.parse(data)
-    return verify(graph_from_json(parsed)) if isinstance(parsed, dict) else None
+def _of_json(path: Path, parse: Callable[[Path], object], errors: Any, corpus: Sequence[bytes]) -> Target:
+    def run(data: bytes) -> None:
+        path.write_bytes(b"{" + data)
+        parse(path)
+
+    return Target(run, errors, [text[1:] for text in corpus], json=True)
+
+
+def _header(path: Path) -> Target:
+    """The header of a file of tensors, with its length as it should be."""
+
+    def run(data: bytes) -> None:
+        header = b"{" + data
+        path.write_bytes(len(header).to_bytes(8, "little") + header + payload)
+        read_header(path)
+
+    whole = _tensors()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    payload = whole[end:]
+    return Target(run, (CheckpointError,), [whole[9:end].rstrip()], json=True)
 
 
 def _configs() -> list[bytes]:
@@ -253,51 +338,52 @@ def _index(folder: Path) -> bytes:
 
 
 def _saved() -> str:
-    graphs = {"decode": parse_graph(_SMALL_GRAPH)}
-    saved = Saved(
-        "fold", load_config("tiny"), Deployment(), "official", str(Pipeline()), {"embed": 1}, graphs
-    )
-    return saved.text()
+    graphs = {"decode-1": parse_graph(_SMALL_GRAPH)}
+    deployment = Deployment(buckets=(Bucket("decode"),))
+    asked = (load_config("tiny"), deployment, "official", str(Pipeline()), {"embed": 1})
+    return Saved("fold", *asked, graphs).text()
 
 
 def _plan(folder: Path, plan: Plan) -> Target:
-    """plan.json of a plan that was cut to a few records, with its digest made again: `load` has to notice."""
+    """plan.json of a plan cut to a few records, its digest made again: the readers must notice."""
     plan.save(folder)
     data = json.loads((folder / PLAN_FILE).read_text())
     data["files"] = dict(list(data["files"].items())[:2])
     for name in ("weights", "certificates", "state"):
         data[name] = data[name][:2]
-    data["report"], data["loads"] = {}, {}
-    data["buckets"] = {"decode": data["buckets"]["decode"]}
-    bucket = data["buckets"]["decode"]
+    data["report"], data["load"] = {}, None
+    data["buckets"] = {"decode-1": data["buckets"]["decode-1"]}
+    data["deployment"]["buckets"] = ["decode-1"]
+    bucket = data["buckets"]["decode-1"]
     bucket["launches"], bucket["values"] = bucket["launches"][:2], dict(list(bucket["values"].items())[:3])
     del data["digest"]
     body = json.dumps(data, indent=0).partition("\n")[2]
 
-    def run(changed: bytes) -> object:
+    def run(changed: bytes) -> None:
         text = changed.decode()
-        (folder / PLAN_FILE).write_text(records._first_lines(text) + text)
-        return load(folder)
+        (folder / PLAN_FILE).write_text(folders._first_lines(text) + text)
+        read = load(folder)
+        describe(read)
+        figures(read)
+        job_of(read)
 
-    return Target(run, (PlanError,), [body.encode()])
+    return Target(run, (PlanError, ConfigError, GraphError), [body.encode()], json=True)
 
 
 def _state(path: Path) -> Target:
-    """A session of 64 bytes; nothing but the saved state itself may change them."""
-    state, kept = torch.zeros(64, dtype=torch.uint8), torch.arange(64, dtype=torch.uint8)
-    plan = SimpleNamespace(digest="0" * 64, state=())
-    session: Any = object.__new__(Session)
-    session.plan, session.executor, session.max_context = plan, SimpleNamespace(state=state), 16
-    session._check_whole = lambda: None
-    session.executor.state = kept
-    good = Session.save_state(session, path).read_bytes()
-    metadata = json.loads(good[8 : 8 + int.from_bytes(good[:8], "little")])["__metadata__"]
-    assert metadata["schema"] == STATE_SCHEMA
+    """States of two slots; nothing but what was saved may be taken."""
+    plan: Any = SimpleNamespace(digest="0" * 64, state=(), deployment={"max_context": 16})
+    states = {
+        "window": torch.arange(64, dtype=torch.float32).reshape(2, 32),
+        "position": torch.tensor([3, 7]),
+    }
+    good = state.write(path, plan, states, [0, 1]).read_bytes()
+    saved = state.read(path, plan, states, 2).rows
 
     def run(data: bytes) -> None:
-        session.executor.state = torch.zeros(64, dtype=torch.uint8)
         path.write_bytes(data)
-        session.load_state(path)
-        assert torch.equal(session.executor.state, kept), "a state that nobody saved was taken"
+        found = state.read(path, plan, states, 2).rows
+        same = found.keys() == saved.keys() and all(torch.equal(found[name], saved[name]) for name in saved)
+        assert same, "a state that nobody saved was taken"
 
     return Target(run, (SessionError,), [good])

@@ -31,7 +31,7 @@ import dsv4c
 from dsv4c.cache import Store
 from dsv4c.compiler.compile import compile
 from dsv4c.models.synth import synthesize
-from dsv4c.plan.records import load
+from dsv4c.plan.folder import load
 from dsv4c.publish import PREFIX
 from dsv4c.runtime.checkpoint import Checkpoint
 from tests.codegen.lowered import no_compiler
@@ -81,20 +81,17 @@ def synth(folder: Path) -> Operation:
     config = replace(tiny, num_layers=1, num_hash_layers=0, compress_ratios=(0,), mtp_layers=0)
     target, found = folder / "weights", {}
 
-    def write(i: int) -> None:
-        synthesize(config, target, seed=i, shards=1 + 2 * i, force=True)
-        (target / "notes.txt").write_text("mine")
-
     def read() -> int:
-        if found:
-            assert (target / "notes.txt").read_text() == "mine"
+        if not found:
+            (target / "notes.txt").write_text("mine")
+        assert (target / "notes.txt").read_text() == "mine"
         Checkpoint.open(target)
         digest = hashlib.sha256()
         for file in sorted(target.glob("model*")):
             digest.update(file.name.encode() + file.read_bytes())
         return found.setdefault(digest.hexdigest(), len(found))
 
-    return Operation(write, read)
+    return Operation(lambda i: synthesize(config, target, i, 1 + 2 * i, force=True), read)
 
 
 def state(folder: Path) -> Operation:

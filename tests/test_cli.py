@@ -8,18 +8,22 @@ import signal
 import subprocess
 import sys
 import time
+from inspect import cleandoc
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
 import dsv4c
-from dsv4c.cli import COMMANDS
+from dsv4c.cli import COMMANDS, module_of
 from dsv4c.cli.run import token_ids
-from dsv4c.config import BUILTIN_FOLDER
+from dsv4c.compiler.job import rules_of
+from dsv4c.config import BUILTIN_FOLDER, TARGETS, load_config
 from dsv4c.errors import SessionError
 from dsv4c.models.synth import synthesize
+from dsv4c.passes.recipes import RECIPES
 from tests.codegen.lowered import gpu_plan
 from tests.commands import command
 
@@ -37,6 +41,43 @@ def plan(weights: Path) -> Path:
     result = command("compile", weights, "-o", folder, "--max-context", 64, "--chunk", 5, "--batch", 2)
     assert result.code == 0, result.err
     return folder
+
+
+# --- what there is ---
+
+
+def test_rules_recipes_targets_and_models_are_listed() -> None:
+    rules = command("rules", "--json").json["rules"]
+    assert [row["rule"] for row in rules] == list(rules_of().rules)
+    assert {row["from"] for row in rules} == {"dsv4c"}
+    assert all(row["what"] for row in rules)
+    recipes = command("recipes", "--json").json["recipes"]
+    assert [row["recipe"] for row in recipes] == list(RECIPES)
+    assert all(row["what"] for row in recipes)
+    assert [row["target"] for row in command("targets", "--json").json["targets"]] == list(TARGETS)
+    flash, _, tiny = command("models", "--json").json["models"]
+    assert round(flash["parameters"] / 1e9, 2) == 284.33
+    assert tiny["layers"] == "2 SWA, 2 CSA, 2 HCA"
+
+
+@pytest.mark.parametrize("name", ["rules", "recipes", "targets", "models"])
+def test_lists_are_tables_to_read(name: str) -> None:
+    (rows,) = command(name, "--json").json.values()
+    out = command(name).out
+    assert all(str(next(iter(row.values()))) in out for row in rows)
+
+
+def test_the_hubs_id_leads_to_the_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = "deepseek-ai/DeepSeek-V4-Flash"
+    assert load_config(name) == load_config("deepseek-v4-flash")
+    assert load_config(name).notes == (
+        "deepseek-ai/DeepSeek-V4-Flash is the built-in deepseek-v4-flash; nothing was downloaded",
+    )
+    clone = tmp_path / name
+    clone.mkdir(parents=True)
+    (clone / "config.json").write_text((BUILTIN_FOLDER / "tiny.json").read_text())
+    assert load_config(name) == load_config("tiny")  # a clone comes first
 
 
 # --- compile ---
@@ -360,6 +401,32 @@ def test_every_command_has_help_with_examples_and_json(name: str) -> None:
     out = command(name, "--help").out
     assert f"dsv4c {name} " in out.split("Examples:")[1]
     assert "--json" in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_their_help_begins_with(name: str) -> None:
+    alone = typer.Typer()
+    module_of(name).register(alone)
+    (registered,) = alone.registered_commands
+    assert registered.name == name
+    assert cleandoc(registered.callback.__doc__).partition("\n\n")[0] == COMMANDS[name]
+
+
+def test_a_command_is_loaded_when_it_is_called() -> None:
+    script = "from tests.commands import command; import sys; command(*sys.argv[1:]); print(*sys.modules)"
+    loaded = {}
+    for arguments in (("--help",), ("targets", "--help")):
+        shown = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        loaded[arguments[0]] = {name for name in shown.stdout.split() if name.startswith("dsv4c.")}
+    assert {name for name in loaded["--help"] if name.startswith("dsv4c.cli.")} == set()
+    assert "dsv4c.cli.targets" in loaded["targets"]
+    assert "dsv4c.cli.compile" not in loaded["targets"]
 
 
 def test_help_needs_neither_torch_nor_long() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dsv4c import strict_json
 from tests.commands import command
 
 REPOSITORY = Path(__file__).parents[1]
@@ -24,7 +25,7 @@ MISTAKES = {
     ("compile", "tiny", "--recipe", "int8"): (2, "error: recipe: unknown recipe 'int8'; known: fp32, bf16"),
     ("compile", "tiny", "--chunk", "99", "--max-context", "50"): (
         2,
-        "error: deployment: prefill-99 takes 99 tokens; expected at most 50 tokens, max_context",
+        "error: deployment: prefill-99 takes 99 tokens; expected at most 50, max_context",
     ),
     ("compile", "tiny", "--batch", "0"): (2, "error: batch: 0 is no size of a bucket, expected a number of"),
     ("compile", "tiny", "--batch", "1,1"): (2, "error: batch: 1, 1 names a size twice"),
@@ -128,6 +129,22 @@ MISTAKES = {
         "error: nothing-here: no such folder; compile",
     ),
     ("weights", "nothing-here"): (4, "error: nothing-here: no such file or folder"),
+    ("compile", "deepseek-v4-flsh"): (2, "deepseek-v4-pro, tiny; did you mean 'deepseek-v4-flash'?"),
+    ("show", "nvidia/DeepSeek-V4-Pro-NVFP4"): (2, "tiny; did you mean 'deepseek-v4-pro'?"),
+    ("compile", "tiny", "--recipe", "oficial"): (2, "nvfp4; did you mean 'official'?"),
+    ("compile", "tiny", "--recipe", "NVFP4"): (2, "nvfp4; did you mean 'nvfp4'?"),
+    ("compile", "tiny", "--disable", "sinkorn"): (
+        3,
+        "no rule is named 'sinkorn'; there are: embed, sinkhorn",
+    ),
+    ("compile", "tiny", "--enable", "hyper_nrom"): (3, "in_proj; did you mean 'hyper_norm'?"),
+    ("compile", "tiny", "--stop-after", "fould"): (3, "there are: quantize, fold, prepack, tidy"),
+    ("compile", "tiny", "--pipeline", "quantise{recipe=official},fold"): (
+        3,
+        "tidy; did you mean 'quantize'?",
+    ),
+    ("why-not", "swiglo", "tiny"): (3, "in_proj; did you mean 'swiglu'?"),
+    ("show", "tiny", "--after", "fould"): (3, "did you mean 'fold'?"),
 }
 
 
@@ -145,6 +162,31 @@ def test_a_mistake_is_one_message_and_an_exit_code(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("arguments", "kind", "code"),
+    [
+        (("show", "nothing-here"), "ConfigError", 2),
+        (("compile", "tiny", "--expect", "=3"), "GraphError", 3),
+        (("weights", "nothing-here"), "CheckpointError", 4),
+        (("passes", "nothing-here"), "PlanError", 5),
+        (("synth", "tiny", "-o", "w", "--shards", "0"), "UsageError", 2),
+        (("show", "tiny", "--nope"), "UsageError", 2),
+        (("show",), "UsageError", 2),
+        (("shwo", "tiny"), "UsageError", 2),
+    ],
+)
+def test_with_json_an_error_is_an_object_in_a_line(
+    arguments: tuple[str, ...], kind: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = command(*arguments, "--json")
+    found = strict_json.parse(result.err)
+    assert (result.code, result.out, result.err.count("\n")) == (code, "", 1)
+    assert (found["kind"], found["exit_code"]) == (kind, code)
+    plain = command(*arguments).err
+    assert found["error"].split()[0] in plain
+
+
 DEEP = "[" * 100_000
 
 FILES: dict[str, tuple[str | bytes, tuple[str, ...], int, str]] = {
@@ -158,13 +200,13 @@ FILES: dict[str, tuple[str | bytes, tuple[str, ...], int, str]] = {
     "resume empty": ("", ("compile", "--resume", "FILE"), 3, "FILE: holds no stopped compile"),
     "resume binary": (b"\xff", ("compile", "--resume", "FILE"), 3, "FILE: is not text at byte 0"),
     "resume of no config": (
-        '# dsv4c graphs of a compile that stopped after fold\n# {"config": 1}\n',
+        '# dsv4c graphs of a compile that stopped after fold\n# {"config": 1}\n\n## end\n',
         ("compile", "--resume", "FILE"),
         3,
         "FILE: line 2: cannot be read: config: is 1; expected the fields of ModelConfig",
     ),
     "resume of half a config": (
-        '# dsv4c graphs of a compile that stopped after fold\n# {"config": {}}\n',
+        '# dsv4c graphs of a compile that stopped after fold\n# {"config": {}}\n\n## end\n',
         ("compile", "--resume", "FILE"),
         3,
         "FILE: line 2: cannot be read: config: 37 problems",
@@ -202,10 +244,14 @@ def run(
     )
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
     "arguments", [("show", "deepseek-v4-flash", "--no-fold"), ("show", "tiny", "--json"), ("--help",)]
 )
-def test_a_reader_that_leaves_is_no_mistake(arguments: tuple[str, ...]) -> None:
+def test_a_reader_that_leaves_is_no_mistake(
+    arguments: tuple[str, ...], unbuffered: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
     read, write = os.pipe()
     os.close(read)
     with run(*arguments, stdout=write) as process:
@@ -214,13 +260,23 @@ def test_a_reader_that_leaves_is_no_mistake(arguments: tuple[str, ...]) -> None:
     assert (process.returncode, error) == (141, "")
 
 
+@pytest.mark.parametrize("arguments", [("show", "nothing-here"), ("show", "--nope")])
+def test_nor_is_one_that_reads_no_errors(arguments: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    command_line = [sys.executable, "-m", "dsv4c", *arguments]
+    process = subprocess.run(command_line, stdout=write, stderr=write, cwd=REPOSITORY, check=False)
+    os.close(write)
+    assert process.returncode == 141
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
 @pytest.mark.parametrize("arguments", [("show", "tiny"), ("show", "tiny", "--json"), ("--help",)])
 def test_a_full_disk_is_told(arguments: tuple[str, ...]) -> None:
     with open("/dev/full", "w") as full, run(*arguments, stdout=full) as process:
         _, error = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert error.splitlines()[0] == "error: No space left on device"
+    assert "No space left on device" in error.splitlines()[0]
     assert "Traceback" not in error
 
 

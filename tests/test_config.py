@@ -922,14 +922,23 @@ def test_a_folder_in_place_of_the_file(tmp_path: Path) -> None:
         load_config(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["deepseek-v4-flush", Path("tiny")])
-def test_no_such_config(source: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("source", "meant"),
+    [
+        ("deepseek-v4-flush", "; did you mean 'deepseek-v4-flash'?"),
+        (Path("tiny"), "; did you mean 'tiny'?"),
+        ("llama", ""),
+    ],
+)
+def test_no_such_config(
+    source: str | Path, meant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as error:
         load_config(source)
     assert str(error.value) == (
         f"{source}: no such file; expected a config.json, a checkpoint folder or one of "
-        "deepseek-v4-flash, deepseek-v4-pro, tiny"
+        f"deepseek-v4-flash, deepseek-v4-pro, tiny{meant}"
     )
     assert error.value.exit_code == 2
 

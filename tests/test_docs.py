@@ -15,6 +15,7 @@ import pytest
 
 from dsv4c.compiler.request import Request
 from dsv4c.ir.totals import compulsory, totals
+from dsv4c.view.text import render
 from tests.codegen.lowered import gpu_plan
 
 ROOT = Path(__file__).parent.parent
@@ -73,6 +74,16 @@ def test_the_readmes_first_example_prints_what_it_says(tmp_path: Path) -> None:
         assert without_figures(printed).strip() == without_figures(said).strip()
     run(["rm", "-r", "tiny.plan"], tmp_path, env)
     run([sys.executable, "-c", python[1] + "assert logits.shape == (1, 512)"], tmp_path, env)
+
+
+def test_the_readmes_layer_is_what_show_prints() -> None:
+    """Without types, attributes and origins, as it says."""
+    job = Request("deepseek-v4-flash", batch=1, verify=1, chunk=1).job()
+    text = render(job.compiled(job.decode).after("fold"), 4, True)
+    lines = [line for line in text.split("# layers.4 of graph", 1)[1].split("\n") if line[:1] in ("@", "%")]
+    cut = [re.split(r" \{| from \[", line, maxsplit=1)[0] for line in lines]
+    plain = [re.sub(r": (?:q\[[^\]]*\]|[a-z0-9]+)\[[^\]]*\]", "", line) for line in cut]
+    assert "\n".join(["```", *plain, "```"]) in (ROOT / "README.md").read_text()
 
 
 def test_the_readmes_table_of_passes_is_what_they_do() -> None:

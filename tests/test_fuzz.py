@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsv4c
-from dsv4c.plan.records import Plan
+from dsv4c.plan.folder import Plan
 from tests.fuzzing import Target, check, mutated, targets
 
 NAMES = (
-    *("json", "type", "attribute", "graph", "graph json", "config", "header", "index", "plan", "saved"),
-    *("pipeline", "tokens", "counts", "state"),
+    *("json", "type", "attribute", "graph", "config", "header", "header json", "index", "plan"),
+    *("saved", "pipeline", "tokens", "counts", "state"),
 )
 MANY = 100_000
 

@@ -24,7 +24,7 @@ class Room:
     packages_inside: tuple[str, ...] = ()
 
 
-LEAVES = ("types", "errors", "strict_json", "headers", "publish", "cache", "buckets", "arch")
+LEAVES = ("types", "errors", "strict_json", "headers", "publish", "cache", "buckets", "arch", "scope")
 CONFIG = (*LEAVES, "config")
 COMPILER = (*CONFIG, "ir", "models", "passes")
 
@@ -38,7 +38,8 @@ HOUSE = {
     "cache": Room(("errors", "publish")),
     "buckets": Room(),
     "arch": Room(),
-    "dialects": Room(("errors", "headers")),
+    "scope": Room(),
+    "dialects": Room(("errors", "headers", "scope")),
     "config": Room((*LEAVES, "dialects")),
     "numerics.forms": Room(),
     "numerics": Room((*LEAVES, "numerics.forms"), ("torch", "numpy")),
@@ -51,9 +52,9 @@ HOUSE = {
         (*LEAVES, "runtime", "plan", "numerics"), ("torch", "numpy"), rooms_inside=("ir", "reference")
     ),
     "runtime": Room(
-        (*CONFIG, "plan", "numerics", "numerics.forms"),
+        (*CONFIG, "plan", "numerics", "numerics.forms", "runtime.cpu"),
         ("torch", "numpy", "safetensors", "cuda"),
-        ("runtime.cpu",),
+        (),
         ("rich",),
     ),
     # Graph work happens without torch: these load it, and whatever needs it, only inside functions.
@@ -69,15 +70,21 @@ HOUSE = {
     "view": Room((*CONFIG, "ir", "models"), ("networkx",), (), ("graphviz", "rich")),
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
     "codegen.lib": Room(("numerics.forms",), ("cutlass", "cuda")),
-    # Launches are lowered to what plans hold, which is data.
+    # Launches are lowered to what plans hold, which is data: without templates, as for the CPU.
+    "codegen.lower": Room((*COMPILER, "numerics.forms", "plan")),
+    "codegen.bodies": Room((*COMPILER, "plan", "codegen.lower")),
     "codegen": Room(
-        (*COMPILER, "codegen.lib", "plan", "numerics.forms"), ("jinja2",), (), ("cutlass", "cuda", "torch")
+        (*COMPILER, "numerics.forms", "codegen.lib", "codegen.lower", "plan"),
+        ("jinja2",),
+        (),
+        ("cutlass", "cuda", "torch"),
     ),
+    "codegen.targets": Room((*COMPILER, "codegen.lower", "codegen.bodies"), (), ("codegen",)),
     # The one path from a config to a plan. Torch and kernels are loaded only where they are needed.
     "compiler": Room(
-        (*COMPILER, "plan"),
+        (*COMPILER, "plan", "codegen.lower", "codegen.targets"),
         (),
-        ("runtime", "runtime.cpu", "numerics", "reference", "view", "codegen"),
+        ("runtime", "runtime.cpu", "numerics", "reference", "view", "codegen", "codegen.bodies"),
         ("torch", "safetensors"),
     ),
     "": Room((*CONFIG, "ir", "passes", "compiler", "plan"), (), ("runtime", "models", "codegen", "view")),

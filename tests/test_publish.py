@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -90,6 +91,7 @@ def test_a_file_keeps_its_rights_and_a_new_one_has_the_usual(tmp_path: Path) -> 
     usual.write_text("")
     with published(file) as made:
         made.write_text("first")
+        made.chmod(0o600)  # as libraries do that write files of their own
     assert file.stat().st_mode == usual.stat().st_mode
     file.chmod(0o640)
     with published(file) as made:
@@ -112,22 +114,40 @@ def test_a_pipe_and_a_device_are_written_to(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with published(pipe) as made:
+    with published(pipe, stream=True) as made:
         made.write_text("words")
     assert os.read(reader, 100) == b"words"
     os.close(reader)
-    before = os.stat(os.devnull)
-    with published(Path(os.devnull)) as made:
-        made.write_text("words")
-    assert os.stat(os.devnull).st_ino == before.st_ino
+    with published(Path(os.devnull), stream=True) as made:
+        assert made == Path(os.devnull)
+
+
+def test_a_pipe_and_a_device_are_never_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="it is no regular file"), published(pipe):
+        pytest.fail("nothing may be written")
+    with pytest.raises(OSError, match="it is no regular file"), published(Path(os.devnull)):
+        pytest.fail("nothing may be written")
 
 
 def test_standard_output_in_a_file_is_written_to(tmp_path: Path) -> None:
     script = "from pathlib import Path; from dsv4c.publish import published\n"
-    script += "with published(Path('/dev/stdout')) as made: made.write_text('words')"
+    script += "with published(Path('/dev/stdout'), stream=True) as made: made.write_text('words')"
     with open(tmp_path / "out", "w") as out:
         subprocess.run([sys.executable, "-c", script], cwd=REPOSITORY, stdout=out, check=True)
     assert (tmp_path / "out").read_text() == "words"
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no /dev/shm here")
+def test_memory_that_looks_like_a_disk_is_one() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for text in ("old", "new"):
+            put(Path(folder) / "it", text)
+            with published(Path(folder) / "file") as made:
+                assert made != Path(folder) / "file"
+                made.write_text(text)
+        assert content(Path(folder) / "it") == {"a": "new", "b": "new"}
 
 
 # --- who was killed ---

@@ -1,44 +1,66 @@
 """The command line: one module of this package per command, listed in `COMMANDS`. Commands parse and print.
 
-A command is a module of this package with a `register(app)`; add it to `COMMANDS`. Results go to stdout (with
---json nothing but JSON), the rest to stderr. Exit codes are those of `dsv4c.errors`, 130 when interrupted,
-141 when nobody reads the output to its end, 1 when the system fails at something else.
+A command is a module of this package with a `register(app)`; add it to `COMMANDS`. Its module is loaded when
+it is called, with all that it needs. Results go to stdout (with --json nothing but JSON), the rest to stderr,
+where with --json an error is an object in a line. Exit codes are those of `dsv4c.errors`, 130 when
+interrupted, 141 when nobody reads the output to its end, 1 when the system fails at something else.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
-from dsv4c.errors import Dsv4cError
+from dsv4c.errors import ConfigError, Dsv4cError
 
-COMMANDS = (
-    "compile",
-    "show",
-    "diff",
-    "passes",
-    "why-not",
-    "check",
-    "bisect",
-    "verify",
-    "run",
-    "weights",
-    "synth",
-)
+COMMANDS = {
+    "compile": "Compile a model to a plan: a folder of plain data that `dsv4c run` executes.",
+    "show": "Show a model's graph: figures first, then the operations, equal layers folded into one.",
+    "diff": "Compare two graphs: nodes gone, new and changed; launches, bytes and operations.",
+    "passes": "Show the pipeline of a plan and what every rule saved in a decode step.",
+    "why-not": "Explain where a rule did not apply: the best match, what failed first, what it would save.",
+    "check": "Check every way a rule applied: the nodes it replaced and the fused op agree on hard inputs.",
+    "bisect": "Find the rewrite at fault: run the plan, and its unfused nodes on operands of each launch.",
+    "verify": "Check a plan: every file by its digest, and in every bucket what launches do to each other.",
+    "run": "Run a plan: prefill the prompt, decode the forced tokens, then generate greedily.",
+    "weights": "Compare a checkpoint's names, shapes, types and scales with the model's.",
+    "synth": "Write a random checkpoint of a model, for tests and benchmarks.",
+    "rules": "List the rules that compile may apply, in the order in which it tries them.",
+    "recipes": "List the recipes: where a model's values are quantized, and in which format.",
+    "targets": "List the targets, and what runs their plans.",
+    "models": "List the built-in models.",
+}
+"""The commands by name, with the first sentence or two of their own help."""
+
+SETTINGS: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": "rich",
+}
 INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells have it
+USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's, which newer typers bring themselves
+
+
+def _tell(message: str, kind: str, code: int, as_json: bool) -> typer.Exit:
+    """Say on stderr what went wrong, with `--json` as an object in a line. Returns what is to be raised."""
+    error = {"error": message, "kind": kind, "exit_code": code}
+    print(json.dumps(error) if as_json else f"error: {message}", file=sys.stderr)
+    return typer.Exit(code)
 
 
 @contextmanager
-def _told_in_a_sentence() -> Iterator[None]:
+def _told_in_a_sentence(as_json: bool) -> Iterator[None]:
     """What a user or the system did wrong becomes one sentence on stderr and an exit code."""
     try:
         try:
@@ -47,43 +69,58 @@ def _told_in_a_sentence() -> Iterator[None]:
             if sys.stdout is not None:
                 sys.stdout.flush()  # a full disk must show while somebody can still say so
     except Dsv4cError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
+        raise _tell(str(error), type(error).__name__, error.exit_code, as_json) from None
+    except USAGE_ERROR as error:
+        if not as_json:
+            raise  # which shows how the command is used, too
+        message = error.format_message()  # type: ignore[attr-defined]
+        raise _tell(message, "UsageError", ConfigError.exit_code, as_json) from None
     except KeyboardInterrupt:
         print("interrupted: nothing was left half-written", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    except BrokenPipeError:  # `| head`: enough was read; what is left in the buffer must not fail again
-        if sys.stdout is not None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
         raise typer.Exit(UNREAD) from None
-    except SystemExit as leaving:  # rich has done so, and leaves with a code of its own
-        if isinstance(leaving.__context__, BrokenPipeError):
-            raise typer.Exit(UNREAD) from None
-        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
-        raise typer.Exit(Dsv4cError.exit_code) from None
+        message = f"{where}{error.strerror or error}"
+        raise _tell(message, "OSError", Dsv4cError.exit_code, as_json) from None
+
+
+def module_of(name: str) -> ModuleType:
+    """The module of a command, loaded with what it needs."""
+    return import_module(f"dsv4c.cli.{name.replace('-', '_')}")
 
 
 class _Group(TyperGroup):
-    """The commands; help and parsing are part of what may go wrong."""
+    """The commands; loading, help and parsing are part of what may go wrong."""
 
-    def make_context(self, *args: Any, **kwargs: Any) -> Any:
-        with _told_in_a_sentence():
-            return super().make_context(*args, **kwargs)
+    as_json = False
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands.update({name: TyperCommand(name, help=text) for name, text in COMMANDS.items()})
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] in COMMANDS:
+            called = typer.Typer(**SETTINGS)
+            module_of(args[0]).register(called)
+            self.commands[args[0]] = get_command(called)
+        return super().resolve_command(ctx, args)
+
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **kwargs: Any) -> Any:
+        self.as_json = "--json" in args
+        with _told_in_a_sentence(self.as_json):
+            return super().make_context(info_name, args, *more, **kwargs)
 
     def invoke(self, ctx: Any) -> Any:
-        with _told_in_a_sentence():
+        with _told_in_a_sentence(self.as_json):
             return super().invoke(ctx)
 
 
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    **SETTINGS,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Compile DeepSeek-V4 to an executable plan, look at it, run it.
 
@@ -120,10 +157,6 @@ def _options(
     pass
 
 
-for _name in COMMANDS:
-    import_module(f"dsv4c.cli.{_name.replace('-', '_')}").register(app)
-
-
 def _terminate(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt  # so that a polite kill cleans up as Ctrl-C does
 
@@ -136,3 +169,9 @@ def main() -> None:
         app(prog_name="dsv4c")
     except KeyboardInterrupt:  # on the way in or out, when there is nothing to tidy
         sys.exit(INTERRUPTED)
+    except SystemExit as leaving:
+        if leaving.code != UNREAD and not isinstance(leaving.__context__, BrokenPipeError):
+            raise
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # what they still hold must not fail again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        raise SystemExit(UNREAD) from None

@@ -6,7 +6,7 @@ import json
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +44,21 @@ def print_table(table: Table) -> None:
     Console(markup=False, emoji=False).print(table)  # names may look like either
 
 
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows with the same keys, which are the headings; all columns but the last are kept on one line."""
+    from rich.box import SIMPLE
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, pad_edge=False, padding=(0, 1, 0, 0))
+    *narrow, wide = rows[0]
+    for heading in narrow:
+        table.add_column(heading, no_wrap=True)
+    table.add_column(wide)
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    print_table(table)
+
+
 @contextmanager
 def progress_bar(title: str, *, bytes_counted: bool = False) -> Iterator[Progress | None]:
     """A `progress(what, done, all)` that draws a bar on stderr; None when stderr is no terminal."""
@@ -73,7 +88,7 @@ def progress_bar(title: str, *, bytes_counted: bool = False) -> Iterator[Progres
 
 
 def write_text(path: Path | None, text: str, error: type[Dsv4cError]) -> None:
-    """Write a file, whole or not at all, or to stdout when `path` is None.
+    """Write a file, whole or not at all, a device or a pipe as it comes, or to stdout when `path` is None.
 
     Raises `error` if the file cannot be written.
     """
@@ -81,7 +96,7 @@ def write_text(path: Path | None, text: str, error: type[Dsv4cError]) -> None:
         print(text, end="")
         return
     try:
-        with published(path) as made:
+        with published(path, stream=True) as made:
             made.write_text(text, encoding="utf-8")
     except OSError as problem:
         raise error(f"{path}: cannot be written: {problem.strerror}") from None

@@ -8,6 +8,9 @@ import typer
 
 from dsv4c.cli.console import print_json
 from dsv4c.cli.options import JsonOption, PlanArgument
+from dsv4c.compiler.verify import check
+from dsv4c.errors import PlanError
+from dsv4c.plan.folder import load
 
 
 def register(app: typer.Typer) -> None:
@@ -15,7 +18,7 @@ def register(app: typer.Typer) -> None:
 
 
 def verify_command(plan: PlanArgument, json: JsonOption = False) -> None:
-    """Check a plan: every file by its digest, and in every bucket what its launches do to each other.
+    """Check a plan: every file by its digest, and in every bucket what launches do to each other.
 
     No two launches without an order touch the same bytes, every read finds what the graph says was written,
     writes in place are in place, arguments lie inside of their blocks. Fails if anything is wrong.
@@ -26,11 +29,6 @@ def verify_command(plan: PlanArgument, json: JsonOption = False) -> None:
 
       dsv4c verify flash.plan --json
     """
-    import dsv4c.passes.fusions  # noqa: F401  (the graph's text names fused ops)
-    from dsv4c.compiler.verify import check
-    from dsv4c.errors import PlanError
-    from dsv4c.plan.folder import load
-
     read = load(plan)
     launches = {name: len(program.launches) for name, program in read.buckets.items()}
     violations = check(read)

@@ -227,7 +227,8 @@ def _code(folded: Folded, coder: Coder, require_fused: frozenset[str], unfolded:
             return _Coded(graph, order, plan_memory(graph, order), steps)
         node, reason = next(iter(refused.items()))
         if not isinstance(node.op, Fused):
-            raise BuildError(f"at {node.name}: {reason}")
+            own = [f"{u.op} was unfolded: {u.reason}" for u in unfolded if u.bucket == folded.bucket.name]
+            raise BuildError("\n".join([f"at {node.name}: {reason}", *own]))
         name = node.op.name
         if name in require_fused:
             raise BuildError(

@@ -237,6 +237,8 @@ def _call(node: Node, number: Mapping[Value, int]) -> Call:
     else:
         kind: Any = type(op)
         names = list(operand_names(kind))[: len(node.inputs)]
+        if more := len(node.inputs) - len(names):  # of an op that takes any number of the last
+            names[-1:] = [f"{names[-1]}_{i}" for i in range(more + 1)]
     inputs = tuple(number[v] for v in node.inputs)
     return Call(op, inputs, tuple(number[v] for v in node.outputs), tuple(names), places)
 

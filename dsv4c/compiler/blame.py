@@ -64,11 +64,14 @@ def _lowers(job: Job) -> bool:
 
 
 def _named(config: ModelConfig, text: str) -> Iterator[tuple[str, int]]:
-    """Sizes of the model that the refusal names: first those of its reasons, which come last."""
+    """Sizes of the model that the refusal names: first those of its reasons, which come last. Then those that
+    are no power of two: unfolded, an op may be refused for what its parts do not name.
+    """
     numbers = list(dict.fromkeys(map(int, reversed(re.findall(r"\d{1,12}", text)))))
     sizes = {f.name: getattr(config, f.name) for f in fields(config) if f.type == "int"}
     named = [(name, value) for name, value in sizes.items() if value > 1 and value in numbers]
     yield from sorted(named, key=lambda item: numbers.index(item[1]))
+    yield from (item for item in sizes.items() if item not in named and item[1] & (item[1] - 1))
 
 
 def _rounder(value: int) -> list[int]:

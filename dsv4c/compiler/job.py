@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from dsv4c import strict_json
 from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, ModelConfig
-from dsv4c.errors import ConfigError, GraphError
+from dsv4c.errors import ConfigError, GraphError, listed
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.resize import resized
 from dsv4c.ir.text import parse_graph, print_graph
@@ -79,7 +79,7 @@ class Compiled:
         """The graph after that stage. Raises GraphError naming the stages there are."""
         found = dict(self.named)
         if name not in found:
-            raise GraphError(f"no stage is named {name!r}; there are: {', '.join(found)}")
+            raise GraphError(f"no stage is named {name!r}; there are: {listed(found, name)}")
         return found[name]
 
 
@@ -145,13 +145,14 @@ class Job:
         return Compiled(context, passes.run(graph, context, stop_after=stop, watch=watch), graph, begins)
 
     def firsts(self) -> dict[Bucket, Bucket]:
-        """For every bucket the one whose graph it has, but for sizes: the smallest that runs the same block,
-        writes to rings before it reads them, and takes logits of the same rows. Buckets that keep rows beside
-        the rings, and those of a compile that goes on, have graphs of their own.
+        """For every bucket the one whose graph it has, but for sizes: the first, decode steps before others,
+        of those that run the same block, write to rings before they read them, and give logits of the same
+        rows. Buckets that keep rows beside the rings, and those of a compile that goes on, have graphs of
+        their own.
         """
         found: dict[tuple[object, ...], Bucket] = {}
         firsts = {}
-        for b in sorted(self.deployment.buckets, key=lambda bucket: bucket.rows):
+        for b in sorted(self.deployment.buckets, key=lambda bucket: (bucket.kind != "decode", bucket.rows)):
             own = self.saved is not None or b.keeps_beside
             firsts[b] = found.setdefault((b,) if own else (b.block, b.logits), b)
         return {b: firsts[b] for b in self.deployment.buckets}
@@ -300,9 +301,6 @@ def read_saved(text: str, name: str = "the file") -> Saved:
     second, _, rest = rest.partition("\n")
     if not first.startswith(FIRST_LINE) or not second.startswith("# {"):
         raise GraphError(f"{name}: holds no stopped compile; expected what `--stop-after PASS -o FILE` wrote")
-    if not rest.rstrip().endswith(f"\n{END.strip()}"):
-        raise GraphError(f"{name}: is cut off: its last line is not {END.strip()!r}; stop the compile again")
-    rest = rest.rstrip().removesuffix(END.strip())
     try:
         asked = strict_json.parse(second[2:])
         config, deployment = ModelConfig.from_dict(asked["config"]), Deployment.from_dict(asked["deployment"])
@@ -311,6 +309,9 @@ def read_saved(text: str, name: str = "the file") -> Saved:
             raise TypeError(f"recipe and pipeline are {recipe!r} and {pipeline!r}; expected their names")
     except (ValueError, KeyError, TypeError, ConfigError) as error:
         raise GraphError(f"{name}: line 2: cannot be read: {error}; leave that line as it was") from None
+    if not rest.rstrip().endswith(f"\n{END.strip()}"):
+        raise GraphError(f"{name}: is cut off: its last line is not {END.strip()!r}; stop the compile again")
+    rest = rest.rstrip().removesuffix(END.strip())
     graphs: dict[str, dict[str, Graph]] = {"bucket": {}, "load": {}}
     for number, title, lines in _parts(rest):
         kind, _, bucket_name = title.partition(" ")

@@ -147,11 +147,11 @@ class Body:
         whole = parts = 0
         for node in self.graph.users[value]:
             through = [r for r, o in node.op.alias.items() if node.inputs[o] is value]
-            if node.op.name in ("reshape", "slice"):
+            if node.op.addressed:
                 parts += self._reads(node.outputs[0])
             for result in through:
                 parts += self._reads(node.outputs[result])
-            if node.op.name not in ("reshape", "slice"):
+            if not node.op.addressed:
                 cost = node.cost
                 whole = max(whole, *(n for v, n in zip(node.inputs, cost.reads, strict=True) if v is value))
         return max(whole, min(parts, value.type.nbytes))

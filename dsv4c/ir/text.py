@@ -1,6 +1,6 @@
 """The text and JSON forms of a graph. `print_graph(parse_graph(print_graph(g)))` is `print_graph(g)`.
 
-    graph tiny.decode
+    graph tiny.decode-1
     input %tokens: i32[1]
     param %layers.0.attn.wq_a: q[e4m3,ue8m0,128x128][128,256]
     @layers.0.attn

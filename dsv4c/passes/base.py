@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from dsv4c.errors import GraphError
+from dsv4c.errors import GraphError, listed
 from dsv4c.ir.graph import Graph
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ def parse_spec(text: str, known: Mapping[str, type[Pass]]) -> Pass:
     """One pass from its spec. Raises GraphError for an unknown pass or option, listing those there are."""
     match = re.fullmatch(r"([A-Za-z0-9_-]+)(?:\{(.*)\})?", text)
     if match is None or match[1] not in known:
-        raise GraphError(f"pipeline: no pass is written {text[:80]!r}; there are: {', '.join(known)}")
+        there = listed(known, match[1] if match is not None else text[:80])
+        raise GraphError(f"pipeline: no pass is written {text[:80]!r}; there are: {there}")
     cls = known[match[1]]
     kinds = {f.name: str(f.type) for f in fields(cls)}
     options: dict[str, Any] = {}

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from dsv4c.errors import GraphError
+from dsv4c.errors import GraphError, listed
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.verify import verify
@@ -61,7 +61,7 @@ class Fold(Pass):
     def chosen(self, known: Mapping[str, Rule]) -> list[Rule]:
         for name in (*self.rules, *self.without):
             if name not in known:
-                raise GraphError(f"fold: no rule is named {name!r}; there are: {', '.join(known)}")
+                raise GraphError(f"fold: no rule is named {name!r}; there are: {listed(known, name)}")
         return [r for n, r in known.items() if n not in self.without and (not self.rules or n in self.rules)]
 
     def run(self, graph: Graph, context: Context) -> Graph:
@@ -186,7 +186,8 @@ class Pipeline:
         for i, p in enumerate(self.passes):
             if p.name == name:
                 return i
-        raise GraphError(f"no pass of {self} is named {name!r}")
+        names = [p.name for p in self.passes]
+        raise GraphError(f"no pass is named {name!r} in the pipeline; there are: {listed(names, name)}")
 
     def after(self, name: str) -> Pipeline:
         """The passes behind `name`, for a graph that was saved there (and perhaps edited)."""
@@ -237,7 +238,7 @@ class Contributions:
 
     def rule(self, name: str) -> Rule:
         if name not in self.rules:
-            raise GraphError(f"no rule is named {name!r}; there are: {', '.join(self.rules)}")
+            raise GraphError(f"no rule is named {name!r}; there are: {listed(self.rules, name)}")
         return self.rules[name]
 
 

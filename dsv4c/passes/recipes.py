@@ -1,19 +1,11 @@
-"""Recipes: where a model's values are quantized, as data. The first pattern that matches a name decides.
-
-fp32, bf16            plain weights and activations (quantized checkpoints are dequantized at load)
-official              the release's own numerics: FP8 GEMMs, MXFP4 experts, FP8 KV cache, FP4 index keys
-fp8-experts           what official is for a model whose routed experts are FP8 as its linear layers are
-nvfp4-experts         official, with routed experts in NVFP4 and FP8 activations (W4A8)
-nvfp4-experts-w4a4    the same with NVFP4 activations under the checkpoint's static input scales
-nvfp4                 every linear layer in NVFP4 with NVFP4 activations, global scale per token at run time
-"""
+"""Recipes: where a model's values are quantized, as data. The first pattern that matches a name decides."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from dsv4c.errors import ConfigError
+from dsv4c.errors import ConfigError, listed
 from dsv4c.types import (
     BF16,
     F32,
@@ -53,6 +45,7 @@ class Recipe:
     head_norm: DType = F32  # rounding of the steps of the per-head query norm
     static_scales: tuple[str, ...] = ()  # weights whose activations use the checkpoint's input_scale
     requantize: bool = False  # may loading round weights into the formats above?
+    summary: str = ""  # for people
 
 
 FP8_LINEARS = (
@@ -77,25 +70,37 @@ OFFICIAL = Recipe(
     state=(("*.attn.window", KV_FP8), ("*.attn.entries", KV_FP8), ("*.indexer.keys", MXFP4)),
     queries=(("*.indexer.keys", MXFP4),),
     head_norm=BF16,
+    summary="the release's own numerics: FP8 GEMMs, MXFP4 experts, FP8 KV cache, FP4 index keys",
 )
 
 NVFP4_EXPERTS = replace(
-    OFFICIAL, name="nvfp4-experts", weights=(("layers.*.experts.*", NVFP4), *OFFICIAL.weights)
+    OFFICIAL,
+    name="nvfp4-experts",
+    weights=(("layers.*.experts.*", NVFP4), *OFFICIAL.weights),
+    summary="official, with routed experts in NVFP4 and FP8 activations (W4A8)",
 )
+
+PLAIN = "quantized checkpoints are dequantized at load"
 
 RECIPES: dict[str, Recipe] = {
     recipe.name: recipe
     for recipe in (
-        Recipe("fp32", activation=F32),
-        Recipe("bf16"),
+        Recipe("fp32", activation=F32, summary=f"plain F32; {PLAIN}"),
+        Recipe("bf16", summary=f"plain BF16; {PLAIN}"),
         OFFICIAL,
-        replace(OFFICIAL, name="fp8-experts", weights=(("*.experts.*", FP8_WEIGHT), *OFFICIAL.weights)),
+        replace(
+            OFFICIAL,
+            name="fp8-experts",
+            weights=(("*.experts.*", FP8_WEIGHT), *OFFICIAL.weights),
+            summary="what official is for a model whose routed experts are FP8 as its linear layers are",
+        ),
         NVFP4_EXPERTS,
         replace(
             NVFP4_EXPERTS,
             name="nvfp4-experts-w4a4",
             activations=(("layers.*.experts.*", NVFP4_ROW), *OFFICIAL.activations),
             static_scales=("layers.*.experts.*",),
+            summary="the same with NVFP4 activations under the checkpoint's static input scales",
         ),
         replace(
             OFFICIAL,
@@ -103,6 +108,7 @@ RECIPES: dict[str, Recipe] = {
             weights=(("*hc_*", None), ("head", None), ("*", NVFP4)),
             activations=(("*hc_*", None), ("head", None), ("*", NVFP4_ROW)),
             requantize=True,
+            summary="every linear layer in NVFP4 with NVFP4 activations, global scale per token at run time",
         ),
     )
 }
@@ -111,7 +117,7 @@ RECIPES: dict[str, Recipe] = {
 def recipe_named(name: str) -> Recipe:
     """Raises ConfigError listing the recipes there are."""
     if name not in RECIPES:
-        raise ConfigError(f"recipe: unknown recipe {name!r}; known: {', '.join(RECIPES)}")
+        raise ConfigError(f"recipe: unknown recipe {name!r}; known: {listed(RECIPES, name)}")
     return RECIPES[name]
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from dsv4c.ir.graph import Graph, Kind, Node, Value
-
-LAYERS = ("layers", "mtp")  # scopes that count layers
 
 
 @dataclass(frozen=True)
@@ -45,63 +44,56 @@ class Schedule:
         return self.views.get(value, value)
 
 
-def layer_of(node: Node) -> str:
-    """The layer that a node belongs to ("layers.3", "mtp.0"), or "" outside of layers."""
-    return layer_in(node.scope)
-
-
-def layer_in(scope: str) -> str:
-    """The layer that a scope lies in, or ""."""
-    kind, _, rest = scope.partition(".")
-    number = rest.partition(".")[0]
-    return f"{kind}.{number}" if kind in LAYERS and number.isdecimal() else ""
-
-
 def schedule(graph: Graph, groups: Sequence[Group] = ()) -> Schedule:
     """Launches of `graph` in the order of its nodes; those of one of `groups` share one where they may."""
     views = find_views(graph)
     nodes = tuple(node for node in graph.nodes if node.outputs[0] not in views or node.op.alias)
-    launches = _grouped(nodes, _waits(nodes, views), groups) if groups else [(node,) for node in nodes]
-    return Schedule(tuple(launches), views)
+    if not groups:
+        return Schedule(tuple((node,) for node in nodes), views)
+    ops = tuple((node.place.layer, node.op.name) for node in nodes)
+    launches = _grouped(ops, tuple(map(frozenset, _waits(nodes, views))), tuple(groups))
+    return Schedule(tuple(tuple(nodes[i] for i in members) for members in launches), views)
 
 
+@cache
 def _grouped(
-    nodes: tuple[Node, ...], waits: list[set[int]], groups: Sequence[Group]
-) -> list[tuple[Node, ...]]:
-    """Launches in an order that keeps all waits: each where its last member was."""
+    ops: tuple[tuple[str, str], ...], waits: tuple[frozenset[int], ...], groups: tuple[Group, ...]
+) -> tuple[tuple[int, ...], ...]:
+    """Launches, as places among `ops` (layer, name), in an order that keeps all waits: each where its last
+    member was. Graphs of several buckets differ in sizes alone, so that they share an answer.
+    """
     import networkx as nx  # costs 0.1 s, and only GPU targets group
 
     order = nx.DiGraph()  # of launches, each by its first member
-    order.add_nodes_from(range(len(nodes)))
+    order.add_nodes_from(range(len(ops)))
     order.add_edges_from((wait, index) for index, own in enumerate(waits) for wait in own)
-    members = {i: [node] for i, node in enumerate(nodes)}
-    last = list(range(len(nodes)))  # of a launch's members
+    members = {i: [i] for i in range(len(ops))}
     kinds: dict[int, Group] = {}  # of launches of several nodes
     open_: dict[str, list[int]] = {}  # launches of a layer that may grow
 
     def joined(host: int, index: int) -> Group | None:
         """The group as whose a node may join a launch."""
-        names = [node.op.name for node in (*members[host], nodes[index])]
+        names = [ops[i][1] for i in (*members[host], index)]
         known = [kinds[host]] if host in kinds else groups
         return next((g for g in known if g.takes(names) and _may_join(order, host, index, g)), None)
 
-    for index, node in enumerate(nodes):
-        layer = layer_of(node)
-        if not layer or not any(node.op.name in group.ops for group in groups):
+    for index, (layer, name) in enumerate(ops):
+        if not layer or not any(name in group.ops for group in groups):
             continue
         hosts = open_.setdefault(layer, [])
         for host in hosts:
             if (group := joined(host, index)) is not None:
                 kinds[host] = group
                 members[host] += members.pop(index)
-                last[host] = index
                 nx.contracted_nodes(order, host, index, self_loops=False, copy=False)
                 break
         else:
             hosts.append(index)
+    last = {host: own[-1] for host, own in members.items()}
     for host, group in kinds.items():
-        members[host].sort(key=lambda node: group.ops.index(node.op.name))
-    return [tuple(members[host]) for host in nx.lexicographical_topological_sort(order, last.__getitem__)]
+        members[host].sort(key=lambda i: group.ops.index(ops[i][1]))
+    ordered = nx.lexicographical_topological_sort(order, last.__getitem__)
+    return tuple(tuple(members[host]) for host in ordered)
 
 
 def _may_join(order: Any, host: int, index: int, group: Group) -> bool:

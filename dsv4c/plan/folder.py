@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4c import strict_json
 from dsv4c.buckets import bucket_named
-from dsv4c.errors import PlanError
+from dsv4c.errors import PlanError, listed
 from dsv4c.plan.records import (
     SPACES,
     Argument,
@@ -95,7 +95,7 @@ class Plan:
         if not of_kind:
             hint = "; compile with --draft mtp" if bucket == "draft" else ""
             raise PlanError(
-                f"plan {self.name} has no bucket {bucket!r}, only {', '.join(self.buckets)}{hint}"
+                f"plan {self.name} has no bucket {bucket!r}, only {listed(self.buckets, bucket)}{hint}"
             )
         return min(of_kind, key=lambda program: program.shape.rows)
 
@@ -218,7 +218,7 @@ def load(folder: str | Path) -> Plan:
     except (KeyError, TypeError, ValueError, AttributeError, TypeSyntaxError) as error:
         raise PlanError(f"{path}: a record cannot be read: {error!r:.200}; compile the plan again") from None
     require_types(plan, str(path))
-    _require_deployment(path, plan)
+    _require_keys(path, plan)
     return plan
 
 
@@ -343,10 +343,12 @@ def _files(folder: Path, data: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 _DEPLOYMENT = {"target": str, "recipe": str, "max_context": int, "slots": int, "buckets": list}
+_CERTIFICATE = frozenset({"rule", "op", "operands", "kind", "worst"})
+_ORIGIN = frozenset({"name", "kind", "source", "at"})
 
 
-def _require_deployment(path: Path, plan: Plan) -> None:
-    """What a session takes from the loose parts of a plan."""
+def _require_keys(path: Path, plan: Plan) -> None:
+    """What readers take from the parts of a plan that are no records of ours."""
     found = {name: type(value) for name, value in plan.deployment.items()}
     counts = [value for value in plan.deployment.values() if type(value) is int]
     if found != _DEPLOYMENT or min(counts) < 1 or plan.deployment["buckets"] != list(plan.buckets):
@@ -354,6 +356,12 @@ def _require_deployment(path: Path, plan: Plan) -> None:
             f"{path}: its deployment is {plan.deployment!r:.200}; expected {', '.join(_DEPLOYMENT)}, the "
             f"buckets {', '.join(plan.buckets)}"
         )
+    for number, certificate in enumerate(plan.certificates):
+        if not certificate.keys() >= _CERTIFICATE or not isinstance(certificate["operands"], list):
+            raise PlanError(f"{path}: certificate {number} lacks one of {', '.join(sorted(_CERTIFICATE))}")
+    for number, origin in enumerate(plan.contributed):
+        if not origin.keys() >= _ORIGIN:
+            raise PlanError(f"{path}: contribution {number} lacks one of {', '.join(sorted(_ORIGIN))}")
     if type(plan.config.get("vocab_size")) is not int:
         raise PlanError(f"{path}: its config has no vocab_size; compile the plan again")
     missing = [space for space in SPACES if space not in plan.blocks]

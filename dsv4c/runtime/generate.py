@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4c.errors import SessionError
 from dsv4c.plan.folder import Progress
+from dsv4c.publish import published, require_writable
 from dsv4c.runtime.session import Session
 
 
@@ -64,8 +64,9 @@ def check_file(path: Path) -> None:
     try:
         if path.is_dir():
             raise SessionError(f"{path}: the logits cannot be written: it is a folder; give a file")
-        with tempfile.TemporaryDirectory(dir=path.parent):
-            pass
+        if path.exists() and not path.is_file():
+            raise SessionError(f"{path}: the logits cannot be written: it is no regular file; give one")
+        require_writable(path.parent)
     except OSError as error:
         raise SessionError(f"{path}: the logits cannot be written: {error.strerror or error}") from None
 
@@ -73,9 +74,8 @@ def check_file(path: Path) -> None:
 def save_logits(path: Path, logits: Tensor) -> None:
     """Write `logits` to a safetensors file, whole or not at all. Raises SessionError."""
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as scratch:
-            made = Path(scratch) / "logits"
+        with published(path) as made:
             save_file({"logits": logits}, made)
-            os.replace(made, path)
-    except OSError as error:
-        raise SessionError(f"{path}: the logits cannot be written: {error.strerror or error}") from None
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SessionError(f"{path}: the logits cannot be written: {reason}") from None

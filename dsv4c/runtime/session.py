@@ -265,7 +265,7 @@ class Session:
 
     @property
     def next_tokens(self) -> list[int]:
-        """The likeliest next token by row of the last call (of equals the lowest). Waits as `wait` does."""
+        """The likeliest next token by row of the last call (the lowest id of equals). Waits for all calls."""
         if self._next is None:
             raise SessionError("no next tokens yet for this state; call prefill or decode first")
         self.wait()
@@ -300,7 +300,7 @@ class Session:
         self._check_slot(slot)
         self._check_whole()
         self._check_finite([slot])
-        return state.write(Path(path), self.plan, self._states, [slot])
+        return state.write(Path(path), self.plan, self._states, [slot], self._reached)
 
     @_one_at_a_time
     def restore_slot(self, path: str | Path, slot: int = 0) -> None:
@@ -321,7 +321,7 @@ class Session:
         """
         self._check_whole()
         self._check_finite(range(self.slots))
-        return state.write(Path(path), self.plan, self._states, list(range(self.slots)))
+        return state.write(Path(path), self.plan, self._states, list(range(self.slots)), self._reached)
 
     @_one_at_a_time
     def load_state(self, path: str | Path) -> None:
@@ -333,12 +333,17 @@ class Session:
         self._take(read, list(range(self.slots)))
         self._broken = False
 
+    @property
+    def _reached(self) -> dict[str, list[int]]:
+        """The furthest token that every slot was given, by the state that counts them."""
+        return {POSITIONS[block]: counter.reached for block, counter in self._counters.items()}
+
     def _take(self, saved: state.Saved, slots: Sequence[int]) -> None:
         saved.put(self._states, slots)
         for block, counter in self._counters.items():
-            held = saved.positions(POSITIONS[block])
-            for slot, count in zip(slots, held, strict=True):
-                counter.put(slot, count, count)
+            held, reached = saved.held(POSITIONS[block]), saved.reached(POSITIONS[block])
+            for slot, *counts in zip(slots, held, reached, strict=True):
+                counter.put(slot, *counts)
         for slot in slots:
             self._followed[slot] = False
             self._finite[slot] = True

@@ -18,7 +18,8 @@ from dsv4c.numerics.soundness import not_finite
 from dsv4c.plan.folder import Plan
 from dsv4c.publish import published
 
-FORMAT, SCHEMA = "dsv4c-state", "2"
+FORMAT, SCHEMA = "dsv4c-state", "3"
+REACHED = ".reached"  # ends the name of the array that says how far a slot's buffers were ever written
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,16 @@ class Saved:
             for row, slot in zip(self.rows[name], slots, strict=True):
                 _bytes(part[slot]).copy_(row)
 
-    def positions(self, name: str) -> list[int]:
+    def held(self, name: str) -> list[int]:
         """Tokens that each slot holds, as the state of that name counts them."""
-        return self.rows[f"{name}.0"].contiguous().view(torch.int32).flatten().tolist()
+        return self._counts(f"{name}.0")
+
+    def reached(self, name: str) -> list[int]:
+        """The furthest token that each slot's buffers were given."""
+        return self._counts(f"{name}{REACHED}")
+
+    def _counts(self, name: str) -> list[int]:
+        return self.rows[name].contiguous().view(torch.int32).flatten().tolist()
 
 
 def copy_slot(states: Mapping[str, Value], source: int, target: int) -> None:
@@ -55,12 +63,22 @@ def check_numbers(states: Mapping[str, Value]) -> None:
                 raise SessionError(f"the state {name} {fault} and will not be saved; call reset()")
 
 
-def write(path: Path, plan: Plan, states: Mapping[str, Value], slots: Sequence[int]) -> Path:
+def write(
+    path: Path,
+    plan: Plan,
+    states: Mapping[str, Value],
+    slots: Sequence[int],
+    reached: Mapping[str, Sequence[int]],
+) -> Path:
     """Write the rows of these slots to a safetensors file, whole or not at all, and return its path.
 
-    Raises SessionError if it cannot be written.
+    `reached` are the furthest tokens of all slots by the state that counts them. Raises SessionError if the
+    file cannot be written.
     """
     rows = {n: torch.stack([_bytes(part[s]).cpu() for s in slots]) for n, part in _parts(states)}
+    for name, furthest in reached.items():
+        counts = torch.tensor([[furthest[s]] for s in slots], dtype=torch.int32)
+        rows[f"{name}{REACHED}"] = counts.view(torch.uint8)
     metadata = {"format": FORMAT, "schema": SCHEMA, "plan": plan.digest, "sha256": _digest(rows)}
     try:
         with published(path) as made:
@@ -88,7 +106,9 @@ def read(path: Path, plan: Plan, states: Mapping[str, Value], slots: int) -> Sav
             rows = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
     except (OSError, SafetensorError) as error:
         raise SessionError(f"{path}: cannot be read as a saved state: {error}") from None
+    positions = [s.name for s in plan.state if s.name.endswith("position")]
     wanted = {name: [slots, _bytes(part[0]).numel()] for name, part in _parts(states)}
+    wanted |= {f"{name}{REACHED}": wanted[f"{name}.0"] for name in positions}
     found = {name: list(value.shape) for name, value in rows.items()}
     if found != wanted or any(value.dtype != torch.uint8 for value in rows.values()):
         held = next((shape[0] for shape in found.values() if shape), 0)
@@ -99,9 +119,10 @@ def read(path: Path, plan: Plan, states: Mapping[str, Value], slots: int) -> Sav
         raise SessionError(f"{path}: is damaged: its bytes are not those that were saved")
     saved = Saved(rows)
     limit = int(plan.deployment["max_context"])
-    for slot in plan.state:
-        if slot.name.endswith("position") and any(not 0 <= p <= limit for p in saved.positions(slot.name)):
-            raise SessionError(f"{path}: is damaged: {slot.name} is {saved.positions(slot.name)}")
+    for name in positions:
+        held, reached = saved.held(name), saved.reached(name)
+        if any(not 0 <= h <= r <= limit for h, r in zip(held, reached, strict=True)):
+            raise SessionError(f"{path}: is damaged: {name} is {held}, its slots have reached {reached}")
     return saved
 
 

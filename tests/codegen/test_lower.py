@@ -19,6 +19,8 @@ from dsv4c.compiler.compile import compile
 from dsv4c.compiler.verify import check
 from dsv4c.config import load_config
 from dsv4c.errors import BuildError, ConfigError
+from dsv4c.ir.graph import Builder
+from dsv4c.ir.ops import slice_
 from dsv4c.ir.ops.rope import RopeFrequencies
 from dsv4c.numerics.codec import view
 from dsv4c.numerics.forms import parse_packing
@@ -148,8 +150,12 @@ def test_constants_are_the_references_to_the_last_bit(tiny: Plan) -> None:
 
 
 def test_work_on_weights_alone_must_be_folded() -> None:
-    with pytest.raises(BuildError, match=r"at layers\.0\.hc_attn\.slice.*: slice of weights is left over"):
-        gpu_plan(disable=["hyper_norm", "hyper_norm_first"])
+    with Builder("load") as builder, builder.scope("layers.0"):
+        half = slice_(builder.param("w", parse_type("f32[4,8]")), axis=0, start=0, stop=2)
+    with pytest.raises(
+        BuildError, match=r"at layers\.0\.slice.*: slice of weights is left over; kernels take"
+    ):
+        Kernels(SM_90A).check_load(builder.finish({"half": half}))
 
 
 def test_a_primitive_without_a_kernel_is_named_with_its_place() -> None:

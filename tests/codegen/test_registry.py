@@ -326,7 +326,7 @@ def test_copies_beside_rings_have_no_kernel() -> None:
         x = (p("kv", "bf16[16,128]"), p("g", "bf16[128]"), p("at", "i32[16]"), p("slots", "i32[16]"))
         op = QNormQuantize(eps=1e-6, format=None, out=BF16)
         q = op(p("x", "bf16[16,128]"), p("gq", "bf16[128]"), p("wq", "bf16[256,128]"))
-        beside = KvNormRopeStore(eps=1e-6, beside=144, sequences=1)
+        beside = KvNormRopeStore(eps=1e-6, beside=144, tokens=16)
         return (q, *beside(state("w", f"{kv}[3,144,128]"), *x, p("f", "f32[32]")))
 
     assert "makes no copy of 144 rows beside one" in refused(graph_of(store))

@@ -132,8 +132,10 @@ def step_from(starts: Sequence[int], tokens: int, limit: int, turn: int = 0) -> 
 
 
 def steps_of(case: dict[str, Any], limit: int) -> list[Step]:
-    """Steps that cover empty, partial, wrapped and full windows, and idle sequences."""
-    pool = [0, limit - 1, 5, -1, 1, limit // 2, 127, 3, 128, min(700, limit - 1), limit - 2]
+    """Steps that cover empty, partial, wrapped and full windows, windows of both old and new tokens, and idle
+    sequences.
+    """
+    pool = [0, limit - 1, 5, -1, 1, limit // 2, 127, 3, 124, 128, 122, min(700, limit - 1), limit - 2]
     tokens = case["tokens"]
     count = case["rows"] // tokens
     vectors = [

@@ -20,11 +20,11 @@ from torch import Tensor
 
 import dsv4c.passes.fusions  # noqa: F401, registers the fused ops
 from benchmarks.layers import fill_state, random_e4m3
+from dsv4c.certify.rounding import integers, limit
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph
 from dsv4c.numerics.codec import Quantized, Value, dequantize, view
-from dsv4c.passes.rounding import integers, limit
 from dsv4c.plan.folder import Plan, load
 from dsv4c.reference import run
 from dsv4c.runtime.checkpoint import Checkpoint
@@ -82,7 +82,7 @@ class Checker:
     def __init__(self, plan: Plan, weights: str | Path | None) -> None:
         check_device(plan, Device.current())
         self.graph: Graph = parse_graph(plan.graph_text())
-        block = torch.zeros(-(-plan.weights_bytes // 256) * 256, dtype=torch.uint8)
+        block = torch.zeros(-(-plan.blocks["weights"] // 256) * 256, dtype=torch.uint8)
         residents = {r.record.name: r for r in map(Resident.from_json, plan.weights)}
         if weights is None:
             experts = int(plan.config["n_routed_experts"])
@@ -93,9 +93,9 @@ class Checker:
             resident.store(block, self.params[name])
         self.executor = CudaExecutor(plan, block)
         self.nodes = {node.name: node for node in self.graph.nodes}
-        launches = self.executor.launches
-        self.single = [self.executor.graph_of([i]) for i in range(len(launches))]
-        self.groups = groups([launch.nodes for launch in launches])
+        self.bound = self.executor.programs[plan.program().shape.name]
+        self.single = [self.bound.graph_of([i]) for i in range(len(self.bound.launches))]
+        self.groups = groups([launch.nodes for launch in self.bound.launches])
         self.worst: dict[str, Worst] = {}
 
     def start(self, position: int) -> None:
@@ -108,10 +108,10 @@ class Checker:
         at.fill_(position)
 
     def prepare(self, tokens: Sequence[int], steps: int) -> None:
-        """Inputs of the step after `steps` steps."""
-        lengths = [int(steps >= s) for s in range(len(tokens))]
-        self.executor.inputs["tokens"].copy_(torch.tensor(tokens, dtype=torch.int32))
-        self.executor.inputs["lengths"].copy_(torch.tensor(lengths, dtype=torch.int32))
+        """Inputs of the step after `steps` steps, of a sequence in each of the first slots."""
+        every = range(len(tokens))
+        rows = {"tokens": tokens, "lengths": [int(steps >= s) for s in every], "slots": list(every)}
+        self.bound.take({name: torch.tensor(values, dtype=torch.int32) for name, values in rows.items()})
 
     def step(self, step: int) -> None:
         """One step, each launch compared."""
@@ -137,17 +137,12 @@ class Checker:
 
     def value(self, variable: Variable) -> Value:
         """What the device has of a value."""
-        slot = self.executor.bucket.values[variable.name]
-        if slot.space == "weights":
+        if self.bound.program.values[variable.name].space == "weights":
             return self.params[variable.name]
-        offset = slot.offset
-        space = slot.space
-        if variable.name == self.executor.bucket.outputs["next"] and self.executor.feeds_back:
-            space, offset = "input", self.executor.bucket.values["tokens"].offset
-        return view(self.executor.blocks[space], slot.type, offset)
+        return self.bound.value(variable.name)
 
     def _kept(self, node: Node, variable: Variable) -> bool:
-        return self.executor.bucket.values[variable.name].space == "state"
+        return self.bound.program.values[variable.name].space == "state"
 
     def _expected(self, nodes: Sequence[Node]) -> dict[Variable, Value]:
         made: dict[Variable, Value] = {}
@@ -252,7 +247,8 @@ def main() -> int:
         checker = Checker(load(options.plan), weights)
         torch.cuda.synchronize()
         print(f"{options.plan}: weights packed in {time.perf_counter() - started:.1f} s", flush=True)
-        vocabulary, batch = int(checker.executor.plan.config["vocab_size"]), checker.executor.bucket.tokens
+        vocabulary = int(checker.executor.plan.config["vocab_size"])
+        batch = checker.bound.program.shape.sequences
         for where in options.at or ["0:400"]:
             first, steps = map(int, where.split(":"))
             checker.start(first)
@@ -265,7 +261,7 @@ def main() -> int:
                     checker.step(step)
                     compared += 1
                 else:
-                    checker.executor.step()
+                    checker.bound.call()
             spent = time.perf_counter() - begun
             print(f"from {first}: {steps} steps, {compared} compared, {spent:.1f} s", flush=True)
             if not compared:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import dsv4c.passes.fusions  # noqa: F401, registers the fused ops
+from dsv4c.buckets import Bucket
 from dsv4c.config import load_config
 from dsv4c.ir.graph import Kind
 from dsv4c.ir.ops.shape import Reshape
@@ -25,7 +26,7 @@ from dsv4c.ir.text import parse_graph
 from dsv4c.numerics.codec import Quantized, Value, dequantize, quantize, view
 from dsv4c.passes.recipes import RECIPES
 from dsv4c.plan.folder import load
-from dsv4c.runtime.cuda import CudaExecutor, CudaSession
+from dsv4c.runtime.cuda import CudaExecutor
 from dsv4c.types import QuantType
 from tests.goldens import Recorded, recorded
 from tests.interpreted import evaluate, graph_of, layer_value, padded, part_of, weights_of
@@ -56,31 +57,35 @@ class Device:
     def __init__(self, executor: CudaExecutor, case: Recorded) -> None:
         self.executor, self.case = executor, case
         plan = executor.plan
-        if executor.bucket.tokens != 1:
-            raise SystemExit(f"{plan.name} is for batch {executor.bucket.tokens}; compile one for batch 1")
+        bucket = plan.program().shape
+        if bucket.rows != 1 or int(plan.deployment["slots"]) != 1:
+            raise SystemExit(f"{plan.name} is for {bucket.name} and more slots; compile one with --batch 1")
         recipe = RECIPES[plan.recipe]
-        self.graph = graph_of(load_config(case.folder), recipe, "decode", 1)
-        self.weights = weights_of(case.folder, recipe, ("decode",))
+        self.step = executor.programs[bucket.name]
+        self.values = self.step.program.values
+        self.graph = graph_of(load_config(case.folder), recipe, Bucket("decode"))
+        self.weights = weights_of(case.folder, recipe)
         self.layers = len(executor.plan.config["compress_ratios"])
         views = (n for n in parse_graph(plan.graph_text()).nodes if isinstance(n.op, Reshape))
         self.views = {n.outputs[0].name: n.inputs[0].name for n in views}
-        self.single = [executor.graph_of([i]) for i in range(len(executor.launches))]
-        self.writes = [{a.value for a in launch.arguments if "w" in a.access} for launch in executor.launches]
+        launches = self.step.launches
+        self.single = [self.step.graph_of([i]) for i in range(len(launches))]
+        self.writes = [{a.value for a in launch.arguments if "w" in a.access} for launch in launches]
 
     def has(self, name: str) -> bool:
-        return name in self.executor.bucket.values
+        return name in self.values
 
     def value(self, name: str) -> Value:
         """What the device has."""
-        slot = self.executor.bucket.values[name]
-        return view(self.executor.blocks[slot.space], slot.type, slot.offset)
+        place = self.values[name]
+        return view(self.executor.blocks[place.space], place.type, place.offset)
 
     def put(self, name: str, row: Tensor) -> None:
         """A recorded row, and the codes that go with it, where launches will read them."""
         for each in (name, f"{name}_quantized"):
             if not self.has(each):
                 continue
-            target, type_ = self.value(each), self.executor.bucket.values[each].type
+            target, type_ = self.value(each), self.values[each].type
             if isinstance(target, Tensor):
                 target.copy_(row.to(target.dtype).view(target.shape))
                 continue
@@ -98,7 +103,7 @@ class Device:
         """
         names = {n for g in given for n in (g, f"{g}_quantized")}
         targets = {self.views.get(w, w) for w in wanted}
-        launches = self.executor.launches
+        launches = self.step.launches
         readers = [i for i, launch in enumerate(launches) if names & self._reads(i) - self.writes[i]]
         writers = [i for i, written in enumerate(self.writes) if written & targets]
         chosen = set(range(min(readers), max(writers) + 1))
@@ -111,24 +116,23 @@ class Device:
         return sorted(chosen)
 
     def _reads(self, index: int) -> set[str]:
-        arguments = self.executor.launches[index].arguments
+        arguments = self.step.launches[index].arguments
         return {a.value for a in arguments if a.space == "arena" and "r" in a.access}
 
     def run(self, launches: Sequence[int], token: int, position: int) -> dict[str, Tensor]:
         """One step of them; everything that they left, decoded, on the CPU."""
-        executor = self.executor
-        at = executor.states["position"]
+        at = self.value("position")
         assert isinstance(at, Tensor)
         at.fill_(position)
-        executor.inputs["tokens"].fill_(token)
-        executor.inputs["lengths"].fill_(1)
+        for name, number in (("tokens", token), ("lengths", 1), ("slots", 0)):
+            self.step.inputs[name].fill_(number)
         stream = torch.cuda.current_stream().cuda_stream
         left: dict[str, Tensor] = {}
         for i in launches:
             self.single[i].launch(stream)
             for name in self.writes[i] | {v for v, source in self.views.items() if source in self.writes[i]}:
-                slot = executor.bucket.values.get(name)
-                if slot is not None and slot.space == "arena":
+                place = self.values.get(name)
+                if place is not None and place.space == "arena":
                     left[name] = plain(self.value(name))
         return left
 
@@ -303,7 +307,7 @@ def main() -> int:
     options = parser.parse_args()
     case = recorded(options.case)
     session = load(options.plan).bind(case.folder)
-    assert isinstance(session, CudaSession)
+    assert isinstance(session.executor, CudaExecutor)
     with torch.inference_mode():
         found = check(Device(session.executor, case))
     failed = [f for f in found if not f.distance <= f.bound]

@@ -27,7 +27,8 @@ from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
 from dsv4c.errors import Dsv4cError
 from dsv4c.plan.folder import Plan, load
 from dsv4c.runtime import driver
-from dsv4c.runtime.cuda import CudaSession, block_bytes
+from dsv4c.runtime.cuda import BoundProgram, CudaExecutor
+from dsv4c.runtime.session import Session
 from tests.goldens import Recorded, Run, recorded
 from tests.gpu.plain import PlainGraph
 
@@ -63,40 +64,48 @@ class Table:
 # --- recorded runs ---
 
 
-def alone(session: CudaSession, token: int) -> list[int | None]:
-    """Tokens of a step in which sequence 0 moves on and the others wait."""
-    return [token, *[None] * (session.batch - 1)]
+def step_of(session: Session) -> BoundProgram:
+    """The smallest decode step."""
+    assert isinstance(session.executor, CudaExecutor)
+    return session.executor.programs[session.plan.program().shape.name]
 
 
-def run_logits(session: CudaSession, run: Run) -> Tensor:
+def alone(session: Session) -> BoundProgram:
+    """The smallest decode step, its inputs such that slot 0 moves on and no other."""
+    step = step_of(session)
+    idle = step.program.shape.sequences - 1
+    rows = {"tokens": [17] + [0] * idle, "lengths": [1] + [0] * idle, "slots": [0] + [-1] * idle}
+    step.take({name: torch.tensor(values, dtype=torch.int32) for name, values in rows.items()})
+    return step
+
+
+def run_logits(session: Session, run: Run) -> Tensor:
     """Logits of a whole run from a fresh state, on the host."""
     session.reset()
     rows = [session.prefill(run.ids[: run.prefill])]
-    rows += [session.decode(alone(session, token))[:1] for token in run.ids[run.prefill :]]
+    rows += [session.decode({0: token})[:1] for token in run.ids[run.prefill :]]
     session.wait()
     return torch.cat(rows).cpu()
 
 
-def run_together(session: CudaSession, runs: Sequence[Run]) -> list[Tensor]:
-    """Logits of several runs, a sequence each: prompts one after the other, then all decode together until
+def run_together(session: Session, runs: Sequence[Run]) -> list[Tensor]:
+    """Logits of several runs, a slot each: prompts one after the other, then all decode together until
     each has ended.
     """
     session.reset()
-    rows = [[session.prefill(run.ids[: run.prefill], sequence=s)] for s, run in enumerate(runs)]
+    rows = [[session.prefill(run.ids[: run.prefill], slot=s)] for s, run in enumerate(runs)]
     for step in range(max(len(run.ids) - run.prefill for run in runs)):
         places = [run.prefill + step for run in runs]
-        row: list[int | None] = [
-            run.ids[p] if p < len(run.ids) else None for run, p in zip(runs, places, strict=True)
-        ]
-        logits = session.decode(row + [None] * (session.batch - len(runs)))
-        for s, token in enumerate(row):
-            if token is not None:
-                rows[s].append(logits[s : s + 1].clone())
+        pairs = enumerate(zip(runs, places, strict=True))
+        given = {s: run.ids[p] for s, (run, p) in pairs if p < len(run.ids)}
+        logits = session.decode(given)
+        for s in given:
+            rows[s].append(logits[s : s + 1].clone())
     session.wait()
     return [torch.cat(own).cpu() for own in rows]
 
 
-def check_runs(session: CudaSession, case: Recorded, table: Table, which: str) -> None:
+def check_runs(session: Session, case: Recorded, table: Table, which: str) -> None:
     """Every recorded run that fits the context, within the bound for any rounding points: one after the
     other, and in a batch also side by side at their different positions.
     """
@@ -105,8 +114,8 @@ def check_runs(session: CudaSession, case: Recorded, table: Table, which: str) -
     runs = [run for run in map(case.run, names) if len(run.ids) <= session.max_context]
     for run in runs:
         _check_logits(case, f"{run.name}.{which}", run_logits(session, run), table, "")
-    for start in range(0, len(runs) if session.batch > 1 else 0, session.batch):
-        some = runs[start : start + session.batch]
+    for start in range(0, len(runs) if session.slots > 1 else 0, session.slots):
+        some = runs[start : start + session.slots]
         for run, logits in zip(some, run_together(session, some), strict=True):
             _check_logits(case, f"{run.name}.{which}", logits, table, f" side by side ({len(some)})")
 
@@ -129,20 +138,20 @@ def _check_logits(case: Recorded, name: str, logits: Tensor, table: Table, how: 
 # --- the same bits ---
 
 
-def check_replays(session: CudaSession, case: Recorded, table: Table) -> None:
+def check_replays(session: Session, case: Recorded, table: Table) -> None:
     """Two replays from one state, and a prompt through a poisoned arena, leave the same bits."""
     ids = case.run().ids
     half = min(len(ids) // 2, session.max_context - 8)
     session.reset()
     session.prefill(ids[:half])
-    state = session.executor.state.clone()
     left = []
-    for _ in range(2):
-        session.executor.state.copy_(state)
-        session._held[0] = half
-        logits = [session.decode(alone(session, token))[0] for token in ids[half : half + 4]]
-        left.append(torch.stack([*logits]).view(torch.int32).clone())
-        left.append(session.executor.state.clone())
+    with tempfile.TemporaryDirectory() as folder:
+        state = session.save_state(Path(folder) / "state")
+        for _ in range(2):
+            session.load_state(state)
+            logits = [session.decode({0: token})[0] for token in ids[half : half + 4]]
+            left.append(torch.stack([*logits]).view(torch.int32).clone())
+            left.append(session.executor.blocks["state"].clone())
     table.add("changed words of logits in a second replay", int((left[0] != left[2]).sum()), 0)
     table.add("changed bytes of state in a second replay", int((left[1] != left[3]).sum()), 0)
     plain = run_logits(session, Run("", tuple(ids[:half]), half))
@@ -153,7 +162,7 @@ def check_replays(session: CudaSession, case: Recorded, table: Table) -> None:
     table.add("changed words of logits with a poisoned arena", wrong, 0)
 
 
-def check_greedy(session: CudaSession, case: Recorded, table: Table) -> None:
+def check_greedy(session: Session, case: Recorded, table: Table) -> None:
     """Tokens fed back on the device are those that the host would have chosen from the logits."""
     ids = case.run().ids[:16]
     count = min(40, session.max_context - len(ids))
@@ -164,7 +173,7 @@ def check_greedy(session: CudaSession, case: Recorded, table: Table) -> None:
     logits, chosen = session.prefill(ids)[-1], []
     for _ in range(count):
         token = int(logits.argmax())
-        logits = session.decode(alone(session, token))[0]
+        logits = session.decode({0: token})[0]
         chosen.append(int(logits.argmax()))
     wrong = sum(a != b for a, b in zip(enqueued, chosen, strict=True))
     table.add(f"tokens of {count} that differ when fed back on the device", wrong, 0)
@@ -173,19 +182,20 @@ def check_greedy(session: CudaSession, case: Recorded, table: Table) -> None:
 # --- nothing else ---
 
 
-def check_quiet(session: CudaSession, case: Recorded, table: Table, steps: int) -> None:
+def check_quiet(session: Session, case: Recorded, table: Table, steps: int) -> None:
     """Steps enqueued ahead: what was allocated, what ran on the device, and what the host waited for."""
-    launches, ids = len(session.executor.launches), case.run().ids[:4]
+    launches, ids = len(step_of(session).launches), case.run().ids[:4]
     chunk = min(steps, session.max_context - len(ids))
     allocated = done = 0
     while done < steps:
         count = min(chunk, steps - done)
         session.reset()
         session.prefill(ids)
+        step = alone(session)
         session.wait()
         before, free = torch.cuda.memory_stats(), torch.cuda.mem_get_info()[0]
         torch.cuda.set_sync_debug_mode("error")
-        _steps_only(session, count)
+        _steps_only(step, count)
         torch.cuda.set_sync_debug_mode("default")
         session.wait()
         after = torch.cuda.memory_stats()
@@ -201,8 +211,9 @@ def check_quiet(session: CudaSession, case: Recorded, table: Table, steps: int) 
         count = min(chunk, steps - done)
         session.reset()
         session.prefill(ids)
+        step = alone(session)
         session.wait()
-        for event in _traced(lambda count=count: _steps_only(session, count)):
+        for event in _traced(lambda count=count, step=step: _steps_only(step, count)):
             kinds[event["cat"]] += 1
             if event["cat"] in ("kernel", "gpu_memcpy", "gpu_memset"):
                 graphs[event["args"]["correlation"] + (done << 32)] += 1
@@ -238,13 +249,13 @@ def _traced(work: Callable[[], None]) -> list[dict[str, Any]]:
     ]
 
 
-def _steps_only(session: CudaSession, count: int) -> None:
+def _steps_only(step: BoundProgram, count: int) -> None:
     """The steps of `enqueue`, without what goes before and after them."""
     for _ in range(count):
-        session.executor.step()
+        step.call()
 
 
-def step_microseconds(session: CudaSession, ids: tuple[int, ...], steps: int = 100) -> float:
+def step_microseconds(session: Session, ids: tuple[int, ...], steps: int = 100) -> float:
     """Device time of a step in a row of steps, median of five rows."""
     times = []
     for _ in range(5):
@@ -263,16 +274,17 @@ def step_microseconds(session: CudaSession, ids: tuple[int, ...], steps: int = 1
 # --- for tools that watch ---
 
 
-def smoke(session: CudaSession, ids: Sequence[int]) -> int:
+def smoke(session: Session, ids: Sequence[int]) -> int:
     """A few steps: the first ones, ends of windows, more entries than are chosen."""
     session.prefill(ids[:2])
-    at = session.executor.states["position"]
+    step = alone(session)
+    at = step.value("position")
     assert isinstance(at, Tensor)
     for position in (3, 63, 127):
         at.fill_(position)
-        session.executor.step()
+        step.call()
         session.wait()
-    print(f"{len(session.executor.launches)} launches, 5 steps")
+    print(f"{len(step.launches)} launches, 3 steps after a prompt of 2")
     return 0
 
 
@@ -284,16 +296,15 @@ def fault(plan: Plan, weights: Path, poison: bool) -> int:
     to learn the launch. Runs in a process of its own.
     """
     session = plan.bind(weights, poison=poison)
-    assert isinstance(session, CudaSession)
-    executor = session.executor
-    victim = len(executor.launches) // 2
-    broken = executor._bound[victim]
-    executor._bound[victim] = replace(broken, arguments=(0x10, *broken.arguments[1:]))
+    step = step_of(session)
+    victim = len(step.launches) // 2
+    broken = step._bound[victim]
+    step._bound[victim] = replace(broken, arguments=(0x10, *broken.arguments[1:]))
     if not poison:
-        executor.graph = executor.graph_of(range(len(executor.launches)))
-    wanted = executor.launches[victim].name if poison else f"of a step of plan {plan.name} failed: "
+        step.graph = step.graph_of(range(len(step.launches)))
+    wanted = step.launches[victim].name if poison else f"a step of plan {plan.name} failed: "
     try:
-        session.decode([0] * session.batch)
+        session.decode(dict.fromkeys(range(step.program.shape.sequences), 0))
         session.wait()
     except Dsv4cError as error:
         print(f"named: {error}")
@@ -324,12 +335,11 @@ def main() -> int:
     torch.cuda.init()
     loaded = time.perf_counter()
     session = plan.bind(case.folder)
-    assert isinstance(session, CudaSession)
     session.wait()
     bound = time.perf_counter()
     print(
-        f"{torch.cuda.get_device_name()}: {plan.name}, {len(session.executor.launches)} launches, "
-        f"{len(plan.kernels)} kernels, {sum(block_bytes(plan).values()) / 2**20:.1f} MiB; plan read in "
+        f"{torch.cuda.get_device_name()}: {plan.name}, {len(step_of(session).launches)} launches, "
+        f"{len(plan.kernels)} kernels, {sum(plan.blocks.values()) / 2**20:.1f} MiB; plan read in "
         f"{loaded - started:.2f} s, bound in {bound - loaded:.2f} s"
     )
     table = Table()

@@ -77,7 +77,9 @@ def test_every_launch_against_the_reference(plans: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("named", "words"), [("launch", "named: launch "), ("step", "named: one of the ")], ids=["launch", "step"]
+    ("named", "words"),
+    [("launch", "named: launch "), ("step", "named: a step of plan ")],
+    ids=["launch", "step"],
 )
 def test_a_fault_is_named(plans: Path, named: str, words: str) -> None:
     done = run_module("run_plan", str(compiled(plans, *CASES[0])), CASES[0][0], "--fault", named)

@@ -9,9 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load as load_safetensors
 
-from dsv4c.compiler.compile import compile
 from dsv4c.ir.text import parse_graph
 from dsv4c.numerics.codec import Quantized, Value
 from dsv4c.plan.folder import Plan
@@ -21,6 +19,7 @@ from dsv4c.runtime import driver
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.cuda import CudaExecutor
 from dsv4c.runtime.parameter import ParamRecord
+from tests.codegen.lowered import gpu_plan
 from tests.goldens import golden_case, recorded
 from tests.gpu import check_sublayers
 from tests.gpu.check_sublayers import Device, plain
@@ -53,7 +52,7 @@ class Launch:
 
     def __init__(self, device: Device, params: dict[str, Value], index: int) -> None:
         self.device, self.params = device, params
-        launches = device.executor.launches
+        launches = device.step.launches
         before = {name for launch in launches[:index] for name in launch.nodes}
         graph = parse_graph(device.executor.plan.graph_text())
         self.nodes = [n for n in graph.nodes if n.name in set(launches[index].nodes) - before]
@@ -79,7 +78,7 @@ def _parts(value: Value) -> tuple[torch.Tensor, ...]:
 
 @pytest.fixture(scope="module")
 def plan() -> Plan:
-    return compile(golden_case(CASE), target="sm_90a", recipe=CASE, max_context=512)
+    return gpu_plan(golden_case(CASE), recipe=CASE, max_context=512, batch=1, verify=1, chunk=1)
 
 
 @pytest.fixture
@@ -87,9 +86,9 @@ def device(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> Device:
     monkeypatch.setattr(driver, "Library", NoLibrary)
     monkeypatch.setattr(driver, "Graph", NoGraph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    block = torch.zeros(plan.weights_bytes, dtype=torch.uint8)
+    block = torch.zeros(plan.blocks["weights"], dtype=torch.uint8)
     made = Device(CudaExecutor(plan, block, device="cpu"), recorded(CASE))
-    params: dict[str, Value] = dict(load_safetensors(plan.files[plan.constants["file"]]))
+    params: dict[str, Value] = {}
     records = [ParamRecord.from_json(record) for record in plan.weights]
     Checkpoint.open(golden_case(CASE)).load(records, lambda n, v: params.__setitem__(n, clone(v)))
     made.single = [Launch(made, params, i) for i in range(len(made.single))]  # type: ignore[misc]

@@ -30,6 +30,9 @@ def case() -> Recorded:
         ("one", WHOLE),
         ("p128", WHOLE),
         ("p128", 127),
+        ("p128", 9),
+        ("p128", 8),
+        ("short", 3),
     ],
 )
 def test_logits(case: Recorded, run: str, chunk: int) -> None:

@@ -85,7 +85,7 @@ def test_weights_inputs_and_caches_take_the_recipes_formats(
         assert state.type.shape == {s.name: s.type.shape for s in before.states}[state.name]
     assert {k: v.type for k, v in graph.outputs.items()} == {k: v.type for k, v in before.outputs.items()}
     assert parse_graph(print_graph(graph)) == graph
-    assert len(seen) == {"fp32": 1, "bf16": 1, "nvfp4": 3}.get(
+    assert len(seen) == {"fp32": 1, "bf16": 1, "fp8-experts": 3, "nvfp4": 3}.get(
         name, 4 if bucket.kind == "draft" else len(seen)
     )
 

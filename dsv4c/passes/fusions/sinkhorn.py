@@ -8,8 +8,12 @@ from typing import Any, ClassVar
 from dsv4c.ir.declare import fused
 from dsv4c.ir.fused import Fused, Neighborhood
 from dsv4c.ir.graph import Node, Value
+from dsv4c.ir.op import expect
 from dsv4c.ir.ops import normalize, shift, softmax
 from dsv4c.ir.ops.norm import Normalize, Softmax
+
+MOST = 256
+"""Iterations that a body spells out; models have 20."""
 
 
 @fused
@@ -35,6 +39,7 @@ class Sinkhorn(Fused):
         return ({"iterations": (steps + 1) // 2},)
 
     def body(self, logits: Value) -> Value:
+        expect(1 <= self.iterations <= MOST, f"iterations must be 1 to {MOST}, got {self.iterations}")
         comb = shift(softmax(logits, axis=-1), offset=self.eps)
         comb = normalize(comb, axis=-2, eps=self.eps)
         for _ in range(self.iterations - 1):
