@@ -71,10 +71,10 @@ HOUSE = {
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
     "codegen.lib": Room(("numerics.forms",), ("cutlass", "cuda")),
     # Launches are lowered to what plans hold, which is data: without templates, as for the CPU.
-    "codegen.lower": Room((*COMPILER, "codegen.lib", "plan", "numerics.forms")),
+    "codegen.lower": Room((*COMPILER, "numerics.forms", "plan")),
     "codegen.bodies": Room((*COMPILER, "plan", "codegen.lower")),
     "codegen": Room(
-        (*COMPILER, "codegen.lib", "codegen.lower", "plan", "numerics.forms"),
+        (*COMPILER, "numerics.forms", "codegen.lib", "codegen.lower", "plan"),
         ("jinja2",),
         (),
         ("cutlass", "cuda", "torch"),
