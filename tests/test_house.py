@@ -42,7 +42,8 @@ HOUSE = {
     "dialects": Room(("errors", "headers", "scope")),
     "config": Room((*LEAVES, "dialects")),
     "numerics.forms": Room(),
-    "numerics": Room((*LEAVES, "numerics.forms"), ("torch", "numpy")),
+    "numerics.resident": Room(("types", "numerics.forms")),
+    "numerics": Room((*LEAVES, "numerics.forms", "numerics.resident"), ("torch", "numpy")),
     # The contract of compiler and runtime: data.
     "plan": Room(LEAVES, (), ("runtime",)),
     "ir": Room(LEAVES),
@@ -52,7 +53,7 @@ HOUSE = {
         (*LEAVES, "runtime", "plan", "numerics"), ("torch", "numpy"), rooms_inside=("ir", "reference")
     ),
     "runtime": Room(
-        (*CONFIG, "plan", "numerics", "numerics.forms", "runtime.cpu"),
+        (*CONFIG, "plan", "numerics", "numerics.forms", "numerics.resident", "runtime.cpu"),
         ("torch", "numpy", "safetensors", "cuda"),
         (),
         ("rich",),
@@ -71,7 +72,7 @@ HOUSE = {
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
     "codegen.lib": Room(("numerics.forms",), ("cutlass", "cuda")),
     # Launches are lowered to what plans hold, which is data: without templates, as for the CPU.
-    "codegen.lower": Room((*COMPILER, "numerics.forms", "plan")),
+    "codegen.lower": Room((*COMPILER, "numerics.forms", "numerics.resident", "plan")),
     "codegen.bodies": Room((*COMPILER, "plan", "codegen.lower")),
     "codegen": Room(
         (*COMPILER, "numerics.forms", "codegen.lib", "codegen.lower", "plan"),
