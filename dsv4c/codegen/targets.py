@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv4c.arch import ARCHS, Arch
 from dsv4c.codegen.bodies import Bodies
 from dsv4c.codegen.lower import Coder
+
+if TYPE_CHECKING:
+    from dsv4c.codegen.build import Source
 
 Progress = Callable[[str, int, int], None]
 
@@ -21,6 +24,11 @@ class Target(Protocol):
 
     @property
     def coder(self) -> Coder: ...
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """Of the kernels that code was asked for, by the names that launches call them."""
+        ...
 
     def build(self, store: Path, progress: Progress | None) -> None:
         """Compile what code was asked for, or take it from `store`. Raises BuildError."""
@@ -55,6 +63,7 @@ class Cpu:
     def __init__(self) -> None:
         self.bodies = Bodies()
         self.kernels: Mapping[str, Mapping[str, Any]] = {}
+        self.sources: Mapping[str, Source] = {}
         self.versions: Mapping[str, str] = {}
 
     @property
@@ -87,6 +96,10 @@ class Gpu:
     @property
     def files(self) -> Mapping[str, bytes]:
         return self._files | self.bodies.files
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        return self.coder.sources
 
     def build(self, store: Path, progress: Progress | None) -> None:
         from dsv4c.codegen.build import build
