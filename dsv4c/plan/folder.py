@@ -165,7 +165,7 @@ class Plan:
         nobody wrote. Raises CheckpointError if the checkpoint does not fit, PlanError if this machine cannot
         run the plan.
         """
-        from dsv4c.runtime.bind import bind
+        from dsv4c.runtime.bind import bind  # loads torch; a plan is read without
 
         return bind(self, weights, progress=progress, workers=workers, poison=poison)
 

@@ -28,7 +28,7 @@ from dsv4c.numerics.resident import component_bytes
 from dsv4c.passes.schedule import Group
 from dsv4c.plan.folder import Plan, load
 from dsv4c.plan.records import Launch
-from dsv4c.reference.registry import run
+from dsv4c.reference import run
 from dsv4c.runtime.cpu import constants_of
 from dsv4c.types import parse_type
 from tests.codegen.lowered import gpu_plan
