@@ -66,7 +66,8 @@ HOUSE = {
     "config": Room(480, (*LEAVES, "dialects")),
     # Sizes and names of packings, for those who compute nothing.
     "numerics.forms": Room(80),
-    "numerics": Room(840, (*LEAVES, "numerics.forms"), ("torch",)),
+    "numerics.resident": Room(80, ("types", "numerics.forms")),
+    "numerics": Room(840, (*LEAVES, "numerics.forms", "numerics.resident"), ("torch",)),
     # The contract of compiler and runtime: data.
     "plan": Room(
         1600, LEAVES, back={"runtime": "Plan.bind hands the plan to the runtime, which is loaded only then"}
@@ -78,7 +79,7 @@ HOUSE = {
     "runtime.meaning": Room(50, (*LEAVES, "plan", "ir", "reference")),
     "runtime": Room(
         2700,
-        (*CONFIG, "plan", "numerics", "numerics.forms"),
+        (*CONFIG, "plan", "numerics", "numerics.forms", "numerics.resident"),
         ("torch", "safetensors", "cuda"),
         rooms_inside=("runtime.meaning",),
     ),
@@ -95,7 +96,7 @@ HOUSE = {
     # Launches are lowered to what plans hold, which is data.
     "codegen": Room(
         4300,
-        (*LEAVES, "ir", "passes", "codegen.lib", "plan", "numerics.forms"),
+        (*LEAVES, "ir", "passes", "codegen.lib", "plan", "numerics.forms", "numerics.resident"),
         ("jinja2",),
         packages_inside=("cutlass",),
     ),

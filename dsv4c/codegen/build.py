@@ -29,10 +29,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import dsv4c.numerics.forms
 from dsv4c.arch import ARCHS
 from dsv4c.cache import Store
 from dsv4c.errors import BuildError
-from dsv4c.numerics import forms
 from dsv4c.plan.cubin import CubinError, Resources, read_cubin
 from dsv4c.publish import scratch_folder
 
@@ -115,7 +115,7 @@ def toolchain() -> str:
 @cache
 def lib_digest() -> str:
     """Digest of the device library and what it imports, read once per process."""
-    files = [*sorted(LIB.glob("*.py")), Path(forms.__file__)]
+    files = [*sorted(LIB.glob("*.py")), Path(dsv4c.numerics.forms.__file__)]
     return hashlib.sha256(b"\0".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.bodies import Bodies
-from dsv4c.codegen.build import build, toolchain
+from dsv4c.codegen.build import Source, build, toolchain
 from dsv4c.codegen.select import Kernels
 
 Progress = Callable[[str, int, int], None]
@@ -30,6 +30,10 @@ class Gpu:
     @property
     def files(self) -> Mapping[str, bytes]:
         return self._files | self.bodies.files
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        return self.coder.sources
 
     def build(self, store: Path, progress: Progress | None) -> None:
         def watch(done: int, total: int, _: object) -> None:

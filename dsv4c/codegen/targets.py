@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv4c.arch import ARCHS
 from dsv4c.codegen.bodies import Bodies
 from dsv4c.codegen.lower import Coder
+
+if TYPE_CHECKING:
+    from dsv4c.codegen.build import Source
 
 Progress = Callable[[str, int, int], None]
 
@@ -20,6 +23,11 @@ class Target(Protocol):
 
     @property
     def coder(self) -> Coder: ...
+
+    @property
+    def sources(self) -> Mapping[str, Source]:
+        """Of the kernels that code was asked for, by the names that launches call them."""
+        ...
 
     def build(self, store: Path, progress: Progress | None) -> None:
         """Compile what code was asked for, or take it from `store`. Raises BuildError."""
@@ -54,6 +62,7 @@ class Cpu:
     def __init__(self) -> None:
         self.bodies = Bodies()
         self.kernels: Mapping[str, Mapping[str, Any]] = {}
+        self.sources: Mapping[str, Source] = {}
         self.versions: Mapping[str, str] = {}
 
     @property

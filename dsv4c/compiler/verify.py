@@ -12,10 +12,13 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from dsv4c.compiler.again import differences
+from dsv4c.compiler.job import rules_of
 from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.text import parse_graph
 from dsv4c.ir.verify import verify
+from dsv4c.passes.pipeline import Contributions
 from dsv4c.plan import check as data
 from dsv4c.plan.check import Violation, programs
 from dsv4c.plan.folder import Plan
@@ -25,13 +28,17 @@ from dsv4c.types import Type
 FOLLOWED = ("arena", "state", "input", "constants")  # blocks whose bytes change
 
 
-def check(plan: Plan) -> list[Violation]:
-    """All violations of a plan, with those that need no graph first; empty when it is sound."""
+def check(plan: Plan, rules: Contributions | None = None) -> list[Violation]:
+    """All violations of a plan, with those that need no graph first; empty when it is sound.
+
+    `rules` must hold what the plan was given by `--pass`.
+    """
+    known = rules_of() if rules is None else rules  # before graphs are read: their text names fused ops
     found = data.check(plan)
     outside = {v.bucket for v in found if v.launch and v.kind in ("outside", "order")}
     for name, program in programs(plan).items():
         found += [replace(v, bucket=name) for v in _check(plan, program, follow=name not in outside)]
-    return found
+    return [*found, *differences(plan, known)]
 
 
 def _check(plan: Plan, program: Program, *, follow: bool) -> Iterator[Violation]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 
 import torch
-from torch import Tensor
 
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.op import Op
-from dsv4c.numerics.codec import Quantized, Value, type_of
+from dsv4c.numerics.codec import Quantized, Value, parts_of, type_of
 from dsv4c.reference.registry import MEANINGS, Result
 from dsv4c.types import DType, TensorType, Type
 
@@ -122,5 +121,4 @@ def _same_bytes(value: Value, other: Value) -> bool:
 
 
 def _storages(value: Value) -> set[int]:
-    parts: tuple[Tensor, ...] = value.parts if isinstance(value, Quantized) else (value,)
-    return {part.untyped_storage().data_ptr() for part in parts}
+    return {part.untyped_storage().data_ptr() for part in parts_of(value).values()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.errors import PlanError
-from dsv4c.numerics.codec import Quantized, Value, nan_fill, view
+from dsv4c.numerics.codec import Value, nan_fill, parts_of, view
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Launch, Program
 from dsv4c.runtime.executor import Watch, states_of, tensor_at
@@ -171,9 +171,7 @@ def _execute(step: _Step) -> None:
 
 
 def _store(launch: Launch, target: Value, value: Value) -> None:
-    wanted = target.parts if isinstance(target, Quantized) else (target,)
-    given = value.parts if isinstance(value, Quantized) else (value,)
-    for to, part in zip(wanted, given, strict=True):
+    for to, part in zip(parts_of(target).values(), parts_of(value).values(), strict=True):
         if to.shape != part.shape or to.dtype != part.dtype:  # copy_ would broadcast and round
             raise PlanError(
                 f"{launch.name}: {launch.op} gave {part.dtype}{list(part.shape)}, "
