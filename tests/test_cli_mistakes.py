@@ -25,7 +25,7 @@ MISTAKES = {
     ("compile", "tiny", "--recipe", "int8"): (2, "error: recipe: unknown recipe 'int8'; known: fp32, bf16"),
     ("compile", "tiny", "--chunk", "99", "--max-context", "50"): (
         2,
-        "error: deployment: prefill-99 takes 99 tokens; expected at most 50 tokens, max_context",
+        "error: deployment: prefill-99 takes 99 tokens; expected at most 50, max_context",
     ),
     ("compile", "tiny", "--batch", "0"): (2, "error: batch: 0 is no size of a bucket, expected a number of"),
     ("compile", "tiny", "--batch", "1,1"): (2, "error: batch: 1, 1 names a size twice"),
