@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.layers import FLUSH, fill_weight, random_e4m3
+from benchmarks.layers import FLUSH, fill_weight, layer_of, random_e4m3
 from dsv4c.numerics.codec import Quantized, view
 from dsv4c.runtime import driver
 from dsv4c.runtime.residence import Resident
@@ -132,9 +131,9 @@ def ends_of(step: Step) -> dict[str, int]:
     """Ends of prefixes by what they are: every layer, and the whole step."""
     ends: dict[str, int] = {}
     for i, x in enumerate(step.launches):
-        layer = re.search(r"\blayers\.(\d+)\b", f"{x['scope']} {x['name']}")
+        layer = layer_of(x["scope"], x["name"])
         if layer is not None:
-            ends[layer[1]] = i + 1
+            ends[str(layer)] = i + 1
     return ends | {"step": len(step.launches)}
 
 

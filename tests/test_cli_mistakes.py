@@ -200,13 +200,13 @@ FILES: dict[str, tuple[str | bytes, tuple[str, ...], int, str]] = {
     "resume empty": ("", ("compile", "--resume", "FILE"), 3, "FILE: holds no stopped compile"),
     "resume binary": (b"\xff", ("compile", "--resume", "FILE"), 3, "FILE: is not text at byte 0"),
     "resume of no config": (
-        '# dsv4c graphs of a compile that stopped after fold\n# {"config": 1}\n',
+        '# dsv4c graphs of a compile that stopped after fold\n# {"config": 1}\n\n## end\n',
         ("compile", "--resume", "FILE"),
         3,
         "FILE: line 2: cannot be read: config: is 1; expected the fields of ModelConfig",
     ),
     "resume of half a config": (
-        '# dsv4c graphs of a compile that stopped after fold\n# {"config": {}}\n',
+        '# dsv4c graphs of a compile that stopped after fold\n# {"config": {}}\n\n## end\n',
         ("compile", "--resume", "FILE"),
         3,
         "FILE: line 2: cannot be read: config: 37 problems",

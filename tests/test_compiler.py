@@ -234,6 +234,12 @@ def test_a_request_is_all_that_a_compile_is_asked_for() -> None:
     assert dsv4c.compile(request, certify=False) == dsv4c.compile("tiny", max_context=64, certify=False)
 
 
+def test_a_plan_of_large_decode_steps_alone_has_their_figures() -> None:
+    plan = dsv4c.compile("tiny", batch=8, max_context=32, certify=False)
+    assert plan.report["buckets"].keys() == {"decode-8", "verify-1x4", "prefill-32"}
+    assert plan.report["rules"]["attention"] == plan.report["rules"]["hyper_norm_first"] * 6
+
+
 @pytest.mark.parametrize("options", [{"draft": "mtp"}, {"recipe": "nvfp4", "logits": "last"}])
 def test_a_bucket_of_another_size_has_the_graph_it_would_be_compiled_to(options: dict[str, Any]) -> None:
     job = Request("tiny", batch=(1, 2, 8), chunk=(8, 64, 100), **options).job()

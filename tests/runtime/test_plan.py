@@ -182,7 +182,7 @@ def test_a_record_that_lacks_a_field_is_refused(saved: Path) -> None:
     del data["digest"]
     del data["buckets"]["decode-3"]["launches"][3]["after"]
     (saved / PLAN_FILE).write_text(signed(data))
-    with pytest.raises(PlanError, match=r"a record cannot be read: KeyError\('after'\)"):
+    with pytest.raises(PlanError, match=r"a record cannot be read: .*fields after are missing"):
         load(saved)
 
 

@@ -20,6 +20,8 @@ class CacheWrite(Op):
     """
 
     alias: ClassVar = {0: 0}
+    by_slot: ClassVar = True
+    same_format: ClassVar = {1: 0}
     picks: ClassVar = {3: (0, 0)}
 
     def infer(self, cache: Type, rows: Type, index: Type, slots: Type) -> Type:
@@ -49,6 +51,8 @@ class CacheExtend(Op):
     capacity: int
     tokens: int
     per_call: ClassVar = "tokens"
+    by_slot: ClassVar = True
+    same_format: ClassVar = {1: 0}
     picks: ClassVar = {3: (0, 0)}
 
     def infer(self, cache: Type, rows: Type, positions: Type, slots: Type) -> Type:
