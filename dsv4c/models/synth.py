@@ -25,6 +25,7 @@ from torch import Generator, Tensor
 
 from dsv4c.config import ModelConfig, save_config
 from dsv4c.errors import CheckpointError
+from dsv4c.headers import ELEMENT_BYTES, INDEX, SINGLE
 from dsv4c.models.weights import Source, Table, TensorSpec, inventory, sources
 from dsv4c.numerics.codec import quantize
 from dsv4c.publish import OccupiedError, published
@@ -33,8 +34,6 @@ from dsv4c.types import NVFP4, QuantType
 
 SHARD_BYTES = 2_000_000_000
 CHUNK = 1 << 22  # elements made at a time; part of what a seed means
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def synthesize(
@@ -104,9 +103,6 @@ def _check_target(target: Path, force: bool) -> None:
         raise CheckpointError(f"{target}: cannot be written: {error.strerror}") from None
 
 
-_ITEM_BYTES = {"I64": 8, "F32": 4, "BF16": 2}
-
-
 @dataclass(frozen=True)
 class _Slot:
     """Where a tensor's bytes go."""
@@ -118,7 +114,7 @@ class _Slot:
         """Elements `start` to `stop`, flat, in the tensor's own dtype (bytes for those torch does not
         compute with).
         """
-        size = _ITEM_BYTES.get(self.spec.dtype, 1)
+        size = ELEMENT_BYTES[self.spec.dtype]
         dtypes = {"I64": torch.int64, "F32": torch.float32, "BF16": torch.bfloat16}
         return self.storage[start * size : stop * size].view(dtypes.get(self.spec.dtype, torch.uint8))
 
@@ -148,7 +144,10 @@ def _create(folder: Path, specs: list[TensorSpec], count: int) -> dict[str, _Slo
 
 
 def _create_file(path: Path, group: list[TensorSpec]) -> Iterator[tuple[str, _Slot]]:
-    group = sorted(group, key=lambda s: -_ITEM_BYTES.get(s.dtype, 1))  # wide elements first: all are aligned
+    """A file of the right size, mapped, and its slots: a few tensors are in memory at a time. The library's
+    `save_file` would want all of a file's, which are gigabytes.
+    """
+    group = sorted(group, key=lambda s: -ELEMENT_BYTES[s.dtype])  # wide elements first: all are aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, position = [], 0
     for spec in group:
