@@ -26,6 +26,7 @@ from torch import Tensor
 
 from dsv4c.numerics.codec import Quantized, view
 from dsv4c.numerics.forms import UNIT_BYTES, parse_packing
+from dsv4c.numerics.resident import PLAIN, WIDENED
 from dsv4c.plan.folder import Plan, load
 from dsv4c.plan.records import Argument, Launch
 from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, Device, check_device
@@ -76,11 +77,11 @@ def random_packed(target: Tensor, form: str) -> None:
 def fill_weight(block: Tensor, resident: Resident, experts: int) -> None:
     """Random contents for a parameter in the form the kernels read."""
     type_ = resident.record.type
-    packed = resident.form not in ("plain", "f32")
+    packed = resident.form not in (PLAIN, WIDENED)
     dtypes = {c.name: c.dtype for c in type_.components}
     for name, offset, nbytes in resident.components:
         target = block[offset : offset + nbytes]
-        dtype = DType.F32 if resident.form == "f32" else dtypes[name]
+        dtype = DType.F32 if resident.form == WIDENED else dtypes[name]
         if name == "data" and packed:
             random_packed(target, resident.form)
         elif name == "scale" and dtype is DType.UE8M0:

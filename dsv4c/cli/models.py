@@ -31,7 +31,7 @@ def models_command(json: JsonOption = False) -> None:
     for name in BUILTIN:
         model = load_config(name)
         # as the model is named for: without the draft block and the tables of expert numbers
-        counted = [p for p in layout(model) if p.storage != "i64" and not p.name.startswith("mtp.")]
+        counted = [p for p in layout(model) if p.storage != "i64" and not p.place.draft]
         kinds = [RATIOS[ratio] for ratio in model.compress_ratios]
         rows.append(
             {

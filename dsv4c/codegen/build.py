@@ -17,12 +17,11 @@ import json
 import os
 import queue
 import re
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -34,6 +33,7 @@ import dsv4c.numerics.forms
 from dsv4c.arch import ARCHS
 from dsv4c.cache import Store
 from dsv4c.errors import BuildError
+from dsv4c.plan.cubin import CubinError, Resources, read_cubin
 from dsv4c.publish import scratch_folder
 
 TARGETS = tuple(ARCHS)
@@ -48,16 +48,6 @@ class Source:
 
     symbol: str
     text: str
-
-
-@dataclass(frozen=True)
-class Resources:
-    """What the cubin says a kernel uses; bytes, except registers (per thread)."""
-
-    registers: int
-    stack: int  # per thread: spills and dynamically indexed register arrays; 0 in every kernel we ship
-    static_shared: int
-    code: int
 
 
 @dataclass(frozen=True)
@@ -346,61 +336,21 @@ def compile_source(source: Source, target: str) -> tuple[bytes, str]:
     return cubin, ptx
 
 
+def read_resources(cubin: bytes, symbol: str) -> Resources:
+    """What the one kernel in `cubin` uses. Raises BuildError when it is not `symbol`."""
+    try:
+        found = read_cubin(cubin)
+    except CubinError as error:
+        raise BuildError(f"the cubin of {symbol!r} {error}") from None
+    if found.symbol != symbol:
+        raise BuildError(
+            f"the cubin has no kernel {symbol!r}: found {found.symbol}; set_name_prefix must match the symbol"
+        )
+    return found.resources
+
+
 def _annotations(function: Any) -> dict[str, Any]:
     import inspect
 
     signature = inspect.signature(getattr(function, "__wrapped__", function), eval_str=True)
     return {name: parameter.annotation for name, parameter in signature.parameters.items()}
-
-
-# What a cubin says about itself -----------------------------------------------------------------------------
-
-_FRAME_SIZE, _REGISTERS = 0x11, 0x2F  # EIATTR_FRAME_SIZE, EIATTR_REGCOUNT: pairs of (symbol index, value)
-
-
-def read_resources(cubin: bytes, symbol: str) -> Resources:
-    """Registers, stack, static shared memory and code size of the one kernel in `cubin`.
-
-    Raises BuildError when the cubin's entry point is not `symbol`.
-    """
-    sections = dict(_sections(cubin))
-    text = sections.get(f".text.{symbol}")
-    if text is None:
-        found = ", ".join(name[6:] for name in sections if name.startswith(".text.")) or "none"
-        raise BuildError(
-            f"the cubin has no kernel {symbol!r}: found {found}; set_name_prefix must match the symbol"
-        )
-    attributes = dict(_global_attributes(sections.get(".nv.info", b"")))
-    shared = sections.get(f".nv.shared.{symbol}", b"")
-    return Resources(
-        registers=attributes.get(_REGISTERS, 0),
-        stack=attributes.get(_FRAME_SIZE, 0),
-        static_shared=len(shared),
-        code=len(text),
-    )
-
-
-def _sections(elf: bytes) -> Iterator[tuple[str, bytes]]:
-    """Name and contents of each section of a 64-bit little-endian ELF file (empty for sections without
-    bytes).
-    """
-    (offset,) = struct.unpack_from("<Q", elf, 0x28)
-    size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
-    headers = [struct.unpack_from("<IIQQQQIIQQ", elf, offset + i * size) for i in range(count)]
-    base = headers[names][4]
-    for name, kind, _flags, _address, start, length, *_rest in headers:
-        end = elf.index(b"\0", base + name)
-        data = bytes(length) if kind == 8 else elf[start : start + length]  # kind 8: SHT_NOBITS
-        yield elf[base + name : end].decode(), data
-
-
-def _global_attributes(info: bytes) -> Iterator[tuple[int, int]]:
-    """(attribute, value) of `.nv.info`: records of format, attribute, size and payload, padded to 4 bytes."""
-    at = 0
-    while at + 4 <= len(info):
-        form, attribute, size = struct.unpack_from("<BBH", info, at)
-        at += 4
-        if form == 4:  # sized payload; other forms keep their value in `size`
-            if size == 8:
-                yield attribute, struct.unpack_from("<I", info, at + 4)[0]
-            at += -(-size // 4) * 4

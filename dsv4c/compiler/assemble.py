@@ -11,10 +11,12 @@ from dsv4c.buckets import Bucket
 from dsv4c.codegen.lower import Lowered
 from dsv4c.codegen.targets import Target
 from dsv4c.compiler.job import Compiled, Job
+from dsv4c.config import ModelConfig
 from dsv4c.ir.totals import compulsory, totals
 from dsv4c.models.schedule import LayerKind, layer_plans
 from dsv4c.models.weights import records, sources
 from dsv4c.passes.explain import table
+from dsv4c.passes.recipes import Recipe
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Program
 from dsv4c.scope import Scope
@@ -42,8 +44,8 @@ def assemble(
         buckets=lowered.programs,
         load=lowered.load,
         state=lowered.state,
-        weights=_weights(job, lowered),
-        unused=_unused(job, lowered),
+        weights=weights_of(job.config, job.recipe, lowered),
+        unused=unused_of(job.config, lowered),
         contributed=tuple(map(job.rules.origin, _contributed(job, compiled))),
         certificates=tuple(certificates),
         report=_report(job, compiled, lowered, target),
@@ -55,11 +57,11 @@ def assemble(
     )
 
 
-def _weights(job: Job, lowered: Lowered) -> tuple[Mapping[str, Any], ...]:
+def weights_of(config: ModelConfig, recipe: Recipe, lowered: Lowered) -> tuple[Mapping[str, Any], ...]:
     """For every parameter where a checkpoint keeps it, and its place in the weights' block."""
-    wanted = [(w.name, w.type, job.recipe.requantize) for w in lowered.weights]
+    wanted = [(w.name, w.type, recipe.requantize) for w in lowered.weights]
     places = {w.name: w.record for w in lowered.weights}
-    return tuple({**record, **places[record["name"]]} for record in records(job.config, wanted))
+    return tuple({**record, **places[record["name"]]} for record in records(config, wanted))
 
 
 def _contributed(job: Job, compiled: Mapping[Bucket, Compiled]) -> list[str]:
@@ -72,12 +74,12 @@ def _contributed(job: Job, compiled: Mapping[Bucket, Compiled]) -> list[str]:
     return [name for name in job.rules.sources if name in took_part]
 
 
-def _unused(job: Job, lowered: Lowered) -> tuple[Mapping[str, Any], ...]:
+def unused_of(config: ModelConfig, lowered: Lowered) -> tuple[Mapping[str, Any], ...]:
     """Where a checkpoint keeps the parameters of the model's layers that no launch reads."""
     read = {w.name for w in lowered.weights}
-    stored = {name: source.stored for name, source in sources(job.config, "release").items()}
+    stored = {name: source.stored for name, source in sources(config, "release").items()}
     left = [name for name in stored if name not in read and not Scope.of(name).draft]
-    return tuple(records(job.config, [(name, stored[name], False) for name in left]))
+    return tuple(records(config, [(name, stored[name], False) for name in left]))
 
 
 def _versions(target: Target) -> dict[str, str]:
@@ -110,7 +112,7 @@ def _report(
     counts = {} if job.saved is None else dict(job.saved.counts)
     graph = lowered.graphs[job.decode.name]
     return {
-        "buckets": {name: _sizes(name, program, lowered) for name, program in lowered.programs.items()},
+        "buckets": sizes_of(lowered),
         **_launches(job, lowered.programs[job.decode.name]),
         "planned_bytes_per_token": totals(graph).bytes // job.decode.sequences,
         "compulsory_bytes_per_token": sum(compulsory(graph).values()) // job.decode.sequences,
@@ -123,12 +125,16 @@ def _report(
     }
 
 
-def _sizes(name: str, program: Program, lowered: Lowered) -> dict[str, int]:
+def sizes_of(lowered: Lowered) -> dict[str, dict[str, int]]:
+    """Figures of every bucket."""
     return {
-        "nodes": len(lowered.graphs[name].nodes),
-        "launches": len(program.launches),
-        "arena_bytes": program.arena_bytes,
-        "arena_lower_bound": lowered.lower_bounds[name],
+        name: {
+            "nodes": len(lowered.graphs[name].nodes),
+            "launches": len(program.launches),
+            "arena_bytes": program.arena_bytes,
+            "arena_lower_bound": lowered.lower_bounds[name],
+        }
+        for name, program in lowered.programs.items()
     }
 
 

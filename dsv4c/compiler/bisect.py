@@ -32,7 +32,7 @@ from dsv4c.ir.graph import Builder, Graph, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph, print_graph, print_op
 from dsv4c.models.weights import records
-from dsv4c.numerics.codec import Quantized, Value, view
+from dsv4c.numerics.codec import Quantized, Value, parts_of, view
 from dsv4c.passes.tidy import repeated
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import BodyCode, Launch
@@ -215,7 +215,7 @@ class Bisection:
 
     def _write(self, name: str, value: Value) -> None:
         target = self.executor.value(self.bucket.name, name)
-        for to, part in zip(_parts(target), _parts(value), strict=True):
+        for to, part in zip(parts_of(target).values(), parts_of(value).values(), strict=True):
             to.copy_(part)
 
     # --- a node against its unfused nodes ---
@@ -368,7 +368,9 @@ class Bisection:
         pairs = [(step.outputs[label], found) for label, found in outputs.items() if label in step.outputs]
         if compare([a for a, _ in pairs], [b for _, b in pairs], "outputs").kind == BIT_EXACT:
             return True
-        floats = [(a, b) for a, b in pairs if _parts(a)[0].is_floating_point()]  # the rest follows from these
+        floats = [
+            (a, b) for a, b in pairs if parts_of(a)["data"].is_floating_point()
+        ]  # the rest follows from these
         return not self.exact and all(distance(a, b) <= OUTPUTS for a, b in floats)
 
     def replay(self, steps: Sequence[_Step], off: Iterable[str]) -> bool:
@@ -478,10 +480,6 @@ def _load(graph: Graph, job: Job, weights: str | Path) -> dict[str, Value]:
     return params
 
 
-def _parts(value: Value) -> tuple[Tensor, ...]:
-    return value.parts if isinstance(value, Quantized) else (value,)
-
-
 def _on_host(value: Value) -> Value:
     """A copy in host memory."""
     if isinstance(value, Quantized):
@@ -495,7 +493,8 @@ def _save(values: Mapping[str, Value], types: Mapping[str, str], path: Path) -> 
     for name, value in values.items():
         type_ = parse_type(types[name])
         blocks[name] = torch.zeros(type_.nbytes, dtype=torch.uint8)
-        for to, part in zip(_parts(view(blocks[name], type_)), _parts(value), strict=True):
+        stored = parts_of(view(blocks[name], type_))
+        for to, part in zip(stored.values(), parts_of(value).values(), strict=True):
             to.copy_(part)
     save_file(blocks, path)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from dsv4c import strict_json
 from dsv4c.buckets import Bucket
@@ -35,9 +34,7 @@ from dsv4c.passes.pipeline import (
 from dsv4c.passes.recipes import Recipe, recipe_named
 from dsv4c.passes.tidy import tidy
 from dsv4c.passes.work import Match
-
-if TYPE_CHECKING:
-    from dsv4c.plan.folder import Plan
+from dsv4c.plan.folder import Plan
 
 ALL = "all"
 """In place of a rule's name: every rule."""

@@ -1,8 +1,9 @@
 """Proves that the launches of a plan do what its graphs say, from the plan's data alone.
 
-Launches are followed in order over every byte of arena, states, inputs and constants: what it holds, who
-wrote it, who has read it since. A launch may touch it only behind all of those, and must find what the graph
-says it reads.
+What needs no graph is proved whenever a plan is loaded (`dsv4c.plan.check`). Here the graphs join: they are
+well-formed, they are lowered once more, and launches are followed in order over every byte of arena, states,
+inputs and constants: what it holds, who wrote it, who has read it since. A launch may touch it only behind
+all of those, and must find what the graph says it reads.
 """
 
 from __future__ import annotations
@@ -11,71 +12,62 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from dsv4c.compiler.again import differences
+from dsv4c.compiler.job import rules_of
+from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.text import parse_graph
+from dsv4c.ir.verify import verify
+from dsv4c.passes.pipeline import Contributions
+from dsv4c.plan import check as data
+from dsv4c.plan.check import Violation, programs
 from dsv4c.plan.folder import Plan
-from dsv4c.plan.records import SPACES, Argument, KernelCode, Launch, Program
+from dsv4c.plan.records import Argument, KernelCode, Launch, Program
+from dsv4c.types import Type
 
 FOLLOWED = ("arena", "state", "input", "constants")  # blocks whose bytes change
 
 
-@dataclass(frozen=True)
-class Violation:
-    """What is wrong, where: `launch` is its name, or "" for what concerns no launch alone; so is `bucket`.
+def check(plan: Plan, rules: Contributions | None = None) -> list[Violation]:
+    """All violations of a plan, with those that need no graph first; empty when it is sound.
 
-    kind: order | wait | unwritten | stale | alias | outside | misplaced | overlap | kernel | missing.
+    `rules` must hold what the plan was given by `--pass`.
     """
-
-    kind: str
-    launch: str
-    text: str
-    bucket: str = ""
-
-    def __str__(self) -> str:
-        places = [f"bucket {self.bucket}: "] * bool(self.bucket) + [f"launch {self.launch}: "] * bool(
-            self.launch
-        )
-        return f"{self.kind}: {''.join(places)}{self.text}"
+    known = rules_of() if rules is None else rules  # before graphs are read: their text names fused ops
+    found = data.check(plan)
+    outside = {v.bucket for v in found if v.launch and v.kind in ("outside", "order")}
+    for name, program in programs(plan).items():
+        found += [replace(v, bucket=name) for v in _check(plan, program, follow=name not in outside)]
+    return [*found, *differences(plan, known)]
 
 
-def check(plan: Plan) -> list[Violation]:
-    """All violations of a plan, bucket by bucket in launch order; empty when it is sound."""
-    found = list(_overlaps(plan))
-    programs = dict(plan.buckets) | ({"load": plan.load} if plan.load is not None else {})
-    for name, program in programs.items():
-        found += [replace(v, bucket=name) for v in _check(plan, program)]
-    return found
-
-
-def _check(plan: Plan, program: Program) -> list[Violation]:
-    graph = parse_graph(plan.files[program.graph].decode())
-    found = [*_kernels(plan, program), *_coverage(graph, program), *_aliases(graph, program)]
+def _check(plan: Plan, program: Program, *, follow: bool) -> Iterator[Violation]:
+    """Violations of one program against its graph; its bytes are followed only where they lie in blocks."""
+    try:
+        graph = verify(parse_graph(plan.files[program.graph].decode()))
+    except (KeyError, UnicodeDecodeError, GraphError) as error:
+        yield Violation("missing", "", f"its graph cannot be read: {error}")
+        return
+    yield from _coverage(graph, program)
+    types = {v.name: v.type for v in graph.values()}
+    if types != {name: place.type for name, place in program.values.items()}:
+        differ = sorted(n for n in types.keys() | program.values.keys() if _type(program, n) != types.get(n))
+        yield Violation("missing", "", f"values differ from its graph's: {', '.join(differ)[:200]}")
+        return
+    yield from _aliases(graph, program)
     roots = {v.name: root.name for v, root in graph.root_of.items()}
     for launch in program.launches:
-        found += _places(launch, program, plan)
-        found += _beside(launch, roots)
-    if not any(v.kind == "outside" for v in found):
-        found += _follow(graph, program)
-    return found
+        yield from _beside(launch, roots)
+    if follow:
+        yield from _follow(graph, program)
+
+
+def _type(program: Program, name: str) -> Type | None:
+    place = program.values.get(name)
+    return None if place is None else place.type
 
 
 # What each launch says --------------------------------------------------------------------------------------
-
-
-def _kernels(plan: Plan, program: Program) -> Iterator[Violation]:
-    """A launch's code is among the plan's files."""
-    for launch in program.launches:
-        if not isinstance(launch.code, KernelCode):
-            if launch.code.body and launch.code.body not in plan.files:
-                yield Violation("kernel", launch.name, f"runs {launch.code.body}, which the plan has not")
-            continue
-        record = plan.kernels.get(launch.code.kernel)
-        if record is None:
-            yield Violation(
-                "kernel", launch.name, f"runs kernel {launch.code.kernel}, which the plan has not"
-            )
-        elif record["cubin"] not in plan.files:
-            yield Violation("kernel", launch.name, f"runs {record['cubin']}, which the plan has not")
 
 
 def _coverage(graph: Graph, program: Program) -> Iterator[Violation]:
@@ -89,46 +81,6 @@ def _coverage(graph: Graph, program: Program) -> Iterator[Violation]:
         for name in launch.nodes:
             if name not in names:
                 yield Violation("missing", launch.name, f"is for node {name}, which the graph has not")
-
-
-def _places(launch: Launch, program: Program, plan: Plan) -> Iterator[Violation]:
-    """Arguments lie inside of their block, at the place of their value."""
-    weights, sizes = _weights(plan), plan.blocks
-    for a in launch.arguments:
-        name = f"{a.value}.{a.component}"
-        if a.space not in sizes:
-            yield Violation(
-                "outside", launch.name, f"{name} is in block {a.space!r}: known are {', '.join(SPACES)}"
-            )
-        elif not 0 <= a.offset <= a.offset + a.nbytes <= sizes[a.space]:
-            end = a.offset + a.nbytes
-            yield Violation(
-                "outside",
-                launch.name,
-                f"{name} is bytes {a.offset} to {end} of {a.space}, which has {sizes[a.space]}",
-            )
-        elif a.value in weights:
-            if weights[a.value].get(a.component) != (a.offset, a.nbytes) or a.space != "weights":
-                found, wanted = (a.offset, a.nbytes), weights[a.value].get(a.component)
-                yield Violation(
-                    "misplaced", launch.name, f"{name} is at {a.space} {found}, its record says {wanted}"
-                )
-            elif a.access != "r":
-                yield Violation("misplaced", launch.name, f"{name} is a weight, and is written")
-        elif a.value in program.values:
-            slot = program.values[a.value]
-            part = next((c for c in slot.type.components if c.name == a.component), None)
-            if part is None or (a.space, a.offset, a.nbytes) != (
-                slot.space,
-                slot.offset + part.offset,
-                part.nbytes,
-            ):
-                yield Violation(
-                    "misplaced",
-                    launch.name,
-                    f"{name} is {a.nbytes} bytes from {a.offset} of {a.space}; its value {slot.type} is at "
-                    f"{slot.offset} of {slot.space}",
-                )
 
 
 def _beside(launch: Launch, roots: Mapping[str, str]) -> Iterator[Violation]:
@@ -148,33 +100,6 @@ def _beside(launch: Launch, roots: Mapping[str, str]) -> Iterator[Violation]:
                     launch.name,
                     f"writes {made.value}.{made.component} where its {a.value}.{a.component} lies",
                 )
-
-
-def _weights(plan: Plan) -> dict[str, dict[str, tuple[int, int]]]:
-    return {
-        record["name"]: {c["name"]: (c["offset"], c["nbytes"]) for c in record.get("components", ())}
-        for record in plan.weights
-    }
-
-
-def _overlaps(plan: Plan) -> Iterator[Violation]:
-    """Weights, and states, share no bytes and lie in their blocks."""
-    weights = [
-        (start, start + size, f"{name}.{component}")
-        for name, parts in _weights(plan).items()
-        for component, (start, size) in parts.items()
-    ]
-    states = [(s.offset, s.offset + s.type.extent, s.name) for s in plan.state]
-    for block, spans in (("weights", weights), ("state", states)):
-        size = plan.blocks[block]
-        end, last = 0, ""
-        for start, stop, name in sorted(spans):
-            if start < end:
-                yield Violation("overlap", "", f"{name} starts at byte {start} of {block}, inside of {last}")
-            if stop > size:
-                yield Violation("outside", "", f"{name} ends at byte {stop} of {block}, which has {size}")
-            if stop > end:
-                end, last = stop, name
 
 
 def _aliases(graph: Graph, program: Program) -> Iterator[Violation]:
@@ -236,18 +161,11 @@ def _follow(graph: Graph, program: Program) -> Iterator[Violation]:
             segment.holds = value.name
     before: list[int] = []  # per launch, as bits: those that have completed when it touches memory
     for index, launch in enumerate(launches):
-        late = [i for i in launch.after if not 0 <= i < index]
-        if late:
-            yield Violation(
-                "order", launch.name, f"is behind launch {late[0]}, which does not come before it"
-            )
         run = launch.code
         holds = not isinstance(run, KernelCode) or not run.programmatic or run.waits
-        if not holds and launch.after:
-            yield Violation("wait", launch.name, "has programmatic edges, and its kernel does not wait")
         mask = 0
         for i in launch.after:
-            if i not in late and holds:
+            if holds:
                 mask |= before[i] | 1 << i
         before.append(mask)
         made = _results(launch, nodes)

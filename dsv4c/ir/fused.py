@@ -85,6 +85,9 @@ class Fused(Op):
 
     def kept(self, results: Sequence[Any]) -> tuple[Any, ...]:
         """The results of the body that this node returns."""
+        wrong = [i for i in self.keep or () if not 0 <= i < len(results)]
+        if wrong:
+            raise GraphError(f"{self.name} keeps result {wrong[0]}, its body has {len(results)}")
         return tuple(results[i] for i in self.keep) if self.keep else tuple(results)
 
     @cached_property

@@ -115,7 +115,7 @@ class Op:
 
     def __call__(self, *operands: Value | None, name: str = "") -> Any:
         """Add a node to the graph being built; returns its Value, or a tuple of them."""
-        from dsv4c.ir.graph import current_builder
+        from dsv4c.ir.graph import current_builder  # graphs are made of ops
 
         values = current_builder().emit(self, tuple(v for v in operands if v is not None), name=name)
         return values[0] if len(values) == 1 else values
@@ -200,7 +200,7 @@ def lookup(name: str) -> type[Op]:
     """The op of that name. Raises GraphError naming close spellings."""
     import difflib
 
-    import dsv4c.ir.ops  # noqa: F401  (fills OPS)
+    import dsv4c.ir.ops  # noqa: F401  (fills OPS, and its modules import this one)
 
     if name not in OPS:
         near = difflib.get_close_matches(name, OPS, 3)

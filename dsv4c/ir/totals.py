@@ -35,7 +35,7 @@ def compulsory(graph: Graph) -> dict[Value, int]:
         cost = node.cost
         for value, count in zip(node.inputs, cost.reads, strict=True):
             root = graph.root_of.get(value, value)
-            if root.kind in (Kind.PARAM, Kind.STATE) and node.op.name == "slice":
+            if root.kind in (Kind.PARAM, Kind.STATE) and node.op.addressed:
                 slices[root] = slices.get(root, 0) + count
             elif root.kind in (Kind.PARAM, Kind.STATE):
                 reads[root] = max(reads.get(root, 0), count)

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol
 
 from dsv4c.config import ModelConfig
 from dsv4c.errors import CheckpointError
+from dsv4c.headers import ELEMENT_BYTES
 from dsv4c.models.layout import Param, layout
 from dsv4c.scope import LAYERS, Scope
 from dsv4c.types import (
@@ -322,8 +323,6 @@ def _first(names: Iterable[str], prefix: str, sign: re.Pattern[str]) -> str | No
 
 # --- expected contents --------------------------------------------------------------------------------------
 
-_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
-
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -335,7 +334,7 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _DTYPE_BYTES.get(self.dtype, 1)
+        return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
 
 
 def inventory(config: ModelConfig, table: Table = "release", *, mtp: bool = True) -> list[TensorSpec]:

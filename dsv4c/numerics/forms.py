@@ -44,6 +44,11 @@ class Packing:
     def __str__(self) -> str:
         return f"{self.format}/{self.tiles}x{self.span}"
 
+    @property
+    def holds_scales(self) -> bool:
+        """Do the units hold the block scales, too?"""
+        return self.format.startswith(("mxfp4", "nvfp4"))
+
     def nbytes(self, rows: int, columns: int) -> int:
         """Bytes of one packed matrix: whole tiles, T at a time, and whole units, S at a time."""
         tiles = _round_up(-(-rows // 16), self.tiles)

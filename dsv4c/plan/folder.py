@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from dsv4c import strict_json
-from dsv4c.buckets import bucket_named
+from dsv4c.buckets import Bucket, bucket_named
 from dsv4c.errors import PlanError, listed
+from dsv4c.plan.check import check
 from dsv4c.plan.records import (
     SPACES,
     Argument,
@@ -164,7 +165,7 @@ class Plan:
         nobody wrote. Raises CheckpointError if the checkpoint does not fit, PlanError if this machine cannot
         run the plan.
         """
-        from dsv4c.runtime.bind import bind
+        from dsv4c.runtime.bind import bind  # loads torch; a plan is read without
 
         return bind(self, weights, progress=progress, workers=workers, poison=poison)
 
@@ -192,7 +193,19 @@ def check_target(folder: str | Path, *, force: bool = False) -> None:
 
 
 def load(folder: str | Path) -> Plan:
-    """Read a plan folder and check every byte of it.
+    """Read a plan folder, and prove what its data says by itself (`dsv4c.plan.check`).
+
+    Raises PlanError as `read_plan` does, and for the first thing that does not hold.
+    """
+    plan = read_plan(folder)
+    if violations := check(plan):
+        more = f" (and {len(violations) - 1} more: `dsv4c verify`)" if len(violations) > 1 else ""
+        raise PlanError(f"{Path(folder) / PLAN_FILE}: {violations[0]}{more}; compile the plan again")
+    return plan
+
+
+def read_plan(folder: str | Path) -> Plan:
+    """Read a plan folder, every file by its digest, every record by its form.
 
     Raises PlanError for a folder that is no plan, another schema version, a missing or altered file.
     """
@@ -387,9 +400,26 @@ def _checked(folder: Path, name: str, digest: str) -> bytes:
     return content
 
 
+def _exactly(data: Mapping[str, Any], names: frozenset[str]) -> Mapping[str, Any]:
+    """`data`, which has these fields and no other. Raises ValueError."""
+    if data.keys() != names:
+        odd = sorted(data.keys() ^ names)
+        raise ValueError(f"fields {', '.join(odd)[:120]} are missing or unknown")
+    return data
+
+
+_PLAN = frozenset(f.name for f in fields(Plan)) - {"timings", "cache_hits"} | {"digest", "schema"}
+_STATE, _VALUE = frozenset({"name", "type", "offset"}), frozenset({"type", "space", "offset"})
+_LOAD = frozenset({"graph", "arena_bytes", "inputs", "outputs", "values", "launches"})
+_BUCKET = _LOAD | {f.name for f in fields(Bucket)}
+_CALLED = frozenset(f.name for f in fields(Launch)) - {"code"}
+_BODY, _KERNEL = (_CALLED | {f.name for f in fields(code)} for code in (BodyCode, KernelCode))
+
+
 def _plan_from_json(
     data: Mapping[str, Any], files: Mapping[str, bytes], seconds: Mapping[str, float]
 ) -> Plan:
+    _exactly(data, _PLAN)
     return Plan(
         name=data["name"],
         config=data["config"],
@@ -400,7 +430,7 @@ def _plan_from_json(
         blocks=data["blocks"],
         buckets={name: _program_from_json(program, name) for name, program in data["buckets"].items()},
         load=None if data["load"] is None else _program_from_json(data["load"], None),
-        state=tuple(StateSlot(s["name"], parse_type(s["type"]), s["offset"]) for s in data["state"]),
+        state=tuple(_state_from_json(s) for s in data["state"]),
         weights=tuple(data["weights"]),
         unused=tuple(data["unused"]),
         contributed=tuple(data["contributed"]),
@@ -413,11 +443,25 @@ def _plan_from_json(
     )
 
 
+def _state_from_json(data: Mapping[str, Any]) -> StateSlot:
+    _exactly(data, _STATE)
+    return StateSlot(data["name"], parse_type(data["type"]), data["offset"])
+
+
+def _place_from_json(data: Mapping[str, Any]) -> Place:
+    _exactly(data, _VALUE)
+    return Place(parse_type(data["type"]), data["space"], data["offset"])
+
+
 def _program_from_json(data: Mapping[str, Any], name: str | None) -> Program:
+    _exactly(data, _LOAD if name is None else _BUCKET)
+    bucket = None if name is None else bucket_named(name)
+    if bucket is not None and any(data[f.name] != getattr(bucket, f.name) for f in fields(bucket)):
+        raise ValueError(f"bucket {name} says that it is another")
     return Program(
         graph=data["graph"],
-        bucket=None if name is None else bucket_named(name),
-        values={n: Place(parse_type(v["type"]), v["space"], v["offset"]) for n, v in data["values"].items()},
+        bucket=bucket,
+        values={n: _place_from_json(v) for n, v in data["values"].items()},
         arena_bytes=data["arena_bytes"],
         inputs=tuple(data["inputs"]),
         outputs=data["outputs"],
@@ -428,6 +472,7 @@ def _program_from_json(data: Mapping[str, Any], name: str | None) -> Program:
 def _launch_from_json(data: Mapping[str, Any]) -> Launch:
     code: BodyCode | KernelCode
     if "kernel" in data:
+        _exactly(data, _KERNEL)
         code = KernelCode(
             kernel=data["kernel"],
             grid=tuple(data["grid"]),
@@ -438,6 +483,7 @@ def _launch_from_json(data: Mapping[str, Any]) -> Launch:
             waits=data["waits"],
         )
     else:
+        _exactly(data, _BODY)
         code = BodyCode(data["attributes"], data["body"])
     return Launch(
         name=data["name"],

@@ -17,7 +17,7 @@ from dsv4c.view.layers import Fold, Section, family, find_section, folds
 
 @dataclass(frozen=True)
 class Summary:
-    """A graph in figures. Bytes per token are compulsory ones: of a call with full caches, over its rows."""
+    """A graph in figures. Bytes per token are compulsory ones: a call's with full caches, over its rows."""
 
     graph: str
     totals: Totals

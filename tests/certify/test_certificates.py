@@ -279,7 +279,7 @@ def test_swapped_operands_are_noticed() -> None:
 
 def test_a_write_that_one_side_forgets_is_noticed() -> None:
     def without_write(op: AttendTest, cache: Any, *rest: Any) -> Any:
-        from dsv4c.reference.registry import _run_body
+        from dsv4c.reference.interpret import _run_body
 
         made = _run_body(op, (cache.clone(), *rest))
         return made[0], cache
@@ -292,7 +292,7 @@ def test_an_operand_that_is_overwritten_is_noticed() -> None:
     """The results are right, but a gain is not what it was before."""
 
     def clobbering(op: CertifiedTest, x: Any, gain: torch.Tensor) -> Any:
-        from dsv4c.reference.registry import _run_body
+        from dsv4c.reference.interpret import _run_body
 
         made = _run_body(op, (x, gain))
         gain.zero_()

@@ -8,18 +8,16 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from dsv4c.codegen.build import Built, Resources, Source, source_key
+from dsv4c.codegen.build import Built, Source, source_key
 from dsv4c.compiler.compile import compile
 from dsv4c.plan.folder import Plan
+from tests.plan.cubins import RESOURCES, stand_in_cubin
 
 
 def stand_in(sources: Sequence[Source], target: str, store: Path, **_: Any) -> list[Built]:
-    """What `build` returns, with a cubin of a few bytes."""
-    resources = Resources(registers=32, stack=0, static_shared=0, code=128)
-    return [
-        Built(s.symbol, target, source_key(s, target), b"\x7fELF" + s.symbol.encode(), "", resources, False)
-        for s in sources
-    ]
+    """What `build` returns, with cubins that have no code."""
+    made = [(source, stand_in_cubin(source.symbol, source.text, target)) for source in sources]
+    return [Built(s.symbol, target, source_key(s, target), c, "", RESOURCES, False) for s, c in made]
 
 
 @contextmanager

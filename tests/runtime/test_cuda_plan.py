@@ -21,7 +21,7 @@ from dsv4c.errors import CheckpointError, PlanError, SessionError
 from dsv4c.numerics.codec import Quantized, quantize
 from dsv4c.numerics.forms import parse_packing
 from dsv4c.numerics.packing import pack
-from dsv4c.plan.folder import Plan, load
+from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Argument, BodyCode, KernelCode, Launch, Place, Program, StateSlot
 from dsv4c.runtime import bind as binding
 from dsv4c.runtime import cuda, driver, residence
@@ -178,7 +178,13 @@ def plan(**changes: Any) -> Plan:
         name="toy",
         config={"vocab_size": VOCAB},
         config_digest="0",
-        deployment={"target": "sm_90a", "recipe": "official", "slots": SLOTS, "max_context": CONTEXT},
+        deployment={
+            "target": "sm_90a",
+            "recipe": "official",
+            "slots": SLOTS,
+            "max_context": CONTEXT,
+            "buckets": list(programs),
+        },
         recipe="official",
         pipeline="",
         blocks=BLOCKS,
@@ -509,7 +515,7 @@ def test_weights_of_another_config_are_refused(checkpoint: Path, monkeypatch: py
     with pytest.raises(AssertionError, match="bytes were allocated"):
         compiled.bind(checkpoint)
     wider = gpu_plan(dataclasses.replace(load_config(checkpoint), vocab_size=640))
-    with pytest.raises(CheckpointError, match=r"embed\.weight in .* is \[512, 256\], expected \[640, 256\]"):
+    with pytest.raises(CheckpointError, match="of another model: vocab_size is 512, the plan has 640"):
         wider.bind(checkpoint)
 
 
@@ -523,15 +529,6 @@ def test_a_machine_without_a_gpu_says_so(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(driver, "version", lambda: 0)
     with pytest.raises(PlanError, match="no NVIDIA GPU"):
         plan().bind(tmp_path)
-
-
-def test_an_altered_cubin_is_found_at_load(tmp_path: Path) -> None:
-    folder = plan().save(tmp_path / "plan")
-    assert load(folder).program("decode-2").launches == launches()
-    cubin = folder / "kernels" / "score-decode-2.cubin"
-    cubin.write_bytes(cubin.read_bytes()[:-1] + b"3")
-    with pytest.raises(PlanError, match=r"score-decode-2\.cubin: was altered"):
-        load(folder)
 
 
 def test_a_pointer_outside_its_block_is_refused() -> None:

@@ -182,7 +182,7 @@ def test_a_record_that_lacks_a_field_is_refused(saved: Path) -> None:
     del data["digest"]
     del data["buckets"]["decode-3"]["launches"][3]["after"]
     (saved / PLAN_FILE).write_text(signed(data))
-    with pytest.raises(PlanError, match=r"a record cannot be read: KeyError\('after'\)"):
+    with pytest.raises(PlanError, match=r"a record cannot be read: .*fields after are missing"):
         load(saved)
 
 
@@ -211,7 +211,7 @@ def test_an_unknown_bucket_is_named(plan: Plan) -> None:
     known = "only decode-3, verify-1x4, prefill-24"
     with pytest.raises(PlanError, match=rf"has no bucket 'draft', {known}; compile with --draft mtp$"):
         without.program("draft")
-    with pytest.raises(PlanError, match=rf"has no bucket 'decode-8', {known}$"):
+    with pytest.raises(PlanError, match=rf"has no bucket 'decode-8', {known}; did you mean 'decode-3'\?$"):
         without.program("decode-8")
 
 

@@ -1,0 +1,161 @@
+"""A plan's graphs lowered once more, and its kernels built once more: both must give what the plan holds."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from dsv4c.codegen.build import Source, build, toolchain
+from dsv4c.codegen.lower import Folded, Lowered, lower
+from dsv4c.codegen.targets import Target, target_of
+from dsv4c.compiler.assemble import sizes_of, unused_of, weights_of
+from dsv4c.compiler.job import job_of
+from dsv4c.errors import BuildError, Dsv4cError
+from dsv4c.ir.graph import Graph, Node
+from dsv4c.ir.text import parse_graph
+from dsv4c.ir.verify import verify
+from dsv4c.passes.pipeline import Contributions
+from dsv4c.plan.check import Violation, programs
+from dsv4c.plan.folder import Plan
+from dsv4c.plan.records import KernelCode, Launch, Program
+
+
+def differences(plan: Plan, rules: Contributions) -> Iterator[Violation]:
+    """Where the plan is not what its graphs are lowered to: launches, places, weights, bodies, figures."""
+    try:
+        job = job_of(plan, rules)
+        lowered, target = _lower(plan)
+    except (Dsv4cError, KeyError, TypeError, UnicodeDecodeError) as error:
+        yield Violation("lowered", "", f"cannot be lowered again: {error}")
+        return
+    wanted: Mapping[str, tuple[object, object]] = {
+        "name": (plan.name, job.config.name),
+        "config_digest": (plan.config_digest, job.config.digest),
+        "config": (plan.config, job.config.to_dict()),
+        "blocks": (plan.blocks, lowered.blocks),
+        "state": (plan.state, lowered.state),
+        "weights": (plan.weights, weights_of(job.config, job.recipe, lowered)),
+        "unused": (plan.unused, unused_of(job.config, lowered)),
+        "report.buckets": (plan.report.get("buckets"), sizes_of(lowered)),
+        "report.kernels": (plan.report.get("kernels"), len(plan.kernels)),
+    }
+    for field, (found, made) in wanted.items():
+        if found != made:
+            yield Violation("lowered", "", f"{field}: {_first_difference(found, made)}")
+    sources = {key: plan.files.get(record["source"]) for key, record in plan.kernels.items()}
+    written = {key: source.text.encode() for key, source in target.sources.items()}
+    made_programs = dict(lowered.programs) | ({"load": lowered.load} if lowered.load is not None else {})
+    for name, program in programs(plan).items():
+        for v in _program(program, made_programs[name], sources, written):
+            yield replace(v, bucket=name)
+    texts = lowered.files | target.bodies.files
+    for name, content in plan.files.items():
+        if not name.startswith("kernels/") and texts.get(name) != content:
+            yield Violation("lowered", "", f"{name} is not what this version of dsv4c writes")
+
+
+def _lower(plan: Plan) -> tuple[Lowered, Target]:
+    """Raises GraphError for graphs that cannot be read, BuildError for what no code takes."""
+
+    def keep(graph: Graph, nodes: Sequence[Node], given_back: frozenset[str]) -> Graph:
+        raise BuildError(f"at {nodes[0].name}: no code takes {nodes[0].op.name}")
+
+    graphs = {
+        name: verify(parse_graph(plan.files[program.graph].decode()))
+        for name, program in programs(plan).items()
+    }
+    target = target_of(plan.target)
+    folded = [Folded(p.shape, graphs[name], graphs.get("load"), keep) for name, p in plan.buckets.items()]
+    return lower(folded, target.coder, target.bodies), target
+
+
+def _program(
+    program: Program,
+    made: Program,
+    sources: Mapping[str, bytes | None],
+    written: Mapping[str, bytes],
+) -> Iterator[Violation]:
+    """Kernels are the same where their sources are: their names cover the tools, too, perhaps others."""
+    for field in fields(Program):
+        found, wanted = getattr(program, field.name), getattr(made, field.name)
+        if field.name != "launches" and found != wanted:
+            yield Violation("lowered", "", f"{field.name}: {_first_difference(found, wanted)}")
+    if len(program.launches) != len(made.launches):
+        yield Violation(
+            "lowered", "", f"has {len(program.launches)} launches, its graph gives {len(made.launches)}"
+        )
+        return
+    for launch, again in zip(program.launches, made.launches, strict=True):
+        if launch != again:
+            yield from _launch(launch, again, sources, written)
+
+
+def _launch(
+    launch: Launch, again: Launch, sources: Mapping[str, bytes | None], written: Mapping[str, bytes]
+) -> Iterator[Violation]:
+    code = again.code
+    if isinstance(launch.code, KernelCode) and isinstance(code, KernelCode):
+        if sources.get(launch.code.kernel) != written[code.kernel]:
+            text = f"kernel {launch.code.kernel} is not what this version of dsv4c writes for its nodes"
+            yield Violation("lowered", launch.name, text)
+        again = replace(again, code=replace(code, kernel=launch.code.kernel))
+    for field in fields(Launch):
+        found, wanted = getattr(launch, field.name), getattr(again, field.name)
+        if found != wanted:
+            yield Violation("lowered", launch.name, f"{field.name}: {_first_difference(found, wanted)}")
+
+
+def _first_difference(found: Any, wanted: Any) -> str:
+    """The first entry that differs, cut to a line."""
+    if isinstance(found, Mapping) and isinstance(wanted, Mapping):
+        key = next(
+            (k for k in [*wanted, *found] if k not in found or k not in wanted or found[k] != wanted[k]), ""
+        )
+        return f"{key} is {found.get(key)!r:.150}, its graph gives {wanted.get(key)!r:.150}"
+    if isinstance(found, tuple) and isinstance(wanted, tuple) and len(found) == len(wanted):
+        number = next(i for i, (one, two) in enumerate(zip(found, wanted, strict=True)) if one != two)
+        return f"{number} is {found[number]!r:.150}, its graph gives {wanted[number]!r:.150}"
+    return f"{found!r:.150}, its graph gives {wanted!r:.150}"
+
+
+# Kernels ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """Kernels built again from the sources that a plan keeps, by their names.
+
+    differing: cubin or PTX is not what the source gives. foreign: the source is not what this version of
+    dsv4c generates for the plan's graphs. toolchain: what built them now.
+    """
+
+    built: int
+    differing: tuple[str, ...]
+    foreign: tuple[str, ...]
+    toolchain: str
+
+
+def rebuild(plan: Plan, progress: Callable[[int, int, Any], None] | None = None) -> Rebuilt:
+    """Build every kernel of the plan, in a store of its own. Raises BuildError for a source that does not
+    compile, and GraphError.
+    """
+    _, target = _lower(plan)
+    written = {source.text.encode() for source in target.sources.values()}
+    records = dict(plan.kernels)
+    sources = [Source(r["symbol"], plan.files[r["source"]].decode()) for r in records.values()]
+    with tempfile.TemporaryDirectory(prefix="dsv4c-rebuild-") as store:
+        made = build(sources, plan.target, Path(store), progress=progress)
+    pairs = list(zip(records.items(), made, strict=True))
+    return Rebuilt(
+        built=len(made),
+        differing=tuple(
+            key
+            for (key, record), again in pairs
+            if (again.cubin, again.ptx.encode()) != (plan.files[record["cubin"]], plan.files[record["ptx"]])
+        ),
+        foreign=tuple(key for key, r in records.items() if plan.files[r["source"]] not in written),
+        toolchain=toolchain(),
+    )
