@@ -144,6 +144,9 @@ def _create(folder: Path, specs: list[TensorSpec], count: int) -> dict[str, _Slo
 
 
 def _create_file(path: Path, group: list[TensorSpec]) -> Iterator[tuple[str, _Slot]]:
+    """A file of the right size, mapped, and its slots: a few tensors are in memory at a time. The library's
+    `save_file` would want all of a file's, which are gigabytes.
+    """
     group = sorted(group, key=lambda s: -ELEMENT_BYTES[s.dtype])  # wide elements first: all are aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, position = [], 0
