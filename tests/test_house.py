@@ -101,7 +101,7 @@ HOUSE = {
         packages_inside=("cutlass",),
     ),
     # The one path from a config to a plan.
-    "compiler": Room(1200, (*COMPILER, "certify", "codegen", "plan")),
+    "compiler": Room(1400, (*COMPILER, "certify", "codegen", "plan")),
     # Runs a plan beside its unfused graph, so it stands above compiler and runtime both.
     "compiler.bisect": Room(
         600,
