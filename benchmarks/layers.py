@@ -32,7 +32,7 @@ from dsv4c.plan.records import Argument, Launch
 from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, Device, check_device
 from dsv4c.runtime.residence import Resident
 from dsv4c.scope import LAYERS, Scope
-from dsv4c.types import DType, QuantType
+from dsv4c.types import DType, Type
 
 KINDS = {0: "SWA", 4: "CSA", 128: "HCA"}
 STEP = 1 << 26  # bytes filled at once
@@ -98,19 +98,17 @@ def fill_weight(block: Tensor, resident: Resident, experts: int) -> None:
             random_floats(target, kind, 0.1 if flat else 0.02, 1.0 if flat else 0.0)
 
 
-def fill_state(executor: CudaExecutor) -> None:
-    """Caches as if tokens had been there: keys of the size of 1."""
-    for slot in executor.plan.state:
-        value = view(executor.blocks["state"], slot.type, slot.offset)
-        if isinstance(value, Quantized):
-            assert isinstance(slot.type, QuantType)
-            random_e4m3(value.data.view(torch.uint8).view(-1))
-            if value.scale.dtype is torch.uint8:
-                value.scale.random_(117, 121)
-            if value.tail is not None:
-                value.tail.normal_()
-        elif value.is_floating_point():
-            value.normal_()
+def fill_state(block: Tensor, type_: Type, offset: int) -> None:
+    """A cache as if tokens had been there: keys of the size of 1."""
+    value = view(block, type_, offset)
+    if isinstance(value, Quantized):
+        random_e4m3(value.data.view(torch.uint8).view(-1))
+        if value.scale.dtype is torch.uint8:
+            value.scale.random_(117, 121)
+        if value.tail is not None:
+            value.tail.normal_()
+    elif value.is_floating_point():
+        value.normal_()
 
 
 # --- time ---
@@ -248,7 +246,8 @@ def measure(folder: Path, options: argparse.Namespace, bandwidth: float) -> dict
     executor = CudaExecutor(plan, block)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    fill_state(executor)
+    for slot in plan.state:
+        fill_state(executor.blocks["state"], slot.type, slot.offset)
     position = min(options.position, int(plan.deployment["max_context"]) - 8)
     step = executor.programs[plan.program().shape.name]
     clock = Clock(step, position, options.replays)

@@ -102,7 +102,8 @@ class Checker:
         """The state before a step at `position`: empty, or random."""
         self.executor.clear()
         if position:
-            fill_state(self.executor)
+            for slot in self.executor.plan.state:
+                fill_state(self.executor.blocks["state"], slot.type, slot.offset)
         at = self.executor.states["position"]
         assert isinstance(at, Tensor)
         at.fill_(position)
