@@ -53,8 +53,8 @@ def passes(name: str, store: Path) -> Work:
 
 
 def certificates(name: str, store: Path) -> Work:
+    from dsv4c.certify.certificates import certify
     from dsv4c.compiler.request import Request
-    from dsv4c.passes.certify import certify
 
     job = Request(name, max_context=CONTEXT).job()
     fold = job.compiled(job.decode).context.fold

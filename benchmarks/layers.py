@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 import time
@@ -26,12 +25,14 @@ import torch
 from torch import Tensor
 
 from dsv4c.numerics.codec import Quantized, view
-from dsv4c.numerics.packing import UNIT_BYTES, parse_packing
+from dsv4c.numerics.forms import UNIT_BYTES, parse_packing
+from dsv4c.numerics.resident import PLAIN, WIDENED
 from dsv4c.plan.folder import Plan, load
 from dsv4c.plan.records import Argument, Launch
 from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, Device, check_device
 from dsv4c.runtime.residence import Resident
-from dsv4c.types import DType, QuantType
+from dsv4c.scope import LAYERS, Scope
+from dsv4c.types import DType, Type
 
 KINDS = {0: "SWA", 4: "CSA", 128: "HCA"}
 STEP = 1 << 26  # bytes filled at once
@@ -76,11 +77,11 @@ def random_packed(target: Tensor, form: str) -> None:
 def fill_weight(block: Tensor, resident: Resident, experts: int) -> None:
     """Random contents for a parameter in the form the kernels read."""
     type_ = resident.record.type
-    packed = resident.form not in ("plain", "f32")
+    packed = resident.form not in (PLAIN, WIDENED)
     dtypes = {c.name: c.dtype for c in type_.components}
     for name, offset, nbytes in resident.components:
         target = block[offset : offset + nbytes]
-        dtype = DType.F32 if resident.form == "f32" else dtypes[name]
+        dtype = DType.F32 if resident.form == WIDENED else dtypes[name]
         if name == "data" and packed:
             random_packed(target, resident.form)
         elif name == "scale" and dtype is DType.UE8M0:
@@ -97,19 +98,17 @@ def fill_weight(block: Tensor, resident: Resident, experts: int) -> None:
             random_floats(target, kind, 0.1 if flat else 0.02, 1.0 if flat else 0.0)
 
 
-def fill_state(executor: CudaExecutor) -> None:
-    """Caches as if tokens had been there: keys of the size of 1."""
-    for slot in executor.plan.state:
-        value = view(executor.blocks["state"], slot.type, slot.offset)
-        if isinstance(value, Quantized):
-            assert isinstance(slot.type, QuantType)
-            random_e4m3(value.data.view(torch.uint8).view(-1))
-            if value.scale.dtype is torch.uint8:
-                value.scale.random_(117, 121)
-            if value.tail is not None:
-                value.tail.normal_()
-        elif value.is_floating_point():
-            value.normal_()
+def fill_state(block: Tensor, type_: Type, offset: int) -> None:
+    """A cache as if tokens had been there: keys of the size of 1."""
+    value = view(block, type_, offset)
+    if isinstance(value, Quantized):
+        random_e4m3(value.data.view(torch.uint8).view(-1))
+        if value.scale.dtype is torch.uint8:
+            value.scale.random_(117, 121)
+        if value.tail is not None:
+            value.tail.normal_()
+    elif value.is_floating_point():
+        value.normal_()
 
 
 # --- time ---
@@ -187,11 +186,11 @@ def _moved(plan: Plan, argument: Argument, position: int) -> float:
         return size
     if "w" in argument.access:
         return 0.0  # a row or two
-    layer = re.match(r"layers\.(\d+)\.", name)
-    ratio = config["compress_ratios"][int(layer[1])] if layer else 0
-    if ".indexer.keys" in name:
+    place = Scope.of(name)
+    ratio = config["compress_ratios"][place.number] if place.block == LAYERS else 0
+    if place.path == "attn.indexer.keys":
         return size * min(position / context, 1.0)
-    if ".attn.entries" in name:
+    if place.path == "attn.entries":
         visible = position // ratio
         read = min(visible, config["index_topk"]) if ratio == 4 else visible
         return size * read / max(context // ratio, 1)
@@ -228,10 +227,10 @@ class Part:
     floor: float
 
 
-def layer_of(launch: Launch) -> int | None:
-    """The layer that a launch belongs to, by its scope or its name."""
-    match = re.search(r"\blayers\.(\d+)\b", f"{launch.scope} {launch.name}")
-    return int(match[1]) if match else None
+def layer_of(scope: str, name: str) -> int | None:
+    """The main layer that a launch belongs to, by its scope or its name; None outside of layers."""
+    places = [Scope.of(scope), Scope.of(name)]
+    return next((place.number for place in places if place.block == LAYERS), None)
 
 
 def measure(folder: Path, options: argparse.Namespace, bandwidth: float) -> dict[str, Any]:
@@ -247,12 +246,13 @@ def measure(folder: Path, options: argparse.Namespace, bandwidth: float) -> dict
     executor = CudaExecutor(plan, block)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    fill_state(executor)
+    for slot in plan.state:
+        fill_state(executor.blocks["state"], slot.type, slot.offset)
     position = min(options.position, int(plan.deployment["max_context"]) - 8)
     step = executor.programs[plan.program().shape.name]
     clock = Clock(step, position, options.replays)
     launches = step.launches
-    owners = [layer_of(launch) for launch in launches]
+    owners = [layer_of(launch.scope, launch.name) for launch in launches]
     ends = {layer: i + 1 for i, layer in enumerate(owners) if layer is not None}
     if sorted(ends.values()) != list(ends.values()):
         raise SystemExit(f"{folder}: layers do not follow each other in the launches")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.layers import FLUSH, fill_weight, random_e4m3
-from dsv4c.numerics.codec import Quantized, view
+from benchmarks.layers import FLUSH, fill_state, fill_weight, layer_of
+from dsv4c.numerics.codec import view
 from dsv4c.runtime import driver
 from dsv4c.runtime.residence import Resident
 from dsv4c.types import parse_type
@@ -41,7 +40,8 @@ class Step:
             s: torch.zeros(extent(data, s), dtype=torch.uint8, device="cuda") for s in spaces - {"weights"}
         }
         self.blocks["weights"] = weights
-        fill_states(data, self.blocks["state"])
+        for record in data["state"]:
+            fill_state(self.blocks["state"], parse_type(record["type"]), record["offset"])
         if "constants" in self.blocks:  # frequencies
             self.blocks["constants"].view(torch.float32).uniform_(0, 1)
         kernels = {x["kernel"] for x in self.launches}
@@ -114,27 +114,13 @@ def extent(data: Mapping[str, Any], space: str) -> int:
     return -(-max([*touched, *states, *inputs, 256]) // 256) * 256
 
 
-def fill_states(data: Mapping[str, Any], block: Tensor) -> None:
-    """Caches as if tokens had been there: keys of the size of 1."""
-    for record in data["state"]:
-        value = view(block, parse_type(record["type"]), record["offset"])
-        if isinstance(value, Quantized):
-            random_e4m3(value.data.view(torch.uint8).view(-1))
-            if value.scale.dtype is torch.uint8:
-                value.scale.random_(117, 121)
-            if value.tail is not None:
-                value.tail.normal_()
-        elif value.is_floating_point():
-            value.normal_()
-
-
 def ends_of(step: Step) -> dict[str, int]:
     """Ends of prefixes by what they are: every layer, and the whole step."""
     ends: dict[str, int] = {}
     for i, x in enumerate(step.launches):
-        layer = re.search(r"\blayers\.(\d+)\b", f"{x['scope']} {x['name']}")
+        layer = layer_of(x["scope"], x["name"])
         if layer is not None:
-            ends[layer[1]] = i + 1
+            ends[str(layer)] = i + 1
     return ends | {"step": len(step.launches)}
 
 

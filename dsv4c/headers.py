@@ -6,8 +6,7 @@ Every doubt is a CheckpointError that names file and tensor, what was found and 
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,18 +142,18 @@ def _check_offsets(file: Path, entries: list[Entry], payload: int, size: int) ->
         )
 
 
-def find_entry(folder: Path, name: re.Pattern[str]) -> Entry | None:
-    """The first tensor of a checkpoint folder whose name matches; None without one, or without a checkpoint.
+def find_entry(folder: Path, fits: Callable[[str], bool]) -> Entry | None:
+    """The first tensor of a checkpoint folder whose name fits; None without one, or without a checkpoint.
 
     Reads one file's header, however many shards there are. Raises CheckpointError if that is not sound.
     """
     single, index = folder / SINGLE, folder / INDEX
     if index.is_file():
         shards = _weight_map(index)
-        found = next((tensor for tensor in shards if name.fullmatch(tensor)), None)
+        found = next((tensor for tensor in shards if fits(tensor)), None)
         return None if found is None else read_header(folder / shards[found]).get(found)
     entries = read_header(single) if single.is_file() else {}
-    return next((entry for entry in entries.values() if name.fullmatch(entry.name)), None)
+    return next((entry for entry in entries.values() if fits(entry.name)), None)
 
 
 def _weight_map(index: Path) -> dict[str, str]:

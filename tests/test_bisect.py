@@ -13,6 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 import dsv4c
+from dsv4c.certify.finding import DIFFERENT, Finding
 from dsv4c.cli import app
 from dsv4c.compiler.bisect import Bisection, key, rerun
 from dsv4c.compiler.job import job_of
@@ -73,8 +74,6 @@ def test_a_planted_fault_is_found_and_switched_off(
 
 
 def test_bounds_excuse_what_they_allow(plan: dsv4c.Plan, weights: Path) -> None:
-    from dsv4c.passes.compare import DIFFERENT, Finding
-
     bad = broken(plan, "attention", "inverse=true", "inverse=false")
     search = Bisection(bad, weights, TOKENS[:2], job_of(bad))
     attentions = [node for node in search.graph.nodes if node.op.name == "attention"]

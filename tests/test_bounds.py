@@ -197,6 +197,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "vocabulary": (lambda d: d["config"].pop("vocab_size"), "its config has no vocab_size"),
     "space": (lambda d: _first(d, "values").update(space="heap"), "space is str 'heap'; expected 'arena' or"),
     "after": (lambda d: _first(d, "launches").update(after=["x"]), "after[0] is str 'x'; expected a count"),
+    "contributed": (lambda d: d.update(contributed=[{}]), "contribution 0 lacks one of at, kind, name"),
     "weights": (lambda d: d.update(weights=[3]), "weights[0] is int 3; expected an object"),
     "bucket": (lambda d: d["buckets"].update({"decode-1": None}), "a record cannot be read"),
 }

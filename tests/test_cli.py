@@ -8,14 +8,16 @@ import signal
 import subprocess
 import sys
 import time
+from inspect import cleandoc
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file, save_file
 
 import dsv4c
-from dsv4c.cli import COMMANDS
+from dsv4c.cli import COMMANDS, module_of
 from dsv4c.cli.run import token_ids
 from dsv4c.compiler.job import rules_of
 from dsv4c.config import BUILTIN_FOLDER, TARGETS, load_config
@@ -399,6 +401,32 @@ def test_every_command_has_help_with_examples_and_json(name: str) -> None:
     out = command(name, "--help").out
     assert f"dsv4c {name} " in out.split("Examples:")[1]
     assert "--json" in out
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_list_of_commands_says_what_their_help_begins_with(name: str) -> None:
+    alone = typer.Typer()
+    module_of(name).register(alone)
+    (registered,) = alone.registered_commands
+    assert registered.name == name
+    assert cleandoc(registered.callback.__doc__).partition("\n\n")[0] == COMMANDS[name]
+
+
+def test_a_command_is_loaded_when_it_is_called() -> None:
+    script = "from tests.commands import command; import sys; command(*sys.argv[1:]); print(*sys.modules)"
+    loaded = {}
+    for arguments in (("--help",), ("targets", "--help")):
+        shown = subprocess.run(
+            [sys.executable, "-c", script, *arguments],
+            cwd=REPOSITORY,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        loaded[arguments[0]] = {name for name in shown.stdout.split() if name.startswith("dsv4c.")}
+    assert {name for name in loaded["--help"] if name.startswith("dsv4c.cli.")} == set()
+    assert "dsv4c.cli.targets" in loaded["targets"]
+    assert "dsv4c.cli.compile" not in loaded["targets"]
 
 
 def test_help_needs_neither_torch_nor_long() -> None:

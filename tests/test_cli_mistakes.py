@@ -25,7 +25,7 @@ MISTAKES = {
     ("compile", "tiny", "--recipe", "int8"): (2, "error: recipe: unknown recipe 'int8'; known: fp32, bf16"),
     ("compile", "tiny", "--chunk", "99", "--max-context", "50"): (
         2,
-        "error: deployment: prefill-99 takes 99 tokens; expected at most 50 tokens, max_context",
+        "error: deployment: prefill-99 takes 99 tokens; expected at most 50, max_context",
     ),
     ("compile", "tiny", "--batch", "0"): (2, "error: batch: 0 is no size of a bucket, expected a number of"),
     ("compile", "tiny", "--batch", "1,1"): (2, "error: batch: 1, 1 names a size twice"),
@@ -200,13 +200,13 @@ FILES: dict[str, tuple[str | bytes, tuple[str, ...], int, str]] = {
     "resume empty": ("", ("compile", "--resume", "FILE"), 3, "FILE: holds no stopped compile"),
     "resume binary": (b"\xff", ("compile", "--resume", "FILE"), 3, "FILE: is not text at byte 0"),
     "resume of no config": (
-        '# dsv4c graphs of a compile that stopped after fold\n# {"config": 1}\n',
+        '# dsv4c graphs of a compile that stopped after fold\n# {"config": 1}\n\n## end\n',
         ("compile", "--resume", "FILE"),
         3,
         "FILE: line 2: cannot be read: config: is 1; expected the fields of ModelConfig",
     ),
     "resume of half a config": (
-        '# dsv4c graphs of a compile that stopped after fold\n# {"config": {}}\n',
+        '# dsv4c graphs of a compile that stopped after fold\n# {"config": {}}\n\n## end\n',
         ("compile", "--resume", "FILE"),
         3,
         "FILE: line 2: cannot be read: config: 37 problems",

@@ -71,7 +71,7 @@ def test_public_names_are_there_and_importing_them_costs_nothing() -> None:
         ({"chunk": (8, True)}, r"chunk: True is no size of a bucket"),
         (
             {"chunk": 65, "max_context": 64},
-            r"prefill-65 takes 65 tokens; expected at most 64 tokens, max_context",
+            r"prefill-65 takes 65 tokens; expected at most 64, max_context",
         ),
         ({"batch": 4, "slots": 2}, r"slots is 2; expected at least 4, the sequences of decode-4"),
         ({"slots": 0}, r"slots .*0.* a positive integer"),
@@ -80,7 +80,7 @@ def test_public_names_are_there_and_importing_them_costs_nothing() -> None:
         ({"verify": 9}, r"verify: 9 tokens, expected 1 \(no such bucket\) to 8"),
         (
             {"verify": 4, "max_context": 3},
-            r"verify-1x4 takes 4 tokens; expected at most 3 tokens, max_context",
+            r"verify-1x4 takes 4 tokens; expected at most 3, max_context",
         ),
         ({"logits": "first"}, r"logits: 'first' is unknown; expected 'last' or 'all'"),
         ({"draft": "medusa"}, r"draft: 'medusa' is unknown; expected 'off' or 'mtp'"),
@@ -232,6 +232,12 @@ def test_a_request_is_all_that_a_compile_is_asked_for() -> None:
     with pytest.raises(ConfigError, match="compile: the request has decided batch, chunk; leave them out"):
         dsv4c.compile(request, batch=2, chunk=8)
     assert dsv4c.compile(request, certify=False) == dsv4c.compile("tiny", max_context=64, certify=False)
+
+
+def test_a_plan_of_large_decode_steps_alone_has_their_figures() -> None:
+    plan = dsv4c.compile("tiny", batch=8, max_context=32, certify=False)
+    assert plan.report["buckets"].keys() == {"decode-8", "verify-1x4", "prefill-32"}
+    assert plan.report["rules"]["attention"] == plan.report["rules"]["hyper_norm_first"] * 6
 
 
 @pytest.mark.parametrize("options", [{"draft": "mtp"}, {"recipe": "nvfp4", "logits": "last"}])

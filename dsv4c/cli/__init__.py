@@ -1,9 +1,9 @@
 """The command line: one module of this package per command, listed in `COMMANDS`. Commands parse and print.
 
-A command is a module of this package with a `register(app)`; add it to `COMMANDS`. Results go to stdout (with
---json nothing but JSON), the rest to stderr, where with --json an error is an object in a line. Exit codes
-are those of `dsv4c.errors`, 130 when interrupted, 141 when nobody reads the output to its end, 1 when the
-system fails at something else.
+A command is a module of this package with a `register(app)`; add it to `COMMANDS`. Its module is loaded when
+it is called, with all that it needs. Results go to stdout (with --json nothing but JSON), the rest to stderr,
+where with --json an error is an object in a line. Exit codes are those of `dsv4c.errors`, 130 when
+interrupted, 141 when nobody reads the output to its end, 1 when the system fails at something else.
 """
 
 from __future__ import annotations
@@ -15,31 +15,39 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
+from typer.main import get_command
 
 from dsv4c.errors import ConfigError, Dsv4cError
 
-COMMANDS = (
-    "compile",
-    "show",
-    "diff",
-    "passes",
-    "why-not",
-    "check",
-    "bisect",
-    "verify",
-    "run",
-    "weights",
-    "synth",
-    "rules",
-    "recipes",
-    "targets",
-    "models",
-)
+COMMANDS = {
+    "compile": "Compile a model to a plan: a folder of plain data that `dsv4c run` executes.",
+    "show": "Show a model's graph: figures first, then the operations, equal layers folded into one.",
+    "diff": "Compare two graphs: nodes gone, new and changed; launches, bytes and operations.",
+    "passes": "Show the pipeline of a plan and what every rule saved in a decode step.",
+    "why-not": "Explain where a rule did not apply: the best match, what failed first, what it would save.",
+    "check": "Check every way a rule applied: the nodes it replaced and the fused op agree on hard inputs.",
+    "bisect": "Find the rewrite at fault: run the plan, and its unfused nodes on operands of each launch.",
+    "verify": "Check a plan: every file by its digest, and in every bucket what launches do to each other.",
+    "run": "Run a plan: prefill the prompt, decode the forced tokens, then generate greedily.",
+    "weights": "Compare a checkpoint's names, shapes, types and scales with the model's.",
+    "synth": "Write a random checkpoint of a model, for tests and benchmarks.",
+    "rules": "List the rules that compile may apply, in the order in which it tries them.",
+    "recipes": "List the recipes: where a model's values are quantized, and in which format.",
+    "targets": "List the targets, and what runs their plans.",
+    "models": "List the built-in models.",
+}
+"""The commands by name, with the first sentence or two of their own help."""
+
+SETTINGS: dict[str, Any] = {
+    "add_completion": False,
+    "pretty_exceptions_enable": False,
+    "rich_markup_mode": "rich",
+}
 INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells have it
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's, which newer typers bring themselves
 
@@ -78,10 +86,26 @@ def _told_in_a_sentence(as_json: bool) -> Iterator[None]:
         raise _tell(message, "OSError", Dsv4cError.exit_code, as_json) from None
 
 
+def module_of(name: str) -> ModuleType:
+    """The module of a command, loaded with what it needs."""
+    return import_module(f"dsv4c.cli.{name.replace('-', '_')}")
+
+
 class _Group(TyperGroup):
-    """The commands; help and parsing are part of what may go wrong."""
+    """The commands; loading, help and parsing are part of what may go wrong."""
 
     as_json = False
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.commands.update({name: TyperCommand(name, help=text) for name, text in COMMANDS.items()})
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] in COMMANDS:
+            called = typer.Typer(**SETTINGS)
+            module_of(args[0]).register(called)
+            self.commands[args[0]] = get_command(called)
+        return super().resolve_command(ctx, args)
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **kwargs: Any) -> Any:
         self.as_json = "--json" in args
@@ -96,9 +120,7 @@ class _Group(TyperGroup):
 app = typer.Typer(
     cls=_Group,
     no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    **SETTINGS,
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Compile DeepSeek-V4 to an executable plan, look at it, run it.
 
@@ -133,10 +155,6 @@ def _options(
     ),
 ) -> None:
     pass
-
-
-for _name in COMMANDS:
-    import_module(f"dsv4c.cli.{_name.replace('-', '_')}").register(app)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

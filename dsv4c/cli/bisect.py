@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dsv4c.cli.console import note, print_json
 from dsv4c.cli.options import JsonOption, PassOption, PlanArgument
 from dsv4c.cli.run import TokensOption, WeightsOption, token_ids
+from dsv4c.compiler.bisect import Bisection, Verdict
+from dsv4c.compiler.job import job_of, rules_of
 from dsv4c.errors import GraphError
-
-if TYPE_CHECKING:
-    from dsv4c.compiler.bisect import Verdict
+from dsv4c.plan.folder import load
 
 OutputOption = Annotated[
     Path,
@@ -41,21 +41,16 @@ def bisect_command(
     extra: PassOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Find the rewrite at fault: run the plan on its target, and behind each launch its unfused nodes on the
-    same operands.
+    """Find the rewrite at fault: run the plan, and its unfused nodes on operands of each launch.
 
-    Names the first node that is further off than its certificate, or a kernel's own rounding, allows,
-    switches suspects off until the results are right, and writes a folder that shows the fault without plan
-    or weights. Exit code 3 if there is a fault.
+    The plan runs on its target. Names the first node that is further off than its certificate, or a kernel's
+    own rounding, allows, switches suspects off until the results are right, and writes a folder that shows
+    the fault without plan or weights. Exit code 3 if there is a fault.
 
     Examples:
 
       dsv4c bisect tiny.plan --weights tiny-weights --tokens 3,17,5
     """
-    from dsv4c.compiler.bisect import Bisection
-    from dsv4c.compiler.job import job_of, rules_of
-    from dsv4c.plan.folder import load
-
     rules = rules_of(extra or ())
     compiled = load(plan)
     given = token_ids(tokens, "--tokens")

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
+from rich.table import Table
 
+from dsv4c.buckets import Bucket
 from dsv4c.cache import cache_folder
+from dsv4c.certify.certificates import certify
+from dsv4c.certify.defects import inject, totals
+from dsv4c.certify.finding import Certificate, to_dict
 from dsv4c.cli.console import note, print_json, print_table
 from dsv4c.cli.options import CONFIG_HELP, JsonOption, PassOption
 from dsv4c.cli.subject import Asked, ask
 from dsv4c.errors import GraphError
-
-if TYPE_CHECKING:
-    from dsv4c.buckets import Bucket
-    from dsv4c.passes.certify import Certificate
-    from dsv4c.passes.work import Match
+from dsv4c.passes.work import Match
 
 EVERY_RULE = (("deepseek-v4-flash", "official"), ("deepseek-v4-flash", "nvfp4-experts-w4a4"))
 """Configs and recipes in whose decode steps every built-in rule applies, on rows of several blocks each:
@@ -55,7 +57,7 @@ def check_command(
     extra: PassOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check every way a rule applied: the nodes it replaced and the fused op agree on adversarial inputs.
+    """Check every way a rule applied: the nodes it replaced and the fused op agree on hard inputs.
 
     All are evaluated again, which takes seconds, and compared with the certificates in the plan.
     Exit code 3 if one does not, differs from the certificate in the plan, or an injected mistake survives.
@@ -71,11 +73,10 @@ def check_command(
         return
     if subject is None:
         raise GraphError("check: name a plan or a config, or give --inject")
-    from dsv4c.passes.certify import certify, to_dict
-
     asked = ask(subject, extra=extra)
     folder = cache_folder(cache) / "certificates"
-    found = certify(_matches(asked, asked.job.deployment.buckets), folder=folder, fresh=not cached)
+    forms = tuple(dict.fromkeys(asked.job.firsts().values()))
+    found = certify(_matches(asked, forms), folder=folder, fresh=not cached)
     changed = _changed(asked, found.all)
     if json:
         print_json(
@@ -122,9 +123,6 @@ def _changed(asked: Asked, found: list[Certificate]) -> list[str]:
 
 
 def _print(subject: str, certificates: list[Certificate]) -> None:
-    from rich.markup import escape
-    from rich.table import Table
-
     table = Table(title=f"{subject}: both sides of every rewrite")
     table.add_column("rule", no_wrap=True)
     table.add_column("result")
@@ -139,9 +137,6 @@ def _print(subject: str, certificates: list[Certificate]) -> None:
 
 
 def _inject(subject: str | None, extra: list[str] | None, json: bool) -> None:
-    from dsv4c.passes.certify import inject
-    from dsv4c.passes.defects import totals
-
     asked = (
         [ask(subject, extra=extra)]
         if subject is not None
@@ -153,8 +148,6 @@ def _inject(subject: str | None, extra: list[str] | None, json: bool) -> None:
         rows = [{"rule": k.rule, "defect": k.defect, "at": k.at, "caught_by": k.caught_by} for k in kills]
         print_json(found | {"defects": rows})
     else:
-        from rich.table import Table
-
         table = Table("rule", "defect", "at", "caught by", title="Injected mistakes")
         for k in kills:
             table.add_row(k.rule, k.defect, k.at, k.caught_by or "NOTHING: it survived")

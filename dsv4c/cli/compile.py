@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
@@ -29,11 +29,12 @@ from dsv4c.cli.options import (
     first_given,
     sizes,
 )
+from dsv4c.compiler.compile import compile
+from dsv4c.compiler.job import Compiled, Job, Saved, read_saved, rules_of, stop
+from dsv4c.compiler.request import Request
 from dsv4c.errors import ConfigError, GraphError
-
-if TYPE_CHECKING:
-    from dsv4c.compiler.job import Compiled, Job
-    from dsv4c.plan.folder import Plan
+from dsv4c.ir.text import print_graph
+from dsv4c.plan.folder import Plan, check_target
 
 ConfigOrNothing = Annotated[
     str | None,
@@ -186,11 +187,6 @@ def compile_command(
 
       dsv4c compile tiny --stop-after fold -o x.ir; dsv4c compile --resume x.ir -o tiny.plan
     """
-    from dsv4c.compiler.compile import compile
-    from dsv4c.compiler.job import Saved, read_saved, rules_of
-    from dsv4c.compiler.request import Request
-    from dsv4c.plan.folder import check_target
-
     rules, expected = rules_of(extra or ()), counts(expect or ())
     if config is None and resume is None:
         raise ConfigError("Missing argument 'CONFIG' (or --resume FILE)")
@@ -267,8 +263,6 @@ def _read(path: Path) -> str:
 
 def _stop(job: Job, after: str, output: Path | None, force: bool, json: bool) -> None:
     """With `json` the graphs go to stdout inside of it, unless they have a file."""
-    from dsv4c.compiler.job import stop
-
     if output is not None and output.exists() and not force:
         raise GraphError(f"{output}: exists; give another file, or --force to replace it")
     saved = stop(job, after)
@@ -287,8 +281,6 @@ def _dumper(folder: Path, bucket: str) -> Callable[[str, Compiled], None]:
     """Writes the stages of one bucket as numbered files."""
 
     def write(name: str, compiled: Compiled) -> None:
-        from dsv4c.ir.text import print_graph
-
         if name != bucket:
             return
         try:

@@ -17,6 +17,7 @@ from dsv4c.cli.options import (
     RecipeOption,
 )
 from dsv4c.cli.subject import ask, refuse_decided, split_stage
+from dsv4c.view.diff import diff
 
 HELP = "A plan folder or a config, with @STAGE (build, quantize, fold, ...) for the graph after that pass."
 Left = Annotated[str, typer.Argument(metavar="A", help=HELP, show_default=False)]
@@ -49,8 +50,6 @@ def diff_command(
 
       dsv4c diff tiny.plan@quantize @fold
     """
-    from dsv4c.view.diff import diff
-
     refuse_decided(context, *(name for name, _ in map(split_stage, (a, b)) if name))
     graphs = []
     subject = a

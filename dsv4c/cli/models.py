@@ -8,6 +8,8 @@ import typer
 
 from dsv4c.cli.console import print_json, print_rows
 from dsv4c.cli.options import JsonOption
+from dsv4c.config import BUILTIN, RATIOS, load_config
+from dsv4c.models.layout import layout
 
 
 def register(app: typer.Typer) -> None:
@@ -15,7 +17,9 @@ def register(app: typer.Typer) -> None:
 
 
 def models_command(json: JsonOption = False) -> None:
-    """List the built-in models. Any other is given by its config.json, or the folder of its checkpoint.
+    """List the built-in models.
+
+    Any other is given by its config.json, or the folder of its checkpoint.
 
     Examples:
 
@@ -23,14 +27,11 @@ def models_command(json: JsonOption = False) -> None:
 
       dsv4c models --json
     """
-    from dsv4c.config import BUILTIN, RATIOS, load_config
-    from dsv4c.models.layout import layout
-
     rows: list[dict[str, Any]] = []
     for name in BUILTIN:
         model = load_config(name)
         # as the model is named for: without the draft block and the tables of expert numbers
-        counted = [p for p in layout(model) if p.storage != "i64" and not p.name.startswith("mtp.")]
+        counted = [p for p in layout(model) if p.storage != "i64" and not p.place.draft]
         kinds = [RATIOS[ratio] for ratio in model.compress_ratios]
         rows.append(
             {

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
+from rich.box import SIMPLE
+from rich.table import Table
 
+from dsv4c.certify.finding import ORDER
 from dsv4c.cli.console import print_json, print_table, size
 from dsv4c.cli.options import JsonOption, PlanArgument
-
-if TYPE_CHECKING:
-    from dsv4c.plan.folder import Plan
+from dsv4c.plan.folder import Plan, load
 
 
 def register(app: typer.Typer) -> None:
@@ -29,16 +30,11 @@ def passes_command(plan: PlanArgument, json: JsonOption = False) -> None:
 
       dsv4c passes flash.plan --json
     """
-    from dsv4c.plan.folder import load
-
     compiled = load(plan)
     rows = rule_rows(compiled)
     if json:
         print_json({"pipeline": compiled.pipeline, "rules": rows})
         return
-    from rich.box import SIMPLE
-    from rich.table import Table
-
     print(compiled.pipeline)
     table = Table(
         title=f"{compiled.name}, recipe {compiled.recipe}, one decode step",
@@ -64,8 +60,6 @@ def passes_command(plan: PlanArgument, json: JsonOption = False) -> None:
 
 def rule_rows(plan: Plan) -> list[dict[str, Any]]:
     """The rules in order; ms is None for a plan without its timings, certificate the worst class found."""
-    from dsv4c.passes.compare import ORDER
-
     found: dict[str, str] = {}
     for c in plan.certificates:
         found[c["rule"]] = max(found.get(c["rule"], ORDER[0]), c["kind"], key=ORDER.index)

@@ -6,6 +6,7 @@ import typer
 
 from dsv4c.cli.console import print_json, print_rows
 from dsv4c.cli.options import JsonOption
+from dsv4c.passes.recipes import RECIPES
 
 
 def register(app: typer.Typer) -> None:
@@ -21,8 +22,6 @@ def recipes_command(json: JsonOption = False) -> None:
 
       dsv4c recipes --json
     """
-    from dsv4c.passes.recipes import RECIPES
-
     rows = [{"recipe": recipe.name, "what": recipe.summary} for recipe in RECIPES.values()]
     if json:
         print_json({"recipes": rows})

@@ -8,6 +8,7 @@ import typer
 
 from dsv4c.cli.console import print_json, print_rows
 from dsv4c.cli.options import JsonOption, PassOption
+from dsv4c.compiler.job import rules_of
 
 
 def register(app: typer.Typer) -> None:
@@ -23,8 +24,6 @@ def rules_command(extra: PassOption = None, json: JsonOption = False) -> None:
 
       dsv4c rules --pass my_module --json
     """
-    from dsv4c.compiler.job import rules_of
-
     known = rules_of(extra or ())
     rows = [
         {

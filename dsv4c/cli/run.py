@@ -12,6 +12,8 @@ import typer
 from dsv4c.cli.console import print_json, progress_bar
 from dsv4c.cli.options import JsonOption, PlanArgument
 from dsv4c.errors import SessionError
+from dsv4c.plan.folder import load
+from dsv4c.runtime.generate import check_file, generate, save_logits
 
 WeightsOption = Annotated[
     Path,
@@ -66,9 +68,6 @@ def run_command(
 
       dsv4c run tiny.plan --weights tiny-weights --tokens 3,17 --force 5,9 --logits out.safetensors
     """
-    from dsv4c.plan.folder import load
-    from dsv4c.runtime.generate import check_file, generate, save_logits
-
     prompt, forced = token_ids(tokens, "--tokens"), token_ids(force, "--force")
     if logits is not None:
         check_file(logits)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json as json_text
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from dsv4c.cli.compile import describe, figures
 from dsv4c.cli.console import note, print_json, print_table, write_text
@@ -21,12 +22,17 @@ from dsv4c.cli.options import (
     RecipeOption,
 )
 from dsv4c.cli.subject import Asked, Subject, ask, refuse_decided
+from dsv4c.compiler.job import Compiled
 from dsv4c.errors import GraphError, PlanError
-
-if TYPE_CHECKING:
-    from dsv4c.compiler.job import Compiled
-    from dsv4c.ir.graph import Graph
-    from dsv4c.plan.folder import Plan
+from dsv4c.ir.graph import Graph
+from dsv4c.ir.text import graph_to_json
+from dsv4c.plan.folder import Plan, load
+from dsv4c.view.dot import dot
+from dsv4c.view.html import html
+from dsv4c.view.layers import layer_graph
+from dsv4c.view.model_explorer import model_explorer
+from dsv4c.view.svg import svg
+from dsv4c.view.text import render, summarize
 
 
 class Format(StrEnum):
@@ -110,8 +116,6 @@ def show_command(
         return
     if layer is not None and format in (Format.HTML, Format.MODEL_EXPLORER):
         raise GraphError(f"--format {format.value} shows every layer; leave --layer out")
-    from dsv4c.view.text import summarize
-
     asked = ask(
         subject,
         bucket=bucket,
@@ -148,11 +152,7 @@ def show_command(
 def staged(compiled: Compiled, asked: Asked, format: Format) -> str:
     """All stages of a bucket in one file; with the source of its kernels for a plan that has some."""
     if format is Format.MODEL_EXPLORER:
-        from dsv4c.view.model_explorer import model_explorer
-
         return json_text.dumps(model_explorer(compiled.named)) + "\n"
-    from dsv4c.view.html import html
-
     title = f"{asked.job.config.name}, {asked.job.recipe.name}"
     return html(compiled.named, title=title, sources=kernel_sources(asked.plan) if asked.plan else None)
 
@@ -167,8 +167,6 @@ def kernel_sources(plan: Plan) -> dict[str, str]:
 
 
 def _show_kernels(subject: str, json: bool) -> None:
-    from dsv4c.plan.folder import load
-
     plan = load(subject)
     if not plan.kernels:
         raise PlanError(f"{subject}: is compiled for {plan.target}, which has no kernels; compile for sm_90a")
@@ -176,8 +174,6 @@ def _show_kernels(subject: str, json: bool) -> None:
     if json:
         print_json({"kernels": rows})
         return
-    from rich.table import Table
-
     table = Table(*rows[0], title=f"{plan.name} for {plan.target}")
     for row in rows:
         table.add_row(*(str(v)[:48] for v in (row | {"kernel": row["kernel"][:8]}).values()))
@@ -209,21 +205,12 @@ def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
 
 def _form(graph: Graph, format: Format, layer: int | str | None, fold: bool) -> str:
     if format is Format.TEXT:
-        from dsv4c.view.text import render
-
         return render(graph, layer, fold)
     if format is Format.JSON:
-        from dsv4c.ir.text import graph_to_json
-        from dsv4c.view.layers import layer_graph
-
         shown = graph if layer is None else layer_graph(graph, layer)
         return json_text.dumps(graph_to_json(shown), indent=1) + "\n"
     if format is Format.DOT:
-        from dsv4c.view.dot import dot
-
         return dot(graph, layer, fold)
     if format is Format.SVG:
-        from dsv4c.view.svg import svg
-
         return svg(graph, layer, fold)
     raise GraphError(f"--format {format.value} shows every stage; leave --after out")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from dsv4c.cli.options import CONFIG_HELP, first_given, sizes
+from dsv4c.compiler.job import Compiled, Job, job_of, rules_of
+from dsv4c.compiler.request import Request
 from dsv4c.errors import ConfigError
-
-if TYPE_CHECKING:
-    from dsv4c.compiler.job import Compiled, Job
-    from dsv4c.ir.graph import Graph
-    from dsv4c.plan.folder import Plan
+from dsv4c.ir.graph import Graph
+from dsv4c.ir.text import parse_graph
+from dsv4c.plan.folder import PLAN_FILE, Plan, load
 
 DEPLOYMENT = ("target", "recipe", "batch", "max_context", "chunk")
 """Parameters of a config's deployment; a plan has settled them."""
@@ -40,8 +40,6 @@ class Asked:
 
     def stage(self, bucket: str, stage: str | None) -> Graph:
         """The graph after that stage; the last one's, as it was stored, for None."""
-        from dsv4c.ir.text import parse_graph
-
         if stage is None and self.plan is not None:
             return parse_graph(self.plan.graph_text(bucket))
         compiled = self.compiled(bucket)
@@ -61,10 +59,6 @@ def ask(
 
     Raises ConfigError, PlanError, GraphError.
     """
-    from dsv4c.compiler.job import job_of, rules_of
-    from dsv4c.compiler.request import Request
-    from dsv4c.plan.folder import load
-
     rules = rules_of(extra or ())
     if is_plan(subject):
         plan = load(subject)
@@ -89,8 +83,6 @@ def refuse_decided(context: typer.Context, *subjects: str) -> None:
 
 def is_plan(subject: str) -> bool:
     """Is it a plan's folder? One that may not be entered is none, and its reader will say so."""
-    from dsv4c.plan.folder import PLAN_FILE
-
     return os.path.exists(os.path.join(subject, PLAN_FILE))
 
 

@@ -9,6 +9,8 @@ import typer
 
 from dsv4c.cli.console import print_json, progress_bar, size
 from dsv4c.cli.options import ConfigArgument, ForceOption, JsonOption
+from dsv4c.config import load_config
+from dsv4c.models.synth import synthesize
 
 OutputOption = Annotated[
     Path, typer.Option("-o", "--output", help="Folder to write.", metavar="DIR", show_default=False)
@@ -39,9 +41,6 @@ def synth_command(
 
       dsv4c synth my-config.json -o weights --shards 4 --force
     """
-    from dsv4c.config import load_config
-    from dsv4c.models.synth import synthesize
-
     model = load_config(config)
     with progress_bar("synth", bytes_counted=True) as progress:
         folder = synthesize(model, output, seed, shards, force=force, progress=progress)

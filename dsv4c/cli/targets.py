@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import typer
 
+from dsv4c.arch import ARCHS
 from dsv4c.cli.console import print_json, print_rows
 from dsv4c.cli.options import JsonOption
+from dsv4c.config import TARGETS
 
 
 def register(app: typer.Typer) -> None:
@@ -21,9 +23,6 @@ def targets_command(json: JsonOption = False) -> None:
 
       dsv4c targets --json
     """
-    from dsv4c.arch import ARCHS
-    from dsv4c.config import TARGETS
-
     rows = []
     for target in TARGETS:
         arch = ARCHS.get(target)

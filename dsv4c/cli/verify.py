@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dsv4c.cli.console import print_json
 from dsv4c.cli.options import JsonOption, PassOption, PlanArgument
-
-if TYPE_CHECKING:
-    from dsv4c.compiler.again import Rebuilt
-    from dsv4c.plan.folder import Plan
+from dsv4c.compiler.again import Rebuilt
+from dsv4c.compiler.again import rebuild as build_again
+from dsv4c.compiler.job import rules_of
+from dsv4c.compiler.verify import check
+from dsv4c.errors import PlanError
+from dsv4c.plan.folder import Plan, read_plan
 
 
 def register(app: typer.Typer) -> None:
@@ -40,12 +42,6 @@ def verify_command(
 
       dsv4c verify flash.plan --rebuild
     """
-    from dsv4c.compiler.again import rebuild as build_again
-    from dsv4c.compiler.job import rules_of
-    from dsv4c.compiler.verify import check
-    from dsv4c.errors import PlanError
-    from dsv4c.plan.folder import read_plan
-
     read = read_plan(plan)
     launches = {name: len(program.launches) for name, program in read.buckets.items()}
     violations = check(read, rules_of(extra or ()))

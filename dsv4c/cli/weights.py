@@ -6,10 +6,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.table import Table
 
 from dsv4c.cli.console import print_json, print_table, size
 from dsv4c.cli.options import CONFIG_HELP, JsonOption
+from dsv4c.config import load_config
 from dsv4c.errors import CheckpointError
+from dsv4c.models.weights import describe
+from dsv4c.runtime.checkpoint import Checkpoint
 
 SHOWN = 10  # names per list; --json has all
 
@@ -33,9 +37,10 @@ def register(app: typer.Typer) -> None:
 
 
 def weights_command(directory: DirArgument, config: ConfigOption = None, json: JsonOption = False) -> None:
-    """Compare a checkpoint's names, shapes, types and scales with the model's. Exit code 4 if they differ.
+    """Compare a checkpoint's names, shapes, types and scales with the model's.
 
-    Reads headers and scales, and of the data only what lies under a scale of zero.
+    Reads headers and scales, and of the data only what lies under a scale of zero. Exit code 4 if they
+    differ.
 
     Examples:
 
@@ -43,10 +48,6 @@ def weights_command(directory: DirArgument, config: ConfigOption = None, json: J
 
       dsv4c weights model.safetensors --config deepseek-v4-flash --json
     """
-    from dsv4c.config import load_config
-    from dsv4c.models.weights import describe
-    from dsv4c.runtime.checkpoint import Checkpoint
-
     checkpoint = Checkpoint.open(directory)
     if config is None and not (directory / "config.json").is_file():
         raise CheckpointError(f"{directory}: has no config.json beside the weights; name one with --config")
@@ -68,8 +69,6 @@ def _counts(found: dict[str, Any]) -> str:
 
 
 def _print(directory: Path, model: str, found: dict[str, Any]) -> None:
-    from rich.table import Table
-
     table = Table(title=f"{directory} against {model}", title_justify="left", show_header=False)
     table.add_row("names", found["table"])
     table.add_row("files", f"{len(found['files']):,}")

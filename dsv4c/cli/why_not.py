@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -20,12 +20,11 @@ from dsv4c.cli.options import (
     TargetOption,
 )
 from dsv4c.cli.subject import Subject, ask, refuse_decided
+from dsv4c.compiler.job import Compiled, Job
 from dsv4c.errors import GraphError
-
-if TYPE_CHECKING:
-    from dsv4c.compiler.job import Compiled, Job
-    from dsv4c.passes.explain import WhyNot
-    from dsv4c.passes.fold import Applied, FoldReport, Refusal, Rule
+from dsv4c.ir.fused import Fused, operand_counts, sketches
+from dsv4c.passes.explain import WhyNot, at, why_not
+from dsv4c.passes.fold import Applied, FoldReport, Refusal, Rule
 
 RuleArgument = Annotated[str, typer.Argument(metavar="RULE", help="Name of a rule.", show_default=False)]
 NodeOption = Annotated[
@@ -63,7 +62,7 @@ def why_not_command(
     extra: PassOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Explain where a rule did not apply: the furthest partial match, what failed first, what it would save.
+    """Explain where a rule did not apply: the best match, what failed first, what it would save.
 
     The pipeline runs again, from the plan's own settings or the options given with a config.
 
@@ -98,8 +97,6 @@ def why_not_command(
 
 def explain(wanted: Rule, report: FoldReport, compiled: Compiled, job: Job, node: str | None) -> Answer:
     """What is to be said about one rule. Raises GraphError when `node` is no place where it was tried."""
-    from dsv4c.passes.explain import WhyNot, at, why_not
-
     found = report.rules.get(wanted.name)
     if found is None:
         return Answer(WhyNot(wanted.name, 0, 0), (), f"the pipeline leaves it out: {job.line}")
@@ -121,8 +118,6 @@ def _covers(node: str, applied: Applied) -> bool:
 
 def absent(wanted: Rule, compiled: Compiled) -> str:
     """Why a search never began."""
-    from dsv4c.ir.fused import Fused, operand_counts, sketches
-
     before = compiled.start
     for stage in compiled.stages:
         if stage.name == "fold":

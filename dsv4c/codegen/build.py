@@ -29,6 +29,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import dsv4c.numerics.forms
 from dsv4c.arch import ARCHS
 from dsv4c.cache import Store
 from dsv4c.errors import BuildError
@@ -113,8 +114,8 @@ def toolchain() -> str:
 
 @cache
 def lib_digest() -> str:
-    """Digest of the device library, read once per process."""
-    files = sorted(LIB.glob("*.py"))
+    """Digest of the device library and what it imports, read once per process."""
+    files = [*sorted(LIB.glob("*.py")), Path(dsv4c.numerics.forms.__file__)]
     return hashlib.sha256(b"\0".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()
 
 

@@ -9,26 +9,23 @@ complete before its own wait had returned.
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from dsv4c.buckets import Bucket
-from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
 from dsv4c.errors import BuildError, GraphError
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.text import print_graph
 from dsv4c.ir.totals import totals
+from dsv4c.numerics.resident import PLAIN, component_bytes
 from dsv4c.passes.memory import MemoryPlan, aligned, lay_out, plan_memory
 from dsv4c.passes.schedule import Group, Schedule, schedule
 from dsv4c.plan.records import Argument, BodyCode, KernelCode, Launch, Place, Program, StateSlot
 from dsv4c.types import ALIGN as COMPONENT_ALIGN
-from dsv4c.types import BF16, QuantType, Type
+from dsv4c.types import Type
 
-PLAIN = "plain"
 """The form of a weight that lies in memory as its type says."""
 
 
@@ -430,39 +427,19 @@ def _forms(coded: Iterable[_Coded], constants: set[str]) -> dict[str, str]:
     return forms
 
 
-def packed_bytes(packing: str, rows: int, columns: int) -> int:
-    """Bytes of one matrix in a packing `format/TxS`: whole tiles of 16 rows, T at a time, and S units."""
-    format_, tiles, span = re.fullmatch(r"(\w+)/(\d+)x(\d+)", packing).groups()  # type: ignore[union-attr]
-    format_ = format_.partition("_")[0]  # variants have the same bytes
-    across = math.ceil(math.ceil(rows / 16) / int(tiles)) * int(tiles)
-    along = math.ceil(math.ceil(columns / COLUMNS[format_]) / int(span)) * int(span)
-    return across * along * BYTES[format_]
-
-
 def lay_out_weights(params: Mapping[str, Type], forms: Mapping[str, str]) -> tuple[tuple[Weight, ...], int]:
     """Offsets of the parameters in their block, one after the other, and the bytes of all."""
     weights, end = [], 0
     for name, type_ in params.items():
         form = forms.get(name, PLAIN)
         components, at = [], end
-        for component, size in component_bytes(type_, form).items():
+        try:
+            sizes = component_bytes(type_, form)
+        except ValueError as error:
+            raise BuildError(f"%{name}: {error}") from None
+        for component, size in sizes.items():
             components.append((component, at, size))
             at += -(-size // COMPONENT_ALIGN) * COMPONENT_ALIGN
         weights.append(Weight(name, type_, form, tuple(components)))
         end += aligned(at - end)
     return tuple(weights), end
-
-
-def component_bytes(type_: Type, form: str) -> dict[str, int]:
-    """Bytes of a weight's arrays in memory. Block scales of FP4 formats lie inside of their packing."""
-    plain = {c.name: c.nbytes for c in type_.components}
-    if form == PLAIN:
-        return plain
-    if form == "f32":
-        if isinstance(type_, QuantType) or type_.dtype is not BF16:
-            raise BuildError(f"f32 is a form of bf16 weights, not of {type_}")
-        return {"data": 2 * plain["data"]}
-    *lead, rows, columns = type_.shape
-    data = math.prod(lead) * packed_bytes(form, rows, columns)
-    inside = form.startswith(("mxfp4", "nvfp4"))
-    return {"data": data} | {n: s for n, s in plain.items() if n != "data" and not (inside and n == "scale")}

@@ -174,7 +174,7 @@ def choose(request: Request) -> tuple[Launchable, ...]:
 
     Raises BuildError with the reason of every candidate when there is none.
     """
-    import dsv4c.codegen.kernels  # noqa: F401  (fills KERNELS)
+    import dsv4c.codegen.kernels  # noqa: F401  (fills KERNELS, and its modules import this one)
 
     reasons = []
     for candidate in KERNELS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from functools import cached_property
 
@@ -33,7 +32,8 @@ class Kernels:
         return tuple(Group(tuple(op.name for op in k.ops), k.chained) for k in KERNELS if k.several)
 
     def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
-        labels = {p: label_of(p.name) for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
+        params = {p for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
+        labels = {p: p.place.role.replace(".", "_") for p in params}
         request, values = request_of(nodes, self.arch, graph.users, labels)
         return tuple(self._part(launch, values) for launch in choose(request))
 
@@ -68,8 +68,3 @@ class Kernels:
         )
         forms = {values[number]: form for number, form in launch.forms.items()}
         return Part(code, operands, launch.stage, launch.scratch, forms)
-
-
-def label_of(name: str) -> str:
-    """A parameter's name inside its layer, as an identifier."""
-    return re.sub(r"^(layers|mtp)\.\d+\.((attn|ffn)\.)?", "", name).replace(".", "_")

@@ -6,8 +6,12 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from dsv4c.codegen import build as kernels
+from dsv4c.codegen.lower import Folded, Lowered, lower
+from dsv4c.codegen.targets import Target, target_of
+from dsv4c.compiler.assemble import sizes_of, unused_of, weights_of
 from dsv4c.compiler.job import job_of
 from dsv4c.errors import BuildError, Dsv4cError
 from dsv4c.ir.graph import Graph, Node
@@ -18,15 +22,9 @@ from dsv4c.plan.check import Violation, programs
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import KernelCode, Launch, Program
 
-if TYPE_CHECKING:
-    from dsv4c.codegen.lower import Lowered
-    from dsv4c.codegen.targets import Target
-
 
 def differences(plan: Plan, rules: Contributions) -> Iterator[Violation]:
     """Where the plan is not what its graphs are lowered to: launches, places, weights, bodies, figures."""
-    from dsv4c.compiler.assemble import sizes_of, unused_of, weights_of
-
     try:
         job = job_of(plan, rules)
         own: Mapping[str, tuple[object, object]] = {
@@ -70,8 +68,6 @@ def differences(plan: Plan, rules: Contributions) -> Iterator[Violation]:
 
 def _lower(plan: Plan) -> tuple[Lowered, Target]:
     """Raises GraphError for graphs that cannot be read, BuildError for what no code takes."""
-    from dsv4c.codegen.lower import Folded, lower
-    from dsv4c.codegen.targets import target_of
 
     def keep(graph: Graph, nodes: Sequence[Node], given_back: frozenset[str]) -> Graph:
         raise BuildError(f"at {nodes[0].name}: no code takes {nodes[0].op.name}")
@@ -151,14 +147,12 @@ def rebuild(plan: Plan, progress: Callable[[int, int, Any], None] | None = None)
     """Build every kernel of the plan, in a store of its own. Raises BuildError for a source that does not
     compile, and GraphError.
     """
-    from dsv4c.codegen.build import Source, build, toolchain
-
     _, target = _lower(plan)
     written = {source.text.encode() for source in target.sources.values()}
     records = dict(plan.kernels)
-    sources = [Source(r["symbol"], plan.files[r["source"]].decode()) for r in records.values()]
+    sources = [kernels.Source(r["symbol"], plan.files[r["source"]].decode()) for r in records.values()]
     with tempfile.TemporaryDirectory(prefix="dsv4c-rebuild-") as store:
-        made = build(sources, plan.target, Path(store), progress=progress)
+        made = kernels.build(sources, plan.target, Path(store), progress=progress)
     pairs = list(zip(records.items(), made, strict=True))
     return Rebuilt(
         built=len(made),
@@ -168,5 +162,5 @@ def rebuild(plan: Plan, progress: Callable[[int, int, Any], None] | None = None)
             if (again.cubin, again.ptx.encode()) != (plan.files[record["cubin"]], plan.files[record["ptx"]])
         ),
         foreign=tuple(key for key, r in records.items() if plan.files[r["source"]] not in written),
-        toolchain=toolchain(),
+        toolchain=kernels.toolchain(),
     )

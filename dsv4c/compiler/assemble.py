@@ -17,11 +17,9 @@ from dsv4c.models.schedule import LayerKind, layer_plans
 from dsv4c.models.weights import records, sources
 from dsv4c.passes.explain import table
 from dsv4c.passes.recipes import Recipe
-from dsv4c.passes.schedule import layer_in
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Program
-
-DRAFT = "mtp."  # checkpoints may lack the draft blocks, and plans most often do not need them
+from dsv4c.scope import Scope
 
 
 def assemble(
@@ -80,7 +78,7 @@ def unused_of(config: ModelConfig, lowered: Lowered) -> tuple[Mapping[str, Any],
     """Where a checkpoint keeps the parameters of the model's layers that no launch reads."""
     read = {w.name for w in lowered.weights}
     stored = {name: source.stored for name, source in sources(config, "release").items()}
-    left = [name for name in stored if name not in read and not name.startswith(DRAFT)]
+    left = [name for name in stored if name not in read and not Scope.of(name).draft]
     return tuple(records(config, [(name, stored[name], False) for name in left]))
 
 
@@ -144,10 +142,10 @@ def _launches(job: Job, program: Program) -> dict[str, Any]:
     """Launches by kind of layer, of which the largest counts, None without one; and those outside."""
     by_layer: dict[str, int] = {}
     for launch in program.launches:
-        layer = layer_in(launch.scope)
+        layer = Scope.of(launch.scope).layer
         by_layer[layer] = by_layer.get(layer, 0) + 1
     per_kind: dict[str, int | None] = {str(kind).lower(): None for kind in LayerKind}
-    for i, layer_plan in enumerate(layer_plans(job.config)):
+    for layer_plan in layer_plans(job.config):
         kind = str(layer_plan.attention).lower()
-        per_kind[kind] = max(per_kind[kind] or 0, by_layer.get(f"layers.{i}", 0))
+        per_kind[kind] = max(per_kind[kind] or 0, by_layer.get(layer_plan.prefix, 0))
     return {"launches_per_layer": per_kind, "launches_outside_layers": by_layer.get("", 0)}

@@ -14,8 +14,17 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dsv4c.certify.certificates import certify
+from dsv4c.certify.compare import compare
+from dsv4c.certify.finding import BIT_EXACT, DIFFERENT, ORDER, Finding, to_dict
+from dsv4c.certify.rounding import OUTPUTS, beyond, distance
+from dsv4c.codegen.bodies import body_text
 from dsv4c.compiler.job import Job
 from dsv4c.errors import PlanError, SessionError
 from dsv4c.ir.fused import Fused
@@ -23,23 +32,22 @@ from dsv4c.ir.graph import Builder, Graph, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph, print_graph, print_op
 from dsv4c.models.weights import records
+from dsv4c.numerics.codec import Quantized, Value, parts_of, view
 from dsv4c.passes.tidy import repeated
+from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import BodyCode, Launch
 from dsv4c.publish import published
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dsv4c.numerics.codec import Value
-    from dsv4c.passes.compare import Finding
-    from dsv4c.plan.folder import Plan
-    from dsv4c.runtime.executor import Executor
+from dsv4c.reference.interpret import clone, interpret
+from dsv4c.runtime.checkpoint import Checkpoint
+from dsv4c.runtime.executor import Executor, states_of
+from dsv4c.runtime.parameter import ParamRecord
+from dsv4c.types import parse_type
 
 VALUES, REPORT, BEFORE, BODY = "values.safetensors", "report.json", "before.txt", "body.txt"
 REPRODUCER = (VALUES, REPORT, BEFORE, BODY, "graph.txt", "reproduce.py")
 """Files of a reproducer."""
 
-Bounds = Mapping[tuple[str, tuple[str, ...]], "Finding"]
+Bounds = Mapping[tuple[str, tuple[str, ...]], Finding]
 """What the certificates allow, by op with attributes and types of its operands."""
 
 
@@ -179,8 +187,6 @@ class Bisection:
         """One call on a step's inputs and the state that it found; `look` is called after the last launch of
         every turn. Returns the plan's outputs.
         """
-        from dsv4c.runtime.executor import states_of
-
         self.executor.blocks["state"].copy_(step.state)
         held = _Held(step.inputs, states_of(self.plan, {"state": step.state}))
 
@@ -193,11 +199,6 @@ class Bisection:
 
     def _step(self, token: int) -> _Step:
         """A step from here on, the same token in every sequence."""
-        import torch
-
-        from dsv4c.reference.interpret import clone, interpret
-        from dsv4c.runtime.executor import states_of
-
         rows = self.bucket.sequences
         inputs = {
             "tokens": torch.full((rows,), token, dtype=torch.int32),
@@ -214,7 +215,7 @@ class Bisection:
 
     def _write(self, name: str, value: Value) -> None:
         target = self.executor.value(self.bucket.name, name)
-        for to, part in zip(_parts(target), _parts(value), strict=True):
+        for to, part in zip(parts_of(target).values(), parts_of(value).values(), strict=True):
             to.copy_(part)
 
     # --- a node against its unfused nodes ---
@@ -263,9 +264,6 @@ class Bisection:
         A node reads what an earlier one of its turn left in memory, or else, and where that one is `off`,
         what the unfused nodes make. Nodes that read such a result are off, too.
         """
-        from dsv4c.reference import interpret
-        from dsv4c.reference.interpret import clone
-
         found = {v.name: self._read(v.name) for v in turn.written}
         made, replaced, without = dict(found), set[str](), set(off)
         compared = []
@@ -331,9 +329,6 @@ class Bisection:
 
     def _judge(self, step: int, compared: _Compared, bounds: Bounds | None) -> Suspect | None:
         """A suspect, if the results in memory are further off than they may be."""
-        from dsv4c.passes.compare import BIT_EXACT, ORDER, Finding, compare
-        from dsv4c.passes.rounding import beyond
-
         node = compared.node
         expected = {name: value for name, value in compared.expected.items() if name in compared.found}
         results = [compared.found[name] for name in expected]
@@ -358,9 +353,6 @@ class Bisection:
     @cached_property
     def certified(self) -> Bounds:
         """The plan's certificates, or new ones for a plan without."""
-        from dsv4c.passes.certify import certify, to_dict
-        from dsv4c.passes.compare import DIFFERENT, Finding
-
         stored: Iterable[Mapping[str, Any]] = self.plan.certificates
         if not stored:
             fold = self.job.compiled(self.bucket, stop_after="fold").context.fold
@@ -373,13 +365,12 @@ class Bisection:
 
     def _right(self, step: _Step, outputs: Mapping[str, Value]) -> bool:
         """Bit-exact, or where nodes may differ within bounds, what these may add up to."""
-        from dsv4c.passes.compare import BIT_EXACT, compare
-        from dsv4c.passes.rounding import OUTPUTS, distance
-
         pairs = [(step.outputs[label], found) for label, found in outputs.items() if label in step.outputs]
         if compare([a for a, _ in pairs], [b for _, b in pairs], "outputs").kind == BIT_EXACT:
             return True
-        floats = [(a, b) for a, b in pairs if _parts(a)[0].is_floating_point()]  # the rest follows from these
+        floats = [
+            (a, b) for a, b in pairs if parts_of(a)["data"].is_floating_point()
+        ]  # the rest follows from these
         return not self.exact and all(distance(a, b) <= OUTPUTS for a, b in floats)
 
     def replay(self, steps: Sequence[_Step], off: Iterable[str]) -> bool:
@@ -445,8 +436,6 @@ class Bisection:
 
     def _body(self, node: Node) -> str | None:
         """The body of a fused node, the plan's own where it has one."""
-        from dsv4c.codegen.bodies import body_text
-
         if not isinstance(node.op, Fused):
             return None
         code = next(launch.code for launch in self.program.launches if node.name in launch.nodes)
@@ -482,10 +471,6 @@ def _turns(graph: Graph, launches: Sequence[Launch]) -> dict[str, _Turn]:
 
 def _load(graph: Graph, job: Job, weights: str | Path) -> dict[str, Value]:
     """The parameters of a graph as a checkpoint has them, on the host. Raises CheckpointError."""
-    from dsv4c.reference.interpret import clone
-    from dsv4c.runtime.checkpoint import Checkpoint
-    from dsv4c.runtime.parameter import ParamRecord
-
     wanted = records(job.config, [(v.name, v.type, job.recipe.requantize) for v in graph.params])
     params: dict[str, Value] = {}
     Checkpoint.open(weights).load(
@@ -495,16 +480,8 @@ def _load(graph: Graph, job: Job, weights: str | Path) -> dict[str, Value]:
     return params
 
 
-def _parts(value: Value) -> tuple[Tensor, ...]:
-    from dsv4c.numerics.codec import Quantized
-
-    return value.parts if isinstance(value, Quantized) else (value,)
-
-
 def _on_host(value: Value) -> Value:
     """A copy in host memory."""
-    from dsv4c.numerics.codec import Quantized
-
     if isinstance(value, Quantized):
         return value.map(lambda part: part.to("cpu", copy=True))
     return value.to("cpu", copy=True)
@@ -512,17 +489,12 @@ def _on_host(value: Value) -> Value:
 
 def _save(values: Mapping[str, Value], types: Mapping[str, str], path: Path) -> None:
     """Every value as the bytes of its type."""
-    import torch
-    from safetensors.torch import save_file
-
-    from dsv4c.numerics.codec import view
-    from dsv4c.types import parse_type
-
     blocks = {}
     for name, value in values.items():
         type_ = parse_type(types[name])
         blocks[name] = torch.zeros(type_.nbytes, dtype=torch.uint8)
-        for to, part in zip(_parts(view(blocks[name], type_)), _parts(value), strict=True):
+        stored = parts_of(view(blocks[name], type_))
+        for to, part in zip(stored.values(), parts_of(value).values(), strict=True):
             to.copy_(part)
     save_file(blocks, path)
 
@@ -531,14 +503,6 @@ def rerun(folder: Path) -> tuple[Finding, Finding | None]:
     """What `reproduce.py` does: the unfused nodes on the operands of a reproducer, against what the plan had
     made of them, and against the op's body, if it has one.
     """
-    from safetensors.torch import load_file
-
-    from dsv4c.numerics.codec import view
-    from dsv4c.passes.compare import compare
-    from dsv4c.reference import interpret
-    from dsv4c.reference.interpret import clone
-    from dsv4c.types import parse_type
-
     report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
     blocks = load_file(folder / VALUES)
     values = {n: view(block, parse_type(report["types"][n])) for n, block in blocks.items()}

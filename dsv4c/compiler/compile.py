@@ -14,6 +14,8 @@ from typing import Any
 
 from dsv4c.buckets import Bucket
 from dsv4c.cache import cache_folder
+from dsv4c.certify.certificates import certify as certificates_of
+from dsv4c.certify.finding import to_dict
 from dsv4c.codegen.lower import Folded, Unfold, lower
 from dsv4c.codegen.targets import target_of
 from dsv4c.compiler.assemble import assemble
@@ -115,10 +117,8 @@ def _unfolding(job: Job, again: list[Match]) -> Unfold:
 
 def _certify(compiled: Mapping[Bucket, Compiled], again: list[Match], cache: Path) -> list[dict[str, Any]]:
     """Certificates of all buckets, equal applications once. Raises GraphError for a rule that is wrong."""
-    from dsv4c.passes.certify import certify, to_dict
-
     matches = [m for c in compiled.values() if c.context.fold is not None for m in c.context.fold.matches]
-    found = certify([*matches, *again], folder=cache)
+    found = certificates_of([*matches, *again], folder=cache)
     for wrong in found.failed:
         raise GraphError(
             f"the rule {wrong.rule} is wrong on {', '.join(wrong.operands)}: {wrong.reason}; "

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from dsv4c import strict_json
 from dsv4c.buckets import Bucket
@@ -35,9 +34,7 @@ from dsv4c.passes.pipeline import (
 from dsv4c.passes.recipes import Recipe, recipe_named
 from dsv4c.passes.tidy import tidy
 from dsv4c.passes.work import Match
-
-if TYPE_CHECKING:
-    from dsv4c.plan.folder import Plan
+from dsv4c.plan.folder import Plan
 
 ALL = "all"
 """In place of a rule's name: every rule."""
@@ -145,13 +142,14 @@ class Job:
         return Compiled(context, passes.run(graph, context, stop_after=stop, watch=watch), graph, begins)
 
     def firsts(self) -> dict[Bucket, Bucket]:
-        """For every bucket the one whose graph it has, but for sizes: the smallest that runs the same block,
-        writes to rings before it reads them, and takes logits of the same rows. Buckets that keep rows beside
-        the rings, and those of a compile that goes on, have graphs of their own.
+        """For every bucket the one whose graph it has, but for sizes: the first, decode steps before others,
+        of those that run the same block, write to rings before they read them, and give logits of the same
+        rows. Buckets that keep rows beside the rings, and those of a compile that goes on, have graphs of
+        their own.
         """
         found: dict[tuple[object, ...], Bucket] = {}
         firsts = {}
-        for b in sorted(self.deployment.buckets, key=lambda bucket: bucket.rows):
+        for b in sorted(self.deployment.buckets, key=lambda bucket: (bucket.kind != "decode", bucket.rows)):
             own = self.saved is not None or b.keeps_beside
             firsts[b] = found.setdefault((b,) if own else (b.block, b.logits), b)
         return {b: firsts[b] for b in self.deployment.buckets}

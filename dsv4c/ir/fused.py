@@ -85,6 +85,9 @@ class Fused(Op):
 
     def kept(self, results: Sequence[Any]) -> tuple[Any, ...]:
         """The results of the body that this node returns."""
+        wrong = [i for i in self.keep or () if not 0 <= i < len(results)]
+        if wrong:
+            raise GraphError(f"{self.name} keeps result {wrong[0]}, its body has {len(results)}")
         return tuple(results[i] for i in self.keep) if self.keep else tuple(results)
 
     @cached_property
@@ -147,11 +150,11 @@ class Body:
         whole = parts = 0
         for node in self.graph.users[value]:
             through = [r for r, o in node.op.alias.items() if node.inputs[o] is value]
-            if node.op.name in ("reshape", "slice"):
+            if node.op.addressed:
                 parts += self._reads(node.outputs[0])
             for result in through:
                 parts += self._reads(node.outputs[result])
-            if node.op.name not in ("reshape", "slice"):
+            if not node.op.addressed:
                 cost = node.cost
                 whole = max(whole, *(n for v, n in zip(node.inputs, cost.reads, strict=True) if v is value))
         return max(whole, min(parts, value.type.nbytes))

@@ -16,6 +16,7 @@ from functools import cached_property
 
 from dsv4c.errors import GraphError
 from dsv4c.ir.op import Cost, Op
+from dsv4c.scope import Scope
 from dsv4c.types import Type
 
 
@@ -36,6 +37,11 @@ class Value:
     def __init__(self, name: str, type_: Type, kind: Kind, node: Node | None = None, index: int = 0) -> None:
         self.name, self.type, self.kind, self.node, self.index = name, type_, kind, node, index
 
+    @property
+    def place(self) -> Scope:
+        """Where it stands in the model, by its name."""
+        return Scope.of(self.name)
+
     def __repr__(self) -> str:
         return f"%{self.name}: {self.type}"
 
@@ -53,6 +59,17 @@ class Node:
     def name(self) -> str:
         """A node goes by the name of its first result."""
         return self.outputs[0].name
+
+    @property
+    def place(self) -> Scope:
+        """Where it stands in the model, by its scope."""
+        return Scope.of(self.scope)
+
+    @property
+    def weight(self) -> Value | None:
+        """The operand that is the op's weight; None without one."""
+        place = self.op.weight
+        return self.inputs[place] if place is not None and place < len(self.inputs) else None
 
     @property
     def provenance(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ Operands are positional, attributes are keywords: `rms_norm(x, gain, eps=1e-6)`.
 
 from __future__ import annotations
 
+import enum
 import inspect
 import re
 from collections.abc import Mapping
@@ -72,6 +73,15 @@ def elements(type_: Type) -> int:
     return total
 
 
+class Rounding(enum.Enum):
+    """Where the graph rounds what an op computes, so that a kernel may differ there."""
+
+    NOWHERE = "nowhere"  # copies
+    ONCE = "once"  # at the end, behind a sum
+    INSIDE = "inside"  # on the way, to the type of the values
+    CODES = "codes"  # on the way, to a quantized format
+
+
 class Op:
     """Base of every operation. Subclasses are declared with `@primitive` or, with a body, `@fused`."""
 
@@ -80,8 +90,19 @@ class Op:
     per_call: ClassVar[str] = ""  # the attribute that counts the tokens of each sequence of a call
     commutative: ClassVar[bool] = False  # two operands, in either order
     view: ClassVar[bool] = False  # the result is the bytes of the first operand
+    addressed: ClassVar[bool] = False  # inside of a kernel only addresses: its readers read the operand
+    product: ClassVar[bool] = False  # multiplies operand 0 by its weight, either of them perhaps quantized
+    weight: ClassVar[int | None] = None  # the operand, if given, that is the model's and scales or projects
+    by_slot: ClassVar[bool] = False  # reaches into the state of the slots that rows are in
+    geometry: ClassVar[frozenset[str]] = frozenset()  # attributes that follow from shapes
+    rounding: ClassVar[Rounding] = Rounding.INSIDE
+    same_format: ClassVar[Mapping[int, int]] = {}  # operand index -> operand whose number format it must have
     picks: ClassVar[Mapping[int, tuple[int, int]]] = {}
     """Operands that are indices: which operand each is an index into, and of which of its dimensions."""
+
+    def hands_on(self, operand: int) -> int | None:
+        """The result that holds the elements of an operand as they are, indices say; None without one."""
+        return None
 
     def infer(self, *operands: Type) -> Type | tuple[Type, ...]:
         """Result types. Raises GraphError when the operands do not fit."""
@@ -94,7 +115,7 @@ class Op:
 
     def __call__(self, *operands: Value | None, name: str = "") -> Any:
         """Add a node to the graph being built; returns its Value, or a tuple of them."""
-        from dsv4c.ir.graph import current_builder
+        from dsv4c.ir.graph import current_builder  # graphs are made of ops
 
         values = current_builder().emit(self, tuple(v for v in operands if v is not None), name=name)
         return values[0] if len(values) == 1 else values
@@ -179,7 +200,7 @@ def lookup(name: str) -> type[Op]:
     """The op of that name. Raises GraphError naming close spellings."""
     import difflib
 
-    import dsv4c.ir.ops  # noqa: F401  (fills OPS)
+    import dsv4c.ir.ops  # noqa: F401  (fills OPS, and its modules import this one)
 
     if name not in OPS:
         near = difflib.get_close_matches(name, OPS, 3)
@@ -193,6 +214,7 @@ __all__ = [
     "Cost",
     "Op",
     "QuantType",
+    "Rounding",
     "TensorType",
     "arity",
     "elements",

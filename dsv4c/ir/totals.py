@@ -24,7 +24,7 @@ def totals(graph: Graph) -> Totals:
 
 def compulsory(graph: Graph) -> dict[Value, int]:
     """Bytes that a call must touch of every parameter and state, whatever runs it: what it reads, once
-    however many ops do, and what it writes.
+    however many ops do, and what it writes. Slices are read beside each other.
     """
     reads: dict[Value, int] = {}
     slices: dict[Value, int] = {}
@@ -35,7 +35,7 @@ def compulsory(graph: Graph) -> dict[Value, int]:
         cost = node.cost
         for value, count in zip(node.inputs, cost.reads, strict=True):
             root = graph.root_of.get(value, value)
-            if root.kind in (Kind.PARAM, Kind.STATE) and node.op.name == "slice":
+            if root.kind in (Kind.PARAM, Kind.STATE) and node.op.addressed:
                 slices[root] = slices.get(root, 0) + count
             elif root.kind in (Kind.PARAM, Kind.STATE):
                 reads[root] = max(reads.get(root, 0), count)

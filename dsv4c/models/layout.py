@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dsv4c.config import ModelConfig
+from dsv4c.scope import LAYERS, MTP, Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,11 @@ class Param:
     name: str
     shape: tuple[int, ...]
     storage: Literal["f32", "bf16", "linear", "expert", "i64"]
+
+    @property
+    def place(self) -> Scope:
+        """Where it stands in the model, by its name."""
+        return Scope.of(self.name)
 
     @property
     def size(self) -> int:
@@ -42,8 +48,8 @@ ENDS = "embedding and head"
 
 def part_of(name: str) -> str:
     """The part of the model that a parameter counts to, by its canonical name."""
-    *_, leaf = name.split(".", 2)
-    return next((part for start, part in PARTS.items() if leaf.startswith(start)), ENDS)
+    path = Scope.of(name).path
+    return next((part for start, part in PARTS.items() if path.startswith(start)), ENDS)
 
 
 def layout(config: ModelConfig) -> Iterator[Param]:
@@ -53,11 +59,11 @@ def layout(config: ModelConfig) -> Iterator[Param]:
     H, V = config.hidden_size, config.vocab_size
     yield Param("embed", (V, H), "bf16")
     for index, ratio in enumerate(config.compress_ratios[: config.num_layers]):
-        yield from _layer(config, f"layers.{index}", ratio, hashed=index < config.num_hash_layers)
+        yield from _layer(config, Scope(LAYERS, index).layer, ratio, hashed=index < config.num_hash_layers)
     yield from _output(config, "")
     yield Param("head", (V, H), "bf16")
     for index in range(config.mtp_layers):
-        block = f"mtp.{index}"
+        block = Scope(MTP, index).layer
         yield Param(f"{block}.e_proj", (H, H), "linear")
         yield Param(f"{block}.h_proj", (H, H), "linear")
         yield Param(f"{block}.enorm", (H,), "bf16")

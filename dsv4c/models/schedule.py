@@ -10,6 +10,7 @@ import enum
 from dataclasses import dataclass
 
 from dsv4c.config import ModelConfig
+from dsv4c.scope import LAYERS, MTP, Scope
 
 
 class LayerKind(enum.Enum):
@@ -73,7 +74,7 @@ def layer_plans(config: ModelConfig) -> tuple[LayerPlan, ...]:
             index=index,
             attention=LayerKind(ratio),
             router=RouterKind.HASH if index < config.num_hash_layers else RouterKind.DENSE,
-            prefix=f"layers.{index}",
+            prefix=Scope(LAYERS, index).layer,
         )
         for index, ratio in enumerate(config.compress_ratios)
     )
@@ -82,6 +83,6 @@ def layer_plans(config: ModelConfig) -> tuple[LayerPlan, ...]:
 def mtp_plans(config: ModelConfig) -> tuple[LayerPlan, ...]:
     """The MTP blocks: ordinary sliding-window layers with a scored router."""
     return tuple(
-        LayerPlan(index, LayerKind.SWA, RouterKind.DENSE, prefix=f"mtp.{index}")
+        LayerPlan(index, LayerKind.SWA, RouterKind.DENSE, prefix=Scope(MTP, index).layer)
         for index in range(config.mtp_layers)
     )

@@ -19,21 +19,21 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Generator, Tensor
 
 from dsv4c.config import ModelConfig, save_config
 from dsv4c.errors import CheckpointError
+from dsv4c.headers import ELEMENT_BYTES, INDEX, SINGLE
 from dsv4c.models.weights import Source, Table, TensorSpec, inventory, sources
+from dsv4c.numerics.codec import quantize
 from dsv4c.publish import OccupiedError, published
+from dsv4c.scope import Scope
 from dsv4c.types import NVFP4, QuantType
-
-if TYPE_CHECKING:
-    from torch import Generator, Tensor
 
 SHARD_BYTES = 2_000_000_000
 CHUNK = 1 << 22  # elements made at a time; part of what a seed means
-
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def synthesize(
@@ -103,9 +103,6 @@ def _check_target(target: Path, force: bool) -> None:
         raise CheckpointError(f"{target}: cannot be written: {error.strerror}") from None
 
 
-_ITEM_BYTES = {"I64": 8, "F32": 4, "BF16": 2}
-
-
 @dataclass(frozen=True)
 class _Slot:
     """Where a tensor's bytes go."""
@@ -117,9 +114,7 @@ class _Slot:
         """Elements `start` to `stop`, flat, in the tensor's own dtype (bytes for those torch does not
         compute with).
         """
-        import torch
-
-        size = _ITEM_BYTES.get(self.spec.dtype, 1)
+        size = ELEMENT_BYTES[self.spec.dtype]
         dtypes = {"I64": torch.int64, "F32": torch.float32, "BF16": torch.bfloat16}
         return self.storage[start * size : stop * size].view(dtypes.get(self.spec.dtype, torch.uint8))
 
@@ -149,9 +144,10 @@ def _create(folder: Path, specs: list[TensorSpec], count: int) -> dict[str, _Slo
 
 
 def _create_file(path: Path, group: list[TensorSpec]) -> Iterator[tuple[str, _Slot]]:
-    import torch
-
-    group = sorted(group, key=lambda s: -_ITEM_BYTES.get(s.dtype, 1))  # wide elements first: all are aligned
+    """A file of the right size, mapped, and its slots: a few tensors are in memory at a time. The library's
+    `save_file` would want all of a file's, which are gigabytes.
+    """
+    group = sorted(group, key=lambda s: -ELEMENT_BYTES[s.dtype])  # wide elements first: all are aligned
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offsets, position = [], 0
     for spec in group:
@@ -212,8 +208,6 @@ class _Job:
         return whole * self.rows.stop // rows - whole * self.rows.start // rows
 
     def generator(self, seed: int, purpose: str | None = None) -> Generator:
-        import torch
-
         text = f"{seed}/{purpose or self.name}/{self.e}/{self.rows.start}"
         return torch.Generator().manual_seed(
             int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
@@ -244,8 +238,6 @@ def _fill(
     workers: int | None,
     progress: Callable[[str, int, int], None] | None,
 ) -> None:
-    import torch
-
     lock, stop, done = threading.Lock(), threading.Event(), 0
 
     def write(job: _Job) -> None:
@@ -276,10 +268,6 @@ def _fill(
 
 
 def _write(config: ModelConfig, seed: int, job: _Job) -> None:
-    import torch
-
-    from dsv4c.numerics.codec import quantize
-
     generator = job.generator(seed)
     rows = len(job.rows)
     if job.name.endswith(".tid2eid"):
@@ -321,7 +309,7 @@ def _put(job: _Job, role: str, values: Tensor) -> None:
 
 def _distribution(name: str, matrix: tuple[int, ...]) -> tuple[float, float]:
     """Mean and standard deviation of a parameter's elements."""
-    leaf = name.rpartition(".")[2]
+    leaf = Scope.of(name).leaf
     if leaf.endswith("norm"):
         return 1.0, 0.1
     if leaf == "embed":
@@ -353,8 +341,6 @@ def _input_scale(job: _Job, seed: int) -> Tensor:
 
 
 def _jittered(job: _Job, seed: int, purpose: str, amax: float) -> Tensor:
-    import torch
-
     whole = _Job(job.name, job.source, job.e, range(1), job.slots)
     factor = torch.rand((), generator=whole.generator(seed, f"{_pair(job)}.{purpose}"))
     return (1.0 + 0.25 * factor) * (amax / (6 * 448))

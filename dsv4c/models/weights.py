@@ -14,7 +14,9 @@ from typing import Any, Literal, Protocol
 
 from dsv4c.config import ModelConfig
 from dsv4c.errors import CheckpointError
+from dsv4c.headers import ELEMENT_BYTES
 from dsv4c.models.layout import Param, layout
+from dsv4c.scope import LAYERS, Scope
 from dsv4c.types import (
     BF16,
     F32,
@@ -98,13 +100,12 @@ def sources(config: ModelConfig, table: Table) -> dict[str, Source]:
     """
     found: dict[str, Source] = {}
     for param in layout(config):
-        if table.startswith("transformers") and param.name.startswith("mtp."):
+        if table.startswith("transformers") and param.place.draft:
             continue
         found[param.name] = _source(config, table, param)
-        if table == "nvfp4" and param.storage == "expert" and param.name.startswith("layers."):
-            name = param.name.rpartition(".")[2]
-            if name in ("w1", "w2"):
-                found[f"{param.name}.input_scale"] = _input_scale(param)
+        stored_so = table == "nvfp4" and param.storage == "expert" and not param.place.draft
+        if stored_so and param.place.leaf in ("w1", "w2"):
+            found[f"{param.name}.input_scale"] = _input_scale(param)
     return found
 
 
@@ -141,7 +142,7 @@ def stored_format(config: ModelConfig, table: Table, param: Param) -> QuantForma
     if param.storage == "linear":
         return _FORMATS[config.linear_format]
     if param.storage == "expert":
-        if table == "nvfp4" and param.name.startswith("layers."):  # MTP experts stay as the release has them
+        if table == "nvfp4" and not param.place.draft:  # MTP experts stay as the release has them
             return NVFP4
         # The NVFP4 checkpoints were recast from MXFP4, so that is what the other spellings hold of such a
         # model.
@@ -162,7 +163,7 @@ def _source(config: ModelConfig, table: Table, param: Param) -> Source:
 
 def _expert_source(table: Table, param: Param, stored: Type) -> Source:
     E, out, width = param.shape
-    layer, _, name = param.name.partition(".ffn.experts.")
+    layer, name = param.place.layer, param.place.leaf
     if table != "transformers":
         prefix = "model." if table == "transformers-split" else ""
         tensor = f"{prefix}{layer}.ffn.experts.{{e}}.{name}.weight"
@@ -201,7 +202,7 @@ def _parts(table: Table, tensor: str, stored: Type) -> dict[str, Part]:
 
 def _input_scale(param: Param) -> Source:
     E = param.shape[0]
-    layer, _, name = param.name.partition(".ffn.experts.")
+    layer, name = param.place.layer, param.place.leaf
     parts = {"data": Part(f"{layer}.ffn.experts.{{e}}.{name}.input_scale", ("F32",), ())}
     if name == "w1":
         parts["same"] = Part(f"{layer}.ffn.experts.{{e}}.w3.input_scale", ("F32",), ())
@@ -266,20 +267,21 @@ def _tensor_name(table: Table, param: Param) -> str:
         return "lm_head.weight" if table == "transformers" else "head.weight"
     if name in _TOP:
         return f"model.{_TOP[name]}"
-    layer, leaf = re.fullmatch(r"(layers\.\d+)\.(.+)", name).groups()  # type: ignore[union-attr]
+    layer, path = param.place.layer, param.place.path
     if table == "transformers":
-        return f"model.{layer}.{_MODULES[leaf]}"
+        return f"model.{layer}.{_MODULES[path]}"
     # save_pretrained undoes the renames it made at load, and `kv_norm` comes back as plain `norm`.
-    return f"model.{layer}.attn.norm.weight" if leaf == "attn.kv_norm" else f"model.{release}"
+    return f"model.{layer}.attn.norm.weight" if path == "attn.kv_norm" else f"model.{release}"
 
 
-_SIGNS: tuple[tuple[Table, re.Pattern[str]], ...] = (
-    ("nvfp4", re.compile(r"layers\.\d+\.ffn\.experts\.\d+\.w[123]\.weight_scale(_2)?")),
-    ("release", re.compile(r"layers\.\d+\.ffn\.experts\.\d+\.w[123]\.scale")),
-    ("transformers", re.compile(r"model\.layers\.\d+\.(self_attn|mlp|attn_hc|ffn_hc)\..+")),
-    ("transformers-split", re.compile(r"model\.layers\.\d+\.(attn|ffn)\..+")),
+# Per spelling what stands before the layer, and what inside of one tells it from the others.
+_SIGNS: tuple[tuple[Table, str, re.Pattern[str]], ...] = (
+    ("nvfp4", "", re.compile(r"ffn\.experts\.\d+\.w[123]\.weight_scale(_2)?")),
+    ("release", "", re.compile(r"ffn\.experts\.\d+\.w[123]\.scale")),
+    ("transformers", "model.", re.compile(r"(self_attn|mlp|attn_hc|ffn_hc)\..+")),
+    ("transformers-split", "model.", re.compile(r"(attn|ffn)\..+")),
 )
-_RELEASE_LAYER = re.compile(r"layers\.\d+\.(attn|ffn)\..+")
+_RELEASE_LAYER = re.compile(r"(attn|ffn)\..+")
 
 
 def detect_table(names: Iterable[str], where: str) -> Table:
@@ -288,11 +290,11 @@ def detect_table(names: Iterable[str], where: str) -> Table:
     """
     names = sorted(names)
     seen: dict[Table, str] = {}
-    for table, sign in _SIGNS:
-        match = next((name for name in names if sign.fullmatch(name)), None)
+    for table, prefix, sign in _SIGNS:
+        match = _first(names, prefix, sign)
         if match is not None:
             seen[table] = match
-    plain = next((name for name in names if _RELEASE_LAYER.fullmatch(name)), None)
+    plain = _first(names, "", _RELEASE_LAYER)
     if plain is not None and not seen.keys() & {"release", "nvfp4"}:
         seen["release"] = plain
     if len(seen) == 1:
@@ -310,9 +312,16 @@ def detect_table(names: Iterable[str], where: str) -> Table:
     )
 
 
-# --- expected contents --------------------------------------------------------------------------------------
+def _first(names: Iterable[str], prefix: str, sign: re.Pattern[str]) -> str | None:
+    """The first tensor of a layer, behind a prefix, whose path fits."""
+    for name in names:
+        scope = Scope.of(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        if scope is not None and scope.block == LAYERS and sign.fullmatch(scope.path):
+            return name
+    return None
 
-_DTYPE_BYTES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "BF16": 2, "F16": 2, "I16": 2}
+
+# --- expected contents --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,14 +334,14 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * _DTYPE_BYTES.get(self.dtype, 1)
+        return math.prod(self.shape) * ELEMENT_BYTES[self.dtype]
 
 
 def inventory(config: ModelConfig, table: Table = "release", *, mtp: bool = True) -> list[TensorSpec]:
     """Every tensor that a checkpoint of this model holds, in the order of `layout`, each once."""
     specs: dict[str, TensorSpec] = {}
     for name, source in sources(config, table).items():
-        if name.startswith("mtp.") and not mtp:
+        if Scope.of(name).draft and not mtp:
             continue
         for part in source.parts.values():
             for tensor in part.names(source.stack):
@@ -387,11 +396,11 @@ def describe(checkpoint: _Checkpoint, config: ModelConfig) -> dict[str, Any]:
     headers fit. Raises CheckpointError if the names follow no table.
     """
     table = detect_table(checkpoint.tensors, str(checkpoint.path))
-    has_mtp = any(name.startswith("mtp.") for name in checkpoint.tensors)
+    has_mtp = any(Scope.of(name).draft for name in checkpoint.tensors)
     needed = {
         name: source.to_json()
         for name, source in sources(config, table).items()
-        if has_mtp or not name.startswith("mtp.")
+        if has_mtp or not Scope.of(name).draft
     }
     report = checkpoint.compare(needed)
     tally = _Tally()

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from dsv4c.types import (
     ALIGN,
+    MXFP4,
+    NVFP4,
     DType,
     GlobalScale,
     QuantFormat,
@@ -68,7 +70,7 @@ class Quantized(NamedTuple):
     @property
     def parts(self) -> tuple[Tensor, ...]:
         """The tensors that are present, in memory order."""
-        return tuple(p for p in (self.data, self.scale, self.tail, self.global_scale) if p is not None)
+        return tuple(parts_of(self).values())
 
     def map(self, function: Callable[..., Tensor], *others: Quantized) -> Quantized:
         """Apply `function` to every part, and the same part of `others`, values of the same format.
@@ -81,6 +83,14 @@ class Quantized(NamedTuple):
 
 
 Value = Tensor | Quantized
+
+
+def parts_of(value: Value) -> dict[str, Tensor]:
+    """The tensors of a value by the names of its type's components, in memory order."""
+    if not isinstance(value, Quantized):
+        return {"data": value}
+    named = zip(Quantized._fields[1:], value[1:], strict=True)
+    return {name: part for name, part in named if part is not None}
 
 
 def type_of(value: Value) -> Type:
@@ -392,17 +402,13 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return bool(((a == b) | (a.isnan() & b.isnan())).all())
 
 
-_MX = QuantFormat(DType.E2M1, DType.UE8M0, (1, 32))
-_NV = QuantFormat(DType.E2M1, DType.E4M3, (1, 16), GlobalScale.TENSOR)
-
-
 def _recast_fp4(q: Quantized, want: Type) -> Quantized | None:
     """MXFP4 to NVFP4 or back with the same codes, if the scales allow it; else None."""
     if not isinstance(want, QuantType) or q.data.ndim < 2 or q.data.numel() == 0:
         return None
-    if (q.format, want.format) == (_MX, _NV):
+    if (q.format, want.format) == (MXFP4, NVFP4):
         return _nvfp4_of_mxfp4(q, want)
-    if (q.format, want.format) == (_NV, _MX):
+    if (q.format, want.format) == (NVFP4, MXFP4):
         return _mxfp4_of_nvfp4(q)
     return None
 
@@ -430,7 +436,7 @@ def _mxfp4_of_nvfp4(q: Quantized) -> Quantized | None:
     shared = torch.equal(even[..., : odd.shape[-1]], odd) and bool((mantissa == 0.5).all())
     if not shared or int(exponent.min()) < -126 or int(exponent.max()) > 128:
         return None
-    return Quantized(_MX, q.data, (exponent + 126).to(torch.uint8))
+    return Quantized(MXFP4, q.data, (exponent + 126).to(torch.uint8))
 
 
 def _pow2(exponent: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from dsv4c.errors import GraphError
 from dsv4c.passes.fold import FoldReport, Refusal
+from dsv4c.scope import Scope
 
 
 @dataclass(frozen=True)
@@ -112,4 +113,5 @@ def _without(refusal: Refusal, text: str) -> str:
 
 
 def _relative(refusal: Refusal, word: str) -> str:
-    return f"….{word.rpartition('.')[2]}" if word.startswith("layers.") else word
+    scope = Scope.of(word)
+    return f"….{scope.leaf}" if scope.block else word

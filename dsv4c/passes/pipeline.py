@@ -22,6 +22,7 @@ from dsv4c.ir.graph import Graph
 from dsv4c.ir.verify import verify
 from dsv4c.passes.base import Context, Pass, parse_spec, split_specs
 from dsv4c.passes.fold import FoldReport, Rule, fold
+from dsv4c.passes.fusions import FUSIONS
 from dsv4c.passes.prepack import prepack
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import recipe_named
@@ -248,8 +249,6 @@ def contributions(objects: Iterable[tuple[str, Any]] = ()) -> Contributions:
     An object is a Pass (class or instance), a Rule, a fused op, a module or a sequence of these. Raises
     GraphError when two sources use one name.
     """
-    from dsv4c.passes.fusions import FUSIONS
-
     passes: dict[str, tuple[str, type[Pass]]] = {n: (OURS, p) for n, p in BUILT_IN.items()}
     rules: dict[str, tuple[str, Rule]] = {r.name: (OURS, r) for r in map(as_rule, FUSIONS)}
     instances: list[Pass] = []

@@ -12,16 +12,12 @@ from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.op import Op, expect
 from dsv4c.ir.ops.attention import Gather
 from dsv4c.ir.ops.index import IndexScores
-from dsv4c.ir.ops.linear import ExpertLinear, GroupedLinear, Linear
 from dsv4c.ir.ops.moe import TakeAlong
 from dsv4c.ir.ops.norm import RmsNorm
 from dsv4c.ir.ops.quant import Dequantize, Quantize
 from dsv4c.ir.ops.rope import RopeFrequencies
-from dsv4c.ir.ops.state import CacheExtend, CacheWrite
 from dsv4c.passes.recipes import Recipe, format_of
 from dsv4c.types import F32, QuantFormat, QuantType, TensorType, Type
-
-WEIGHT_OPERAND = 1  # of every GEMM: x, w, ...
 
 
 def quantize(graph: Graph, recipe: Recipe) -> Graph:
@@ -38,11 +34,7 @@ class _Quantizer:
         self.scales: dict[tuple[str, Value], Value] = {}
 
     def run(self) -> Graph:
-        weights = {
-            n.inputs[WEIGHT_OPERAND]
-            for n in self.graph.nodes
-            if isinstance(n.op, Linear | GroupedLinear | ExpertLinear)
-        }
+        weights = {n.weight for n in self.graph.nodes if n.op.product}
         for value in self.graph.inputs:
             self.values[value] = self.builder.input(value.name, value.type)
         for value in self.graph.states:
@@ -76,15 +68,15 @@ class _Quantizer:
     def visit(self, node: Node) -> None:
         inputs = [self.values[v] for v in node.inputs]
         op = node.op
+        if op.product:
+            inputs[0] = self.gemm_input(node, inputs)
+        for operand, other in op.same_format.items():
+            wanted = inputs[other].type
+            if isinstance(wanted, QuantType):
+                inputs[operand] = self.encode(inputs[operand], wanted.format, node)
         match op:
             case RopeFrequencies():
                 self.check_rotary(op.dims)
-            case Linear() | GroupedLinear() | ExpertLinear():
-                inputs[0] = self.gemm_input(node, inputs)
-            case CacheWrite() | CacheExtend():
-                cache = inputs[0].type
-                if isinstance(cache, QuantType):
-                    inputs[1] = self.encode(inputs[1], cache.format, node)
             case IndexScores():
                 format_ = format_of(self.recipe.queries, self.graph.root_of[node.inputs[1]].name)
                 if format_:
@@ -102,14 +94,15 @@ class _Quantizer:
         return self.builder.emit(op, inputs, names=names, scope=node.scope)
 
     def gemm_input(self, node: Node, inputs: list[Value]) -> Value:
-        weight = node.inputs[WEIGHT_OPERAND]
+        weight = node.weight
+        assert weight is not None
         format_ = format_of(self.recipe.activations, weight.name)
         if format_ is None or weight.kind is not Kind.PARAM:
             return inputs[0]
         if isinstance(inputs[0].type, QuantType):
             return self.encode(inputs[0], format_, node)
         static = any(fnmatchcase(weight.name, pattern) for pattern in self.recipe.static_scales)
-        scale = self.static_scale(weight.name, inputs[2], node) if static else None
+        scale = self.static_scale(weight, inputs[2], node) if static else None
         return self.encode(inputs[0], format_, node, scale)
 
     def encode(self, x: Value, format_: QuantFormat, node: Node, scale: Value | None = None) -> Value:
@@ -131,11 +124,12 @@ class _Quantizer:
             )[0]
         return self.encoded[key]
 
-    def static_scale(self, weight: str, experts: Value, node: Node) -> Value:
+    def static_scale(self, weight: Value, experts: Value, node: Node) -> Value:
         """The checkpoint's activation scale of each chosen expert; w3 shares w1's."""
-        name = f"{weight.removesuffix('w3') + 'w1' if weight.endswith('w3') else weight}.input_scale"
+        stack = weight.name
+        name = f"{stack.removesuffix('w3') + 'w1' if stack.endswith('w3') else stack}.input_scale"
         if (name, experts) not in self.scales:
-            count = self.values[node.inputs[WEIGHT_OPERAND]].type.shape[0]
+            count = weight.type.shape[0]
             scales = self.builder.param(name, TensorType(F32, (count,)))
             chosen = self.emit(TakeAlong(), (scales, experts), [self.builder.fresh(f"{name}_chosen")], node)
             self.scales[name, experts] = chosen[0]

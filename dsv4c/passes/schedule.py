@@ -14,8 +14,6 @@ from typing import Any
 
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 
-LAYERS = ("layers", "mtp")  # scopes that count layers
-
 
 @dataclass(frozen=True)
 class Group:
@@ -46,25 +44,13 @@ class Schedule:
         return self.views.get(value, value)
 
 
-def layer_of(node: Node) -> str:
-    """The layer that a node belongs to ("layers.3", "mtp.0"), or "" outside of layers."""
-    return layer_in(node.scope)
-
-
-def layer_in(scope: str) -> str:
-    """The layer that a scope lies in, or ""."""
-    kind, _, rest = scope.partition(".")
-    number = rest.partition(".")[0]
-    return f"{kind}.{number}" if kind in LAYERS and number.isdecimal() else ""
-
-
 def schedule(graph: Graph, groups: Sequence[Group] = ()) -> Schedule:
     """Launches of `graph` in the order of its nodes; those of one of `groups` share one where they may."""
     views = find_views(graph)
     nodes = tuple(node for node in graph.nodes if node.outputs[0] not in views or node.op.alias)
     if not groups:
         return Schedule(tuple((node,) for node in nodes), views)
-    ops = tuple((layer_of(node), node.op.name) for node in nodes)
+    ops = tuple((node.place.layer, node.op.name) for node in nodes)
     launches = _grouped(ops, tuple(map(frozenset, _waits(nodes, views))), tuple(groups))
     return Schedule(tuple(tuple(nodes[i] for i in members) for members in launches), views)
 

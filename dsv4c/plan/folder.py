@@ -165,7 +165,7 @@ class Plan:
         nobody wrote. Raises CheckpointError if the checkpoint does not fit, PlanError if this machine cannot
         run the plan.
         """
-        from dsv4c.runtime.bind import bind
+        from dsv4c.runtime.bind import bind  # loads torch; a plan is read without
 
         return bind(self, weights, progress=progress, workers=workers, poison=poison)
 
@@ -362,9 +362,8 @@ def _files(folder: Path, data: Mapping[str, Any]) -> dict[str, bytes]:
 
 
 _DEPLOYMENT = {"target": str, "recipe": str, "max_context": int, "slots": int, "buckets": list}
-
-
 _CERTIFICATE = frozenset({"rule", "op", "operands", "kind", "worst"})
+_ORIGIN = frozenset({"name", "kind", "source", "at"})
 
 
 def _require_keys(path: Path, plan: Plan) -> None:
@@ -379,6 +378,9 @@ def _require_keys(path: Path, plan: Plan) -> None:
     for number, certificate in enumerate(plan.certificates):
         if not certificate.keys() >= _CERTIFICATE or not isinstance(certificate["operands"], list):
             raise PlanError(f"{path}: certificate {number} lacks one of {', '.join(sorted(_CERTIFICATE))}")
+    for number, origin in enumerate(plan.contributed):
+        if not origin.keys() >= _ORIGIN:
+            raise PlanError(f"{path}: contribution {number} lacks one of {', '.join(sorted(_ORIGIN))}")
     for name in ("vocab_size", "max_position_embeddings"):
         if type(plan.config.get(name)) is not int:
             raise PlanError(f"{path}: its config has no {name}; compile the plan again")

@@ -19,8 +19,8 @@ from dsv4c.reference import (
     shape,
     state,
 )
-from dsv4c.reference.interpret import interpret
-from dsv4c.reference.registry import MEANINGS, meaning, run
+from dsv4c.reference.interpret import interpret, run
+from dsv4c.reference.registry import MEANINGS, meaning
 
 __all__ = [
     "MEANINGS",

@@ -5,16 +5,36 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 
 import torch
-from torch import Tensor
 
 from dsv4c.errors import GraphError
+from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.graph import Value as Variable
-from dsv4c.numerics.codec import Quantized, Value, type_of
-from dsv4c.reference.registry import run
+from dsv4c.ir.op import Op
+from dsv4c.numerics.codec import Quantized, Value, parts_of, type_of
+from dsv4c.reference.registry import MEANINGS, Result
 from dsv4c.types import DType, TensorType, Type
 
 Watch = Callable[[str, Value], None] | Collection[str]
+
+
+def run(op: Op, *operands: Value) -> Result:
+    """Evaluate one op on torch values. An op that aliases an operand writes into it and returns it.
+
+    A fused op without a meaning of its own means its body. Raises GraphError for any other op without one.
+    """
+    if isinstance(op, Fused) and type(op) not in MEANINGS:
+        return _run_body(op, operands)
+    if type(op) not in MEANINGS:
+        raise GraphError(f"{op.name} has no meaning; declare one with @meaning({type(op).__name__})")
+    return MEANINGS[type(op)](op, *operands)
+
+
+def _run_body(op: Fused, operands: tuple[Value, ...]) -> Result:
+    body = trace(op, tuple(type_of(value) for value in operands))
+    given = {variable.name: value for variable, value in zip(body.graph.inputs, operands, strict=True)}
+    results = op.kept(tuple(interpret(body.graph, given, {}, {}).values()))
+    return results[0] if len(results) == 1 else results
 
 
 def interpret(
@@ -101,5 +121,4 @@ def _same_bytes(value: Value, other: Value) -> bool:
 
 
 def _storages(value: Value) -> set[int]:
-    parts: tuple[Tensor, ...] = value.parts if isinstance(value, Quantized) else (value,)
-    return {part.untyped_storage().data_ptr() for part in parts}
+    return {part.untyped_storage().data_ptr() for part in parts_of(value).values()}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.ir.ops.state import Advance, CacheExtend, CacheWrite, Owners, Positions
-from dsv4c.numerics.codec import Quantized, Value
+from dsv4c.numerics.codec import Quantized, Value, parts_of
 from dsv4c.reference.registry import meaning
 
 
@@ -19,9 +19,7 @@ def cache_write(op: CacheWrite, cache: Value, rows: Value, index: Tensor, slots:
     kept = index >= 0
     last = torch.full((count * capacity,), -1).scatter_reduce(0, place[kept], order[kept], "amax")
     written = (last >= 0).nonzero()[:, 0]
-    targets = cache.parts if isinstance(cache, Quantized) else (cache,)
-    sources = rows.parts if isinstance(rows, Quantized) else (rows,)
-    for target, source in zip(targets, sources, strict=True):
+    for target, source in zip(parts_of(cache).values(), parts_of(rows).values(), strict=True):
         target[written // capacity, written % capacity] = source[last[written]]
     return cache
 

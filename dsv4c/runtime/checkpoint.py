@@ -23,6 +23,7 @@ from dsv4c.headers import ELEMENT_BYTES, Entry, read_entries
 from dsv4c.numerics.codec import Value
 from dsv4c.numerics.soundness import scale_fault
 from dsv4c.runtime.parameter import REMEDY, ParamReader, ParamRecord, Part, Source
+from dsv4c.scope import MTP, Scope
 from dsv4c.types import QuantType
 
 # the torch dtype of element types that we read; exponent and packed bytes are uint8
@@ -151,10 +152,8 @@ class Checkpoint:
         for name, part in needed.items():
             self._compare_tensor(name, part, report)
         if ignore is None:
-            used = {_draft_block(name) for name in needed} - {""}
-            ignore = (
-                sorted({_draft_block(name) for name in self.tensors} - used - {""}) if used else ("mtp.",)
-            )
+            used = _draft_blocks(needed)
+            ignore = sorted(_draft_blocks(self.tensors) - used) if used else (f"{MTP}.",)
         for name in self.tensors:
             if name in needed:
                 continue
@@ -332,10 +331,9 @@ def _workers() -> int:
     return min(4, os.cpu_count() or 1)
 
 
-def _draft_block(name: str) -> str:
-    """`mtp.0.` of a tensor of that block, "" of any other."""
-    first, number, *rest = [*name.split(".", 2), ""]
-    return f"{first}.{number}." if first == "mtp" and rest[0] else ""
+def _draft_blocks(names: Iterable[str]) -> set[str]:
+    """The draft blocks that tensors of these names belong to, as prefixes: `mtp.0.`."""
+    return {f"{scope.layer}." for scope in map(Scope.of, names) if scope.draft}
 
 
 class _Map:

@@ -9,16 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dsv4c.errors import PlanError
-from dsv4c.numerics.codec import Quantized, Value, nan_fill, view
+from dsv4c.numerics.codec import Value, nan_fill, parts_of, view
 from dsv4c.plan.folder import Plan
-from dsv4c.plan.records import BodyCode, Launch, Program
+from dsv4c.plan.records import Launch, Program
 from dsv4c.runtime.executor import Watch, states_of, tensor_at
 
 POISON = 0x7FFF  # as bf16, f16, f32 and every second fp8 and ue8m0 a NaN; as an integer far from any index
@@ -108,6 +107,9 @@ class _Bound:
     """A program bound to blocks."""
 
     def __init__(self, plan: Plan, program: Program, blocks: Mapping[str, Tensor]) -> None:
+        # What a plan computes is known where it is bound: reading one loads no ops.
+        from dsv4c.runtime.meaning import meaning_of
+
         self._places, self._blocks = program.values, blocks
         self._made: dict[tuple[str, int, str], Value] = {}  # a state and what is written to it are one object
 
@@ -159,32 +161,6 @@ def results_of(launch: Launch) -> list[str]:
     return [a.value for a in launch.arguments if a.component == "data" and a.access == "w"]
 
 
-def meaning_of(plan: Plan, launch: Launch) -> Callable[..., Any]:
-    """What a launch computes, as a function of its operands. Raises PlanError for one that has a kernel."""
-    from dsv4c.ir.text import make_op  # the runtime knows ops only where it interprets them
-    from dsv4c.reference import run
-
-    if not isinstance(launch.code, BodyCode):
-        raise PlanError(
-            f"plan {plan.name}: launch {launch.name} has a kernel, expected a body; compile it again"
-        )
-    if launch.code.body:
-        return _body(plan.files[launch.code.body])
-    op = make_op(launch.op, launch.code.attributes)
-    return lambda *operands: run(op, *operands)
-
-
-@cache
-def _body(text: bytes) -> Callable[..., Any]:
-    """A fused op, interpreted: its body's inputs are the operands, its outputs the results, in order."""
-    from dsv4c.ir.text import parse_graph
-    from dsv4c.reference import interpret
-
-    graph = parse_graph(text.decode())
-    names = [v.name for v in graph.inputs]
-    return lambda *operands: tuple(interpret(graph, dict(zip(names, operands, strict=True)), {}, {}).values())
-
-
 def _execute(step: _Step) -> None:
     """Compute, then copy to the planned bytes; an op that writes in place returns its operand and is done."""
     result = step.run(*step.operands)
@@ -195,9 +171,7 @@ def _execute(step: _Step) -> None:
 
 
 def _store(launch: Launch, target: Value, value: Value) -> None:
-    wanted = target.parts if isinstance(target, Quantized) else (target,)
-    given = value.parts if isinstance(value, Quantized) else (value,)
-    for to, part in zip(wanted, given, strict=True):
+    for to, part in zip(parts_of(target).values(), parts_of(value).values(), strict=True):
         if to.shape != part.shape or to.dtype != part.dtype:  # copy_ would broadcast and round
             raise PlanError(
                 f"{launch.name}: {launch.op} gave {part.dtype}{list(part.shape)}, "

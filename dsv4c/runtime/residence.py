@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from dsv4c.errors import PlanError
-from dsv4c.numerics.codec import Quantized, Value
-from dsv4c.numerics.packing import Packing, pack, parse_packing
+from dsv4c.numerics.codec import Value, parts_of
+from dsv4c.numerics.forms import Packing, parse_packing
+from dsv4c.numerics.packing import pack
+from dsv4c.numerics.resident import PLAIN, WIDENED
 from dsv4c.runtime.checkpoint import Checkpoint, Progress
 from dsv4c.runtime.parameter import ParamRecord
-from dsv4c.types import DType, QuantType
 
 SLAB = 64 << 20  # bytes of a matrix packed at once; a slab's temporaries are a few times that
-PLAIN, WIDENED = "plain", "f32"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class Resident:
 
     def store(self, block: Tensor, value: Value) -> None:
         """Copy `value`, which lies on the host and has the record's type, to its place."""
-        parts = _parts(value)
+        parts = parts_of(value)
         for name, offset, nbytes in self.components:
             if name not in parts:
                 raise PlanError(
@@ -61,15 +61,12 @@ class Resident:
                 )
             target = block[offset : offset + nbytes]
             if name == "data" and self.form not in (PLAIN, WIDENED):
-                _store_packed(target, parse_packing(self.form), parts["data"], self._block_scales(parts))
+                packing = parse_packing(self.form)
+                _store_packed(
+                    target, packing, parts["data"], parts["scale"] if packing.holds_scales else None
+                )
             else:
                 _store_plain(target, parts[name], widened=self.form == WIDENED, what=self.record.name)
-
-    def _block_scales(self, parts: Mapping[str, Tensor]) -> Tensor | None:
-        """The scales that live in the packed units: those of FP4 formats."""
-        type_ = self.record.type
-        in_unit = isinstance(type_, QuantType) and type_.format.value is DType.E2M1
-        return parts["scale"] if in_unit else None
 
 
 def load_weights(
@@ -90,13 +87,6 @@ def load_weights(
 
     records = [resident.record for resident in residents]
     checkpoint.load(records, sink, progress=progress, workers=workers)
-
-
-def _parts(value: Value) -> dict[str, Tensor]:
-    if not isinstance(value, Quantized):
-        return {"data": value}
-    parts = {"data": value.data, "scale": value.scale, "tail": value.tail, "global_scale": value.global_scale}
-    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _store_plain(target: Tensor, part: Tensor, *, widened: bool, what: str) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4c.errors import SessionError
-from dsv4c.numerics.codec import Quantized, Value
+from dsv4c.numerics.codec import Quantized, Value, parts_of
 from dsv4c.numerics.soundness import not_finite
 from dsv4c.plan.folder import Plan
 from dsv4c.publish import published
@@ -55,7 +55,7 @@ def copy_slot(states: Mapping[str, Value], source: int, target: int) -> None:
 def check_numbers(states: Mapping[str, Value]) -> None:
     """Raise SessionError for a state that holds what is no finite number. Packed elements are all numbers."""
     for name, value in states.items():
-        parts = value.parts if isinstance(value, Quantized) else (value,)
+        parts = tuple(parts_of(value).values())
         packed = isinstance(value, Quantized) and value.data.dtype is torch.uint8
         for part in parts[1:] if packed else parts:
             fault = not_finite(part)
@@ -129,7 +129,7 @@ def read(path: Path, plan: Plan, states: Mapping[str, Value], slots: int) -> Sav
 def _parts(states: Mapping[str, Value]) -> Iterator[tuple[str, Tensor]]:
     """Every array of every state, by name, slots first."""
     for name, value in states.items():
-        for i, part in enumerate(value.parts if isinstance(value, Quantized) else (value,)):
+        for i, part in enumerate(parts_of(value).values()):
             yield f"{name}.{i}", part
 
 

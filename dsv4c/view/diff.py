@@ -13,7 +13,7 @@ from typing import Any
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.text import print_node
 from dsv4c.ir.totals import totals
-from dsv4c.view.layers import layer_of
+from dsv4c.scope import LAYERS, Scope
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,8 +133,8 @@ def _declarations(word: str, old: dict[str, Any], new: dict[str, Any]) -> Iterab
     """Declarations that differ, those of equal layers folded into one line with a count."""
     grouped: dict[tuple[str, str, str], list[str]] = {}
     for name in {**old, **new}:
-        layer = layer_of(name)
-        rest = f"layers.*{name[len(layer) :]}" if layer.startswith("layers") else name
+        scope = Scope.of(name)
+        rest = f"{LAYERS}.*{name[len(scope.layer) :]}" if scope.block == LAYERS else name
         if name not in new:
             grouped.setdefault(("-", rest, str(old[name])), []).append(name)
         elif name not in old:

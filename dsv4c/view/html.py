@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from dsv4c.ir.fused import Fused
-from dsv4c.ir.graph import Graph, Kind, Node, Value
+from dsv4c.ir.graph import Graph, Node, Value
 from dsv4c.ir.text import print_attribute
 from dsv4c.ir.totals import totals
 from dsv4c.types import Type
 from dsv4c.view.diff import Difference, diff
-from dsv4c.view.layers import Section, body_of, body_results, family, layer_of, sections
+from dsv4c.view.layers import Section, body_of, body_results, family, from_a_layer, sections
 
 STATIC = Path(__file__).parent / "static"
 
@@ -161,7 +161,7 @@ class _Page:
                 return number[value]
             if value not in outside:
                 outside[value] = len(described)
-                made_elsewhere = value.kind is Kind.RESULT and bool(section.prefix) and _moves(value)
+                made_elsewhere = bool(section.prefix) and from_a_layer(value)
                 name = f"^{len(foreign)}" if made_elsewhere else section.canonical(value.name)
                 if made_elsewhere:
                     foreign.append(value.name)
@@ -250,9 +250,3 @@ class _Changes:
         changed = [i for i, node in enumerate(section.nodes) if node in self.changed]
         gone = self.gone.pop(section.prefix, {})
         return [new, changed, [[block, *indices] for block, indices in gone.items()]]
-
-
-def _moves(value: Value) -> bool:
-    """Does the value's name depend on which layer reads it? Also true of what the first layer reads."""
-    assert value.node is not None
-    return bool(layer_of(value.node.scope)) or value.node.op.name == "expand_streams"

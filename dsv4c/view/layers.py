@@ -6,21 +6,13 @@ Names of results and the layer's own number do not count; attributes, types, wir
 
 from __future__ import annotations
 
-import re
 from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
-
-_LAYER = re.compile(r"((layers|mtp)\.(\d+))(?=\.|$)")
-
-
-def layer_of(name: str) -> str:
-    """The layer that a scope or a parameter's name lies in, `layers.3`; empty outside of layers."""
-    match = _LAYER.match(name)
-    return match[1] if match else ""
+from dsv4c.scope import LAYERS, Scope
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,21 +29,19 @@ class Section:
 
     def relative(self, name: str) -> str:
         """`name` inside the section: `.attn.qa`; unchanged when it lies elsewhere."""
-        if self.prefix and (name == self.prefix or name.startswith(f"{self.prefix}.")):
-            return name[len(self.prefix) :]
-        return name
+        return name[len(self.prefix) :] if Scope.of(name).layer == self.prefix else name
 
     def canonical(self, name: str) -> str:
         """`name` without the section's number: as `relative`, and in a neighbor by distance, `-1.ffn_out`."""
-        match, own = _LAYER.match(name), _LAYER.match(self.prefix)
-        if match is None or own is None or match[2] != own[2]:
+        scope, own = Scope.of(name), Scope.of(self.prefix)
+        if not scope.block or scope.block != own.block:
             return name
-        distance = int(match[3]) - int(own[3])
-        return f"{distance:+d}{name[match.end() :]}" if distance else name[match.end() :]
+        distance, inside = scope.number - own.number, name[len(scope.layer) :]
+        return f"{distance:+d}{inside}" if distance else inside
 
     def declared(self, graph: Graph) -> Iterator[Value]:
         """States and params that live in the layer."""
-        return (v for v in (*graph.states, *graph.params) if self.prefix and layer_of(v.name) == self.prefix)
+        return (v for v in (*graph.states, *graph.params) if self.prefix and v.place.layer == self.prefix)
 
     def taken(self, graph: Graph) -> tuple[Value, ...]:
         """What its nodes read and neither make nor declare, in order of first use."""
@@ -78,7 +68,7 @@ class Fold:
     @property
     def numbers(self) -> str:
         """Layer numbers of all members but the first: `4, 6, 8`."""
-        return ", ".join(m.prefix.rpartition(".")[2] for m in self.members[1:])
+        return ", ".join(str(Scope.of(m.prefix).number) for m in self.members[1:])
 
 
 def sections(graph: Graph) -> list[Section]:
@@ -86,7 +76,7 @@ def sections(graph: Graph) -> list[Section]:
     groups: dict[tuple[str, int], list[Node]] = {}
     run, outside = 0, False
     for node in graph.nodes:
-        prefix = layer_of(node.scope)
+        prefix = node.place.layer
         if not prefix and not outside:
             run += 1
         outside = not prefix
@@ -116,7 +106,7 @@ def encode(section: Section) -> Iterator[tuple[Hashable, ...]]:
     def operand(value: Value) -> Hashable:
         if value in number:
             return number[value]
-        if value.kind is not Kind.RESULT or not _other_layer(value, section):
+        if not from_a_layer(value):
             return section.canonical(value.name), value.type
         return f"^{foreign.setdefault(value, len(foreign))}", value.type
 
@@ -133,15 +123,16 @@ def encode(section: Section) -> Iterator[tuple[Hashable, ...]]:
         )
 
 
-def _other_layer(value: Value, section: Section) -> bool:
-    """Is `value` the result of another layer, or of what a first layer has in place of one?"""
-    assert value.node is not None
-    return bool(layer_of(value.node.scope)) or value.node.op.name == "expand_streams"
+def from_a_layer(value: Value) -> bool:
+    """Is `value` the result of a layer, or of what a first layer has in place of one? Then its name depends
+    on which layer reads it.
+    """
+    return value.node is not None and (bool(value.node.place.block) or value.node.op.name == "expand_streams")
 
 
 def find_section(graph: Graph, layer: int | str) -> Section:
     """The section of layer 3, `layers.3` or `mtp.0`. Raises GraphError naming the layers there are."""
-    prefix = f"layers.{layer}" if isinstance(layer, int) else layer
+    prefix = Scope(LAYERS, layer).layer if isinstance(layer, int) else layer
     known = [s for s in sections(graph) if s.prefix]
     for section in known:
         if section.prefix == prefix:

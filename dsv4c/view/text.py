@@ -11,12 +11,13 @@ from dsv4c.ir.graph import Graph, Kind
 from dsv4c.ir.text import print_graph, print_nodes
 from dsv4c.ir.totals import Totals, compulsory, totals
 from dsv4c.models.layout import part_of
+from dsv4c.scope import Scope
 from dsv4c.view.layers import Fold, Section, family, find_section, folds
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A graph in figures. Bytes per token are compulsory ones: of a call with full caches, over its rows."""
+    """A graph in figures. Bytes per token are compulsory ones: a call's with full caches, over its rows."""
 
     graph: str
     totals: Totals
@@ -80,9 +81,8 @@ def room(graph: Graph, config: ModelConfig) -> int:
     """Tokens that the graph's caches hold: entries times ratio; the window where nothing is compressed."""
     most = config.sliding_window
     for state in graph.states:
-        layer, _, rest = state.name.partition(".attn.")
-        if rest == "entries":
-            ratio = config.compress_ratios[int(layer.rpartition(".")[2])]
+        if state.place.path == "attn.entries":
+            ratio = config.compress_ratios[state.place.number]
             most = max(most, state.type.shape[1] * ratio)
     return most
 
@@ -120,7 +120,7 @@ def render(graph: Graph, layer: int | str | None = None, fold: bool = True) -> s
     lines = [f"graph {graph.name}"]
     for values in (graph.inputs, graph.states, graph.params):
         for value in values:
-            if not any(value.name.startswith(f"{prefix}.") for prefix in hidden & {_owner(value.name)}):
+            if value.place.layer not in hidden:
                 lines.append(f"{value.kind.value} %{value.name}: {value.type}")
     for group in groups:
         lines += [*_folded(group), *print_nodes(group.shown.nodes)]
@@ -128,14 +128,10 @@ def render(graph: Graph, layer: int | str | None = None, fold: bool = True) -> s
     return "\n".join(lines) + "\n"
 
 
-def _owner(name: str) -> str:
-    return ".".join(name.split(".", 2)[:2])
-
-
 def _folded(group: Fold) -> list[str]:
     if len(group.members) == 1:
         return [f"# {group.shown.prefix}"] if group.shown.prefix else []
-    kind = group.shown.prefix.rpartition(".")[0]
+    kind = Scope.of(group.shown.prefix).block
     others = len(group.members) - 1
     verb = "is" if others == 1 else "are"
     return [f"# {kind}.{group.numbers} (x{others}) {verb} equal to {group.shown.prefix}"]

@@ -22,7 +22,7 @@ from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv,
 from dsv4c.codegen.kernels.quantize import QuantizeSpec, emit_quantize
 from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec, Rider, seated
 from dsv4c.errors import BuildError
-from dsv4c.numerics.packing import parse_packing
+from dsv4c.numerics.forms import parse_packing
 from tests.conftest import Golden
 
 CODES = Activations("x", "e4m3")

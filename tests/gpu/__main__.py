@@ -20,6 +20,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TextIO
 
+from tests.goldens import golden_case
+
 REPOSITORY = Path(__file__).parents[2]
 FOUND = 9  # compute-sanitizer's status when it found something
 CONTEXT = 2.0  # GiB that a process takes beside its tensors
@@ -71,6 +73,11 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
     for plan in plans:
         if plan["use"] in ("layers", "recorded"):
             yield layers_job(folder, plan)
+        if plan["use"] == "slots":
+            random = plan["weights"] == "random"
+            weights = () if random else ("--weights", golden_case(plan["model"]))
+            command = module("tests.gpu.check_slots", folder / plan["name"], *weights)
+            yield Job(f"slots {plan['name']}", command, plan["gibibytes"] + CONTEXT)
     for name, only in (("attention", "swa,csa,hca,tiny"), ("state", "state"), ("index", "index,topk")):
         cases = ("--folder", folder / "attention", "--only", only, "--no-time")
         yield Job(f"kernels {name}", module("tests.gpu.check_attention", *cases))

@@ -20,7 +20,7 @@ from dsv4c.plan.folder import Plan
 from tests.goldens import golden_case
 
 KERNELS = ("gemv", "hyper", "attention")  # of build_*.py
-LAYERS, TIMES, LOADED, RECORDED = "layers", "times", "loaded", "recorded"
+LAYERS, TIMES, LOADED, RECORDED, SLOTS = "layers", "times", "loaded", "recorded", "slots"
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Wanted:
     model: str
     recipe: str = "official"
     layers: int = 0
-    batch: int = 1
+    batch: int | tuple[int, ...] = 1
     context: int = 512
     at: tuple[str, ...] = ()  # positions that `check_layers` starts from
     every: int = 4  # steps of which it compares one
@@ -64,15 +64,17 @@ WANTED = (
     *(wide("flash", recipe, 3, 1, "0:4", "2400:4") for recipe in ("bf16", "nvfp4")),
     wide("flash", "nvfp4-experts", 4, 1, "0:4", "2400:4"),
     *(Wanted(n, TIMES, model, layers=layers, context=8448) for n, (model, layers) in PLANS.items()),
+    Wanted("tiny-slots", SLOTS, "official-quant", batch=(1, 2, 4, 8)),
+    Wanted("flash6-slots", SLOTS, FLASH, layers=6, batch=(1, 2, 4, 8), context=2560),
     Wanted("flash43", LOADED, FLASH, layers=43, context=131072),
     Wanted("pro61", LOADED, "deepseek-v4-pro", layers=61, context=131072),
 )
 
 
 def compiled(wanted: Wanted, target: str) -> Plan:
-    """The plan: all kinds of buckets for recorded runs, for others the decode step alone."""
+    """The plan: all kinds of buckets for recorded runs and those of slots, for others the decode step."""
     model = first_layers(wanted.model, wanted.layers) if wanted.layers else golden_case(wanted.model)
-    others = {} if wanted.use == RECORDED else {"verify": 1, "chunk": 1}
+    others = {} if wanted.use in (RECORDED, SLOTS) else {"verify": 1, "chunk": 1}
     options = {"recipe": wanted.recipe, "batch": wanted.batch, "max_context": wanted.context, **others}
     return compile(model, target=target, certify=False, **options)  # what runs on a GPU needs none
 

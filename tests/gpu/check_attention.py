@@ -39,8 +39,9 @@ from dsv4c.ir.ops.rope import Rope, RopeFrequencies
 from dsv4c.ir.ops.state import CacheWrite
 from dsv4c.numerics import codec
 from dsv4c.numerics.codec import Quantized
-from dsv4c.numerics.packing import pack, parse_packing
-from dsv4c.reference.registry import run
+from dsv4c.numerics.forms import parse_packing
+from dsv4c.numerics.packing import pack
+from dsv4c.reference import run
 from dsv4c.runtime.driver import Kernel, Launch, Library
 from dsv4c.types import BF16, F32, KV_FP8, MXFP4
 from tests.gpu.kernels import measure, options_parser, run_once, start, wanted

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.numerics import codec
-from dsv4c.numerics.packing import parse_packing
+from dsv4c.numerics.forms import parse_packing
 from dsv4c.runtime.driver import Kernel, Launch, Library
 from dsv4c.types import FP8_ROW
 from tests.gpu.check_gemv import Operands, bind_weight, launch_of, random_e4m3, random_weight, styled, wide

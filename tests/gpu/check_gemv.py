@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dsv4c.numerics import codec
-from dsv4c.numerics.packing import pack, parse_packing
+from dsv4c.numerics.forms import parse_packing
+from dsv4c.numerics.packing import pack
 from dsv4c.runtime.driver import Kernel, Launch, Library
 from dsv4c.types import FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4, NVFP4_ROW
 from tests.gpu.kernels import measure, options_parser, run_once, start, wanted

@@ -20,11 +20,11 @@ from torch import Tensor
 
 import dsv4c.passes.fusions  # noqa: F401, registers the fused ops
 from benchmarks.layers import fill_state, random_e4m3
+from dsv4c.certify.rounding import integers, limit
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph
 from dsv4c.numerics.codec import Quantized, Value, dequantize, view
-from dsv4c.passes.rounding import integers, limit
 from dsv4c.plan.folder import Plan, load
 from dsv4c.reference import run
 from dsv4c.runtime.checkpoint import Checkpoint
@@ -102,7 +102,8 @@ class Checker:
         """The state before a step at `position`: empty, or random."""
         self.executor.clear()
         if position:
-            fill_state(self.executor)
+            for slot in self.executor.plan.state:
+                fill_state(self.executor.blocks["state"], slot.type, slot.offset)
         at = self.executor.states["position"]
         assert isinstance(at, Tensor)
         at.fill_(position)

@@ -15,6 +15,7 @@ from dsv4c.ir.op import (
     arity,
     elements,
     expect_tensor,
+    field_names,
     lookup,
     operand_names,
     primitive,
@@ -159,3 +160,17 @@ def test_applying_an_op_outside_of_a_builder() -> None:
         x = b.input("x", X)
     with pytest.raises(GraphError, match="no graph is being built here"):
         rms_norm(x, eps=1e-6)
+
+
+def test_traits_speak_of_operands_and_attributes_that_there_are() -> None:
+    weighted = 0
+    for op in OPS.values():
+        _, most = arity(op)
+        places = {*op.picks, *(table for table, _ in op.picks.values()), *op.same_format.keys()}
+        places |= {*op.same_format.values(), *(() if op.weight is None else (op.weight,))}
+        assert all(0 <= place < most for place in places), op.name
+        assert op.geometry <= set(field_names(op)), op.name
+        assert op.weight is not None or not op.product, op.name
+        assert op.picks or not op.by_slot, op.name
+        weighted += op.weight is not None
+    assert weighted >= 6

@@ -221,7 +221,7 @@ REFUSALS = [  # op, operands, what the message says
     (
         "cache_write",
         "bf16[2,192,512] bf16[6,256] i32[6] i32[6]",
-        "rows must be bf16[6,512] to go into bf16[2,192,512]",
+        "rows must be bf16[6,512] to fit bf16[2,192,512]",
     ),
     ("cache_write", f"{KV}[2,192,512] bf16[6,512] i32[6] i32[6]", f"rows must be {KV}[6,512]"),
     ("cache_write", "bf16[4,192,512] bf16[6,512] i32[6] i32[4]", "slots i32[4] and index i32[6] differ"),
@@ -240,7 +240,7 @@ REFUSALS = [  # op, operands, what the message says
     (
         "cache_extend {capacity=256, tokens=3}",
         f"{KV}[2,192,512] bf16[6,512] i32[6] i32[6]",
-        f"rows must be {KV}[6,512] to go with {KV}[2,192,512]",
+        f"rows must be {KV}[6,512] to fit {KV}[2,192,512]",
     ),
     (
         "cache_extend {capacity=256, tokens=3}",

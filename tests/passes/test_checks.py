@@ -12,6 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from dsv4c.certify import adversarial, compare, finding
+from dsv4c.certify import application as application_module
+from dsv4c.certify import evaluate as evaluate_module
+from dsv4c.certify.application import Application, applications
+from dsv4c.certify.certificates import Certificates
+from dsv4c.certify.evaluate import PATTERNS, evaluate
 from dsv4c.cli import check as check_command
 from dsv4c.ir import declare as declare_module
 from dsv4c.ir import fused as fused_module
@@ -24,19 +30,18 @@ from dsv4c.ir.ops import quantize, rms_norm, scale, silu, sqrt_softplus
 from dsv4c.ir.ops.math import SqrtSoftplus
 from dsv4c.ir.ops.norm import RmsNorm
 from dsv4c.numerics import codec
-from dsv4c.passes import adversarial, certify, compare, pipeline
 from dsv4c.passes import expand as expand_module
 from dsv4c.passes import fold as fold_module
 from dsv4c.passes import match as match_module
+from dsv4c.passes import pipeline
 from dsv4c.passes import work as work_module
-from dsv4c.passes.certify import PATTERNS, Application, applications, evaluate
 from dsv4c.reference import run
 from dsv4c.reference.registry import MEANINGS
 from dsv4c.types import FP8_ROW, QuantFormat
 from tests import test_cli_passes as commanding
+from tests.certify import test_certificates as certifying
 from tests.checking import checks, notices, without
 from tests.ir import test_verify as verifying
-from tests.passes import test_certify as certifying
 from tests.passes import test_fold as folding
 from tests.passes import test_pipeline as ordering
 from tests.passes.fusions import test_refusals as refusing
@@ -70,7 +75,9 @@ NOTICED_BY: dict[ModuleType, dict[str, Test]] = {
         "Work.after: writer is not None and writer is not node": (
             folding.test_a_read_that_must_come_before_the_write_closes_a_cycle
         ),
-        "Work.sort: len(ordered) != len(self.low)": refusing.test_without_the_check_a_cycle_would_close,
+        "Work._waiting_for_others: len(ordered) != len(self.low)": (
+            refusing.test_without_the_check_a_cycle_would_close
+        ),
     },
     match_module: {
         "Search.objection: work.producer(value) in inside": folding.test_an_inner_value_as_an_operand,
@@ -102,8 +109,10 @@ NOTICED_BY: dict[ModuleType, dict[str, Test]] = {
             folding.test_what_only_the_real_types_tell
         ),
     },
-    certify: {
+    application_module: {
         "application: set(external) != set(match.operands)": certifying.test_a_dropped_operand_is_noticed,
+    },
+    evaluate_module: {
         "allowed: kind not in ORDER[:-1]": certifying.test_an_unknown_class_is_refused,
     },
     compare: {
@@ -189,11 +198,11 @@ WHOLE: list[tuple[Any, str, Any, Test]] = [
     (
         compare,
         "_codes",
-        lambda *_: compare.Finding(compare.BIT_EXACT, 0.0, ""),
+        lambda *_: finding.Finding(finding.BIT_EXACT, 0.0, ""),
         certifying.test_one_code_is_a_requantization,
     ),
     (check_command, "_changed", lambda *_: [], commanding.test_a_certificate_that_changed_fails_the_check),
-    (certify.Certificates, "failed", property(lambda _: []), commanding.test_a_rule_that_is_wrong_is_no_plan),
+    (Certificates, "failed", property(lambda _: []), commanding.test_a_rule_that_is_wrong_is_no_plan),
     (pipeline, "surprising", lambda *_: False, ordering.test_a_rule_that_matched_nothing_is_a_warning),
     (pipeline, "verify", lambda graph: graph, ordering.test_a_pass_that_breaks_the_graph_is_named),
 ]
@@ -223,7 +232,7 @@ def test_a_whole_check_switched_off_is_noticed(
 def test_what_a_class_allows_is_held_to(monkeypatch: pytest.MonkeyPatch) -> None:
     test = certifying.test_a_declared_class_is_held_to
     assert not notices(test)
-    monkeypatch.setattr(certify.Certificate, "holds", property(lambda _: True))
+    monkeypatch.setattr(finding.Certificate, "holds", property(lambda _: True))
     assert notices(test)
 
 
@@ -237,7 +246,7 @@ def test_bounds_of_the_classes_matter(bound: str, loose: float, monkeypatch: pyt
 def test_operands_are_compared_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
     test, real = certifying.test_an_operand_that_is_overwritten_is_noticed, compare.compare
     assert not notices(test)
-    monkeypatch.setattr(compare, "compare", lambda a, b, where: real(a[:-2], b[:-2], where))
+    monkeypatch.setattr(evaluate_module, "compare", lambda a, b, where: real(a[:-2], b[:-2], where))
     assert notices(test)
 
 
@@ -343,7 +352,7 @@ def test_every_pattern_finds_what_no_other_does(pattern: str, monkeypatch: pytes
     assert evaluate(applied).holds
     monkeypatch.setitem(MEANINGS, type(applied.op), wrong)
     assert not evaluate(applied).holds
-    monkeypatch.setattr(certify, "PATTERNS", tuple(p for p in PATTERNS if p != pattern))
+    monkeypatch.setattr(evaluate_module, "PATTERNS", tuple(p for p in PATTERNS if p != pattern))
     assert evaluate(applied).holds
 
 

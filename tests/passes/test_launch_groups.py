@@ -13,7 +13,7 @@ from dsv4c.ir.graph import Builder, Graph, Node
 from dsv4c.ir.ops import add, cache_write, reshape, scale, silu
 from dsv4c.passes import schedule as scheduling
 from dsv4c.passes.memory import plan_memory
-from dsv4c.passes.schedule import Group, Schedule, layer_of, schedule
+from dsv4c.passes.schedule import Group, Schedule, schedule
 from dsv4c.types import F32, I32, TensorType
 from tests.passes.fusions.cases import folded
 
@@ -79,7 +79,7 @@ def test_shared_launches_are_of_one_group_and_keep_every_wait(
     for nodes in order.launches:
         if len(nodes) == 1:
             continue
-        assert len({layer_of(n) for n in nodes} - {""}) == 1
+        assert len({n.place.layer for n in nodes} - {""}) == 1
         group = next(g for g in groups if all(n.op.name in g.ops for n in nodes) and fits(g, nodes, waits))
         turns = [group.ops.index(n.op.name) for n in nodes]
         assert turns == sorted(turns)
@@ -209,7 +209,7 @@ def test_the_shared_launches_of_a_csa_layer() -> None:
     together = [
         [n.op.name for n in nodes]
         for nodes in order.launches
-        if len(nodes) > 1 and layer_of(nodes[0]) == "layers.2"
+        if len(nodes) > 1 and nodes[0].place.layer == "layers.2"
     ]
     assert together == [
         ["in_proj", "in_proj"],

@@ -5,7 +5,8 @@ them.
 import pytest
 import torch
 
-from dsv4c.numerics.packing import Packing, pack, parse_packing, unpack
+from dsv4c.numerics.forms import Packing, parse_packing
+from dsv4c.numerics.packing import pack, unpack
 
 
 def _matrix(format: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:

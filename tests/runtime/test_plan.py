@@ -211,7 +211,7 @@ def test_an_unknown_bucket_is_named(plan: Plan) -> None:
     known = "only decode-3, verify-1x4, prefill-24"
     with pytest.raises(PlanError, match=rf"has no bucket 'draft', {known}; compile with --draft mtp$"):
         without.program("draft")
-    with pytest.raises(PlanError, match=rf"has no bucket 'decode-8', {known}$"):
+    with pytest.raises(PlanError, match=rf"has no bucket 'decode-8', {known}; did you mean 'decode-3'\?$"):
         without.program("decode-8")
 
 

@@ -24,6 +24,7 @@ from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Launch, Place
 from dsv4c.reference import interpret
 from dsv4c.runtime.checkpoint import Checkpoint
+from dsv4c.runtime.cpu import results_of
 from dsv4c.runtime.parameter import ParamRecord
 from dsv4c.runtime.session import Session
 from tests.goldens import golden_case
@@ -123,9 +124,10 @@ def test_a_plan_in_its_poisoned_arena_equals_plain_interpretation(plan: Plan, ch
         outputs_wanted, wanted = plain.run(bucket, inputs)
         wrong = []
 
-        def compare(name: str, value: Value, wanted: dict = wanted, wrong: list = wrong) -> None:
-            if not same(value, wanted[name]):
-                wrong.append(name)
+        def compare(launch: Launch, bucket: str = bucket, wanted: dict = wanted, wrong: list = wrong) -> None:
+            for name in results_of(launch):
+                if not same(executor.value(bucket, name), wanted[name]):
+                    wrong.append(name)
 
         outputs = executor.run(bucket, inputs, compare)
         assert wrong == [], bucket
@@ -473,6 +475,9 @@ def test_a_state_that_cannot_be_written_leaves_the_old_file(
 def test_weights_of_another_model_are_refused_by_name(plan: Plan, tmp_path: Path) -> None:
     narrower = replace(dsv4c.load_config("tiny"), vocab_size=500)
     other = synthesize(narrower, tmp_path / "other", seed=1)
+    with pytest.raises(CheckpointError, match="of another model: vocab_size is 500, the plan has 512"):
+        plan.bind(other)
+    (other / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"embed\.weight in .* is \[500, 256\], expected \[512, 256\]"):
         plan.bind(other)
     with pytest.raises(CheckpointError, match="no such file or folder"):

@@ -15,7 +15,6 @@ from dsv4c.ir.graph import Builder, Graph
 from dsv4c.ir.ops import add, rms_norm, silu
 from dsv4c.types import BF16, TensorType
 from dsv4c.view.dot import dot
-from dsv4c.view.layers import layer_of
 from dsv4c.view.model_explorer import model_explorer
 from dsv4c.view.svg import svg
 from tests.view.graphs import folded, official, plain
@@ -58,7 +57,7 @@ def test_layers_fold_and_are_chosen_whole() -> None:
     folded_text, one = dot(graph), dot(graph, layer=6)
     assert 'label="layers.4 x20"' in folded_text
     assert "layers.6" not in folded_text
-    nodes = [n for n in graph.nodes if layer_of(n.scope) == "layers.6"]
+    nodes = [n for n in graph.nodes if n.place.layer == "layers.6"]
     assert len(re.findall(r"fillcolor=\"#|fillcolor=\"white\"", one)) == len(nodes)
     with pytest.raises(GraphError, match=r"no layer 'layers\.99'"):
         dot(graph, layer=99)

@@ -17,7 +17,7 @@ from dsv4c.ir.totals import compulsory
 from dsv4c.models.deepseek_v4 import build
 from dsv4c.models.layout import layout
 from dsv4c.types import BF16, TensorType
-from dsv4c.view.layers import body_of, find_section, folds, layer_of, sections
+from dsv4c.view.layers import body_of, find_section, folds, sections
 from dsv4c.view.text import render, summarize, summary
 from tests.view.graphs import config, folded, official, plain
 
@@ -95,19 +95,6 @@ def test_sections_are_whole_where_nodes_interleave() -> None:
     ]
 
 
-def test_layer_of_a_scope() -> None:
-    assert [
-        layer_of(s) for s in ("layers.3", "layers.3.attn", "layers.31.attn", "mtp.0.output", "output", "")
-    ] == [
-        "layers.3",
-        "layers.3",
-        "layers.31",
-        "mtp.0",
-        "",
-        "",
-    ]
-
-
 @pytest.mark.parametrize(
     ("name", "counts"),
     [
@@ -137,7 +124,7 @@ def test_unfolded_rendering_parses_back() -> None:
 def test_one_layer_is_whole() -> None:
     graph = official("deepseek-v4-flash")
     text = render(graph, layer=6)
-    nodes = [n for n in graph.nodes if layer_of(n.scope) == "layers.6"]
+    nodes = [n for n in graph.nodes if n.place.layer == "layers.6"]
     lines = text.splitlines()
     assert lines[0] == f"# layers.6 of graph deepseek-v4-flash.decode-1: {len(nodes)} nodes"
     assert all(print_node(n, n.scope) in lines for n in nodes)

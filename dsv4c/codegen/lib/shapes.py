@@ -6,8 +6,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-COLUMNS = {"fp8": 128, "bf16": 64, "mxfp4": 128, "nvfp4": 128}  # of a unit, which has 16 rows
-BYTES = {"fp8": 2048, "bf16": 2048, "mxfp4": 1088, "nvfp4": 1152}  # of a unit, FP4 block scales included
+from dsv4c.numerics.forms import UNIT_BYTES, UNIT_COLUMNS
+
+FORMATS = ("fp8", "bf16", "mxfp4", "nvfp4")
+COLUMNS = {format: UNIT_COLUMNS[format] for format in FORMATS}
+BYTES = {format: UNIT_BYTES[format] for format in FORMATS}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class WindowIndex(Op):
 class VisibleEntries(Op):
     """Positions i32[N] -> i32[N, capacity]: entry w when it is complete, w < (t+1)//ratio, else -1."""
 
+    geometry: ClassVar = frozenset({"capacity"})
     ratio: int
     capacity: int
 
@@ -40,6 +41,7 @@ class Gather(Op):
     Row n reads index % C of its slot; index -1 gives zeros.
     """
 
+    by_slot: ClassVar = True
     picks: ClassVar = {2: (0, 0)}
 
     def infer(self, cache: Type, index: Type, slots: Type) -> Type:

@@ -20,6 +20,9 @@ class CompletedEntries(Op):
     tokens: int
     per_call: ClassVar = "tokens"
 
+    def hands_on(self, operand: int) -> int | None:
+        return 1 if operand == 1 else None  # slots
+
     def infer(self, positions: Type, slots: Type) -> tuple[TensorType, TensorType]:
         rows = expect_tensor(positions, "positions", 1, I32).shape[0]
         expect(slots == positions, f"slots {slots} and positions {positions} differ")
@@ -44,6 +47,8 @@ class CompressPool(Op):
     overlap: bool
     tokens: int
     per_call: ClassVar = "tokens"
+    geometry: ClassVar = frozenset({"tokens"})
+    by_slot: ClassVar = True
     picks: ClassVar = {3: (0, 0)}
 
     def infer(self, kv: Type, score: Type, entries: Type, slots: Type) -> TensorType:

@@ -17,6 +17,7 @@ class IndexScores(Op):
     """
 
     ratio: int
+    by_slot: ClassVar = True
     picks: ClassVar = {4: (1, 0)}
 
     def infer(self, q: Type, keys: Type, weights: Type, positions: Type, slots: Type) -> TensorType:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
+from dsv4c.ir.op import Cost, Op, Rounding, elements, expect, expect_tensor, primitive
 from dsv4c.types import BF16, F32, I32, DType, QuantType, TensorType, Type
 
 
@@ -30,6 +30,9 @@ def _compatible(x: Type, w: Type) -> None:
 class Linear(Op):
     """x[..., K] · w[M, K]ᵀ -> out[..., M]. Quantized operands multiply exactly inside a scale block."""
 
+    product: ClassVar = True
+    weight: ClassVar = 1
+    rounding: ClassVar = Rounding.ONCE
     out: DType
 
     def infer(self, x: Type, w: Type) -> TensorType:
@@ -47,6 +50,9 @@ class Linear(Op):
 class GroupedLinear(Op):
     """Block-diagonal product: x[N, G, K] · w[G, M, K]ᵀ -> out[N, G, M]."""
 
+    product: ClassVar = True
+    weight: ClassVar = 1
+    rounding: ClassVar = Rounding.ONCE
     out: DType
 
     def infer(self, x: Type, w: Type) -> TensorType:
@@ -65,8 +71,10 @@ class GroupedLinear(Op):
 class ExpertLinear(Op):
     """Tokens through their experts: x[N, K] or x[N, k, K], w[E, M, K], experts i32[N, k] -> out[N, k, M]."""
 
-    out: DType
+    product: ClassVar = True
+    weight: ClassVar = 1
     picks: ClassVar = {2: (1, 0)}
+    out: DType
 
     def infer(self, x: Type, w: Type, experts: Type) -> TensorType:
         _compatible(x, w)

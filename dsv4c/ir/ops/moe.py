@@ -12,7 +12,11 @@ from dsv4c.types import I32, TensorType, Type
 class Embedding(Op):
     """Rows of a table: table[V, ...], ids i32[N] -> [N, ...]. The hash router's expert table is one too."""
 
+    weight: ClassVar = 0
     picks: ClassVar = {1: (0, 0)}
+
+    def hands_on(self, operand: int) -> int | None:
+        return 0 if operand == 0 else None
 
     def infer(self, table: Type, ids: Type) -> TensorType:
         tensor = expect_tensor(table, "table", least=1)
@@ -28,6 +32,9 @@ class TakeAlong(Op):
     """x[n, index[n, j]] (or x[index[n, j]] for a vector x): x[N, E] or x[E], index i32[N, k] -> [N, k]."""
 
     picks: ClassVar = {1: (0, -1)}
+
+    def hands_on(self, operand: int) -> int | None:
+        return 0 if operand == 0 else None
 
     def infer(self, x: Type, index: Type) -> TensorType:
         tensor = expect_tensor(x, "x")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from dsv4c.ir.op import Op, expect, expect_tensor, primitive
 from dsv4c.types import BF16, F32, DType, TensorType, Type
 
@@ -13,6 +15,7 @@ class RmsNorm(Op):
     `precision=bf16` rounds after each step (square, mean, rsqrt, product), as the official q norm per head.
     """
 
+    weight: ClassVar = 1
     eps: float
     precision: DType = F32
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from dsv4c.ir.op import Op, expect, expect_tensor, primitive
 from dsv4c.types import F32, I32, TensorType, Type
 
@@ -32,6 +34,7 @@ class Rope(Op):
     x[N, ..., D], positions i32[N], frequencies f32[d/2]. `inverse` rotates by the opposite angle.
     """
 
+    weight: ClassVar = 2
     inverse: bool = False
     stride: int = 1
 

@@ -14,7 +14,12 @@ class Reshape(Op):
     """The same elements in another shape, of which one dimension may be -1: what is left."""
 
     view: ClassVar = True
+    addressed: ClassVar = True
+    geometry: ClassVar = frozenset({"shape"})
     shape: tuple[int, ...]
+
+    def hands_on(self, operand: int) -> int | None:
+        return 0
 
     def infer(self, x: Type) -> TensorType:
         dtype, count = expect_tensor(x, "x").dtype, elements(x)
@@ -36,9 +41,14 @@ class Reshape(Op):
 class Slice(Op):
     """x[start:stop] along `axis`."""
 
+    addressed: ClassVar = True
+    geometry: ClassVar = frozenset({"start", "stop"})
     axis: int
     start: int
     stop: int
+
+    def hands_on(self, operand: int) -> int | None:
+        return 0
 
     def infer(self, x: Type) -> TensorType:
         shape = list(expect_tensor(x, "x").shape)
@@ -59,6 +69,9 @@ class Concat(Op):
     """Values joined along `axis`; all other dimensions, and the types, agree."""
 
     axis: int
+
+    def hands_on(self, operand: int) -> int | None:
+        return 0
 
     def infer(self, *parts: Type) -> Type:
         expect(len(parts) >= 2, "concat joins at least two values")

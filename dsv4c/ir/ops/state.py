@@ -12,6 +12,16 @@ from dsv4c.ir.op import Cost, Op, expect, expect_tensor, primitive, row_bytes
 from dsv4c.types import I32, TensorType, Type
 
 
+def _expect_rows(cache: Type, rows: Type, slots: Type, name: str, places: Type) -> None:
+    """Rows [M, ...] that fit a cache [S, C, ...], with a slot and a place each; `name` is that operand's."""
+    expect_tensor(places, name, 1, I32)
+    expect(len(cache.shape) >= 2, f"cache must be [S, C, ...], got {cache}")
+    expect(rows.shape[:1] == places.shape, f"rows {rows} and {name} {places} differ")
+    expect(slots == places, f"slots {slots} and {name} {places} differ")
+    wanted = cache.with_shape((rows.shape[0], *cache.shape[2:]))
+    expect(rows == wanted, f"rows must be {wanted} to fit {cache}, got {rows}")
+
+
 @primitive
 class CacheWrite(Op):
     """cache[S, C, ...] with rows[M, ...] stored in place: row m at index % C of its slot.
@@ -20,15 +30,12 @@ class CacheWrite(Op):
     """
 
     alias: ClassVar = {0: 0}
+    by_slot: ClassVar = True
+    same_format: ClassVar = {1: 0}
     picks: ClassVar = {3: (0, 0)}
 
     def infer(self, cache: Type, rows: Type, index: Type, slots: Type) -> Type:
-        expect_tensor(index, "index", 1, I32)
-        expect(len(cache.shape) >= 2, f"cache must be [S, C, ...], got {cache}")
-        expect(rows.shape[:1] == index.shape, f"rows {rows} and index {index} differ")
-        expect(slots == index, f"slots {slots} and index {index} differ")
-        wanted = cache.with_shape((rows.shape[0], *cache.shape[2:]))
-        expect(rows == wanted, f"rows must be {wanted} to go into {cache}, got {rows}")
+        _expect_rows(cache, rows, slots, "index", index)
         return cache
 
     def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
@@ -49,15 +56,12 @@ class CacheExtend(Op):
     capacity: int
     tokens: int
     per_call: ClassVar = "tokens"
+    by_slot: ClassVar = True
+    same_format: ClassVar = {1: 0}
     picks: ClassVar = {3: (0, 0)}
 
     def infer(self, cache: Type, rows: Type, positions: Type, slots: Type) -> Type:
-        expect_tensor(positions, "positions", 1, I32)
-        expect(len(cache.shape) >= 2, f"cache must be [S, C, ...], got {cache}")
-        expect(rows.shape[:1] == positions.shape, f"rows {rows} and positions {positions} differ")
-        expect(slots == positions, f"slots {slots} and positions {positions} differ")
-        wanted = cache.with_shape((rows.shape[0], *cache.shape[2:]))
-        expect(rows == wanted, f"rows must be {wanted} to go with {cache}, got {rows}")
+        _expect_rows(cache, rows, slots, "positions", positions)
         count = rows.shape[0]
         expect(count % self.tokens == 0, f"{count} rows are not {self.tokens} of each sequence")
         expect(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from dsv4c.ir.declare import fused
 from dsv4c.ir.fused import Fused, Neighborhood, dtype_of
 from dsv4c.ir.graph import Node, Value
+from dsv4c.ir.op import Rounding
 from dsv4c.ir.ops import (
     add_position_bias,
     cache_extend,
@@ -35,6 +36,7 @@ class Compressor(Fused):
     `rotated` entries are index keys: under the Hadamard transform.
     """
 
+    rounding = Rounding.ONCE
     optional = True
     literals = ("rms_norm.precision", "rope.inverse")
     anchor = CompressPool

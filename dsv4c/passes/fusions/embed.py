@@ -5,6 +5,7 @@ from __future__ import annotations
 from dsv4c.ir.declare import fused
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Value
+from dsv4c.ir.op import Rounding
 from dsv4c.ir.ops import embedding, expand_streams
 
 
@@ -12,6 +13,7 @@ from dsv4c.ir.ops import embedding, expand_streams
 class Embed(Fused):
     """table[V, H], tokens i32[N] -> [N, streams, H]."""
 
+    rounding = Rounding.NOWHERE
     streams: int
 
     def body(self, table: Value, tokens: Value) -> Value:

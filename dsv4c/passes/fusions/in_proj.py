@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from dsv4c.ir.declare import fused
 from dsv4c.ir.fused import OPERANDS, Fused, Neighborhood
 from dsv4c.ir.graph import Kind, Node, Value
+from dsv4c.ir.op import Rounding
 from dsv4c.ir.ops import linear
 from dsv4c.ir.ops.linear import Linear
 from dsv4c.types import BF16, DType
@@ -17,6 +18,7 @@ from dsv4c.types import BF16, DType
 class InProj(Fused):
     """x[N, K] times several weights -> one result each, of the element types in `outs`."""
 
+    rounding = Rounding.ONCE
     anchor = Linear
     example: ClassVar[Mapping[str, Any]] = {OPERANDS: 3, "outs": (BF16, BF16)}
     outs: tuple[DType, ...]

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from dsv4c.ir.declare import fused
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Value
+from dsv4c.ir.op import Rounding
 from dsv4c.ir.ops import hadamard, index_scores, quantize, rope, scale
 from dsv4c.types import QuantType
 
@@ -16,6 +17,7 @@ from dsv4c.types import QuantType
 class Indexer(Fused):
     """q[N, H, D] before RoPE, keys[S, C, D], weights[N, H] -> scores f32[N, C], -inf where not visible."""
 
+    rounding = Rounding.CODES
     optional = True
     literals = ("rope.inverse", "rope.stride")
     example: ClassVar[Mapping[str, Any]] = {"keys": "q[e2m1,ue8m0,1x32][1,64,128]"}

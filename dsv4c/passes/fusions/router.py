@@ -5,6 +5,7 @@ from __future__ import annotations
 from dsv4c.ir.declare import fused
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Value
+from dsv4c.ir.op import Rounding
 from dsv4c.ir.ops import add, embedding, linear, normalize, scale, sqrt_softplus, take_along, top_k
 from dsv4c.types import F32
 
@@ -21,6 +22,7 @@ def routing_weights(scores: Value, experts: Value, factor: float) -> Value:
 class Router(Fused):
     """Dense: the k experts of largest score + bias. Results: experts i32[N, k], weights f32[N, k]."""
 
+    rounding = Rounding.ONCE
     optional = True
     literals = LITERALS
     k: int

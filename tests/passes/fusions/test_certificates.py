@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dsv4c.buckets import Bucket
-from dsv4c.passes.certify import certify, inject
-from dsv4c.passes.defects import totals
+from dsv4c.certify.certificates import certify
+from dsv4c.certify.defects import inject, totals
 from tests.passes.fusions.cases import DECODE, PREFILL, VERIFY, folded
 
 STATEFUL = {"attention", "compressor", "indexer", "kv_norm_rope_store"}

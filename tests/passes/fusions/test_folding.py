@@ -20,7 +20,7 @@ from dsv4c.passes.expand import expand
 from dsv4c.passes.fold import fold
 from dsv4c.passes.fusions import FUSIONS
 from dsv4c.passes.recipes import RECIPES
-from dsv4c.passes.schedule import layer_of, schedule
+from dsv4c.passes.schedule import schedule
 from tests.conftest import Golden
 from tests.passes.fusions.cases import BUCKETS, CASES, DECODE, DRAFT, RULES, folded, unfolded, wiring
 
@@ -145,7 +145,7 @@ def test_in_proj_takes_all_plain_products_of_a_row_and_nothing_else() -> None:
 def launches(graph: Graph, model: str) -> dict[str, list[int]]:
     """A GPU's launches of every layer by kind, and those outside; constants are none."""
     plan = schedule(graph, Kernels(SM_90A).groups)
-    counts = Counter(layer_of(nodes[0]) for nodes in plan.launches if nodes[0].inputs)
+    counts = Counter(nodes[0].place.layer for nodes in plan.launches if nodes[0].inputs)
     kinds: dict[str, list[int]] = {}
     for layer in layer_plans(load_config(model)):
         kinds.setdefault(str(layer.attention).lower(), []).append(counts[layer.prefix])

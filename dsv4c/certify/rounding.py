@@ -8,16 +8,15 @@ result, by its op and format; selections must be equal, as sets. Recorded models
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from dsv4c.ir.graph import Node
 from dsv4c.ir.graph import Value as Variable
+from dsv4c.ir.op import Rounding
+from dsv4c.numerics.codec import Quantized, Value, dequantize
 from dsv4c.types import DType, QuantFormat, QuantType, TensorType, Type
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dsv4c.numerics.codec import Value
 
 # Sums run in another order, which moves f32 by a few 1e-7 and seldom moves a bf16 result to its neighbor;
 # were all moved, that would be 2^-8.
@@ -28,8 +27,6 @@ ROUNDING = 2.0**-7
 # An NVFP4 row whose largest value goes to the next bf16 moves all scales by 2^-8: 2 % of the codes (45 % of a
 # value) and 6 % of the block scales (9 %), together 0.067, and the worst of hundreds of rows is larger.
 FP8_CODES, FP4_CODES = 0.02, 0.12
-COPIES = ("positions", "embed", "advance", "argmax", "index_topk")
-SUMS = ("in_proj", "linear", "grouped_linear", "router", "compressor")
 
 OUTPUTS = 0.2
 """What all nodes of a model together may do to its outputs, each within its bound: codes and selections flip,
@@ -40,16 +37,16 @@ and that piles up from layer to layer. Runs of one model with other rounding poi
 def limit(node: Node, variable: Variable) -> float:
     """What a result may differ by: nothing for integers and copies, else as its op and format say."""
     type_, inside = variable.type, getattr(node.op, "format", None)
-    if node.op.name in COPIES or integers(type_):
+    if node.op.rounding is Rounding.NOWHERE or integers(type_):
         return 0.0
     if isinstance(type_, QuantType):
         return _codes(type_.format)
     outside = any(isinstance(v.type, QuantType) and v.type.format == inside for v in node.outputs)
     if inside is not None and not outside:
         return _codes(inside)
-    if node.op.name == "indexer":
-        return FP8_CODES  # its queries are rounded inside
-    if node.op.name in SUMS:
+    if node.op.rounding is Rounding.CODES:
+        return FP8_CODES
+    if node.op.rounding is Rounding.ONCE:
         return ORDER if type_.dtype is DType.F32 else NEIGHBOR
     return NEIGHBOR if type_.dtype is DType.F32 else ROUNDING
 
@@ -95,8 +92,6 @@ def _selection(node: Node, variable: Variable) -> Variable | None:
 
 
 def _in_order(weights: Value, ids: Value) -> Tensor:
-    from torch import Tensor
-
     assert isinstance(weights, Tensor)
     assert isinstance(ids, Tensor)
     return weights.gather(-1, ids.long().argsort(-1))
@@ -106,8 +101,6 @@ def distance(expected: Value, found: Value, before: Value | None = None) -> floa
     """|found - expected| / |expected| over what is finite in both, infinite where only one of them is finite
     or integers differ. `before`: count only what one of them changed.
     """
-    import torch
-
     if isinstance(expected, torch.Tensor) and not expected.is_floating_point():
         assert isinstance(found, torch.Tensor)
         a, b = (x.sort(-1).values if x.ndim > 1 else x for x in (expected, found))
@@ -126,8 +119,4 @@ def distance(expected: Value, found: Value, before: Value | None = None) -> floa
 
 
 def _wide(value: Value) -> Tensor:
-    import torch
-
-    from dsv4c.numerics.codec import Quantized, dequantize
-
     return dequantize(value, torch.float64) if isinstance(value, Quantized) else value.double()

@@ -5,24 +5,27 @@ A defect changes one primitive of the expanded body: its attributes, its operand
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+from dsv4c.certify.application import Application, applications, reduce_sizes
+from dsv4c.certify.evaluate import PATTERNS, allowed, both_sides
+from dsv4c.certify.finding import ORDER
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import trace
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.op import Op
-from dsv4c.passes.certify import PATTERNS, Application, allowed, both_sides
-from dsv4c.passes.compare import ORDER
+from dsv4c.numerics.codec import Quantized, dequantize, nan_fill
 from dsv4c.passes.expand import expand
+from dsv4c.passes.work import Match
+from dsv4c.reference import run
+from dsv4c.reference.interpret import clone
 from dsv4c.types import BF16, E2M1, E4M3, F32, TensorType
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from dsv4c.numerics.codec import Quantized
 
 Meaning = Callable[..., Any]  # operands of the node -> its result or results
 
@@ -40,6 +43,24 @@ class Kill:
     @property
     def caught(self) -> bool:
         return bool(self.caught_by)
+
+
+def inject(matches: Iterable[Match]) -> list[Kill]:
+    """Every catalogued defect put into the body of every rule, and whether a certificate noticed.
+
+    A rule that applied in several ways is judged by all of its certificates: one that turns red is enough.
+    """
+    by_rule: dict[str, list[Application]] = {}
+    for applied in applications(matches):
+        by_rule.setdefault(applied.rule, []).append(applied)
+    found: list[Kill] = []
+    for ways in by_rule.values():
+        best: dict[str, Kill] = {}
+        for applied in map(reduce_sizes, ways):
+            for kill in kills(applied, {name for name, k in best.items() if k.caught}):
+                best[kill.defect] = kill
+        found += best.values()
+    return found
 
 
 def totals(kills: list[Kill]) -> dict[str, Any]:
@@ -93,8 +114,6 @@ def _tried(
 
 def run_changed(body: Graph, operands: list[Any], changed: dict[Node, Meaning]) -> tuple[Any, ...]:
     """Interpret a body of primitives with other meanings for some of its nodes."""
-    from dsv4c.reference import run
-
     values = dict(zip(body.inputs, operands, strict=True))
     for node in body.nodes:
         given = [values[v] for v in node.inputs]
@@ -125,14 +144,11 @@ Find = Callable[[Node], Meaning | None]
 
 
 def _other(op: Op) -> Meaning:
-    from dsv4c.reference import run
-
     return lambda *operands: run(op, *operands)
 
 
 def _after(node: Node, change: Callable[[Any], Any]) -> Meaning:
     """The node's own meaning, its first result changed."""
-    from dsv4c.reference import run
 
     def meaning(*operands: Any) -> Any:
         made = run(node.op, *operands)
@@ -169,8 +185,6 @@ def off_by_one_block(node: Node) -> Meaning | None:
     if not _has_blocks(node):
         return None
 
-    from dsv4c.reference import run
-
     def shifted(x: Tensor, *scales: Any) -> Any:
         q = run(node.op, x, *scales)
         late = run(node.op, x.roll(-1, -1), *scales)
@@ -184,8 +198,6 @@ def truncate(node: Node) -> Meaning | None:
     if node.op.name == "quantize":
 
         def quantized(x: Tensor, *scales: Any) -> Any:
-            from dsv4c.reference import run
-
             return _toward_zero(x, run(node.op, x, *scales))  # type: ignore[arg-type]
 
         return quantized
@@ -201,16 +213,10 @@ def truncate(node: Node) -> Meaning | None:
 
 
 def _cut(x: Tensor) -> Tensor:
-    import torch
-
     return (x.to(torch.float32).view(torch.int32) & -65536).view(torch.float32).to(torch.bfloat16)
 
 
 def _toward_zero(x: Tensor, q: Quantized) -> Quantized:
-    import torch
-
-    from dsv4c.numerics.codec import dequantize
-
     body = q.shape[-1] - q.format.tail
     rows = x if x.shape == q.shape else x.unsqueeze(-2).expand(q.shape)
     up = (dequantize(q).abs() > rows.to(torch.float32).abs())[..., :body]
@@ -245,8 +251,6 @@ def flip_rotation(node: Node) -> Meaning | None:
 def forget_sink(node: Node) -> Meaning | None:
     if node.op.name != "sink_softmax":
         return None
-    from dsv4c.reference import run
-
     return lambda scores, sink: run(node.op, scores, sink * 0 - float("inf"))
 
 
@@ -261,8 +265,6 @@ def wrong_axis(node: Node) -> Meaning | None:
 
 def wrong_type(node: Node) -> Meaning | None:
     """An f32 inner value takes a detour through bf16."""
-    import torch
-
     type_ = node.outputs[0].type
     computed = node.op.name in (
         "linear",
@@ -284,17 +286,12 @@ def wrong_place(node: Node) -> Meaning | None:
     """Rows go one place too far."""
     if node.op.name != "cache_write" or node.inputs[0].type.shape[1] < 2:
         return None
-    from dsv4c.reference import run
-
     return lambda cache, rows, index, slots: run(node.op, cache, rows, index + (index >= 0).int(), slots)
-
-
-STATEFUL = ("cache_write", "cache_extend", "gather", "index_scores", "compress_pool")
 
 
 def wrong_slot(node: Node) -> Meaning | None:
     """The state of the next sequence."""
-    return _next_one(node) if node.op.name in STATEFUL else None
+    return _next_one(node) if node.op.by_slot else None
 
 
 def _next_one(node: Node) -> Meaning | None:
@@ -303,7 +300,6 @@ def _next_one(node: Node) -> Meaning | None:
     count = node.inputs[table].type.shape[dimension]
     if count < 2:
         return None
-    from dsv4c.reference import run
 
     def moved(*operands: Any) -> Any:
         return run(node.op, *operands[:place], (operands[place] + 1) % count, *operands[place + 1 :])
@@ -315,9 +311,6 @@ def forget_ring(node: Node) -> Meaning | None:
     """A copy beside a ring begins with the call's own rows."""
     if node.op.name != "cache_extend":
         return None
-    from dsv4c.numerics.codec import nan_fill
-    from dsv4c.reference import run
-    from dsv4c.reference.interpret import clone
 
     def empty(cache: Any, *rest: Any) -> Any:
         forgotten = clone(cache)

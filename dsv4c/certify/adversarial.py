@@ -6,18 +6,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
 
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph, Value
+from dsv4c.numerics import codec
+from dsv4c.numerics.codec import TORCH_DTYPES, quantize
 from dsv4c.passes.expand import expand
 from dsv4c.types import I32, QuantType, TensorType
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from dsv4c.numerics import codec
 
 GROUP = 32  # neighbors that share a profile; blocks of 16, 32, 64 and 128 begin with one
 FIRST_POSITIONS = {"mixed": 127, "zeros": 0, "random": 255, "tiny": 1023, "large": 42, "edges": 511}
@@ -26,16 +24,12 @@ FIRST_POSITIONS = {"mixed": 127, "zeros": 0, "random": 255, "tiny": 1023, "large
 
 def operands_for(graph: Graph, pattern: str, seed: int) -> list[codec.Value]:
     """A value for every input of `graph`, within what its ops accept (indices inside their tables)."""
-    import torch
-
     plain = expand(graph) if any(isinstance(n.op, Fused) for n in graph.nodes) else graph
     generator = torch.Generator().manual_seed(seed * 1009 + 17)
     return [_value(v, plain, pattern, generator) for v in plain.inputs]
 
 
 def _value(value: Value, graph: Graph, pattern: str, generator: torch.Generator) -> codec.Value:
-    from dsv4c.numerics.codec import TORCH_DTYPES, quantize
-
     type_ = value.type
     if isinstance(type_, QuantType):
         return quantize(
@@ -49,15 +43,10 @@ def _value(value: Value, graph: Graph, pattern: str, generator: torch.Generator)
 
 def _is_weight(value: Value, graph: Graph) -> bool:
     """An operand that scales or projects others; zeros there would hide what the others do."""
-    roles = {"linear": 1, "grouped_linear": 1, "expert_linear": 1, "rms_norm": 1, "rope": 2, "embedding": 0}
-    return any(
-        roles.get(n.op.name) == i for n in graph.users[value] for i, v in enumerate(n.inputs) if v is value
-    )
+    return any(node.weight is value for node in graph.users[value])
 
 
 def _floats(shape: tuple[int, ...], pattern: str, generator: torch.Generator) -> Tensor:
-    import torch
-
     x = torch.randn(shape, generator=generator)
     if pattern == "zeros":
         return torch.zeros(shape)
@@ -114,8 +103,6 @@ _PROFILES = (_plain, _zero, _ties, _plain, _halfway, _subnormal, _plain, _satura
 
 
 def _integers(value: Value, graph: Graph, pattern: str, generator: torch.Generator) -> Tensor:
-    import torch
-
     assert isinstance(value.type, TensorType)
     shape = value.type.shape
     bounds = list(_bounds(value, graph, set()))
@@ -147,7 +134,5 @@ def _bounds(value: Value, graph: Graph, seen: set[Value]) -> Iterator[int]:
             if place in node.op.picks:
                 table, dimension = node.op.picks[place]
                 yield node.inputs[table].type.shape[dimension]
-            elif node.op.name in ("embedding", "reshape", "slice", "concat", "take_along"):
-                yield from _bounds(node.outputs[0], graph, seen)
-            elif node.op.name == "completed_entries" and place == 1:
-                yield from _bounds(node.outputs[1], graph, seen)
+            elif (result := node.op.hands_on(place)) is not None:
+                yield from _bounds(node.outputs[result], graph, seen)

@@ -12,6 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from dsv4c.certify import application as application_module
+from dsv4c.certify import defects
+from dsv4c.certify.adversarial import operands_for
+from dsv4c.certify.application import application, applications, reduce_sizes
+from dsv4c.certify.certificates import certify
+from dsv4c.certify.compare import compare
+from dsv4c.certify.defects import DEFECTS, inject, kills, totals
+from dsv4c.certify.evaluate import PATTERNS, evaluate
+from dsv4c.certify.finding import from_dict, to_dict
 from dsv4c.errors import GraphError
 from dsv4c.ir.declare import fused
 from dsv4c.ir.fused import Fused
@@ -36,21 +45,6 @@ from dsv4c.ir.ops import (
     softmax,
     window_index,
 )
-from dsv4c.passes import certify as certify_module
-from dsv4c.passes.adversarial import operands_for
-from dsv4c.passes.certify import (
-    PATTERNS,
-    application,
-    applications,
-    certify,
-    evaluate,
-    from_dict,
-    inject,
-    reduce_sizes,
-    to_dict,
-)
-from dsv4c.passes.compare import compare
-from dsv4c.passes.defects import DEFECTS, kills, totals
 from dsv4c.passes.fold import Rule, fold
 from dsv4c.passes.work import Match
 from dsv4c.reference.registry import MEANINGS, meaning
@@ -285,7 +279,7 @@ def test_swapped_operands_are_noticed() -> None:
 
 def test_a_write_that_one_side_forgets_is_noticed() -> None:
     def without_write(op: AttendTest, cache: Any, *rest: Any) -> Any:
-        from dsv4c.reference.registry import _run_body
+        from dsv4c.reference.interpret import _run_body
 
         made = _run_body(op, (cache.clone(), *rest))
         return made[0], cache
@@ -298,7 +292,7 @@ def test_an_operand_that_is_overwritten_is_noticed() -> None:
     """The results are right, but a gain is not what it was before."""
 
     def clobbering(op: CertifiedTest, x: Any, gain: torch.Tensor) -> Any:
-        from dsv4c.reference.registry import _run_body
+        from dsv4c.reference.interpret import _run_body
 
         made = _run_body(op, (x, gain))
         gain.zero_()
@@ -395,7 +389,7 @@ def test_kept_by_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (file,) = (path for path in tmp_path.rglob("*") if path.is_file())
     file.write_text(file.read_text()[:20])  # cut off: computed again
     assert certify(simple(), folder=tmp_path).computed == 1
-    monkeypatch.setattr(certify_module, "VERSION", 0)
+    monkeypatch.setattr(application_module, "VERSION", 0)
     assert certify(simple(), folder=tmp_path).computed == 1
 
 
@@ -461,8 +455,6 @@ def test_every_injected_defect_is_caught() -> None:
 
 
 def test_a_blind_certificate_lets_defects_live(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dsv4c.passes import defects
-
     monkeypatch.setattr(defects, "PATTERNS", ("zeros",))
     (applied,) = applications(simple())
     survivors = {k.defect for k in kills(applied) if not k.caught}

@@ -3,42 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from dsv4c.numerics.codec import Value
-
-BIT_EXACT, REASSOCIATION, REQUANTIZATION, APPROXIMATE = (
-    "bit-exact",
-    "reassociation",
-    "requantization",
-    "approximate",
+from dsv4c.certify.finding import (
+    APPROXIMATE,
+    BIT_EXACT,
+    DIFFERENT,
+    REASSOCIATION,
+    REQUANTIZATION,
+    Finding,
+    worse,
 )
-DIFFERENT = "different"
-ORDER = (BIT_EXACT, REASSOCIATION, REQUANTIZATION, APPROXIMATE, DIFFERENT)
+from dsv4c.numerics.codec import Quantized, Value, type_of
+
 ULPS = 4  # more than this is no longer another order of the same sum
 BOUND = 2.0**-7  # relative error, in the norm of the whole result, that is still an approximation
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One comparison; `worst` counts ulps, codes, or is a relative error."""
-
-    kind: str
-    worst: float
-    reason: str
-
-
-def worse(a: Finding, b: Finding) -> Finding:
-    return max(a, b, key=lambda f: (ORDER.index(f.kind), f.worst))
-
-
 def compare(expected: Sequence[Value], found: Sequence[Value], where: str) -> Finding:
     """The worst difference over all values. Bits decide: -0 is not 0, and NaN equals NaN."""
-    from dsv4c.numerics.codec import type_of
 
     if len(expected) != len(found):
         return Finding(DIFFERENT, 0.0, f"{where}: {len(found)} values instead of {len(expected)}")
@@ -51,7 +36,6 @@ def compare(expected: Sequence[Value], found: Sequence[Value], where: str) -> Fi
 
 
 def _difference(a: Value, b: Value, where: str) -> Finding:
-    from dsv4c.numerics.codec import Quantized
 
     if isinstance(a, Quantized) and isinstance(b, Quantized):
         worst = _codes(a.data, b.data, where)
@@ -64,7 +48,6 @@ def _difference(a: Value, b: Value, where: str) -> Finding:
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
-    import torch
 
     if not a.is_floating_point():
         return torch.equal(a, b)
@@ -73,7 +56,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _codes(a: Tensor, b: Tensor, where: str) -> Finding:
-    import torch
 
     if _same_bits(a, b):
         return Finding(BIT_EXACT, 0.0, "")
@@ -90,7 +72,6 @@ def _codes(a: Tensor, b: Tensor, where: str) -> Finding:
 
 
 def _numbers(a: Tensor, b: Tensor, where: str) -> Finding:
-    import torch
 
     if _same_bits(a, b):
         return Finding(BIT_EXACT, 0.0, "")
@@ -118,7 +99,6 @@ def _numbers(a: Tensor, b: Tensor, where: str) -> Finding:
 
 def _ordered(x: Tensor) -> Tensor:
     """Integers in the order of the values: neighbors differ by one, -0 and 0 too."""
-    import torch
 
     widths = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if x.dtype in (torch.uint8, torch.int32, torch.int64):

@@ -1,41 +1,30 @@
-"""Certificates: for every way a rule applied, the matched nodes and the fused op give the same results.
+"""The ways in which rules applied: the replaced nodes, as a graph of their own, beside the fused op.
 
-Left, the nodes as the graph had them, with their own wiring and attributes; right, what the fused op means
-(its body, or the meaning that replaces it). Both run on adversarial inputs, huge dimensions cut down where
-ops allow it. Results are kept by digest, so a second compile pays nothing.
+What is evaluated has sizes cut down where ops allow it, and goes by a digest of all that decides the result.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from platform import machine
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from dsv4c.cache import Store, cache_folder
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.graph import Builder, Graph, Kind, Value
 from dsv4c.ir.op import Op
-from dsv4c.ir.text import print_graph, print_op
-from dsv4c.passes.compare import BIT_EXACT, DIFFERENT, ORDER, Finding, worse
+from dsv4c.ir.text import print_graph
 from dsv4c.passes.expand import expand
 from dsv4c.passes.work import Match
 from dsv4c.types import Type
 
-if TYPE_CHECKING:
-    from dsv4c.passes.defects import Kill
-
 VERSION = 2  # of the procedure and of a certificate's fields; part of every digest
-PATTERNS = ("mixed", "edges", "zeros", "random", "tiny", "large")
-LIMIT = 3e8  # operations one side may take on one pattern; costlier ones see fewer patterns
 
 
 @dataclass(frozen=True)
@@ -64,43 +53,6 @@ class Application:
         text += f"{self.operands} {print_graph(self.nodes)}"
         text += print_graph(trace(self.op, self.types).graph)
         return sha256(text.encode()).hexdigest()
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What was found: `kind` is bit-exact, reassociation, requantization, approximate, or different.
-
-    `allowed` is the worst kind that the fused op declares in `certified_as`; bit-exact unless it says so.
-    """
-
-    rule: str
-    op: str
-    operands: tuple[str, ...]
-    count: int
-    digest: str
-    kind: str
-    worst: float  # ulps, codes, or relative error, as the kind says
-    patterns: tuple[str, ...]
-    allowed: str = BIT_EXACT
-    reduced: tuple[str, ...] = ()  # the operand types that were evaluated, where they were cut down
-    reason: str = ""  # why it is `different`
-
-    @property
-    def holds(self) -> bool:
-        return ORDER.index(self.kind) <= ORDER.index(self.allowed)
-
-
-@dataclass
-class Certificates:
-    """All certificates of a graph, how many were computed now, and the seconds it took."""
-
-    all: list[Certificate] = field(default_factory=list)
-    computed: int = 0
-    seconds: float = 0.0
-
-    @property
-    def failed(self) -> list[Certificate]:
-        return [c for c in self.all if not c.holds]
 
 
 def applications(matches: Iterable[Match]) -> list[Application]:
@@ -148,119 +100,7 @@ def application(match: Match) -> Application:
     return Application(match.op, graph, tuple(order.index(v) for v in match.operands), rows)
 
 
-def certify(matches: Iterable[Match], *, folder: Path | None = None, fresh: bool = False) -> Certificates:
-    """A certificate for every distinct application; kept in `folder` (None: the user's cache) by digest.
-
-    The digest is that of the sizes that are evaluated, so another context or batch costs next to nothing.
-    `fresh` evaluates again whatever was kept. Two processes may share the folder.
-    """
-    started = time.perf_counter()
-    store = Store(cache_folder() / "certificates" if folder is None else folder)
-    result = Certificates()
-    for applied in applications(matches):
-        reduced = reduce_sizes(applied)
-        kept = None if fresh else _load(store, reduced.digest)
-        if kept is None:
-            kept = _evaluated(reduced)
-            result.computed += 1
-            _save(store, kept)
-        result.all.append(_of_all_sizes(kept, applied))
-    result.seconds = time.perf_counter() - started
-    return result
-
-
-def inject(matches: Iterable[Match]) -> list[Kill]:
-    """Every catalogued defect put into the body of every rule, and whether a certificate noticed.
-
-    A rule that applied in several ways is judged by all of its certificates: one that turns red is enough.
-    """
-    from dsv4c.passes.defects import kills
-
-    by_rule: dict[str, list[Application]] = {}
-    for applied in applications(matches):
-        by_rule.setdefault(applied.rule, []).append(applied)
-    found: list[Kill] = []
-    for ways in by_rule.values():
-        best: dict[str, Kill] = {}
-        for applied in map(reduce_sizes, ways):
-            for kill in kills(applied, {name for name, k in best.items() if k.caught}):
-                best[kill.defect] = kill
-        found += best.values()
-    return found
-
-
-def evaluate(applied: Application) -> Certificate:
-    """The certificate of an application, evaluated now in reduced sizes."""
-    return _of_all_sizes(_evaluated(reduce_sizes(applied)), applied)
-
-
-def _of_all_sizes(kept: Certificate, applied: Application) -> Certificate:
-    """The certificate of an application from that of its reduced sizes."""
-    operands = tuple(map(str, applied.types))
-    reduced = kept.operands if kept.operands != operands else ()
-    return replace(kept, operands=operands, count=applied.count, reduced=reduced)
-
-
-def _evaluated(applied: Application) -> Certificate:
-    """Run both sides on every pattern that the cost allows; the worst of them is the certificate."""
-    from dsv4c.reference import run
-
-    patterns = patterns_for(applied)
-    worst = Finding(BIT_EXACT, 0.0, "")
-    for seed, pattern in enumerate(patterns):
-        try:
-            finding = both_sides(applied, pattern, seed, lambda operands: run(applied.op, *operands))
-        except GraphError as error:
-            finding = Finding(DIFFERENT, 0.0, f"{pattern}: {error}")
-        worst = worse(worst, finding)
-    return Certificate(
-        applied.rule,
-        print_op(applied.op),
-        tuple(map(str, applied.types)),
-        applied.count,
-        applied.digest,
-        worst.kind,
-        worst.worst,
-        patterns,
-        allowed(applied.op),
-        reason=worst.reason,
-    )
-
-
-def allowed(op: Fused) -> str:
-    """The worst kind of difference that this op may show. Raises GraphError for a kind there is none of."""
-    kind = str(getattr(op, "certified_as", BIT_EXACT))
-    if kind not in ORDER[:-1]:
-        raise GraphError(f"{op.name}: certified_as is {kind!r}; expected one of {', '.join(ORDER[:-1])}")
-    return kind
-
-
-def both_sides(applied: Application, pattern: str, seed: int, right: Any) -> Any:
-    """One comparison: results and, after the run, all operands, which may only differ where both wrote."""
-    from dsv4c.passes.adversarial import operands_for
-    from dsv4c.passes.compare import compare
-    from dsv4c.reference.interpret import clone, interpret
-
-    given = operands_for(applied.nodes, pattern, seed)
-    ours, theirs = [clone(v) for v in given], [clone(v) for v in given]
-    named = {v.name: value for v, value in zip(applied.nodes.inputs, ours, strict=True)}
-    expected = list(interpret(applied.nodes, named, {}, {}).values())
-    made = right([theirs[i] for i in applied.operands])
-    results = list(made) if type(made) is tuple else [made]
-    return compare([*expected, *ours], [*results, *theirs], pattern)
-
-
-def patterns_for(applied: Application) -> tuple[str, ...]:
-    flops = sum(node.cost.flops for node in applied.nodes.nodes)
-    return PATTERNS[: max(1, min(len(PATTERNS), int(LIMIT / max(flops, 1))))]
-
-
 # --- cutting sizes down ---
-
-GEOMETRY = frozenset(
-    {"reshape.shape", "slice.start", "slice.stop", "visible_entries.capacity", "compress_pool.tokens"}
-)
-"""Attributes that follow from shapes, so they change with them."""
 
 SMALL = 512  # dimensions up to this stay
 
@@ -274,10 +114,10 @@ def reduce_sizes(applied: Application) -> Application:
     """The same application with fewer rows, dimensions up to 512 or so, 8 experts, where ops accept it."""
     applied = _fewer_rows(applied)
     experts = {
-        v.type.shape[0]
+        n.inputs[table].type.shape[dimension]
         for n in _primitives(applied.nodes).nodes
-        if n.op.name == "expert_linear"
-        for v in n.inputs[1:2]
+        if n.op.product
+        for table, dimension in n.op.picks.values()
     }
     sizes = {n for v in applied.nodes.inputs for n in v.type.shape if n > SMALL or n in experts}
     taken: set[int] = set()
@@ -351,11 +191,11 @@ def _regrown(op: Op, traced: Op) -> Op:
     """`op` with the geometry that the traced body has at the smaller size; every other attribute its own."""
     if type(op) is not type(traced):
         return op
-    changed = {k: v for k, v in traced.attributes().items() if f"{op.name}.{k}" in GEOMETRY}
+    changed = {k: v for k, v in traced.attributes().items() if k in op.geometry}
     return replace(op, **changed) if changed else op  # type: ignore[type-var]
 
 
-# --- the store ---
+# --- the digest ---
 
 
 @cache
@@ -365,7 +205,8 @@ def _sources() -> str:
     """
     package = Path(__file__).parents[1]
     files = [f for room in ("ir", "numerics", "reference") for f in sorted((package / room).rglob("*.py"))]
-    files += [package / "passes" / f"{name}.py" for name in ("certify", "adversarial", "compare", "expand")]
+    files += sorted((package / "certify").rglob("*.py"))
+    files += [package / "passes" / "expand.py"]
     h = sha256(f"torch {version('torch')} on {machine()}".encode())
     for path in (package / "types.py", *files):
         h.update(path.read_bytes())
@@ -377,23 +218,3 @@ def _declaration(module: str) -> str:
     """Digest of the module that declares a fused op, where it may have a meaning of its own."""
     file = getattr(sys.modules[module], "__file__", None)
     return sha256(Path(file).read_bytes()).hexdigest() if file else ""
-
-
-def _load(store: Store, digest: str) -> Certificate | None:
-    content = store.get(digest)
-    return None if content is None else from_dict(json.loads(content))
-
-
-def _save(store: Store, certificate: Certificate) -> None:
-    store.put(certificate.digest, json.dumps(to_dict(certificate)).encode())
-
-
-def to_dict(certificate: Certificate) -> dict[str, Any]:
-    """As plain data, for the plan: what JSON gives back."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(certificate).items()}
-
-
-def from_dict(record: Mapping[str, Any]) -> Certificate:
-    """`to_dict` read back."""
-    lists = {k: tuple(v) for k, v in record.items() if isinstance(v, list | tuple)}
-    return Certificate(**{**record, **lists})

@@ -1,0 +1,1 @@
+"""Evidence for rewrites: certificates, mistakes that they must notice, and how far results may be apart."""
