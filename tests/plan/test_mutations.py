@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,6 +132,21 @@ def lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return known[key]
 
     monkeypatch.setattr(again, "_lower", remembered)
+    for name in ("weights_of", "unused_of"):
+        monkeypatch.setattr(again, name, _remembering(getattr(again, name)))
+
+
+def _remembering(records: Callable[..., Any]) -> Callable[..., Any]:
+    """Records of a model's weights, made once for each of its lowered graphs, which are kept meanwhile."""
+    known: dict[tuple[Any, ...], Any] = {}
+
+    def remembered(config: ModelConfig, *others: Any) -> Any:
+        key = config.digest, *map(id, others)
+        if key not in known:
+            known[key] = records(config, *others), others
+        return known[key][0]
+
+    return remembered
 
 
 @pytest.mark.usefixtures("lowered_once")
