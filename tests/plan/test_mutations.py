@@ -80,7 +80,7 @@ def judged(plan: Plan, data: Mapping[str, Any], files: Mapping[str, bytes], kind
         return Result(kind, f"load: {found[0].kind}", str(found[0]))
     if found := verify(edited):
         return Result(kind, f"verify: {found[0].kind}", str(found[0]))
-    if edited.kernels and again.rebuild(edited).differing:
+    if edited.files != plan.files and edited.kernels and again.rebuild(edited).differing:
         return Result(kind, "verify --rebuild", "")
     return Result(kind, "nothing", "")
 
