@@ -45,7 +45,7 @@ def verify_command(
     read = read_plan(plan)
     launches = {name: len(program.launches) for name, program in read.buckets.items()}
     violations = check(read, rules_of(extra or ()))
-    again = build_again(read) if rebuild and not violations else None
+    again = build_again(read) if rebuild and read.kernels and not violations else None
     proved, trusted = _proved(read, launches, again), _trusted(read, again)
     if json:
         found = [asdict(v) for v in violations]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 # Attributes of `.nv.info` (EIATTR_*). Of all kernels, as pairs of (symbol index, value):
 _FRAME_SIZE, _REGISTERS = 0x11, 0x2F
@@ -44,6 +45,13 @@ class Cubin:
     resources: Resources
 
 
+class _Section(NamedTuple):
+    """`size` bytes at run time, of which some sections have none in the file."""
+
+    size: int
+    content: memoryview
+
+
 def read_cubin(content: bytes) -> Cubin:
     """Raises CubinError for what is no cubin, is cut off, or has not exactly one kernel."""
     try:
@@ -52,8 +60,8 @@ def read_cubin(content: bytes) -> Cubin:
         if len(symbols) != 1:
             raise CubinError(f"has {len(symbols)} kernels ({', '.join(symbols)[:200]}); expected one")
         (symbol,) = symbols
-        everyone = {at: values[1] for at, values in _attributes(sections.get(".nv.info", b"")) if values[1:]}
-        own = list(_attributes(sections[f".nv.info.{symbol}"]))
+        everyone = {at: values[1] for at, values in _attributes(sections[".nv.info"].content) if values[1:]}
+        own = list(_attributes(sections[f".nv.info.{symbol}"].content))
         parameters = _parameters([values for at, values in own if at == _PARAMETER])
         single = dict(own)
         if single.get(_PARAMETER_BYTES, (0,)) != (sum(parameters),):
@@ -63,6 +71,7 @@ def read_cubin(content: bytes) -> Cubin:
         raise CubinError(f"is cut off or damaged: {error!r:.120}") from None
     except ValueError as error:
         raise CubinError(str(error)) from None
+    shared = sections.get(f".nv.shared.{symbol}")
     return Cubin(
         symbol,
         architecture,
@@ -71,8 +80,8 @@ def read_cubin(content: bytes) -> Cubin:
         Resources(
             registers=everyone.get(_REGISTERS, 0),
             stack=everyone.get(_FRAME_SIZE, 0),
-            static_shared=len(sections.get(f".nv.shared.{symbol}", b"")),
-            code=len(sections[f".text.{symbol}"]),
+            static_shared=shared.size if shared is not None else 0,
+            code=sections[f".text.{symbol}"].size,
         ),
     )
 
@@ -91,27 +100,24 @@ def _architecture(elf: bytes) -> str:
     return f"sm_{number}{'a' if accelerated else ''}"
 
 
-def _sections(elf: bytes) -> Mapping[str, bytes]:
-    """Contents by name; zeros for sections without bytes."""
+def _sections(elf: bytes) -> Mapping[str, _Section]:
+    """By name."""
     (offset,) = struct.unpack_from("<Q", elf, 0x28)
     size, count, names = struct.unpack_from("<HHH", elf, 0x3A)
+    if offset + count * size > len(elf):
+        raise CubinError(f"its section headers end at byte {offset + count * size} of {len(elf)}")
     headers = [struct.unpack_from("<IIQQQQIIQQ", elf, offset + i * size) for i in range(count)]
-    base = headers[names][4]
+    base, whole = headers[names][4], memoryview(elf)
     found = {}
     for name, kind, _flags, _address, start, length, *_rest in headers:
+        if max(base + name, 0 if kind == _NO_BYTES else start + length) > len(elf):
+            raise CubinError(f"a section ends at byte {start + length} of {len(elf)}")
         label = elf[base + name : elf.index(b"\0", base + name)].decode()
-        if kind == _NO_BYTES:
-            if length > 1 << 20:
-                raise CubinError(f"section {label[:80]} asks for {length} bytes")
-            found[label] = bytes(length)
-        elif start + length > len(elf):
-            raise CubinError(f"section {label[:80]} ends at byte {start + length} of {len(elf)}")
-        else:
-            found[label] = elf[start : start + length]
+        found[label] = _Section(length, whole[:0] if kind == _NO_BYTES else whole[start : start + length])
     return found
 
 
-def _attributes(info: bytes) -> Iterator[tuple[int, tuple[int, ...]]]:
+def _attributes(info: memoryview) -> Iterator[tuple[int, tuple[int, ...]]]:
     """(attribute, 32-bit words) of records of format, attribute, size and payload, padded to 4 bytes."""
     at = 0
     while at + 4 <= len(info):

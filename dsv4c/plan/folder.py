@@ -225,9 +225,15 @@ def read_plan(folder: str | Path) -> Plan:
     text = _read(path)
     data = _parse(path, text)
     _check_digest(path, text, data)
-    files = _files(folder, data)
+    return plan_of(path, data, _files(folder, data), _timings(folder / TIMINGS_FILE))
+
+
+def plan_of(
+    path: Path, data: Mapping[str, Any], files: Mapping[str, bytes], seconds: Mapping[str, float]
+) -> Plan:
+    """The plan of a parsed plan.json, which lies at `path`. Raises PlanError for records of another form."""
     try:
-        plan = _plan_from_json(data, files, _timings(folder / TIMINGS_FILE))
+        plan = _plan_from_json(data, files, seconds)
     except (KeyError, TypeError, ValueError, AttributeError, TypeSyntaxError) as error:
         raise PlanError(f"{path}: a record cannot be read: {error!r:.200}; compile the plan again") from None
     require_types(plan, str(path))
@@ -375,8 +381,12 @@ def _require_keys(path: Path, plan: Plan) -> None:
     for number, origin in enumerate(plan.contributed):
         if not origin.keys() >= _ORIGIN:
             raise PlanError(f"{path}: contribution {number} lacks one of {', '.join(sorted(_ORIGIN))}")
-    if type(plan.config.get("vocab_size")) is not int:
-        raise PlanError(f"{path}: its config has no vocab_size; compile the plan again")
+    for name in ("vocab_size", "max_position_embeddings"):
+        if type(plan.config.get(name)) is not int:
+            raise PlanError(f"{path}: its config has no {name}; compile the plan again")
+    ratios = plan.config.get("compress_ratios")
+    if not isinstance(ratios, list) or not all(type(ratio) is int for ratio in ratios):
+        raise PlanError(f"{path}: its config has no compress_ratios; compile the plan again")
     missing = [space for space in SPACES if space not in plan.blocks]
     if missing:
         raise PlanError(f"{path}: says no size of the block of {missing[0]}; compile the plan again")

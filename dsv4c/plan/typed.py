@@ -24,7 +24,7 @@ def require_types(record: Any, name: str) -> None:
 
 
 def _require(value: Any, hint: Any, where: str) -> None:
-    origin, inner = get_origin(hint), get_args(hint)
+    origin, inner, record = _form(hint)
     if hint is Any or (isinstance(value, TensorType | QuantType) and hint in (TensorType, QuantType)):
         return
     if origin in (Union, UnionType):
@@ -43,10 +43,10 @@ def _require(value: Any, hint: Any, where: str) -> None:
         for key, item in value.items():
             _require(key, inner[0], f"a key of {where}")
             _require(item, inner[1], f"{where}.{str(key)[:80]}")
-    elif is_dataclass(hint):
-        if not isinstance(value, hint):  # type: ignore[arg-type]
+    elif record:
+        if not isinstance(value, hint):
             raise _wrong(value, getattr(hint, "__name__", hint), where)
-        for field, kind in _hints(type(value)):
+        for field, kind in _hints(hint):
             _require(getattr(value, field), kind, f"{where}.{field}")
     elif hint is int:
         if type(value) is not int or not -1 <= value <= MOST:
@@ -64,6 +64,12 @@ def _require_tuple(value: Any, inner: tuple[Any, ...], where: str) -> None:
         raise _wrong(value, "a list" if repeated else f"a list of {len(inner)}", where)
     for number, item in enumerate(value):
         _require(item, inner[0] if repeated else inner[number], f"{where}[{number}]")
+
+
+@cache
+def _form(hint: Any) -> tuple[Any, tuple[Any, ...], bool]:
+    """What a generic type is of, its arguments, and whether it is a dataclass."""
+    return get_origin(hint), get_args(hint), is_dataclass(hint)
 
 
 @cache
