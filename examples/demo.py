@@ -90,7 +90,7 @@ FULL = (17, 20, 6, 10, 8, 14, 11, 3)
 
 def dump(folder: Path) -> None:
     """The full models: built, verified, written out, summed up."""
-    from dsv4c.compiler.compile import graph_of, settings
+    from dsv4c.compiler.request import Request
     from dsv4c.ir.text import print_graph
     from dsv4c.view.text import summarize
 
@@ -98,8 +98,9 @@ def dump(folder: Path) -> None:
     row(FULL, *heads, style="dim")
     for name in ("deepseek-v4-flash", "deepseek-v4-pro"):
         started = time.perf_counter()
-        config, deployment, recipe = settings(name)
-        graph = graph_of(config, deployment, recipe, "decode")  # verified before and after the recipe
+        job = Request(name).job()
+        config = job.config
+        graph = job.compiled(job.decode, stop_after="quantize").graph  # verified before and after
         (folder / f"{name}.graph.txt").write_text(print_graph(graph))
         seconds = time.perf_counter() - started
         summary = summarize(graph, config)
@@ -141,15 +142,15 @@ def plan(check: Check, folder: Path) -> Plan:
         made = dsv4c.compile(checkpoint, recipe=check.recipe, max_context=512)
         saved = made.save(folder / f"{check.case}-{check.recipe}.plan", force=True)
     seconds = time.perf_counter() - started
-    decode = made.buckets["decode"]
+    decode = made.program()
     row(
         PLANS,
         check.what,
         kinds(tuple(made.config["compress_ratios"])),
-        f"{sum(len(launch.origin) or 1 for launch in decode.launches):,}",
+        f"{made.report['buckets'][decode.shape.name]['nodes']:,}",
         f"{len(decode.launches):,}",
-        f"{made.weights_bytes / 1e6:.1f} MB",
-        f"{made.state_bytes / 1e6:.1f} MB",
+        f"{made.blocks['weights'] / 1e6:.1f} MB",
+        f"{made.blocks['state'] / 1e6:.1f} MB",
         f"{decode.arena_bytes / 1e3:.1f} kB",
         f"{seconds:.1f}",
     )

@@ -29,7 +29,7 @@ def verify_command(
     extra: PassOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Check a plan: files, launches against their kernels and graphs, and what they do to each other.
+    """Check a plan: files, launches against kernels and graphs, and what they do to each other.
 
     Every file has its digest. Launches are what the graphs are lowered to, fit the kernels that the cubins
     hold, and stay in their blocks. No two launches without an order touch the same bytes, every read finds

@@ -115,8 +115,11 @@ class CudaExecutor:
         constants = constants_of(plan, torch.empty(0, dtype=torch.uint8))
         self.blocks |= {"weights": weights, "constants": constants.to(device)}
         self.states = states_of(plan, self.blocks)
-        self._kernels: dict[str, driver.Library] = {}
-        self.programs = {name: BoundProgram(self, program) for name, program in plan.buckets.items()}
+        libraries = Libraries(plan)
+        self.programs = {
+            name: BoundProgram(plan, program, self.blocks, libraries)
+            for name, program in plan.buckets.items()
+        }
         self.clear()
 
     def clear(self) -> None:
@@ -132,9 +135,9 @@ class CudaExecutor:
         bound = self.programs[bucket]
         bound.take(inputs)
         if watch is None:
-            bound.call()
+            bound.call(poison=self.poison)
         else:
-            bound.step_by_step(watch)
+            bound.step_by_step(watch, poison=self.poison)
         return bound.outputs
 
     def value(self, bucket: str, name: str) -> Value:
@@ -148,7 +151,7 @@ class CudaExecutor:
         for i in range(count):
             if i and not bound.feeds_back:
                 bound.inputs["tokens"].copy_(bound.outputs["next"])
-            bound.call()
+            bound.call(poison=self.poison)
             if keep is not None:
                 keep[i].copy_(bound.outputs["next"])
         return bound.outputs
@@ -172,26 +175,38 @@ class CudaExecutor:
                 "its launches one at a time and learn which"
             ) from error
 
-    def library(self, key: str) -> driver.Library:
-        """The plan's kernel of that name, loaded once for all buckets."""
-        if key not in self._kernels:
-            if key not in self.plan.kernels:
-                raise PlanError(f"plan {self.plan.name}: a launch names kernel {key}, which the plan has not")
-            record = self.plan.kernels[key]
+
+class Libraries:
+    """The plan's kernels by name, each loaded once for all buckets."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self._loaded: dict[str, driver.Library] = {}
+
+    def __getitem__(self, key: str) -> driver.Library:
+        if key not in self._loaded:
+            if key not in self._plan.kernels:
+                raise PlanError(
+                    f"plan {self._plan.name}: a launch names kernel {key}, which the plan has not"
+                )
+            record = self._plan.kernels[key]
             name = f"{record['symbol']} ({record['cubin']})"
-            self._kernels[key] = driver.Library(self.plan.files[record["cubin"]], name)
-        return self._kernels[key]
+            self._loaded[key] = driver.Library(self._plan.files[record["cubin"]], name)
+        return self._loaded[key]
 
 
 class BoundProgram:
-    """A bucket's launches on an executor's blocks, as one graph.
+    """A bucket's launches on blocks of memory, as one graph.
 
     `feeds_back`: the argmax writes over the call's tokens.
     """
 
-    def __init__(self, executor: CudaExecutor, program: Program) -> None:
-        self.executor, self.program, self.launches = executor, program, program.launches
-        plan, blocks = executor.plan, executor.blocks
+    def __init__(
+        self, plan: Plan, program: Program, blocks: Mapping[str, Tensor], libraries: Libraries
+    ) -> None:
+        # Not the executor: a circle would keep its memory on the device until Python looks for circles.
+        self.plan, self.program, self.blocks, self.launches = plan, program, blocks, program.launches
+        self._libraries = libraries
         self.feeds_back = feeds_back(program)
         names = dict(program.outputs) | ({"next": "tokens"} if self.feeds_back else {})
         self.inputs = {n: tensor_at(plan, blocks, n, program.values[n]) for n in program.inputs}
@@ -204,21 +219,21 @@ class BoundProgram:
         for name, target in self.inputs.items():
             target.copy_(inputs[name], non_blocking=True)
 
-    def call(self) -> None:
+    def call(self, *, poison: bool = False) -> None:
         """Enqueue one call over what the input block holds. Outputs lie in the arena and the input block
-        until the next one.
+        until the next one. With `poison` its launches run one at a time.
         """
-        if self.executor.poison:
-            self.step_by_step()
+        if poison:
+            self.step_by_step(poison=True)
         else:
             self.graph.launch(_stream())
 
-    def step_by_step(self, watch: Watch | None = None) -> None:
-        """One call, each launch finished before the next starts. Raises DriverError naming the launch that
-        failed and the graph's nodes in it.
+    def step_by_step(self, watch: Watch | None = None, *, poison: bool = False) -> None:
+        """One call, each launch finished before the next starts, in an arena of NaN with `poison`. Raises
+        DriverError naming the launch that failed and the graph's nodes in it.
         """
-        if self.executor.poison:
-            self.executor.blocks["arena"].fill_(POISON)
+        if poison:
+            self.blocks["arena"].fill_(POISON)
         if not self._single:
             self._single = [self.graph_of([i]) for i in range(len(self.launches))]
         for i, launch in enumerate(self.launches):
@@ -231,7 +246,7 @@ class BoundProgram:
         """The bytes of a value as the last call left them."""
         place = self.program.values[name]
         space, offset = self._place(name, place.space, place.offset)
-        return view(self.executor.blocks[space], place.type, offset)
+        return view(self.blocks[space], place.type, offset)
 
     def graph_of(self, indices: Iterable[int]) -> driver.Graph:
         """An instantiated CUDA graph of some of the launches, with the edges between them."""
@@ -247,15 +262,15 @@ class BoundProgram:
     def component(self, argument: Argument) -> Tensor:
         """The bytes that an argument points to, uint8."""
         block, offset = self._place(argument.value, argument.space, argument.offset)
-        return self.executor.blocks[block][offset : offset + argument.nbytes]
+        return self.blocks[block][offset : offset + argument.nbytes]
 
     def address(self, argument: Argument) -> int:
         """The pointer that the kernel gets."""
         block, offset = self._place(argument.value, argument.space, argument.offset)
-        memory = self.executor.blocks[block]
+        memory = self.blocks[block]
         if not 0 <= offset <= offset + argument.nbytes <= memory.numel():
             raise PlanError(
-                f"plan {self.executor.plan.name}: {argument.value}.{argument.component} lies at bytes "
+                f"plan {self.plan.name}: {argument.value}.{argument.component} lies at bytes "
                 f"{offset} to {offset + argument.nbytes} of {block}, which has {memory.numel()}; compile it "
                 "again"
             )
@@ -269,8 +284,8 @@ class BoundProgram:
     def _bind(self, launch: Launch) -> driver.Launch:
         run = launch.kernel
         cluster = run.cluster[0] * run.cluster[1] * run.cluster[2]
-        library = self.executor.library(run.kernel)
-        symbol = self.executor.plan.kernels[run.kernel]["symbol"]
+        library = self._libraries[run.kernel]
+        symbol = self.plan.kernels[run.kernel]["symbol"]
         kernel = library.kernel(symbol, shared=run.shared, cluster=cluster)
         addresses = tuple(self.address(argument) for argument in launch.arguments)
         return driver.Launch(kernel, run.grid, run.block, run.shared, addresses, run.cluster)

@@ -126,6 +126,9 @@ class Checker:
             for node in nodes[1:]:
                 if node.op.name == "swiglu":  # of the experts that the device chose, in its order
                     expected |= self._expected([node])
+                if node.op.name == "index_topk":  # exact, of the scores that the device has
+                    (scores,) = node.inputs
+                    expected[node.outputs[0]] = run(node.op, self._seen_scores(scores, expected[scores]))
             for node in nodes:
                 for variable in node.outputs:
                     got, want = self.value(variable), expected[variable]
@@ -156,13 +159,24 @@ class Checker:
             made |= {v: clone(r) for v, r in zip(node.outputs, results, strict=True)}
         return made
 
-    def _needed_scores(self, got: Value, want: Value) -> tuple[Tensor, Tensor]:
-        """Scores of visible entries, where there are more than are chosen: others are not written."""
+    def _written(self, want: Tensor) -> Tensor:
+        """Which scores the device writes: those of visible entries, where there are more than are chosen."""
+        visible = want.isfinite()
+        return visible & (visible.sum(-1, keepdim=True) > int(self.executor.plan.config["index_topk"]))
+
+    def _seen_scores(self, variable: Variable, want: Value) -> Tensor:
+        """The device's scores where it writes them, elsewhere the reference's."""
+        got = self.value(variable)
         assert isinstance(got, Tensor)
         assert isinstance(want, Tensor)
-        visible = want.isfinite()
-        visible &= visible.sum(-1, keepdim=True) > int(self.executor.plan.config["index_topk"])
-        return got.masked_fill(~visible, 0), want.masked_fill(~visible, 0)
+        return torch.where(self._written(want), got, want)
+
+    def _needed_scores(self, got: Value, want: Value) -> tuple[Tensor, Tensor]:
+        """Scores that the device writes; zeros in the place of others."""
+        assert isinstance(got, Tensor)
+        assert isinstance(want, Tensor)
+        others = ~self._written(want)
+        return got.masked_fill(others, 0), want.masked_fill(others, 0)
 
     def _compare(
         self, step: int, node: Node, variable: Variable, got: Value, want: Value, before: Value | None
