@@ -91,6 +91,7 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
         yield Job(f"runs {plan['name']}", command, small)
         if plan["batch"] > 1:
             continue
+        yield Job(f"tampered {plan['name']}", module("tests.gpu.tampered", path), 1.0)
         yield Job(f"sublayers {plan['name']}", module("tests.gpu.check_sublayers", path, case), small)
         for named in ("launch", "step"):
             command = module("tests.gpu.run_plan", path, case, "--fault", named)

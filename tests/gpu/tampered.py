@@ -1,13 +1,20 @@
-"""Twenty ways to tamper with a GPU plan, digests made right again: a driver must never see any."""
+"""Twenty ways to tamper with a GPU plan, digests made right again: python -m tests.gpu.tampered PLAN.
+
+A driver must never see any of them: `load` refuses each before the driver is called.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv4c.plan.folder import PLAN_FILE, Plan
+from dsv4c.errors import PlanError
+from dsv4c.plan.folder import PLAN_FILE, Plan, load
 from dsv4c.plan.records import KernelCode
 
 Launch = dict[str, Any]
@@ -81,6 +88,38 @@ def tampered(plan: Plan, name: str, folder: Path) -> Path:
     return target
 
 
+def refused(plan: Plan, name: str, folder: Path) -> str:
+    """Why `load` refuses it, or nothing."""
+    try:
+        load(tampered(plan, name, folder))
+    except PlanError as error:
+        return str(error)
+    return ""
+
+
+def main() -> int:
+    """Tamper in every way; the exit code counts what was not refused before the driver was called."""
+    from dsv4c.runtime import driver
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("plan", type=Path)
+    plan = load(parser.parse_args().plan)
+    calls: list[str] = []
+    driver.call = lambda what, result: calls.append(what)  # type: ignore[assignment]
+    missed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for name in TAMPERED:
+            why = refused(plan, name, Path(folder))
+            missed += not why
+            print(f"{name:32} {'refused: ' + why.partition(': ')[2][:90] if why else 'TAKEN'}")
+    if calls:
+        print(f"the driver was called: {', '.join(calls[:5])}")
+    print(f"{len(TAMPERED) - missed} of {len(TAMPERED)} refused")
+    return missed + bool(calls)
+
+
 def signed(data: Mapping[str, Any]) -> str:
     """A plan.json whose digest is right."""
     from dsv4c.plan.folder import _first_lines
@@ -88,3 +127,7 @@ def signed(data: Mapping[str, Any]) -> str:
     body = json.dumps({key: value for key, value in data.items() if key != "digest"}, indent=0)
     _, _, rest = body.partition("\n")
     return _first_lines(f"{rest}\n") + f"{rest}\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

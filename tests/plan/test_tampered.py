@@ -1,4 +1,4 @@
-"""Tampered GPU plans are refused by `load`; the same twenty on a GPU: `tests/gpu/test_tampered.py`."""
+"""Tampered GPU plans are refused by `load`; the same twenty on a GPU: `tests/gpu/tampered.py`."""
 
 from __future__ import annotations
 
