@@ -292,7 +292,8 @@ def test_ctrl_c_or_a_polite_kill_at_any_time(wait: float, number: signal.Signals
         time.sleep(wait)
         process.send_signal(number)
         _, error = process.communicate(timeout=30)
-    assert process.returncode in (130, -number)  # to a shell, the latter is 130 or 143
+    # To a shell the signals are 130 and 143; either stands for a stop before the command line is there.
+    assert process.returncode in (130, -number, -signal.SIGINT)
     assert "Traceback" not in error
     assert list(tmp_path.iterdir()) == []
 

@@ -7,9 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import dsv4c.codegen.build as kernels
 from dsv4c.arch import Arch
 from dsv4c.codegen.bodies import Bodies
-from dsv4c.codegen.build import Source, build, toolchain
+from dsv4c.codegen.build import Source, toolchain
 from dsv4c.codegen.select import Kernels
 
 Progress = Callable[[str, int, int], None]
@@ -42,7 +43,9 @@ class Gpu:
 
         sources = dict(sorted(self.coder.sources.items()))
         for (key, source), made in zip(
-            sources.items(), build(list(sources.values()), self.arch.name, store, progress=watch), strict=True
+            sources.items(),
+            kernels.build(list(sources.values()), self.arch.name, store, progress=watch),
+            strict=True,
         ):
             contents = {"source": source.text.encode(), "cubin": made.cubin, "ptx": made.ptx.encode()}
             suffix = {"source": "py", "cubin": "cubin", "ptx": "ptx"}

@@ -37,7 +37,7 @@ def plain() -> Plan:
 
 def test_an_op_without_a_kernel_is_unfolded_and_reported(greedy_head: Contributions, plain: Plan) -> None:
     plan = gpu_plan(rules=greedy_head, certify=False, **SIZES)
-    assert check(plan) == []
+    assert check(plan, greedy_head) == []
     assert [(u["bucket"], u["op"], u["nodes"], u["launches"]) for u in plan.report["unfolded"]] == [
         ("decode-1", "greedy_head", 1, 1),
         ("decode-2", "greedy_head", 1, 1),

@@ -18,8 +18,8 @@ from tests.interpreted import MAX_CONTEXT, logits_of
 CHUNK = 64
 
 
-def session(folder: Path, recipe: str, target: Path, mtp: bool = False) -> dsv4c.Session:
-    plan = dsv4c.compile(folder, recipe=recipe, max_context=MAX_CONTEXT, chunk=CHUNK, mtp=mtp)
+def session(folder: Path, recipe: str, target: Path, draft: str = "off") -> dsv4c.Session:
+    plan = dsv4c.compile(folder, recipe=recipe, max_context=MAX_CONTEXT, chunk=CHUNK, draft=draft)
     return dsv4c.load(plan.save(target / "plan")).bind(folder, poison=True)
 
 
@@ -27,7 +27,7 @@ def test_the_unquantized_model(tmp_path: Path) -> None:
     """Runs of one session after another, and the drafts of the prompt."""
     case = recorded("fp32")
     bound = case.tolerance["logits_rel_l2_per_position"]
-    model = session(case.folder, "fp32", tmp_path, mtp=True)
+    model = session(case.folder, "fp32", tmp_path, draft="mtp")
     run = case.run()
     logits = [model.prefill(run.ids[: run.prefill])]
     drafts = model.draft(model.streams, run.ids[1 : run.prefill + 1])
@@ -77,6 +77,7 @@ def test_recipes_without_a_recording_of_their_own(
 
 
 def test_every_recipe_is_run() -> None:
+    """All but the one for checkpoints of FP8 experts, of which there is no recording."""
     tests = (test_quantized_models, test_recipes_without_a_recording_of_their_own)
     cases = [case for test in tests for mark in test.pytestmark for case in mark.args[1]]
-    assert {"fp32", *(recipe for _, recipe, _ in cases)} == set(RECIPES)
+    assert {"fp32", *(recipe for _, recipe, _ in cases)} == set(RECIPES) - {"fp8-experts"}

@@ -142,6 +142,7 @@ NOTICED_BY: dict[ModuleType, dict[str, Test]] = {
         "verify: broken": broken(verifying.twice),
     },
     fused_module: {
+        "Fused.kept: wrong": folding.test_a_fused_op_keeps_results_that_its_body_has,
         "alias_of_trace: value in results or value in stale": body("the write %cache_write"),
         "_trace: known == body.alias": folding.test_what_is_overwritten_must_not_depend_on_types,
         "_checked_results: isinstance(value, Value)": body("which is no value"),

@@ -741,3 +741,20 @@ def test_random_graphs_keep_their_meaning(graph: Graph) -> None:
     assert commuted(back) == commuted(graph)
     assert fold(back, RULES)[0] == new
     assert sum(report.counts.values()) == sum(isinstance(n.op, Fused) for n in new.nodes)
+
+
+def test_a_fused_op_keeps_results_that_its_body_has() -> None:
+    @fused
+    class TwoResults(Fused):
+        """Both signs of x."""
+
+        example: ClassVar[Mapping[str, Any]] = {"x": "f32[2,4]"}
+
+        def body(self, x: Value) -> tuple[Value, Value]:
+            return scale(x, factor=1.0), scale(x, factor=-1.0)
+
+    with Builder("two") as b:
+        x = b.input("x", parse_type("f32[2,4]"))
+        assert TwoResults(keep=(1,))(x).type == x.type
+        with pytest.raises(GraphError, match="two_results keeps result 2, its body has 2"):
+            TwoResults(keep=(2,))(x)
