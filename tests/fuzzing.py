@@ -377,7 +377,7 @@ def _state(path: Path) -> Target:
         "window": torch.arange(64, dtype=torch.float32).reshape(2, 32),
         "position": torch.tensor([3, 7]),
     }
-    good = state.write(path, plan, states, [0, 1], {"position": [3, 7]}).read_bytes()
+    good = state.write(path, plan, states, [0, 1], {}).read_bytes()
     saved = state.read(path, plan, states, 2).rows
 
     def run(data: bytes) -> None:

@@ -73,7 +73,8 @@ def test_the_readmes_first_example_prints_what_it_says(tmp_path: Path) -> None:
         printed = run([sys.executable, "-m", *command], tmp_path, env)
         assert without_figures(printed).strip() == without_figures(said).strip()
     run(["rm", "-r", "tiny.plan"], tmp_path, env)
-    run([sys.executable, "-c", python[1] + "assert logits.shape == (1, 512)"], tmp_path, env)
+    checked = "assert (tuple(logits.shape), session.positions) == ((3, 512), [5])"
+    run([sys.executable, "-c", python[1] + checked], tmp_path, env)
 
 
 def test_the_readmes_layer_is_what_show_prints() -> None:

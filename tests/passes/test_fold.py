@@ -748,6 +748,7 @@ def test_a_fused_op_keeps_results_that_its_body_has() -> None:
     class TwoResults(Fused):
         """Both signs of x."""
 
+        literals = ("scale.factor",)
         example: ClassVar[Mapping[str, Any]] = {"x": "f32[2,4]"}
 
         def body(self, x: Value) -> tuple[Value, Value]:
