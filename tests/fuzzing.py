@@ -33,7 +33,8 @@ from dsv4c.ir.text import graph_to_json, parse_attribute, parse_graph
 from dsv4c.ir.verify import verify
 from dsv4c.passes.pipeline import Pipeline, parse_pipeline
 from dsv4c.plan import folder as folders
-from dsv4c.plan.folder import PLAN_FILE, Plan, load
+from dsv4c.plan.check import check
+from dsv4c.plan.folder import PLAN_FILE, Plan, read_plan
 from dsv4c.runtime import state
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.types import KV_FP8, NVFP4, TypeSyntaxError, parse_type
@@ -362,7 +363,8 @@ def _plan(folder: Path, plan: Plan) -> Target:
     def run(changed: bytes) -> None:
         text = changed.decode()
         (folder / PLAN_FILE).write_text(folders._first_lines(text) + text)
-        read = load(folder)
+        read = read_plan(folder)
+        check(read)  # may find what it likes, in words
         describe(read)
         figures(read)
         job_of(read)
