@@ -33,7 +33,7 @@ from dsv4c.ir.text import graph_to_json, parse_attribute, parse_graph
 from dsv4c.ir.verify import verify
 from dsv4c.passes.pipeline import Pipeline, parse_pipeline
 from dsv4c.plan import folder as folders
-from dsv4c.plan.check import check
+from dsv4c.plan.check import check as prove
 from dsv4c.plan.folder import PLAN_FILE, Plan, read_plan
 from dsv4c.runtime import state
 from dsv4c.runtime.checkpoint import Checkpoint
@@ -364,7 +364,7 @@ def _plan(folder: Path, plan: Plan) -> Target:
         text = changed.decode()
         (folder / PLAN_FILE).write_text(folders._first_lines(text) + text)
         read = read_plan(folder)
-        check(read)  # may find what it likes, in words
+        prove(read)  # may find what it likes, in words
         describe(read)
         figures(read)
         job_of(read)
