@@ -99,7 +99,7 @@ ROWS = (
     Row("certificates, cold: Flash", certificates, FLASH, 90, "empty"),
     Row("certificates, warm: Flash", certificates, FLASH, 1),
     Row("HTML of all stages: Pro", page, PRO, 5),
-    Row("sm_90a plan, cold: Flash", kernels, FLASH, 60, "empty"),
+    Row("sm_90a plan, cold: Flash", kernels, FLASH, 45, "empty"),
     Row("sm_90a plan, warm: Flash", kernels, FLASH, 3),
 )
 
