@@ -210,8 +210,10 @@ def _weight(record: Mapping[str, Any]) -> Weight:
     name, form, offset = record["name"], record["form"], record["offset"]
     parts = {c["name"]: ("weights", c["offset"], c["nbytes"]) for c in record["components"]}
     numbers = [offset, *(n for part in parts.values() for n in part[1:])]
-    if not isinstance(name, str) or not isinstance(form, str) or len(parts) != len(record["components"]):
-        raise TypeError("expected a name, a form and components")
+    if not all(isinstance(record[key], str) for key in ("name", "form", "type")):
+        raise TypeError("name, form and type are words")
+    if len(parts) != len(record["components"]):
+        raise TypeError("two components have one name")
     if any(type(n) is not int or not 0 <= n <= MOST for n in numbers):
         raise TypeError(f"offsets and sizes {numbers}; expected counts")
     return Weight(name, parse_type(record["type"]), form, offset, parts)

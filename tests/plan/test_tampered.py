@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,6 +45,19 @@ def test_an_altered_cubin_is_found(plan: Plan, tmp_path: Path) -> None:
     cubin = folder / next(iter(plan.kernels.values()))["cubin"]
     cubin.write_bytes(cubin.read_bytes()[:-1] + b"3")
     with pytest.raises(PlanError, match=rf"{cubin.name}: was altered"):
+        load(folder)
+
+
+@pytest.mark.parametrize("key", ["name", "type", "form", "offset", "components"])
+@pytest.mark.parametrize("value", [-1, None, [], {"a": 1}, 1.5])
+def test_a_weight_of_a_foreign_form_is_a_plan_error(plan: Plan, key: str, value: Any, tmp_path: Path) -> None:
+    import json
+
+    folder = plan.save(tmp_path / "p")
+    data = json.loads(plan.text)
+    data["weights"][0][key] = value
+    (folder / "plan.json").write_text(signed(data))
+    with pytest.raises(PlanError, match=re.escape("plan.json")):
         load(folder)
 
 
