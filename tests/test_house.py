@@ -46,7 +46,18 @@ class Room:
     back: Mapping[str, str] = field(default_factory=dict)
 
 
-LEAVES = ("types", "errors", "strict_json", "headers", "publish", "cache", "buckets", "arch", "scope")
+LEAVES = (
+    "types",
+    "errors",
+    "strict_json",
+    "headers",
+    "publish",
+    "cache",
+    "buckets",
+    "arch",
+    "scope",
+    "threads",
+)
 CONFIG = (*LEAVES, "config")
 COMPILER = (*CONFIG, "ir", "models", "passes")
 
@@ -62,6 +73,7 @@ HOUSE = {
     "buckets": Room(80),
     "arch": Room(80),
     "scope": Room(80),
+    "threads": Room(90, packages_inside=("torch",)),
     "dialects": Room(820, ("errors", "headers", "scope")),
     "config": Room(480, (*LEAVES, "dialects")),
     # Sizes and names of packings, for those who compute nothing.

@@ -23,6 +23,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from dsv4c.errors import ConfigError, Dsv4cError
+from dsv4c.threads import wait_asleep
 
 COMMANDS = {
     "compile": "Compile a model to a plan: a folder of plain data that `dsv4c run` executes.",
@@ -163,6 +164,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Run the command line until it exits."""
+    wait_asleep()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
     try:

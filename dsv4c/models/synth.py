@@ -30,6 +30,7 @@ from dsv4c.models.weights import Source, Table, TensorSpec, inventory, sources
 from dsv4c.numerics.codec import quantize
 from dsv4c.publish import OccupiedError, published
 from dsv4c.scope import Scope
+from dsv4c.threads import cores, threads
 from dsv4c.types import NVFP4, QuantType
 
 SHARD_BYTES = 2_000_000_000
@@ -254,17 +255,13 @@ def _fill(
             stop.set()
             raise
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the parallelism is over tensors
-    try:
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1, "dsv4c-synth") as pool:
-            try:
-                for future in [pool.submit(write, job) for job in _jobs(config, table, slots)]:
-                    future.result()
-            finally:
-                stop.set()
-    finally:
-        torch.set_num_threads(threads)
+    # The parallelism is over tensors.
+    with threads(1), ThreadPoolExecutor(workers or cores(), "dsv4c-synth") as pool:
+        try:
+            for future in [pool.submit(write, job) for job in _jobs(config, table, slots)]:
+                future.result()
+        finally:
+            stop.set()
 
 
 def _write(config: ModelConfig, seed: int, job: _Job) -> None:
