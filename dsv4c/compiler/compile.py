@@ -33,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def compile(
-    model: ModelConfig | str | Path | Request | Saved | Job,
+    model: ModelConfig | str | Path | Mapping[str, Any] | Request | Saved | Job,
     *,
     certify: bool = True,
     inspect: Callable[[str, Compiled], None] | None = None,

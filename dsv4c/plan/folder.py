@@ -81,6 +81,14 @@ class Plan:
     timings: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
     cache_hits: int = field(default=0, repr=False, compare=False)  # kernels that this compile found built
 
+    def __repr__(self) -> str:
+        deployment = self.deployment
+        return (
+            f"<Plan {self.name} for {self.target}: recipe {self.recipe}, "
+            f"{deployment['slots']} × {deployment['max_context']:,} tokens, "
+            f"buckets {', '.join(self.buckets)}, weights {self.blocks['weights'] / 1e6:,.2f} MB>"
+        )
+
     @property
     def target(self) -> str:
         return str(self.deployment["target"])
