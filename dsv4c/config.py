@@ -350,7 +350,9 @@ def _parsed(given: Mapping[str, Any]) -> dict[str, Any]:
     try:
         found: dict[str, Any] = strict_json.parse(json.dumps(dict(given)))
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"config: cannot be written as JSON: {error}; expected a config.json's data") from None
+        raise ConfigError(
+            f"config: cannot be written as JSON: {error}; expected a config.json's data"
+        ) from None
     return found
 
 

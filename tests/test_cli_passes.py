@@ -158,7 +158,7 @@ def test_a_stopped_compile_goes_on_to_the_same_plan(plan: Path, tmp_path: Path, 
     assert other.report["rules"] == one.report["rules"]
     assert "resumed after" in result.err
     assert ("no certificates" in result.err) == (after != "build")
-    settled = command("compile", "--resume", file, "-o", resumed, "--force", "--disable", "head")
+    settled = command("compile", "--resume", file, "-o", resumed, "--overwrite", "--disable", "head")
     assert settled.code == 2
     assert f"--resume {file} has decided --disable" in settled.err
 

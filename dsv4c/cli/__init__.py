@@ -22,6 +22,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from dsv4c.cli.help import Commands, without_values
 from dsv4c.errors import ConfigError, Dsv4cError
 from dsv4c.threads import wait_asleep
 
@@ -45,7 +46,6 @@ COMMANDS = {
 """The commands by name, with the first sentence or two of their own help."""
 
 SETTINGS: dict[str, Any] = {
-    "add_completion": False,
     "pretty_exceptions_enable": False,
     "rich_markup_mode": "rich",
 }
@@ -101,9 +101,12 @@ class _Group(TyperGroup):
         super().__init__(**settings)
         self.commands.update({name: TyperCommand(name, help=text) for name, text in COMMANDS.items()})
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        return without_values(super().get_params(ctx))
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] in COMMANDS:
-            called = typer.Typer(**SETTINGS)
+            called = Commands(add_completion=False, **SETTINGS)
             module_of(args[0]).register(called)
             self.commands[args[0]] = get_command(called)
         return super().resolve_command(ctx, args)

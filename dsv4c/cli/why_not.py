@@ -9,6 +9,7 @@ import typer
 
 from dsv4c.cli.console import print_json, size
 from dsv4c.cli.options import (
+    COMPLETE_RULE,
     BatchOption,
     BucketOption,
     ChunkOption,
@@ -19,14 +20,17 @@ from dsv4c.cli.options import (
     Target,
     TargetOption,
 )
-from dsv4c.cli.subject import Subject, ask, refuse_decided
+from dsv4c.cli.subject import Subject, ask_with, refuse_decided
 from dsv4c.compiler.job import Compiled, Job
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, operand_counts, sketches
 from dsv4c.passes.explain import WhyNot, at, why_not
 from dsv4c.passes.fold import Applied, FoldReport, Refusal, Rule
 
-RuleArgument = Annotated[str, typer.Argument(metavar="RULE", help="Name of a rule.", show_default=False)]
+RuleArgument = Annotated[
+    str,
+    typer.Argument(metavar="RULE", help="Name of a rule.", show_default=False, autocompletion=COMPLETE_RULE),
+]
 NodeOption = Annotated[
     str | None,
     typer.Option(
@@ -73,16 +77,7 @@ def why_not_command(
       dsv4c why-not rmsnorm_quantize tiny.plan --node layers.2
     """
     refuse_decided(context, subject)
-    asked = ask(
-        subject,
-        bucket=bucket,
-        extra=extra,
-        recipe=recipe,
-        target=target.value,
-        batch=batch,
-        max_context=max_context,
-        chunk=chunk,
-    )
+    asked = ask_with(context, subject)
     wanted = asked.job.rules.rule(rule)
     compiled = asked.compiled(bucket)
     report = compiled.context.fold

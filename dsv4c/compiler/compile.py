@@ -89,7 +89,7 @@ def compile(
     certificates: Sequence[dict[str, Any]] = ()
     if certify:
         with stages("certify"):
-            certificates = _certify(compiled, again, cache_folder(cache) / "certificates")
+            certificates = _certify(compiled, again, cache_folder(cache) / "certificates", progress)
     if not on_cpu:
         with stages("build"):
             target.build(cache_folder(cache) / "kernels", progress)
@@ -115,10 +115,12 @@ def _unfolding(job: Job, again: list[Match]) -> Unfold:
     return unfold
 
 
-def _certify(compiled: Mapping[Bucket, Compiled], again: list[Match], cache: Path) -> list[dict[str, Any]]:
+def _certify(
+    compiled: Mapping[Bucket, Compiled], again: list[Match], cache: Path, progress: Progress | None
+) -> list[dict[str, Any]]:
     """Certificates of all buckets, equal applications once. Raises GraphError for a rule that is wrong."""
     matches = [m for c in compiled.values() if c.context.fold is not None for m in c.context.fold.matches]
-    found = certificates_of([*matches, *again], folder=cache)
+    found = certificates_of([*matches, *again], folder=cache, progress=progress)
     for wrong in found.failed:
         raise GraphError(
             f"the rule {wrong.rule} is wrong on {', '.join(wrong.operands)}: {wrong.reason}; "

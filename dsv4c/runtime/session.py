@@ -87,7 +87,9 @@ class Session:
 
     def __repr__(self) -> str:
         held = ", ".join(f"{held:,}" for held in self._counters["main"].held)
-        return f"<Session of {self.plan.name} on {self.device}: {held} of {self.max_context:,} tokens by slot>"
+        return (
+            f"<Session of {self.plan.name} on {self.device}: {held} of {self.max_context:,} tokens by slot>"
+        )
 
     # --- running ---
 
