@@ -102,12 +102,8 @@ PAINTS = (
 
 def painted(text: str) -> str:
     """A graph's text in colors where stdout is a terminal that wants them (https://no-color.org)."""
-    if (
-        sys.stdout is None
-        or not sys.stdout.isatty()
-        or os.environ.get("NO_COLOR")
-        or os.environ.get("TERM") == "dumb"
-    ):
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if plain or sys.stdout is None or not sys.stdout.isatty():
         return text
     for pattern, paint in PAINTS:
         text = re.sub(pattern, rf"\033[{paint}m\g<0>\033[0m", text, flags=re.MULTILINE)

@@ -119,11 +119,9 @@ def test_a_box_is_a_launch_with_its_bytes() -> None:
 
 
 def test_what_every_layer_reads_is_named_in_its_boxes() -> None:
-    text = dot(folded("deepseek-v4-flash"), layer=4)
-    (attention,) = (box for box in launch_boxes(text) if box.startswith("attention|"))
-    assert "positions" in attention
+    text = dot(official("tiny"), layer=2)
+    assert any("positions" in box for box in launch_boxes(text))
     assert 'label="positions' not in text
-    assert len(launch_boxes(text)) == 16
 
 
 @NEEDS_DOT
