@@ -113,7 +113,7 @@ HOUSE = {
         packages_inside=("cutlass",),
     ),
     # The one path from a config to a plan.
-    "compiler": Room(1400, (*COMPILER, "certify", "codegen", "plan")),
+    "compiler": Room(1550, (*COMPILER, "certify", "codegen", "plan")),
     # Runs a plan beside its unfused graph, so it stands above compiler and runtime both.
     "compiler.bisect": Room(
         600,
@@ -123,7 +123,7 @@ HOUSE = {
     "": Room(90, (*CONFIG, "ir", "passes", "compiler", "plan", "runtime")),
     # Every command imports what it needs; the package loads a command's module when it is called.
     "cli": Room(
-        2300,
+        2550,
         (*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "plan", "runtime", "view"),
         ("typer", "rich"),
     ),

@@ -28,6 +28,7 @@ from dsv4c.threads import wait_asleep
 
 COMMANDS = {
     "compile": "Compile a model to a plan: a folder of plain data that `dsv4c run` executes.",
+    "limits": "Say what stands between a model and a plan for a target: every obstacle, and the memory.",
     "show": "Show a model's graph: figures first, then the operations, equal layers folded into one.",
     "diff": "Compare two graphs: nodes gone, new and changed; launches, bytes and operations.",
     "passes": "Show the pipeline of a plan and what every rule saved in a decode step.",
