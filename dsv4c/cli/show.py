@@ -133,7 +133,7 @@ def show_command(
     one = int(layer) if layer and layer.isdecimal() else layer
     summary = summarize(graph if one is None else layer_graph(graph, one), asked.job.config)
     if compiled is not None and staging:
-        text = staged(compiled, asked, format)
+        text = staged(compiled, asked, format, fold)
     elif format is Format.TEXT:
         text = render(graph, one, fold, origins=origins)
     elif format is Format.JSON:
@@ -155,10 +155,10 @@ def show_command(
         print_json({"summary": summary.to_dict()} | (figures(plan) if plan else {}))
 
 
-def staged(compiled: Compiled, asked: Asked, format: Format) -> str:
+def staged(compiled: Compiled, asked: Asked, format: Format, fold: bool) -> str:
     """All stages of a bucket in one file; with the source of its kernels for a plan that has some."""
     if format is Format.MODEL_EXPLORER:
-        return json_text.dumps(model_explorer(compiled.named)) + "\n"
+        return json_text.dumps(model_explorer(compiled.named, fold), separators=(",", ":")) + "\n"
     title = f"{asked.job.config.name}, {asked.job.recipe.name}"
     return html(compiled.named, title=title, sources=kernel_sources(asked.plan) if asked.plan else None)
 

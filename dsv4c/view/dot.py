@@ -12,7 +12,15 @@ from types import MappingProxyType
 
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.ir.text import print_attribute, print_node
-from dsv4c.view.layers import body_of, body_results, family, find_section, folds, from_a_layer
+from dsv4c.view.layers import (
+    body_of,
+    body_results,
+    family,
+    find_section,
+    folds,
+    from_a_layer,
+    representatives,
+)
 from dsv4c.view.text import amount
 
 Place = Value | str
@@ -88,19 +96,10 @@ class _Drawing:
                 (f"{f.shown.title} x{len(f.members)}" if len(f.members) > 1 else f.shown.title, f.shown.nodes)
                 for f in folds(graph, fold)
             ]
-        self.stands_for = self._representatives(fold) if self.whole else {}
+        self.stands_for = representatives(folds(graph, fold)) if self.whole else {}
         self.port: dict[Value, str] = {}  # value -> id of the drawn node that makes it
         self.edges: list[tuple[Place, str]] = []
         self.ids = 0
-
-    def _representatives(self, fold: bool) -> dict[Value, Value]:
-        """Results of folded layers, each to that of the layer drawn in its place."""
-        found: dict[Value, Value] = {}
-        for group in folds(self.graph, fold):
-            shown = [v for node in group.shown.nodes for v in node.outputs]
-            for member in group.members[1:]:
-                found.update(zip((v for node in member.nodes for v in node.outputs), shown, strict=True))
-        return found
 
     def fresh(self) -> str:
         self.ids += 1
