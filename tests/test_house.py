@@ -102,7 +102,7 @@ HOUSE = {
     # Evaluates both sides of rewrites. What a compile needs of it where all certificates are kept from before
     # loads without torch.
     "certify": Room(1350, (*LEAVES, "ir", "numerics", "reference", "passes"), ("torch",)),
-    "view": Room(1150, (*CONFIG, "ir", "models"), packages_inside=("graphviz",)),
+    "view": Room(1300, (*CONFIG, "plan", "ir", "models"), packages_inside=("graphviz",)),
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
     "codegen.lib": Room(5250, ("numerics.forms",), ("cutlass", "cuda")),
     # Launches are lowered to what plans hold, which is data.

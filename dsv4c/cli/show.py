@@ -27,6 +27,7 @@ from dsv4c.ir.text import graph_to_json
 from dsv4c.plan.folder import Plan, load
 from dsv4c.view.dot import dot
 from dsv4c.view.html import html
+from dsv4c.view.launches import launched
 from dsv4c.view.layers import layer_graph
 from dsv4c.view.model_explorer import model_explorer
 from dsv4c.view.svg import svg
@@ -133,7 +134,7 @@ def show_command(
     one = int(layer) if layer and layer.isdecimal() else layer
     summary = summarize(graph if one is None else layer_graph(graph, one), asked.job.config)
     if compiled is not None and staging:
-        text = staged(compiled, asked, format, fold)
+        text = staged(compiled, asked, format, bucket, fold)
     elif format is Format.TEXT:
         text = render(graph, one, fold, origins=origins)
     elif format is Format.JSON:
@@ -155,20 +156,23 @@ def show_command(
         print_json({"summary": summary.to_dict()} | (figures(plan) if plan else {}))
 
 
-def staged(compiled: Compiled, asked: Asked, format: Format, fold: bool) -> str:
-    """All stages of a bucket in one file; with the source of its kernels for a plan that has some."""
+def staged(compiled: Compiled, asked: Asked, format: Format, bucket: str, fold: bool) -> str:
+    """All stages of a bucket in one file; of a plan in HTML its launches, too, and the source of kernels."""
     if format is Format.MODEL_EXPLORER:
         return json_text.dumps(model_explorer(compiled.named, fold), separators=(",", ":")) + "\n"
     title = f"{asked.job.config.name}, {asked.job.recipe.name}"
-    return html(compiled.named, title=title, sources=kernel_sources(asked.plan) if asked.plan else None)
+    if asked.plan is None:
+        return html(compiled.named, title=title)
+    sources, launches = kernel_sources(asked.plan, bucket), launched(asked.plan, bucket)
+    return html(compiled.named, title=title, sources=sources, launches=launches)
 
 
-def kernel_sources(plan: Plan) -> dict[str, str]:
-    """The source of the kernel that runs each node of a decode step."""
+def kernel_sources(plan: Plan, bucket: str) -> dict[str, str]:
+    """The source of the kernel that runs each node of a bucket."""
     if not plan.kernels:
         return {}
     files = {key: plan.files[record["source"]].decode() for key, record in plan.kernels.items()}
-    launches = plan.program().launches
+    launches = plan.program(bucket).launches
     return {name: files[launch.kernel.kernel] for launch in launches for name in launch.nodes}
 
 
