@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -125,7 +126,18 @@ def absent(wanted: Rule, compiled: Compiled) -> str:
     missing = sorted(needed - there)
     if missing:
         return f"the graph has no {' and no '.join(missing)}"
-    return "rules before it took every place where a search could begin, or nothing was proposed there"
+    report = compiled.context.fold
+    places = [node.name for node in before.nodes if node.op.name in needed]
+    taken = Counter(
+        applied.rule
+        for each in (report.rules.values() if report is not None else ())
+        for applied in each.applied
+        if any(made in applied.members for made in places)
+    )
+    if taken:
+        rules = ", ".join(f"{rule} ({times} times)" for rule, times in taken.most_common())
+        return f"rules before it took every place where a search could begin: {rules}"
+    return "nothing was proposed where a search could begin"
 
 
 def text(answer: Answer, each: bool) -> str:

@@ -30,7 +30,15 @@ class Kind(enum.Enum):
 
 
 class Value:
-    """One typed value. Identity is the object; `name` is unique within its graph."""
+    """One typed value. Identity is the object; `name` is unique within its graph.
+
+    type: `TensorType` or `QuantType` (`dsv4c.types`): `x.type.shape` is a tuple of ints, `x.type.nbytes` the
+    bytes it takes; a plain tensor has `x.type.dtype`, a quantized one its `format`. kind: input, state,
+    param or result. node: the node that makes a result, of whose outputs it is number `index`; else None.
+
+    In the body of a fused op, `x.type` may not be known yet: compare shapes and dtypes with ==, and the trace
+    follows both ways. Add operations by calling ops (`dsv4c.ir.ops`) with values.
+    """
 
     __slots__ = ("index", "kind", "name", "node", "type")
 
