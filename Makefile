@@ -30,6 +30,10 @@ format: $(TOOLS)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(TOOLS)
+	@$(BIN)/python $(INSTALL) '.[docs]'
+	$(BIN)/mkdocs build --strict --site-dir build/docs
+
 setup: $(TOOLS)
 
 # Bytecode is left to the first import: of what is installed, a run imports a tenth.

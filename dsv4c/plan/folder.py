@@ -91,6 +91,7 @@ class Plan:
 
     @property
     def target(self) -> str:
+        """What it runs on: cpu, sm_90a or sm_100a."""
         return str(self.deployment["target"])
 
     def program(self, bucket: str = "decode") -> Program:
