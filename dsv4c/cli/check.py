@@ -17,7 +17,7 @@ from dsv4c.certify.finding import Certificate, to_dict
 from dsv4c.cli.console import note, print_json, print_table, progress_bar
 from dsv4c.cli.options import CONFIG_HELP, JsonOption, PassOption
 from dsv4c.cli.subject import Asked, ask
-from dsv4c.errors import GraphError
+from dsv4c.errors import ConfigError, GraphError
 from dsv4c.passes.work import Match
 
 EVERY_RULE = (("deepseek-v4-flash", "official"), ("deepseek-v4-flash", "nvfp4-experts-w4a4"))
@@ -72,7 +72,7 @@ def check_command(
         _inject(subject, extra, json)
         return
     if subject is None:
-        raise GraphError("check: name a plan or a config, or give --inject")
+        raise ConfigError("check: name a plan or a config, or give --inject")
     asked = ask(subject, extra=extra)
     folder = cache_folder(cache) / "certificates"
     forms = tuple(dict.fromkeys(asked.job.firsts().values()))
