@@ -92,6 +92,7 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
         if plan["batch"] > 1:
             continue
         yield Job(f"tampered {plan['name']}", module("tests.gpu.tampered", path), 1.0)
+        yield Job(f"bisect {plan['name']}", module("tests.gpu.check_bisect", path, case), small)
         yield Job(f"sublayers {plan['name']}", module("tests.gpu.check_sublayers", path, case), small)
         for named in ("launch", "step"):
             command = module("tests.gpu.run_plan", path, case, "--fault", named)
