@@ -42,7 +42,7 @@ def normalize(
     thread: Int32,
     threads: Constexpr[int],
 ):
-    """RMSNorm of the row with bf16 gain, rounded to bf16. `s`: 128 bytes. Contains a barrier of the threads."""
+    """RMSNorm of the row with bf16 gain, rounded to bf16. `s`: 128 bytes. One barrier."""
     rounds = -(-k // (16 * threads))
     square = Float32(0.0)
     for n in range_constexpr(rounds):
@@ -81,7 +81,7 @@ def magnitude(r: cute.Tensor, first: Constexpr[int], count: Constexpr[int]):
 
 @cute.jit
 def row_scale(r: cute.Tensor, s: Int32, count: Constexpr[int], thread: Int32, threads: Constexpr[int]):
-    """The row's global scale, from all threads' `count` values. `s`: 128 bytes. Contains a barrier of the threads."""
+    """The row's global scale, from all threads' `count` values. `s`: 128 bytes. One barrier."""
     bits = magnitude(r, 0, count)
     for i in range_constexpr(5):
         bits = cutlass.max(bits, cute.arch.shuffle_sync_bfly(bits, offset=1 << i))
