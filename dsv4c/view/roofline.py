@@ -14,6 +14,7 @@ from typing import Any
 from dsv4c.arch import Arch
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.ir.totals import compulsory
+from dsv4c.scope import Scope
 from dsv4c.types import QuantType
 from dsv4c.view.layers import Section, find_section, folds
 
@@ -195,9 +196,12 @@ ROW, LEFT, WIDTH = 18, 340, 560  # pixels
 
 
 def svg(found: Roofline) -> str:
-    """A bar per launch, as long as its floor, in the colors of what it moves."""
-    longest = max((w.floor_us for part in found.parts for w in part.launches), default=1.0)
-    y, body = 34, []
+    """A bar per launch, as long as its floor, in the colors of what it moves. The longest launch of a layer
+    gives the scale; what takes longer outside of layers (the head) ends in a gap.
+    """
+    layers = [part for part in found.parts if Scope.of(part.title).block] or found.parts
+    longest = max(max(w.floor_us for w in part.launches) for part in layers)
+    y, body = 54, []
     for part in found.parts:
         times = f" x{part.count}" if part.count > 1 else ""
         heading = f"{escape(part.title)}{times}, {part.floor_us:,.1f} us"
@@ -205,19 +209,22 @@ def svg(found: Roofline) -> str:
         y += ROW + 4
         for work in part.launches:
             body.append(f'<text x="{LEFT - 8}" y="{y + 13}" text-anchor="end">{escape(work.op)}</text>')
-            x, full = float(LEFT), WIDTH * work.floor_us / longest
+            x, full = float(LEFT), WIDTH * min(work.floor_us / longest, 1.0)
             for kind, color in COLORS.items():
                 width = full * getattr(work, kind) / max(work.bytes, 1)
                 body.append(
                     f'<rect x="{x:.1f}" y="{y + 3}" width="{width:.1f}" height="{ROW - 6}" fill="{color}"/>'
                 )
                 x += width
+            if work.floor_us > longest:
+                gap = f'<rect x="{x - 24:.1f}" y="{y + 1}" width="6" height="{ROW - 2}" fill="white"/>'
+                body.append(gap)
             body.append(f'<text x="{x + 6:.1f}" y="{y + 13}" class="us">{work.floor_us:,.2f}</text>')
             y += ROW
         y += 8
     legend = "".join(
-        f'<rect x="{LEFT + 110 * i}" y="10" width="10" height="10" fill="{color}"/>'
-        f'<text x="{LEFT + 110 * i + 15}" y="19">{kind}</text>'
+        f'<rect x="{LEFT + 110 * i}" y="30" width="10" height="10" fill="{color}"/>'
+        f'<text x="{LEFT + 110 * i + 15}" y="39">{kind}</text>'
         for i, (kind, color) in enumerate(COLORS.items())
     )
     title = f"{found.graph}, {found.floor_us:,.0f} us on one {found.gpu}"
