@@ -93,7 +93,7 @@ def text(found: Bench) -> str:
         f"{machine.name}: copies {machine.copy_bandwidth / 1e12:.2f} TB/s, reads "
         f"{machine.read_bandwidth / 1e12:.2f} TB/s, a launch {machine.node_us:.2f} us",
         f"{found.plan}, {found.recipe}, {found.bucket} at {found.position}: {found.launches} launches, "
-        f"{found.step_us:,.1f} us{'' if found.finite_logits else '; the logits are not finite'}",
+        f"{found.step_us:,.1f} us{'; the logits are not finite' if found.finite_logits is False else ''}",
         "",
         "layers     count       us    least     most       MB  floor us  times",
     ]
