@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import dsv4c.numerics.forms
+import dsv4c.types
 from dsv4c.arch import ARCHS
 from dsv4c.cache import Store
 from dsv4c.errors import BuildError
@@ -115,7 +116,9 @@ def toolchain() -> str:
 @cache
 def lib_digest() -> str:
     """Digest of the device library and what it imports, read once per process."""
-    files = [*sorted(LIB.glob("*.py")), Path(dsv4c.numerics.forms.__file__)]
+    folders = (LIB, LIB.parent / "meanings")
+    files = [*(f for folder in folders for f in sorted(folder.glob("*.py")))]
+    files += [Path(module.__file__) for module in (dsv4c.numerics.forms, dsv4c.types)]
     return hashlib.sha256(b"\0".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()
 
 
