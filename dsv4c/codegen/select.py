@@ -37,15 +37,6 @@ class Kernels:
         request, values = request_of(nodes, self.arch, graph.users, labels)
         return tuple(self._part(launch, values) for launch in choose(request))
 
-    def check_load(self, graph: Graph) -> None:
-        """Constants of the model may be computed at load; kernels take the weights themselves."""
-        for node in graph.nodes:
-            if node.inputs:
-                raise BuildError(
-                    f"at {node.name}: {node.op.name} of weights is left over; kernels take the weights "
-                    "themselves, expected it folded into the op that reads it"
-                )
-
     def _part(self, launch: Launchable, values: Sequence[Value]) -> Part:
         emission = launch.emission
         source = Source(emission.symbol, emission.source)
