@@ -12,7 +12,7 @@ from __future__ import annotations
 import builtins
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Graph, Node, Value
@@ -75,17 +75,16 @@ class Program:
     views: Mapping[Value, View]
     steps: tuple[Loop | Node, ...]
     shared: int
+    by_row: frozenset[Value]
 
     @property
     def widest(self) -> int:
-        """Most elements that a row makes in one step."""
-        made = (v for step in self.steps for n in _nodes(step) for v in n.outputs)
-        return max(elements(self.type_of(v)) for v in made)
+        """Most elements that a row makes, or reduces, in one step."""
+        values = (v for step in self.steps for n in nodes_of(step) for v in (*n.inputs[:1], *n.outputs))
+        return max(elements(self.type_of(v)) for v in values)
 
     def type_of(self, value: Value) -> Type:
         return row_type(value.type, self.rows, value in self.by_row)
-
-    by_row: frozenset[Value] = field(default=frozenset())
 
 
 def program_of(graph: Graph, rows: int) -> Program:
@@ -108,7 +107,7 @@ def program_of(graph: Graph, rows: int) -> Program:
     last: dict[Value, int] = {}
     first: dict[Value, int] = {}
     for index, step in enumerate(steps):
-        for node in _nodes(step):
+        for node in nodes_of(step):
             for v in node.inputs:
                 last[roots[v]] = index
             for v in node.outputs:
@@ -263,7 +262,7 @@ def _steps(
     return steps
 
 
-def _nodes(step: Loop | Node) -> tuple[Node, ...]:
+def nodes_of(step: Loop | Node) -> tuple[Node, ...]:
     return step.nodes if isinstance(step, Loop) else (step,)
 
 

@@ -7,18 +7,20 @@ as many CTAs as it has work for, or a CTA per row where its threads must wait fo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cache
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.codegen.row_program import (
-    ELEMENTWISE,
     MEANINGS,
     NUMBERS,
     Program,
     Unfit,
+    nodes_of,
     place_lines,
     program_of,
     step_lines,
@@ -34,7 +36,7 @@ from dsv4c.ir.ops.norm import Normalize, RmsNorm, RsqrtMeanSquare, Softmax
 from dsv4c.ir.ops.quant import Quantize
 from dsv4c.ir.ops.sample import Argmax
 from dsv4c.passes.expand import expand
-from dsv4c.types import DType, GlobalScale, Type
+from dsv4c.types import GlobalScale, Type
 
 THREADS = 512
 WAVES = 2  # CTAs per SM at most of what is spread over the grid
@@ -48,22 +50,31 @@ BY_WARP = (AttentionScores, ExpertLinear, GroupedLinear, IndexScores, Linear)
 @kernel()
 def row_program(request: Request) -> Answer:
     if len(request.calls) != 1:
-        return No("takes one op per launch")
+        return No(f"takes one op per launch, not {len(request.calls)}")
     call = request.call
-    types = tuple(request.types[i] for i in call.inputs)
-    graph = primitives(call.op, types)
-    if isinstance(call.op, Fused):
-        found = _of_body(graph, request.arch)
-        if isinstance(found, No):
-            return found
-        program, ctas = found, 1
-    else:
-        program, ctas = _of_primitive(graph, request.arch)
-    name = request.call.op.name
-    emission, bound = emit(name, request.text, program, graph, ctas)
-    numbers = {v: n for v, n in zip(graph.inputs, call.inputs, strict=True)}
-    numbers |= {v: n for v, n in zip(graph.outputs.values(), call.outputs, strict=True)}
-    return [launchable(request, emission, {operand: numbers[v] for operand, v in bound.items()})]
+    graph = primitives(call.op, tuple(request.types[i] for i in call.inputs))
+    built = kernel_of(graph, isinstance(call.op, Fused), call.op.name, request.text, request.arch)
+    if isinstance(built, No):
+        return built
+    numbers = dict(zip((*graph.inputs, *graph.outputs.values()), (*call.inputs, *call.outputs), strict=True))
+    operands = {operand: numbers[value] for operand, value in built.operands.items()}
+    return [launchable(request, built.emission, operands)]
+
+
+@dataclass(frozen=True)
+class Built:
+    """A kernel, and the value of its graph that each operand is."""
+
+    emission: Emission
+    operands: Mapping[str, Value]
+
+
+def kernel_of(graph: Graph, body: bool, name: str, what: str, arch: Arch) -> Built | No:
+    """The kernel of a graph of primitives: of a body, a CTA per row, or else of its only node."""
+    if body:
+        program = _of_body(graph, arch)
+        return program if isinstance(program, No) else _emit(name, what, program, graph, 1)
+    return _emit(name, what, *_of_primitive(graph, arch))
 
 
 @cache
@@ -101,38 +112,25 @@ def _of_body(graph: Graph, arch: Arch) -> Program | No:
     return program
 
 
-def _of_primitive(graph: Graph, arch: Arch) -> tuple[Program, int]:
+def _of_primitive(graph: Graph, arch: Arch) -> tuple[Program, Graph, int]:
     """A primitive as a program, and over how many CTAs it is spread."""
     (node,) = graph.nodes
     types = tuple(v.type for v in node.inputs)
     scaled = isinstance(node.op, Quantize) and node.op.format.global_scale is not GlobalScale.NONE
     if scaled or isinstance(node.op, TOGETHER):
         apart = node.op.rows_of(types)
-        rows = types[min(apart)].shape[0] if apart else 1
-        return program_of(graph, rows), 1
-    work = max(elements(v.type) for v in node.outputs) * (32 if isinstance(node.op, BY_WARP) else 1)
-    return program_of(graph, 1), max(2, min(WAVES * arch.sms, -(-work // THREADS)))
+        return program_of(graph, types[min(apart)].shape[0] if apart else 1), graph, 1
+    made = [v for i, v in enumerate(node.outputs) if i not in node.op.alias] or node.inputs[1:]
+    work = max(elements(v.type) for v in made) * (32 if isinstance(node.op, BY_WARP) else 1)
+    return program_of(graph, 1), graph, max(2, min(WAVES * arch.sms, -(-work // THREADS)))
 
 
-def emit(
-    name: str, what: str, program: Program, graph: Graph, ctas: int
-) -> tuple[Emission, dict[str, Value]]:
-    """The kernel of a program, and the value that each of its operands is."""
-    homes = {v: h for v, h in program.homes.items() if h.offset < 0}
-    results = {h.name: v for v, h in homes.items()}
-    named = {v: results_name for results_name, v in results.items()}
-    outputs = list(graph.outputs.values())
-    bound = {}
-    for value, home in homes.items():
-        owner = value
-        if value not in graph.inputs and value not in outputs:  # it is what a result reshapes
-            owner = next(o for o in outputs if o in program.views and program.views[o].base is value)
-        bound[home.name] = owner
-    parameters = tuple(
-        Parameter(home.name, component.name) for home in homes.values() for component in home.type.components
-    )
-    dtypes = [c.dtype for home in homes.values() for c in home.type.components]
-    elements_ = {p.name: NUMBERS[d] for p, d in zip(parameters, dtypes, strict=True) if d in NUMBERS}
+def _emit(name: str, what: str, program: Program, graph: Graph, ctas: int) -> Built:
+    operands = _operands(program, graph)
+    outside = [h for h in program.homes.values() if h.offset < 0]
+    components = [(home.name, c) for home in outside for c in home.type.components]
+    parameters = tuple(Parameter(operand, c.name) for operand, c in components)
+    numbers = {p.name: NUMBERS.get(c.dtype) for p, (_, c) in zip(parameters, components, strict=True)}
     places, steps = place_lines(program), [step_lines(program, step) for step in program.steps]
     text = "\n".join((*places, *(line for step in steps for line in step)))
     threads = THREADS if ctas > 1 else _threads(program)
@@ -140,12 +138,12 @@ def emit(
         "row_program.py.jinja",
         name=name,
         what=what,
-        signature=list(_signature(program, graph, bound)),
-        launch=_launch(program, ctas, threads),
-        numbers=sorted({"Int32", "Int64", "Uint8"} | {n for n in NUMBERS.values()}),
-        modules=[m for m in MEANINGS if f"{m}." in text or m == "values"],
+        signature=list(_signature(operands, graph)),
         threads=threads,
-        elements=elements_,
+        elements={pointer: number for pointer, number in numbers.items() if number},
+        numbers=[n for n in ("BFloat16", "Float16", "Float32", "Int32", "Int64", "Uint8") if re.search(rf"\b{n}\b", f"{text} {numbers} Int32")],
+        modules=sorted({m for m in MEANINGS if f"{m}." in text} | {"values"}),
+        uses=[name for name in ("at", "put") if f"{name}(" in text],
         pointers=[p.name for p in parameters],
         rows=program.rows,
         ctas=ctas,
@@ -154,27 +152,26 @@ def emit(
         steps=steps,
     )
     shared = program.shared if ctas == 1 else 0
-    grid = (program.rows * ctas, 1, 1)
-    del named
-    return Emission(f"{name}_0", source, grid, threads, shared, parameters), bound
+    emission = Emission(f"{name}_0", source, (program.rows * ctas, 1, 1), threads, shared, parameters)
+    return Built(emission, operands)
+
+
+def _operands(program: Program, graph: Graph) -> dict[str, Value]:
+    """The values of operands: those that lie outside, or the results that are reshapes of them."""
+    known = {*graph.inputs, *graph.outputs.values()}
+    shaped = {program.views[v].base: v for v in graph.outputs.values() if v in program.views}
+    homes = {v: home for v, home in program.homes.items() if home.offset < 0}
+    return {home.name: v if v in known else shaped[v] for v, home in homes.items()}
 
 
 def _threads(program: Program) -> int:
-    """As many as a row keeps busy with eight elements each."""
-    products = any(not isinstance(s, ELEMENTWISE) and getattr(s, "op", None) in BY_WARP for s in program.steps)
-    return THREADS if products else min(THREADS, max(64, -(-program.widest // 256) * 32))
+    """As many as a row keeps busy with eight elements each; a warp for each element of a product."""
+    ops = [node.op for step in program.steps for node in nodes_of(step)]
+    if any(isinstance(op, BY_WARP) for op in ops):
+        return THREADS
+    return min(THREADS, max(64, -(-program.widest // 256) * 32))
 
 
-def _signature(program: Program, graph: Graph, bound: dict[str, Value]) -> Iterator[str]:
-    for name, value in bound.items():
-        arrow = "" if value in graph.inputs else "-> "
-        yield f"{arrow}{name}: {value.type}"
-
-
-def _launch(program: Program, ctas: int, threads: int) -> str:
-    if ctas > 1:
-        return f"{ctas} CTAs of {threads} threads."
-    return f"a CTA of {threads} threads for each of {program.rows} rows; {program.shared} B shared each."
-
-
-__all__ = ["DType", "row_program"]
+def _signature(operands: Mapping[str, Value], graph: Graph) -> Iterator[str]:
+    for name, value in operands.items():
+        yield f"{'' if value in graph.inputs else '-> '}{name}: {value.type}"
