@@ -141,8 +141,8 @@ Candidate = Callable[[Request], Answer]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A registered candidate: the ops it covers, any op if none are named; whether one launch may hold several
-    of them, in that order, and whether the later of them then read what the first makes.
+    """A registered candidate: the ops it covers, any op if none are named; whether one launch may hold
+    several of them, in that order, and whether the later of them then read what the first makes.
     """
 
     name: str

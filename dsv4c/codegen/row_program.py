@@ -19,7 +19,7 @@ from dsv4c.ir.graph import Graph, Node, Value
 from dsv4c.ir.op import Op, elements
 from dsv4c.ir.ops.math import Add, Cast, Clamp, Mul, Scale, Shift, Sigmoid, Silu, SqrtSoftplus
 from dsv4c.ir.ops.shape import Reshape, Slice
-from dsv4c.types import ALIGN, DType, GlobalScale, QuantFormat, QuantType, Type
+from dsv4c.types import DType, GlobalScale, QuantFormat, QuantType, Type
 
 ELEMENTWISE = (Add, Mul, Scale, Shift, Clamp, Silu, Sigmoid, SqrtSoftplus, Cast)
 NUMBERS = {
@@ -32,7 +32,7 @@ NUMBERS = {
 SCRATCH = 272  # bytes that a CTA reduces in
 
 
-class Unfit(BuildError):
+class UnfitError(BuildError):
     """The body is no program on rows."""
 
 
@@ -88,7 +88,7 @@ class Program:
 
 
 def program_of(graph: Graph, rows: int) -> Program:
-    """The program of a graph of primitives on so many rows. Raises Unfit where rows meet."""
+    """The program of a graph of primitives on so many rows. Raises UnfitError where rows meet."""
     nodes = _live(graph)
     by_row = _by_row(nodes, graph, rows)
     types = {v: row_type(v.type, rows, v in by_row) for v in _values(nodes, graph)}
@@ -102,7 +102,9 @@ def program_of(graph: Graph, rows: int) -> Program:
     outside = {
         v: v for v in (*graph.inputs, *(r for r in results if r not in views and r not in aliases))
     } | {
-        roots[r]: r for r in results if r in views  # a reshape of what nobody else is given
+        roots[r]: r
+        for r in results
+        if r in views  # a reshape of what nobody else is given
     }
     last: dict[Value, int] = {}
     first: dict[Value, int] = {}
@@ -162,17 +164,17 @@ def _by_row(nodes: Sequence[Node], graph: Graph, rows: int) -> set[Value]:
                 decided[value] = wanted is not None and i in wanted and fits
         parted = [i for i, v in enumerate(node.inputs) if decided[v]]
         if parted and (wanted is None or not wanted.issuperset(parted)):
-            raise Unfit(f"rows meet in {node.op.name}")
+            raise UnfitError(f"rows meet in {node.op.name}")
         if parted and wanted != set(parted):
-            raise Unfit(f"{node.op.name} wants a row of what is one for all rows")
+            raise UnfitError(f"{node.op.name} wants a row of what is one for all rows")
         for value in node.outputs:
             decided[value] = bool(parted)
             if parted and not _divides(value.type, rows):
-                raise Unfit(f"{node.op.name} gives {value.type}, which is not {rows} rows")
+                raise UnfitError(f"{node.op.name} gives {value.type}, which is not {rows} rows")
     by_row = {v for v, parted in decided.items() if parted}
     lost = [v for v in graph.inputs if v in by_row and not _divides(v.type, rows)]
     if lost:
-        raise Unfit(f"{lost[0].type} is not {rows} rows")
+        raise UnfitError(f"{lost[0].type} is not {rows} rows")
     return by_row
 
 
@@ -252,9 +254,7 @@ def _steps(
         made = {v for n in run for v in n.outputs}
         shape = types[node.outputs[0]].shape
         same = not run or types[run[0].outputs[0]].shape == shape
-        across = any(
-            roots[v] in made and (v not in made or types[v].shape != shape) for v in node.inputs
-        )
+        across = any(roots[v] in made and (v not in made or types[v].shape != shape) for v in node.inputs)
         if not same or across:
             close()
         run.append(node)
@@ -319,8 +319,8 @@ MEANINGS = (
 )
 RESERVED = frozenset(
     {
-        *MEANINGS, *dir(builtins), "at", "cuda", "cute", "cutlass", "host", "i", "kernel", "ptx", "put", "row",
-        "shared", "stream", "team", "thread", "block",
+        *MEANINGS, *dir(builtins), "at", "cuda", "cute", "cutlass", "host", "i", "kernel", "ptx", "put",
+        "row", "shared", "stream", "team", "thread", "block"
     }
 )  # fmt: skip
 

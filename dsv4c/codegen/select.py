@@ -10,7 +10,6 @@ from dsv4c.arch import Arch
 from dsv4c.codegen.build import Source, source_key
 from dsv4c.codegen.lower import Operand, Part
 from dsv4c.codegen.registry import KERNELS, Launchable, choose, request_of
-from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.passes.schedule import Group
 from dsv4c.plan.records import KernelCode

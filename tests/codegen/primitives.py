@@ -282,7 +282,9 @@ class _Body:
         dtype = x.type.components[0].dtype
         table = self._given(TensorType(dtype, (50, x.type.shape[-1])))
         row = Embedding()(table, self._given(TensorType(I32, (self.rows,))))
-        return Add()(x, row) if len(x.type.shape) == 2 else Concat(1)(x, Reshape((-1, 1, x.type.shape[-1]))(row))
+        return (
+            Add()(x, row) if len(x.type.shape) == 2 else Concat(1)(x, Reshape((-1, 1, x.type.shape[-1]))(row))
+        )
 
     def small_matrix(self, x: Value) -> Any:
         dtype = x.type.components[0].dtype

@@ -123,9 +123,7 @@ def check_kernels(folder: Path, only: str, seeds: int) -> int:
         for seed in range(seeds):
             for pattern in PATTERNS:
                 given = operands(kernel.graph, pattern, seed)
-                copies = {
-                    v.name: clone(x) for v, x in zip(kernel.graph.inputs, given, strict=True)
-                }
+                copies = {v.name: clone(x) for v, x in zip(kernel.graph.inputs, given, strict=True)}
                 expected = list(interpret(kernel.graph, copies, {}, {}).values())
                 finding = compare(expected, kernel.run(given), pattern)
                 found.setdefault(group, Counter())[finding.kind] += 1
@@ -192,7 +190,11 @@ def check_recorded(path: Path, entry: dict[str, Any]) -> int:
 
             for name in ("main", "short"):
                 distances = case.distances(f"{name}.logits", run_logits(session, case.run(name)))
-                table.add(f"{name}.logits", float(distances.max()), float(case.tolerance["logits_rel_l2_per_position"]))
+                table.add(
+                    f"{name}.logits",
+                    float(distances.max()),
+                    float(case.tolerance["logits_rel_l2_per_position"]),
+                )
     return len(table.failures)
 
 

@@ -19,7 +19,7 @@ from dsv4c.codegen.row_program import (
     MEANINGS,
     NUMBERS,
     Program,
-    Unfit,
+    UnfitError,
     nodes_of,
     place_lines,
     program_of,
@@ -105,7 +105,7 @@ def _of_body(graph: Graph, arch: Arch) -> Program | No:
     rows = math.gcd(*(shape[0] if shape else 1 for shape in shapes))
     try:
         program = program_of(graph, rows)
-    except Unfit as error:
+    except UnfitError as error:
         return No(str(error))
     if program.shared > arch.shared_per_cta:
         return No(f"a row needs {program.shared} bytes of shared memory, a CTA has {arch.shared_per_cta}")
@@ -141,7 +141,11 @@ def _emit(name: str, what: str, program: Program, graph: Graph, ctas: int) -> Bu
         signature=list(_signature(operands, graph)),
         threads=threads,
         elements={pointer: number for pointer, number in numbers.items() if number},
-        numbers=[n for n in ("BFloat16", "Float16", "Float32", "Int32", "Int64", "Uint8") if re.search(rf"\b{n}\b", f"{text} {numbers} Int32")],
+        numbers=[
+            n
+            for n in ("BFloat16", "Float16", "Float32", "Int32", "Int64", "Uint8")
+            if re.search(rf"\b{n}\b", f"{text} {numbers} Int32")
+        ],
         modules=sorted({m for m in MEANINGS if f"{m}." in text} | {"values"}),
         uses=[name for name in ("at", "put") if f"{name}(" in text],
         pointers=[p.name for p in parameters],

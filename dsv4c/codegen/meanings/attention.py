@@ -115,9 +115,7 @@ def sink_softmax(
 
 
 @cute.jit
-def attention_values(
-    team: Team, p: cute.Tensor, denominator: cute.Tensor, keys: cute.Tensor, y: cute.Tensor
-):
+def attention_values(team: Team, p: cute.Tensor, denominator: cute.Tensor, keys: cute.Tensor, y: cute.Tensor):
     """A thread per element."""
     _, heads, width = y.shape
     count = keys.shape[1]

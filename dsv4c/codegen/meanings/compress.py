@@ -6,6 +6,8 @@ from cutlass import Constexpr, Float32, Float64, Int32, const_expr
 
 from dsv4c.codegen.meanings.values import Team, at, plus, put, size, wide
 
+_NONE = 0x7FFFFFFF  # above every position
+
 
 @cute.jit
 def completed_entries(
@@ -21,7 +23,7 @@ def completed_entries(
     reach = -(-tokens // ratio)
     for i in cutlass.range(team.thread, entries.shape[0], team.threads):
         sequence = i // reach
-        first = Int32(0x7FFFFFFF)
+        first = Int32(_NONE)
         for t in cutlass.range(tokens):
             position = at(positions, sequence * tokens + t)
             if position >= 0:
@@ -29,9 +31,8 @@ def completed_entries(
         entry = first // ratio + i % reach
         finished, slot = Int32(-1), Int32(0)
         for t in cutlass.range(tokens):
-            if at(positions, sequence * tokens + t) % ratio == ratio - 1 and first != Int32(0x7FFFFFFF):
-                if at(positions, sequence * tokens + t) // ratio == entry:
-                    finished, slot = entry, at(slots, sequence * tokens + t)
+            if at(positions, sequence * tokens + t) == entry * ratio + (ratio - 1) and first < _NONE:
+                finished, slot = entry, at(slots, sequence * tokens + t)
         put(entries, i, finished)
         put(places, i, slot)
 

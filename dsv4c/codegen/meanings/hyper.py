@@ -21,7 +21,8 @@ def collapse_streams(team: Team, x: cute.Tensor, weights: cute.Tensor, y: cute.T
         row, column = i // width, i % width
         own = Float64(0.0)
         for k in range_constexpr(streams):
-            own = own + wide(at(weights, row * streams + k)) * wide(at(x, (row * streams + k) * width + column))
+            stream = row * streams + k
+            own = own + wide(at(weights, stream)) * wide(at(x, stream * width + column))
         put(y, i, own)
 
 

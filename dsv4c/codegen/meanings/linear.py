@@ -101,8 +101,7 @@ def _product(team: Team, x, row: Int32, weights, index: Int32, column: Int32):
         if const_expr(w.global_scale is not None):
             own = multiply(own, quant.global_scale(w, column))
         return wide(own)
-    else:
-        dot = Float64(0.0)
-        for j in cutlass.range(over.lane, k, 32):
-            dot = dot + quant.exact(x, row, j) * quant.exact(w, column, j)
-        return total(dot, over)
+    dot = Float64(0.0)
+    for j in cutlass.range(over.lane, k, 32):
+        dot = dot + quant.exact(x, row, j) * quant.exact(w, column, j)
+    return total(dot, over)

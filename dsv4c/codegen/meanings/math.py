@@ -79,7 +79,7 @@ def sqrt_softplus(x):
     one = Float64(1.0) + e
     lost = one - Float64(1.0)
     soft = e if lost == Float64(0.0) else cute.math.log(one) * (e / lost)
-    soft = v if v > Float64(20.0) else soft
+    soft = soft if v <= Float64(20.0) else v  # NaN too
     return rounded(cute.math.sqrt(soft), type(x))
 
 

@@ -118,16 +118,15 @@ def _block_scale(bits: Int32, over_all: Float32, spec: Constexpr[QuantFormat]):
     if const_expr(spec.scale is F32):
         scale = ptx.divide(amax, Float32(spec.largest))
         return scale, scale
-    elif const_expr(spec.scale is UE8M0):
+    if const_expr(spec.scale is UE8M0):
         top = Float32(spec.largest).bitcast(Int32)
         byte = ((amax.bitcast(Int32) - top + Int32(0x7FFFFF)) >> Int32(23)) + Int32(127)
         byte = Int32(0xFF) if bits >= Int32(0x7F800000) else byte
         return _power(byte.to(Uint32)), byte.to(Uint32)
-    else:
-        ratio = ptx.divide(amax, multiply(Float32(spec.largest), over_all))
-        ratio = Float32(0.0) if bits == Int32(0) else ratio
-        byte = ptx.f32x2_to_e4m3x2(ratio, ratio) & Uint32(0xFF)
-        return multiply(e4m3(byte), over_all), byte
+    ratio = ptx.divide(amax, multiply(Float32(spec.largest), over_all))
+    ratio = Float32(0.0) if bits == Int32(0) else ratio
+    byte = ptx.f32x2_to_e4m3x2(ratio, ratio) & Uint32(0xFF)
+    return multiply(e4m3(byte), over_all), byte
 
 
 @cute.jit
@@ -159,8 +158,7 @@ def decoded(q: Constexpr[Quantized], row: Int32, i: Int32):
     if const_expr(q.format.value is E2M1):
         byte = at(q.data, row * (body // 2) + i // 2).to(Uint32)
         return e2m1((byte >> (Uint32(4) * (i % 2).to(Uint32))) & Uint32(15))
-    else:
-        return e4m3(at(q.data, row * body + i).to(Uint32))
+    return e4m3(at(q.data, row * body + i).to(Uint32))
 
 
 @cute.jit
@@ -174,10 +172,9 @@ def block_scale(q: Constexpr[Quantized], row: Int32, block: Int32):
     stored = at(q.scale, at_row * blocks + block)
     if const_expr(q.format.scale is UE8M0):
         return _power(stored.to(Uint32))
-    elif const_expr(q.format.scale is F32):
+    if const_expr(q.format.scale is F32):
         return stored
-    else:
-        return e4m3(stored.to(Uint32))
+    return e4m3(stored.to(Uint32))
 
 
 @cute.jit
@@ -194,15 +191,14 @@ def exact(x: Constexpr, row: Int32, i: Int32):
     """Element i of row number `row` of an array, plain or quantized, in float64."""
     if const_expr(not isinstance(x, Quantized)):
         return wide(at(x, row * x.shape[-1] + i))
-    else:
-        body = x.shape[-1] - x.format.tail
-        inside = i if const_expr(not x.format.tail) else cutlass.min(i, Int32(body - 1))
-        v = wide(decoded(x, row, inside)) * wide(block_scale(x, row, inside // x.format.block[1]))
-        v = v * wide(global_scale(x, row))
-        if const_expr(x.format.tail):
-            behind = cutlass.max(i - body, Int32(0))
-            v = wide(at(x.tail, row * x.format.tail + behind)) if i >= body else v
-        return v
+    body = x.shape[-1] - x.format.tail
+    inside = i if const_expr(not x.format.tail) else cutlass.min(i, Int32(body - 1))
+    v = wide(decoded(x, row, inside)) * wide(block_scale(x, row, inside // x.format.block[1]))
+    v = v * wide(global_scale(x, row))
+    if const_expr(x.format.tail):
+        behind = cutlass.max(i - body, Int32(0))
+        v = wide(at(x.tail, row * x.format.tail + behind)) if i >= body else v
+    return v
 
 
 @cute.jit

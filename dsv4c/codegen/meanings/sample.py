@@ -20,7 +20,7 @@ def last_rows(team: Team, x: cute.Tensor, lengths: cute.Tensor, y: cute.Tensor):
 
 @cute.jit
 def argmax(team: Team, logits: cute.Tensor, y: cute.Tensor):
-    """Numbers are compared by integers of their order, NaN above all; of equal ones the lower column stays."""
+    """The lowest column of the largest number, NaN above all."""
     rows, width = logits.shape
     over = lines(team, rows, width)
     for row in cutlass.range(over.first, rows, over.step):
