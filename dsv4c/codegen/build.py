@@ -118,7 +118,7 @@ def lib_digest() -> str:
     """Digest of the device library and what it imports, read once per process."""
     folders = (LIB, LIB.parent / "meanings")
     files = [*(f for folder in folders for f in sorted(folder.glob("*.py")))]
-    files += [Path(module.__file__) for module in (dsv4c.numerics.forms, dsv4c.types)]
+    files += [Path(dsv4c.numerics.forms.__file__), Path(dsv4c.types.__file__)]
     return hashlib.sha256(b"\0".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()
 
 

@@ -165,7 +165,7 @@ def _by_row(nodes: Sequence[Node], graph: Graph, rows: int) -> set[Value]:
         parted = [i for i, v in enumerate(node.inputs) if decided[v]]
         if parted and (wanted is None or not wanted.issuperset(parted)):
             raise UnfitError(f"rows meet in {node.op.name}")
-        if parted and wanted != set(parted):
+        if parted and wanted != frozenset(parted):
             raise UnfitError(f"{node.op.name} wants a row of what is one for all rows")
         for value in node.outputs:
             decided[value] = bool(parted)

@@ -1,4 +1,4 @@
-"""Every primitive on operands that show what it does, and random bodies on rows: for tests here and on GPUs."""
+"""Every primitive on operands that show what it does, and random bodies on rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any
 
 from dsv4c.ir.graph import Builder, Graph, Value
 from dsv4c.ir.op import Op
-from dsv4c.ir.ops import attention as _  # noqa: F401
 from dsv4c.ir.ops.attention import (
     AttentionScores,
     AttentionValues,

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from typing import Any
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
@@ -77,7 +77,6 @@ def kernel_of(graph: Graph, body: bool, name: str, what: str, arch: Arch) -> Bui
     return _emit(name, what, *_of_primitive(graph, arch))
 
 
-@cache
 def primitives(op: Op, types: tuple[Type, ...]) -> Graph:
     """An op on operands of these types, spelled out; its results in order, those that it keeps."""
     if isinstance(op, Fused):
@@ -85,7 +84,8 @@ def primitives(op: Op, types: tuple[Type, ...]) -> Graph:
         kept = {str(i): v for i, v in enumerate(op.kept(body.results))}
         return expand(Graph(op.name, body.graph.inputs, (), (), body.graph.nodes, kept))
     builder = Builder(op.name)
-    names = operand_names(type(op))
+    kind: Any = type(op)
+    names = operand_names(kind)
     labels = [names[i] if i < len(names) else f"{names[-1]}_{i}" for i in range(len(types))]
     values = [builder.input(name, type_) for name, type_ in zip(labels, types, strict=True)]
     results = builder.emit(op, tuple(values))
@@ -101,10 +101,14 @@ def _of_body(graph: Graph, arch: Arch) -> Program | No:
         if node.op.product and (weight is None or weight.type.nbytes > SMALL_WEIGHT):
             size = 0 if weight is None else weight.type.nbytes
             return No(f"{node.op.name} reads {size} bytes of weights, too many for one CTA a row")
-    shapes = [v.type.shape for v in graph.outputs.values()]
-    rows = math.gcd(*(shape[0] if shape else 1 for shape in shapes))
+    results = tuple(graph.outputs.values())
+    rows = math.gcd(*(v.type.shape[0] if v.type.shape else 1 for v in results))
     try:
         program = program_of(graph, rows)
+        if program.by_row.isdisjoint(results):  # every row would make all of them
+            program = program_of(graph, 1)
+        elif not program.by_row.issuperset(results):
+            return No("some results have rows, others are one for all rows")
     except UnfitError as error:
         return No(str(error))
     if program.shared > arch.shared_per_cta:

@@ -42,8 +42,8 @@ DTYPES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Team:
-    """Threads that work together: `thread` of `threads`. They are one CTA if there is a `scratch`, the address
-    of shared memory to reduce in; else they may not wait for each other.
+    """`thread` of `threads` that work together. They are one CTA if there is a `scratch`, where they reduce
+    in shared memory; else they may not wait for each other.
     """
 
     thread: Any
