@@ -163,7 +163,7 @@ def test_rows_that_shared_memory_cannot_hold_are_refused() -> None:
     assert refusal(graph) == "a row needs 400272 bytes of shared memory, a CTA has 232448"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.randoms(use_true_random=False), st.sampled_from(BATCHES))
 def test_random_bodies_are_programs(random: Random, rows: int) -> None:
     """Every step reads what an earlier one made, and no two values that are needed share bytes."""

@@ -123,7 +123,11 @@ def check_kernels(folder: Path, only: str, seeds: int) -> int:
                 given = operands(kernel.graph, pattern, seed)
                 copies = {v.name: clone(x) for v, x in zip(kernel.graph.inputs, given, strict=True)}
                 expected = list(interpret(kernel.graph, copies, {}, {}).values())
-                finding = compare(expected, kernel.run(given), pattern)
+                try:
+                    made = kernel.run(given)
+                except Exception as error:  # the device is of no use any more: say whose doing it was
+                    raise RuntimeError(f"{kernel.name}, {pattern}: {error}") from error
+                finding = compare(expected, made, pattern)
                 found.setdefault(group, Counter())[finding.kind] += 1
                 if ORDER.index(finding.kind) > ORDER.index(allowed):
                     failures.append(f"{kernel.name}, seed {seed}: {finding.kind}: {finding.reason}")

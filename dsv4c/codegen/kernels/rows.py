@@ -36,11 +36,11 @@ from dsv4c.ir.ops.norm import Normalize, RmsNorm, RsqrtMeanSquare, Softmax
 from dsv4c.ir.ops.quant import Quantize
 from dsv4c.ir.ops.sample import Argmax
 from dsv4c.passes.expand import expand
-from dsv4c.types import GlobalScale, Type
+from dsv4c.types import GlobalScale, QuantFormat, Type
 
 THREADS = 512
 WAVES = 2  # CTAs per SM at most of what is spread over the grid
-SMALL_WEIGHT = 256 * 1024  # bytes that one CTA may read of a matrix
+SMALL_WEIGHT = 128 * 1024  # bytes that one CTA may read of a matrix
 TOGETHER = (Argmax, Normalize, RmsNorm, RsqrtMeanSquare, SinkSoftmax, Softmax, Sum, TopK)
 """Primitives whose rows are worth a CTA each: its threads reduce together."""
 BY_WARP = (AttentionScores, ExpertLinear, GroupedLinear, IndexScores, Linear)
@@ -71,10 +71,17 @@ class Built:
 
 def kernel_of(graph: Graph, body: bool, name: str, what: str, arch: Arch) -> Built | No:
     """The kernel of a graph of primitives: of a body, a CTA per row, or else of its only node."""
+    for node in graph.nodes:
+        if isinstance(node.op, Quantize) and not _row_wise(node.op.format):
+            return No(f"quantizes rows one by one, which {node.op.format} does not allow")
     if body:
         program = _of_body(graph, arch)
         return program if isinstance(program, No) else _emit(name, what, program, graph, 1)
     return _emit(name, what, *_of_primitive(graph, arch))
+
+
+def _row_wise(format: QuantFormat) -> bool:
+    return format.block[0] == 1 and format.global_scale is not GlobalScale.TENSOR
 
 
 def primitives(op: Op, types: tuple[Type, ...]) -> Graph:
