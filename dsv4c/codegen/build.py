@@ -38,7 +38,7 @@ from dsv4c.plan.cubin import CubinError, Resources, read_cubin
 from dsv4c.publish import scratch_folder
 
 TARGETS = tuple(ARCHS)
-LIB = Path(__file__).parent / "lib"
+LIB, MEANINGS = Path(__file__).parent / "lib", Path(__file__).parent / "meanings"
 _COMPILER = "nvidia-cutlass-dsl"
 VERSION = 3  # of a kernel's entry in the store; part of every key
 
@@ -104,6 +104,8 @@ def build(
 def source_key(source: Source, target: str) -> str:
     """Content address of a kernel: everything that decides its cubin."""
     text = "\0".join((str(VERSION), source.symbol, source.text, target, toolchain(), lib_digest()))
+    if "from dsv4c.codegen.meanings import " in source.text:
+        text += f"\0{meanings_digest()}"
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -116,9 +118,16 @@ def toolchain() -> str:
 @cache
 def lib_digest() -> str:
     """Digest of the device library and what it imports, read once per process."""
-    folders = (LIB, LIB.parent / "meanings")
-    files = [*(f for folder in folders for f in sorted(folder.glob("*.py")))]
-    files += [Path(dsv4c.numerics.forms.__file__), Path(dsv4c.types.__file__)]
+    return _digest([*sorted(LIB.glob("*.py")), Path(dsv4c.numerics.forms.__file__)])
+
+
+@cache
+def meanings_digest() -> str:
+    """Digest of the device meanings of primitives and what they import besides, read once per process."""
+    return _digest([*sorted(MEANINGS.glob("*.py")), Path(dsv4c.types.__file__)])
+
+
+def _digest(files: Sequence[Path]) -> str:
     return hashlib.sha256(b"\0".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()
 
 

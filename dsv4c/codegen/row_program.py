@@ -99,13 +99,7 @@ def program_of(graph: Graph, rows: int) -> Program:
     steps = _steps([n for n in nodes if n.outputs[0] not in views], types, roots, results)
 
     names = _names(types)
-    outside = {
-        v: v for v in (*graph.inputs, *(r for r in results if r not in views and r not in aliases))
-    } | {
-        roots[r]: r
-        for r in results
-        if r in views  # a reshape of what nobody else is given
-    }
+    outside = (*graph.inputs, *(roots[r] for r in results if r not in aliases))
     last: dict[Value, int] = {}
     first: dict[Value, int] = {}
     for index, step in enumerate(steps):
@@ -114,7 +108,7 @@ def program_of(graph: Graph, rows: int) -> Program:
                 last[roots[v]] = index
             for v in node.outputs:
                 first.setdefault(v, index)
-    homes = {v: Home(names[r], types[v], v in by_row) for v, r in outside.items()}
+    homes = {v: Home(names[v], types[v], v in by_row) for v in outside}
     kept = {v for s in steps for v in (s.kept if isinstance(s, Loop) else s.outputs)}
     free = _Shared(SCRATCH)
     for value, start in first.items():

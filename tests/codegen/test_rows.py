@@ -112,6 +112,17 @@ def test_a_result_that_is_a_reshape_is_written_where_it_lies() -> None:
     assert emission_of(graph).shared == 272  # to reduce in
 
 
+def test_what_is_read_in_two_shapes_has_two_names() -> None:
+    with Builder("body") as builder:
+        x = builder.input("x", parse_type("f32[2,64]"))
+        y = softmax(x, axis=-1)
+        graph = builder.finish({"0": reshape(y, shape=(-1, 2, 32)), "1": silu(y)})
+    text = text_of(graph)
+    assert "    softmax = values.array(m_softmax + Int64(row) * 64, (1, 64))\n" in text
+    assert "    reshape = values.part(softmax, 0, (1, 2, 32))\n" in text
+    assert "norm.softmax(team, x, softmax, axis=-1)" in text
+
+
 @pytest.mark.parametrize(
     ("shape", "over", "text"),
     [

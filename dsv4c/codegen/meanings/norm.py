@@ -60,7 +60,8 @@ def _bf16_line(x: cute.Tensor, y: cute.Tensor, line: cutlass.Int32, over: Conste
         v = at(x, line * width + j).to(BFloat16).to(Float32)
         own = own + wide(multiply(v, v).to(BFloat16))
     mean = rounded(total(own, over) / Float64(width), BFloat16)
-    shifted = plus(mean.to(Float32), Float32(eps)).to(BFloat16).to(Float32)
+    small = rounded(Float32(eps), BFloat16).to(Float32)
+    shifted = plus(mean.to(Float32), small).to(BFloat16).to(Float32)
     root = reciprocal_root(shifted).to(BFloat16).to(Float32)
     for j in cutlass.range(over.lane, width, over.width):
         v = at(x, line * width + j).to(BFloat16).to(Float32)
