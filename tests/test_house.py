@@ -90,7 +90,7 @@ HOUSE = {
     # that is loaded late.
     "runtime.meaning": Room(50, (*LEAVES, "plan", "ir", "reference")),
     "runtime": Room(
-        2700,
+        3150,
         (*CONFIG, "plan", "numerics", "numerics.forms", "numerics.resident"),
         ("torch", "safetensors", "cuda"),
         rooms_inside=("runtime.meaning",),
@@ -102,9 +102,11 @@ HOUSE = {
     # Evaluates both sides of rewrites. What a compile needs of it where all certificates are kept from before
     # loads without torch.
     "certify": Room(1350, (*LEAVES, "ir", "numerics", "reference", "passes"), ("torch",)),
-    "view": Room(1300, (*CONFIG, "plan", "ir", "models"), packages_inside=("graphviz",)),
+    "view": Room(1600, (*CONFIG, "plan", "ir", "models"), packages_inside=("graphviz",)),
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
     "codegen.lib": Room(5250, ("numerics.forms",), ("cutlass", "cuda")),
+    # What primitives mean on a device, imported by generated kernels alone.
+    "codegen.meanings": Room(1750, ("types", "codegen.lib"), ("cutlass",)),
     # Launches are lowered to what plans hold, which is data.
     "codegen": Room(
         4300,

@@ -68,10 +68,6 @@ class Coder(Protocol):
         """The launches that compute `nodes`. Raises BuildError, with every reason, where there are none."""
         ...
 
-    def check_load(self, graph: Graph) -> None:
-        """Raise BuildError for what this target cannot compute at load."""
-        ...
-
 
 Unfold = Callable[[Graph, Sequence[Node], frozenset[str]], Graph]
 """A graph with some fused nodes given back to their parts, folded again without the ops of those names."""
@@ -165,15 +161,15 @@ def lower(
         coded[folded.bucket.name] = _code(folded, coder, require_fused, unfolded)
     load = merged([f.load for f in buckets if f.load is not None])
     constants = {v.name for v in load.outputs.values()} if load is not None else set()
-    if load is not None:
-        coder.check_load(load)
     once = None if load is None else _code_alone(load, bodies)
 
     graphs = [c.graph for c in coded.values()]
     everything = graphs if load is None else [*graphs, load]
     states = _agreed((g, v) for g in graphs for v in g.states)
     params = _agreed((g, v) for g in everything for v in g.params if v.name not in constants)
-    weights, weights_bytes = lay_out_weights(params, _forms(coded.values(), constants))
+    weights, weights_bytes = lay_out_weights(
+        params, _forms([*coded.values(), *([once] if once else [])], constants)
+    )
     state_offsets, state_bytes = lay_out(states)
     made = {} if load is None else {v.name: v.type for v in load.outputs.values()}
     constant_offsets, constants_bytes = lay_out(made)

@@ -81,10 +81,6 @@ class Request:
             raise ConfigError(f"verify: {verify} tokens, expected 1 (no such bucket) to {ROWS}")
         if self.draft != "off" and not config.mtp_layers:
             raise ConfigError(f"{config.name}: has no MTP block (mtp_layers is 0); compile with draft off")
-        if self.draft != "off" and not on_cpu:
-            raise ConfigError(
-                f"draft: {self.target} has no kernels for the MTP block; compile with draft off, or for cpu"
-            )
         buckets = [Bucket("decode", sequences=n) for n in batches]
         if verify > 1:
             buckets.append(Bucket("verify", tokens=verify))

@@ -19,6 +19,7 @@ from dsv4c.runtime.residence import Resident, load_weights
 from dsv4c.runtime.session import Session
 
 
+@torch.inference_mode(False)  # weights are written by threads, which are in no caller's mode
 def bind(
     plan: Plan,
     weights: str | Path,

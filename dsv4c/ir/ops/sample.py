@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from dsv4c.ir.op import Cost, Op, expect, expect_tensor, primitive
 from dsv4c.types import I32, TensorType, Type
 
@@ -23,6 +25,8 @@ class LastRows(Op):
 @primitive
 class Argmax(Op):
     """Column of the largest logit, the lowest on ties: logits[N, V] -> i32[N]."""
+
+    by_row: ClassVar = frozenset({0})
 
     def infer(self, logits: Type) -> TensorType:
         return TensorType(I32, expect_tensor(logits, "logits", 2).shape[:1])
