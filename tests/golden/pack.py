@@ -148,6 +148,8 @@ def compress(file: bytes) -> bytes:
 
 
 def main(source: Path, target: Path) -> None:
+    (target / "encoding").mkdir(parents=True, exist_ok=True)
+    (target / "encoding" / "cases.json").write_bytes((source / "encoding" / "cases.json").read_bytes())
     for case in CASES:
         folder = target / case
         folder.mkdir(parents=True, exist_ok=True)
