@@ -20,6 +20,7 @@ from dsv4c.errors import Dsv4cError, SessionError
 from dsv4c.plan.folder import Plan
 from dsv4c.runtime import state
 from dsv4c.runtime.executor import Executor, states_of
+from dsv4c.runtime.sampling import Said, Sampling, SamplingState
 
 POSITIONS = {"main": "position", "draft": "mtp.position"}
 """The state that counts each slot's tokens, by the block that they went through."""
@@ -80,6 +81,9 @@ class Session:
         self._following = torch.zeros(self.slots, dtype=torch.int32, device=self.device)
         self._followed = [False] * self.slots  # slots whose likeliest next token `_following` holds
         self._finite = torch.ones(self.slots, dtype=torch.bool, device=self.device)  # all logits so far
+        self._going = torch.ones(self.slots, dtype=torch.int32, device=self.device)  # 0 where one has stopped
+        samples = any(program.shape.sampled for program in plan.buckets.values())
+        self._sampling = SamplingState(self._states) if samples else None
         self._streams: Tensor | None = None
         self._next: Tensor | None = None
         self._broken = False
@@ -175,7 +179,7 @@ class Session:
         self._followed[slot] = False
 
     @_one_at_a_time
-    def generate(self, count: int, slots: Sequence[int] | None = None) -> Tensor:
+    def steps(self, count: int, slots: Sequence[int] | None = None) -> Tensor:
         """Enqueue `count` greedy steps: each takes the likeliest token after the last one, first that of the
         slot's last call. The host waits for none of them. Returns i32 [count, slots] on the device: row i
         holds the tokens chosen by step i, -1 for slots that wait.
@@ -190,8 +194,63 @@ class Session:
         return chosen
 
     @_one_at_a_time
+    def choose(self, slot: int, sampling: Sampling, stops: Sequence[int] = ()) -> None:
+        """Say how the slot's tokens are chosen from here on, and which end it: what it holds, and one token
+        more, is the prompt.
+
+        Raises SessionError for no such slot, an id out of range, or a plan that cannot: one compiled without
+        `sampled` takes the likeliest token and finds no stops itself.
+        """
+        self._check_slot(slot)
+        ids = self._ids(stops, "stop")
+        if self._sampling is not None:
+            self._sampling.set(slot, sampling, ids, self._counters["main"].held[slot] + 1)
+        elif not sampling.is_greedy:
+            raise SessionError(
+                f"plan {self.plan.name} always takes the likeliest token; for {sampling} compile with "
+                "--sampled"
+            )
+
+    @_one_at_a_time
+    def say(self, count: int, tokens: Mapping[int, int] | None = None, slots: Sequence[int] = ()) -> Said:
+        """Enqueue `count` steps of the slots that `tokens` names, each beginning with its token, or of
+        `slots`, going on from the steps before. The host waits for none of them.
+
+        A slot that comes to one of its stops says nothing after it, and has not consumed it. Raises
+        SessionError as `decode` does.
+        """
+        given = dict(tokens or {})
+        work = [*given, *slots]
+        self._check_steps(count, work)
+        fresh = {s: self._id(token, f"token {s}") for s, token in given.items()}
+        for s in slots:
+            if not self._followed[s]:
+                raise SessionError(f"slot {s} has no next token yet; give it one")
+        for s, token in fresh.items():
+            self._following[s], self._going[s] = token, 1
+        kept = self._repeat(count, work, keep=True)
+        assert kept is not None
+        for s in work:
+            self._counters["main"].advance(s, count)  # at most; `settle` takes back what a stop left out
+            self._followed[s] = True
+        return Said(work, kept)
+
+    @_one_at_a_time
+    def settle(self, said: Said) -> dict[int, list[int]]:
+        """What steps have said, by slot: the tokens up to a stop, and that. Waits for these steps alone."""
+        rows = said.wait()
+        found: dict[int, list[int]] = {}
+        for s, column in zip(said.slots, rows, strict=True):
+            found[s] = [token for token in column if token >= 0]
+            counter = self._counters["main"]
+            unsaid = len(column) - len(found[s])
+            counter.put(s, counter.held[s] - unsaid, counter.reached[s] - unsaid)
+        self._check_finite(said.slots)
+        return found
+
+    @_one_at_a_time
     def enqueue(self, count: int, slots: Sequence[int] | None = None) -> None:
-        """`generate` without keeping the tokens: one graph launch per step and nothing else on the stream."""
+        """`steps` without keeping the tokens: one graph launch per step and nothing else on the stream."""
         self._greedy(count, list(range(self.slots)) if slots is None else list(slots), keep=False)
 
     @_one_at_a_time
@@ -226,6 +285,8 @@ class Session:
         for s in range(self.slots) if slot is None else (slot,):
             for block in self._counters:
                 self._set_position(block, s, 0, 0)
+            if self._sampling is not None:
+                self._sampling.set(s, Sampling(), (), 1)
             self._followed[s] = False
             self._finite[s] = True
         self._streams = self._next = None
@@ -497,6 +558,8 @@ class Session:
                     self._following[slot] = rows["next"][-1]
             self._broken = False
         for slot, ids in work.items():
+            if bucket.block == "main" and self._sampling is not None and not bucket.sampled:
+                self._sampling.remember(slot, self._counters["main"].held[slot], list(ids))
             self._counters[bucket.block].advance(slot, len(ids))
             if bucket.block == "main":
                 self._followed[slot] = True
@@ -519,6 +582,18 @@ class Session:
         return {name: torch.tensor(values, dtype=torch.int32) for name, values in rows.items()}
 
     def _greedy(self, count: int, slots: Sequence[int], *, keep: bool) -> Tensor | None:
+        self._check_steps(count, slots)
+        unknown = [s for s in slots if not self._followed[s]]
+        if unknown:
+            raise SessionError(f"slot {unknown[0]} has no likeliest token yet; call prefill or decode first")
+        self._going[list(slots)] = 1
+        kept = self._repeat(count, slots, keep=keep)
+        for s in slots:
+            self._counters["main"].advance(s, count)
+        self._look(slots)
+        return kept
+
+    def _check_steps(self, count: int, slots: Sequence[int]) -> None:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise SessionError(f"steps to enqueue: {count!r}, expected a number of at least 1")
         for s in slots:
@@ -526,9 +601,9 @@ class Session:
             self._check_room("main", s, count)
         if not slots or len(set(slots)) < len(slots):
             raise SessionError(f"slots to move on: {list(slots)}, expected at least one, each once")
-        unknown = [s for s in slots if not self._followed[s]]
-        if unknown:
-            raise SessionError(f"slot {unknown[0]} has no likeliest token yet; call prefill or decode first")
+
+    def _repeat(self, count: int, slots: Sequence[int], *, keep: bool) -> Tensor | None:
+        """Steps of these slots, from what they come to say and whether they go on."""
         bucket = self._fitting("main", len(slots), 1)
         if bucket.sequences < len(slots):
             raise SessionError(
@@ -537,17 +612,17 @@ class Session:
             )
         kept = torch.empty(count, bucket.rows, dtype=torch.int32, device=self.device) if keep else None
         inputs = self._inputs(bucket, {s: [0] for s in slots})
-        chosen = self._following[list(slots)]
-        inputs["tokens"] = torch.cat([chosen, chosen.new_zeros(bucket.rows - len(slots))])
+        idle = self._following.new_zeros(bucket.rows - len(slots))
+        inputs["tokens"] = torch.cat([self._following[list(slots)], idle])
+        if bucket.sampled:
+            inputs["lengths"] = torch.cat([self._going[list(slots)], idle])
         with self.executor.naming(), torch.inference_mode():
             self._broken = True
             outputs = self.executor.repeat(bucket.name, inputs, count, kept)
             self._following[list(slots)] = outputs["next"][: len(slots)]
+            self._going[list(slots)] = outputs["going"][: len(slots)] if bucket.sampled else 1
             self._finite[list(slots)] &= outputs["logits"][: len(slots)].isfinite().all(dim=1)
             self._broken = False
-        for s in slots:
-            self._counters["main"].advance(s, count)
-        self._look(slots)
         return kept if kept is None else kept[:, : len(slots)]
 
     def _set_position(self, block: str, slot: int, held: int, reached: int) -> None:
