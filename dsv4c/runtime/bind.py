@@ -43,7 +43,8 @@ def bind(
     block = torch.empty(max(plan.blocks["weights"], 256), dtype=torch.uint8, device=device)
     load_weights(checkpoint, residents, block, progress=progress, workers=workers)
     executor: type[CpuExecutor] | type[CudaExecutor] = CpuExecutor if on_cpu else CudaExecutor
-    return Session(plan, executor(plan, block, poison=poison))
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    return Session(plan, executor(plan, block, poison=poison), folder)
 
 
 def _check_memory(plan: Plan) -> None:

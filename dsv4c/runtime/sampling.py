@@ -114,20 +114,24 @@ def _signed(word: int) -> int:
 
 
 class Said:
-    """What steps of some slots say, known when the device is through with them."""
+    """What steps of some slots say, and whether their logits were finite, once the device is through."""
 
-    def __init__(self, slots: Sequence[int], kept: Tensor) -> None:
+    def __init__(self, slots: Sequence[int], kept: Tensor, finite: Tensor) -> None:
         self.slots = tuple(slots)
+        self.finite: list[bool] = []
         self._through: torch.cuda.Event | None = None
-        self._rows = kept.T
+        self._rows = torch.cat([finite.to(torch.int32)[:, None], kept.T], dim=1)
         if kept.is_cuda:
-            self._rows = torch.empty_like(self._rows, device="cpu", pin_memory=True)
-            self._rows.copy_(kept.T, non_blocking=True)
+            found = self._rows
+            self._rows = torch.empty_like(found, device="cpu", pin_memory=True)
+            self._rows.copy_(found, non_blocking=True)
             self._through = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._through.record()
 
     def wait(self) -> list[list[int]]:
-        """The tokens of each slot, step by step, -1 where it says nothing."""
+        """The tokens of each slot, step by step, -1 where it says nothing. Waits for these steps alone."""
         if self._through is not None:
             self._through.synchronize()
-        return self._rows.tolist()
+        rows = self._rows.tolist()
+        self.finite = [bool(row[0]) for row in rows]
+        return [row[1:] for row in rows]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -16,9 +16,13 @@ import torch
 from torch import Tensor
 
 from dsv4c.buckets import ROWS, Bucket, Logits
-from dsv4c.errors import Dsv4cError, SessionError
+from dsv4c.errors import Dsv4cError, PromptError, SessionError
+from dsv4c.models.encoding.messages import Conversation
+from dsv4c.models.encoding.rules import rules_of
+from dsv4c.models.encoding.tokenizer import Tokenizer
 from dsv4c.plan.folder import Plan
 from dsv4c.runtime import state
+from dsv4c.runtime.answer import Answers, Memory, asks_of, checked_tokenizer, generation_defaults
 from dsv4c.runtime.executor import Executor, states_of
 from dsv4c.runtime.sampling import Said, Sampling, SamplingState
 
@@ -70,8 +74,8 @@ class Session:
     last one, whosever that was.
     """
 
-    def __init__(self, plan: Plan, executor: Executor) -> None:
-        self.plan, self.executor = plan, executor
+    def __init__(self, plan: Plan, executor: Executor, checkpoint: Path | None = None) -> None:
+        self.plan, self.executor, self.checkpoint = plan, executor, checkpoint
         self._lock = threading.RLock()
         self.slots, self.max_context = int(plan.deployment["slots"]), int(plan.deployment["max_context"])
         self.vocab_size = int(plan.config["vocab_size"])
@@ -84,6 +88,7 @@ class Session:
         self._going = torch.ones(self.slots, dtype=torch.int32, device=self.device)  # 0 where one has stopped
         samples = any(program.shape.sampled for program in plan.buckets.values())
         self._sampling = SamplingState(self._states) if samples else None
+        self.memories = [Memory() for _ in range(self.slots)]
         self._streams: Tensor | None = None
         self._next: Tensor | None = None
         self._broken = False
@@ -233,7 +238,7 @@ class Session:
         for s in work:
             self._counters["main"].advance(s, count)  # at most; `settle` takes back what a stop left out
             self._followed[s] = True
-        return Said(work, kept)
+        return Said(work, kept, self._finite[work])
 
     @_one_at_a_time
     def settle(self, said: Said) -> dict[int, list[int]]:
@@ -245,7 +250,7 @@ class Session:
             counter = self._counters["main"]
             unsaid = len(column) - len(found[s])
             counter.put(s, counter.held[s] - unsaid, counter.reached[s] - unsaid)
-        self._check_finite(said.slots)
+        self._check_finite(said.slots, said.finite)
         return found
 
     @_one_at_a_time
@@ -287,6 +292,7 @@ class Session:
                 self._set_position(block, s, 0, 0)
             if self._sampling is not None:
                 self._sampling.set(s, Sampling(), (), 1)
+            self.memories[s] = Memory()
             self._followed[s] = False
             self._finite[s] = True
         self._streams = self._next = None
@@ -302,7 +308,72 @@ class Session:
             self._broken = True
             raise
 
+    @_one_at_a_time
+    def keep(self, count: int, slot: int = 0) -> int:
+        """Let a slot hold the first `count` of its tokens, if its buffers can still go back to them, else
+        none. Returns how many it holds.
+        """
+        self._check_slot(slot)
+        counter = self._counters["main"]
+        if count <= counter.held[slot] and counter.reached[slot] - count <= ROWS:
+            self.take_back(counter.held[slot] - count, slot)
+        else:
+            self.reset(slot)
+        return counter.held[slot]
+
+    # --- answering ---
+
+    def generate(
+        self,
+        messages: Any,
+        *,
+        thinking: bool = False,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        encoding: str = "auto",
+        slots: Sequence[int] | None = None,
+    ) -> Answers:
+        """Answer, event by event: `for event in session.generate(messages)`.
+
+        messages: a conversation as chat interfaces have it, a text (one question), a `Conversation` with the
+        official encoder's options, or the ids of a prompt; or a list of such, a sequence each, which end on
+        their own. A conversation that goes on in its slot is not read again. sampling: by default what the
+        checkpoint's generation_config.json recommends, if the plan can. encoding: rules of which release
+        (preview, 0731, auto). slots: where the sequences are, by default the first ones.
+
+        Raises PromptError for messages that make no prompt or a tokenizer that does not fit, SessionError for
+        a prompt that is too long, values that are out of range, or more sequences than a step takes.
+        """
+        if sampling is None:
+            fits = self._sampling is not None
+            sampling = Sampling(**generation_defaults(self.checkpoint)) if fits else Sampling()
+        asks = asks_of(messages, thinking, sampling, max_new_tokens, stop)
+        chosen = range(len(asks)) if slots is None else slots
+        for slot in chosen:
+            self._check_slot(slot)
+        rules, _ = rules_of(encoding, self.checkpoint)
+        texts = any(isinstance(ask.prompt, Conversation) for ask in asks)
+        return Answers(self, asks, self.tokenizer if texts else None, rules, list(chosen))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. Raises PromptError without one that fits the model."""
+        if self.checkpoint is None:
+            raise PromptError("the session has no checkpoint folder, so no tokenizer; give ids of a prompt")
+        return checked_tokenizer(self, self.checkpoint)
+
+    @property
+    def gives_last(self) -> bool:
+        """Can prompts be read without logits of every token?"""
+        return any(p.shape.kind == "prefill" and p.shape.logits == "last" for p in self.plan.buckets.values())
+
     # --- looking ---
+
+    @property
+    def launches(self) -> int:
+        """Launches of a step of one sequence."""
+        return len(self.plan.program("decode").launches)
 
     @property
     def positions(self) -> list[int]:
@@ -351,6 +422,7 @@ class Session:
             for counter in self._counters.values():
                 counter.put(target, counter.held[source], counter.reached[source])
             self._finite[target] = self._finite[source]
+            self.memories[target] = self.memories[source]
 
     @_one_at_a_time
     def export_slot(self, path: str | Path, slot: int = 0) -> Path:
@@ -408,13 +480,16 @@ class Session:
         for slot in slots:
             self._followed[slot] = False
             self._finite[slot] = True
+            self.memories[slot] = Memory()
         self._streams = self._next = None
 
     # --- checks ---
 
-    def check_tokens(self, tokens: Iterable[Any], what: str = "token") -> None:
-        """Raise SessionError, in which they are called `what`, unless all are token ids of the model."""
-        self._ids(tokens, what)
+    def check_tokens(self, tokens: Iterable[Any], what: str = "token") -> list[int]:
+        """Them as numbers. Raises SessionError, in which they are called `what`, unless all are token ids of
+        the model.
+        """
+        return self._ids(tokens, what)
 
     def _ids(self, tokens: Iterable[Any], what: str = "token") -> list[int]:
         return [self._id(token, f"{what} {place}") for place, token in enumerate(tokens)]
@@ -480,10 +555,11 @@ class Session:
         if self._broken:
             raise SessionError("an earlier step was interrupted: the state is half-written; call reset()")
 
-    def _check_finite(self, slots: Iterable[int]) -> None:
-        """Refuse what would come of logits that are not finite. Waits for the device."""
-        finite = self._finite.tolist()
-        bad = [s for s in slots if not finite[s]]
+    def _check_finite(self, slots: Iterable[int], known: Sequence[bool] | None = None) -> None:
+        """Refuse what would come of logits that are not finite. Waits for the device, unless it is known."""
+        chosen = list(slots)
+        finite = self._finite[chosen].tolist() if known is None else known
+        bad = [s for s, fine in zip(chosen, finite, strict=True) if not fine]
         if bad:
             self._streams = self._next = None
             raise SessionError(
@@ -558,6 +634,7 @@ class Session:
                     self._following[slot] = rows["next"][-1]
             self._broken = False
         for slot, ids in work.items():
+            self.memories[slot] = Memory()
             if bucket.block == "main" and self._sampling is not None and not bucket.sampled:
                 self._sampling.remember(slot, self._counters["main"].held[slot], list(ids))
             self._counters[bucket.block].advance(slot, len(ids))
@@ -623,6 +700,8 @@ class Session:
             self._going[list(slots)] = outputs["going"][: len(slots)] if bucket.sampled else 1
             self._finite[list(slots)] &= outputs["logits"][: len(slots)].isfinite().all(dim=1)
             self._broken = False
+        for s in slots:
+            self.memories[s] = Memory()
         return kept if kept is None else kept[:, : len(slots)]
 
     def _set_position(self, block: str, slot: int, held: int, reached: int) -> None:

@@ -66,7 +66,7 @@ def test_the_command_parses_or_says_where(tmp_path: Path) -> None:
     assert command("parse", file, "--mode", "thinking").json["reasoning_content"] == "Well."
     refused = command("parse", file)
     assert (refused.code, refused.out) == (2, "")
-    assert refused.err.startswith(f"error: {file}: line 1, column 6 (character 5): found '</think>Yes.")
+    assert refused.err.startswith(f"error: {file}: line 1, column 6 (character 5): found '</think>', which")
     file.write_bytes(b"Caf\xe9")
     assert "byte 3 is no UTF-8" in command("parse", file).err
 

@@ -94,8 +94,8 @@ class Parser:
     """Takes a completion in any portions and gives what each adds to the answer.
 
     A malformed completion has a `fault`, its first, known when it is over. What was understood is in `reply`
-    all the same: an answer without its `</think>` as reasoning, tool calls after such reasoning, and all that
-    stands before the fault. What was not understood is in `rest`, as it came.
+    all the same: an answer without its `</think>` as reasoning, tool calls after such reasoning, text around
+    other marks that mean nothing. From where the grammar of tool calls breaks, it is in `rest` as it came.
     """
 
     def __init__(self, mode: Mode) -> None:
@@ -138,12 +138,12 @@ class Parser:
             if mode == "thinking":
                 mark = yield from self._flow("reasoning", (THOUGHT, CALLS, END))
                 if mark != THOUGHT:
-                    self.fault = self._here(f"the reasoning ends without {THOUGHT}")
+                    self._blame(f"the reasoning ends without {THOUGHT}")
                 yield from self._expect(mark)
             if mark == THOUGHT:
                 mark = yield from self._flow("content", (CALLS, END))
                 if not mark:
-                    self.fault = self._here(f"the text ends without {END}")
+                    self._blame(f"the text ends without {END}")
                 yield from self._expect(mark)
             if mark == CALLS:
                 yield from self._tool_calls()
@@ -167,9 +167,13 @@ class Parser:
                 self._said[kind].append(text)
                 self._made.append(Piece(kind, text))
             if match and match.start() == len(text):
-                if match[0] not in ends:
+                if match[0] in ends:
+                    return match[0]
+                if DSML in match[0]:
                     raise self._malformed(f"which means nothing inside the {kind}")
-                return match[0]
+                self._blame(f"found {match[0]!r}, which means nothing inside the {kind}")
+                self._take(len(match[0]))
+                continue
             if self._over:
                 return ""
             yield
@@ -258,6 +262,10 @@ class Parser:
 
     def _here(self, what: str) -> Fault:
         return Fault(self._place, self._line, self._column, what)
+
+    def _blame(self, what: str) -> None:
+        """A fault after which reading goes on."""
+        self.fault = self.fault or self._here(what)
 
     def _malformed(self, what: str) -> _GrammarError:
         return _GrammarError(self._here(what))
