@@ -40,6 +40,12 @@ class PlanError(Dsv4cError):
     exit_code = 5
 
 
+class PromptError(Dsv4cError):
+    """Messages that make no prompt, a completion that is no message, or a tokenizer that does not fit."""
+
+    exit_code = 2
+
+
 class SessionError(Dsv4cError):
     """A request that a running session refuses; its state is as it was before."""
 

@@ -67,6 +67,13 @@ VerifyOption = Annotated[
 ]
 LogitsOption = Annotated[Logits, typer.Option(help="Of every token of a prompt's chunk, or of its last.")]
 DraftOption = Annotated[Draft, typer.Option(help="Compile the block that drafts tokens, too.")]
+SampledOption = Annotated[
+    bool,
+    typer.Option(
+        "--sampled",
+        help="Decode steps draw the next token as each sequence asks, in place of taking the likeliest.",
+    ),
+]
 RequireOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -154,6 +161,7 @@ DECIDED = (
     "verify",
     "logits",
     "draft",
+    "sampled",
     "pipeline",
     "disable",
     "enable",
@@ -178,6 +186,7 @@ def compile_command(
     chunk: ChunkOption = None,
     logits: LogitsOption = Logits.ALL,
     draft: DraftOption = Draft.OFF,
+    sampled: SampledOption = False,
     disable: DisableOption = None,
     enable: EnableOption = None,
     extra: PassOption = None,
@@ -232,6 +241,7 @@ def compile_command(
             chunk=sizes("--chunk", chunk),
             logits=logits.value,
             draft=draft.value,
+            sampled=sampled,
             pipeline=pipeline,
             rules=rules,
             disable=disable or (),

@@ -105,6 +105,22 @@ ChunkOption = Annotated[
         show_default="64, or the context; on a GPU 8",
     ),
 ]
+MessagesOption = Annotated[
+    Path,
+    typer.Option(
+        help="JSON file: a list of messages, or an object with `messages` and options.",
+        metavar="FILE",
+        show_default=False,
+        readable=False,
+    ),
+]
+EncodingOption = Annotated[
+    str,
+    typer.Option(
+        help="The rules of which release: preview, 0731, or auto: those of the checkpoint folder's encoder.",
+        metavar="NAME",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 

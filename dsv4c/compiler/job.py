@@ -152,7 +152,7 @@ class Job:
         firsts = {}
         for b in sorted(self.deployment.buckets, key=lambda bucket: (bucket.kind != "decode", bucket.rows)):
             own = self.saved is not None or b.keeps_beside
-            firsts[b] = found.setdefault((b,) if own else (b.block, b.logits), b)
+            firsts[b] = found.setdefault((b,) if own else (b.block, b.logits, b.sampled), b)
         return {b: firsts[b] for b in self.deployment.buckets}
 
     def resized(self, graph: Graph, bucket: Bucket) -> Graph:

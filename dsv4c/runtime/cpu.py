@@ -18,7 +18,7 @@ from dsv4c.errors import PlanError
 from dsv4c.numerics.codec import Value, nan_fill, parts_of, view
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Launch, Program
-from dsv4c.runtime.executor import Watch, states_of, tensor_at
+from dsv4c.runtime.executor import Watch, handed_on, said_by, states_of, tensor_at
 from dsv4c.threads import threads
 
 POISON = 0x7FFF  # as bf16, f16, f32 and every second fp8 and ue8m0 a NaN; as an integer far from any index
@@ -74,10 +74,11 @@ class CpuExecutor:
         bound.take(inputs)
         for i in range(count):
             if i:
-                bound.inputs["tokens"].copy_(bound.outputs["next"])
+                for label, name in handed_on(bound.outputs).items():
+                    bound.inputs[name].copy_(bound.outputs[label])
             self._call(bound, None)
             if keep is not None:
-                keep[i].copy_(bound.outputs["next"])
+                keep[i].copy_(said_by(bound.outputs))
         return bound.outputs
 
     def wait(self) -> None:
