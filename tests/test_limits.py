@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -12,11 +14,13 @@ from dsv4c.arch import SM_90A
 from dsv4c.codegen.lower import Part
 from dsv4c.codegen.select import Kernels
 from dsv4c.compiler import limits as subject
+from dsv4c.compiler.compile import compile
 from dsv4c.compiler.limits import Obstacle, limits, memory_of, one_layer_of_each_kind
 from dsv4c.compiler.request import Request
 from dsv4c.config import ModelConfig, load_config
 from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Graph, Node
+from dsv4c.plan.folder import Plan
 from tests.codegen.lowered import gpu_plan
 from tests.commands import command
 
@@ -44,6 +48,31 @@ def picky(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def odd() -> ModelConfig:
     return replace(load_config("tiny"), **ODD)
+
+
+def test_compile_warns_of_a_card_that_is_too_small_before_it_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject, "ARCHS", {"sm_90a": replace(SM_90A, memory=1 << 20)})
+    monkeypatch.setattr("dsv4c.cli.compile.compile", _stopping(compile))
+    result = command(
+        *("compile", "tiny", "--target", "sm_90a", "--max-context", 256, "--no-certify", "-o", tmp_path / "p")
+    )
+    assert result.code == 7
+    warning, error = result.err.splitlines()
+    assert warning.startswith("warning: 0.0")
+    assert warning.endswith("more than the 0.0 GB of the card")
+    assert error == "error: no time to build"
+
+
+def _stopping(compile: Callable[..., Plan]) -> Callable[..., Plan]:
+    """`compile` that stops where kernels would be built."""
+
+    def stopped(*given: Any, **options: Any) -> Plan:
+        with mock.patch("dsv4c.codegen.build.build", side_effect=BuildError("no time to build")):
+            return compile(*given, **options)
+
+    return stopped
 
 
 @pytest.fixture(scope="module")
