@@ -182,7 +182,7 @@ def test_a_pass_that_breaks_the_graph_is_named() -> None:
         Pipeline((BreakTest(),)).run(small(), Context())
 
 
-def test_a_pass_that_gives_no_graph_is_told_what_is_expected() -> None:
+def test_a_pass_that_gives_no_graph_is_told_so() -> None:
     with pytest.raises(GraphError, match="pass nothing-test: `run` returned NoneType; expected the graph"):
         Pipeline((NothingTest(),)).run(small(), Context())
 
