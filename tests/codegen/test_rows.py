@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from dsv4c.arch import SM_90A
 from dsv4c.codegen.build import Source, compile_source
 from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.kernels.row_program import Loop, index_text, nodes_of, program_of
 from dsv4c.codegen.kernels.rows import Built, kernel_of, primitives
 from dsv4c.codegen.registry import No
-from dsv4c.codegen.row_program import Loop, index_text, nodes_of, program_of
 from dsv4c.ir.graph import Builder, Graph
 from dsv4c.ir.ops import (
     add,

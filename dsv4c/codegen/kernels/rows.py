@@ -14,8 +14,7 @@ from typing import Any
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
-from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
-from dsv4c.codegen.row_program import (
+from dsv4c.codegen.kernels.row_program import (
     MEANINGS,
     NUMBERS,
     Program,
@@ -25,6 +24,7 @@ from dsv4c.codegen.row_program import (
     program_of,
     step_lines,
 )
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.graph import Builder, Graph, Value
 from dsv4c.ir.op import Op, elements, operand_names
@@ -155,7 +155,7 @@ def _emit(name: str, what: str, program: Program, graph: Graph, ctas: int) -> Bu
         numbers=[
             n
             for n in ("BFloat16", "Float16", "Float32", "Int32", "Int64", "Uint8")
-            if re.search(rf"\b{n}\b", f"{text} {numbers} Int32")
+            if re.search(rf"\b{n}\b", f"{text} {numbers}")
         ],
         modules=sorted({m for m in MEANINGS if f"{m}." in text} | {"values"}),
         uses=[name for name in ("at", "put") if f"{name}(" in text],

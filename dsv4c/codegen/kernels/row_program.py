@@ -76,6 +76,7 @@ class Program:
     steps: tuple[Loop | Node, ...]
     shared: int
     by_row: frozenset[Value]
+    names: Mapping[Value, str]
 
     @property
     def widest(self) -> int:
@@ -117,7 +118,7 @@ def program_of(graph: Graph, rows: int) -> Program:
         offset = free.take(types[value].extent, start, last.get(value, start))
         homes[value] = Home(names[value], types[value], value in by_row, offset)
     named = {v: View(names[v], types[v], *views[v]) for v in views}
-    return Program(rows, homes, named, tuple(steps), free.size, frozenset(by_row))
+    return Program(rows, homes, named, tuple(steps), free.size, frozenset(by_row), names)
 
 
 def row_type(type_: Type, rows: int, by_row: bool) -> Type:
@@ -393,9 +394,10 @@ def _loop_lines(program: Program, loop: Loop) -> list[str]:
             for v in node.inputs
         ]
         value = node.outputs[0]
-        _, name = meaning_of(node.op)
-        call = f"math.{name}({', '.join((*operands, *attributes_text(node.op)))})"
-        made[value] = f"v{len(made)}"
+        _, meaning = meaning_of(node.op)
+        call = f"math.{meaning}({', '.join((*operands, *attributes_text(node.op)))})"
+        name = program.names[value]
+        made[value] = f"{name}_i" if value in loop.kept else name
         body.append(f"{made[value]} = {call}")
         if value in loop.kept:
             body.append(f"put({_name(program, value)}, i, {made[value]})")
