@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dsv4c.errors import BuildError
@@ -30,6 +30,7 @@ NUMBERS = {
     DType.I64: "Int64",
 }
 SCRATCH = 272  # bytes that a CTA reduces in
+MOST_HELD = 32 * 1024  # bytes of a row's result that lie in shared memory, too
 
 
 class UnfitError(BuildError):
@@ -67,13 +68,24 @@ class Loop:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """A result that the kernel reads itself, from shared memory to where it is given back."""
+
+    value: Value
+
+
+Step = Loop | Node | Copy
+
+
+@dataclass(frozen=True)
 class Program:
-    """Steps in order, with a barrier of the CTA between them."""
+    """Steps in order, with a barrier of the CTA between them. `given`: where copied results go."""
 
     rows: int
     homes: Mapping[Value, Home]
     views: Mapping[Value, View]
-    steps: tuple[Loop | Node, ...]
+    given: Mapping[Value, Home]
+    steps: tuple[Step, ...]
     shared: int
     by_row: frozenset[Value]
     names: Mapping[Value, str]
@@ -100,25 +112,24 @@ def program_of(graph: Graph, rows: int) -> Program:
     steps = _steps([n for n in nodes if n.outputs[0] not in views], types, roots, results)
 
     names = _names(types)
-    outside = (*graph.inputs, *(roots[r] for r in results if r not in aliases))
-    last: dict[Value, int] = {}
-    first: dict[Value, int] = {}
-    for index, step in enumerate(steps):
-        for node in nodes_of(step):
-            for v in node.inputs:
-                last[roots[v]] = index
-            for v in node.outputs:
-                first.setdefault(v, index)
+    made = {v for step in steps for node in nodes_of(step) for v in node.outputs}
+    read = {roots[v] for step in steps for v in _read(step)}
+    copied = {v for v in results if v in made & read and _may_be_held(types[v])} - aliases.keys()
+    steps = [each for step in steps for each in (step, *map(Copy, _made(step, copied)))]
+    elsewhere = copied | aliases.keys()
+    outside = [v for v in (*graph.inputs, *(roots[r] for r in results)) if v not in elsewhere]
     homes = {v: Home(names[v], types[v], v in by_row) for v in outside}
-    kept = {v for s in steps for v in (s.kept if isinstance(s, Loop) else s.outputs)}
+    given = {v: Home(f"{names[v]}_out", types[v], v in by_row) for v in results if v in copied}
+    kept = {v for s in steps for v in (s.kept if isinstance(s, Loop) else _made(s, made))}
+    # No barrier follows a copy: the next step may run beside it.
+    last = {roots[v]: i + isinstance(step, Copy) for i, step in enumerate(steps) for v in _read(step)}
     free = _Shared(SCRATCH)
-    for value, start in first.items():
-        if value in homes or value in aliases or value not in kept:
-            continue
-        offset = free.take(types[value].extent, start, last.get(value, start))
-        homes[value] = Home(names[value], types[value], value in by_row, offset)
+    for index, step in enumerate(steps):
+        for value in _made(step, kept - homes.keys() - aliases.keys()):
+            offset = free.take(types[value].extent, index, last.get(value, index))
+            homes[value] = Home(names[value], types[value], value in by_row, offset)
     named = {v: View(names[v], types[v], *views[v]) for v in views}
-    return Program(rows, homes, named, tuple(steps), free.size, frozenset(by_row), names)
+    return Program(rows, homes, named, given, tuple(steps), free.size, frozenset(by_row), names)
 
 
 def row_type(type_: Type, rows: int, by_row: bool) -> Type:
@@ -219,14 +230,14 @@ def _steps(
     types: Mapping[Value, Type],
     roots: Mapping[Value, Value],
     results: Sequence[Value],
-) -> list[Loop | Node]:
+) -> list[Step]:
     """Elementwise ops of one shape that follow each other become one loop."""
     readers: dict[Value, list[Node]] = {}
     for node in nodes:
         for value in node.inputs:
             readers.setdefault(roots[value], []).append(node)
     given = {roots[r] for r in results}
-    steps: list[Loop | Node] = []
+    steps: list[Step] = []
     run: list[Node] = []
 
     def close() -> None:
@@ -257,8 +268,27 @@ def _steps(
     return steps
 
 
-def nodes_of(step: Loop | Node) -> tuple[Node, ...]:
+def nodes_of(step: Step) -> tuple[Node, ...]:
+    """What a step computes."""
+    if isinstance(step, Copy):
+        return ()
     return step.nodes if isinstance(step, Loop) else (step,)
+
+
+def _may_be_held(type_: Type) -> bool:
+    return not isinstance(type_, QuantType) and type_.extent <= MOST_HELD
+
+
+def _made(step: Step, among: Collection[Value]) -> list[Value]:
+    return [v for node in nodes_of(step) for v in node.outputs if v in among]
+
+
+def _read(step: Step) -> list[Value]:
+    """What a step reads that others have made."""
+    if isinstance(step, Copy):
+        return [step.value]
+    own = set(_made(step, [v for node in nodes_of(step) for v in node.outputs]))
+    return [v for node in nodes_of(step) for v in node.inputs if v not in own]
 
 
 class _Shared:
@@ -291,7 +321,7 @@ def _names(values: Mapping[Value, Type]) -> dict[Value, str]:
         while name in used:
             n += 1
             name = f"{plain}_{n}"
-        used.add(name)
+        used.update((name, f"{name}_i", f"{name}_out"))  # as a number in a loop, as what is given back
         names[value] = name
     return names
 
@@ -342,7 +372,8 @@ def _literal(value: object) -> str:
 
 def place_lines(program: Program) -> list[str]:
     """Statements that name the program's arrays."""
-    lines = [f"{h.name} = {_place(h, program.rows)}" for h in program.homes.values()]
+    homes = (*program.homes.values(), *program.given.values())
+    lines = [f"{home.name} = {_place(home, program.rows)}" for home in homes]
     for view in program.views.values():
         base = program.homes[view.base].name
         lines.append(f"{view.name} = values.part({base}, {view.first}, {view.type.shape})")
@@ -369,8 +400,11 @@ def _place(home: Home, rows: int) -> str:
     return f'values.Quantized("{home.type.format}", {home.type.shape}, {parts})'
 
 
-def step_lines(program: Program, step: Loop | Node) -> list[str]:
+def step_lines(program: Program, step: Step) -> list[str]:
     """Statements of one step."""
+    if isinstance(step, Copy):
+        home = program.given[step.value]
+        return [f"shape.reshape(team, {_name(program, step.value)}, {home.name}, shape={home.type.shape})"]
     if isinstance(step, Loop):
         return _loop_lines(program, step)
     module, name = meaning_of(step.op)

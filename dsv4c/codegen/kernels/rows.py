@@ -17,6 +17,7 @@ from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.row_program import (
     MEANINGS,
     NUMBERS,
+    Copy,
     Program,
     UnfitError,
     nodes_of,
@@ -138,12 +139,15 @@ def _of_primitive(graph: Graph, arch: Arch) -> tuple[Program, Graph, int]:
 
 def _emit(name: str, what: str, program: Program, graph: Graph, ctas: int) -> Built:
     operands = _operands(program, graph)
-    outside = [h for h in program.homes.values() if h.offset < 0]
+    outside = [h for h in (*program.homes.values(), *program.given.values()) if h.offset < 0]
     components = [(home.name, c) for home in outside for c in home.type.components]
     parameters = tuple(Parameter(operand, c.name) for operand, c in components)
     numbers = {p.name: NUMBERS.get(c.dtype) for p, (_, c) in zip(parameters, components, strict=True)}
     places, steps = place_lines(program), [step_lines(program, step) for step in program.steps]
     text = "\n".join((*places, *(line for step in steps for line in step)))
+    for lines, step in zip(steps[:-1], program.steps, strict=False):
+        if not isinstance(step, Copy):  # nobody reads what it writes
+            lines.append("cute.arch.sync_threads()")
     threads = THREADS if ctas > 1 else _threads(program)
     source = render(
         "row_program.py.jinja",
@@ -175,8 +179,8 @@ def _operands(program: Program, graph: Graph) -> dict[str, Value]:
     """The values of operands: those that lie outside, or the results that are reshapes of them."""
     known = {*graph.inputs, *graph.outputs.values()}
     shaped = {program.views[v].base: v for v in graph.outputs.values() if v in program.views}
-    homes = {v: home for v, home in program.homes.items() if home.offset < 0}
-    return {home.name: v if v in known else shaped[v] for v, home in homes.items()}
+    homes = [(v, h) for v, h in (*program.homes.items(), *program.given.items()) if h.offset < 0]
+    return {home.name: v if v in known else shaped[v] for v, home in homes}
 
 
 def _threads(program: Program) -> int:
