@@ -380,7 +380,7 @@ def test_a_module_beside_the_user_takes_the_place_of_none(hostile: Path, tmp_pat
 def test_what_is_written_to_a_full_disk_is_told(tmp_path: Path) -> None:
     result = command("show", "tiny", "-o", "/dev/full")
     assert (result.code, result.err) == (3, "error: /dev/full: cannot be written: No space left on device\n")
-    result = command("compile", "tiny", "--stop-after", "fold", "-o", "/dev/full", "--force")
+    result = command("compile", "tiny", "--stop-after", "fold", "-o", "/dev/full", "--overwrite")
     assert (result.code, result.err) == (3, "error: /dev/full: cannot be written: No space left on device\n")
 
 

@@ -69,8 +69,8 @@ def bench_command(
         raise PlanError(
             f"{plan}: is compiled for the CPU; bench times GPU plans, compile with --target sm_90a"
         )
-    from dsv4c.runtime.bench import bench, layers_alone, random_executor
-    from dsv4c.runtime.cuda import CudaExecutor
+    from dsv4c.runtime.bench import bench, layers_alone, random_executor  # loads torch and the driver
+    from dsv4c.runtime.cuda import CudaExecutor  # loads torch and the driver
 
     if cut is not None:
         compiled = layers_alone(compiled, bucket, *cut)

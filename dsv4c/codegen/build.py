@@ -36,6 +36,7 @@ from dsv4c.cache import Store
 from dsv4c.errors import BuildError
 from dsv4c.plan.cubin import CubinError, Resources, read_cubin
 from dsv4c.publish import scratch_folder
+from dsv4c.threads import cores
 
 TARGETS = tuple(ARCHS)
 LIB, MEANINGS = Path(__file__).parent / "lib", Path(__file__).parent / "meanings"
@@ -77,7 +78,8 @@ def build(
 ) -> list[Built]:
     """Compile `sources` for `target`, in their order, taking from the folder `store` what it has.
 
-    `workers` processes compile (default: one per core). Raises BuildError naming every kernel that failed.
+    `workers` processes compile (default: one per core that this process may use). Raises BuildError naming
+    every kernel that failed.
     """
     if target not in TARGETS:
         raise BuildError(f"cannot compile for {target!r}: targets are {', '.join(TARGETS)}")
@@ -94,7 +96,7 @@ def build(
         else:
             _settle(ready, entry, len(set(keys)), progress)
     failures = _compile_all(
-        jobs, min(todo, workers or os.cpu_count() or 1), target, kept, ready, len(set(keys)), progress
+        jobs, min(todo, workers or cores()), target, kept, ready, len(set(keys)), progress
     )
     if failures:
         raise BuildError("\n".join(failures))

@@ -219,16 +219,35 @@ def graph_file(name: str) -> str:
 
 
 def _code(folded: Folded, coder: Coder, require_fused: frozenset[str], unfolded: list[Unfolded]) -> _Coded:
-    """Code for a bucket; op by op, what none takes is unfolded first."""
+    """Code for a bucket."""
+    graph, order, steps, refused = _settle(folded, coder, require_fused, unfolded)
+    for node, reason in refused.items():
+        own = [f"{u.op} was unfolded: {u.reason}" for u in unfolded if u.bucket == folded.bucket.name]
+        raise BuildError("\n".join([f"at {node.name}: {reason}", *own]))
+    return _Coded(graph, order, plan_memory(graph, order), steps)
+
+
+def refusals(folded: Folded, coder: Coder) -> dict[Node, str]:
+    """Every node that no code takes once fused ones are unfolded, and why; `lower` stops at the first."""
+    return _settle(folded, coder, frozenset(), [])[-1]
+
+
+Steps = tuple[tuple[Part, ...], ...]
+
+
+def _settle(
+    folded: Folded, coder: Coder, require_fused: frozenset[str], unfolded: list[Unfolded]
+) -> tuple[Graph, Schedule, Steps, dict[Node, str]]:
+    """A bucket's graph with its code; op by op, what none takes is unfolded, until only primitives are
+    refused.
+    """
     graph, given_back = folded.graph, frozenset[str]()
     while True:
         order, steps, refused = _ask(graph, schedule(graph, coder.groups), coder)
-        if not refused:
-            return _Coded(graph, order, plan_memory(graph, order), steps)
-        node, reason = next(iter(refused.items()))
-        if not isinstance(node.op, Fused):
-            own = [f"{u.op} was unfolded: {u.reason}" for u in unfolded if u.bucket == folded.bucket.name]
-            raise BuildError("\n".join([f"at {node.name}: {reason}", *own]))
+        fused = [(node, reason) for node, reason in refused.items() if isinstance(node.op, Fused)]
+        if not fused:
+            return graph, order, steps, refused
+        node, reason = fused[0]
         name = node.op.name
         if name in require_fused:
             raise BuildError(
@@ -249,9 +268,7 @@ def _code_alone(graph: Graph, coder: Coder) -> _Coded:
     return _Coded(graph, order, plan_memory(graph, order), steps)
 
 
-def _ask(
-    graph: Graph, order: Schedule, coder: Coder
-) -> tuple[Schedule, tuple[tuple[Part, ...], ...], dict[Node, str]]:
+def _ask(graph: Graph, order: Schedule, coder: Coder) -> tuple[Schedule, Steps, dict[Node, str]]:
     """Launches with their code, and the nodes that none takes, with the reasons. Where none takes a launch of
     several nodes, each becomes a launch of its own.
     """

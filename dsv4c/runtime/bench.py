@@ -133,12 +133,13 @@ class Clock:
 
 def given(program: Program) -> list[str]:
     """Values in the arena that are read before they are written: of layers alone, what others make."""
-    written, found = set[str](), dict[str, None]()
+    written, found = set[int](), dict[str, None]()  # where values begin: a view has its own name
     for launch in program.launches:
         arena = [a for a in launch.arguments if a.space == "arena"]
-        read = {a.value for a in arena if a.access != "w"} & program.values.keys()
-        found |= dict.fromkeys(sorted(read - written))
-        written |= {a.value for a in arena if "w" in a.access}
+        for a in arena:
+            if a.access != "w" and a.value in program.values and a.offset not in written:
+                found[a.value] = None
+        written |= {a.offset for a in arena if "w" in a.access}
     return list(found)
 
 

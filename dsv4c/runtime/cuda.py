@@ -22,7 +22,7 @@ from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import SPACES, Argument, Launch, Program
 from dsv4c.runtime import driver
 from dsv4c.runtime.cpu import constants_of
-from dsv4c.runtime.executor import Watch, states_of, tensor_at
+from dsv4c.runtime.executor import Watch, handed_on, said_by, states_of, tensor_at
 from dsv4c.runtime.residence import SLAB
 
 OLDEST_DRIVER = 13000  # CUDA 13.0, driver 580: what loads cubins of the CUDA 13 tools
@@ -150,10 +150,11 @@ class CudaExecutor:
         bound.take(inputs)
         for i in range(count):
             if i and not bound.feeds_back:
-                bound.inputs["tokens"].copy_(bound.outputs["next"])
+                for label, name in handed_on(bound.outputs).items():
+                    bound.inputs[name].copy_(bound.outputs[label])
             bound.call(poison=self.poison)
             if keep is not None:
-                keep[i].copy_(bound.outputs["next"])
+                keep[i].copy_(said_by(bound.outputs))
         return bound.outputs
 
     def wait(self) -> None:
@@ -301,10 +302,14 @@ class BoundProgram:
 
 def feeds_back(program: Program) -> bool:
     """Can the argmax write over the call's tokens? Only where a call takes one token per sequence, and every
-    launch that reads them comes before it.
+    launch that reads them comes before it. A sampler reads them itself.
     """
     following = program.outputs["next"]
-    if program.shape.tokens > 1 or len({program.values[n].type for n in (following, "tokens")}) != 1:
+    if (
+        program.shape.tokens > 1
+        or program.shape.sampled
+        or len({program.values[n].type for n in (following, "tokens")}) != 1
+    ):
         return False
     writers = [i for i, launch in enumerate(program.launches) if _touches(launch, following)]
     readers = [i for i, launch in enumerate(program.launches) if _touches(launch, "tokens")]

@@ -146,7 +146,7 @@ def plans(folder: Path, target: str, only: str) -> list[dict[str, Any]]:
             continue
         model = golden_case(case.model) if isinstance(case.model, str) else case.model
         plan = compile(model, target=target, certify=False, **case.options)
-        print(plan.save(folder / case.name, force=True), flush=True)
+        print(plan.save(folder / case.name, overwrite=True), flush=True)
         weights = case.model if isinstance(case.model, str) else ""
         described.append({"name": case.name, "weights": weights, "logits": case.logits})
     for name, (model, recipe) in DRAFTS.items():
@@ -156,7 +156,7 @@ def plans(folder: Path, target: str, only: str) -> list[dict[str, Any]]:
             options = {**SMALL, "chunk": 8, "recipe": recipe, "draft": "mtp"}
             plan = compile(golden_case(model), target=kind, certify=False, **options)
             path = folder / (name if kind == target else f"{name}-cpu")
-            print(plan.save(path, force=True), flush=True)
+            print(plan.save(path, overwrite=True), flush=True)
         described.append({"name": name, "weights": model, "logits": "", "draft": True})
     return described
 

@@ -8,6 +8,7 @@ from dsv4c.codegen.lib import ptx
 from dsv4c.codegen.meanings.values import (
     Team,
     at,
+    bf16,
     largest,
     lines,
     multiply,
@@ -91,8 +92,7 @@ def _bf16_line(x: cute.Tensor, y: cute.Tensor, line: cutlass.Int32, over: Conste
         v = at(x, line * width + j).to(BFloat16).to(Float32)
         own = own + wide(multiply(v, v).to(BFloat16))
     mean = rounded(total(own, over) / Float64(width), BFloat16)
-    small = rounded(Float32(eps), BFloat16).to(Float32)
-    shifted = plus(mean.to(Float32), small).to(BFloat16).to(Float32)
+    shifted = plus(mean.to(Float32), Float32(bf16(eps))).to(BFloat16).to(Float32)
     root = reciprocal_root(shifted).to(BFloat16).to(Float32)
     for j in cutlass.range(over.lane, width, over.width):
         v = at(x, line * width + j).to(BFloat16).to(Float32)

@@ -54,7 +54,7 @@ def quantize(team: Constexpr[Team], x: cute.Tensor, *rest, format: Constexpr[str
             put(q.scale, block, stored)
         for n in range_constexpr(cute.size(r) // 2):
             j = 2 * (lane + 32 * n)
-            low, high = _divided(r[2 * n], divisor), _divided(r[2 * n + 1], divisor)
+            low, high = _divided(r[2 * n], divisor, spec), _divided(r[2 * n + 1], divisor, spec)
             if const_expr(spec.value is E2M1):
                 if j < cutlass.min(stop, columns):
                     codes = _e2m1_code(low) | (_e2m1_code(high) << Uint32(4))
@@ -152,8 +152,12 @@ def _power(byte: Uint32):
 
 
 @cute.jit
-def _divided(v: Float32, divisor: Float32):
-    """v / divisor, 0 where that is 0."""
+def _divided(v: Float32, divisor: Float32, spec: Constexpr[QuantFormat]):
+    """v / divisor, 0 where that is 0. A power of two is multiplied by its inverse, which is the same."""
+    if const_expr(spec.scale is UE8M0):
+        byte = divisor.bitcast(Uint32) >> Uint32(23)
+        inverse = _power(Uint32(254) - byte)
+        return multiply(v, divisor if byte == Uint32(255) else inverse)
     y = ptx.divide(v, divisor)
     return Float32(0.0) if divisor == Float32(0.0) else y
 
