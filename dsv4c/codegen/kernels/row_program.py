@@ -4,7 +4,8 @@ A program sees primitives, whatever op they are the body of. It runs on `rows` p
 none of which needs another: row r of a value is the r-th part of its bytes. What all rows read, such as a
 gain, is whole, and what is made of whole values alone every row makes for itself. Elementwise ops in a row
 become one loop, all others a call of their device meaning; values that leave the kernel lie in global memory,
-what is between them in shared memory, reused when nobody reads it any more.
+what is between them in shared memory, reused when nobody reads it any more. A result that the kernel reads
+itself is in both.
 """
 
 from __future__ import annotations
@@ -373,15 +374,15 @@ def _literal(value: object) -> str:
 def place_lines(program: Program) -> list[str]:
     """Statements that name the program's arrays."""
     homes = (*program.homes.values(), *program.given.values())
-    lines = [f"{home.name} = {_place(home, program.rows)}" for home in homes]
+    lines = [line for home in homes for line in _place(home, program.rows)]
     for view in program.views.values():
         base = program.homes[view.base].name
         lines.append(f"{view.name} = values.part({base}, {view.first}, {view.type.shape})")
     return lines
 
 
-def _place(home: Home, rows: int) -> str:
-    arrays = []
+def _place(home: Home, rows: int) -> list[str]:
+    arrays: list[str] = []
     for component in home.type.components:
         if home.offset < 0:
             pointer = f"m_{home.name}" if component.name == "data" else f"m_{home.name}_{component.name}"
@@ -394,10 +395,15 @@ def _place(home: Home, rows: int) -> str:
             number = NUMBERS.get(component.dtype, "Uint8")
             arrays.append(f"values.held({number}, {at}, {component.shape})")
     if not isinstance(home.type, QuantType):
-        return arrays[0]
+        return [f"{home.name} = {arrays[0]}"]
     named = zip(home.type.components, arrays, strict=True)
-    parts = ", ".join(f"{c.name}={a}" for c, a in named)
-    return f'values.Quantized("{home.type.format}", {home.type.shape}, {parts})'
+    return [
+        f"{home.name} = values.Quantized(",
+        f'    "{home.type.format}",',
+        f"    {home.type.shape},",
+        *(f"    {component.name}={array}," for component, array in named),
+        ")",
+    ]
 
 
 def step_lines(program: Program, step: Step) -> list[str]:

@@ -36,6 +36,7 @@ from dsv4c.ir.ops.math import Sum
 from dsv4c.ir.ops.norm import Normalize, RmsNorm, RsqrtMeanSquare, Softmax
 from dsv4c.ir.ops.quant import Quantize
 from dsv4c.ir.ops.sample import Argmax
+from dsv4c.ir.text import print_op
 from dsv4c.passes.expand import expand
 from dsv4c.types import GlobalScale, QuantFormat, Type
 
@@ -54,7 +55,7 @@ def row_program(request: Request) -> Answer:
         return No(f"takes one op per launch, not {len(request.calls)}")
     call = request.call
     graph = primitives(call.op, tuple(request.types[i] for i in call.inputs))
-    built = kernel_of(graph, isinstance(call.op, Fused), call.op.name, request.text, request.arch)
+    built = kernel_of(graph, isinstance(call.op, Fused), call.op.name, print_op(call.op), request.arch)
     if isinstance(built, No):
         return built
     numbers = dict(zip((*graph.inputs, *graph.outputs.values()), (*call.inputs, *call.outputs), strict=True))
