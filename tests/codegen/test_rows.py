@@ -190,8 +190,10 @@ def test_random_bodies_are_programs(random: Random, rows: int) -> None:
                 assert owner in made or owner in program.homes
                 live[owner] = index
             made.update(node.outputs)
-        if isinstance(step, Copy):
-            live[step.value] = index + 1
+    for index, step in enumerate(program.steps):
+        if isinstance(step, Copy):  # nothing waits for it, so its value stays while the next step runs
+            beside = (i for i in range(index, len(program.steps)) if not isinstance(program.steps[i], Copy))
+            assert live[step.value] >= next(beside)
     inside = [(v, h) for v, h in program.homes.items() if h.offset >= 0]
     first = {v: i for i, step in enumerate(program.steps) for n in nodes_of(step) for v in n.outputs}
     for i, (v, a) in enumerate(inside):

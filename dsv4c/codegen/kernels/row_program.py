@@ -122,8 +122,8 @@ def program_of(graph: Graph, rows: int) -> Program:
     homes = {v: Home(names[v], types[v], v in by_row) for v in outside}
     given = {v: Home(f"{names[v]}_out", types[v], v in by_row) for v in results if v in copied}
     kept = {v for s in steps for v in (s.kept if isinstance(s, Loop) else _made(s, made))}
-    # No barrier follows a copy: the next step may run beside it.
-    last = {roots[v]: i + isinstance(step, Copy) for i, step in enumerate(steps) for v in _read(step)}
+    # No barrier follows a copy: a later step reads what is copied, so its place is not taken meanwhile.
+    last = {roots[v]: index for index, step in enumerate(steps) for v in _read(step)}
     free = _Shared(SCRATCH)
     for index, step in enumerate(steps):
         for value in _made(step, kept - homes.keys() - aliases.keys()):
