@@ -111,6 +111,8 @@ def operands(graph: Graph, pattern: str, seed: int) -> list[Value]:
     elif name in ("last_rows", "owners"):
         assert isinstance(given[-1], Tensor)
         given[-1] = torch.randint(0, 4, given[-1].shape, generator=generator).to(torch.int32)
+    elif name in ("penalize", "token_probabilities", "draw"):
+        given = sampling(graph, given, generator)
     elif name == "cache_extend":
         assert isinstance(given[2], Tensor)
         tokens = graph.nodes[0].op.tokens  # type: ignore[attr-defined]
@@ -121,6 +123,23 @@ def operands(graph: Graph, pattern: str, seed: int) -> list[Value]:
         given[2] = torch.where(step < count, first + step, -1).reshape(-1).to(torch.int32)
         slot = torch.arange(sequences)[:, None] % 3
         given[3] = torch.where(step < count, slot, 0).reshape(-1).to(torch.int32)
+    return given
+
+
+def sampling(graph: Graph, given: list[Value], generator: torch.Generator) -> list[Value]:
+    """Knobs, positions and probabilities as a session has them: the first slot is greedy."""
+    knobs = torch.tensor([[0.0] * 7, [0.7, 20, 0.9, 0.02, 1.3, 0.5, 0.2], [1.1, 0, 0.99, 0, 0.8, 0, -0.3]])
+    name, rows = graph.nodes[0].op.name, graph.inputs[0].type.shape[0]
+    logits = given[0]
+    assert isinstance(logits, Tensor)
+    positions = torch.randint(-1, 64, (rows,), generator=generator, dtype=torch.int32)
+    if name == "penalize":
+        given[2], given[4] = positions, torch.tensor([3, 0, 40], dtype=torch.int32)
+    if name == "draw":
+        given[0], given[1] = logits.clamp(-20, 20).softmax(-1), positions.clamp(min=9)
+        given[3] = torch.tensor([3, 0, 9], dtype=torch.int32)
+    else:
+        given[-1] = knobs
     return given
 
 

@@ -253,9 +253,9 @@ def draw(
             for j in cutlass.range(stretch):
                 if begin + j < width:
                     p = wide(at(probabilities, row * width + begin + j))
-                    running = running + p
-                    if p > Float64(0.0) and (found < 0 or running - p <= wanted):
+                    if p > Float64(0.0) and (found < 0 or running <= wanted):
                         found = begin + j
+                    running = running + p
             put(y, row, cutlass.max(found, Int32(0)))
         cute.arch.sync_threads()
 
