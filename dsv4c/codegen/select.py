@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
 import dsv4c.codegen.kernels  # noqa: F401  (registers the families)
@@ -35,6 +35,9 @@ class Kernels:
         labels = {p: p.place.role.replace(".", "_") for p in params}
         request, values = request_of(nodes, self.arch, graph.users, labels)
         return tuple(self._part(launch, values) for launch in choose(request))
+
+    def keep(self, kernels: Collection[str]) -> None:
+        self.sources = {name: source for name, source in self.sources.items() if name in kernels}
 
     def _part(self, launch: Launchable, values: Sequence[Value]) -> Part:
         emission = launch.emission

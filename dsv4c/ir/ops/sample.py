@@ -99,6 +99,7 @@ class TokenProbabilities(Op):
     """
 
     by_slot: ClassVar = True
+    by_row: ClassVar = frozenset({0, 1})
     picks: ClassVar = {1: (2, 0)}
 
     def infer(self, logits: Type, slots: Type, knobs: Type) -> TensorType:
@@ -122,6 +123,7 @@ class Draw(Op):
     """
 
     by_slot: ClassVar = True
+    by_row: ClassVar = frozenset({0, 1, 2})
     picks: ClassVar = {2: (3, 0)}
 
     def infer(
@@ -144,6 +146,7 @@ class Emit(Op):
     """
 
     by_slot: ClassVar = True
+    by_row: ClassVar = frozenset({0, 1, 2})
     picks: ClassVar = {2: (3, 0)}
 
     def infer(self, chosen: Type, lengths: Type, slots: Type, stops: Type) -> tuple[TensorType, TensorType]:
