@@ -15,28 +15,17 @@ from pathlib import Path
 
 import pytest
 
-from dsv4c.config import load_config
-from dsv4c.models.synth import synthesize
 from dsv4c.plan.folder import load
 from tests.commands import Result, command
-from tests.words import write_tokenizer
+from tests.words import small_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
-CONFIG = REPOSITORY / "dsv4c" / "models" / "configs" / "tiny.json"
-LAYERS = 2
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint of two layers with a tokenizer, and a cache beside it."""
-    root = tmp_path_factory.mktemp("generate")
-    config = json.loads(CONFIG.read_text())
-    ratios = config["compress_ratios"]
-    config |= {"num_hidden_layers": LAYERS, "compress_ratios": [*ratios[:LAYERS], *ratios[-1:]]}
-    (root / "config.json").write_text(json.dumps(config))
-    weights = synthesize(load_config(root / "config.json"), root / "weights", 1)
-    write_tokenizer(weights)
-    return root
+    return small_checkpoint(tmp_path_factory.mktemp("generate")).parent
 
 
 def generate(folder: Path, *arguments: object) -> Result:

@@ -111,6 +111,8 @@ HOUSE = {
         ("torch", "safetensors"),
     ),
     "": Room(90, (*CONFIG, "ir", "passes", "compiler", "plan", "runtime")),
+    # Plans for the loops of another library, which is an extra.
+    "hf": Room(200, ("errors", "plan", "runtime"), ("torch", "transformers")),
     # Every command imports what it needs; the package loads a command's module when it is called.
     "cli": Room(
         2750,
