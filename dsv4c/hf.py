@@ -75,7 +75,7 @@ class PlanForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         CheckpointError as `Plan.bind` does.
         """
         session = (plan if isinstance(plan, Plan) else load(plan)).bind(weights)
-        model = cls(AutoConfig.from_pretrained(weights), session).eval()
+        model: PlanForCausalLM = cls(AutoConfig.from_pretrained(weights), session).eval()
         if (Path(weights) / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(weights)
         return model
@@ -138,8 +138,8 @@ class PlanForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def _fresh(self, rows: int) -> PlanCache:
         if rows > self.session.slots:
             raise SessionError(
-                f"{rows} rows, the plan has {self.session.slots} slots; compile with more --slots, or a larger "
-                "--batch"
+                f"{rows} rows, the plan has {self.session.slots} slots; compile with more --slots, or with a "
+                "larger --batch"
             )
         for slot in range(rows):
             self.session.reset(slot)

@@ -115,7 +115,7 @@ HOUSE = {
     "hf": Room(200, ("errors", "plan", "runtime"), ("torch", "transformers")),
     # Every command imports what it needs; the package loads a command's module when it is called.
     "cli": Room(
-        2750,
+        2900,
         (*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "plan", "runtime", "view"),
         ("typer", "rich"),
     ),
@@ -545,7 +545,7 @@ def loaded_with(names: Sequence[str], looked_for: Sequence[str]) -> list[str]:
     return loaded.stdout.split()
 
 
-EVALUATE = ("bisect", "check", "generate", "run", "synth", "weights")
+EVALUATE = ("bisect", "check", "generate", "memory", "run", "synth", "weights")
 """Commands that compute with tensors; all others, and their help, wait for no torch."""
 
 

@@ -35,6 +35,7 @@ COMMANDS = {
     "verify": "Check a plan: files, launches against kernels and graphs, and what they do to each other.",
     "run": "Run a plan: prefill the prompt, decode the forced tokens, then generate greedily.",
     "generate": "Answer: compile a checkpoint on first use, or take a plan, and print what the model says.",
+    "memory": "Say what a plan takes of memory before it is loaded, and what fits in how much.",
     "encode": "Print the prompt of a conversation, and nothing else: no newline ends it.",
     "parse": "Turn a completion into the message that it is, a JSON object, or say where it is malformed.",
     "weights": "Compare a checkpoint's names, shapes, types and scales with the model's.",

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 
 import typer
 
-from dsv4c.arch import ARCHS
 from dsv4c.cli.chat import chat
 from dsv4c.cli.console import note, progress_bar
 from dsv4c.cli.options import EncodingOption, JsonOption
@@ -27,6 +26,7 @@ from dsv4c.models.encoding.messages import Conversation, read_conversation
 from dsv4c.models.encoding.rules import rules_of
 from dsv4c.plan.folder import Plan, load
 from dsv4c.runtime.answer import Answers, Done, Event, Reasoning, Token, ToolCalled, generation_defaults
+from dsv4c.runtime.bind import machine_target
 from dsv4c.runtime.sampling import Sampling
 
 INTERRUPTED = 130
@@ -173,18 +173,6 @@ def generate_command(
         note(closing(done))
     if done.reason == "interrupted":
         raise typer.Exit(INTERRUPTED)
-
-
-def machine_target() -> str:
-    """What plans for this machine are compiled for: its GPU, or else its CPU."""
-    import torch
-
-    if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        for arch in ARCHS.values():
-            if arch.capability == capability:
-                return arch.name
-    return "cpu"
 
 
 def _weights(subject: str, weights: Path | None) -> Path:
