@@ -14,7 +14,7 @@ from dsv4c.cache import cache_folder
 from dsv4c.certify.certificates import certify
 from dsv4c.certify.defects import inject, totals
 from dsv4c.certify.finding import Certificate, to_dict
-from dsv4c.cli.console import note, print_json, print_table
+from dsv4c.cli.console import note, print_json, print_table, progress_bar
 from dsv4c.cli.options import CONFIG_HELP, JsonOption, PassOption
 from dsv4c.cli.subject import Asked, ask
 from dsv4c.errors import GraphError
@@ -76,7 +76,8 @@ def check_command(
     asked = ask(subject, extra=extra)
     folder = cache_folder(cache) / "certificates"
     forms = tuple(dict.fromkeys(asked.job.firsts().values()))
-    found = certify(_matches(asked, forms), folder=folder, fresh=not cached)
+    with progress_bar("check") as progress:
+        found = certify(_matches(asked, forms), folder=folder, fresh=not cached, progress=progress)
     changed = _changed(asked, found.all)
     if json:
         print_json(

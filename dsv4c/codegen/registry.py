@@ -141,8 +141,8 @@ Candidate = Callable[[Request], Answer]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A registered candidate: the ops it covers, whether one launch may hold several of them, in that order,
-    and whether the later of them then read what the first makes.
+    """A registered candidate: the ops it covers, any op if none are named; whether one launch may hold
+    several of them, in that order, and whether the later of them then read what the first makes.
     """
 
     name: str
@@ -178,7 +178,7 @@ def choose(request: Request) -> tuple[Launchable, ...]:
 
     reasons = []
     for candidate in KERNELS:
-        if not all(type(call.op) in candidate.ops for call in request.calls):
+        if candidate.ops and not all(type(call.op) in candidate.ops for call in request.calls):
             continue
         if len(request.calls) > 1 and not candidate.several:
             reasons.append(f"{candidate.name}: takes one op per launch, not {len(request.calls)}")

@@ -92,8 +92,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class _Turn:
-    """What a few launches in a row compute together: nodes in order, and those of their results that the
-    launches leave in memory for others to read.
+    """What a few launches in a row compute together: nodes in order, and those of their results that are in
+    memory after them: what others read, and all that the last one stored. A selection and its weights come
+    in an order of the kernel's own, so neither may be taken from memory without the other.
     """
 
     nodes: tuple[Node, ...]
@@ -457,13 +458,16 @@ def _turns(graph: Graph, launches: Sequence[Launch]) -> dict[str, _Turn]:
     for names, group in groupby(launches, key=lambda launch: launch.nodes):
         parts = list(group)
         own = tuple(nodes[name] for name in names)
-        stored = {a.value for launch in parts for a in launch.arguments if "w" in a.access}
+        stored, last = (
+            {a.value for launch in some for a in launch.arguments if "w" in a.access}
+            for some in (parts, parts[-1:])
+        )
         written: dict[Variable, Variable] = {}  # by the state whose bytes it is, or itself
         for node in own:
             for i, v in enumerate(node.outputs):
                 overwritten = node.inputs[node.op.alias[i]].name if i in node.op.alias else v.name
                 seen = v in graph.root_of or v in outputs or any(u not in own for u in graph.users[v])
-                if seen and not stored.isdisjoint((v.name, overwritten)):
+                if not (stored if seen else last).isdisjoint((v.name, overwritten)):
                     written[graph.root_of.get(v, v)] = v
         turns[parts[-1].name] = _Turn(own, tuple(written.values()))
     return turns

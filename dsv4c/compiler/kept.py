@@ -51,7 +51,7 @@ def kept_plan(
     note(f"compiling for {target}, once: {job.config.name}, {job.deployment.max_context:,} tokens of context")
     plan = compile(job, certify=False, cache=cache, progress=progress)
     try:
-        plan.save(folder, force=folder.exists())
+        plan.save(folder, overwrite=folder.exists())
     except PlanError as error:
         note(f"{error}; the plan is used, and not kept")
     else:

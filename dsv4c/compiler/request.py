@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from dsv4c.buckets import ROWS, Bucket, Logits
 from dsv4c.compiler.job import Job, choose_rules, rules_of
@@ -23,7 +23,8 @@ Draft = Literal["off", "mtp"]
 
 @dataclass(frozen=True)
 class Request:
-    """A model (a config, a built-in name, a config.json or a checkpoint folder), and how to compile it.
+    """A model (a config, a built-in name, a config.json, its contents as a dict, or a checkpoint folder), and
+    how to compile it.
 
     target: cpu, sm_90a or sm_100a. batch: sequences that decode together, a bucket for each number (1; on a
     GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens
@@ -38,7 +39,7 @@ class Request:
     they apply.
     """
 
-    model: ModelConfig | str | Path
+    model: ModelConfig | str | Path | Mapping[str, Any]
     target: str = "cpu"
     recipe: str = "official"
     batch: int | Sequence[int] | None = None
@@ -83,10 +84,6 @@ class Request:
             raise ConfigError(f"verify: {verify} tokens, expected 1 (no such bucket) to {ROWS}")
         if self.draft != "off" and not config.mtp_layers:
             raise ConfigError(f"{config.name}: has no MTP block (mtp_layers is 0); compile with draft off")
-        if self.draft != "off" and not on_cpu:
-            raise ConfigError(
-                f"draft: {self.target} has no kernels for the MTP block; compile with draft off, or for cpu"
-            )
         buckets = [Bucket("decode", sequences=n, sampled=self.sampled) for n in batches]
         if verify > 1:
             buckets.append(Bucket("verify", tokens=verify))

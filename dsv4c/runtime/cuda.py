@@ -112,7 +112,7 @@ class CudaExecutor:
     ) -> None:
         self.plan, self.poison = plan, poison
         self.blocks = {n: _block(plan.blocks[n], device) for n in ("arena", "state", "input")}
-        constants = constants_of(plan, torch.empty(0, dtype=torch.uint8))
+        constants = constants_of(plan, _read_at_load(plan, weights))
         self.blocks |= {"weights": weights, "constants": constants.to(device)}
         self.states = states_of(plan, self.blocks)
         libraries = Libraries(plan)
@@ -260,6 +260,14 @@ class BoundProgram:
         graph.instantiate()
         return graph
 
+    def repeated(self, index: int, count: int) -> driver.Graph:
+        """An instantiated graph of one launch, again and again, each behind the whole of the one before."""
+        graph, edges = driver.Graph(), list[driver.Edge]()
+        for i in range(count):
+            edges = [driver.Edge(graph.add(self._bound[index], edges, name=str(i)), False)]
+        graph.instantiate()
+        return graph
+
     def component(self, argument: Argument) -> Tensor:
         """The bytes that an argument points to, uint8."""
         block, offset = self._place(argument.value, argument.space, argument.offset)
@@ -319,6 +327,16 @@ def feeds_back(program: Program) -> bool:
 
 def _touches(launch: Launch, value: str) -> bool:
     return any(argument.value == value for argument in launch.arguments)
+
+
+def _read_at_load(plan: Plan, weights: Tensor) -> Tensor:
+    """The block of weights on the host, of which only those that the plan reads at load take memory."""
+    host = torch.empty(weights.numel(), dtype=torch.uint8)
+    for launch in plan.load.launches if plan.load is not None else ():
+        for a in launch.arguments:
+            if a.space == "weights":
+                host[a.offset : a.offset + a.nbytes].copy_(weights[a.offset : a.offset + a.nbytes])
+    return host
 
 
 def _block(size: int, device: str | torch.device) -> Tensor:

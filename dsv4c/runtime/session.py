@@ -94,6 +94,12 @@ class Session:
         self._broken = False
         self.reset()
 
+    def __repr__(self) -> str:
+        held = ", ".join(f"{held:,}" for held in self._counters["main"].held)
+        return (
+            f"<Session of {self.plan.name} on {self.device}: {held} of {self.max_context:,} tokens by slot>"
+        )
+
     # --- running ---
 
     @_one_at_a_time

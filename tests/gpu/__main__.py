@@ -92,6 +92,7 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
         if plan["batch"] > 1:
             continue
         yield Job(f"tampered {plan['name']}", module("tests.gpu.tampered", path), 1.0)
+        yield Job(f"bisect {plan['name']}", module("tests.gpu.check_bisect", path, case), small)
         yield Job(f"sublayers {plan['name']}", module("tests.gpu.check_sublayers", path, case), small)
         for named in ("launch", "step"):
             command = module("tests.gpu.run_plan", path, case, "--fault", named)
@@ -104,8 +105,7 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
     timed, loaded = ([folder / p["name"] for p in plans if p["use"] == use] for use in ("times", "loaded"))
     alone = ("--folder", folder / "gemv", "--timed")
     times = {name: module(f"tests.gpu.check_{name}", *alone) for name in ("gemv", "experts")}
-    if timed:
-        times["layers"] = module("benchmarks.layers", *timed, "--json", out / "layers.json")
+    times |= {plan.name: module("dsv4c", "bench", plan, "--random-weights") for plan in timed}
     if loaded:
         times["load"] = module("benchmarks.load", *loaded)
     for name, command in times.items():

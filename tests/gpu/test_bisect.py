@@ -172,6 +172,21 @@ def test_roundings_of_kernels_are_no_fault(machine: Machine, weights: Path) -> N
     assert verdict.right
 
 
+def in_another_order(node: Node, results: list[Value]) -> list[Value]:
+    """A selection is a set: a kernel may leave it, and what goes with it, in any order."""
+    if node.op.name not in ("router", "index_topk"):
+        return rounded(node, results)
+    return [value.flip(-1) if isinstance(value, torch.Tensor) else value for value in results]
+
+
+def test_a_selection_in_another_order_is_no_fault(machine: Machine, weights: Path) -> None:
+    machine.fault = in_another_order
+    search = bisection(machine, weights)
+    verdict = search.run()
+    assert verdict.suspects == ()
+    assert verdict.right
+
+
 def wrong(name: str, result: int, row: Callable[[torch.Tensor], None]) -> Fault:
     """A kernel that is wrong in one node's result, besides what kernels round."""
 

@@ -17,4 +17,5 @@ from dsv4c.codegen.kernels import (  # noqa: F401
     hyper_norm,
     index,
     linear,
+    rows,
 )

@@ -200,7 +200,7 @@ def emit_gemv(spec: GemvSpec, arch: Arch) -> Emission:
         symbol=f"{spec.name}_0",
         source=source,
         grid=(grid, 1, 1),
-        block=warps * 32,
+        block=warps * 32 + 32,
         shared=shared,
         parameters=parameters,
         packing=packing,

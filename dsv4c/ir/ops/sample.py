@@ -46,6 +46,8 @@ class LastRows(Op):
 class Argmax(Op):
     """Column of the largest logit, the lowest on ties: logits[N, V] -> i32[N]."""
 
+    by_row: ClassVar = frozenset({0})
+
     def infer(self, logits: Type) -> TensorType:
         return TensorType(I32, expect_tensor(logits, "logits", 2).shape[:1])
 
