@@ -72,13 +72,3 @@ def _check_memory(plan: Plan) -> None:
             f"plan {plan.name} needs {needed / 1e9:,.1f} GB of memory for weights, state and arena, this "
             f"machine has {memory / 1e9:,.1f} GB; compile with fewer --slots or a smaller --max-context"
         )
-
-
-def machine_target() -> str:
-    """What plans for this machine are compiled for: its GPU, or else its CPU."""
-    if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        for arch in ARCHS.values():
-            if arch.capability == capability:
-                return arch.name
-    return "cpu"
