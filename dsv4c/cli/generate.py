@@ -190,7 +190,6 @@ def _weights(subject: str, weights: Path | None) -> Path:
 def _plan(subject: str, target: str, recipe: str, max_context: int, cache: Path | None) -> Plan:
     if is_plan(subject):
         return load(subject)
-    on_cpu = target == "cpu"
     request = Request(
         subject,
         target=target,
@@ -198,7 +197,7 @@ def _plan(subject: str, target: str, recipe: str, max_context: int, cache: Path 
         batch=1,
         max_context=max_context,
         logits="last",
-        sampled=on_cpu,
+        sampled=True,
     )
     with progress_bar("compile") as progress:
         return kept_plan(request, cache=cache, progress=progress, note=note)

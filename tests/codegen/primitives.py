@@ -25,7 +25,7 @@ from dsv4c.ir.ops.moe import Embedding, TakeAlong
 from dsv4c.ir.ops.norm import Normalize, RmsNorm, RsqrtMeanSquare, Softmax
 from dsv4c.ir.ops.quant import Dequantize, Hadamard, Quantize
 from dsv4c.ir.ops.rope import Rope, RopeFrequencies
-from dsv4c.ir.ops.sample import Argmax, LastRows
+from dsv4c.ir.ops.sample import Argmax, Draw, Emit, LastRows, Penalize, TokenProbabilities
 from dsv4c.ir.ops.shape import Concat, Reshape, Slice
 from dsv4c.ir.ops.state import Advance, CacheExtend, CacheWrite, Owners, Positions
 from dsv4c.types import BF16, F16, F32, FP8_ROW, I32, KV_FP8, MXFP4, NVFP4_ROW, TensorType, parse_type
@@ -98,6 +98,10 @@ PRIMITIVES: Sequence[tuple[Op, tuple[str, ...]]] = (
     (LastRows(), ("bf16[4N,384]", "i32[N]")),
     (Argmax(), ("f32[N,5000]",)),
     (Argmax(), ("bf16[N,77]",)),
+    (Penalize(), ("f32[N,1000]", "i32[3,96]", "i32[N]", "i32[N]", "i32[3]", "f32[3,7]")),
+    (TokenProbabilities(), ("f32[N,1000]", "i32[N]", "f32[3,7]")),
+    (Draw(), ("f32[N,1000]", "i32[N]", "i32[N]", "i32[3]", "i32[3,2]")),
+    (Emit(), ("i32[N]", "i32[N]", "i32[N]", "i32[3,8]")),
     (Reshape((-1, 96)), ("bf16[N,384]",)),
     (Slice(1, 1, 3), ("f32[N,4,7]",)),
     (Slice(-1, 5, 300), ("bf16[N,384]",)),

@@ -34,14 +34,26 @@ from dsv4c.ir.ops.linear import ExpertLinear, GroupedLinear, Linear
 from dsv4c.ir.ops.math import Sum
 from dsv4c.ir.ops.norm import Normalize, RmsNorm, RsqrtMeanSquare, Softmax
 from dsv4c.ir.ops.quant import Quantize
-from dsv4c.ir.ops.sample import Argmax
+from dsv4c.ir.ops.sample import Argmax, Draw, Penalize, TokenProbabilities
 from dsv4c.passes.expand import expand
 from dsv4c.types import GlobalScale, QuantFormat, Type
 
 THREADS = 512
 WAVES = 2  # CTAs per SM at most of what is spread over the grid
 SMALL_WEIGHT = 128 * 1024  # bytes that one CTA may read of a matrix
-TOGETHER = (Argmax, Normalize, RmsNorm, RsqrtMeanSquare, SinkSoftmax, Softmax, Sum, TopK)
+TOGETHER = (
+    Argmax,
+    Draw,
+    Normalize,
+    Penalize,
+    RmsNorm,
+    RsqrtMeanSquare,
+    SinkSoftmax,
+    Softmax,
+    Sum,
+    TokenProbabilities,
+    TopK,
+)
 """Primitives whose rows are worth a CTA each: its threads reduce together."""
 BY_WARP = (AttentionScores, ExpertLinear, GroupedLinear, IndexScores, Linear)
 """Primitives that take a warp for each element of their results."""
