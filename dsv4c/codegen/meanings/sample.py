@@ -175,12 +175,11 @@ def token_probabilities(
         for j in cutlass.range(team.thread, width, team.threads):
             top = cute.arch.fmax(top, at(logits, j))
         top = largest(top, over)
-        rate = ptx.divide(Float32(1.4426950408889634), temperature)
         own = Float64(0.0)
         for j in cutlass.range(team.thread, width, team.threads):
             p = Float32(0.0)
             if _key(logits, j) >= bound:
-                p = ptx.ex2(multiply(at(logits, j) - top, rate))
+                p = cute.math.exp((wide(at(logits, j)) - wide(top)) / wide(temperature)).to(Float32)
             put(y, j, p)
             own = own + wide(p)
         sum_ = total(own, over)  # a barrier, too: all of the result is there
