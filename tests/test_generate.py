@@ -61,11 +61,13 @@ def test_an_answer_in_words_and_the_same_seed_again(folder: Path) -> None:
 
 
 def test_events_are_objects_a_line(folder: Path) -> None:
-    made = generate(folder, "--prompt", "Hello", "--thinking", "--seed", 5, "--max-new-tokens", 4, "--json")
+    asked = ("--prompt", "Hello", "--thinking", "--seed", 5, "--max-new-tokens", 4)
+    made = generate(folder, *asked, "--json", "--logprobs", 2)
     *events, done = map(json.loads, made.out.splitlines())
     assert {event["type"] for event in events} == {"reasoning"}
     assert [i for event in events for i in event["ids"]] == done["ids"]
     text = "".join(event["text"] for event in events)
+    assert all(event["logprob"] <= event["best"][0][1] <= 0 for event in events if event["ids"])
     assert done["message"] == {
         "role": "assistant",
         "content": "",
@@ -117,6 +119,7 @@ def test_a_conversation_from_a_file_and_one_in_the_terminal(folder: Path, tmp_pa
         ((), "expected one of --prompt, --messages, --tokens, --chat, found none"),
         (("--prompt", "x", "--tokens", "3"), "found --prompt and --tokens"),
         (("--prompt", " "), "--prompt: is empty"),
+        (("--prompt", "x", "--logprobs", 2), "--logprobs: is part of the events; give --json"),
         (("--tokens", "3,x"), "'x' is no token id"),
         (("--tokens", "3,700"), "token 1 is 700, out of range"),
         (("--prompt", "x" * 500), "the context room for 128 with the answer"),

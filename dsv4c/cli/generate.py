@@ -76,6 +76,10 @@ RepetitionOption = Annotated[
 PresenceOption = Annotated[float, typer.Option(help="Lower what was said, once.", metavar="A")]
 FrequencyOption = Annotated[float, typer.Option(help="Lower what was said, as often.", metavar="A")]
 SeedOption = Annotated[int | None, _optional("The same seed gives the same answer.", "N", "a new one")]
+LogprobsOption = Annotated[
+    int | None,
+    _optional("With --json: each token's log-probability, and the N best.", "N", min=0, max=100),
+]
 CacheOption = Annotated[
     Path | None, _optional("Folder of kept plans and kernels.", "DIR", "the user's cache")
 ]
@@ -105,6 +109,7 @@ def generate_command(
     presence_penalty: PresenceOption = 0.0,
     frequency_penalty: FrequencyOption = 0.0,
     seed: SeedOption = None,
+    logprobs: LogprobsOption = None,
     target: TargetOption = None,
     recipe: RecipeOption = "official",
     max_context: ContextOption = 4096,
@@ -127,6 +132,8 @@ def generate_command(
     given = [name for name, value in asked.items() if value is not None]
     if len(given) != 1:
         raise ConfigError(f"expected one of {', '.join(asked)}, found {' and '.join(given) or 'none'}")
+    if logprobs is not None and not json:
+        raise ConfigError("--logprobs: is part of the events; give --json, too")
     folder = _weights(subject, weights)
     question = _question(prompt, messages, tokens, thinking, effort)
     chosen = {
@@ -157,6 +164,7 @@ def generate_command(
         "sampling": sampling,
         "max_new_tokens": max_new_tokens,
         "stop": stop or (),
+        "logprobs": logprobs,
         "encoding": encoding,
     }
     if chatting:
