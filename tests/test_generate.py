@@ -119,6 +119,7 @@ def test_a_conversation_from_a_file_and_one_in_the_terminal(folder: Path, tmp_pa
         ((), "expected one of --prompt, --messages, --tokens, --chat, found none"),
         (("--prompt", "x", "--tokens", "3"), "found --prompt and --tokens"),
         (("--prompt", " "), "--prompt: is empty"),
+        (("--prompt", "caf\udce9"), "--prompt: is no UTF-8 at character 3"),
         (("--prompt", "x", "--logprobs", 2), "--logprobs: is part of the events; give --json"),
         (("--tokens", "3,x"), "'x' is no token id"),
         (("--tokens", "3,700"), "token 1 is 700, out of range"),
@@ -145,6 +146,10 @@ def test_a_folder_without_a_tokenizer_answers_in_ids_alone(folder: Path, tmp_pat
     assert (refused.code, refused.out) == (2, "")
     assert f"{tmp_path}: has no tokenizer.json" in refused.err
     assert command("generate", tmp_path, "--tokens", "3", *options).code == 0
+    (tmp_path / "model.safetensors").unlink()
+    missing = command("generate", tmp_path, "--tokens", "3", *options)
+    assert (missing.code, missing.out) == (4, "")
+    assert "no checkpoint here" in missing.err
 
 
 def test_where_no_plan_can_be_kept_the_answer_comes_all_the_same(

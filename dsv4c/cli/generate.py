@@ -24,9 +24,11 @@ from dsv4c.compiler.request import Request
 from dsv4c.errors import ConfigError, PromptError
 from dsv4c.models.encoding.messages import Conversation, read_conversation
 from dsv4c.models.encoding.rules import rules_of
+from dsv4c.models.encoding.tokenizer import tokenizer_file
 from dsv4c.plan.folder import Plan, load
 from dsv4c.runtime.answer import Answers, Done, Event, Reasoning, Token, ToolCalled, generation_defaults
 from dsv4c.runtime.bind import machine_target
+from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.sampling import Sampling
 
 INTERRUPTED = 130
@@ -136,6 +138,9 @@ def generate_command(
         raise ConfigError("--logprobs: is part of the events; give --json, too")
     folder = _weights(subject, weights)
     question = _question(prompt, messages, tokens, thinking, effort)
+    if tokens is None:
+        tokenizer_file(folder)
+    Checkpoint.open(folder)  # what is missing, or half there, is said before a long compile
     chosen = {
         "temperature": temperature,
         "top_p": top_p,
@@ -225,6 +230,10 @@ def _question(
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise PromptError(f"stdin: byte {error.start} is no UTF-8") from None
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"--prompt: is no UTF-8 at character {error.start}") from None
     if not prompt.strip():
         raise PromptError("--prompt: is empty; say something")
     return Conversation([{"role": "user", "content": prompt}], "thinking" if thinking else "chat", effort)
