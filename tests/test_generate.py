@@ -188,16 +188,16 @@ def test_an_interrupt_keeps_what_was_said(folder: Path) -> None:
     assert "interrupted after 1 (1 read)" in told.splitlines()[-1]
 
 
-@pytest.fixture(params=[80, 120])
-def screen(request: pytest.FixtureRequest, folder: Path) -> Iterator[list[str]]:
-    """`tmux` on a server of its own, with a terminal of that width; a command line to talk to it."""
+@pytest.fixture
+def screen(tmp_path: Path) -> Iterator[list[str]]:
+    """`tmux` on a server of its own, with a terminal of 80 columns; a command line to talk to it."""
     if shutil.which("tmux") is None:
         pytest.skip("tmux is not installed")
-    server = ["tmux", "-L", f"dsv4c-{os.getpid()}-{request.param}"]
-    size = ["-x", str(request.param), "-y", "30"]
+    server = ["tmux", "-S", str(tmp_path / "tmux")]
     environment = {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     given = [part for name, value in environment.items() for part in ("-e", f"{name}={value}")]
-    subprocess.run([*server, "-f", "/dev/null", "new-session", "-d", *size, *given, "sh"], check=True)
+    new = [*server, "-f", "/dev/null", "new-session", "-d", "-x", "80", "-y", "30", *given, "sh"]
+    subprocess.run(new, check=True)
     yield server
     subprocess.run([*server, "kill-server"], check=True)
 
@@ -216,14 +216,21 @@ def seen(server: list[str], text: str, times: int = 1) -> str:
 
 
 def test_a_conversation_in_a_real_terminal(folder: Path, screen: list[str]) -> None:
+    """In 80 columns, then in 120."""
+
+    def type_in(text: str) -> None:
+        subprocess.run([*screen, "send-keys", text, "Enter"], check=True)
+
     program = f"{sys.executable} -m dsv4c generate {folder / 'weights'} --chat --thinking --seed 5"
-    line = f"{program} --max-new-tokens 3 --max-context 128 --cache {folder / 'cache'}"
-    subprocess.run([*screen, "send-keys", line, "Enter"], check=True)
+    type_in(f"{program} --max-new-tokens 3 --max-context 128 --cache {folder / 'cache'}")
     seen(screen, "/quit (or Ctrl-D) leaves")
-    subprocess.run([*screen, "send-keys", "Hallo, Wörter", "Enter"], check=True)
+    type_in("Hallo, Wörter")
     shown = seen(screen, "launches per token, seed 5")
     assert "> Hallo, Wörter" in shown
     assert "3 tokens, cut off after " in shown
+    subprocess.run([*screen, "resize-window", "-x", "120"], check=True)
+    type_in("und jetzt breit")
+    assert "> und jetzt breit" in seen(screen, "launches per token, seed 5", times=2)
     subprocess.run([*screen, "send-keys", "C-d"], check=True)
-    subprocess.run([*screen, "send-keys", "echo left with $?", "Enter"], check=True)
+    type_in("echo left with $?")
     seen(screen, "left with 0")
