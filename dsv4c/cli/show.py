@@ -176,7 +176,7 @@ def _show_kernels(subject: str, json: bool) -> None:
         return
     table = Table(*rows[0], title=f"{plan.name} for {plan.target}")
     for row in rows:
-        table.add_row(*(str(v)[:48] for v in (row | {"kernel": row["kernel"][:8]}).values()))
+        table.add_row(*(str(v)[:48] for v in row.values()))
     print_table(table)
 
 
@@ -191,7 +191,7 @@ def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
         rows.append(
             {
                 "kernel": key,
-                "name": record["symbol"],
+                "origin": f"edited, of {record['origin']}" if record["edited"] else record["origin"],
                 "op": own[0].op,
                 "launches": len(own),
                 "registers": record["registers"],

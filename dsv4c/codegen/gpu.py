@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,10 @@ import dsv4c.codegen.build as kernels
 from dsv4c.arch import Arch
 from dsv4c.codegen.bodies import Bodies
 from dsv4c.codegen.build import Source, toolchain
+from dsv4c.codegen.contributed import installed, origin
+from dsv4c.codegen.edits import edited
 from dsv4c.codegen.select import Kernels
+from dsv4c.passes.pipeline import OURS
 
 Progress = Callable[[str, int, int], None]
 
@@ -23,10 +26,11 @@ class Gpu:
         self.arch = arch
         self.versions = {"toolchain": toolchain()}
         self.bodies = Bodies()
-        self.coder = Kernels(arch)
+        self.coder = Kernels(arch, installed())
         self.kernels: dict[str, Mapping[str, Any]] = {}
         self.cached = 0
         self._files: dict[str, bytes] = {}
+        self._edited: Mapping[str, Source] = {}
 
     @property
     def files(self) -> Mapping[str, bytes]:
@@ -36,12 +40,20 @@ class Gpu:
     def sources(self) -> Mapping[str, Source]:
         return self.coder.sources
 
+    @property
+    def contributed(self) -> Sequence[Mapping[str, str]]:
+        packages = {source.package for source in self.sources.values()}
+        return [origin(kernel) for kernel in self.coder.contributed if kernel.package in packages]
+
+    def edit(self, folder: Path) -> None:
+        self._edited = edited(self.sources, folder)
+
     def build(self, store: Path, progress: Progress | None) -> None:
         def watch(done: int, total: int, _: object) -> None:
             if progress is not None:
                 progress("build", done, total)
 
-        sources = dict(sorted(self.coder.sources.items()))
+        sources = dict(sorted({**self.coder.sources, **self._edited}.items()))
         for (key, source), made in zip(
             sources.items(),
             kernels.build(list(sources.values()), self.arch.name, store, progress=watch),
@@ -53,8 +65,16 @@ class Gpu:
             self._files |= {paths[kind]: content for kind, content in contents.items()}
             self.kernels[key] = {
                 "symbol": made.symbol,
+                "origin": origin_of(source),
+                "edited": key in self._edited,
                 **paths,
                 **asdict(made.resources),
                 "not_run_here": not self.arch.run_here,
             }
             self.cached += made.cached
+
+
+def origin_of(source: Source) -> str:
+    """Whose family generated a kernel: "dsv4c", or another package and its version."""
+    package = source.package
+    return OURS if package is None else f"{package.name} {package.version}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import cached_property
 
-import dsv4c.codegen.kernels  # noqa: F401  (registers the families)
 from dsv4c.arch import Arch
-from dsv4c.codegen.build import Source, source_key
+from dsv4c.codegen.abi import check_emission
+from dsv4c.codegen.build import Source
+from dsv4c.codegen.kernels import KERNELS
 from dsv4c.codegen.lower import Operand, Part
-from dsv4c.codegen.registry import KERNELS, Launchable, choose, request_of
+from dsv4c.codegen.registry import Kernel, Launchable, choose, request_of
 from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.passes.schedule import Group
@@ -17,25 +18,26 @@ from dsv4c.plan.records import KernelCode
 
 
 class Kernels:
-    """A `Coder` for one GPU architecture. `sources` are the kernels to build, by the names that launches call
-    them.
+    """A `Coder` for one GPU architecture. `contributed` candidates are asked first. `sources` are the kernels
+    to build, by the names that launches call them.
     """
 
-    def __init__(self, arch: Arch) -> None:
+    def __init__(self, arch: Arch, contributed: Sequence[Kernel] = ()) -> None:
         self.arch = arch
+        self.contributed = tuple(contributed)
+        self.known = (*contributed, *KERNELS)
         self.sources: dict[str, Source] = {}
-        self._keys: dict[Source, str] = {}
 
     @cached_property
     def groups(self) -> Sequence[Group]:
         """What families take in one launch."""
-        return tuple(Group(tuple(op.name for op in k.ops), k.chained) for k in KERNELS if k.several)
+        return tuple(Group(tuple(op.name for op in k.ops), k.chained) for k in self.known if k.several)
 
     def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
         params = {p for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
         labels = {p: p.place.role.replace(".", "_") for p in params}
         request, values = request_of(nodes, self.arch, graph.users, labels)
-        return tuple(self._part(launch, values) for launch in choose(request))
+        return tuple(self._part(launch, values) for launch in choose(request, self.known))
 
     def check_load(self, graph: Graph) -> None:
         """Constants of the model may be computed at load; kernels take the weights themselves."""
@@ -48,13 +50,11 @@ class Kernels:
 
     def _part(self, launch: Launchable, values: Sequence[Value]) -> Part:
         emission = launch.emission
-        source = Source(emission.symbol, emission.source)
-        if source not in self._keys:
-            self._keys[source] = source_key(source, self.arch.name)[:24]
-        key = self._keys[source]
-        self.sources[key] = source
+        source = Source(emission.symbol, emission.source, launch.package)
+        if self.sources.setdefault(source.name, source) is source and launch.package is not None:
+            check_emission(emission, launch.package)
         code = KernelCode(
-            kernel=key,
+            kernel=source.name,
             grid=emission.grid,
             block=emission.block,
             cluster=emission.cluster,

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 
 from dsv4c.arch import SM_90A, SM_100A, Arch
+from dsv4c.codegen.kernels import KERNELS
 from dsv4c.codegen.registry import Launchable, Request, choose, request_of
 from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Builder, Graph, Node, Value
@@ -48,7 +49,7 @@ def requests(graph: Graph, arch: Arch = SM_90A) -> list[Request]:
 
 
 def together(graph: Graph, *nodes: Node, labels: dict[Value, str] | None = None) -> tuple[Launchable, ...]:
-    return choose(request_of(nodes or graph.nodes, SM_90A, graph.users, labels or {})[0])
+    return choose(request_of(nodes or graph.nodes, SM_90A, graph.users, labels or {})[0], KERNELS)
 
 
 def refused(graph: Graph) -> str:
@@ -89,14 +90,14 @@ def test_equal_requests_share_one_answer() -> None:
 
     first, second = requests(graph_of(two))
     assert first == second
-    assert choose(first) is choose(second)
+    assert choose(first, KERNELS) is choose(second, KERNELS)
 
 
 def test_a_target_is_part_of_the_key() -> None:
     graph = graph_of(lambda p, _: positions(p("s", "i32[5]"), p("at", "i32[3]"), p("n", "i32[3]"), tokens=1))
     (hopper,), (blackwell,) = requests(graph), requests(graph, SM_100A)
     assert hopper != blackwell
-    assert choose(hopper)[0].emission == choose(blackwell)[0].emission
+    assert choose(hopper, KERNELS)[0].emission == choose(blackwell, KERNELS)[0].emission
 
 
 def test_parameters_are_bound_in_the_order_of_the_kernel() -> None:
