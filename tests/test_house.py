@@ -108,11 +108,18 @@ HOUSE = {
         (*COMPILER, "certify", "codegen", "compiler", "plan", "numerics", "reference", "runtime"),
         ("torch", "safetensors"),
     ),
+    # Runs a plan's kernels beside their meaning.
+    "compiler.device": Room(
+        350, (*COMPILER, "certify", "compiler", "plan", "numerics", "reference", "runtime"), ("torch",)
+    ),
     "": Room(90, (*CONFIG, "ir", "passes", "compiler", "plan", "runtime")),
     # Every command imports what it needs; the package loads a command's module when it is called.
     "cli": Room(
         2300,
-        (*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "plan", "runtime", "view"),
+        (
+            *(*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "compiler.device"),
+            *("plan", "runtime", "view"),
+        ),
         ("typer", "rich"),
     ),
     "__main__": Room(20, ("cli",)),

@@ -92,7 +92,10 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "no wait": (replaced("ptx.wait()", "pass"), r"has waits False; .* waits True"),
     "no Python": (replaced("def kernel(", "def kernel(("), r"line \d+: .*never closed"),
     "no kernel": (lambda p: p.write_text("x = 1\n"), r"has no host function"),
-    "a name of nothing": (lambda p: p.rename(p.with_stem("argmax_0123abcd")), r"is no kernel of this plan, whose kernels are .*argmax_"),
+    "a name of nothing": (
+        lambda p: p.rename(p.with_stem("argmax_0123abcd")),
+        r"is no kernel of this plan, whose kernels are .*argmax_",
+    ),
     "a name of no text": (lambda p: p.write_bytes(b"\xff"), r"is not text at byte 0"),
     "a folder of none": (lambda p: p.unlink() or p.parent.rmdir(), r"is no folder; give one of kernel files"),
 }
