@@ -9,6 +9,7 @@ from typing import Any
 
 import dsv4c.codegen.build as kernels
 from dsv4c.arch import Arch
+from dsv4c.codegen.abi import check_emission
 from dsv4c.codegen.bodies import Bodies
 from dsv4c.codegen.build import Source, toolchain
 from dsv4c.codegen.contributed import installed, origin
@@ -45,8 +46,12 @@ class Gpu:
         packages = {source.package for source in self.sources.values()}
         return [origin(kernel) for kernel in self.coder.contributed if kernel.package in packages]
 
-    def edit(self, folder: Path) -> None:
-        self._edited = edited(self.sources, folder)
+    def settle(self, edits: Path | None) -> None:
+        for name, source in self.sources.items():
+            if source.package is not None:
+                check_emission(self.coder.emissions[name], source.package)
+        if edits is not None:
+            self._edited = edited(self.sources, edits)
 
     def build(self, store: Path, progress: Progress | None) -> None:
         def watch(done: int, total: int, _: object) -> None:

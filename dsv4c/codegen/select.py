@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.abi import check_emission
 from dsv4c.codegen.build import Source
+from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels import KERNELS
 from dsv4c.codegen.lower import Operand, Part
 from dsv4c.codegen.registry import Kernel, Launchable, choose, request_of
@@ -19,7 +19,7 @@ from dsv4c.plan.records import KernelCode
 
 class Kernels:
     """A `Coder` for one GPU architecture. `contributed` candidates are asked first. `sources` are the kernels
-    to build, by the names that launches call them.
+    to build, and `emissions` what they were made from, by the names that launches call them.
     """
 
     def __init__(self, arch: Arch, contributed: Sequence[Kernel] = ()) -> None:
@@ -27,6 +27,7 @@ class Kernels:
         self.contributed = tuple(contributed)
         self.known = (*contributed, *KERNELS)
         self.sources: dict[str, Source] = {}
+        self.emissions: dict[str, Emission] = {}
 
     @cached_property
     def groups(self) -> Sequence[Group]:
@@ -51,8 +52,8 @@ class Kernels:
     def _part(self, launch: Launchable, values: Sequence[Value]) -> Part:
         emission = launch.emission
         source = Source(emission.symbol, emission.source, launch.package)
-        if self.sources.setdefault(source.name, source) is source and launch.package is not None:
-            check_emission(emission, launch.package)
+        if self.sources.setdefault(source.name, source) is source:
+            self.emissions[source.name] = emission
         code = KernelCode(
             kernel=source.name,
             grid=emission.grid,

@@ -35,8 +35,11 @@ class Target(Protocol):
         """Of other packages' kernels that code was asked for: who gave them, as plan data."""
         ...
 
-    def edit(self, folder: Path) -> None:
-        """Take the edited kernel files of `folder` in the place of generated ones. Raises BuildError."""
+    def settle(self, edits: Path | None) -> None:
+        """Look at texts of kernels that dsv4c did not write: contributed ones, and edited files of the folder
+        `edits`, which take the place of generated ones. Raises BuildError for one that does not fit its
+        launches.
+        """
         ...
 
     def build(self, store: Path, progress: Progress | None) -> None:
@@ -84,8 +87,9 @@ class Cpu:
     def files(self) -> Mapping[str, bytes]:
         return self.bodies.files
 
-    def edit(self, folder: Path) -> None:
-        raise BuildError(f"{folder}: the cpu has no kernels to edit; compile for a GPU target")
+    def settle(self, edits: Path | None) -> None:
+        if edits is not None:
+            raise BuildError(f"{edits}: the cpu has no kernels to edit; compile for a GPU target")
 
     def build(self, store: Path, progress: Progress | None) -> None:
         """Nothing to do."""

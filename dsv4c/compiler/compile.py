@@ -85,8 +85,7 @@ def compile(
             lowered = lower(folded, target.coder, target.bodies, job.require_fused)
         except BuildError as error:
             raise blamed(job, error) from None
-    if job.kernels is not None:
-        target.edit(job.kernels)
+        target.settle(job.kernels)
 
     # 4. Both sides of every rewrite, and cubins.
     certificates: Sequence[dict[str, Any]] = ()
