@@ -60,7 +60,7 @@ def installed(folder: Path) -> str:
     return "true"
 
 
-@pytest.mark.parametrize(("page", "count"), [(TUTORIAL, 8), (OF_KERNELS, 6)])
+@pytest.mark.parametrize(("page", "count"), [(TUTORIAL, 8), (OF_KERNELS, 5)])
 def test_every_block_of_a_tutorial_runs(tmp_path: Path, page: Path, count: int) -> None:
     env = environment(tmp_path, EXAMPLE / "src", cache=tmp_path / "cache")
     blocks = BLOCK.findall(page.read_text())

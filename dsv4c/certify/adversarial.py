@@ -29,11 +29,17 @@ def operands_for(graph: Graph, pattern: str, seed: int) -> list[codec.Value]:
     return [_value(v, plain, pattern, generator) for v in plain.inputs]
 
 
-def floats(type_: Type, pattern: str, generator: torch.Generator) -> codec.Value:
-    """A value of a type that holds no integers, where torch makes tensors."""
-    if isinstance(type_, QuantType):
-        return quantize(_floats(type_.shape, pattern, generator), type_.format)
-    return _floats(type_.shape, pattern, generator).to(TORCH_DTYPES[type_.dtype])
+def floats(
+    type_: Type, pattern: str, generator: torch.Generator, largest: float | None = None
+) -> codec.Value:
+    """A value of a type that holds no integers, where torch makes tensors. Rows whose root mean square is
+    beyond `largest` are divided by a power of two, so that what is tied or halfway stays so.
+    """
+    x = _floats(type_.shape, pattern, generator)
+    if largest is not None and type_.shape:
+        rms = x.square().mean(-1, keepdim=True).sqrt()
+        x = x * torch.exp2(-(rms / largest).clamp(min=1.0).log2().ceil())
+    return quantize(x, type_.format) if isinstance(type_, QuantType) else x.to(TORCH_DTYPES[type_.dtype])
 
 
 def weight(type_: Type, generator: torch.Generator) -> codec.Value:

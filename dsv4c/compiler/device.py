@@ -35,6 +35,9 @@ from dsv4c.runtime.cpu import constants_of
 from dsv4c.runtime.cuda import POISON, BoundProgram, Device, Libraries, check_architecture
 from dsv4c.runtime.residence import Resident
 
+LARGEST = 24.0
+"""Root mean square of a row of operands: beyond what models have, f32 sums of a router's scores underflow."""
+
 OWN = ("arena", "state", "input", "weights")
 """Blocks of which a turn gets the parts that it touches; constants are there as a whole."""
 
@@ -179,8 +182,12 @@ class Alone:
 
     # --- operands ---
 
-    def _value(self, variable: Variable, pattern: str, known: dict[Variable, Value]) -> Value:
-        """An operand that comes from outside; all versions of a state are one."""
+    def _value(
+        self, variable: Variable, pattern: str, known: dict[Variable, Value], *, chosen: bool = False
+    ) -> Value:
+        """An operand that comes from outside; all versions of a state are one. What is `chosen` from is made
+        by its own node: kernels believe that nothing is chosen that cannot be seen.
+        """
         root = self.graph.root_of.get(variable, variable)
         if root in known:
             return known[root]
@@ -190,13 +197,14 @@ class Alone:
             value = view(self._constants, place.type, place.offset)
         elif root.kind is Kind.PARAM:
             value = self._param(root)
-        elif root.kind is Kind.RESULT and node is not None and (integers(root.type) or node.op.view):
-            operands = [clone(self._value(v, pattern, known)) for v in node.inputs]
+        elif node is not None and (integers(root.type) or node.op.view or chosen):
+            choice = integers(root.type)
+            operands = [clone(self._value(v, pattern, known, chosen=choice)) for v in node.inputs]
             value = dict(zip(node.outputs, _results(node, operands), strict=True))[root]
         elif root.kind is not Kind.RESULT and integers(root.type):
             value = self._call(root, pattern)
         else:
-            value = floats(root.type, pattern, self._generator)
+            value = floats(root.type, pattern, self._generator, LARGEST)
         known[root] = value
         return value
 

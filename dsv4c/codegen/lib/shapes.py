@@ -5,12 +5,30 @@ code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dsv4c.numerics.forms import UNIT_BYTES, UNIT_COLUMNS
 
 FORMATS = ("fp8", "bf16", "mxfp4", "nvfp4")
 COLUMNS = {format: UNIT_COLUMNS[format] for format in FORMATS}
 BYTES = {format: UNIT_BYTES[format] for format in FORMATS}
+
+
+class Layout:
+    """Arrays of a CTA's shared memory, bytes by name, one after the other from multiples of 16 on. Each name
+    is the array's offset from the allocation, `end` where the last one ends.
+    """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> int: ...
+
+    def __init__(self, **sizes: int) -> None:
+        self.sizes = sizes
+        self.end = 0
+        for name, size in sizes.items():
+            setattr(self, name, self.end)
+            self.end += -(-size // 16) * 16
 
 
 @dataclass(frozen=True)
