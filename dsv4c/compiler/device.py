@@ -24,22 +24,18 @@ from dsv4c.errors import PlanError
 from dsv4c.ir.graph import Graph, Kind, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph
-from dsv4c.numerics.codec import Value, parts_of, view
+from dsv4c.numerics.codec import Value, parts_of
 from dsv4c.passes.memory import aligned
 from dsv4c.plan.folder import Plan
-from dsv4c.plan.records import Argument, Launch, Place, Program
+from dsv4c.plan.records import SPACES, Argument, Launch, Place, Program
 from dsv4c.reference import run
 from dsv4c.reference.interpret import clone
 from dsv4c.runtime import driver
-from dsv4c.runtime.cpu import constants_of
 from dsv4c.runtime.cuda import POISON, BoundProgram, Device, Libraries, check_architecture
 from dsv4c.runtime.residence import Resident
 
 LARGEST = 24.0
 """Root mean square of a row of operands: beyond what models have, f32 sums of a router's scores underflow."""
-
-OWN = ("arena", "state", "input", "weights")
-"""Blocks of which a turn gets the parts that it touches; constants are there as a whole."""
 
 
 @dataclass(frozen=True)
@@ -91,11 +87,12 @@ def check_kernels(plan: Plan, buckets: Iterable[str] = (), *, device: str = "cud
         for turn in turns_of(graph, program.launches):
             found.setdefault(_likeness(turn, program), []).append((program, graph, turn))
     libraries = Libraries(plan)
-    constants = constants_of(plan, torch.empty(0, dtype=torch.uint8)).to(device)
+    load = None if plan.load is None else parse_graph(plan.files[plan.load.graph].decode())
+    torch.empty(0, device=device)  # a context, which kernels are loaded into
     with torch.inference_mode(), torch.device(device):
         for alike in found.values():
             program, graph, turn = alike[0]
-            alone = Alone(plan, program, graph, turn, constants, libraries)
+            alone = Alone(plan, program, graph, turn, load, libraries)
             results = [(pattern, a) for pattern in PATTERNS for a in alone.check(pattern)]
             pattern, worst = max(results, key=lambda r: (not r[1].within, _nearness(r[1])))
             yield Checked(
@@ -139,21 +136,20 @@ class Alone:
         program: Program,
         graph: Graph,
         turn: Turn,
-        constants: Tensor,
+        load: Graph | None,
         libraries: Libraries,
     ) -> None:
         self.plan, self.program, self.graph, self.turn = plan, program, graph, turn
-        self._constants = constants
-        self._generator = torch.Generator(device=constants.device).manual_seed(17)
+        self._once = {} if load is None else load.by_name  # what is computed when weights are there
+        self._generator = torch.Generator(torch.get_default_device()).manual_seed(17)
         self._made = {v for node in turn.nodes for v in node.outputs}
-        self._params: dict[Variable, Value] = {}
+        self._params: dict[str, Value] = {}
         places = _Places(program, turn)
         blocks = {space: torch.zeros(size, dtype=torch.uint8) for space, size in places.sizes.items()}
-        blocks["constants"] = constants
         self.bound = BoundProgram(plan, places.program, blocks, libraries)
         residents = {r["name"]: r for r in plan.weights}
         for variable in dict.fromkeys(v for node in turn.nodes for v in node.inputs):
-            if variable.kind is Kind.PARAM and program.values[variable.name].space == "weights":
+            if program.values[variable.name].space == "weights":
                 resident = Resident.from_json(residents[variable.name])
                 parts = tuple((n, places.moved("weights", at), size) for n, at, size in resident.components)
                 replace(resident, components=parts).store(blocks["weights"], self._param(variable))
@@ -167,8 +163,7 @@ class Alone:
                 given[variable] = self._value(variable, pattern, given)
         self.bound.blocks["arena"].fill_(POISON)
         for variable, value in given.items():
-            if variable.kind is not Kind.PARAM:
-                self._store(variable, value)
+            self._store(variable, value)
         if self.turn.inner:  # what a launch leaves out of these, the next one does not need
             made = self._meant(given, {})
             for variable in self.turn.inner:
@@ -191,17 +186,15 @@ class Alone:
         root = self.graph.root_of.get(variable, variable)
         if root in known:
             return known[root]
-        node = root.node
-        if self.program.values[root.name].space == "constants":
-            place = self.program.values[root.name]
-            value = view(self._constants, place.type, place.offset)
-        elif root.kind is Kind.PARAM:
-            value = self._param(root)
-        elif node is not None and (integers(root.type) or node.op.view or chosen):
+        once = self._once.get(root.name, root)
+        node = once.node
+        if once.kind is Kind.PARAM:
+            value = self._param(once)
+        elif node is not None and (integers(root.type) or node.op.view or chosen or once is not root):
             choice = integers(root.type)
             operands = [clone(self._value(v, pattern, known, chosen=choice)) for v in node.inputs]
-            value = dict(zip(node.outputs, _results(node, operands), strict=True))[root]
-        elif root.kind is not Kind.RESULT and integers(root.type):
+            value = dict(zip(node.outputs, _results(node, operands), strict=True))[once]
+        elif node is None and integers(root.type):
             value = self._call(root, pattern)
         else:
             value = floats(root.type, pattern, self._generator, LARGEST)
@@ -209,14 +202,14 @@ class Alone:
         return value
 
     def _param(self, variable: Variable) -> Value:
-        if variable not in self._params:
+        if variable.name not in self._params:
             experts = int(self.plan.config["n_routed_experts"])
-            self._params[variable] = (
+            self._params[variable.name] = (
                 expert_numbers(variable.type, experts, self._generator)
                 if integers(variable.type)
                 else weight(variable.type, self._generator)
             )
-        return self._params[variable]
+        return self._params[variable.name]
 
     def _call(self, variable: Variable, pattern: str) -> Tensor:
         """Integers that a call is given: a sequence in each of the last slots, that begins where the pattern
@@ -289,13 +282,12 @@ class _Places:
                 pair = {node.outputs[result].name, node.inputs[operand].name}
                 named |= pair if named & pair else set()
         held = {name: place for name, place in program.values.items() if name in named}
-        spans: dict[str, list[tuple[int, int]]] = {space: [] for space in OWN}
+        spans: dict[str, list[tuple[int, int]]] = {space: [] for space in SPACES}
         for place in held.values():
-            if place.space in spans and place.space != "weights":
+            if place.space != "weights":
                 spans[place.space].append((place.offset, place.offset + place.type.extent))
         for a in arguments:
-            if a.space in spans:
-                spans[a.space].append((a.offset, a.offset + a.nbytes))
+            spans[a.space].append((a.offset, a.offset + a.nbytes))
         self.sizes: dict[str, int] = {}
         self._spans: dict[str, list[tuple[int, int, int]]] = {}
         for space, found in spans.items():
@@ -306,8 +298,6 @@ class _Places:
 
     def moved(self, space: str, offset: int) -> int:
         """Where in the turn's block a byte is."""
-        if space not in self._spans:
-            return offset
         return next(to + offset - start for start, end, to in self._spans[space] if start <= offset < end)
 
     def _place(self, place: Place) -> Place:

@@ -51,7 +51,7 @@ class Machine:
         made: dict[str, Value] = {}
         stored = {a.value for x in alone.turn.launches for a in x.arguments if "w" in a.access}
         for node in alone.turn.nodes:
-            known = [made[v.name] if v.name in made else alone._params.get(v) for v in node.inputs]
+            known = [made[v.name] if v.name in made else alone._params.get(v.name) for v in node.inputs]
             operands = [
                 alone.bound.value(v.name) if o is None else o for v, o in zip(node.inputs, known, strict=True)
             ]
