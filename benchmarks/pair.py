@@ -19,13 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.layers import FLUSH, fill_state, fill_weight, layer_of
 from dsv4c.numerics.codec import view
 from dsv4c.runtime import driver
+from dsv4c.runtime.bench import FLUSH, KINDS, layer_of
+from dsv4c.runtime.random_fill import fill_state, fill_weight
 from dsv4c.runtime.residence import Resident
 from dsv4c.types import parse_type
-
-KINDS = {0: "SWA", 4: "CSA", 128: "HCA"}
 
 
 class Step:

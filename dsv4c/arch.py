@@ -9,7 +9,8 @@ from dataclasses import dataclass
 class Arch:
     """One architecture, with the figures of the `gpu` that kernels are planned for. Shared memory in bytes.
 
-    read_bandwidth: bytes per second that it reads in its best grid, the floor of a kernel's time.
+    read_bandwidth: bytes per second that it reads in its best grid, the floor of a kernel's time. bf16_flops,
+    fp8_flops: operations per second of its tensor cores on dense operands, as specified.
     converts_e2m1: has conversions of e2m1, which decide how FP4 codes are packed. tensor_memory: has tcgen05.
     run_here: plans have run on it.
     """
@@ -21,6 +22,8 @@ class Arch:
     shared_per_sm: int  # of which each resident CTA loses SYSTEM_SHARED
     shared_per_cta: int
     read_bandwidth: float
+    bf16_flops: float
+    fp8_flops: float
     converts_e2m1: bool
     tensor_memory: bool
     run_here: bool
@@ -44,6 +47,8 @@ SM_90A = Arch(
     shared_per_sm=228 * 1024,
     shared_per_cta=227 * 1024,
     read_bandwidth=4.45e12,
+    bf16_flops=989e12,
+    fp8_flops=1979e12,
     converts_e2m1=False,
     tensor_memory=False,
     run_here=True,
@@ -57,6 +62,8 @@ SM_100A = Arch(
     shared_per_sm=228 * 1024,
     shared_per_cta=227 * 1024,
     read_bandwidth=8.0e12,  # as specified, not measured
+    bf16_flops=2250e12,
+    fp8_flops=4500e12,
     converts_e2m1=True,
     tensor_memory=True,
     run_here=False,

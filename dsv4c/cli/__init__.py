@@ -33,6 +33,8 @@ COMMANDS = {
     "check": "Check every way a rule applied: the nodes it replaced and the fused op agree on hard inputs.",
     "bisect": "Find the rewrite at fault: run the plan, and its unfused nodes on operands of each launch.",
     "verify": "Check a plan: files, launches against kernels and graphs, and what they do to each other.",
+    "roofline": "Say what every launch must move and compute, and how long that takes at least.",
+    "bench": "Time a plan's step, every layer and every launch in its place, beside what its bytes take.",
     "run": "Run a plan: prefill the prompt, decode the forced tokens, then generate greedily.",
     "weights": "Compare a checkpoint's names, shapes, types and scales with the model's.",
     "synth": "Write a random checkpoint of a model, for tests and benchmarks.",

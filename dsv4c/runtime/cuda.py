@@ -264,6 +264,14 @@ class BoundProgram:
         graph.instantiate()
         return graph
 
+    def repeated(self, index: int, count: int) -> driver.Graph:
+        """An instantiated graph of one launch, again and again, each behind the whole of the one before."""
+        graph, edges = driver.Graph(), list[driver.Edge]()
+        for i in range(count):
+            edges = [driver.Edge(graph.add(self._bound[index], edges, name=str(i)), False)]
+        graph.instantiate()
+        return graph
+
     def component(self, argument: Argument) -> Tensor:
         """The bytes that an argument points to, uint8."""
         block, offset = self._place(argument.value, argument.space, argument.offset)

@@ -235,19 +235,42 @@ def test_shared_arrays_do_not_overlap() -> None:
         assert all(getattr(at, name) % 16 == 0 for name in (*at.sizes, "end"))
 
 
-def test_text_waits_once_per_path_with_weights_in_flight() -> None:
+def test_one_warp_reads_the_weights_and_the_others_wait_once() -> None:
     for emission in small_kernels(SM_90A):
         assert emission.source.index("ptx.launch_dependents()") == emission.source.index("ptx.launch_dep")
         paths = re.split(r"\n@cute\.(?:jit|kernel)\n", emission.source)[1:]
         for path in paths:
-            waits = path.count("ptx.wait()")
-            assert waits == ("stream.prefetch(" in path)
-            chooses = "router.top_experts(" in path  # which weights to read
-            if waits and not chooses:
-                assert path.index("stream.prefetch(") < path.index("ptx.wait()")
+            waits, streams = path.count("ptx.wait()"), path.count("stream.produce(")
+            if "stream.consume(" in path:
+                assert (waits, streams) == (1, 0)
+            if streams:
+                dependent = "router.top_experts(" in path or "m_expert_ids.toint()" in path  # which weights
+                assert waits == dependent
             stages = ("copy", "load", "expand", "quantize")
             reads = [path.find(f"{lib}.{stage}_") for lib in ("activations", "nvfp4") for stage in stages]
             assert all(at == -1 or path.index("ptx.wait()") < at for at in reads if "load_gain" not in path)
+
+
+def test_the_warps_beside_the_one_that_reads_have_a_barrier_of_their_own() -> None:
+    for emission in small_kernels(SM_90A):
+        (threads,) = map(int, re.findall(r"^THREADS = (\d+)$", emission.source, re.MULTILINE))
+        (consumers,) = map(int, re.findall(r"^CONSUMERS = (\d+)", emission.source, re.MULTILINE))
+        assert (emission.block, threads) == (consumers + 32, consumers + 32)
+        meetings = [
+            path.count("cute.arch.sync_threads()")
+            for path in re.split(r"\n@cute\.(?:jit|kernel)\n", emission.source)[1:]
+        ]
+        assert sum(meetings) % 2 == 0  # as many of one side as of the other
+        assert sum(meetings) >= 2
+
+
+def test_a_cta_has_at_most_32_kb_in_flight_and_uses_what_it_can() -> None:
+    for spec in FLASH + SMALL + SPLIT:
+        for part in plan_parts(spec, SM_90A):
+            ring = part.ring
+            assert 1 <= ring.ahead <= ring.depth
+            assert ring.ahead == 1 or ring.ahead * ring.slot_bytes <= 32 * 1024
+            assert ring.ahead == ring.depth or (ring.ahead + 1) * ring.slot_bytes > 32 * 1024
 
 
 def test_riders_take_the_first_ctas_and_change_no_weight() -> None:
@@ -262,7 +285,7 @@ def test_riders_take_the_first_ctas_and_change_no_weight() -> None:
     assert len(set(names)) == len(names)  # riders share positions, slots and frequencies
     bounds = re.findall(r"\b(?:if|elif) block < (\d+):", emission.source.split("@cute.kernel")[1])
     assert bounds == ["2", "4", "6"]
-    assert re.search(r"else:\n        \w+\(\s*smem, block - 6,", emission.source)
+    assert re.search(r"else:\n        if warp < \d:\n            \w+\(\s*smem, block - 6,", emission.source)
 
 
 def test_a_launch_has_the_threads_that_its_riders_rows_take() -> None:
@@ -404,7 +427,9 @@ def test_a_token_is_read_before_the_wait_and_its_experts_weights_with_it() -> No
         emission = emit_experts_up(experts("mxfp4", "fp8"), routing, SM_90A)
         early = [p.operand for p in emission.parameters if p.early]
         assert early == ["tokens"]
+        weights = emission.source.split("def routed_weights(")[1].partition("@cute.")[0]
+        order = ["m_tokens.toint()", "router.table_experts(", "stream.produce("]
+        assert [weights.index(step) for step in order] == sorted(weights.index(step) for step in order)
+        assert "ptx.wait()" not in weights
         path = emission.source.split("def routed(")[1]
-        order = ["m_tokens.toint()", "router.table_experts(", "stream.prefetch(", "ptx.wait()"]
-        assert [path.index(step) for step in order] == sorted(path.index(step) for step in order)
     assert "router.early_rows(" in path.split("ptx.wait()")[0]

@@ -105,8 +105,7 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
     timed, loaded = ([folder / p["name"] for p in plans if p["use"] == use] for use in ("times", "loaded"))
     alone = ("--folder", folder / "gemv", "--timed")
     times = {name: module(f"tests.gpu.check_{name}", *alone) for name in ("gemv", "experts")}
-    if timed:
-        times["layers"] = module("benchmarks.layers", *timed, "--json", out / "layers.json")
+    times |= {plan.name: module("dsv4c", "bench", plan, "--random-weights") for plan in timed}
     if loaded:
         times["load"] = module("benchmarks.load", *loaded)
     for name, command in times.items():

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 import dsv4c.passes.fusions  # noqa: F401, registers the fused ops
-from benchmarks.layers import fill_state, random_e4m3
 from dsv4c.certify.rounding import integers, limit
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.graph import Value as Variable
@@ -30,6 +29,7 @@ from dsv4c.reference import run
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.cuda import CudaExecutor, Device, check_device
 from dsv4c.runtime.parameter import ParamRecord
+from dsv4c.runtime.random_fill import fill_state, random_e4m3
 from dsv4c.runtime.residence import Resident
 from dsv4c.types import DType, Type
 from tests.goldens import CASES, golden_case

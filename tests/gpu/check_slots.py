@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.layers import fill_weight
 from dsv4c.plan.folder import Plan, load
 from dsv4c.runtime.cuda import CudaExecutor
+from dsv4c.runtime.random_fill import fill_weight
 from dsv4c.runtime.residence import Resident
 from dsv4c.runtime.session import Session
 

@@ -107,7 +107,7 @@ def emit_experts_down(spec: ExpertsSpec, arch: Arch) -> Emission:
         symbol=f"{spec.name}_0",
         source=source,
         grid=grid,
-        block=rings.routed.warps * 32,
+        block=rings.routed.warps * 32 + 32,
         shared=rings.layout.end,
         parameters=parameters,
         packing={

@@ -173,14 +173,24 @@ def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch) -> Emission
     grid = (sum(part.ctas for part in parts), spec.batch, 1)
     shared = max(part.layout.end for part in parts)
     nbytes = 2 * spec.weight_bytes
+    names = [p.name for p in parameters]
+
+    def needs(routed: bool) -> list[str]:
+        """What the warp that reads the weights of a part needs of the parameters."""
+        if not routed:
+            return ["m_shared_w1", "m_shared_w3"]
+        known = ("m_table", "m_tokens") if routing.source != "scores" else ("m_experts", "m_weights")
+        return [name for name in names if name in (*known, "m_w1", "m_w3")]
+
     source = render(
         "experts_up.py.jinja",
+        needs=needs,
         spec=spec,
         routing=routing,
         signature=", ".join(routing.signature(spec)),
         padded=padded(spec.experts),
         parts=parts,
-        pointers=[p.name for p in parameters],
+        pointers=names,
         tiles=-(-spec.intermediate // 16),
         grid=grid,
         warps=parts[0].ring.warps,
@@ -197,7 +207,7 @@ def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch) -> Emission
         symbol=f"{spec.name}_0",
         source=source,
         grid=grid,
-        block=parts[0].ring.warps * 32,
+        block=parts[0].ring.warps * 32 + 32,
         shared=shared,
         parameters=parameters,
         packing=packing,

@@ -140,6 +140,11 @@ class Part:
         return tuple(x)
 
     @property
+    def weights(self) -> list[str]:
+        """Parameters of the warp that reads the weights."""
+        return [f"m_{slot.matrix.name}" for slot in self.slots]
+
+    @property
     def layout(self) -> Layout:
         """Shared arrays of a CTA of the part."""
         r = self.ring
@@ -189,7 +194,7 @@ def emit_gemv(spec: GemvSpec, arch: Arch) -> Emission:
         symbol=f"{spec.name}_0",
         source=source,
         grid=(grid, 1, 1),
-        block=warps * 32,
+        block=warps * 32 + 32,
         shared=shared,
         parameters=parameters,
         packing=packing,

@@ -218,7 +218,7 @@ def normalize_quantize_rows(
         square = ptx.lanes_sum(square, 16)
         if thread % 16 == 0:
             ptx.sts_f32(s_squares + block_of(p, n, thread, threads) * 4, square)
-    cute.arch.sync_threads()
+    ptx.sync_threads(threads)
     arrived(s_bar)
     for n in range_constexpr(rounds):
         block = block_of(p, n, thread, threads)

@@ -33,6 +33,7 @@ def normalize(
     constants: cute.Tensor,
     eps: Constexpr[float],
     tid: Int32,
+    threads: Constexpr[int],
 ):
     """r * rsqrt(mean(r^2) + eps) * gain in f32, rounded to bf16. One barrier, 16 bytes."""
     squares = Float32(0.0)
@@ -41,7 +42,7 @@ def normalize(
     squares = ptx.lanes_sum(squares, 32)
     if tid < row.lanes and tid % 32 == 0:
         ptx.sts_f32(s_squares + tid // 8, squares)
-    cute.arch.sync_threads()
+    ptx.sync_threads(threads)
     total = Float32(0.0)
     for i in range_constexpr(row.lanes // 32):
         total = total + ptx.lds_f32(s_squares + i * 4)
@@ -141,8 +142,9 @@ def kv_store(
     g_tail: Int64,
     token: Int32,
     tid: Int32,
+    threads: Constexpr[int],
 ):
-    """One CTA: row `token` of kv bf16[N, width], normed and rotated, into its slot's window.
+    """`threads` threads: row `token` of kv bf16[N, width], normed and rotated, into its slot's window.
 
     16 bytes of shared memory. Position -1 writes nothing.
     """
@@ -156,7 +158,7 @@ def kv_store(
         w = ptx.ldg64(g_kv + (Int64(token) * row.lanes + tid) * 8)
         for i in range_constexpr(2):
             r[2 * i], r[2 * i + 1] = ptx.bf16x2_to_f32x2(w[i])
-    normalize(row, s, r, constants, eps, tid)
+    normalize(row, s, r, constants, eps, tid, threads)
     if position >= 0:
         rotate(row, r, constants, position, tid)
         store(row, r, g_data, g_scale, g_tail, slot * ring + position % ring, tid)

@@ -34,7 +34,7 @@ def compress(
     token: Int32,
     tid: Int32,
 ):
-    """One CTA: u and s f32[N, channels] of row `token`, ape f32[ratio, channels].
+    """`pool.threads` threads: u and s f32[N, channels] of row `token`, ape f32[ratio, channels].
 
     `pool.shared` bytes of shared memory. Position -1 writes nothing.
     """
@@ -54,7 +54,7 @@ def compress(
             before = token % pool.tokens  # rows of the sequence ahead of this one
             total = pool_group(pool, g_u_row, g_s_row, g_ape, g_kv, g_score, ring, position, before, tid)
             r = combine(pool, s + 128, total, tid)
-            cache.normalize(row, s, r, constants, eps, tid)
+            cache.normalize(row, s, r, constants, eps, tid, pool.threads)
             cache.rotate(row, r, constants, entry * pool.ratio, tid)
             cache.store(row, r, g_data, g_scale, g_tail, slot * pool.capacity + entry, tid)
 
@@ -177,7 +177,7 @@ def combine(pool: Constexpr[Pool], s: Int32, total: cute.Tensor, tid: Int32):
         for i in range_constexpr(3):
             words = [total[i, c].bitcast(cutlass.Uint32) for c in range(4)]
             ptx.sts128(s + ((group * 3 + i) * lanes + lane) * 16, *words)
-    cute.arch.sync_threads()
+    ptx.sync_threads(pool.threads)
     r = cute.make_rmem_tensor((4,), Float32)
     r.fill(0.0)
     if group == 0:

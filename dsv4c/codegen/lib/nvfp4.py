@@ -42,7 +42,7 @@ def normalize(
     thread: Int32,
     threads: Constexpr[int],
 ):
-    """RMSNorm of the row with bf16 gain, rounded to bf16. `s`: 128 bytes. Contains a CTA barrier."""
+    """RMSNorm of the row with bf16 gain, rounded to bf16. `s`: 128 bytes. One barrier."""
     rounds = -(-k // (16 * threads))
     square = Float32(0.0)
     for n in range_constexpr(rounds):
@@ -54,7 +54,7 @@ def normalize(
     square = ptx.lanes_sum(square, 32)
     if thread % 32 == 0:
         ptx.sts_f32(s + thread // 32 * 4, square)
-    cute.arch.sync_threads()
+    ptx.sync_threads(threads)
     total = Float32(0.0)
     for i in range_constexpr(threads // 32):
         total = total + ptx.lds_f32(s + i * 4)
@@ -81,13 +81,13 @@ def magnitude(r: cute.Tensor, first: Constexpr[int], count: Constexpr[int]):
 
 @cute.jit
 def row_scale(r: cute.Tensor, s: Int32, count: Constexpr[int], thread: Int32, threads: Constexpr[int]):
-    """The row's global scale, from all threads' `count` values. `s`: 128 bytes. Contains a CTA barrier."""
+    """The row's global scale, from all threads' `count` values. `s`: 128 bytes. One barrier."""
     bits = magnitude(r, 0, count)
     for i in range_constexpr(5):
         bits = cutlass.max(bits, cute.arch.shuffle_sync_bfly(bits, offset=1 << i))
     if thread % 32 == 0:
         ptx.sts32(s + thread // 32 * 4, bits.to(Uint32))
-    cute.arch.sync_threads()
+    ptx.sync_threads(threads)
     for i in range_constexpr(threads // 32):
         bits = cutlass.max(bits, ptx.lds32(s + i * 4).bitcast(Int32))
     return ptx.divide(bits.bitcast(Float32), Float32(6.0 * 448.0))

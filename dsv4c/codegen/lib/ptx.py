@@ -218,6 +218,12 @@ def mbarrier_expect(s: Int32, nbytes: Int32):
 
 
 @cute.jit
+def mbarrier_arrive(s: Int32):
+    """Arrive."""
+    _asm("mbarrier.arrive.shared::cta.b64 _, [{$r0}];", read_only_args=[s])
+
+
+@cute.jit
 def mbarrier_wait(s: Int32, phase: Int32):
     """Spin until the phase of parity `phase` has completed."""
     _asm(
@@ -273,6 +279,12 @@ def wait():
     dependent access.
     """
     cute.arch.griddepcontrol_wait()
+
+
+@cute.jit
+def sync_threads(threads: Constexpr[int]):
+    """A barrier of the CTA's first `threads` threads, whole warps: those beside a warp that feeds them."""
+    cute.arch.barrier(barrier_id=1, number_of_threads=threads)
 
 
 # Conversions ------------------------------------------------------------------------------------------------

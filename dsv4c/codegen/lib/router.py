@@ -64,7 +64,7 @@ def store_logits(
     own = lane // (32 // t.stride)
     if own < t.sums:
         ptx.sts_f32(sm + t.o_part + (thread // 32 * t.stride + own) * 4, r)
-    cute.arch.sync_threads()
+    ptx.sync_threads(t.threads)
     if thread < t.sums:
         total = Float32(0.0)
         for i in range_constexpr(t.threads // 32):
@@ -129,8 +129,8 @@ def stage_scores(
     thread: Int32,
     threads: Constexpr[int],
 ):
-    """Scores f32 [padded] at `s`, then keys that order like score + bias i32 [padded]. Ends with a CTA
-    barrier; a thread reads the biases that it stored itself.
+    """Scores f32 [padded] at `s`, then keys that order like score + bias i32 [padded]. A thread reads
+    the biases that it stored itself.
     """
     for n in range_constexpr(-(-padded // threads)):
         i = thread + n * threads
@@ -142,7 +142,6 @@ def stage_scores(
                 key = ordered(value + ptx.lds_f32(s + (padded + i) * 4))
             ptx.sts_f32(s + i * 4, value)
             ptx.sts32(s + (padded + i) * 4, key.bitcast(Uint32))
-    cute.arch.sync_threads()
 
 
 @cute.jit

@@ -1,9 +1,9 @@
-"""Weight streaming: every warp keeps its own ring of bulk copies full, before and after
-`griddepcontrol.wait`.
+"""Weight streaming: one warp of the CTA, the last, keeps a ring of bulk copies full, before and after
+`griddepcontrol.wait`; the others multiply.
 
 A round covers `tile_warps` tiles of 16 rows of each of `matrices` matrices; `k_warps` warps share a tile's k.
-A step is `span` units of one warp. Packed weights put the steps that a CTA reads at the same time side by
-side. No CTA barrier in the stream.
+A step is `span` units of every warp. Packed weights put the steps that a CTA reads at the same time side by
+side, so that a step of a matrix is one copy. No CTA barrier in the stream.
 """
 
 import cutlass
@@ -15,28 +15,14 @@ from dsv4c.codegen.lib.shapes import BYTES, Product, Ring
 
 
 @cute.jit
-def open_ring(r: Constexpr[Ring], s_bars: Int32, warp: Int32, lane: Int32):
-    """Initialize the warp's barriers."""
+def open_ring(r: Constexpr[Ring], s_bars: Int32, lane: Int32):
+    """Initialize both barriers of every slot. One warp; others use them behind a barrier of the CTA."""
     if lane == 0:
         for i in range_constexpr(r.depth):
-            ptx.mbarrier_init(s_bars + warp * (r.depth * 8) + 8 * i, 1)
+            ptx.mbarrier_init(s_bars + 8 * i, 1)
+            ptx.mbarrier_init(s_bars + 8 * (r.depth + i), r.warps)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_warp()
-
-
-@cute.jit
-def warp_base(r: Constexpr[Ring], g_group: Int64, warp: Int32):
-    """Where the warp's stream starts in the tile group at `g_group` (of the warp's own matrix)."""
-    return g_group + Int64((warp % (r.tile_warps * r.k_warps)) * r.step_bytes)
-
-
-@cute.jit
-def step_address(r: Constexpr[Ring], g_lane: Int64, step: Int32):
-    """Address of a step of the warp's stream; lane i of `g_lane` holds round i's base. Whole warp."""
-    if const_expr(r.rounds == 1):
-        return g_lane + Int64(step * r.stride)
-    base = shuffle64(g_lane, step // r.steps)
-    return base + Int64((step % r.steps) * r.stride)
 
 
 @cute.jit
@@ -48,22 +34,39 @@ def shuffle64(r: Int64, lane: Int32):
 
 
 @cute.jit
-def fill(r: Constexpr[Ring], s_ring: Int32, s_bars: Int32, warp: Int32, slot: Int32, g: Int64):
-    """Put the step at `g` in flight into the warp's ring slot `slot`. One lane."""
-    bar = s_bars + (warp * r.depth + slot) * 8
-    ptx.mbarrier_expect(bar, Int32(r.step_bytes))
-    ptx.bulk_load(s_ring + (warp * r.depth + slot) * r.step_bytes, g, Int32(r.step_bytes), bar)
-
-
-@cute.jit
-def prefetch(
-    r: Constexpr[Ring], s_ring: Int32, s_bars: Int32, warp: Int32, lane: Int32, g_lane: Int64, rounds: Int32
+def produce(
+    r: Constexpr[Ring],
+    s_ring: Int32,
+    s_bars: Int32,
+    g_lane: Int64,
+    apart: Int64,
+    first: Int32,
+    last: Int32,
+    lane: Int32,
 ):
-    """Fill the warp's ring with the first steps of its `rounds` rounds (at most `r.rounds`)."""
-    for i in range_constexpr(r.depth):
-        g = step_address(r, g_lane, Int32(i))
-        if lane == 0 and i < rounds * r.steps:
-            fill(r, s_ring, s_bars, warp, Int32(i), g)
+    """Copy steps `first` to `last` of the stream into the ring as its slots fall free, `r.ahead` in flight.
+
+    Lane i of `g_lane` holds where round i's tiles start; a second matrix lies `apart` bytes behind. Whole
+    warp.
+    """
+    slot = first % r.depth
+    turn = first // r.depth & 1  # how often the slot was filled, modulo 2
+    for at in cutlass.range(first, last, unroll=1):
+        g = shuffle64(g_lane, at // r.steps) + Int64(at % r.steps * r.stride)
+        if lane == 0:
+            if at >= r.depth:
+                ptx.mbarrier_wait(s_bars + (r.depth + slot) * 8, turn ^ 1)
+            if at >= r.ahead:
+                before = at - r.ahead
+                ptx.mbarrier_wait(s_bars + before % r.depth * 8, before // r.depth & 1)
+            ptx.mbarrier_expect(s_bars + slot * 8, Int32(r.slot_bytes))
+            for i in range_constexpr(r.matrices):
+                s_matrix = s_ring + slot * r.slot_bytes + i * r.stride
+                ptx.bulk_load(s_matrix, g + apart * i, Int32(r.stride), s_bars + slot * 8)
+        slot = slot + 1
+        if slot == r.depth:
+            slot = Int32(0)
+            turn = turn ^ 1
 
 
 @cute.jit
@@ -77,12 +80,11 @@ def consume(
     s_part: Int32,
     warp: Int32,
     lane: Int32,
-    g_lane: Int64,
     rounds: Int32,
     x_round: Constexpr[int] = 0,
     fx_round: Constexpr[int] = 0,
 ):
-    """Multiply the warp's stream with the staged activations, refilling behind it.
+    """Multiply the warp's part of the stream with the staged activations, and free the slots behind it.
 
     `s_scale` holds the FP8 block scales of the warp's matrix; round i reads activations `x_round` and
     `fx_round` bytes after round i-1's. Leaves the warp's sums at s_part as f32 [round][warp][rows][16].
@@ -90,16 +92,14 @@ def consume(
     p = r.product
     tile = warp % r.tile_warps
     part = (warp // r.tile_warps) % r.k_warps
-    total = rounds * r.steps
     slot = Int32(0)
     phase = Int32(0)
-    at = Int32(0)
     for i in cutlass.range(rounds, unroll=1):
         rC = cute.make_rmem_tensor((4,), Float32)
         rC.fill(0.0)
         for step in cutlass.range(r.steps, unroll=1):
-            ptx.mbarrier_wait(s_bars + (warp * r.depth + slot) * 8, phase)
-            s_step = s_ring + (warp * r.depth + slot) * r.step_bytes
+            ptx.mbarrier_wait(s_bars + slot * 8, phase)
+            s_step = s_ring + slot * r.slot_bytes + warp * r.step_bytes
             for j in range_constexpr(r.span):
                 unit = (step * r.k_warps + part) * r.span + j
                 scale = Float32(1.0)
@@ -108,11 +108,9 @@ def consume(
                 s_unit = s_step + j * BYTES[p.weight]
                 units.accumulate(p, rC, s_unit, s_x + i * x_round, s_fx + i * fx_round, unit, scale, lane)
             if const_expr(r.depth < r.steps * r.rounds):
-                g = step_address(r, g_lane, at + r.depth)
                 cute.arch.sync_warp()
-                if lane == 0 and at + r.depth < total:
-                    fill(r, s_ring, s_bars, warp, slot, g)
-            at = at + 1
+                if lane == 0:
+                    ptx.mbarrier_arrive(s_bars + (r.depth + slot) * 8)
             slot = slot + 1
             if slot == r.depth:
                 slot = Int32(0)

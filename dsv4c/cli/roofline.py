@@ -1,0 +1,104 @@
+"""`dsv4c roofline CONFIG|PLAN`: the least time of a call, and where it goes."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from dsv4c.arch import ARCHS
+from dsv4c.cli.console import note, print_json, write_text
+from dsv4c.cli.options import (
+    BatchOption,
+    BucketOption,
+    ChunkOption,
+    ContextOption,
+    JsonOption,
+    PassOption,
+    RecipeOption,
+)
+from dsv4c.cli.show import LayerOption, OutputOption
+from dsv4c.cli.subject import Subject, ask, refuse_decided
+from dsv4c.errors import GraphError
+from dsv4c.view.roofline import roofline, svg, text
+
+
+class Form(StrEnum):
+    """Forms of the result."""
+
+    TEXT = "text"
+    SVG = "svg"
+
+
+class Gpu(StrEnum):
+    """Whose bandwidth and operations."""
+
+    SM_90A = "sm_90a"
+    SM_100A = "sm_100a"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("roofline")(roofline_command)
+
+
+def roofline_command(
+    context: typer.Context,
+    subject: Subject,
+    layer: LayerOption = None,
+    arch: Annotated[
+        Gpu | None, typer.Option(help="The GPU; by default the plan's, or sm_90a (H200).", show_default=False)
+    ] = None,
+    format: Annotated[Form, typer.Option(help="Form of the result; svg draws a bar per launch.")] = Form.TEXT,
+    output: OutputOption = None,
+    bucket: BucketOption = "decode",
+    recipe: RecipeOption = "official",
+    batch: BatchOption = None,
+    max_context: ContextOption = 4096,
+    chunk: ChunkOption = None,
+    extra: PassOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Say what every launch must move and compute, and how long that takes at least.
+
+    Of a plan, launches are its own; of a config, every node of the fused graph is one. Bytes are a call's
+    with full caches.
+
+    Examples:
+
+      dsv4c roofline deepseek-v4-flash --max-context 8192
+
+      dsv4c roofline flash.plan --layer 4
+
+      dsv4c roofline deepseek-v4-pro --bucket prefill-64 --chunk 64
+
+      dsv4c roofline deepseek-v4-flash --format svg -o flash.svg
+    """
+    refuse_decided(context, subject)
+    asked = ask(
+        subject,
+        bucket=bucket,
+        extra=extra,
+        recipe=recipe,
+        batch=batch,
+        max_context=max_context,
+        chunk=chunk,
+    )
+    plan = asked.plan
+    name = (
+        arch.value
+        if arch is not None
+        else plan.target
+        if plan is not None and plan.target in ARCHS
+        else "sm_90a"
+    )
+    groups = [launch.nodes for launch in plan.program(bucket).launches] if plan is not None else []
+    number = int(layer) if layer and layer.isdecimal() else layer
+    found = roofline(asked.stage(bucket, None), ARCHS[name], groups, number)
+    if json:
+        print_json(found.to_dict())
+        return
+    made = svg(found) if format is Form.SVG else text(found)
+    write_text(output, made, GraphError)
+    if output is not None:
+        note(f"{output}: {format.value}, {len(made):,} characters")

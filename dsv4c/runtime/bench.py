@@ -1,0 +1,360 @@
+"""Where a step's microseconds go, on the GPU: the whole step, every layer, every launch in its place.
+
+A time is the difference of two prefixes of the step's graph, the median of many replays each, from one
+position and a flushed L2: what a launch adds where it stands, with its neighbors overlapping it. Beside it
+stands the floor: the bytes it must move over the bandwidth that was read with in the same run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dsv4c.errors import PlanError
+from dsv4c.plan.folder import Plan
+from dsv4c.plan.records import Argument, Launch, Program
+from dsv4c.runtime import driver
+from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, Device, check_device
+from dsv4c.runtime.random_fill import fill_state, fill_weight
+from dsv4c.runtime.residence import Resident
+from dsv4c.scope import LAYERS, Scope
+
+KINDS = {0: "SWA", 4: "CSA", 128: "HCA"}
+"""What layers are called, by their compression ratio."""
+
+FLUSH = 256 << 20  # bytes written between replays: more than four times the L2
+WARM = 2  # replays that do not count
+SAMPLE = 2 << 30  # bytes that the bandwidths are measured with
+
+Progress = Callable[[str, int, int], None]
+
+
+# The machine ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the run's GPU did: bytes per second copied (read and written) and read, microseconds that a launch
+    of a graph takes which does nothing.
+    """
+
+    name: str
+    copy_bandwidth: float
+    read_bandwidth: float
+    node_us: float
+
+
+def microseconds(work: Callable[[], object]) -> float:
+    """Of what `work` enqueues on torch's current stream."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    start.record()
+    work()
+    stop.record()
+    stop.synchronize()
+    return 1e3 * float(start.elapsed_time(stop))
+
+
+def least_seconds(work: Callable[[], object], repeats: int = 12) -> float:
+    """The least of several runs."""
+    return 1e-6 * min(microseconds(work) for _ in range(repeats))
+
+
+def bandwidths() -> tuple[float, float]:
+    """Bytes per second of the best of several large copies, and of sums."""
+    source = torch.zeros(SAMPLE, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    words = source.view(torch.int64)
+    copied = 2 * SAMPLE / least_seconds(lambda: target.copy_(source))
+    return copied, SAMPLE / least_seconds(lambda: words.sum())
+
+
+def node_us(step: BoundProgram, count: int = 64) -> float:
+    """Microseconds that a launch adds to a chain of small ones, each behind the whole of the one before."""
+    small = min(range(len(step.launches)), key=lambda i: sum(a.nbytes for a in step.launches[i].arguments))
+    stream = torch.cuda.current_stream().cuda_stream
+
+    def seconds(length: int) -> float:
+        graph = step.repeated(small, length)
+        found = least_seconds(lambda: graph.launch(stream))
+        graph.close()
+        return found
+
+    return 1e6 * (seconds(2 * count) - seconds(count)) / count
+
+
+# The step ---------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Replays of parts of a step's graph, each from the same position and a flushed L2."""
+
+    def __init__(self, step: BoundProgram, position: int, replays: int) -> None:
+        self.step, self.position, self.replays = step, position, replays
+        self._flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+
+    def prefixes(self, ends: Sequence[int], progress: Progress | None = None) -> dict[int, float]:
+        """Median microseconds of the first `end` launches for every end, taken in turns."""
+        graphs = {end: self.step.graph_of(range(end)) for end in ends if end}
+        times: dict[int, list[float]] = {end: [] for end in graphs}
+        for replay in range(self.replays + WARM):
+            for end, graph in graphs.items():
+                spent = self.once(graph)
+                if replay >= WARM:
+                    times[end].append(spent)
+            if progress is not None:
+                progress(f"{len(graphs)} prefixes of the step", replay + 1, self.replays + WARM)
+        for graph in graphs.values():
+            graph.close()
+        return {end: statistics.median(values) for end, values in times.items()} | {0: 0.0}
+
+    def once(self, graph: driver.Graph) -> float:
+        """Microseconds of one replay."""
+        self._set()
+        stream = torch.cuda.current_stream().cuda_stream
+        return microseconds(lambda: graph.launch(stream))
+
+    def _set(self) -> None:
+        position, slots = self.step.value("position"), self.step.inputs["slots"]
+        assert isinstance(position, Tensor)
+        position.fill_(self.position)
+        self.step.inputs["tokens"].fill_(17)
+        self.step.inputs["lengths"].fill_(self.step.program.shape.tokens)
+        torch.arange(len(slots), out=slots)
+        self._flush.fill_(1)
+
+
+# Bytes ------------------------------------------------------------------------------------------------------
+
+
+def moved_bytes(plan: Plan, program: Program, launch: Launch, position: int) -> float:
+    """The fewest bytes a launch must move: every operand once, of stacks and caches what its tokens need."""
+    return sum(_moved(plan, program, argument, position) for argument in launch.arguments)
+
+
+def _moved(plan: Plan, program: Program, argument: Argument, position: int) -> float:
+    config: Mapping[str, Any] = plan.config
+    name, size = argument.value, float(argument.nbytes)
+    rows, context = program.shape.sequences * program.shape.tokens, int(plan.deployment["max_context"])
+    if argument.space == "weights" and ".ffn.experts." in name:
+        experts = int(config["n_routed_experts"])
+        return size * min(rows * int(config["num_experts_per_tok"]), experts) / experts
+    if name in ("embed",) or name.endswith("tid2eid"):
+        return size * rows / int(config["vocab_size"])
+    if argument.space != "state":
+        return size
+    if "w" in argument.access:
+        return 0.0  # a row or two
+    place = Scope.of(name)
+    used = size * program.shape.sequences / int(plan.deployment["slots"])
+    ratio = int(config["compress_ratios"][place.number]) if place.block == LAYERS else 0
+    if place.path == "attn.indexer.keys":
+        return used * min(position / context, 1.0)
+    if place.path == "attn.entries":
+        visible = position // ratio
+        read = min(visible, int(config["index_topk"])) if ratio == 4 else visible
+        return used * read / max(context // ratio, 1)
+    return used
+
+
+# The table --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer: what it is, and microseconds beside megabytes and their floor."""
+
+    layer: int
+    kind: str
+    launches: int
+    microseconds: float
+    megabytes: float
+    floor: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one launch adds to the step, and the nodes of the graph that it computes: the median over the
+    inner layers of its kind.
+    """
+
+    layer: int
+    kind: str
+    name: str
+    op: str
+    nodes: tuple[str, ...]
+    grid: int
+    microseconds: float
+    megabytes: float
+    floor: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A bucket's times on one machine. Floors are bytes over the bandwidth read with."""
+
+    plan: str
+    digest: str
+    recipe: str
+    bucket: str
+    position: int
+    machine: Machine
+    launches: int
+    step_us: float
+    finite_logits: bool
+    layers: tuple[Layer, ...]
+    parts: tuple[Part, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def layer_of(scope: str, name: str) -> int | None:
+    """The main layer that a launch belongs to, by its scope or its name; None outside of layers."""
+    places = [Scope.of(scope), Scope.of(name)]
+    return next((place.number for place in places if place.block == LAYERS), None)
+
+
+def layers_alone(plan: Plan, bucket: str, first: int, last: int) -> Plan:
+    """The plan cut to the launches of layers `first` to `last` of a bucket, and to the weights that these
+    read. Raises PlanError if there are no such layers.
+    """
+    program = plan.program(bucket)
+    owners = [layer_of(launch.scope, launch.name) for launch in program.launches]
+    kept = [i for i, owner in enumerate(owners) if owner is None or first <= owner <= last]
+    inside = [i for i in kept if owners[i] is not None]
+    known = sorted({owner for owner in owners if owner is not None})
+    if not inside:
+        raise PlanError(f"plan {plan.name} has no layers {first} to {last}; it has {known[0]} to {known[-1]}")
+    kept = [i for i in range(min(inside), max(inside) + 1) if i in inside]
+    number = {old: new for new, old in enumerate(kept)}
+    read = {a.value for i in kept for a in program.launches[i].arguments if a.space == "weights"}
+    weights = [record for record in plan.weights if record["name"] in read]
+    base = min(c["offset"] for record in weights for c in record["components"])
+    end = max(c["offset"] + c["nbytes"] for record in weights for c in record["components"])
+
+    def moved(argument: Argument) -> Argument:
+        return replace(argument, offset=argument.offset - base) if argument.space == "weights" else argument
+
+    launches = tuple(
+        replace(
+            program.launches[i],
+            arguments=tuple(map(moved, program.launches[i].arguments)),
+            after=tuple(number[a] for a in program.launches[i].after if a in number),
+        )
+        for i in kept
+    )
+    records = tuple(
+        {**r, "components": [{**c, "offset": c["offset"] - base} for c in r["components"]]} for r in weights
+    )
+    return replace(
+        plan,
+        buckets={program.shape.name: replace(program, launches=launches)},
+        blocks={**plan.blocks, "weights": end - base},
+        weights=records,
+    )
+
+
+def random_executor(plan: Plan) -> CudaExecutor:
+    """The plan on random weights and caches. Raises PlanError if the GPU cannot run it."""
+    check_device(plan, Device.current())
+    block = torch.empty(-(-plan.blocks["weights"] // 256) * 256, dtype=torch.uint8, device="cuda")
+    experts = int(plan.config["n_routed_experts"])
+    for record in plan.weights:
+        fill_weight(block, Resident.from_json(record), experts)
+    executor = CudaExecutor(plan, block)
+    for slot in plan.state:
+        fill_state(executor.blocks["state"], slot.type, slot.offset)
+    return executor
+
+
+def bench(
+    plan: Plan,
+    executor: CudaExecutor,
+    *,
+    bucket: str = "decode",
+    position: int = 8192,
+    replays: int = 31,
+    progress: Progress | None = None,
+) -> Bench:
+    """Time a bucket at `position` tokens of context, or at the end of what the plan has room for.
+
+    Raises PlanError where layers do not follow each other in the launches.
+    """
+    program = plan.program(bucket)
+    step = executor.programs[program.shape.name]
+    position = min(position, int(plan.deployment["max_context"]) - 8)
+    copied, read = bandwidths()
+    machine = Machine(torch.cuda.get_device_name(), copied, read, node_us(step))
+    torch.cuda.empty_cache()
+    launches = step.launches
+    owners = [layer_of(launch.scope, launch.name) for launch in launches]
+    ends = {layer: i + 1 for i, layer in enumerate(owners) if layer is not None}
+    if sorted(ends.values()) != list(ends.values()):
+        raise PlanError(f"plan {plan.name}: layers do not follow each other in the launches of {bucket}")
+    begins = {layer: owners.index(layer) for layer in ends}
+    times = Clock(step, position, replays).prefixes(range(len(launches) + 1), progress)
+    megabytes = [1e-6 * moved_bytes(plan, program, launch, position) for launch in launches]
+    logits = step.outputs["logits"]
+    kinds = {layer: KINDS[plan.config["compress_ratios"][layer]] for layer in ends}
+
+    def floor(size: float) -> float:
+        return 1e12 * size / read
+
+    layers = []
+    for layer, end in ends.items():
+        size = sum(megabytes[begins[layer] : end])
+        spent = times[end] - times[begins[layer]]
+        layers.append(Layer(layer, kinds[layer], end - begins[layer], spent, size, floor(size)))
+    parts = []
+    for layer, alike in _inner(ends, begins, kinds).items():
+        for i in range(begins[layer], ends[layer]):
+            places = [begins[other] + i - begins[layer] for other in alike]
+            launch, (x, y, z) = launches[i], launches[i].kernel.grid
+            spent = statistics.median(times[place + 1] - times[place] for place in places)
+            parts.append(
+                Part(
+                    layer,
+                    kinds[layer],
+                    launch.name,
+                    launch.op,
+                    launch.nodes,
+                    x * y * z,
+                    spent,
+                    megabytes[i],
+                    floor(megabytes[i]),
+                )
+            )
+    return Bench(
+        plan.name,
+        plan.digest,
+        plan.recipe,
+        program.shape.name,
+        position,
+        machine,
+        len(launches),
+        times[len(launches)],
+        bool(logits.isfinite().all()),
+        tuple(layers),
+        tuple(parts),
+    )
+
+
+def _inner(
+    ends: Mapping[int, int], begins: Mapping[int, int], kinds: Mapping[int, str]
+) -> dict[int, list[int]]:
+    """For every kind the last layer that others surround, and all that are like it."""
+    middle = list(ends)[1:-1] or list(ends)
+    last = {kinds[layer]: layer for layer in middle}
+    return {
+        layer: [
+            other
+            for other in middle
+            if kinds[other] == kind and ends[other] - begins[other] == ends[layer] - begins[layer]
+        ]
+        for kind, layer in last.items()
+    }
