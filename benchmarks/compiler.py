@@ -115,7 +115,7 @@ def run_here(number: int, store: Path) -> None:
     made = work()
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    folder = made.save(store / "plan", force=True) if isinstance(made, Plan) else None
+    folder = made.save(store / "plan", overwrite=True) if isinstance(made, Plan) else None
     files = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder else 0
     print(json.dumps([seconds, peak, files]))
 

@@ -53,7 +53,7 @@ def main() -> None:
             chunk=1,
             max_context=options.context,
         )
-        print(plan.save(folder, force=True))
+        print(plan.save(folder, overwrite=True))
 
 
 if __name__ == "__main__":

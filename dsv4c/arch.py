@@ -27,6 +27,7 @@ class Arch:
     converts_e2m1: bool
     tensor_memory: bool
     run_here: bool
+    memory: int  # bytes, as nvidia-smi tells them
 
     def floor_us(self, nbytes: int) -> float:
         """Microseconds that reading `nbytes` takes at least."""
@@ -52,6 +53,7 @@ SM_90A = Arch(
     converts_e2m1=False,
     tensor_memory=False,
     run_here=True,
+    memory=143_771 << 20,
 )
 
 SM_100A = Arch(
@@ -67,6 +69,7 @@ SM_100A = Arch(
     converts_e2m1=True,
     tensor_memory=True,
     run_here=False,
+    memory=183_359 << 20,
 )
 
 ARCHS = {arch.name: arch for arch in (SM_90A, SM_100A)}

@@ -22,21 +22,26 @@ class Bucket:
     """`tokens` rows of each of `sequences` sequences per call.
 
     kind: decode steps (one token each), verify steps (a few, to be kept or taken back), a prompt's chunks, or
-    chunks of the draft block. logits: of every row, or of each sequence's last one.
+    chunks of the draft block. logits: of every row, or of each sequence's last one. sampled: a decode step
+    draws the next token as its slot says, in place of taking the likeliest.
     """
 
     kind: Kind
     sequences: int = 1
     tokens: int = 1
     logits: Logits = "all"
+    sampled: bool = False
 
     @property
     def name(self) -> str:
-        """decode-8, verify-1x4, prefill-64, draft-64; a suffix tells those with the last row's logits."""
+        """decode-8, verify-1x4, prefill-64, draft-64; a suffix tells those with the last row's logits, and
+        those that sample.
+        """
         shape = f"{self.sequences}" if self.kind == "decode" else f"{self.sequences}x{self.tokens}"
         if self.kind in ("prefill", "draft") and self.sequences == 1:
             shape = f"{self.tokens}"
-        return f"{self.kind}-{shape}" + (".last" if self.logits == "last" else "")
+        suffix = ".last" if self.logits == "last" else ".sampled" if self.sampled else ""
+        return f"{self.kind}-{shape}{suffix}"
 
     @property
     def rows(self) -> int:
@@ -56,12 +61,13 @@ class Bucket:
 
 def bucket_named(name: str) -> Bucket:
     """The bucket of that name. Raises ValueError for what is none."""
-    match = re.fullmatch(r"([a-z]+)-(?:([1-9]\d{0,5})x)?([1-9]\d{0,6})(\.last)?", name, re.ASCII)
+    match = re.fullmatch(r"([a-z]+)-(?:([1-9]\d{0,5})x)?([1-9]\d{0,6})(\.last|\.sampled)?", name, re.ASCII)
     if match is None or match[1] not in get_args(Kind):
         raise ValueError(f"{name!r} names no bucket; expected decode-8, verify-1x4, prefill-64 or draft-64")
     kind, first, last, suffix = match.groups()
     sequences, tokens = (int(last), 1) if kind == "decode" else (int(first or 1), int(last))
-    bucket = Bucket(kind, sequences, tokens, "last" if suffix else "all")  # type: ignore[arg-type]
+    logits: Logits = "last" if suffix == ".last" else "all"
+    bucket = Bucket(kind, sequences, tokens, logits, suffix == ".sampled")  # type: ignore[arg-type]
     if bucket.name != name:
         raise ValueError(f"{name!r} names no bucket; {bucket.name} is how it is written")
     return bucket

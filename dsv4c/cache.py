@@ -42,13 +42,13 @@ def cache_folder(given: Path | None = None) -> Path:
 
 @dataclass(frozen=True)
 class Store:
-    """Entries by key, in folders by its first two letters. A key names everything that decides the entry."""
+    """Entries by key, a file for each. A key names everything that decides the entry."""
 
     folder: Path
 
     def get(self, key: str) -> bytes | None:
         """The entry, or None where there is none that can be believed."""
-        path = self._path(key)
+        path = self.folder / key
         try:
             if not path.is_file() or path.stat().st_size > LARGEST:
                 return None
@@ -59,14 +59,11 @@ class Store:
 
     def put(self, key: str, content: bytes) -> None:
         """Keep an entry, where that is possible."""
-        path = self._path(key)
+        path = self.folder / key
         with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
             with published(path, durable=False) as made:
                 made.write_bytes(_head(key, content) + b"\n" + content)
-
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / key
 
 
 def _head(key: str, content: bytes) -> bytes:

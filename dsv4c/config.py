@@ -254,31 +254,43 @@ def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
     _raise_if_any("deployment", problems)
 
 
-def load_config(source: str | Path) -> ModelConfig:
-    """The model that `source` names: a built-in name, a `config.json`, or a checkpoint folder that holds one.
+def load_config(source: str | Path | Mapping[str, Any]) -> ModelConfig:
+    """The model that `source` names: a built-in name, a `config.json`, or a checkpoint folder that holds one;
+    or the contents of a `config.json` as a dict, from which the model is called `config`.
 
     A built-in name comes before a folder that is called so: write `./tiny` for the folder. The id of its
     release on the hub, deepseek-ai/DeepSeek-V4-Flash, leads to it where there is no such folder. Raises
     ConfigError that lists every problem of the file. What was ignored or filled in is in `notes`.
     """
+    if isinstance(source, Mapping):
+        return _config(_parsed(source), "config", None, "config", [])
     builtin = _builtin(source)
     if builtin != source and os.path.exists(source):
         builtin = None  # a clone of the release, under its id
     path = BUILTIN_FOLDER / f"{builtin}.json" if builtin is not None else _config_file(Path(source))
-    reading = dialects.read(_parse(path))
-    dialects.settle(reading, path.parent if path.name == "config.json" else None)
+    notes = []
+    if builtin == source and os.path.isdir(source):
+        notes.append(f"{source} is the built-in config; the folder here is ./{source}")
+    elif builtin is not None and builtin != source:
+        notes.append(f"{source} is the built-in {builtin}; nothing was downloaded")
+    in_folder = path.name == "config.json"
+    name = path.parent.resolve().name if in_folder else path.stem
     where = str(path) if builtin is None else str(source)
+    return _config(_parse(path), where, path.parent if in_folder else None, name, notes)
+
+
+def _config(
+    raw: Mapping[str, Any], where: str, folder: Path | None, name: str, notes: list[str]
+) -> ModelConfig:
+    """What a `config.json` says, completed from the tensors in `folder`. Raises ConfigError for `where`."""
+    reading = dialects.read(raw)
+    dialects.settle(reading, folder)
     if not reading.spelling:  # not a dialect we read: nothing else about it can be judged
         _raise_if_any(where, reading.problems)
     _raise_if_any(
         where, reading.problems + list(_problems(reading.fields, reading.spelling, reading.refused))
     )
-    name = path.parent.resolve().name if path.name == "config.json" else path.stem
-    if builtin == source and os.path.isdir(source):
-        reading.notes.append(f"{source} is the built-in config; the folder here is ./{source}")
-    elif builtin is not None and builtin != source:
-        reading.notes.append(f"{source} is the built-in {builtin}; nothing was downloaded")
-    return ModelConfig(name=name, notes=tuple(reading.notes), **reading.fields)
+    return ModelConfig(name=name, notes=(*reading.notes, *notes), **reading.fields)
 
 
 def save_config(config: ModelConfig, folder: str | Path) -> Path:
@@ -331,6 +343,17 @@ def _parse(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: holds a JSON {type(raw).__name__}; expected an object")
     return raw
+
+
+def _parsed(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A dict as its JSON would be read, so that it is judged alike."""
+    try:
+        found: dict[str, Any] = strict_json.parse(json.dumps(dict(given)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"config: cannot be written as JSON: {error}; expected a config.json's data"
+        ) from None
+    return found
 
 
 # Judging the fields

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sysconfig
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class Dsv4cError(Exception):
@@ -36,6 +40,12 @@ class PlanError(Dsv4cError):
     exit_code = 5
 
 
+class PromptError(Dsv4cError):
+    """Messages that make no prompt, a completion that is no message, or a tokenizer that does not fit."""
+
+    exit_code = 2
+
+
 class SessionError(Dsv4cError):
     """A request that a running session refuses; its state is as it was before."""
 
@@ -46,6 +56,29 @@ class BuildError(Dsv4cError):
     """Code generation or kernel compilation failed."""
 
     exit_code = 7
+
+
+@contextmanager
+def contributed(what: str) -> Iterator[None]:
+    """A mistake in code that somebody contributes, which is called in this block, becomes a GraphError with
+    its file and line.
+    """
+    try:
+        yield
+    except SyntaxError as error:
+        raise GraphError(f"{what}: {error.filename}:{error.lineno}: {error.msg}") from error
+    except Exception as error:
+        inside = traceback.extract_tb(error.__traceback__)[2:]  # behind this line and the block's
+        calls = [call for call in inside if not call.filename.startswith(_PYTHON)]
+        if not calls or calls[0].filename.startswith(_DSV4C):
+            raise  # nobody else's
+        line = [c.lineno for c in calls if c.filename == calls[0].filename][-1]
+        said = str(error) if isinstance(error, Dsv4cError) else f"{type(error).__name__}: {error}"
+        raise GraphError(f"{what}: {calls[0].filename}:{line}: {said}") from error
+
+
+_PYTHON = (sysconfig.get_paths()["stdlib"], "<frozen ")
+_DSV4C = str(Path(__file__).parent)
 
 
 def listed(known: Iterable[str], meant: str) -> str:

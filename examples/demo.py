@@ -140,7 +140,7 @@ def plan(check: Check, folder: Path) -> Plan:
     started = time.perf_counter()
     with CONSOLE.status(f"compiling {check.what}"):
         made = dsv4c.compile(checkpoint, recipe=check.recipe, max_context=512)
-        saved = made.save(folder / f"{check.case}-{check.recipe}.plan", force=True)
+        saved = made.save(folder / f"{check.case}-{check.recipe}.plan", overwrite=True)
     seconds = time.perf_counter() - started
     decode = made.program()
     row(

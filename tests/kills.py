@@ -48,7 +48,9 @@ class Operation:
 def save(folder: Path) -> Operation:
     """A plan in the place of another."""
     plan = dsv4c.compile("tiny", max_context=64, certify=False)
-    return Operation(lambda i: _named(plan, i).save(folder / "plan", force=True), lambda: _version(folder))
+    return Operation(
+        lambda i: _named(plan, i).save(folder / "plan", overwrite=True), lambda: _version(folder)
+    )
 
 
 def compile_cpu(folder: Path) -> Operation:
@@ -56,7 +58,7 @@ def compile_cpu(folder: Path) -> Operation:
 
     def write(i: int) -> None:
         plan = compile("tiny", max_context=64, certify=False, cache=folder / "cache")
-        _named(plan, i).save(folder / "plan", force=True)
+        _named(plan, i).save(folder / "plan", overwrite=True)
 
     return Operation(write, lambda: _version(folder))
 
@@ -70,7 +72,7 @@ def compile_gpu(folder: Path) -> Operation:
         store = Store(folder / "cache")
         for name, content in plan.files.items():
             store.put(hashlib.sha256(name.encode()).hexdigest(), content)
-        _named(plan, i).save(folder / "plan", force=True)
+        _named(plan, i).save(folder / "plan", overwrite=True)
 
     return Operation(write, lambda: _version(folder))
 
@@ -91,7 +93,7 @@ def synth(folder: Path) -> Operation:
             digest.update(file.name.encode() + file.read_bytes())
         return found.setdefault(digest.hexdigest(), len(found))
 
-    return Operation(lambda i: synthesize(config, target, i, 1 + 2 * i, force=True), read)
+    return Operation(lambda i: synthesize(config, target, i, 1 + 2 * i, overwrite=True), read)
 
 
 def state(folder: Path) -> Operation:

@@ -24,7 +24,7 @@ def store(tmp_path: Path) -> Store:
 
 
 def entry(store: Store) -> Path:
-    return store.folder / KEY[:2] / KEY
+    return store.folder / KEY
 
 
 def test_what_is_put_is_got(store: Store) -> None:
@@ -68,7 +68,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 def _other(path: Path) -> Path:
     Store(path.parents[1] / "second").put(OTHER, b"content")
-    return path.parents[1] / "second" / OTHER[:2] / OTHER
+    return path.parents[1] / "second" / OTHER
 
 
 @pytest.mark.parametrize("name", DAMAGES)
@@ -79,14 +79,9 @@ def test_a_foreign_entry_is_none_and_putting_again_never_fails(name: str, store:
     assert store.get(KEY) == (None if name in ("a folder", "a pipe") else b"again")
 
 
-@pytest.mark.parametrize("place", ["store", "letters"])
-def test_a_file_in_place_of_a_folder_keeps_nothing(place: str, tmp_path: Path) -> None:
+def test_a_file_in_place_of_a_folder_keeps_nothing(tmp_path: Path) -> None:
     folder = tmp_path / "store"
-    if place == "store":
-        folder.write_text("")
-    else:
-        folder.mkdir()
-        (folder / KEY[:2]).write_text("")
+    folder.write_text("")
     store = Store(folder)
     store.put(KEY, b"content")
     assert store.get(KEY) is None
@@ -106,11 +101,11 @@ def test_another_users_cache_is_read_and_not_written(store: Store, monkeypatch: 
 def test_entries_are_for_everybody_whom_the_umask_lets_read(tmp_path: Path) -> None:
     old = os.umask(0o022)
     try:
-        Store(tmp_path).put(KEY, b"content")
+        Store(tmp_path / "store").put(KEY, b"content")
     finally:
         os.umask(old)
-    assert entry(Store(tmp_path)).stat().st_mode & 0o777 == 0o644
-    assert entry(Store(tmp_path)).parent.stat().st_mode & 0o777 == 0o755
+    assert entry(Store(tmp_path / "store")).stat().st_mode & 0o777 == 0o644
+    assert entry(Store(tmp_path / "store")).parent.stat().st_mode & 0o777 == 0o755
 
 
 def test_a_folder_that_was_asked_for_must_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,8 +128,8 @@ def test_compile_names_the_plan_after_the_model(tmp_path: Path, monkeypatch: pyt
     assert dsv4c.load("tiny.plan").program("prefill").shape.tokens == 32
     again = command("compile", "tiny", "--max-context", 32)
     assert again.code == 5
-    assert again.err == "error: tiny.plan: holds a plan; give another folder, or --force to replace it\n"
-    assert command("compile", "tiny", "--max-context", 32, "--force").code == 0
+    assert again.err == "error: tiny.plan: holds a plan; give another folder, or --overwrite to replace it\n"
+    assert command("compile", "tiny", "--max-context", 32, "--overwrite").code == 0
 
 
 def test_an_output_folder_that_cannot_be_written_is_found_before_compiling(
@@ -424,7 +424,7 @@ def test_a_command_is_loaded_when_it_is_called() -> None:
             check=True,
         )
         loaded[arguments[0]] = {name for name in shown.stdout.split() if name.startswith("dsv4c.")}
-    assert {name for name in loaded["--help"] if name.startswith("dsv4c.cli.")} == set()
+    assert {name for name in loaded["--help"] if name.startswith("dsv4c.cli.")} == {"dsv4c.cli.help"}
     assert "dsv4c.cli.targets" in loaded["targets"]
     assert "dsv4c.cli.compile" not in loaded["targets"]
 

@@ -43,10 +43,6 @@ MISTAKES = {
     ("compile", "tiny", "--slots", "0"): (2, "Invalid value for '--slots'"),
     ("compile", "tiny", "--draft", "medusa"): (2, "Invalid value for '--draft'"),
     ("compile", "tiny", "--logits", "first"): (2, "Invalid value for '--logits'"),
-    ("compile", "tiny", "--target", "sm_90a", "--draft", "mtp"): (
-        2,
-        "error: draft: sm_90a has no kernels for the MTP block; compile with draft off, or for cpu",
-    ),
     ("compile", "tiny", "--target", "sm_90a", "--chunk", "64"): (
         2,
         "prefill-64 has 64 rows; expected at most 8",
@@ -384,7 +380,7 @@ def test_a_module_beside_the_user_takes_the_place_of_none(hostile: Path, tmp_pat
 def test_what_is_written_to_a_full_disk_is_told(tmp_path: Path) -> None:
     result = command("show", "tiny", "-o", "/dev/full")
     assert (result.code, result.err) == (3, "error: /dev/full: cannot be written: No space left on device\n")
-    result = command("compile", "tiny", "--stop-after", "fold", "-o", "/dev/full", "--force")
+    result = command("compile", "tiny", "--stop-after", "fold", "-o", "/dev/full", "--overwrite")
     assert (result.code, result.err) == (3, "error: /dev/full: cannot be written: No space left on device\n")
 
 

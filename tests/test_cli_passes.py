@@ -158,7 +158,7 @@ def test_a_stopped_compile_goes_on_to_the_same_plan(plan: Path, tmp_path: Path, 
     assert other.report["rules"] == one.report["rules"]
     assert "resumed after" in result.err
     assert ("no certificates" in result.err) == (after != "build")
-    settled = command("compile", "--resume", file, "-o", resumed, "--force", "--disable", "head")
+    settled = command("compile", "--resume", file, "-o", resumed, "--overwrite", "--disable", "head")
     assert settled.code == 2
     assert f"--resume {file} has decided --disable" in settled.err
 
@@ -328,3 +328,59 @@ def test_every_mistake_in_every_rule_is_caught() -> None:
     assert found["caught"] == found["injected"] > 100
     assert f"{found['caught']} of {found['injected']} caught" in README.read_text()
     assert {row["rule"] for row in found["defects"]} == set(rules_of().rules)
+
+
+FAULTY = {
+    "broken.py": (
+        "from dsv4c import Fused, fused\nfrom dsv4c.ir.ops import silu\n\n\n@fused\nclass Broken(Fused):\n"
+        "    def body(self, x):\n        return silu(x).shape\n"
+    ),
+    "spelling.py": "def x(:\n",
+    "passes_of_mine.py": (
+        "from dataclasses import dataclass\nfrom typing import ClassVar\nfrom dsv4c import Pass\n\n\n"
+        "@dataclass(frozen=True)\nclass Nothing(Pass):\n    name: ClassVar = 'nothing'\n\n"
+        "    def run(self, graph, context):\n        pass\n\n\n"
+        "@dataclass(frozen=True)\nclass Crash(Pass):\n    name: ClassVar = 'crash'\n\n"
+        "    def run(self, graph, context):\n        return graph.nodez\n"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "broken",
+            "--pass broken: HERE/broken.py:8: AttributeError: 'Value' object has no attribute 'shape'",
+        ),
+        ("spelling", "--pass spelling: HERE/spelling.py:1: invalid syntax"),
+        ("passes_of_mine:Crash", "pass crash: HERE/passes_of_mine.py:19: AttributeError: 'Graph' object has"),
+        ("passes_of_mine:Nothing", "pass nothing: `run` returned NoneType; expected the graph that it made"),
+    ],
+)
+def test_a_mistake_in_contributed_code_is_told_with_its_place(
+    given: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, text in FAULTY.items():
+        (tmp_path / name).write_text(text)
+    result = command("show", "tiny", "--after", "tidy", "--pass", given)
+    assert result.code == 3
+    assert message.replace("HERE", str(tmp_path)) in result.err
+    assert result.err.count("\n") == 1
+
+
+def test_a_mistake_of_dsv4cs_own_stays_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dsv4c.passes.pipeline.tidy", lambda graph: graph.nodez)
+    with pytest.raises(AttributeError):
+        command("show", "tiny", "--after", "tidy")
+
+
+def test_why_not_names_the_rules_that_were_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "twice.py").write_text(
+        "from dsv4c import Fused, fused\nfrom dsv4c.ir.ops import silu\n\n\n@fused\nclass Twice(Fused):\n"
+        "    def body(self, x):\n        return silu(silu(x))\n"
+    )
+    result = command("why-not", "twice", "tiny", "--pass", "twice:Twice")
+    assert "took every place where a search could begin: swiglu (6 times)" in result.out

@@ -84,7 +84,6 @@ def test_public_names_are_there_and_importing_them_costs_nothing() -> None:
         ),
         ({"logits": "first"}, r"logits: 'first' is unknown; expected 'last' or 'all'"),
         ({"draft": "medusa"}, r"draft: 'medusa' is unknown; expected 'off' or 'mtp'"),
-        ({"target": "sm_90a", "draft": "mtp"}, r"draft: sm_90a has no kernels for the MTP block"),
     ],
 )
 def test_a_wrong_argument_is_a_config_error(arguments: dict[str, object], message: str) -> None:

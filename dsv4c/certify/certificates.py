@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,16 +32,29 @@ class Certificates:
         return [c for c in self.all if not c.holds]
 
 
-def certify(matches: Iterable[Match], *, folder: Path | None = None, fresh: bool = False) -> Certificates:
+Progress = Callable[[str, int, int], None]
+
+
+def certify(
+    matches: Iterable[Match],
+    *,
+    folder: Path | None = None,
+    fresh: bool = False,
+    progress: Progress | None = None,
+) -> Certificates:
     """A certificate for every distinct application; kept in `folder` (None: the user's cache) by digest.
 
     The digest is that of the sizes that are evaluated, so another context or batch costs next to nothing.
-    `fresh` evaluates again whatever was kept. Two processes may share the folder.
+    `fresh` evaluates again whatever was kept. `progress(rule, done, all)` is called before each. Two
+    processes may share the folder.
     """
     started = time.perf_counter()
     store = Store(cache_folder() / "certificates" if folder is None else folder)
     result = Certificates()
-    for applied in applications(matches):
+    wanted = list(applications(matches))
+    for done, applied in enumerate(wanted):
+        if progress is not None:
+            progress(f"certificate of {applied.rule}", done, len(wanted))
         reduced = reduce_sizes(applied)
         kept = None if fresh else _load(store, reduced.digest)
         if kept is None:

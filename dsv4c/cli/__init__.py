@@ -22,10 +22,13 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from dsv4c.cli.help import Commands, without_values
 from dsv4c.errors import ConfigError, Dsv4cError
+from dsv4c.threads import wait_asleep
 
 COMMANDS = {
     "compile": "Compile a model to a plan: a folder of plain data that `dsv4c run` executes.",
+    "limits": "Say what stands between a model and a plan for a target: every obstacle, and the memory.",
     "show": "Show a model's graph: figures first, then the operations, equal layers folded into one.",
     "diff": "Compare two graphs: nodes gone, new and changed; launches, bytes and operations.",
     "passes": "Show the pipeline of a plan and what every rule saved in a decode step.",
@@ -36,6 +39,9 @@ COMMANDS = {
     "roofline": "Say what every launch must move and compute, and how long that takes at least.",
     "bench": "Time a plan's step, every layer and every launch in its place, beside what its bytes take.",
     "run": "Run a plan: prefill the prompt, decode the forced tokens, then generate greedily.",
+    "generate": "Answer: compile a checkpoint on first use, or take a plan, and print what the model says.",
+    "encode": "Print the prompt of a conversation, and nothing else: no newline ends it.",
+    "parse": "Turn a completion into the message that it is, a JSON object, or say where it is malformed.",
     "weights": "Compare a checkpoint's names, shapes, types and scales with the model's.",
     "synth": "Write a random checkpoint of a model, for tests and benchmarks.",
     "rules": "List the rules that compile may apply, in the order in which it tries them.",
@@ -46,7 +52,6 @@ COMMANDS = {
 """The commands by name, with the first sentence or two of their own help."""
 
 SETTINGS: dict[str, Any] = {
-    "add_completion": False,
     "pretty_exceptions_enable": False,
     "rich_markup_mode": "rich",
 }
@@ -102,9 +107,12 @@ class _Group(TyperGroup):
         super().__init__(**settings)
         self.commands.update({name: TyperCommand(name, help=text) for name, text in COMMANDS.items()})
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        return without_values(super().get_params(ctx))
+
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         if args[0] in COMMANDS:
-            called = typer.Typer(**SETTINGS)
+            called = Commands(add_completion=False, **SETTINGS)
             module_of(args[0]).register(called)
             self.commands[args[0]] = get_command(called)
         return super().resolve_command(ctx, args)
@@ -165,6 +173,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Run the command line until it exits."""
+    wait_asleep()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
     try:

@@ -69,8 +69,8 @@ def bench_command(
         raise PlanError(
             f"{plan}: is compiled for the CPU; bench times GPU plans, compile with --target sm_90a"
         )
-    from dsv4c.runtime.bench import bench, layers_alone, random_executor
-    from dsv4c.runtime.cuda import CudaExecutor
+    from dsv4c.runtime.bench import bench, layers_alone, random_executor  # loads torch and the driver
+    from dsv4c.runtime.cuda import CudaExecutor  # loads torch and the driver
 
     if cut is not None:
         compiled = layers_alone(compiled, bucket, *cut)
@@ -93,7 +93,7 @@ def text(found: Bench) -> str:
         f"{machine.name}: copies {machine.copy_bandwidth / 1e12:.2f} TB/s, reads "
         f"{machine.read_bandwidth / 1e12:.2f} TB/s, a launch {machine.node_us:.2f} us",
         f"{found.plan}, {found.recipe}, {found.bucket} at {found.position}: {found.launches} launches, "
-        f"{found.step_us:,.1f} us{'' if found.finite_logits else '; the logits are not finite'}",
+        f"{found.step_us:,.1f} us{'; the logits are not finite' if found.finite_logits is False else ''}",
         "",
         "layers     count       us    least     most       MB  floor us  times",
     ]

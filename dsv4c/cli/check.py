@@ -103,7 +103,8 @@ def check_command(
     asked = ask(subject, extra=extra)
     folder = cache_folder(cache) / "certificates"
     forms = tuple(dict.fromkeys(asked.job.firsts().values()))
-    found = certify(_matches(asked, forms), folder=folder, fresh=not cached)
+    with progress_bar("check") as progress:
+        found = certify(_matches(asked, forms), folder=folder, fresh=not cached, progress=progress)
     changed = _changed(asked, found.all)
     if json:
         print_json(

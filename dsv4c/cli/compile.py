@@ -14,14 +14,16 @@ import typer
 from dsv4c.buckets import ROWS
 from dsv4c.cli.console import note, print_json, progress_bar, size, write_text
 from dsv4c.cli.options import (
+    COMPLETE_MODEL,
+    COMPLETE_RULE,
     CONFIG_HELP,
     BatchOption,
     ChunkOption,
     ContextOption,
     Draft,
-    ForceOption,
     JsonOption,
     Logits,
+    OverwriteOption,
     PassOption,
     RecipeOption,
     Target,
@@ -31,6 +33,7 @@ from dsv4c.cli.options import (
 )
 from dsv4c.compiler.compile import compile
 from dsv4c.compiler.job import Compiled, Job, Saved, read_saved, rules_of, stop
+from dsv4c.compiler.limits import memory_of
 from dsv4c.compiler.request import Request
 from dsv4c.errors import ConfigError, GraphError
 from dsv4c.ir.text import print_graph
@@ -38,7 +41,12 @@ from dsv4c.plan.folder import Plan, check_target
 
 ConfigOrNothing = Annotated[
     str | None,
-    typer.Argument(metavar="CONFIG", help=f"{CONFIG_HELP} Left out with --resume.", show_default=False),
+    typer.Argument(
+        metavar="CONFIG",
+        help=f"{CONFIG_HELP} Left out with --resume.",
+        show_default=False,
+        autocompletion=COMPLETE_MODEL,
+    ),
 ]
 
 OutputOption = Annotated[
@@ -59,12 +67,20 @@ VerifyOption = Annotated[
 ]
 LogitsOption = Annotated[Logits, typer.Option(help="Of every token of a prompt's chunk, or of its last.")]
 DraftOption = Annotated[Draft, typer.Option(help="Compile the block that drafts tokens, too.")]
+SampledOption = Annotated[
+    bool,
+    typer.Option(
+        "--sampled",
+        help="Decode steps draw the next token as each sequence asks, in place of taking the likeliest.",
+    ),
+]
 RequireOption = Annotated[
     list[str] | None,
     typer.Option(
         help="Fail where no kernel takes what the rule fused, in place of unfolding it.",
         metavar="RULE",
         show_default=False,
+        autocompletion=COMPLETE_RULE,
     ),
 ]
 CacheOption = Annotated[
@@ -75,11 +91,21 @@ CacheOption = Annotated[
 ]
 DisableOption = Annotated[
     list[str] | None,
-    typer.Option(help="Leave a rule out, `all` for every one.", metavar="RULE", show_default=False),
+    typer.Option(
+        help="Leave a rule out, `all` for every one.",
+        metavar="RULE",
+        show_default=False,
+        autocompletion=COMPLETE_RULE,
+    ),
 ]
 EnableOption = Annotated[
     list[str] | None,
-    typer.Option(help="Take a rule back that is left out.", metavar="RULE", show_default=False),
+    typer.Option(
+        help="Take a rule back that is left out.",
+        metavar="RULE",
+        show_default=False,
+        autocompletion=COMPLETE_RULE,
+    ),
 ]
 ExpectOption = Annotated[
     list[str] | None,
@@ -144,6 +170,7 @@ DECIDED = (
     "verify",
     "logits",
     "draft",
+    "sampled",
     "pipeline",
     "disable",
     "enable",
@@ -168,6 +195,7 @@ def compile_command(
     chunk: ChunkOption = None,
     logits: LogitsOption = Logits.ALL,
     draft: DraftOption = Draft.OFF,
+    sampled: SampledOption = False,
     disable: DisableOption = None,
     enable: EnableOption = None,
     extra: PassOption = None,
@@ -180,7 +208,7 @@ def compile_command(
     kernels: KernelsOption = None,
     certify: CertifyOption = True,
     cache: CacheOption = None,
-    force: ForceOption = False,
+    overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
     """Compile a model to a plan: a folder of plain data that `dsv4c run` executes.
@@ -226,6 +254,7 @@ def compile_command(
             chunk=sizes("--chunk", chunk),
             logits=logits.value,
             draft=draft.value,
+            sampled=sampled,
             pipeline=pipeline,
             rules=rules,
             disable=disable or (),
@@ -236,14 +265,17 @@ def compile_command(
         )
     job = asked.job()
     if stop_after is not None:
-        _stop(job, stop_after, output, force, json)
+        _stop(job, stop_after, output, overwrite, json)
         return
     folder = output or Path(f"{job.config.name}.plan")
-    check_target(folder, force=force)
+    check_target(folder, overwrite=overwrite)
     dump = _dumper(dump_stages, job.decode.name) if dump_stages is not None else None
     with progress_bar("compile") as progress:
         plan = compile(job, certify=certify, inspect=dump, cache=cache, progress=progress)
-    plan.save(folder, force=force)
+    plan.save(folder, overwrite=overwrite)
+    memory = memory_of(plan.target, plan.blocks)
+    if not memory.fits:
+        note(f"warning: {memory}")
     for warning in plan.report.get("warnings", ()):
         note(f"warning: {warning}")
     for remark in (*job.config.notes, *plan.report.get("notes", ())):
@@ -275,10 +307,10 @@ def _read(path: Path) -> str:
         raise GraphError(f"{path}: is not text at byte {error.start}; expected a stopped compile") from None
 
 
-def _stop(job: Job, after: str, output: Path | None, force: bool, json: bool) -> None:
+def _stop(job: Job, after: str, output: Path | None, overwrite: bool, json: bool) -> None:
     """With `json` the graphs go to stdout inside of it, unless they have a file."""
-    if output is not None and output.exists() and not force:
-        raise GraphError(f"{output}: exists; give another file, or --force to replace it")
+    if output is not None and output.exists() and not overwrite:
+        raise GraphError(f"{output}: exists; give another file, or --overwrite to replace it")
     saved = stop(job, after)
     nodes = {mode: len(graph.nodes) for mode, graph in saved.graphs.items()}
     if output is not None or not json:

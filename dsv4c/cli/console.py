@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,7 +55,7 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
     *narrow, wide = rows[0]
     for heading in narrow:
         table.add_column(heading, no_wrap=True)
-    table.add_column(wide)
+    table.add_column(wide, overflow="fold")
     for row in rows:
         table.add_row(*map(str, row.values()))
     print_table(table)
@@ -87,13 +89,34 @@ def progress_bar(title: str, *, bytes_counted: bool = False) -> Iterator[Progres
         yield report
 
 
+PAINTS = (
+    (r"^#.*$", "2"),  # comments, dim
+    (r"^@.*$", "1"),  # scopes, bold
+    (r"(?<= = )[a-z0-9_]+(?=\()", "36"),  # ops
+    (r"(?<=[a-z0-9_]: )(?:q\[[^\]]*\])?[a-z0-9]*\[[0-9,]*\]", "32"),  # types
+    (r" \{.*\}(?= from |$)", "33"),  # attributes
+    (r" from (?:\[[^\]]*\]|\d+ nodes)$", "2"),
+)
+"""What of a graph's text is painted on a terminal, and how."""
+
+
+def painted(text: str) -> str:
+    """A graph's text in colors where stdout is a terminal that wants them (https://no-color.org)."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    if plain or sys.stdout is None or not sys.stdout.isatty():
+        return text
+    for pattern, paint in PAINTS:
+        text = re.sub(pattern, rf"\033[{paint}m\g<0>\033[0m", text, flags=re.MULTILINE)
+    return text
+
+
 def write_text(path: Path | None, text: str, error: type[Dsv4cError]) -> None:
     """Write a file, whole or not at all, a device or a pipe as it comes, or to stdout when `path` is None.
 
     Raises `error` if the file cannot be written.
     """
     if path is None:
-        print(text, end="")
+        print(painted(text), end="")
         return
     try:
         with published(path, stream=True) as made:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4c.cli.console import print_json
+from dsv4c.cli.console import painted, print_json
 from dsv4c.cli.options import (
     BatchOption,
     BucketOption,
@@ -16,7 +16,7 @@ from dsv4c.cli.options import (
     PassOption,
     RecipeOption,
 )
-from dsv4c.cli.subject import ask, refuse_decided, split_stage
+from dsv4c.cli.subject import ask_with, refuse_decided, split_stage
 from dsv4c.view.diff import diff
 
 HELP = "A plan folder or a config, with @STAGE (build, quantize, fold, ...) for the graph after that pass."
@@ -56,19 +56,9 @@ def diff_command(
     for given in (a, b):
         name, stage = split_stage(given)
         subject = name or subject
-        asked = ask(
-            subject,
-            bucket=bucket,
-            extra=extra,
-            recipe=recipe,
-            batch=batch,
-            max_context=max_context,
-            chunk=chunk,
-        )
-        graphs.append(asked.stage(bucket, stage))
-        subject = name or subject
+        graphs.append(ask_with(context, subject).stage(bucket, stage))
     found = diff(*graphs)
     if json:
         print_json(found.to_dict())
     else:
-        print(found.text(limit), end="")
+        print(painted(found.text(limit)), end="")

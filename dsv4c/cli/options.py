@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from dsv4c.compiler.job import rules_of
+from dsv4c.config import BUILTIN
 from dsv4c.errors import ConfigError
+from dsv4c.passes.recipes import RECIPES
 
 
 class Target(StrEnum):
@@ -47,11 +50,26 @@ def sizes(option: str, given: str | None) -> tuple[int, ...] | None:
     return tuple(map(int, parts))
 
 
+def begun_with(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Completes what a shell's user has begun to type to one of `names`; without any, to a file."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return complete
+
+
+COMPLETE_MODEL = begun_with(lambda: BUILTIN)
+COMPLETE_RULE = begun_with(lambda: rules_of().rules)
+
 CONFIG_HELP = (
     "A built-in name (deepseek-v4-flash, deepseek-v4-pro, tiny), a config.json, or a checkpoint folder."
 )
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help=CONFIG_HELP, show_default=False)]
+ConfigArgument = Annotated[
+    str,
+    typer.Argument(metavar="CONFIG", help=CONFIG_HELP, show_default=False, autocompletion=COMPLETE_MODEL),
+]
 PlanArgument = Annotated[
     Path,
     typer.Argument(
@@ -62,7 +80,9 @@ TargetOption = Annotated[Target, typer.Option(help="What the plan runs on.")]
 RecipeOption = Annotated[
     str,
     typer.Option(
-        help="Numerics: fp32, bf16, official, nvfp4-experts, ... (`dsv4c recipes` has all).", metavar="NAME"
+        help="Numerics: fp32, bf16, official, nvfp4-experts, ... (`dsv4c recipes` has all).",
+        metavar="NAME",
+        autocompletion=begun_with(lambda: RECIPES),
     ),
 ]
 BatchOption = Annotated[
@@ -85,8 +105,24 @@ ChunkOption = Annotated[
         show_default="64, or the context; on a GPU 8",
     ),
 ]
+MessagesOption = Annotated[
+    Path,
+    typer.Option(
+        help="JSON file: a list of messages, or an object with `messages` and options.",
+        metavar="FILE",
+        show_default=False,
+        readable=False,
+    ),
+]
+EncodingOption = Annotated[
+    str,
+    typer.Option(
+        help="The rules of which release: preview, 0731, or auto: those of the checkpoint folder's encoder.",
+        metavar="NAME",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, and only JSON, on stdout.")]
-ForceOption = Annotated[bool, typer.Option("--force", help="Replace what is there.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
 def first_given(context: typer.Context, names: Iterable[str]) -> str | None:

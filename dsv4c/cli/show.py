@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from dsv4c.cli.compile import describe, figures
-from dsv4c.cli.console import note, print_json, print_table, write_text
+from dsv4c.cli.console import note, print_json, print_rows, write_text
 from dsv4c.cli.options import (
     BatchOption,
     BucketOption,
@@ -21,14 +20,14 @@ from dsv4c.cli.options import (
     PassOption,
     RecipeOption,
 )
-from dsv4c.cli.subject import Asked, Subject, ask, refuse_decided
+from dsv4c.cli.subject import Asked, Subject, ask_with, refuse_decided
 from dsv4c.compiler.job import Compiled
 from dsv4c.errors import GraphError, PlanError
-from dsv4c.ir.graph import Graph
 from dsv4c.ir.text import graph_to_json
 from dsv4c.plan.folder import Plan, load
 from dsv4c.view.dot import dot
 from dsv4c.view.html import html
+from dsv4c.view.launches import launched
 from dsv4c.view.layers import layer_graph
 from dsv4c.view.model_explorer import model_explorer
 from dsv4c.view.svg import svg
@@ -66,6 +65,12 @@ OutputOption = Annotated[
 KernelsOption = Annotated[
     bool, typer.Option("--kernels", help="A GPU plan's kernels: launches, registers, memory, code.")
 ]
+BodiesOption = Annotated[
+    bool, typer.Option("--bodies", help="Draw what fused ops stand for, in place of a box per launch.")
+]
+OriginsOption = Annotated[
+    bool, typer.Option("--origins", help="Name the nodes that a rewritten node stands for.")
+]
 FoldOption = Annotated[bool, typer.Option("--fold/--no-fold", help="Show equal layers once, with a count.")]
 
 
@@ -82,6 +87,8 @@ def show_command(
     bucket: BucketOption = "decode",
     fold: FoldOption = True,
     after: AfterOption = None,
+    bodies: BodiesOption = False,
+    origins: OriginsOption = False,
     kernels: KernelsOption = False,
     recipe: RecipeOption = "official",
     batch: BatchOption = None,
@@ -102,7 +109,7 @@ def show_command(
 
       dsv4c show tiny.plan --json
 
-      dsv4c show tiny --layer 1 --format svg -o layer.svg
+      dsv4c show tiny --after fold --layer 1 --format svg -o layer.svg
 
       dsv4c show flash.plan --kernels
 
@@ -116,15 +123,7 @@ def show_command(
         return
     if layer is not None and format in (Format.HTML, Format.MODEL_EXPLORER):
         raise GraphError(f"--format {format.value} shows every layer; leave --layer out")
-    asked = ask(
-        subject,
-        bucket=bucket,
-        extra=extra,
-        recipe=recipe,
-        batch=batch,
-        max_context=max_context,
-        chunk=chunk,
-    )
+    asked = ask_with(context, subject)
     staging = format in (Format.HTML, Format.MODEL_EXPLORER) and after is None
     plan = asked.plan if after is None and not staging else None
     compiled = asked.compiled(bucket) if staging or after is not None else None
@@ -132,12 +131,20 @@ def show_command(
         graph = compiled.graph if after is None else compiled.after(after)
     else:
         graph = asked.stage(bucket, "quantize" if asked.plan is None else None)
-    config = asked.job.config
-    summary = summarize(graph, config)
+    one = int(layer) if layer and layer.isdecimal() else layer
+    summary = summarize(graph if one is None else layer_graph(graph, one), asked.job.config)
     if compiled is not None and staging:
-        text = staged(compiled, asked, format)
+        text = staged(compiled, asked, format, bucket, fold)
+    elif format is Format.TEXT:
+        text = render(graph, one, fold, origins=origins)
+    elif format is Format.JSON:
+        shown = graph if one is None else layer_graph(graph, one)
+        text = json_text.dumps(graph_to_json(shown), indent=1) + "\n"
+    elif format in (Format.DOT, Format.SVG):
+        draw = dot if format is Format.DOT else svg
+        text = draw(graph, one, fold, bodies, launches_of(plan, bucket) if plan is not None else {})
     else:
-        text = _form(graph, format, int(layer) if layer and layer.isdecimal() else layer, fold)
+        raise GraphError(f"--format {format.value} shows every stage; leave --after out")
     if format is Format.TEXT:
         head = summary.text() + (describe(plan) if plan else "")
         text = f"{head}\n{text}"
@@ -149,20 +156,23 @@ def show_command(
         print_json({"summary": summary.to_dict()} | (figures(plan) if plan else {}))
 
 
-def staged(compiled: Compiled, asked: Asked, format: Format) -> str:
-    """All stages of a bucket in one file; with the source of its kernels for a plan that has some."""
+def staged(compiled: Compiled, asked: Asked, format: Format, bucket: str, fold: bool) -> str:
+    """All stages of a bucket in one file; of a plan in HTML its launches, too, and the source of kernels."""
     if format is Format.MODEL_EXPLORER:
-        return json_text.dumps(model_explorer(compiled.named)) + "\n"
+        return json_text.dumps(model_explorer(compiled.named, fold), separators=(",", ":")) + "\n"
     title = f"{asked.job.config.name}, {asked.job.recipe.name}"
-    return html(compiled.named, title=title, sources=kernel_sources(asked.plan) if asked.plan else None)
+    if asked.plan is None:
+        return html(compiled.named, title=title)
+    sources, launches = kernel_sources(asked.plan, bucket), launched(asked.plan, bucket)
+    return html(compiled.named, title=title, sources=sources, launches=launches)
 
 
-def kernel_sources(plan: Plan) -> dict[str, str]:
-    """The source of the kernel that runs each node of a decode step."""
+def kernel_sources(plan: Plan, bucket: str) -> dict[str, str]:
+    """The source of the kernel that runs each node of a bucket."""
     if not plan.kernels:
         return {}
     files = {key: plan.files[record["source"]].decode() for key, record in plan.kernels.items()}
-    launches = plan.program().launches
+    launches = plan.program(bucket).launches
     return {name: files[launch.kernel.kernel] for launch in launches for name in launch.nodes}
 
 
@@ -174,10 +184,26 @@ def _show_kernels(subject: str, json: bool) -> None:
     if json:
         print_json({"kernels": rows})
         return
-    table = Table(*rows[0], title=f"{plan.name} for {plan.target}")
-    for row in rows:
-        table.add_row(*(str(v)[:48] for v in row.values()))
-    print_table(table)
+    print(f"{plan.name} for {plan.target}: {len(rows)} kernels")
+    print_rows(
+        [
+            {
+                "launches": row["launches"],
+                "regs": row["registers"],
+                **{key: row[key] for key in ("shared", "spills", "code", "kernel", "op", "origin")},
+            }
+            for row in rows
+        ]
+    )
+
+
+def launches_of(plan: Plan, bucket: str) -> dict[str, str]:
+    """The launch that runs each node of a bucket; of several that share the work, the first."""
+    found: dict[str, str] = {}
+    for launch in plan.program(bucket).launches:
+        for name in launch.nodes:
+            found.setdefault(name, launch.name)
+    return found
 
 
 def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
@@ -201,16 +227,3 @@ def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
             }
         )
     return sorted(rows, key=lambda row: -int(row["launches"]))
-
-
-def _form(graph: Graph, format: Format, layer: int | str | None, fold: bool) -> str:
-    if format is Format.TEXT:
-        return render(graph, layer, fold)
-    if format is Format.JSON:
-        shown = graph if layer is None else layer_graph(graph, layer)
-        return json_text.dumps(graph_to_json(shown), indent=1) + "\n"
-    if format is Format.DOT:
-        return dot(graph, layer, fold)
-    if format is Format.SVG:
-        return svg(graph, layer, fold)
-    raise GraphError(f"--format {format.value} shows every stage; leave --after out")

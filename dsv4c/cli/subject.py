@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dsv4c.cli.options import CONFIG_HELP, first_given, sizes
+from dsv4c.cli.options import COMPLETE_MODEL, CONFIG_HELP, first_given, sizes
 from dsv4c.compiler.job import Compiled, Job, job_of, rules_of
 from dsv4c.compiler.request import Request
 from dsv4c.errors import ConfigError
@@ -22,7 +22,12 @@ DEPLOYMENT = ("target", "recipe", "batch", "max_context", "chunk")
 
 Subject = Annotated[
     str,
-    typer.Argument(metavar="CONFIG|PLAN", help=f"{CONFIG_HELP} Or a plan folder.", show_default=False),
+    typer.Argument(
+        metavar="CONFIG|PLAN",
+        help=f"{CONFIG_HELP} Or a plan folder.",
+        show_default=False,
+        autocompletion=COMPLETE_MODEL,
+    ),
 ]
 
 
@@ -72,6 +77,13 @@ def ask(
         **options,
     )
     return Asked(subject, request.job(), None)
+
+
+def ask_with(context: typer.Context, subject: str) -> Asked:
+    """`ask` with the options that the running command has for a bucket and for a config's deployment."""
+    given = context.params
+    options = {name: given[name] for name in DEPLOYMENT if name in given}
+    return ask(subject, bucket=given["bucket"], extra=given["extra"], **options)
 
 
 def refuse_decided(context: typer.Context, *subjects: str) -> None:

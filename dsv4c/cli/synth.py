@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from dsv4c.cli.console import print_json, progress_bar, size
-from dsv4c.cli.options import ConfigArgument, ForceOption, JsonOption
+from dsv4c.cli.options import ConfigArgument, JsonOption, OverwriteOption
 from dsv4c.config import load_config
 from dsv4c.models.synth import synthesize
 
@@ -30,7 +30,7 @@ def synth_command(
     output: OutputOption,
     seed: SeedOption = 0,
     shards: ShardsOption = None,
-    force: ForceOption = False,
+    overwrite: OverwriteOption = False,
     json: JsonOption = False,
 ) -> None:
     """Write a random checkpoint of a model, for tests and benchmarks.
@@ -39,11 +39,11 @@ def synth_command(
 
       dsv4c synth tiny -o tiny-weights --seed 1
 
-      dsv4c synth my-config.json -o weights --shards 4 --force
+      dsv4c synth my-config.json -o weights --shards 4 --overwrite
     """
     model = load_config(config)
     with progress_bar("synth", bytes_counted=True) as progress:
-        folder = synthesize(model, output, seed, shards, force=force, progress=progress)
+        folder = synthesize(model, output, seed, shards, overwrite=overwrite, progress=progress)
     files = sorted(path.name for path in folder.iterdir())
     written = sum((folder / name).stat().st_size for name in files)
     if json:

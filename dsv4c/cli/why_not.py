@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Annotated
 
@@ -9,6 +10,7 @@ import typer
 
 from dsv4c.cli.console import print_json, size
 from dsv4c.cli.options import (
+    COMPLETE_RULE,
     BatchOption,
     BucketOption,
     ChunkOption,
@@ -19,14 +21,17 @@ from dsv4c.cli.options import (
     Target,
     TargetOption,
 )
-from dsv4c.cli.subject import Subject, ask, refuse_decided
+from dsv4c.cli.subject import Subject, ask_with, refuse_decided
 from dsv4c.compiler.job import Compiled, Job
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused, operand_counts, sketches
 from dsv4c.passes.explain import WhyNot, at, why_not
 from dsv4c.passes.fold import Applied, FoldReport, Refusal, Rule
 
-RuleArgument = Annotated[str, typer.Argument(metavar="RULE", help="Name of a rule.", show_default=False)]
+RuleArgument = Annotated[
+    str,
+    typer.Argument(metavar="RULE", help="Name of a rule.", show_default=False, autocompletion=COMPLETE_RULE),
+]
 NodeOption = Annotated[
     str | None,
     typer.Option(
@@ -73,16 +78,7 @@ def why_not_command(
       dsv4c why-not rmsnorm_quantize tiny.plan --node layers.2
     """
     refuse_decided(context, subject)
-    asked = ask(
-        subject,
-        bucket=bucket,
-        extra=extra,
-        recipe=recipe,
-        target=target.value,
-        batch=batch,
-        max_context=max_context,
-        chunk=chunk,
-    )
+    asked = ask_with(context, subject)
     wanted = asked.job.rules.rule(rule)
     compiled = asked.compiled(bucket)
     report = compiled.context.fold
@@ -130,7 +126,18 @@ def absent(wanted: Rule, compiled: Compiled) -> str:
     missing = sorted(needed - there)
     if missing:
         return f"the graph has no {' and no '.join(missing)}"
-    return "rules before it took every place where a search could begin, or nothing was proposed there"
+    report = compiled.context.fold
+    places = [node.name for node in before.nodes if node.op.name in needed]
+    taken = Counter(
+        applied.rule
+        for each in (report.rules.values() if report is not None else ())
+        for applied in each.applied
+        if any(made in applied.members for made in places)
+    )
+    if taken:
+        rules = ", ".join(f"{rule} ({times} times)" for rule, times in taken.most_common())
+        return f"rules before it took every place where a search could begin: {rules}"
+    return "nothing was proposed where a search could begin"
 
 
 def text(answer: Answer, each: bool) -> str:

@@ -34,9 +34,6 @@ class Bodies:
         results = [Operand(c.name, "w", v) for v in node.outputs for c in v.type.components]
         return (Part(BodyCode(attributes, self._file(node)), (*operands, *results)),)
 
-    def check_load(self, graph: Graph) -> None:
-        """Anything may run at load."""
-
     def _file(self, node: Node) -> str:
         """Name of the file with the body of a fused node: its operands as inputs, its results in order."""
         if not isinstance(node.op, Fused):

@@ -31,14 +31,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import dsv4c.numerics.forms
+import dsv4c.types
 from dsv4c.arch import ARCHS
 from dsv4c.cache import Store
 from dsv4c.errors import BuildError
 from dsv4c.plan.cubin import CubinError, Resources, read_cubin
 from dsv4c.publish import scratch_folder
+from dsv4c.threads import cores
 
 TARGETS = tuple(ARCHS)
-LIB = Path(__file__).parent / "lib"
+LIB, MEANINGS = Path(__file__).parent / "lib", Path(__file__).parent / "meanings"
 _COMPILER = "nvidia-cutlass-dsl"
 VERSION = 3  # of a kernel's entry in the store; part of every key
 
@@ -106,7 +108,8 @@ def build(
 ) -> list[Built]:
     """Compile `sources` for `target`, in their order, taking from the folder `store` what it has.
 
-    `workers` processes compile (default: one per core). Raises BuildError naming every kernel that failed.
+    `workers` processes compile (default: one per core that this process may use). Raises BuildError naming
+    every kernel that failed.
     """
     if target not in TARGETS:
         raise BuildError(f"cannot compile for {target!r}: targets are {', '.join(TARGETS)}")
@@ -123,7 +126,7 @@ def build(
         else:
             _settle(ready, entry, len(set(keys)), progress)
     failures = _compile_all(
-        jobs, min(todo, workers or os.cpu_count() or 1), target, kept, ready, len(set(keys)), progress
+        jobs, min(todo, workers or cores()), target, kept, ready, len(set(keys)), progress
     )
     if failures:
         raise BuildError("\n".join(failures))
@@ -133,6 +136,8 @@ def build(
 def source_key(source: Source, target: str) -> str:
     """Content address of a kernel: everything that decides its cubin."""
     parts = [str(VERSION), source.symbol, source.text, target, toolchain(), lib_digest()]
+    if "from dsv4c.codegen.meanings import " in source.text:
+        parts.append(meanings_digest())
     if source.package is not None:
         parts.append(source.package.digest)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
@@ -147,7 +152,16 @@ def toolchain() -> str:
 @cache
 def lib_digest() -> str:
     """Digest of the device library and what it imports, read once per process."""
-    files = [*sorted(LIB.glob("*.py")), Path(dsv4c.numerics.forms.__file__)]
+    return _digest([*sorted(LIB.glob("*.py")), Path(dsv4c.numerics.forms.__file__)])
+
+
+@cache
+def meanings_digest() -> str:
+    """Digest of the device meanings of primitives and what they import besides, read once per process."""
+    return _digest([*sorted(MEANINGS.glob("*.py")), Path(dsv4c.types.__file__)])
+
+
+def _digest(files: Sequence[Path]) -> str:
     return hashlib.sha256(b"\0".join(f.name.encode() + b"\0" + f.read_bytes() for f in files)).hexdigest()
 
 

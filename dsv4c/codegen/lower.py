@@ -68,10 +68,6 @@ class Coder(Protocol):
         """The launches that compute `nodes`. Raises BuildError, with every reason, where there are none."""
         ...
 
-    def check_load(self, graph: Graph) -> None:
-        """Raise BuildError for what this target cannot compute at load."""
-        ...
-
 
 Unfold = Callable[[Graph, Sequence[Node], frozenset[str]], Graph]
 """A graph with some fused nodes given back to their parts, folded again without the ops of those names."""
@@ -165,15 +161,15 @@ def lower(
         coded[folded.bucket.name] = _code(folded, coder, require_fused, unfolded)
     load = merged([f.load for f in buckets if f.load is not None])
     constants = {v.name for v in load.outputs.values()} if load is not None else set()
-    if load is not None:
-        coder.check_load(load)
     once = None if load is None else _code_alone(load, bodies)
 
     graphs = [c.graph for c in coded.values()]
     everything = graphs if load is None else [*graphs, load]
     states = _agreed((g, v) for g in graphs for v in g.states)
     params = _agreed((g, v) for g in everything for v in g.params if v.name not in constants)
-    weights, weights_bytes = lay_out_weights(params, _forms(coded.values(), constants))
+    weights, weights_bytes = lay_out_weights(
+        params, _forms([*coded.values(), *([once] if once else [])], constants)
+    )
     state_offsets, state_bytes = lay_out(states)
     made = {} if load is None else {v.name: v.type for v in load.outputs.values()}
     constant_offsets, constants_bytes = lay_out(made)
@@ -217,16 +213,35 @@ def graph_file(name: str) -> str:
 
 
 def _code(folded: Folded, coder: Coder, require_fused: frozenset[str], unfolded: list[Unfolded]) -> _Coded:
-    """Code for a bucket; op by op, what none takes is unfolded first."""
+    """Code for a bucket."""
+    graph, order, steps, refused = _settle(folded, coder, require_fused, unfolded)
+    for node, reason in refused.items():
+        own = [f"{u.op} was unfolded: {u.reason}" for u in unfolded if u.bucket == folded.bucket.name]
+        raise BuildError("\n".join([f"at {node.name}: {reason}", *own]))
+    return _Coded(graph, order, plan_memory(graph, order), steps)
+
+
+def refusals(folded: Folded, coder: Coder) -> dict[Node, str]:
+    """Every node that no code takes once fused ones are unfolded, and why; `lower` stops at the first."""
+    return _settle(folded, coder, frozenset(), [])[-1]
+
+
+Steps = tuple[tuple[Part, ...], ...]
+
+
+def _settle(
+    folded: Folded, coder: Coder, require_fused: frozenset[str], unfolded: list[Unfolded]
+) -> tuple[Graph, Schedule, Steps, dict[Node, str]]:
+    """A bucket's graph with its code; op by op, what none takes is unfolded, until only primitives are
+    refused.
+    """
     graph, given_back = folded.graph, frozenset[str]()
     while True:
         order, steps, refused = _ask(graph, schedule(graph, coder.groups), coder)
-        if not refused:
-            return _Coded(graph, order, plan_memory(graph, order), steps)
-        node, reason = next(iter(refused.items()))
-        if not isinstance(node.op, Fused):
-            own = [f"{u.op} was unfolded: {u.reason}" for u in unfolded if u.bucket == folded.bucket.name]
-            raise BuildError("\n".join([f"at {node.name}: {reason}", *own]))
+        fused = [(node, reason) for node, reason in refused.items() if isinstance(node.op, Fused)]
+        if not fused:
+            return graph, order, steps, refused
+        node, reason = fused[0]
         name = node.op.name
         if name in require_fused:
             raise BuildError(
@@ -247,9 +262,7 @@ def _code_alone(graph: Graph, coder: Coder) -> _Coded:
     return _Coded(graph, order, plan_memory(graph, order), steps)
 
 
-def _ask(
-    graph: Graph, order: Schedule, coder: Coder
-) -> tuple[Schedule, tuple[tuple[Part, ...], ...], dict[Node, str]]:
+def _ask(graph: Graph, order: Schedule, coder: Coder) -> tuple[Schedule, Steps, dict[Node, str]]:
     """Launches with their code, and the nodes that none takes, with the reasons. Where none takes a launch of
     several nodes, each becomes a launch of its own.
     """

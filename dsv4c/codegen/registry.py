@@ -144,8 +144,9 @@ Candidate = Callable[[Request], Answer]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A candidate: the ops it covers, whether one launch may hold several of them, in that order, and whether
-    the later of them then read what the first makes. `package` contributed it, if it is not dsv4c's.
+    """A candidate: the ops it covers, any op if none are named; whether one launch may hold several of them,
+    in that order, and whether the later of them then read what the first makes. `package` contributed it, if
+    it is not dsv4c's.
     """
 
     name: str
@@ -177,7 +178,7 @@ def choose(request: Request, known: tuple[Kernel, ...]) -> tuple[Launchable, ...
     """
     reasons = []
     for candidate in known:
-        if not all(type(call.op) in candidate.ops for call in request.calls):
+        if candidate.ops and not all(type(call.op) in candidate.ops for call in request.calls):
             continue
         if len(request.calls) > 1 and not candidate.several:
             reasons.append(f"{candidate.name}: takes one op per launch, not {len(request.calls)}")

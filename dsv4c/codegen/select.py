@@ -11,7 +11,6 @@ from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels import KERNELS
 from dsv4c.codegen.lower import Operand, Part
 from dsv4c.codegen.registry import Kernel, Launchable, choose, request_of
-from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.passes.schedule import Group
 from dsv4c.plan.records import KernelCode
@@ -39,15 +38,6 @@ class Kernels:
         labels = {p: p.place.role.replace(".", "_") for p in params}
         request, values = request_of(nodes, self.arch, graph.users, labels)
         return tuple(self._part(launch, values) for launch in choose(request, self.known))
-
-    def check_load(self, graph: Graph) -> None:
-        """Constants of the model may be computed at load; kernels take the weights themselves."""
-        for node in graph.nodes:
-            if node.inputs:
-                raise BuildError(
-                    f"at {node.name}: {node.op.name} of weights is left over; kernels take the weights "
-                    "themselves, expected it folded into the op that reads it"
-                )
 
     def _part(self, launch: Launchable, values: Sequence[Value]) -> Part:
         emission = launch.emission

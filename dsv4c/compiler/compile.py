@@ -16,15 +16,14 @@ from dsv4c.buckets import Bucket
 from dsv4c.cache import cache_folder
 from dsv4c.certify.certificates import certify as certificates_of
 from dsv4c.certify.finding import to_dict
-from dsv4c.codegen.lower import Folded, Unfold, lower
+from dsv4c.codegen.lower import lower
 from dsv4c.codegen.targets import target_of
 from dsv4c.compiler.assemble import assemble
-from dsv4c.compiler.blame import blamed
 from dsv4c.compiler.job import Compiled, Job, Saved
+from dsv4c.compiler.limits import refused
 from dsv4c.compiler.request import Request
 from dsv4c.config import ModelConfig
 from dsv4c.errors import BuildError, ConfigError, GraphError
-from dsv4c.ir.graph import Graph, Node
 from dsv4c.passes.pipeline import OURS, Stage
 from dsv4c.passes.work import Match
 from dsv4c.plan.check import check
@@ -34,7 +33,7 @@ Progress = Callable[[str, int, int], None]
 
 
 def compile(
-    model: ModelConfig | str | Path | Request | Saved | Job,
+    model: ModelConfig | str | Path | Mapping[str, Any] | Request | Saved | Job,
     *,
     certify: bool = True,
     inspect: Callable[[str, Compiled], None] | None = None,
@@ -80,18 +79,18 @@ def compile(
     target = target_of(job.deployment.target)
     again: list[Match] = []
     with stages("lower"):
-        folded = [_folded(job, b, first, compiled[first], again) for b, first in firsts.items()]
+        folded = [job.folded(b, first, compiled[first], again) for b, first in firsts.items()]
         try:
             lowered = lower(folded, target.coder, target.bodies, job.require_fused)
         except BuildError as error:
-            raise blamed(job, error) from None
+            raise refused(job, error) from None
         target.settle(job.kernels)
 
     # 4. Both sides of every rewrite, and cubins.
     certificates: Sequence[dict[str, Any]] = ()
     if certify:
         with stages("certify"):
-            certificates = _certify(compiled, again, cache_folder(cache) / "certificates")
+            certificates = _certify(compiled, again, cache_folder(cache) / "certificates", progress)
     if not on_cpu:
         with stages("build"):
             target.build(cache_folder(cache) / "kernels", progress)
@@ -104,27 +103,12 @@ def compile(
     return plan
 
 
-def _folded(job: Job, bucket: Bucket, first: Bucket, compiled: Compiled, again: list[Match]) -> Folded:
-    """A bucket to lower, with the graph of the first one of its form."""
-    graph = compiled.graph if bucket == first else job.resized(compiled.graph, bucket)
-    return Folded(bucket, graph, compiled.context.prepack, _unfolding(job, again))
-
-
-def _unfolding(job: Job, again: list[Match]) -> Unfold:
-    """Gives fused nodes back to their parts and folds those again; where rules apply then joins `again`."""
-
-    def unfold(graph: Graph, nodes: Sequence[Node], without: frozenset[str]) -> Graph:
-        graph, matches = job.unfolded(graph, nodes, without)
-        again.extend(matches)
-        return graph
-
-    return unfold
-
-
-def _certify(compiled: Mapping[Bucket, Compiled], again: list[Match], cache: Path) -> list[dict[str, Any]]:
+def _certify(
+    compiled: Mapping[Bucket, Compiled], again: list[Match], cache: Path, progress: Progress | None
+) -> list[dict[str, Any]]:
     """Certificates of all buckets, equal applications once. Raises GraphError for a rule that is wrong."""
     matches = [m for c in compiled.values() if c.context.fold is not None for m in c.context.fold.matches]
-    found = certificates_of([*matches, *again], folder=cache)
+    found = certificates_of([*matches, *again], folder=cache, progress=progress)
     for wrong in found.failed:
         raise GraphError(
             f"the rule {wrong.rule} is wrong on {', '.join(wrong.operands)}: {wrong.reason}; "

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dsv4c import strict_json
 from dsv4c.buckets import Bucket
+from dsv4c.codegen.lower import Folded
 from dsv4c.config import Deployment, ModelConfig
 from dsv4c.errors import ConfigError, GraphError, listed
 from dsv4c.ir.graph import Graph, Node
@@ -153,7 +154,7 @@ class Job:
         firsts = {}
         for b in sorted(self.deployment.buckets, key=lambda bucket: (bucket.kind != "decode", bucket.rows)):
             own = self.saved is not None or b.keeps_beside
-            firsts[b] = found.setdefault((b,) if own else (b.block, b.logits), b)
+            firsts[b] = found.setdefault((b,) if own else (b.block, b.logits, b.sampled), b)
         return {b: firsts[b] for b in self.deployment.buckets}
 
     def resized(self, graph: Graph, bucket: Bucket) -> Graph:
@@ -165,6 +166,19 @@ class Job:
         }
         name = f"{self.config.name}.{bucket.name}"
         return verify(resized(graph, name, inputs, bucket.tokens))
+
+    def folded(self, bucket: Bucket, first: Bucket, compiled: Compiled, again: list[Match]) -> Folded:
+        """A bucket to lower, with the graph of the first one of its form. Where nodes are given back to their
+        parts and those folded again, the places where rules apply then join `again`.
+        """
+
+        def unfold(graph: Graph, nodes: Sequence[Node], without: frozenset[str]) -> Graph:
+            graph, matches = self.unfolded(graph, nodes, without)
+            again.extend(matches)
+            return graph
+
+        graph = compiled.graph if bucket == first else self.resized(compiled.graph, bucket)
+        return Folded(bucket, graph, compiled.context.prepack, unfold)
 
     def unfolded(
         self, graph: Graph, nodes: Sequence[Node], without: frozenset[str]

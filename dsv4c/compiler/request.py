@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from dsv4c.buckets import ROWS, Bucket, Logits
 from dsv4c.compiler.job import Job, choose_rules, rules_of
@@ -23,21 +23,24 @@ Draft = Literal["off", "mtp"]
 
 @dataclass(frozen=True)
 class Request:
-    """A model (a config, a built-in name, a config.json or a checkpoint folder), and how to compile it.
+    """A model (a config, a built-in name, a config.json, its contents as a dict, or a checkpoint folder), and
+    how to compile it.
 
     target: cpu, sm_90a or sm_100a. batch: sequences that decode together, a bucket for each number (1; on a
     GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens
     that each has room for. verify: tokens of one sequence that a verify step takes, 1 for no such bucket.
     chunk: tokens of one sequence that prefill calls take, a bucket for each size (64 or the context; on a
     GPU 8). logits: of every token of a chunk, or of its last alone. draft: "mtp" adds the draft block's
-    bucket. pipeline: passes (or their spec) in place of the default ones, whose recipe is `recipe`. rules:
-    what may fold, by default the built-in ones and those of installed packages, without those of `disable`
-    ("all": every one) that `enable` does not take back. expected: applications by rule that must hold for
-    the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever they apply.
-    kernels: a folder of edited kernel files, which take the place of generated ones of the same names.
+    bucket. sampled: decode steps draw the next token as their slots say (temperature, top-p, ...), in place
+    of taking the likeliest. pipeline: passes (or their spec) in place of the default ones, whose recipe is
+    `recipe`. rules: what may fold, by default the built-in ones and those of installed packages, without
+    those of `disable` ("all": every one) that `enable` does not take back. expected: applications by rule
+    that must hold for the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever
+    they apply. kernels: a folder of edited kernel files, which take the place of generated ones of the same
+    names.
     """
 
-    model: ModelConfig | str | Path
+    model: ModelConfig | str | Path | Mapping[str, Any]
     target: str = "cpu"
     recipe: str = "official"
     batch: int | Sequence[int] | None = None
@@ -47,6 +50,7 @@ class Request:
     chunk: int | Sequence[int] | None = None
     logits: Logits = "all"
     draft: Draft = "off"
+    sampled: bool = False
     pipeline: str | Pipeline | None = None
     rules: Contributions | None = None
     disable: Iterable[str] = ()
@@ -83,11 +87,7 @@ class Request:
             raise ConfigError(f"verify: {verify} tokens, expected 1 (no such bucket) to {ROWS}")
         if self.draft != "off" and not config.mtp_layers:
             raise ConfigError(f"{config.name}: has no MTP block (mtp_layers is 0); compile with draft off")
-        if self.draft != "off" and not on_cpu:
-            raise ConfigError(
-                f"draft: {self.target} has no kernels for the MTP block; compile with draft off, or for cpu"
-            )
-        buckets = [Bucket("decode", sequences=n) for n in batches]
+        buckets = [Bucket("decode", sequences=n, sampled=self.sampled) for n in batches]
         if verify > 1:
             buckets.append(Bucket("verify", tokens=verify))
         shapes = {(b.sequences, b.tokens, b.logits) for b in buckets}

@@ -46,6 +46,18 @@ class Fused(Op):
     """Base of fused ops; declare them with `@fused`. Operands with a default may be left out, from the end.
 
     `keep` lists the results of the body that this node returns, those that somebody reads; empty means all.
+
+    A subclass declares fields, which a match fills in, `body`, and where they are needed:
+
+    literals: "op.attribute" of every attribute that the body sets to a constant on purpose.
+    anchor: the op of the body that a search starts from; by default the one that is rarest in the graph.
+    apart: operands to which no wire of the body leads from the anchor; `propose` gives their values.
+    home: the result of the body whose scope a fused node takes.
+    optional: no warning where not even an anchor is found; some models have nothing to fold here.
+    unless: rules in whose company this one has no place, so that nobody is warned.
+    counts: how many operands an occurrence may have, where some may only be left out together.
+    example: values of fields, and types of operands as text, that the check at registration needs.
+    certified_as: the worst kind of difference that a certificate may find, by default "bit-exact".
     """
 
     literals: ClassVar[tuple[str, ...]] = ()

@@ -30,7 +30,15 @@ class Kind(enum.Enum):
 
 
 class Value:
-    """One typed value. Identity is the object; `name` is unique within its graph."""
+    """One typed value. Identity is the object; `name` is unique within its graph.
+
+    type: `TensorType` or `QuantType` (`dsv4c.types`): `x.type.shape` is a tuple of ints, `x.type.nbytes` the
+    bytes it takes; a plain tensor has `x.type.dtype`, a quantized one its `format`. kind: input, state,
+    param or result. node: the node that makes a result, of whose outputs it is number `index`; else None.
+
+    In the body of a fused op, `x.type` may not be known yet: compare shapes and dtypes with ==, and the trace
+    follows both ways. Add operations by calling ops (`dsv4c.ir.ops`) with values.
+    """
 
     __slots__ = ("index", "kind", "name", "node", "type")
 
@@ -114,6 +122,7 @@ class Graph:
         return users
 
     def values(self) -> Iterator[Value]:
+        """Inputs, states, params, then the results of all nodes in order."""
         yield from self.inputs
         yield from self.states
         yield from self.params
@@ -265,12 +274,15 @@ class Builder:
         return value
 
     def input(self, name: str, type_: Type) -> Value:
+        """Declare what a call gives. Raises GraphError for a name that is taken."""
         return self._declare(self.inputs, name, type_, Kind.INPUT)
 
     def state(self, name: str, type_: Type) -> Value:
+        """Declare a buffer that is kept between calls. Raises GraphError for a name that is taken."""
         return self._declare(self.states, name, type_, Kind.STATE)
 
     def param(self, name: str, type_: Type) -> Value:
+        """Declare a weight. Raises GraphError for a name that is taken."""
         return self._declare(self.params, name, type_, Kind.PARAM)
 
     def emit(
@@ -315,6 +327,7 @@ class Builder:
         values.update(zip(node.outputs, outputs, strict=True))
 
     def finish(self, outputs: Mapping[str, Value]) -> Graph:
+        """The graph, with these outputs by label; `dsv4c.ir.verify.verify` judges it."""
         return Graph(self.name, self.inputs, self.states, self.params, self.nodes, outputs)
 
 

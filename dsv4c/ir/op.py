@@ -99,6 +99,13 @@ class Op:
     same_format: ClassVar[Mapping[int, int]] = {}  # operand index -> operand whose number format it must have
     picks: ClassVar[Mapping[int, tuple[int, int]]] = {}
     """Operands that are indices: which operand each is an index into, and of which of its dimensions."""
+    by_row: ClassVar[frozenset[int] | None] = None
+    """Operands whose leading dimension counts rows that the op keeps apart, as do its results; it reads the
+    others whole. None where rows meet."""
+
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        """`by_row` on operands of these types."""
+        return self.by_row
 
     def hands_on(self, operand: int) -> int | None:
         """The result that holds the elements of an operand as they are, indices say; None without one."""

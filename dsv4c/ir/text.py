@@ -55,8 +55,8 @@ def print_op(op: Op) -> str:
     return f"{op.name} {{{', '.join(f'{k}={print_attribute(v)}' for k, v in attributes.items())}}}"
 
 
-def print_node(node: Node, scope: str = "") -> str:
-    """One line: results, op, operands, attributes, origin."""
+def print_node(node: Node, scope: str = "", *, origins: bool = True) -> str:
+    """One line: results, op, operands, attributes, origin; without `origins` only how many they are."""
     prefix = f"{scope}." if scope else ""
 
     def short(name: str) -> str:
@@ -68,27 +68,29 @@ def print_node(node: Node, scope: str = "") -> str:
     tail = (
         f" {{{', '.join(f'{k}={print_attribute(v)}' for k, v in attributes.items())}}}" if attributes else ""
     )
-    origin = f" from [{' '.join(node.origin)}]" if node.origin else ""
+    origin = ""
+    if node.origin:
+        origin = f" from [{' '.join(node.origin)}]" if origins else f" from {len(node.origin)} nodes"
     return f"{results} = {node.op.name}({operands}){tail}{origin}"
 
 
-def print_nodes(nodes: Iterable[Node]) -> list[str]:
+def print_nodes(nodes: Iterable[Node], *, origins: bool = True) -> list[str]:
     """Lines of nodes, with a scope header wherever the scope changes."""
     lines, scope = [], ""
     for node in nodes:
         if node.scope != scope:
             scope = node.scope
             lines.append(f"@{scope}")
-        lines.append(print_node(node, scope))
+        lines.append(print_node(node, scope, origins=origins))
     return lines
 
 
-def print_graph(graph: Graph) -> str:
-    """The whole graph as text, ending in a newline."""
+def print_graph(graph: Graph, *, origins: bool = True) -> str:
+    """The whole graph as text, ending in a newline. Without `origins` it does not read back."""
     lines = [f"graph {graph.name}"]
     for values in (graph.inputs, graph.states, graph.params):
         lines += [f"{v.kind.value} %{v.name}: {v.type}" for v in values]
-    lines += print_nodes(graph.nodes)
+    lines += print_nodes(graph.nodes, origins=origins)
     lines.append("return " + ", ".join(f"{name}=%{v.name}" for name, v in graph.outputs.items()))
     return "\n".join(lines) + "\n"
 

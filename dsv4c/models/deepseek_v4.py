@@ -32,7 +32,9 @@ from dsv4c.ir.ops import (
     completed_entries,
     compress_pool,
     concat,
+    draw,
     embedding,
+    emit,
     expand_streams,
     expert_linear,
     gather,
@@ -45,6 +47,7 @@ from dsv4c.ir.ops import (
     mul,
     normalize,
     owners,
+    penalize,
     positions,
     reshape,
     rms_norm,
@@ -62,10 +65,12 @@ from dsv4c.ir.ops import (
     sqrt_softplus,
     sum_,
     take_along,
+    token_probabilities,
     top_k,
     visible_entries,
     window_index,
 )
+from dsv4c.ir.ops.sample import KNOBS, STOPS
 from dsv4c.models.layout import layout
 from dsv4c.models.schedule import LayerPlan, RouterKind, layer_plans, mtp_plans
 from dsv4c.types import BF16, F32, I32, DType, TensorType
@@ -85,7 +90,8 @@ def build(config: ModelConfig, deployment: Deployment, bucket: Bucket, activatio
     Inputs: tokens i32[N], lengths i32[B] (valid tokens of each sequence, the rest is padding; 0 is idle),
     slots i32[B] (where each sequence's state is), no two active ones alike; a draft also takes streams
     [N, S, H]. Outputs: streams [N, S, H], logits f32[N, V] and next i32[N]; or f32[B, V] and i32[B], of each
-    sequence's last token, when the bucket says so.
+    sequence's last token, when the bucket says so. Steps that sample also give what they say, i32[N], and
+    the lengths of the next step.
     """
     with Builder(f"{config.name}.{bucket.name}") as builder:
         model = _Model(config, deployment, bucket, activation, builder)
@@ -225,9 +231,26 @@ class _Model:
             if self.bucket.logits == "last":
                 x = last_rows(x, self.lengths, name="last")
             logits = linear(x, self.weight("head"), out=F32, name="logits")
-            chosen = argmax(logits, name="next")
+            chosen = self.choose(logits)
             advance(self.start, self.slots, self.lengths, name="position")
-        return {"logits": logits, "next": chosen, "streams": streams}
+        return {"logits": logits, **chosen, "streams": streams}
+
+    def choose(self, logits: Value) -> dict[str, Value]:
+        """The next token of every row; of a step that samples also what it says, and the next lengths."""
+        if not self.bucket.sampled:
+            return {"next": argmax(logits, name="next")}
+        history = self.state("sampling.history", I32, self.deployment.max_context)
+        origin = self.state("sampling.origin", I32)
+        knobs = self.state("sampling.knobs", F32, len(KNOBS))
+        seeds, stops = self.state("sampling.seeds", I32, 2), self.state("sampling.stops", I32, STOPS)
+        at, slots = self.positions, self.row_slots
+        written = cache_write(history, self.tokens, at, slots, name="history_written")
+        lowered = penalize(logits, written, at, slots, origin, knobs, name="lowered")
+        probabilities = token_probabilities(lowered, slots, knobs, name="probabilities")
+        chosen = draw(probabilities, at, slots, origin, seeds, name="next")
+        said, going = emit(chosen, self.lengths, slots, stops, name="said")
+        self.builder.rename(going, "going")
+        return {"next": chosen, "said": said, "going": going}
 
     def layer(self, plan: LayerPlan, streams: Value) -> Value:
         """One block: attention, then experts, each between a hyper-connection's two halves."""

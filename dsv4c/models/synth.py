@@ -30,6 +30,7 @@ from dsv4c.models.weights import Source, Table, TensorSpec, inventory, sources
 from dsv4c.numerics.codec import quantize
 from dsv4c.publish import OccupiedError, published
 from dsv4c.scope import Scope
+from dsv4c.threads import cores, threads
 from dsv4c.types import NVFP4, QuantType
 
 SHARD_BYTES = 2_000_000_000
@@ -42,7 +43,7 @@ def synthesize(
     seed: int,
     shards: int | None = None,
     *,
-    force: bool = False,
+    overwrite: bool = False,
     workers: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Path:
@@ -52,11 +53,11 @@ def synthesize(
     Everything is written beside the target and exchanged with it when complete; files there that are none of
     a checkpoint's are kept. `progress(name, bytes done, bytes in
     all)` is called from worker threads, one at a time. Raises CheckpointError if the folder is not empty
-    (unless it holds a checkpoint and `force`, which replaces that) or cannot be written, or if the disk is
-    too small.
+    (unless it holds a checkpoint and `overwrite`, which replaces that) or cannot be written, or if the disk
+    is too small.
     """
     target = Path(directory)
-    _check_target(target, force)
+    _check_target(target, overwrite)
     table: Table = "nvfp4" if config.expert_format == "nvfp4" else "release"
     specs = inventory(config, table)
     total = sum(spec.nbytes for spec in specs)
@@ -71,7 +72,7 @@ def synthesize(
             raise CheckpointError(
                 f"{target}: the weights need {total:,} bytes, the disk has {free:,} left; free some"
             )
-        with published(target, replace=force, keep=_is_foreign) as folder:
+        with published(target, replace=overwrite, keep=_is_foreign) as folder:
             folder.mkdir()
             files = _create(folder, specs, shards or max(1, -(-total // SHARD_BYTES)))
             _fill(config, table, seed, files, total, workers, progress)
@@ -86,7 +87,7 @@ def synthesize(
 # --- files --------------------------------------------------------------------------------------------------
 
 
-def _check_target(target: Path, force: bool) -> None:
+def _check_target(target: Path, overwrite: bool) -> None:
     """Raise CheckpointError unless a checkpoint may be written there."""
     try:
         if target.is_symlink() or (target.exists() and not target.is_dir()):
@@ -95,9 +96,9 @@ def _check_target(target: Path, force: bool) -> None:
             return
         if not (target / SINGLE).exists() and not (target / INDEX).exists():
             raise CheckpointError(f"{target}: is not empty and holds no checkpoint; give a new folder")
-        if not force:
+        if not overwrite:
             raise CheckpointError(
-                f"{target}: holds a checkpoint; give another folder, or --force to replace it"
+                f"{target}: holds a checkpoint; give another folder, or --overwrite to replace it"
             )
     except OSError as error:
         raise CheckpointError(f"{target}: cannot be written: {error.strerror}") from None
@@ -254,17 +255,13 @@ def _fill(
             stop.set()
             raise
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the parallelism is over tensors
-    try:
-        with ThreadPoolExecutor(workers or os.cpu_count() or 1, "dsv4c-synth") as pool:
-            try:
-                for future in [pool.submit(write, job) for job in _jobs(config, table, slots)]:
-                    future.result()
-            finally:
-                stop.set()
-    finally:
-        torch.set_num_threads(threads)
+    # The parallelism is over tensors.
+    with threads(1), ThreadPoolExecutor(workers or cores(), "dsv4c-synth") as pool:
+        try:
+            for future in [pool.submit(write, job) for job in _jobs(config, table, slots)]:
+                future.result()
+        finally:
+            stop.set()
 
 
 def _write(config: ModelConfig, seed: int, job: _Job) -> None:

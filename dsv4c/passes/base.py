@@ -51,6 +51,7 @@ class Pass:
 
     @property
     def spec(self) -> str:
+        """As a pipeline's text has it: the name, and in braces the options that are not the default."""
         options = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         if not options:
             return self.name

@@ -28,6 +28,7 @@ class Rule:
 
     @property
     def name(self) -> str:
+        """The rule's, which is its op's."""
         return self.op.name
 
 

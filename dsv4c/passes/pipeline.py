@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
 
-from dsv4c.errors import GraphError, listed
+from dsv4c.errors import GraphError, contributed, listed
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.verify import verify
@@ -80,6 +80,15 @@ class Fold(Pass):
                 state = "was not tried" if found is None else f"matched {found} times"
                 raise GraphError(f"{graph.name}: the rule {name} {state}, expected {count}")
         return folded
+
+
+def _graph(made: object) -> Graph:
+    """What a pass gave. Raises GraphError for what is no graph."""
+    if not isinstance(made, Graph):
+        raise GraphError(
+            f"`run` returned {type(made).__name__}; expected the graph that it made, or the one it was given"
+        )
+    return made
 
 
 def surprising(rule: Rule, report: FoldReport) -> bool:
@@ -171,9 +180,10 @@ class Pipeline:
         stages: list[Stage] = []
         for p in self.passes:
             started = time.perf_counter()
-            try:
+            with contributed(f"pass {p.name}"):
                 after = p.run(graph, context)
-                graph = after if after is graph else verify(after)
+            try:
+                graph = after if after is graph else verify(_graph(after))
             except GraphError as error:
                 raise GraphError(f"pass {p.name}: {error}") from error
             stages.append(Stage(p.name, graph, time.perf_counter() - started))
@@ -313,7 +323,8 @@ def load_object(name: str) -> tuple[str, Any]:
     """`package.module:object` (or a module) imported, as a contribution. Raises GraphError."""
     module, _, attribute = name.partition(":")
     try:
-        found: Any = import_module(module)
+        with contributed(f"--pass {name}"):
+            found: Any = import_module(module)
         for part in filter(None, attribute.split(".")):
             found = getattr(found, part)
     except (ImportError, AttributeError, ValueError) as error:

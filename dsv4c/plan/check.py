@@ -383,6 +383,8 @@ def _interface(plan: Plan, program: Program) -> Iterator[Violation]:
             "bucket", "", f"its inputs are {', '.join(program.inputs)}; it needs {', '.join(wanted)}"
         )
     made = {"logits": TensorType(F32, (last, plan.config["vocab_size"])), "next": TensorType(I32, (last,))}
+    if bucket.sampled:
+        made |= {label: TensorType(I32, (bucket.rows,)) for label in ("said", "going")}
     for label, name in program.outputs.items():
         if name not in program.values:
             yield Violation("bucket", "", f"its output {label} is {name}, which is no value")

@@ -82,8 +82,17 @@ class Plan:
     timings: Mapping[str, float] = field(default_factory=dict, repr=False, compare=False)
     cache_hits: int = field(default=0, repr=False, compare=False)  # kernels that this compile found built
 
+    def __repr__(self) -> str:
+        deployment = self.deployment
+        return (
+            f"<Plan {self.name} for {self.target}: recipe {self.recipe}, "
+            f"{deployment['slots']} × {deployment['max_context']:,} tokens, "
+            f"buckets {', '.join(self.buckets)}, weights {self.blocks['weights'] / 1e6:,.2f} MB>"
+        )
+
     @property
     def target(self) -> str:
+        """What it runs on: cpu, sm_90a or sm_100a."""
         return str(self.deployment["target"])
 
     def program(self, bucket: str = "decode") -> Program:
@@ -128,17 +137,17 @@ class Plan:
         data["load"] = None if self.load is None else _program_to_json(self.load)
         return data
 
-    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+    def save(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Write the plan as `folder`, whole or not at all, and return it.
 
-        Raises PlanError if the folder cannot be written, is not empty and no plan, or is a plan and `force`
-        was not given.
+        Raises PlanError if the folder cannot be written, is not empty and no plan, or is a plan and
+        `overwrite` was not given.
         """
         target = Path(folder)
-        check_target(target, force=force)
+        check_target(target, overwrite=overwrite)
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with published(target, replace=force) as made:
+            with published(target, replace=overwrite) as made:
                 for name, content in {**self.files, PLAN_FILE: self.text.encode()}.items():
                     path = made / name
                     path.parent.mkdir(parents=True, exist_ok=True)
@@ -171,7 +180,7 @@ class Plan:
         return bind(self, weights, progress=progress, workers=workers, poison=poison)
 
 
-def check_target(folder: str | Path, *, force: bool = False) -> None:
+def check_target(folder: str | Path, *, overwrite: bool = False) -> None:
     """Raise PlanError unless a plan may be written there, so that a long compile fails before it starts."""
     target = Path(folder)
     try:
@@ -180,8 +189,8 @@ def check_target(folder: str | Path, *, force: bool = False) -> None:
         if target.is_dir() and any(target.iterdir()):
             if not (target / PLAN_FILE).is_file():
                 raise PlanError(f"{target}: is not empty and holds no plan; give a new or empty folder")
-            if not force:
-                raise PlanError(f"{target}: holds a plan; give another folder, or --force to replace it")
+            if not overwrite:
+                raise PlanError(f"{target}: holds a plan; give another folder, or --overwrite to replace it")
         above = next(parent for parent in (target, *target.absolute().parents) if parent.exists())
         if not above.is_dir():
             raise PlanError(f"{target}: cannot be written: {above} is no folder")

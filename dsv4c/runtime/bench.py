@@ -20,7 +20,7 @@ from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Argument, Launch, Program
 from dsv4c.runtime import driver
 from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, Device, check_device
-from dsv4c.runtime.random_fill import fill_state, fill_weight
+from dsv4c.runtime.random_fill import fill_state, fill_value, fill_weight
 from dsv4c.runtime.residence import Resident
 from dsv4c.scope import LAYERS, Scope
 
@@ -95,6 +95,7 @@ class Clock:
 
     def __init__(self, step: BoundProgram, position: int, replays: int) -> None:
         self.step, self.position, self.replays = step, position, replays
+        self._given = [step.value(name) for name in given(step.program)]
         self._flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
 
     def prefixes(self, ends: Sequence[int], progress: Progress | None = None) -> dict[int, float]:
@@ -125,7 +126,21 @@ class Clock:
         self.step.inputs["tokens"].fill_(17)
         self.step.inputs["lengths"].fill_(self.step.program.shape.tokens)
         torch.arange(len(slots), out=slots)
+        for value in self._given:
+            fill_value(value)
         self._flush.fill_(1)
+
+
+def given(program: Program) -> list[str]:
+    """Values in the arena that are read before they are written: of layers alone, what others make."""
+    written, found = set[int](), dict[str, None]()  # where values begin: a view has its own name
+    for launch in program.launches:
+        arena = [a for a in launch.arguments if a.space == "arena"]
+        for a in arena:
+            if a.access != "w" and a.value in program.values and a.offset not in written:
+                found[a.value] = None
+        written |= {a.offset for a in arena if "w" in a.access}
+    return list(found)
 
 
 # Bytes ------------------------------------------------------------------------------------------------------
@@ -205,7 +220,7 @@ class Bench:
     machine: Machine
     launches: int
     step_us: float
-    finite_logits: bool
+    finite_logits: bool | None  # None where layers alone make none
     layers: tuple[Layer, ...]
     parts: tuple[Part, ...]
 
@@ -299,7 +314,10 @@ def bench(
     begins = {layer: owners.index(layer) for layer in ends}
     times = Clock(step, position, replays).prefixes(range(len(launches) + 1), progress)
     megabytes = [1e-6 * moved_bytes(plan, program, launch, position) for launch in launches]
-    logits = step.outputs["logits"]
+    made = {a.value for launch in launches for a in launch.arguments if "w" in a.access}
+    finite = None
+    if program.outputs["logits"] in made:
+        finite = bool(step.outputs["logits"].isfinite().all())
     kinds = {layer: KINDS[plan.config["compress_ratios"][layer]] for layer in ends}
 
     def floor(size: float) -> float:
@@ -338,7 +356,7 @@ def bench(
         machine,
         len(launches),
         times[len(launches)],
-        bool(logits.isfinite().all()),
+        finite,
         tuple(layers),
         tuple(parts),
     )

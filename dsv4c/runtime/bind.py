@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from dsv4c.arch import ARCHS
 from dsv4c.errors import PlanError
 from dsv4c.plan.folder import Plan, Progress
 from dsv4c.runtime.checkpoint import Checkpoint
@@ -19,6 +20,7 @@ from dsv4c.runtime.residence import Resident, load_weights
 from dsv4c.runtime.session import Session
 
 
+@torch.inference_mode(False)  # weights are written by threads, which are in no caller's mode
 def bind(
     plan: Plan,
     weights: str | Path,
@@ -43,7 +45,8 @@ def bind(
     block = torch.empty(max(plan.blocks["weights"], 256), dtype=torch.uint8, device=device)
     load_weights(checkpoint, residents, block, progress=progress, workers=workers)
     executor: type[CpuExecutor] | type[CudaExecutor] = CpuExecutor if on_cpu else CudaExecutor
-    return Session(plan, executor(plan, block, poison=poison))
+    folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+    return Session(plan, executor(plan, block, poison=poison), folder)
 
 
 def _check_memory(plan: Plan) -> None:
@@ -54,3 +57,13 @@ def _check_memory(plan: Plan) -> None:
             f"plan {plan.name} needs {needed / 1e9:,.1f} GB of memory for weights, state and arena, this "
             f"machine has {memory / 1e9:,.1f} GB; compile with fewer --slots or a smaller --max-context"
         )
+
+
+def machine_target() -> str:
+    """What plans for this machine are compiled for: its GPU, or else its CPU."""
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        for arch in ARCHS.values():
+            if arch.capability == capability:
+                return arch.name
+    return "cpu"

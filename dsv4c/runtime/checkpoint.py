@@ -24,6 +24,7 @@ from dsv4c.numerics.codec import Value
 from dsv4c.numerics.soundness import scale_fault
 from dsv4c.runtime.parameter import REMEDY, ParamReader, ParamRecord, Part, Source
 from dsv4c.scope import MTP, Scope
+from dsv4c.threads import cores, threads
 from dsv4c.types import QuantType
 
 # the torch dtype of element types that we read; exponent and packed bytes are uint8
@@ -230,7 +231,7 @@ class Checkpoint:
         Reads all scales, a small part of the payload, and of the data only what lies under a zero.
         """
         read = [source if isinstance(source, Source) else Source.from_json(source) for source in sources]
-        with ThreadPoolExecutor(workers or _workers(), "dsv4c-scales") as pool:
+        with threads(1), ThreadPoolExecutor(workers or _workers(), "dsv4c-scales") as pool:
             found = [sentence for part in pool.map(self._unsound_scales, read) for sentence in part]
         return list(dict.fromkeys(found))  # the halves of a merged stack share theirs
 
@@ -300,7 +301,8 @@ class Checkpoint:
                 stop.set()
                 raise
 
-        with ThreadPoolExecutor(workers or _workers(), "dsv4c-weights") as pool:
+        # The parallelism is over tensors.
+        with threads(1), ThreadPoolExecutor(workers or _workers(), "dsv4c-weights") as pool:
             try:
                 for future in [pool.submit(read, reader) for reader in readers]:
                     future.result()
@@ -328,7 +330,7 @@ class Checkpoint:
 
 
 def _workers() -> int:
-    return min(4, os.cpu_count() or 1)
+    return min(4, cores())
 
 
 def _draft_blocks(names: Iterable[str]) -> set[str]:

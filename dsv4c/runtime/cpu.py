@@ -18,9 +18,13 @@ from dsv4c.errors import PlanError
 from dsv4c.numerics.codec import Value, nan_fill, parts_of, view
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Launch, Program
-from dsv4c.runtime.executor import Watch, states_of, tensor_at
+from dsv4c.runtime.executor import Watch, handed_on, said_by, states_of, tensor_at
+from dsv4c.threads import threads
 
 POISON = 0x7FFF  # as bf16, f16, f32 and every second fp8 and ue8m0 a NaN; as an integer far from any index
+
+LARGE = 2e10
+"""Work of a program, about a second's, from which on its operations take all cores."""
 
 
 @dataclass(frozen=True)
@@ -70,10 +74,11 @@ class CpuExecutor:
         bound.take(inputs)
         for i in range(count):
             if i:
-                bound.inputs["tokens"].copy_(bound.outputs["next"])
+                for label, name in handed_on(bound.outputs).items():
+                    bound.inputs[name].copy_(bound.outputs[label])
             self._call(bound, None)
             if keep is not None:
-                keep[i].copy_(bound.outputs["next"])
+                keep[i].copy_(said_by(bound.outputs))
         return bound.outputs
 
     def wait(self) -> None:
@@ -111,6 +116,7 @@ class _Bound:
         from dsv4c.runtime.meaning import meaning_of
 
         self._places, self._blocks = program.values, blocks
+        self.threads = None if work(program) >= LARGE else 1
         self._made: dict[tuple[str, int, str], Value] = {}  # a state and what is written to it are one object
 
         def plain(name: str) -> Tensor:
@@ -145,10 +151,17 @@ class _Bound:
             value.copy_(inputs[name])
 
     def execute(self, watch: Watch | None) -> None:
-        for step in self.steps:
-            _execute(step)
-            if watch is not None:
-                watch(step.launch)
+        with threads(self.threads):
+            for step in self.steps:
+                _execute(step)
+                if watch is not None:
+                    watch(step.launch)
+
+
+def work(program: Program) -> int:
+    """Bytes that a call's launches name, for each of its rows: about its multiplications."""
+    rows = 1 if program.bucket is None else program.bucket.rows
+    return rows * sum(argument.nbytes for launch in program.launches for argument in launch.arguments)
 
 
 def operands_of(launch: Launch) -> list[str]:

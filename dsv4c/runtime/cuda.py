@@ -22,7 +22,7 @@ from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import SPACES, Argument, Launch, Program
 from dsv4c.runtime import driver
 from dsv4c.runtime.cpu import constants_of
-from dsv4c.runtime.executor import Watch, states_of, tensor_at
+from dsv4c.runtime.executor import Watch, handed_on, said_by, states_of, tensor_at
 from dsv4c.runtime.residence import SLAB
 
 OLDEST_DRIVER = 13000  # CUDA 13.0, driver 580: what loads cubins of the CUDA 13 tools
@@ -117,7 +117,7 @@ class CudaExecutor:
     ) -> None:
         self.plan, self.poison = plan, poison
         self.blocks = {n: _block(plan.blocks[n], device) for n in ("arena", "state", "input")}
-        constants = constants_of(plan, torch.empty(0, dtype=torch.uint8))
+        constants = constants_of(plan, _read_at_load(plan, weights))
         self.blocks |= {"weights": weights, "constants": constants.to(device)}
         self.states = states_of(plan, self.blocks)
         libraries = Libraries(plan)
@@ -155,10 +155,11 @@ class CudaExecutor:
         bound.take(inputs)
         for i in range(count):
             if i and not bound.feeds_back:
-                bound.inputs["tokens"].copy_(bound.outputs["next"])
+                for label, name in handed_on(bound.outputs).items():
+                    bound.inputs[name].copy_(bound.outputs[label])
             bound.call(poison=self.poison)
             if keep is not None:
-                keep[i].copy_(bound.outputs["next"])
+                keep[i].copy_(said_by(bound.outputs))
         return bound.outputs
 
     def wait(self) -> None:
@@ -306,10 +307,10 @@ class BoundProgram:
 
 def feeds_back(program: Program) -> bool:
     """Can the argmax write over the call's tokens? Only where a call takes one token per sequence, and every
-    launch that reads them comes before it.
+    launch that reads them comes before it. A sampler reads them itself.
     """
     following = program.outputs.get("next")
-    if following is None or program.shape.tokens > 1:
+    if following is None or program.shape.tokens > 1 or program.shape.sampled:
         return False
     if len({program.values[n].type for n in (following, "tokens")}) != 1:
         return False
@@ -329,6 +330,16 @@ def feeds_back(program: Program) -> bool:
 
 def _touches(launch: Launch, value: str) -> bool:
     return any(argument.value == value for argument in launch.arguments)
+
+
+def _read_at_load(plan: Plan, weights: Tensor) -> Tensor:
+    """The block of weights on the host, of which only those that the plan reads at load take memory."""
+    host = torch.empty(weights.numel(), dtype=torch.uint8)
+    for launch in plan.load.launches if plan.load is not None else ():
+        for a in launch.arguments:
+            if a.space == "weights":
+                host[a.offset : a.offset + a.nbytes].copy_(weights[a.offset : a.offset + a.nbytes])
+    return host
 
 
 def _block(size: int, device: str | torch.device) -> Tensor:

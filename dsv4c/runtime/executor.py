@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -15,6 +15,18 @@ from dsv4c.plan.records import Launch, Place
 
 Watch = Callable[[Launch], None]
 """Is called with every launch that is through, in order."""
+
+
+def handed_on(outputs: Iterable[str]) -> dict[str, str]:
+    """Outputs of a decode step that are inputs of the next: the chosen tokens, and the lengths where the step
+    itself finds who stops.
+    """
+    return {label: name for label, name in (("next", "tokens"), ("going", "lengths")) if label in outputs}
+
+
+def said_by(outputs: Mapping[str, Tensor]) -> Tensor:
+    """The tokens that a decode step adds to its sequences."""
+    return outputs.get("said", outputs["next"])
 
 
 class Executor(Protocol):
@@ -47,8 +59,9 @@ class Executor(Protocol):
     def repeat(
         self, bucket: str, inputs: Mapping[str, Tensor], count: int, keep: Tensor | None
     ) -> Mapping[str, Tensor]:
-        """`count` calls of a decode bucket, each but the first on the tokens that the last one chose. `keep`
-        i32 [count, rows] gets the chosen tokens.
+        """`count` calls of a decode bucket, each but the first on what the last one left (`handed_on`).
+        `keep` i32 [count, rows] gets what they say: the chosen tokens; of steps that sample -1 where a
+        sequence has stopped.
         """
         ...
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4c.numerics.codec import Quantized, view
+from dsv4c.numerics.codec import Quantized, Value, view
 from dsv4c.numerics.forms import UNIT_BYTES, parse_packing
 from dsv4c.numerics.resident import PLAIN, WIDENED
 from dsv4c.runtime.residence import Resident
@@ -78,8 +78,12 @@ def fill_weight(block: Tensor, resident: Resident, experts: int) -> None:
 
 
 def fill_state(block: Tensor, type_: Type, offset: int) -> None:
-    """A cache as if tokens had been there: keys of the size of 1."""
-    value = view(block, type_, offset)
+    """A cache as if tokens had been there."""
+    fill_value(view(block, type_, offset))
+
+
+def fill_value(value: Value) -> None:
+    """Random numbers of the size of 1 where there are floats; others stay."""
     if isinstance(value, Quantized):
         random_e4m3(value.data.view(torch.uint8).view(-1))
         if value.scale.dtype is torch.uint8:

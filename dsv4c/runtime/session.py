@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -16,10 +16,15 @@ import torch
 from torch import Tensor
 
 from dsv4c.buckets import ROWS, Bucket, Logits
-from dsv4c.errors import Dsv4cError, SessionError
+from dsv4c.errors import Dsv4cError, PromptError, SessionError
+from dsv4c.models.encoding.messages import Conversation
+from dsv4c.models.encoding.rules import rules_of
+from dsv4c.models.encoding.tokenizer import Tokenizer
 from dsv4c.plan.folder import Plan
 from dsv4c.runtime import state
+from dsv4c.runtime.answer import Answers, Memory, asks_of, checked_tokenizer, generation_defaults
 from dsv4c.runtime.executor import Executor, states_of
+from dsv4c.runtime.sampling import Said, Sampling, SamplingState
 
 POSITIONS = {"main": "position", "draft": "mtp.position"}
 """The state that counts each slot's tokens, by the block that they went through."""
@@ -69,8 +74,8 @@ class Session:
     last one, whosever that was.
     """
 
-    def __init__(self, plan: Plan, executor: Executor) -> None:
-        self.plan, self.executor = plan, executor
+    def __init__(self, plan: Plan, executor: Executor, checkpoint: Path | None = None) -> None:
+        self.plan, self.executor, self.checkpoint = plan, executor, checkpoint
         self._lock = threading.RLock()
         self.slots, self.max_context = int(plan.deployment["slots"]), int(plan.deployment["max_context"])
         self.vocab_size = int(plan.config["vocab_size"])
@@ -80,10 +85,20 @@ class Session:
         self._following = torch.zeros(self.slots, dtype=torch.int32, device=self.device)
         self._followed = [False] * self.slots  # slots whose likeliest next token `_following` holds
         self._finite = torch.ones(self.slots, dtype=torch.bool, device=self.device)  # all logits so far
+        self._going = torch.ones(self.slots, dtype=torch.int32, device=self.device)  # 0 where one has stopped
+        samples = any(program.shape.sampled for program in plan.buckets.values())
+        self._sampling = SamplingState(self._states) if samples else None
+        self.memories = [Memory() for _ in range(self.slots)]
         self._streams: Tensor | None = None
         self._next: Tensor | None = None
         self._broken = False
         self.reset()
+
+    def __repr__(self) -> str:
+        held = ", ".join(f"{held:,}" for held in self._counters["main"].held)
+        return (
+            f"<Session of {self.plan.name} on {self.device}: {held} of {self.max_context:,} tokens by slot>"
+        )
 
     # --- running ---
 
@@ -175,7 +190,7 @@ class Session:
         self._followed[slot] = False
 
     @_one_at_a_time
-    def generate(self, count: int, slots: Sequence[int] | None = None) -> Tensor:
+    def steps(self, count: int, slots: Sequence[int] | None = None) -> Tensor:
         """Enqueue `count` greedy steps: each takes the likeliest token after the last one, first that of the
         slot's last call. The host waits for none of them. Returns i32 [count, slots] on the device: row i
         holds the tokens chosen by step i, -1 for slots that wait.
@@ -190,8 +205,63 @@ class Session:
         return chosen
 
     @_one_at_a_time
+    def choose(self, slot: int, sampling: Sampling, stops: Sequence[int] = ()) -> None:
+        """Say how the slot's tokens are chosen from here on, and which end it: what it holds, and one token
+        more, is the prompt.
+
+        Raises SessionError for no such slot, an id out of range, or a plan that cannot: one compiled without
+        `sampled` takes the likeliest token and finds no stops itself.
+        """
+        self._check_slot(slot)
+        ids = self._ids(stops, "stop")
+        if self._sampling is not None:
+            self._sampling.set(slot, sampling, ids, self._counters["main"].held[slot] + 1)
+        elif not sampling.is_greedy:
+            raise SessionError(
+                f"plan {self.plan.name} always takes the likeliest token; for {sampling} compile with "
+                "--sampled"
+            )
+
+    @_one_at_a_time
+    def say(self, count: int, tokens: Mapping[int, int] | None = None, slots: Sequence[int] = ()) -> Said:
+        """Enqueue `count` steps of the slots that `tokens` names, each beginning with its token, or of
+        `slots`, going on from the steps before. The host waits for none of them.
+
+        A slot that comes to one of its stops says nothing after it, and has not consumed it. Raises
+        SessionError as `decode` does.
+        """
+        given = dict(tokens or {})
+        work = [*given, *slots]
+        self._check_steps(count, work)
+        fresh = {s: self._id(token, f"token {s}") for s, token in given.items()}
+        for s in slots:
+            if not self._followed[s]:
+                raise SessionError(f"slot {s} has no next token yet; give it one")
+        for s, token in fresh.items():
+            self._following[s], self._going[s] = token, 1
+        kept = self._repeat(count, work, keep=True)
+        assert kept is not None
+        for s in work:
+            self._counters["main"].advance(s, count)  # at most; `settle` takes back what a stop left out
+            self._followed[s] = True
+        return Said(work, kept, self._finite[work])
+
+    @_one_at_a_time
+    def settle(self, said: Said) -> dict[int, list[int]]:
+        """What steps have said, by slot: the tokens up to a stop, and that. Waits for these steps alone."""
+        rows = said.wait()
+        found: dict[int, list[int]] = {}
+        for s, column in zip(said.slots, rows, strict=True):
+            found[s] = [token for token in column if token >= 0]
+            counter = self._counters["main"]
+            unsaid = len(column) - len(found[s])
+            counter.put(s, counter.held[s] - unsaid, counter.reached[s] - unsaid)
+        self._check_finite(said.slots, said.finite)
+        return found
+
+    @_one_at_a_time
     def enqueue(self, count: int, slots: Sequence[int] | None = None) -> None:
-        """`generate` without keeping the tokens: one graph launch per step and nothing else on the stream."""
+        """`steps` without keeping the tokens: one graph launch per step and nothing else on the stream."""
         self._greedy(count, list(range(self.slots)) if slots is None else list(slots), keep=False)
 
     @_one_at_a_time
@@ -226,6 +296,9 @@ class Session:
         for s in range(self.slots) if slot is None else (slot,):
             for block in self._counters:
                 self._set_position(block, s, 0, 0)
+            if self._sampling is not None:
+                self._sampling.set(s, Sampling(), (), 1)
+            self.memories[s] = Memory()
             self._followed[s] = False
             self._finite[s] = True
         self._streams = self._next = None
@@ -241,7 +314,72 @@ class Session:
             self._broken = True
             raise
 
+    @_one_at_a_time
+    def keep(self, count: int, slot: int = 0) -> int:
+        """Let a slot hold the first `count` of its tokens, if its buffers can still go back to them, else
+        none. Returns how many it holds.
+        """
+        self._check_slot(slot)
+        counter = self._counters["main"]
+        if count <= counter.held[slot] and counter.reached[slot] - count <= ROWS:
+            self.take_back(counter.held[slot] - count, slot)
+        else:
+            self.reset(slot)
+        return counter.held[slot]
+
+    # --- answering ---
+
+    def generate(
+        self,
+        messages: Any,
+        *,
+        thinking: bool = False,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        max_new_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        encoding: str = "auto",
+        slots: Sequence[int] | None = None,
+    ) -> Answers:
+        """Answer, event by event: `for event in session.generate(messages)`.
+
+        messages: a conversation as chat interfaces have it, a text (one question), a `Conversation` with the
+        official encoder's options, or the ids of a prompt; or a list of such, a sequence each, which end on
+        their own. A conversation that goes on in its slot is not read again. sampling: by default what the
+        checkpoint's generation_config.json recommends, if the plan can. encoding: rules of which release
+        (preview, 0731, auto). slots: where the sequences are, by default the first ones.
+
+        Raises PromptError for messages that make no prompt or a tokenizer that does not fit, SessionError for
+        a prompt that is too long, values that are out of range, or more sequences than a step takes.
+        """
+        if sampling is None:
+            fits = self._sampling is not None
+            sampling = Sampling(**generation_defaults(self.checkpoint)) if fits else Sampling()
+        asks = asks_of(messages, thinking, sampling, max_new_tokens, stop)
+        chosen = range(len(asks)) if slots is None else slots
+        for slot in chosen:
+            self._check_slot(slot)
+        rules, _ = rules_of(encoding, self.checkpoint)
+        texts = any(isinstance(ask.prompt, Conversation) for ask in asks)
+        return Answers(self, asks, self.tokenizer if texts else None, rules, list(chosen))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The checkpoint's tokenizer. Raises PromptError without one that fits the model."""
+        if self.checkpoint is None:
+            raise PromptError("the session has no checkpoint folder, so no tokenizer; give ids of a prompt")
+        return checked_tokenizer(self, self.checkpoint)
+
+    @property
+    def gives_last(self) -> bool:
+        """Can prompts be read without logits of every token?"""
+        return any(p.shape.kind == "prefill" and p.shape.logits == "last" for p in self.plan.buckets.values())
+
     # --- looking ---
+
+    @property
+    def launches(self) -> int:
+        """Launches of a step of one sequence."""
+        return len(self.plan.program("decode").launches)
 
     @property
     def positions(self) -> list[int]:
@@ -290,6 +428,7 @@ class Session:
             for counter in self._counters.values():
                 counter.put(target, counter.held[source], counter.reached[source])
             self._finite[target] = self._finite[source]
+            self.memories[target] = self.memories[source]
 
     @_one_at_a_time
     def export_slot(self, path: str | Path, slot: int = 0) -> Path:
@@ -347,13 +486,16 @@ class Session:
         for slot in slots:
             self._followed[slot] = False
             self._finite[slot] = True
+            self.memories[slot] = Memory()
         self._streams = self._next = None
 
     # --- checks ---
 
-    def check_tokens(self, tokens: Iterable[Any], what: str = "token") -> None:
-        """Raise SessionError, in which they are called `what`, unless all are token ids of the model."""
-        self._ids(tokens, what)
+    def check_tokens(self, tokens: Iterable[Any], what: str = "token") -> list[int]:
+        """Them as numbers. Raises SessionError, in which they are called `what`, unless all are token ids of
+        the model.
+        """
+        return self._ids(tokens, what)
 
     def _ids(self, tokens: Iterable[Any], what: str = "token") -> list[int]:
         return [self._id(token, f"{what} {place}") for place, token in enumerate(tokens)]
@@ -419,10 +561,11 @@ class Session:
         if self._broken:
             raise SessionError("an earlier step was interrupted: the state is half-written; call reset()")
 
-    def _check_finite(self, slots: Iterable[int]) -> None:
-        """Refuse what would come of logits that are not finite. Waits for the device."""
-        finite = self._finite.tolist()
-        bad = [s for s in slots if not finite[s]]
+    def _check_finite(self, slots: Iterable[int], known: Sequence[bool] | None = None) -> None:
+        """Refuse what would come of logits that are not finite. Waits for the device, unless it is known."""
+        chosen = list(slots)
+        finite = self._finite[chosen].tolist() if known is None else known
+        bad = [s for s, fine in zip(chosen, finite, strict=True) if not fine]
         if bad:
             self._streams = self._next = None
             raise SessionError(
@@ -497,6 +640,9 @@ class Session:
                     self._following[slot] = rows["next"][-1]
             self._broken = False
         for slot, ids in work.items():
+            self.memories[slot] = Memory()
+            if bucket.block == "main" and self._sampling is not None and not bucket.sampled:
+                self._sampling.remember(slot, self._counters["main"].held[slot], list(ids))
             self._counters[bucket.block].advance(slot, len(ids))
             if bucket.block == "main":
                 self._followed[slot] = True
@@ -519,6 +665,18 @@ class Session:
         return {name: torch.tensor(values, dtype=torch.int32) for name, values in rows.items()}
 
     def _greedy(self, count: int, slots: Sequence[int], *, keep: bool) -> Tensor | None:
+        self._check_steps(count, slots)
+        unknown = [s for s in slots if not self._followed[s]]
+        if unknown:
+            raise SessionError(f"slot {unknown[0]} has no likeliest token yet; call prefill or decode first")
+        self._going[list(slots)] = 1
+        kept = self._repeat(count, slots, keep=keep)
+        for s in slots:
+            self._counters["main"].advance(s, count)
+        self._look(slots)
+        return kept
+
+    def _check_steps(self, count: int, slots: Sequence[int]) -> None:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise SessionError(f"steps to enqueue: {count!r}, expected a number of at least 1")
         for s in slots:
@@ -526,9 +684,9 @@ class Session:
             self._check_room("main", s, count)
         if not slots or len(set(slots)) < len(slots):
             raise SessionError(f"slots to move on: {list(slots)}, expected at least one, each once")
-        unknown = [s for s in slots if not self._followed[s]]
-        if unknown:
-            raise SessionError(f"slot {unknown[0]} has no likeliest token yet; call prefill or decode first")
+
+    def _repeat(self, count: int, slots: Sequence[int], *, keep: bool) -> Tensor | None:
+        """Steps of these slots, from what they come to say and whether they go on."""
         bucket = self._fitting("main", len(slots), 1)
         if bucket.sequences < len(slots):
             raise SessionError(
@@ -537,17 +695,19 @@ class Session:
             )
         kept = torch.empty(count, bucket.rows, dtype=torch.int32, device=self.device) if keep else None
         inputs = self._inputs(bucket, {s: [0] for s in slots})
-        chosen = self._following[list(slots)]
-        inputs["tokens"] = torch.cat([chosen, chosen.new_zeros(bucket.rows - len(slots))])
+        idle = self._following.new_zeros(bucket.rows - len(slots))
+        inputs["tokens"] = torch.cat([self._following[list(slots)], idle])
+        if bucket.sampled:
+            inputs["lengths"] = torch.cat([self._going[list(slots)], idle])
         with self.executor.naming(), torch.inference_mode():
             self._broken = True
             outputs = self.executor.repeat(bucket.name, inputs, count, kept)
             self._following[list(slots)] = outputs["next"][: len(slots)]
+            self._going[list(slots)] = outputs["going"][: len(slots)] if bucket.sampled else 1
             self._finite[list(slots)] &= outputs["logits"][: len(slots)].isfinite().all(dim=1)
             self._broken = False
         for s in slots:
-            self._counters["main"].advance(s, count)
-        self._look(slots)
+            self.memories[s] = Memory()
         return kept if kept is None else kept[:, : len(slots)]
 
     def _set_position(self, block: str, slot: int, held: int, reached: int) -> None:

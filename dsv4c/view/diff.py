@@ -69,10 +69,13 @@ class Difference:
         for word, sign, nodes in (("gone", "-", self.gone), ("new", "+", self.new)):
             if nodes:
                 lines.append(f"{word}: {len(nodes)} ({_by_op(nodes)})")
-                lines += _limited([f"  {sign} {print_node(n)}" for n in nodes], limit)
+                lines += _limited([f"  {sign} {print_node(n, origins=False)}" for n in nodes], limit)
         if self.changed:
             lines.append(f"changed: {len(self.changed)} ({_by_op(c.after for c in self.changed)})")
-            pairs = [f"  ~ {print_node(c.before)}\n    {print_node(c.after)}" for c in self.changed]
+            pairs = [
+                f"  ~ {print_node(c.before, origins=False)}\n    {print_node(c.after, origins=False)}"
+                for c in self.changed
+            ]
             lines += _limited(pairs, limit)
         return "\n".join(lines) + "\n"
 

@@ -1,13 +1,27 @@
-"""A graph as DOT, for Graphviz: nodes by scope, fused ops as clusters of their bodies, equal layers once."""
+"""A graph as DOT, for Graphviz: a box for each launch with the bytes it moves, equal layers once. With
+`bodies` every node by scope, fused ops as clusters of what they stand for.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from html import escape
+from types import MappingProxyType
 
 from dsv4c.ir.graph import Graph, Kind, Node, Value
-from dsv4c.ir.text import print_attribute
-from dsv4c.view.layers import body_of, body_results, family, find_section, folds
+from dsv4c.ir.text import print_attribute, print_node
+from dsv4c.view.layers import (
+    body_of,
+    body_results,
+    family,
+    find_section,
+    folds,
+    from_a_layer,
+    representatives,
+)
+from dsv4c.view.text import amount
 
 Place = Value | str
 """Where an edge starts: a value of the graph, or the id of a drawn node inside a body."""
@@ -28,18 +42,51 @@ COLORS = {
 }
 """Fill of a node by the family of its op; other families are white."""
 
+STRIPES = {
+    "attention": "#5fae53",
+    "moe": "#d1699a",
+    "index": "#b3b03a",
+    "compress": "#8db84a",
+    "hyper": "#3fa9a0",
+    "sample": "#d1699a",
+    "linear": "#5b8def",
+    "rope": "#a67fd1",
+    "quant": "#e07f4f",
+    "norm": "#d9b13b",
+    "state": "#8a8a86",
+}
+"""Color of a launch, as the HTML page has them: the first that it has some work of."""
 
-def dot(graph: Graph, layer: int | str | None = None, fold: bool = True, bodies: bool = True) -> str:
+MOST_NAMED = 8
+"""Values that a box names."""
+
+
+def dot(
+    graph: Graph,
+    layer: int | str | None = None,
+    fold: bool = True,
+    bodies: bool = False,
+    launches: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """DOT source. `layer` draws one layer (3, "layers.3", "mtp.0"); otherwise equal layers are drawn once.
 
-    With `bodies` a fused op is a cluster of the ops it stands for. Raises GraphError for a missing layer.
+    A box is a launch: nodes that `launches` gives one name, or else a node that moves bytes. With `bodies` a
+    fused op is a cluster of the ops it stands for. Raises GraphError for a missing layer.
     """
-    return "\n".join(_Drawing(graph, layer, fold, bodies).lines()) + "\n"
+    return "\n".join(_Drawing(graph, layer, fold, bodies, launches).lines()) + "\n"
 
 
 class _Drawing:
-    def __init__(self, graph: Graph, layer: int | str | None, fold: bool, bodies: bool) -> None:
-        self.graph, self.bodies = graph, bodies
+    def __init__(
+        self,
+        graph: Graph,
+        layer: int | str | None,
+        fold: bool,
+        bodies: bool,
+        launches: Mapping[str, str],
+    ) -> None:
+        self.graph, self.bodies, self.launches = graph, bodies, launches
+        self.same: dict[Value, Value] = {}  # what a view gives -> the value whose bytes it is
         self.whole = layer is None
         if layer is not None:
             section = find_section(graph, layer)
@@ -49,19 +96,10 @@ class _Drawing:
                 (f"{f.shown.title} x{len(f.members)}" if len(f.members) > 1 else f.shown.title, f.shown.nodes)
                 for f in folds(graph, fold)
             ]
-        self.stands_for = self._representatives(fold) if self.whole else {}
+        self.stands_for = representatives(folds(graph, fold)) if self.whole else {}
         self.port: dict[Value, str] = {}  # value -> id of the drawn node that makes it
         self.edges: list[tuple[Place, str]] = []
         self.ids = 0
-
-    def _representatives(self, fold: bool) -> dict[Value, Value]:
-        """Results of folded layers, each to that of the layer drawn in its place."""
-        found: dict[Value, Value] = {}
-        for group in folds(self.graph, fold):
-            shown = [v for node in group.shown.nodes for v in node.outputs]
-            for member in group.members[1:]:
-                found.update(zip((v for node in member.nodes for v in node.outputs), shown, strict=True))
-        return found
 
     def fresh(self) -> str:
         self.ids += 1
@@ -69,14 +107,16 @@ class _Drawing:
 
     def lines(self) -> Iterator[str]:
         yield f"digraph {json.dumps(self.graph.name, ensure_ascii=False)} {{"
-        yield '  graph [fontname="Helvetica", fontsize=12, color="#999999", nodesep=0.2, ranksep=0.3];'
+        yield '  graph [fontname="Helvetica", fontsize=12, color="#bbbbbb", labeljust=l];'
+        yield "  graph [nodesep=0.2, ranksep=0.3];"
         yield '  node [fontname="Helvetica", fontsize=10, shape=box, style="filled,rounded"];'
         yield '  node [fillcolor=white, color="#555555", margin="0.08,0.04"];'
         yield '  edge [color="#777777", arrowsize=0.6];'
         if self.whole:
             yield from (self._source(v) for v in self.graph.inputs)
         for title, nodes in self.groups:
-            yield from self._cluster(title, self._scoped(nodes), "  ")
+            inner = self._scoped(nodes) if self.bodies else self._launched(nodes)
+            yield from self._cluster(title, inner, "  ")
         yield from self._drawn_edges()
         yield "}"
 
@@ -89,6 +129,23 @@ class _Drawing:
         yield f"{indent}  label={json.dumps(title)};"
         yield from (f"{indent}  {line}" for line in inner)
         yield f"{indent}}}"
+
+    def _launched(self, nodes: Iterable[Node]) -> Iterator[str]:
+        """A box for each launch; views are none, their readers read on."""
+        together: dict[str, list[Node]] = {}
+        for node in nodes:
+            if node.op.view and node.name not in self.launches:
+                self.same[node.outputs[0]] = node.inputs[0]
+            else:
+                together.setdefault(self.launches.get(node.name, node.name), []).append(node)
+        for members in together.values():
+            name = self.fresh()
+            layer = members[0].place.layer
+            drawn = [v for node in members for v in node.inputs if not _is_named(v, layer)]
+            self.edges += [(value, name) for value in drawn]
+            self.port |= {value: name for node in members for value in node.outputs}
+            told = "\n".join(print_node(node, origins=False) for node in members)
+            yield f'{name} [shape=plain, style="", label=<{_box(members, layer)}>, tooltip={_label(told)}];'
 
     def _scoped(self, nodes: Iterable[Node]) -> Iterator[str]:
         """Nodes of one scope in one cluster; nested scopes get clusters of their own beside it."""
@@ -129,13 +186,15 @@ class _Drawing:
         drawn: set[tuple[str, str]] = set()
         for place, target in self.edges:
             if isinstance(place, Value):
-                value = self.stands_for.get(place, place)
+                value = place
+                while value in self.same or value in self.stands_for:
+                    value = self.same[value] if value in self.same else self.stands_for[value]
                 if value not in self.port and (value.kind is not Kind.RESULT or self.whole):
                     continue  # params and states are named in the box
                 if value not in self.port:
                     yield self._outside(value)
                 place = self.port[value]
-            if (place, target) not in drawn:
+            if place != target and (place, target) not in drawn:
                 drawn.add((place, target))
                 yield f"  {place} -> {target};"
 
@@ -143,6 +202,45 @@ class _Drawing:
         """A value that another layer makes, as a plain name."""
         self.port[value] = name = self.fresh()
         return f'  {name} [shape=plaintext, style="", label={_label(value.name, str(value.type))}];'
+
+
+def _box(members: Sequence[Node], layer: str) -> str:
+    """A launch: a stripe in the color of its work, its ops and bytes, its name, and what it reads that no
+    edge shows.
+    """
+    moved = sum(node.cost.bytes for node in members)
+    read = [v.name.removeprefix(f"{layer}.") for n in members for v in n.inputs if _is_named(v, layer)]
+    small = [members[0].name.removeprefix(f"{layer}."), *_wrapped(tuple(dict.fromkeys(read)))]
+    stripe, ops = _stripe(members), " + ".join(node.op.name for node in members)
+    rows = [
+        f'<TR><TD BGCOLOR="{stripe}" WIDTH="5" ROWSPAN="{1 + len(small)}"></TD>'
+        f'<TD ALIGN="LEFT"><B>{escape(ops)}</B></TD><TD ALIGN="RIGHT">{amount(moved)}</TD></TR>'
+    ]
+    for i, line in enumerate(small):
+        font = f'POINT-SIZE="8" COLOR="{"#8a7a55" if i else "#666666"}"'
+        rows.append(f'<TR><TD ALIGN="LEFT" COLSPAN="2"><FONT {font}>{escape(line)}</FONT></TD></TR>')
+    table = 'BORDER="1" COLOR="#bbbbbb" CELLBORDER="0" CELLSPACING="0" CELLPADDING="3" BGCOLOR="white"'
+    return f"<TABLE {table}>{''.join(rows)}</TABLE>"
+
+
+def _is_named(value: Value, layer: str) -> bool:
+    """Is it named in the boxes that read it? Weights are, and in a layer what all layers read, positions."""
+    return value.kind is Kind.PARAM or (
+        bool(layer) and value.kind is not Kind.STATE and not from_a_layer(value)
+    )
+
+
+def _wrapped(names: Sequence[str]) -> list[str]:
+    """Names on lines; many are counted."""
+    shown = list(names) if len(names) <= MOST_NAMED else [*names[:MOST_NAMED], f"{len(names):,} in all"]
+    return textwrap.wrap(", ".join(shown), 44)
+
+
+def _stripe(nodes: Sequence[Node]) -> str:
+    bodies = [(node, body_of(node)) for node in nodes]
+    parts = [part for node, body in bodies for part in (body.nodes if body is not None else (node,))]
+    there = {family(part) for part in parts}
+    return next((color for name, color in STRIPES.items() if name in there), "#9a9a95")
 
 
 def _label(*lines: str) -> str:

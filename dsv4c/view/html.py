@@ -26,19 +26,24 @@ STATIC = Path(__file__).parent / "static"
 
 
 def html(
-    stages: Sequence[tuple[str, Graph]], *, title: str = "", sources: Mapping[str, str] | None = None
+    stages: Sequence[tuple[str, Graph]],
+    *,
+    title: str = "",
+    sources: Mapping[str, str] | None = None,
+    launches: Mapping[str, Any] | None = None,
 ) -> str:
     """One self-contained page. `stages` are (name, graph) in order; `sources` maps names of the last stage's
-    nodes to the source of the kernel that runs them. Raises ValueError for no stages, or a name given twice.
+    nodes to the source of the kernel that runs them; `launches` (`dsv4c.view.launches.launched`) are those of
+    a plan, shown behind the stages. Raises ValueError for no stages, or a name given twice.
     """
     names = [name for name, _ in stages]
     if not names or len(set(names)) < len(names):
         raise ValueError(f"stages need distinct names, at least one; got {names}")
-    data = _Page(sources or {}).page(stages)
+    data = _Page(sources or {}).page(stages) | {"launches": launches}
     parts = {
         "TITLE": markup.escape(title or stages[0][1].name),
         "STYLE": (STATIC / "style.css").read_text(encoding="utf-8"),
-        "SCRIPT": (STATIC / "page.js").read_text(encoding="utf-8"),
+        "SCRIPT": "".join((STATIC / n).read_text(encoding="utf-8") for n in ("launches.js", "page.js")),
         # "</" and "<!--" would end, or never end, the script element that carries the data.
         "DATA": json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c"),
     }

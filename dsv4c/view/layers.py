@@ -6,7 +6,7 @@ Names of results and the layer's own number do not count; attributes, types, wir
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 
 from dsv4c.errors import GraphError
@@ -91,6 +91,16 @@ def folds(graph: Graph, fold: bool = True) -> list[Fold]:
         key = signature(section) if fold and section.prefix else section
         groups.setdefault(key, []).append(section)
     return [Fold(tuple(members)) for members in groups.values()]
+
+
+def representatives(groups: Iterable[Fold]) -> dict[Value, Value]:
+    """Results of folded layers, each to that of the layer shown in its place."""
+    found: dict[Value, Value] = {}
+    for group in groups:
+        shown = [v for node in group.shown.nodes for v in node.outputs]
+        for member in group.members[1:]:
+            found.update(zip((v for node in member.nodes for v in node.outputs), shown, strict=True))
+    return found
 
 
 def signature(section: Section) -> Hashable:

@@ -2,36 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dsv4c.ir.graph import Graph, Node, Value
 from dsv4c.ir.text import print_attribute
-from dsv4c.view.layers import body_of, body_results
+from dsv4c.view.layers import body_of, body_results, folds, representatives
 
 Source = tuple[str, str]
 """Id of a node and the number of its output."""
 
 
-def model_explorer(stages: Iterable[tuple[str, Graph]] | Graph) -> dict[str, Any]:
+def model_explorer(stages: Iterable[tuple[str, Graph]] | Graph, fold: bool = True) -> dict[str, Any]:
     """`{"graphs": [...]}`: write it as JSON and open it with `model-explorer FILE`.
 
-    Operands and results keep their names; a fused op becomes a namespace that holds its body.
+    Operands and results keep their names; a fused op becomes a namespace that holds its body. With `fold`
+    equal layers are there once, and what reads one of the others reads that one.
     """
     named = [(stages.name, stages)] if isinstance(stages, Graph) else list(stages)
-    return {"graphs": [{"id": name, "nodes": list(_nodes(graph))} for name, graph in named]}
+    return {"graphs": [{"id": name, "nodes": list(_nodes(graph, fold))} for name, graph in named]}
 
 
-def _nodes(graph: Graph) -> Iterator[dict[str, Any]]:
-    sources: dict[Value, Source] = {}
+def _nodes(graph: Graph, fold: bool) -> Iterator[dict[str, Any]]:
+    groups = folds(graph, fold)
+    hidden = {member.prefix for group in groups for member in group.members[1:]}
+    stands_for = representatives(groups)
+    sources = _Sources(stands_for)
     for value in (*graph.inputs, *graph.states, *graph.params):
+        if value.place.layer in hidden:
+            continue
         sources[value] = (value.name, "0")
         namespace = "/".join(value.name.split(".")[:-1])
         yield _record(value.name, value.kind.value, namespace, [], {"name": value.name}, [value])
-    for node in graph.nodes:
+    for node in (node for group in groups for node in group.shown.nodes):
         yield from _node(node, node.name, node.scope.replace(".", "/"), sources)
     for label, value in graph.outputs.items():
         yield _record(f"return/{label}", "output", "", [(sources[value], "0")], {"name": value.name}, [])
+
+
+class _Sources(dict[Value, Source]):
+    """Where values come from; those of layers that are not there, from the one that stands for them."""
+
+    def __init__(self, stands_for: Mapping[Value, Value]) -> None:
+        super().__init__()
+        self.stands_for = stands_for
+
+    def __missing__(self, value: Value) -> Source:
+        return self[self.stands_for[value]]
 
 
 def _node(node: Node, id_: str, namespace: str, sources: dict[Value, Source]) -> Iterator[dict[str, Any]]:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+
 from dsv4c.errors import GraphError
 from dsv4c.ir.graph import Graph
 from dsv4c.view.dot import dot
 
 
-def svg(graph: Graph, layer: int | str | None = None, fold: bool = True, bodies: bool = True) -> str:
+def svg(
+    graph: Graph,
+    layer: int | str | None = None,
+    fold: bool = True,
+    bodies: bool = False,
+    launches: Mapping[str, str] = MappingProxyType({}),
+) -> str:
     """SVG text of `dot(...)`. Raises GraphError when the `dot` program is missing or fails."""
-    source = dot(graph, layer, fold, bodies)
+    source = dot(graph, layer, fold, bodies, launches)
     try:
         import graphviz
     except ModuleNotFoundError:

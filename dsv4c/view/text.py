@@ -37,14 +37,14 @@ class Summary:
         if self.layers:
             kinds = ", ".join(f"{name} x{count}" for name, count in self.layers.items())
             lines.append(f"layers        {sum(self.layers.values())}, {len(self.layers)} different: {kinds}")
-        lines.append(f"parameters    {self.parameters:,} in {_bytes(self.parameter_bytes)}")
-        lines.append(f"state         {_bytes(self.state_bytes)} per sequence of {self.context:,} tokens")
-        gflop, moved = self.totals.flops / 1e9, _bytes(self.totals.bytes)
+        lines.append(f"parameters    {self.parameters:,} in {amount(self.parameter_bytes)}")
+        lines.append(f"state         {amount(self.state_bytes)} per sequence of {self.context:,} tokens")
+        gflop, moved = self.totals.flops / 1e9, amount(self.totals.bytes)
         lines.append(f"work          {gflop:,.2f} GFLOP, moves {moved} node by node")
         total = sum(self.bytes_per_token.values())
-        lines.append(f"bytes/token   {_bytes(total)} at least, at {self.context:,} tokens of context")
+        lines.append(f"bytes/token   {amount(total)} at least, at {self.context:,} tokens of context")
         for part, count in self.bytes_per_token.items():
-            lines.append(f"  {part:24}{_bytes(count):>12}  {100 * count / max(total, 1):5.1f} %")
+            lines.append(f"  {part:24}{amount(count):>12}  {100 * count / max(total, 1):5.1f} %")
         lines.append("ops by family")
         for name, ops in self.ops.items():
             counts = ", ".join(f"{op} {count}" for op, count in ops.items())
@@ -88,8 +88,8 @@ def room(graph: Graph, config: ModelConfig) -> int:
 
 
 def _bytes_per_token(graph: Graph) -> dict[str, int]:
-    tokens = graph.by_name.get("tokens")
-    rows = 1 if tokens is None else tokens.type.shape[0]
+    counted = graph.by_name.get("tokens") or graph.by_name.get("positions")  # a layer by itself has no tokens
+    rows = 1 if counted is None else counted.type.shape[0]
     found: dict[str, int] = {}
     for value, count in compulsory(graph).items():
         part = "state" if value.kind is Kind.STATE else part_of(value.name)
@@ -97,24 +97,25 @@ def _bytes_per_token(graph: Graph) -> dict[str, int]:
     return dict(sorted(((part, n // rows) for part, n in found.items()), key=lambda item: -item[1]))
 
 
-def _bytes(count: int) -> str:
+def amount(count: int) -> str:
+    """A number of bytes to read."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:,.3f} {unit}"
     return f"{count} B"
 
 
-def render(graph: Graph, layer: int | str | None = None, fold: bool = True) -> str:
+def render(graph: Graph, layer: int | str | None = None, fold: bool = True, *, origins: bool = True) -> str:
     """The graph's text with equal layers folded: the first is written out, the others are named in a comment.
 
     `layer` selects one layer (3, "layers.3" or "mtp.0"), whole, with what it declares and what it takes from
-    elsewhere. With `fold=False` the text is the whole graph's and parses back. Raises GraphError for a layer
-    that is not there.
+    elsewhere. With `fold=False` the text is the whole graph's and parses back. Without `origins` a line says
+    only how many unfused results its node stands for. Raises GraphError for a layer that is not there.
     """
     if layer is not None:
-        return _one_layer(graph, find_section(graph, layer))
+        return _one_layer(graph, find_section(graph, layer), origins)
     if not fold:
-        return print_graph(graph)
+        return print_graph(graph, origins=origins)
     groups = folds(graph)
     hidden = {member.prefix for group in groups for member in group.members[1:]}
     lines = [f"graph {graph.name}"]
@@ -123,7 +124,7 @@ def render(graph: Graph, layer: int | str | None = None, fold: bool = True) -> s
             if value.place.layer not in hidden:
                 lines.append(f"{value.kind.value} %{value.name}: {value.type}")
     for group in groups:
-        lines += [*_folded(group), *print_nodes(group.shown.nodes)]
+        lines += [*_folded(group), *print_nodes(group.shown.nodes, origins=origins)]
     lines.append("return " + ", ".join(f"{name}=%{v.name}" for name, v in graph.outputs.items()))
     return "\n".join(lines) + "\n"
 
@@ -137,10 +138,10 @@ def _folded(group: Fold) -> list[str]:
     return [f"# {kind}.{group.numbers} (x{others}) {verb} equal to {group.shown.prefix}"]
 
 
-def _one_layer(graph: Graph, section: Section) -> str:
+def _one_layer(graph: Graph, section: Section, origins: bool) -> str:
     lines = [f"# {section.prefix} of graph {graph.name}: {len(section.nodes)} nodes"]
     lines += [f"# takes %{v.name}: {v.type}" for v in section.taken(graph)]
     lines += [f"{v.kind.value} %{v.name}: {v.type}" for v in section.declared(graph)]
-    lines += print_nodes(section.nodes)
+    lines += print_nodes(section.nodes, origins=origins)
     lines += [f"# gives %{v.name}: {v.type}" for v in section.given(graph)]
     return "\n".join(lines) + "\n"

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 from dsv4c.codegen.build import Built, Source, source_key
+from dsv4c.codegen.registry import KERNELS, choose
 from dsv4c.compiler.compile import compile
 from dsv4c.plan.folder import Plan
 from tests.plan.cubins import RESOURCES, stand_in_cubin
@@ -25,6 +26,15 @@ def no_compiler() -> Iterator[None]:
     """`compile` gives plans whose kernels were not built."""
     with mock.patch("dsv4c.codegen.build.build", stand_in):
         yield
+
+
+@contextmanager
+def tuned_families() -> Iterator[None]:
+    """No kernel is generated: what the families do not take has none."""
+    choose.cache_clear()
+    with mock.patch("dsv4c.codegen.registry.KERNELS", [k for k in KERNELS if k.ops]):
+        yield
+    choose.cache_clear()
 
 
 def gpu_plan(model: str | Path = "tiny", **options: Any) -> Plan:

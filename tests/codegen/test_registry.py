@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -24,8 +24,16 @@ from dsv4c.passes.fusions.quantize_linear import QuantizeLinear
 from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
 from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4, NVFP4_ROW, QuantFormat, parse_type
+from tests.codegen.lowered import tuned_families
 
 Values = Callable[..., Value]
+
+
+@pytest.fixture(autouse=True)
+def _tuned() -> Iterator[None]:
+    """What the families refuse a generated kernel takes: see `test_rows`."""
+    with tuned_families():
+        yield
 
 
 def graph_of(make: Callable[[Values, Values], object]) -> Graph:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,13 +12,15 @@ from dsv4c.arch import SM_90A
 from dsv4c.codegen.select import Kernels
 from dsv4c.compiler.job import rules_of
 from dsv4c.compiler.verify import check
+from dsv4c.config import load_config
 from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Builder
-from dsv4c.ir.ops import concat
+from dsv4c.ir.ops import concat, quantize
+from dsv4c.passes.fusions import FUSIONS
 from dsv4c.passes.pipeline import Contributions
 from dsv4c.plan.folder import Plan
-from dsv4c.types import parse_type
-from tests.codegen.lowered import gpu_plan, no_compiler
+from dsv4c.types import FP8_WEIGHT, parse_type
+from tests.codegen.lowered import gpu_plan, no_compiler, tuned_families
 from tests.commands import command
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "greedy_head" / "src"
@@ -94,33 +98,73 @@ def test_the_command_says_what_was_unfolded_and_what_must_not_be(tmp_path: Path)
     assert not (tmp_path / "q").exists()
 
 
-@pytest.mark.parametrize("rule", ["in_proj"])
-def test_a_rule_may_be_left_out(rule: str) -> None:
-    """Its parts have kernels of their own."""
-    plan = gpu_plan(disable=[rule], certify=False, **SIZES)
-    assert check(plan) == []
-    assert not any(rule in launch.op.split(" + ") for launch in plan.program().launches)
-
-
 def test_a_primitive_without_a_kernel_is_refused_by_name() -> None:
-    with pytest.raises(
-        BuildError, match=r"^at layers\.5\.hc_ffn\.spread_streams: no kernel for spread_streams\("
-    ):
-        gpu_plan(disable=["head"], certify=False, **SIZES)
+    with Builder("weights") as builder:
+        x = builder.input("x", parse_type("bf16[256,256]"))
+        graph = builder.finish({"out": quantize(x, format=FP8_WEIGHT)})
+    wanted = (
+        r"no kernel for quantize\(x: bf16\[256,256\]\).*\n  row_program: quantizes rows one by one, which q"
+    )
+    with pytest.raises(BuildError, match=wanted):
+        Kernels(SM_90A).code(graph, graph.nodes)
 
 
-def test_a_primitive_of_any_number_of_operands_is_refused_by_name() -> None:
+def test_a_primitive_of_any_number_of_operands_is_told_by_name() -> None:
     with Builder("joined") as builder:
         parts = [builder.input(name, parse_type("f32[1,4]")) for name in ("a", "b", "c")]
         graph = builder.finish({"out": concat(*parts, axis=0)})
-    with pytest.raises(
-        BuildError, match=r"no kernel for concat\(parts_0: f32\[1,4\], parts_1: .*, parts_2: "
+    (part,) = Kernels(SM_90A).code(graph, graph.nodes)
+    assert [operand.value for operand in part.operands] == [*parts, graph.outputs["out"]]
+    with (
+        tuned_families(),
+        pytest.raises(BuildError, match=r"no kernel for concat\(parts_0: f32\[1,4\], parts_1: .*, parts_2: "),
     ):
         Kernels(SM_90A).code(graph, graph.nodes)
 
 
 def test_why_a_fusion_was_unfolded_is_told_where_its_parts_have_no_kernel() -> None:
-    with pytest.raises(BuildError, match=r"^at embedding: no kernel for embedding\(") as error:
+    with (
+        tuned_families(),
+        pytest.raises(BuildError, match=r"^at embedding: no kernel for embedding\(") as error,
+    ):
         gpu_plan(recipe="fp32", certify=False, **SIZES)
     assert "\nembed was unfolded: no kernel for embed(" in str(error.value)
     assert "embed: copies rows of bf16" in str(error.value)
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "bf16", "official", "nvfp4-experts-w4a4", "nvfp4"])
+def test_every_graph_has_kernels(recipe: str) -> None:
+    """Without any fusion, and whatever the recipe, with the draft block."""
+    for disable in ([], ["all"]):
+        plan = gpu_plan(recipe=recipe, disable=disable, draft="mtp", certify=False, **SIZES)
+        assert check(plan, rules_of()) == []
+        assert {"decode-1", "decode-2", "draft-1"} == set(plan.buckets)
+
+
+@pytest.mark.parametrize("rule", [fusion.name for fusion in FUSIONS])
+def test_any_rule_may_be_left_out(rule: str) -> None:
+    plan = gpu_plan(disable=[rule], certify=False, **SIZES)
+    assert check(plan) == []
+    assert not any(rule in launch.op.split(" + ") for launch in plan.program().launches)
+
+
+ODD = {
+    "hidden": {"hidden_size": 384},
+    "heads": {"num_attention_heads": 6, "head_dim": 192, "o_groups": 3, "num_experts_per_tok": 3},
+    "groups": {"o_lora_rank": 64},
+    "narrow": {
+        "hidden_size": 200,
+        "moe_intermediate_size": 88,
+        "q_lora_rank": 72,
+        "o_lora_rank": 40,
+        "linear_format": "bf16",
+        "expert_format": "bf16",
+    },
+}
+
+
+@pytest.mark.parametrize("changes", ODD.values(), ids=ODD)
+def test_any_shape_has_kernels(changes: dict[str, Any]) -> None:
+    recipe = "bf16" if "linear_format" in changes else "official"
+    plan = gpu_plan(replace(load_config("tiny"), **changes), recipe=recipe, certify=False, **SIZES)
+    assert check(plan) == []

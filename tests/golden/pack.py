@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-CASES = ("fp32", "official-quant", "nvfp4-experts", "kernels")
+CASES = ("fp32", "official-quant", "nvfp4-experts", "kernels", "sampling")
 
 # case -> patterns of expected tensors that are kept; a pattern that ends in "@" keeps the probe rows only
 KEEP = {
@@ -82,6 +82,7 @@ KEEP = {
         "expert.*",
     ],
     "kernels": ["*"],
+    "sampling": ["*"],
 }
 
 # Significant bits kept of f32 values; the rounding is far below the tolerance of the comparison (1e-5 and
@@ -97,7 +98,7 @@ def round_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def significant_bits(case: str, name: str) -> int | None:
-    if case == "kernels":
+    if case in ("kernels", "sampling"):
         return None
     if case == "fp32" or name.endswith("logits_weight_only"):
         return EXACT_BITS
@@ -148,6 +149,8 @@ def compress(file: bytes) -> bytes:
 
 
 def main(source: Path, target: Path) -> None:
+    (target / "encoding").mkdir(parents=True, exist_ok=True)
+    (target / "encoding" / "cases.json").write_bytes((source / "encoding" / "cases.json").read_bytes())
     for case in CASES:
         folder = target / case
         folder.mkdir(parents=True, exist_ok=True)

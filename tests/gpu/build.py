@@ -97,7 +97,7 @@ def main() -> int:
         if options.only not in wanted.name:
             continue
         plan = compiled(wanted, options.target)
-        print(plan.save(options.folder / wanted.name, force=True), flush=True)
+        print(plan.save(options.folder / wanted.name, overwrite=True), flush=True)
         described[wanted.name] = {
             "name": wanted.name,
             "use": wanted.use,

@@ -168,7 +168,7 @@ def check_greedy(session: Session, case: Recorded, table: Table) -> None:
     count = min(40, session.max_context - len(ids))
     session.reset()
     session.prefill(ids)
-    enqueued = session.generate(count, [0]).cpu()[:, 0].tolist()
+    enqueued = session.steps(count, [0]).cpu()[:, 0].tolist()
     session.reset()
     logits, chosen = session.prefill(ids)[-1], []
     for _ in range(count):

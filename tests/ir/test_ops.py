@@ -104,6 +104,10 @@ RULES = [  # op, operands, results
     ("take_along", "f32[16] i32[3,6]", "f32[3,6]"),
     ("last_rows", "bf16[6,100] i32[2]", "bf16[2,100]"),
     ("argmax", "f32[3,100]", "i32[3]"),
+    ("penalize", "f32[3,100] i32[4,64] i32[3] i32[3] i32[4] f32[4,7]", "f32[3,100]"),
+    ("token_probabilities", "f32[3,100] i32[3] f32[4,7]", "f32[3,100]"),
+    ("draw", "f32[3,100] i32[3] i32[3] i32[4] i32[4,2]", "i32[3]"),
+    ("emit", "i32[3] i32[3] i32[3] i32[4,8]", "i32[3] i32[3]"),
 ]
 
 
@@ -297,6 +301,24 @@ REFUSALS = [  # op, operands, what the message says
     ("take_along", "f32[2,16] i32[3,6]", "x f32[2,16] and index i32[3,6] differ in rows"),
     ("last_rows", "bf16[5,100] i32[2]", "5 rows do not divide over 2 sequences"),
     ("argmax", "f32[100]", "logits must have 2 dimensions, got f32[100]"),
+    (
+        "penalize",
+        "f32[3,100] i32[4,64] i32[2] i32[2] i32[4] f32[4,7]",
+        "3 rows and positions i32[2] differ",
+    ),
+    (
+        "penalize",
+        "f32[3,100] i32[4,64] i32[3] i32[3] i32[4] f32[4,6]",
+        "knobs must be f32[4,7] for the history i32[4,64], got f32[4,6]",
+    ),
+    ("token_probabilities", "f32[3,100] i32[3] f32[4,6]", "knobs must have 7 columns, got f32[4,6]"),
+    (
+        "draw",
+        "f32[3,100] i32[3] i32[3] i32[4] i32[4,3]",
+        "seeds must be i32[4,2] for the origin i32[4], got i32[4,3]",
+    ),
+    ("emit", "i32[3] i32[4] i32[3] i32[4,8]", "lengths i32[4] and chosen i32[3] differ"),
+    ("emit", "i32[3] i32[3] i32[3] i32[4,2]", "stops must have 8 columns, got i32[4,2]"),
 ]
 
 

@@ -133,10 +133,12 @@ def test_a_folder_with_content_is_not_overwritten_unless_forced(tiny, folder, tm
     target = tmp_path / "taken"
     shutil.copytree(folder, target)
     (target / "notes.txt").write_text("keep me")
-    with pytest.raises(CheckpointError, match=r"taken: holds a checkpoint; give another folder, or --force"):
+    with pytest.raises(
+        CheckpointError, match=r"taken: holds a checkpoint; give another folder, or --overwrite"
+    ):
         synthesize(tiny, target, seed=1)
     assert digest(target) == digest(folder)
-    synthesize(tiny, target, seed=1, shards=2, force=True)
+    synthesize(tiny, target, seed=1, shards=2, overwrite=True)
     assert (target / "notes.txt").read_text() == "keep me"
     assert not (target / "model.safetensors").exists()
     assert describe(Checkpoint.open(target), tiny)["complete"]
@@ -157,7 +159,7 @@ def test_a_file_in_the_way_is_refused(tiny, tmp_path):
 def test_a_folder_without_a_checkpoint_is_never_written_to(tiny, tmp_path):
     (tmp_path / "thesis.txt").write_text("keep me")
     with pytest.raises(CheckpointError, match="is not empty and holds no checkpoint; give a new folder"):
-        synthesize(tiny, tmp_path, seed=1, force=True)
+        synthesize(tiny, tmp_path, seed=1, overwrite=True)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from dsv4c.errors import ConfigError, PlanError
 from dsv4c.plan.folder import Plan
-from dsv4c.runtime.bench import layer_of, layers_alone, moved_bytes
+from dsv4c.runtime.bench import given, layer_of, layers_alone, moved_bytes
 from tests.codegen.lowered import gpu_plan
 from tests.commands import command
 
@@ -54,6 +54,13 @@ def test_launches_of_a_cut_are_behind_what_they_were_behind(plan: Plan) -> None:
     for launch in program.launches:
         expected = {whole[i].name for i in by_name[launch.name].after} & names
         assert {program.launches[i].name for i in launch.after} == expected
+
+
+def test_layers_alone_are_given_what_others_make(plan: Plan) -> None:
+    assert given(plan.program("decode")) == []
+    (program,) = layers_alone(plan, "decode", 1, 2).buckets.values()
+    assert "layers.0.ffn.ffn_out" in given(program)
+    assert all(name.startswith("layers.0.") or "." not in name for name in given(program))
 
 
 def test_layers_that_are_not_there(plan: Plan) -> None:

@@ -112,3 +112,12 @@ def test_a_weight_that_a_rewrite_made_dead_is_not_needed(checkpoint: Path, tmp_p
 
 def test_a_plan_that_reads_all_weights_spares_none(plan: Plan) -> None:
     assert plan.unused == ()
+
+
+def test_a_plan_is_bound_in_any_of_torchs_modes(plan: Plan, checkpoint: Path) -> None:
+    expected = plan.bind(checkpoint).prefill([3, 1])
+    with torch.inference_mode():
+        session = plan.bind(checkpoint, workers=2)
+        assert torch.equal(session.prefill([3, 1]), expected)
+    session.reset()
+    assert torch.equal(session.prefill([3, 1]), expected)

@@ -315,7 +315,7 @@ def test_tokens_are_fed_back_without_the_host(poison: bool) -> None:
     for i in range(4):
         token = expected_next(token, 2 + i)
         wanted.append(token)
-    chosen = s.generate(4, [2, 0])
+    chosen = s.steps(4, [2, 0])
     assert chosen[:, 0].tolist() == wanted
     assert chosen[:, 1].tolist() == [-1] * 4
     assert int(chosen[0, 2]) == expected_next(expected_next(5, 0), 1)
@@ -326,11 +326,11 @@ def test_enqueue_continues_and_launches_one_graph_per_step() -> None:
     s, other = session(), session()
     for one in (s, other):
         one.prefill([3], slot=0)
-    s.generate(2, [0])
+    s.steps(2, [0])
     FakeGraph.launched = 0
     s.enqueue(5, [0])
     assert FakeGraph.launched == 5
-    assert torch.equal(s.generate(1, [0])[:, 0], other.generate(8, [0])[-1:, 0])
+    assert torch.equal(s.steps(1, [0])[:, 0], other.steps(8, [0])[-1:, 0])
 
 
 def test_a_plan_whose_tokens_are_read_late_copies_them_between_steps() -> None:
@@ -341,7 +341,7 @@ def test_a_plan_whose_tokens_are_read_late_copies_them_between_steps() -> None:
     for one in (early, copied):
         one.prefill([3], slot=0)
         one.prefill([4], slot=1)
-    assert torch.equal(early.generate(6, [0, 1]), copied.generate(6, [0, 1]))
+    assert torch.equal(early.steps(6, [0, 1]), copied.steps(6, [0, 1]))
 
 
 def test_state_goes_to_a_file_and_back(tmp_path: Path) -> None:
@@ -392,7 +392,7 @@ def test_a_full_slot_is_refused_and_the_others_go_on() -> None:
     before = s.executor.blocks["state"].clone()
     for request in (
         lambda: s.decode({0: 1, 1: 2}),
-        lambda: s.generate(1, [0]),
+        lambda: s.steps(1, [0]),
         lambda: s.prefill([1]),
         lambda: s.verify({0: [1]}),
     ):
@@ -422,12 +422,12 @@ def test_a_full_slot_is_refused_and_the_others_go_on() -> None:
         (lambda s: s.take_back(3), "slot 0 holds 2 tokens, 3 cannot be taken back"),
         (lambda s: s.take_back(1, slot=7), "no slot 7"),
         (lambda s: s.enqueue(0, [0]), "a number of at least 1"),
-        (lambda s: s.generate(-1, [0]), "a number of at least 1"),
-        (lambda s: s.generate("2", [0]), "a number of at least 1"),
+        (lambda s: s.steps(-1, [0]), "a number of at least 1"),
+        (lambda s: s.steps("2", [0]), "a number of at least 1"),
         (lambda s: s.enqueue(1), "slot 1 has no likeliest token yet"),
         (lambda s: s.enqueue(1, []), "expected at least one, each once"),
         (lambda s: s.enqueue(1, [0, 0]), "expected at least one, each once"),
-        (lambda s: s.generate(1, [5]), "no slot 5"),
+        (lambda s: s.steps(1, [5]), "no slot 5"),
     ],
 )
 def test_wrong_requests_are_refused(request_: Callable[[Session], object], message: str) -> None:
@@ -441,7 +441,7 @@ def test_more_slots_than_any_bucket_takes_do_not_move_on_together() -> None:
     for slot in range(SLOTS):
         s.prefill([1, 2], slot=slot)
     refused(
-        s, lambda: s.generate(1), r"no bucket of the plan decodes 3 slots together, only decode-1, .*--batch"
+        s, lambda: s.steps(1), r"no bucket of the plan decodes 3 slots together, only decode-1, .*--batch"
     )
 
 

@@ -218,11 +218,11 @@ def test_an_unknown_bucket_is_named(plan: Plan) -> None:
 # --- writing ---
 
 
-def test_a_plan_replaces_another_only_by_force(plan: Plan, saved: Path) -> None:
-    with pytest.raises(PlanError, match="holds a plan; give another folder, or --force"):
+def test_a_plan_replaces_another_only_if_told(plan: Plan, saved: Path) -> None:
+    with pytest.raises(PlanError, match="holds a plan; give another folder, or --overwrite"):
         plan.save(saved)
     other = replace(plan, name="other")
-    other.save(saved, force=True)
+    other.save(saved, overwrite=True)
     assert load(saved).name == "other"
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]
 
@@ -249,10 +249,10 @@ def test_folders_that_are_no_plans_are_never_replaced(plan: Plan, tmp_path: Path
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("words")
     with pytest.raises(PlanError, match="is not empty and holds no plan"):
-        plan.save(tmp_path / "full", force=True)
+        plan.save(tmp_path / "full", overwrite=True)
     (tmp_path / "file").write_text("words")
     with pytest.raises(PlanError, match="exists and is no folder"):
-        plan.save(tmp_path / "file", force=True)
+        plan.save(tmp_path / "file", overwrite=True)
     with pytest.raises(PlanError, match=r"cannot be written: .*file is no folder"):
         check_target(tmp_path / "file" / "plan")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "full"]
@@ -296,7 +296,7 @@ def test_an_interrupted_replacement_keeps_the_old_plan(
 
     monkeypatch.setattr(publish, "_exchange", stop)
     with pytest.raises(KeyboardInterrupt):
-        replace(plan, name="other").save(saved, force=True)
+        replace(plan, name="other").save(saved, overwrite=True)
     monkeypatch.undo()
     assert load(saved) == plan
     assert [p.name for p in saved.parent.iterdir()] == [saved.name]

@@ -125,6 +125,6 @@ def test_logits_that_are_no_numbers_are_no_result(
 def test_greedy_steps_that_overflow_are_told(overflowing: Session) -> None:
     overflowing._followed[0], overflowing._following[0] = True, PROMPT[0]  # as after a call that was finite
     with pytest.raises(SessionError, match=r"the logits of slot 0 are not finite"):
-        overflowing.generate(2, [0])
+        overflowing.steps(2, [0])
     with pytest.raises(SessionError, match=r"the logits of slot 0 are not finite"):
         overflowing.enqueue(1, [0])

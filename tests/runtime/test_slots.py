@@ -152,7 +152,7 @@ def test_greedy_tokens_together_are_those_alone(session: Session, alone: Session
     prompts = {slot: tokens(slot, 3 + 5 * slot) for slot in (6, 1, 3)}
     for slot, prompt in prompts.items():
         session.prefill(prompt, slot=slot)
-    chosen = session.generate(12, [3, 6, 1])
+    chosen = session.steps(12, [3, 6, 1])
     waiting = [slot for slot in range(SLOTS) if slot not in prompts]
     assert (chosen[:, waiting] == -1).all()
     for slot, prompt in prompts.items():
@@ -288,7 +288,7 @@ def test_a_copied_slot_goes_its_own_way(session: Session, alone: Session) -> Non
     session.copy_slot(6, 0)
     assert session.positions == [126, 0, 0, 0, 0, 0, 126, 0]
     assert equal(slot_bytes(session, 0), slot_bytes(session, 6))
-    assert torch.equal(session.generate(2, [0])[:, 0], session.generate(2, [6])[:, 6])
+    assert torch.equal(session.steps(2, [0])[:, 0], session.steps(2, [6])[:, 6])
     for slot in (0, 6):
         session.take_back(2, slot=slot)
     compared(session, alone, ids, 0)

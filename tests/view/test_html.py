@@ -6,6 +6,7 @@ import html as markup
 import json
 import re
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from dsv4c.ir.text import print_graph
 from dsv4c.types import BF16, TensorType
 from dsv4c.view.diff import diff
 from dsv4c.view.html import html
+from dsv4c.view.launches import launched
+from tests.codegen.lowered import gpu_plan
 from tests.view.graphs import folded, official, plain
 
 SOURCE = "def kernel():\n    return '</script>'\n"
@@ -137,6 +140,21 @@ def test_stages_need_distinct_names() -> None:
         html([("a", plain("tiny")), ("a", plain("tiny"))])
     with pytest.raises(ValueError, match="at least one"):
         html([])
+
+
+@pytest.fixture(scope="module")
+def launches() -> dict[str, Any]:
+    return launched(gpu_plan("tiny", certify=False, batch=1, verify=1, chunk=8), "decode")
+
+
+def test_no_two_values_of_the_arena_are_at_one_place_at_one_time(launches: dict[str, Any]) -> None:
+    bars = launches["values"]
+    assert len(bars) > len(launches["launches"])
+    for (a, _, at, size, first, last), (b, _, at2, size2, first2, last2) in combinations(bars, 2):
+        together = first <= last2 and first2 <= last and at < at2 + size2 and at2 < at + size
+        assert not together, f"{a} and {b}"
+    assert max(at + size for _, _, at, size, _, _ in bars) <= launches["arena"]
+    assert all(first <= last < len(launches["launches"]) for *_, first, last in bars)
 
 
 # --- in a browser ---
@@ -285,3 +303,27 @@ def test_the_text_of_the_stages_is_untouched() -> None:
     before = print_graph(graph)
     html([("one", graph)])
     assert print_graph(graph) == before
+
+
+def test_the_launches_of_a_plan_and_their_arena(
+    browser: Any, launches: dict[str, Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "plan.html"
+    path.write_text(html([("build", plain("tiny"))], launches=launches), encoding="utf-8")
+    browser.open("about:blank")
+    browser.complaints()
+    browser.open(path.as_uri())
+    assert "1,227 nodes work" in browser.text('#stages button[data-stage="build"]')
+    browser.click('#stages button[data-stage="launches"]')
+    assert browser.hash() == "#launches"
+    names = [name for name, *_ in launches["launches"]]
+    assert browser.texts(".row.launch > span:nth-child(2)") == names
+    assert len(browser.texts(".arena rect.bar")) == len(launches["values"])
+    browser.click(f'.row.launch[data-name="{names[3]}"]')
+    assert browser.hash() == f"#launches/{names[3]}"
+    live = [v for v in launches["values"] if v[4] <= 3 <= v[5]]
+    assert len(browser.texts(".arena rect.live")) == len(live)
+    assert browser.text("#details h2") == f"Launch 4 of {len(names)}"
+    browser.click('#stages button[data-stage="build"]')
+    assert browser.texts(".row.launch") == []
+    assert browser.complaints() == []

@@ -17,7 +17,7 @@ from dsv4c.ir.ops.moe import embedding, take_along
 from dsv4c.ir.ops.norm import normalize, rms_norm, rsqrt_mean_square, softmax
 from dsv4c.ir.ops.quant import dequantize, hadamard, quantize
 from dsv4c.ir.ops.rope import rope, rope_frequencies
-from dsv4c.ir.ops.sample import argmax, last_rows
+from dsv4c.ir.ops.sample import argmax, draw, emit, last_rows, penalize, token_probabilities
 from dsv4c.ir.ops.shape import concat, reshape, slice_
 from dsv4c.ir.ops.state import advance, cache_extend, cache_write, owners, positions
 
@@ -37,7 +37,9 @@ __all__ = [
     "compress_pool",
     "concat",
     "dequantize",
+    "draw",
     "embedding",
+    "emit",
     "expand_streams",
     "expert_linear",
     "gather",
@@ -50,6 +52,7 @@ __all__ = [
     "mul",
     "normalize",
     "owners",
+    "penalize",
     "positions",
     "quantize",
     "reshape",
@@ -68,6 +71,7 @@ __all__ = [
     "sqrt_softplus",
     "sum_",
     "take_along",
+    "token_probabilities",
     "top_k",
     "visible_entries",
     "window_index",

@@ -12,6 +12,7 @@ from dsv4c.types import F32, I32, DType, TensorType, Type
 class WindowIndex(Op):
     """Positions i32[N] -> i32[N, window]: slot s holds the p in (t-window, t] with p % window = s, or -1."""
 
+    by_row: ClassVar = frozenset({0})
     window: int
 
     def infer(self, positions: Type) -> TensorType:
@@ -24,6 +25,7 @@ class WindowIndex(Op):
 class VisibleEntries(Op):
     """Positions i32[N] -> i32[N, capacity]: entry w when it is complete, w < (t+1)//ratio, else -1."""
 
+    by_row: ClassVar = frozenset({0})
     geometry: ClassVar = frozenset({"capacity"})
     ratio: int
     capacity: int
@@ -41,6 +43,7 @@ class Gather(Op):
     Row n reads index % C of its slot; index -1 gives zeros.
     """
 
+    by_row: ClassVar = frozenset({1, 2})
     by_slot: ClassVar = True
     picks: ClassVar = {2: (0, 0)}
 
@@ -60,6 +63,7 @@ class Gather(Op):
 class AttentionScores(Op):
     """q[N, h, D] · keys[N, K, D] * scale -> f32[N, h, K], -inf where index < 0."""
 
+    by_row: ClassVar = frozenset({0, 1, 2})
     scale: float
 
     def infer(self, q: Type, keys: Type, index: Type) -> TensorType:
@@ -84,6 +88,7 @@ class SinkSoftmax(Op):
     denominator f32[N, h] = sum of the unrounded p + exp(sink - max). The max runs over keys alone.
     """
 
+    by_row: ClassVar = frozenset({0})
     out: DType
 
     def infer(self, scores: Type, sink: Type) -> tuple[TensorType, TensorType]:
@@ -96,6 +101,8 @@ class SinkSoftmax(Op):
 @primitive
 class AttentionValues(Op):
     """(p[N, h, K] · keys[N, K, D]) / denominator[N, h] -> [N, h, D] in the keys' type, rounded once."""
+
+    by_row: ClassVar = frozenset({0, 1, 2})
 
     def infer(self, p: Type, denominator: Type, keys: Type) -> TensorType:
         expect_tensor(p, "p", 3)

@@ -43,6 +43,7 @@ class CompressPool(Op):
     `tokens` is how many of each sequence a call has: in the long run one entry is pooled per `ratio` of them.
     """
 
+    by_row: ClassVar = frozenset({2, 3})
     ratio: int
     overlap: bool
     tokens: int
@@ -78,6 +79,8 @@ class CompressPool(Op):
 @primitive
 class AddPositionBias(Op):
     """score + bias[position % r]: score f32[N, W], bias f32[r, W], positions i32[N] -> f32[N, W]."""
+
+    by_row: ClassVar = frozenset({0, 2})
 
     def infer(self, score: Type, bias: Type, positions: Type) -> TensorType:
         tensor = expect_tensor(score, "score", 2, F32)

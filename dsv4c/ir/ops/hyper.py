@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive
 from dsv4c.types import F32, DType, TensorType, Type
 
@@ -10,6 +12,7 @@ from dsv4c.types import F32, DType, TensorType, Type
 class ExpandStreams(Op):
     """h[N, H] copied to every stream -> [N, streams, H]."""
 
+    by_row: ClassVar = frozenset({0})
     streams: int
 
     def infer(self, h: Type) -> TensorType:
@@ -21,6 +24,7 @@ class ExpandStreams(Op):
 class CollapseStreams(Op):
     """sum_i weights_i * x_i: x[N, S, H], weights f32[N, S] -> out[N, H], f32 inside, one cast."""
 
+    by_row: ClassVar = frozenset({0, 1})
     out: DType
 
     def infer(self, x: Type, weights: Type) -> TensorType:
@@ -37,6 +41,8 @@ class CollapseStreams(Op):
 class MixStreams(Op):
     """out_k = sum_j comb[j, k] * x_j: x[N, S, H], comb f32[N, S, S] -> f32[N, S, H]."""
 
+    by_row: ClassVar = frozenset({0, 1})
+
     def infer(self, x: Type, comb: Type) -> TensorType:
         tensor = expect_tensor(x, "x", 3)
         expect_tensor(comb, "comb", 3, F32)
@@ -52,6 +58,8 @@ class MixStreams(Op):
 @primitive
 class SpreadStreams(Op):
     """out_k = post_k * f: f[N, H], post f32[N, S] -> f32[N, S, H]."""
+
+    by_row: ClassVar = frozenset({0, 1})
 
     def infer(self, f: Type, post: Type) -> TensorType:
         tensor = expect_tensor(f, "f", 2)

@@ -16,6 +16,7 @@ class IndexScores(Op):
     weights the dot products, the products with the weights and the sum are each rounded to bf16.
     """
 
+    by_row: ClassVar = frozenset({0, 2, 3, 4})
     ratio: int
     by_slot: ClassVar = True
     picks: ClassVar = {4: (1, 0)}
@@ -47,6 +48,7 @@ class TopK(Op):
     Ties go to the lower column; -inf is never chosen.
     """
 
+    by_row: ClassVar = frozenset({0})
     k: int
 
     def infer(self, scores: Type) -> TensorType:

@@ -35,6 +35,9 @@ class Linear(Op):
     rounding: ClassVar = Rounding.ONCE
     out: DType
 
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        return frozenset({0}) if len(operands[0].shape) > 1 else None
+
     def infer(self, x: Type, w: Type) -> TensorType:
         _compatible(x, w)
         expect(len(w.shape) == 2, f"w must be [out, in], got {w}")
@@ -50,6 +53,7 @@ class Linear(Op):
 class GroupedLinear(Op):
     """Block-diagonal product: x[N, G, K] · w[G, M, K]ᵀ -> out[N, G, M]."""
 
+    by_row: ClassVar = frozenset({0})
     product: ClassVar = True
     weight: ClassVar = 1
     rounding: ClassVar = Rounding.ONCE
@@ -71,6 +75,7 @@ class GroupedLinear(Op):
 class ExpertLinear(Op):
     """Tokens through their experts: x[N, K] or x[N, k, K], w[E, M, K], experts i32[N, k] -> out[N, k, M]."""
 
+    by_row: ClassVar = frozenset({0, 2})
     product: ClassVar = True
     weight: ClassVar = 1
     picks: ClassVar = {2: (1, 0)}

@@ -20,6 +20,14 @@ def broadcast(a: Type, b: Type) -> TensorType:
     return TensorType(F32 if F32 in (x.dtype, y.dtype) else x.dtype, tuple(map(max, left, right)))
 
 
+def with_rows(operands: tuple[Type, ...]) -> frozenset[int]:
+    """Those that have a row for each of the result's; what has one less is broadcast to all."""
+    lead = broadcast(*operands)
+    return frozenset(
+        i for i, o in enumerate(operands) if len(o.shape) == len(lead.shape) and o.shape[:1] == lead.shape[:1]
+    )
+
+
 def _same(x: Type) -> TensorType:
     tensor = expect_tensor(x, "x")
     expect(tensor.dtype.is_float, f"x must be floating point, got {x}")
@@ -32,6 +40,9 @@ class Add(Op):
 
     commutative: ClassVar = True
 
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        return with_rows(operands)
+
     def infer(self, a: Type, b: Type) -> TensorType:
         return broadcast(a, b)
 
@@ -42,6 +53,9 @@ class Mul(Op):
 
     commutative: ClassVar = True
 
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        return with_rows(operands)
+
     def infer(self, a: Type, b: Type) -> TensorType:
         return broadcast(a, b)
 
@@ -50,6 +64,7 @@ class Mul(Op):
 class Scale(Op):
     """x * factor."""
 
+    by_row: ClassVar = frozenset({0})
     factor: float
 
     def infer(self, x: Type) -> TensorType:
@@ -60,6 +75,7 @@ class Scale(Op):
 class Shift(Op):
     """x + offset."""
 
+    by_row: ClassVar = frozenset({0})
     offset: float
 
     def infer(self, x: Type) -> TensorType:
@@ -70,6 +86,7 @@ class Shift(Op):
 class Clamp(Op):
     """x limited to [low, high]; None leaves that side open."""
 
+    by_row: ClassVar = frozenset({0})
     low: float | None
     high: float | None
 
@@ -84,6 +101,8 @@ class Clamp(Op):
 class Silu(Op):
     """x * sigmoid(x)."""
 
+    by_row: ClassVar = frozenset({0})
+
     def infer(self, x: Type) -> TensorType:
         return _same(x)
 
@@ -91,6 +110,8 @@ class Silu(Op):
 @primitive
 class Sigmoid(Op):
     """1 / (1 + exp(-x))."""
+
+    by_row: ClassVar = frozenset({0})
 
     def infer(self, x: Type) -> TensorType:
         return _same(x)
@@ -100,6 +121,8 @@ class Sigmoid(Op):
 class SqrtSoftplus(Op):
     """sqrt(log(1 + exp(x))), linear under the root above 20: the router's score function."""
 
+    by_row: ClassVar = frozenset({0})
+
     def infer(self, x: Type) -> TensorType:
         return _same(x)
 
@@ -108,6 +131,7 @@ class SqrtSoftplus(Op):
 class Cast(Op):
     """x in another element type, rounded to nearest even."""
 
+    by_row: ClassVar = frozenset({0})
     to: DType
 
     def infer(self, x: Type) -> TensorType:
@@ -122,6 +146,10 @@ class Sum(Op):
 
     axis: int
     out: DType
+
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        leading = self.axis % len(operands[0].shape) == 0
+        return None if leading else frozenset(range(len(operands)))
 
     def infer(self, x: Type) -> TensorType:
         shape = list(_same(x).shape)

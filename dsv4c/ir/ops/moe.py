@@ -12,6 +12,7 @@ from dsv4c.types import I32, TensorType, Type
 class Embedding(Op):
     """Rows of a table: table[V, ...], ids i32[N] -> [N, ...]. The hash router's expert table is one too."""
 
+    by_row: ClassVar = frozenset({1})
     weight: ClassVar = 0
     picks: ClassVar = {1: (0, 0)}
 
@@ -35,6 +36,9 @@ class TakeAlong(Op):
 
     def hands_on(self, operand: int) -> int | None:
         return 0 if operand == 0 else None
+
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        return frozenset({1} if len(operands[0].shape) == 1 else {0, 1})
 
     def infer(self, x: Type, index: Type) -> TensorType:
         tensor = expect_tensor(x, "x")

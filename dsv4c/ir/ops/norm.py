@@ -19,6 +19,9 @@ class RmsNorm(Op):
     eps: float
     precision: DType = F32
 
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        return frozenset({0}) if len(operands[0].shape) > 1 else None
+
     def infer(self, x: Type, gain: Type | None = None) -> TensorType:
         tensor = expect_tensor(x, "x", least=1)
         expect(tensor.dtype.is_float, f"x must be floating point, got {x}")
@@ -36,6 +39,9 @@ class RsqrtMeanSquare(Op):
 
     eps: float
 
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        return frozenset({0}) if len(operands[0].shape) > 1 else None
+
     def infer(self, x: Type) -> TensorType:
         return TensorType(F32, (*expect_tensor(x, "x", least=1).shape[:-1], 1))
 
@@ -46,6 +52,10 @@ class Normalize(Op):
 
     axis: int
     eps: float
+
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        leading = self.axis % len(operands[0].shape) == 0
+        return None if leading else frozenset(range(len(operands)))
 
     def infer(self, x: Type) -> TensorType:
         tensor = expect_tensor(x, "x", dtype=F32)
@@ -58,6 +68,10 @@ class Softmax(Op):
     """exp(x) / sum of exp(x) over `axis`, f32."""
 
     axis: int
+
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        leading = self.axis % len(operands[0].shape) == 0
+        return None if leading else frozenset(range(len(operands)))
 
     def infer(self, x: Type) -> TensorType:
         tensor = expect_tensor(x, "x", dtype=F32)

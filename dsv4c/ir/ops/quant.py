@@ -15,6 +15,9 @@ class Quantize(Op):
 
     format: QuantFormat
 
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        return frozenset(range(len(operands))) if len(operands[0].shape) > 1 else None
+
     def infer(self, x: Type, global_scale: Type | None = None) -> QuantType:
         tensor = expect_tensor(x, "x", least=1)
         expect(tensor.dtype.is_float, f"x must be floating point, got {x}")
@@ -40,6 +43,9 @@ class Dequantize(Op):
 
     out: DType
 
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        return frozenset({0}) if len(operands[0].shape) > 1 else None
+
     def infer(self, x: Type) -> TensorType:
         expect(isinstance(x, QuantType), f"x must be quantized, got {x}")
         return TensorType(self.out, x.shape)
@@ -48,6 +54,9 @@ class Dequantize(Op):
 @primitive
 class Hadamard(Op):
     """Orthonormal Sylvester-Hadamard transform of the last dimension, a power of two; f32 inside."""
+
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        return frozenset({0}) if len(operands[0].shape) > 1 else None
 
     def infer(self, x: Type) -> TensorType:
         tensor = expect_tensor(x, "x", least=1)

@@ -34,6 +34,7 @@ class Rope(Op):
     x[N, ..., D], positions i32[N], frequencies f32[d/2]. `inverse` rotates by the opposite angle.
     """
 
+    by_row: ClassVar = frozenset({0, 1})
     weight: ClassVar = 2
     inverse: bool = False
     stride: int = 1

@@ -13,6 +13,7 @@ from dsv4c.types import QuantType, TensorType, Type
 class Reshape(Op):
     """The same elements in another shape, of which one dimension may be -1: what is left."""
 
+    by_row: ClassVar = frozenset({0})
     view: ClassVar = True
     addressed: ClassVar = True
     geometry: ClassVar = frozenset({"shape"})
@@ -50,6 +51,10 @@ class Slice(Op):
     def hands_on(self, operand: int) -> int | None:
         return 0
 
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        leading = self.axis % len(operands[0].shape) == 0
+        return None if leading else frozenset(range(len(operands)))
+
     def infer(self, x: Type) -> TensorType:
         shape = list(expect_tensor(x, "x").shape)
         expect(-len(shape) <= self.axis < len(shape), f"axis {self.axis} is outside {x}")
@@ -72,6 +77,10 @@ class Concat(Op):
 
     def hands_on(self, operand: int) -> int | None:
         return 0
+
+    def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
+        leading = self.axis % len(operands[0].shape) == 0
+        return None if leading else frozenset(range(len(operands)))
 
     def infer(self, *parts: Type) -> Type:
         expect(len(parts) >= 2, "concat joins at least two values")

@@ -34,6 +34,9 @@ class CacheWrite(Op):
     same_format: ClassVar = {1: 0}
     picks: ClassVar = {3: (0, 0)}
 
+    def hands_on(self, operand: int) -> int | None:
+        return 0 if operand in (0, 1) else None
+
     def infer(self, cache: Type, rows: Type, index: Type, slots: Type) -> Type:
         _expect_rows(cache, rows, slots, "index", index)
         return cache

@@ -17,6 +17,7 @@ from dsv4c.passes.fusions.q_norm_rope import QNormRope
 from dsv4c.passes.fusions.quantize_linear import QuantizeLinear
 from dsv4c.passes.fusions.rmsnorm_quantize import RmsnormQuantize
 from dsv4c.passes.fusions.router import HashRouter, Router
+from dsv4c.passes.fusions.sampler import Sampler
 from dsv4c.passes.fusions.sinkhorn import Sinkhorn
 from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
 
@@ -39,6 +40,7 @@ FUSIONS: tuple[type[Fused], ...] = (
     Compressor,
     Indexer,
     IndexTopk,
+    Sampler,
     RmsnormQuantize,
     QNormQuantize,
     QuantizeLinear,

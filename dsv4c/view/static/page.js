@@ -8,7 +8,7 @@ const FAMILIES = {
   fused: "#3d5a98",
 };
 const GROUP_COLORS = ["#a9c4f0", "#b9d9ae", "#f2cfa6", "#d8c3ea", "#f0b9c6", "#b4dcd8", "#e3dd9f", "#c9c9c5"];
-const view = { stage: data.stages.length - 1, open: new Map(), member: new Map(), tab: new Map(), chosen: null, trail: [] };
+const view = { stage: data.stages.length - 1, open: new Map(), member: new Map(), tab: new Map(), chosen: null, launches: false, trail: [] };
 
 // --- reading the data ---------------------------------------------------------------------------------------------
 
@@ -105,10 +105,13 @@ const groupColor = (index) => GROUP_COLORS[index % GROUP_COLORS.length];
 // --- the parts of the page ----------------------------------------------------------------------------------------
 
 function drawStages() {
+  const plan = data.launches && make("li", {}, make("button", { "aria-current": view.launches ? "true" : null, "data-stage": "launches",
+    onclick: () => { history.pushState(null, "", "#launches"); show(); } }, make("span", { class: "number" }, `${data.stages.length + 1}`), "launches",
+    make("small", {}, `${number(data.launches.launches.length)} launches`, make("br"), `arena ${bytes(data.launches.arena)}`)));
   $("stages").replaceChildren(...data.stages.map((s, i) => make("li", {},
-    make("button", { "aria-current": i === view.stage ? "true" : null, "data-stage": s.name, onclick: () => go(i, null) },
+    make("button", { "aria-current": i === view.stage && !view.launches ? "true" : null, "data-stage": s.name, onclick: () => go(i, null) },
       make("span", { class: "number" }, `${i + 1}`), s.name,
-      make("small", {}, `${number(s.totals.launches)} launches`, make("br"), ...badges(s.counts))))));
+      make("small", {}, `${number(s.totals.launches)} nodes work`, make("br"), ...badges(s.counts))))), ...(plan ? [plan] : []));
 }
 
 function badges(counts) {
@@ -123,7 +126,7 @@ function drawOverview() {
   const figure = (label, value, old, write = number) => make("div", {}, make("dt", {}, label),
     make("dd", {}, write(value), " ", old !== null && old !== undefined && old !== value ? make("small", {}, `was ${write(old)}`) : ""));
   const figures = make("dl", { class: "figures" },
-    figure("launches", s.totals.launches, before?.launches), figure("nodes", s.totals.nodes, before?.nodes),
+    figure("nodes", s.totals.nodes, before?.nodes), figure("that do work", s.totals.launches, before?.launches),
     figure("bytes moved", s.totals.bytes, before?.bytes, bytes), figure("GFLOP", s.totals.flops / 1e9, null, (n) => n.toFixed(2)),
     figure("params", s.params, null), figure("states", s.states, null));
   const cells = [];
@@ -404,10 +407,12 @@ function go(index, name) {
 }
 
 function show() {
-  const [wanted, name] = location.hash.slice(1).split("/").map(decodeURIComponent);
+  const [wanted, name] = location.hash.slice(1).split("/").map(decodeURIComponent), launches = view.launches;
+  view.launches = wanted === "launches" && Boolean(data.launches);
+  if (view.launches) { document.title = `launches · ${data.stages[0].graph}`; drawStages(); drawLaunches(name); return; }
   const index = data.stages.findIndex((s) => s.name === wanted), last = view.stage;
   view.stage = index >= 0 ? index : last;
-  const moved = last !== view.stage || !$("groups").children.length;
+  const moved = last !== view.stage || launches || !$("groups").children.length;
   view.chosen = name || (moved ? view.chosen : null);
   const place = view.chosen && find(view.chosen);
   if (place) { view.open.set(key(place.group), true); view.member.set(key(place.group), place.member); }

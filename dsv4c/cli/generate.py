@@ -1,0 +1,286 @@
+"""`dsv4c generate CHECKPOINT|PLAN`: a question in, an answer as it is said."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_module
+import secrets
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from dsv4c.cli.chat import chat
+from dsv4c.cli.console import note, progress_bar
+from dsv4c.cli.options import EncodingOption, JsonOption
+from dsv4c.cli.run import token_ids
+from dsv4c.cli.subject import is_plan
+from dsv4c.compiler.kept import kept_plan
+from dsv4c.compiler.request import Request
+from dsv4c.errors import ConfigError, PromptError
+from dsv4c.models.encoding.messages import Conversation, read_conversation
+from dsv4c.models.encoding.rules import rules_of
+from dsv4c.plan.folder import Plan, load
+from dsv4c.runtime.answer import Answers, Done, Event, Reasoning, Token, ToolCalled, generation_defaults
+from dsv4c.runtime.bind import machine_target
+from dsv4c.runtime.sampling import Sampling
+
+INTERRUPTED = 130
+
+SubjectArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="CHECKPOINT|PLAN",
+        help="A checkpoint folder as it was downloaded, or a plan folder.",
+        show_default=False,
+    ),
+]
+
+
+def _optional(help: str, metavar: str | None = None, default: str | bool = False, **more: Any) -> Any:
+    return typer.Option(help=help, metavar=metavar, show_default=default, **more)
+
+
+PromptOption = Annotated[str | None, _optional("A question; - reads it from stdin.", "TEXT")]
+ConversationOption = Annotated[
+    Path | None,
+    _optional("JSON file: messages, or an object with `messages` and options.", "FILE", readable=False),
+]
+TokensOption = Annotated[
+    str | None, _optional("Token ids, separated by commas, and ids as the answer: needs no tokenizer.", "IDS")
+]
+ChatOption = Annotated[bool, typer.Option("--chat", help="Talk: a line is a question, /help lists commands.")]
+WeightsOption = Annotated[Path | None, _optional("Checkpoint folder for a plan.", "DIR", readable=False)]
+ThinkingOption = Annotated[bool, typer.Option("--thinking", help="Let it reason before it answers.")]
+EffortOption = Annotated[
+    str | None, _optional("How much it reasons: a level of the release, as max.", "LEVEL")
+]
+TARGET_HELP = "What runs it: cpu, sm_90a or sm_100a."
+TargetOption = Annotated[str | None, _optional(TARGET_HELP, "NAME", "this machine's GPU, or cpu")]
+RecipeOption = Annotated[str, typer.Option(help="Numerics (`dsv4c recipes` has all).", metavar="NAME")]
+ContextOption = Annotated[int, typer.Option(help="Tokens of prompt and answer.", min=2)]
+NewOption = Annotated[int | None, _optional("Tokens of the answer.", "N", "as many as there is room", min=1)]
+StopOption = Annotated[list[str] | None, _optional("End before this text; may be repeated.", "TEXT")]
+DEFAULT = "the checkpoint's"
+TemperatureOption = Annotated[float | None, _optional("0: always the likeliest token.", "T", DEFAULT)]
+TopPOption = Annotated[float | None, _optional("Of the likeliest tokens, those that sum to P.", "P", DEFAULT)]
+TopKOption = Annotated[int | None, _optional("Of the K likeliest tokens.", "K", DEFAULT)]
+MinPOption = Annotated[float | None, _optional("Of tokens at least P times the likeliest.", "P", DEFAULT)]
+RepetitionOption = Annotated[
+    float | None, _optional("Lower what is there already, by division.", "R", DEFAULT)
+]
+PresenceOption = Annotated[float, typer.Option(help="Lower what was said, once.", metavar="A")]
+FrequencyOption = Annotated[float, typer.Option(help="Lower what was said, as often.", metavar="A")]
+SeedOption = Annotated[int | None, _optional("The same seed gives the same answer.", "N", "a new one")]
+CacheOption = Annotated[
+    Path | None, _optional("Folder of kept plans and kernels.", "DIR", "the user's cache")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("generate")(generate_command)
+
+
+def generate_command(
+    subject: SubjectArgument,
+    prompt: PromptOption = None,
+    messages: ConversationOption = None,
+    tokens: TokensOption = None,
+    chatting: ChatOption = False,
+    weights: WeightsOption = None,
+    thinking: ThinkingOption = False,
+    effort: EffortOption = None,
+    encoding: EncodingOption = "auto",
+    max_new_tokens: NewOption = None,
+    stop: StopOption = None,
+    temperature: TemperatureOption = None,
+    top_p: TopPOption = None,
+    top_k: TopKOption = None,
+    min_p: MinPOption = None,
+    repetition_penalty: RepetitionOption = None,
+    presence_penalty: PresenceOption = 0.0,
+    frequency_penalty: FrequencyOption = 0.0,
+    seed: SeedOption = None,
+    target: TargetOption = None,
+    recipe: RecipeOption = "official",
+    max_context: ContextOption = 4096,
+    cache: CacheOption = None,
+    json: JsonOption = False,
+) -> None:
+    """Answer: compile a checkpoint on first use, or take a plan, and print what the model says.
+
+    stdout has the answer alone, stderr the rest: what is done, reasoning, and a closing line.
+
+    Examples:
+
+      dsv4c generate ./DeepSeek-V4-Flash --prompt "Why is the sky blue?" --thinking
+
+      dsv4c generate ./DeepSeek-V4-Flash --chat
+
+      dsv4c generate tiny.plan --weights tiny-weights --tokens 3,17,5 --temperature 0 --max-new-tokens 8
+    """
+    asked = {"--prompt": prompt, "--messages": messages, "--tokens": tokens, "--chat": chatting or None}
+    given = [name for name, value in asked.items() if value is not None]
+    if len(given) != 1:
+        raise ConfigError(f"expected one of {', '.join(asked)}, found {' and '.join(given) or 'none'}")
+    folder = _weights(subject, weights)
+    question = _question(prompt, messages, tokens, thinking, effort)
+    chosen = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+    }
+    seed = secrets.randbits(32) if seed is None else seed
+    sampling = Sampling(
+        **generation_defaults(folder)
+        | {name: value for name, value in chosen.items() if value is not None}
+        | {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty, "seed": seed}
+    )
+    plan = _plan(subject, target or machine_target(), recipe, max_context, cache)
+    if temperature is None and not any(program.shape.sampled for program in plan.buckets.values()):
+        note("this plan always takes the likeliest token; one of `dsv4c compile --sampled` would draw it")
+        sampling = Sampling(seed=seed)
+    with progress_bar("weights", bytes_counted=True) as progress:
+        session = plan.bind(folder, progress=progress)
+    if tokens is None:
+        session.tokenizer  # noqa: B018  (says now what is wrong with it)
+        _, remark = rules_of(encoding, folder)
+        if remark:
+            note(remark)
+    options: dict[str, Any] = {
+        "sampling": sampling,
+        "max_new_tokens": max_new_tokens,
+        "stop": stop or (),
+        "encoding": encoding,
+    }
+    if chatting:
+        chat(
+            session,
+            lambda history: Conversation(history, "thinking" if thinking else "chat", effort),
+            options,
+            lambda answers: answer(answers, json=json, ids=False),
+            closing,
+        )
+        return
+    done = answer(session.generate(question, **options), json=json, ids=tokens is not None)
+    if not json:
+        note(closing(done))
+    if done.reason == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+
+
+def _weights(subject: str, weights: Path | None) -> Path:
+    if is_plan(subject):
+        if weights is None:
+            raise ConfigError(f"{subject} is a plan; name the checkpoint folder with --weights DIR")
+        return weights
+    if weights is not None:
+        raise ConfigError(f"{subject} is no plan, so --weights has no place; leave it out")
+    if not (Path(subject) / "config.json").is_file():
+        raise ConfigError(f"{subject}: is neither a plan nor a checkpoint folder with a config.json")
+    return Path(subject)
+
+
+def _plan(subject: str, target: str, recipe: str, max_context: int, cache: Path | None) -> Plan:
+    if is_plan(subject):
+        return load(subject)
+    on_cpu = target == "cpu"
+    request = Request(
+        subject,
+        target=target,
+        recipe=recipe,
+        batch=1,
+        max_context=max_context,
+        logits="last",
+        sampled=on_cpu,
+    )
+    with progress_bar("compile") as progress:
+        return kept_plan(request, cache=cache, progress=progress, note=note)
+
+
+def _question(
+    prompt: str | None, messages: Path | None, tokens: str | None, thinking: bool, effort: str | None
+) -> Any:
+    if tokens is not None:
+        return token_ids(tokens, "--tokens")
+    if messages is not None:
+        return read_conversation(messages)
+    if prompt is None:
+        return None
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise PromptError(f"stdin: byte {error.start} is no UTF-8") from None
+    if not prompt.strip():
+        raise PromptError("--prompt: is empty; say something")
+    return Conversation([{"role": "user", "content": prompt}], "thinking" if thinking else "chat", effort)
+
+
+# --- showing ---
+
+
+def answer(answers: Answers, *, json: bool, ids: bool) -> Done:
+    """Print the events as they come, and return the last. An interrupt ends the answer and keeps it."""
+    done: Done | None = None
+    shown = 0
+    with _interrupting(answers):
+        for event in answers:
+            if isinstance(event, Done):
+                done = event
+            if json:
+                print(json_module.dumps(event.to_json(), allow_nan=False), flush=True)
+            elif ids and isinstance(event, Token):
+                print(f"{',' * bool(shown)}{event.ids[0]}", end="", flush=True)
+                shown += 1
+            elif not ids:
+                show(event)
+    if not json:
+        print(flush=True)
+    assert done is not None
+    return done
+
+
+@contextlib.contextmanager
+def _interrupting(answers: Answers) -> Iterator[None]:
+    """The first interrupt ends the answer after the step under way, a second one everything."""
+
+    def first(number: int, frame: FrameType | None) -> None:
+        answers.stop()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, first)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def show(event: Event) -> None:
+    """An event on the terminal: answers on stdout, reasoning dimmed and calls on stderr."""
+    if isinstance(event, Reasoning):
+        dim = ("\x1b[2m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+        if event.text:
+            sys.stdout.flush()
+            print(f"{dim[0]}{event.text}{dim[1]}", end="", file=sys.stderr, flush=True)
+    elif isinstance(event, Token):
+        print(event.text, end="", flush=True)
+    elif isinstance(event, ToolCalled):
+        print(f"call: {event.name} {event.arguments}", file=sys.stderr)
+
+
+def closing(done: Done) -> str:
+    """What an answer took, in a line."""
+    why = {"stop": "", "length": ", cut off", "interrupted": ", interrupted", "stop_string": ""}[done.reason]
+    fault = f"; malformed: {done.malformed}" if done.malformed else ""
+    return (
+        f"{len(done.ids)} tokens{why} after {done.prompt_tokens} ({done.read} read), first after "
+        f"{done.seconds_to_first:.2f} s, {done.tokens_per_second:.1f} tokens/s, "
+        f"{done.launches} launches per token, seed {done.seed}{fault}"
+    )

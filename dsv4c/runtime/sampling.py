@@ -1,0 +1,137 @@
+"""How a sequence's tokens are chosen: what a caller asks for, and the rows of state that tell the device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dsv4c.errors import SessionError
+from dsv4c.numerics.codec import Value
+
+STATES = {name: f"sampling.{name}" for name in ("history", "origin", "knobs", "seeds", "stops")}
+"""The states of plans whose decode steps sample."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. As given here: the likeliest, always.
+
+    temperature: 0 takes the likeliest. top_k, top_p, min_p: only the k largest; of those the largest until
+    they sum to p, the one that crosses it included; of those what is at least min_p times the largest; 0, 1
+    and 0 are off. repetition_penalty: logits of all tokens so far are divided by it where they are positive,
+    else multiplied. presence_penalty, frequency_penalty: subtracted from those of tokens that were made here,
+    once or as often. seed: of 64 bits; the same one gives the same tokens, whatever runs beside.
+
+    Raises SessionError for a value that is out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, (least, most, expected) in RANGES.items():
+            value = getattr(self, name)
+            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            whole = isinstance(getattr(type(self), name), int)
+            if not number or not least <= value <= most or (whole and not isinstance(value, int)):
+                raise SessionError(f"{name} is {value!r}, expected {expected}")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Is it always the likeliest token, with nothing lowered?"""
+        lowers = (self.repetition_penalty - 1, self.presence_penalty, self.frequency_penalty)
+        return self.temperature == 0 and not any(lowers)
+
+    @property
+    def knobs(self) -> list[float]:
+        """As the slot's row of state has them: zero is off, so that zeros take the likeliest."""
+        top_p = 0.0 if self.top_p == 1 else self.top_p
+        repetition = 0.0 if self.repetition_penalty == 1 else self.repetition_penalty
+        return [
+            self.temperature,
+            self.top_k,
+            top_p,
+            self.min_p,
+            repetition,
+            self.presence_penalty,
+            self.frequency_penalty,
+        ]
+
+
+RANGES: Mapping[str, tuple[float, float, str]] = {
+    "temperature": (0, 100, "a number of 0 (always the likeliest token) to 100"),
+    "top_k": (0, 1 << 24, "a number of tokens, 0 for all"),
+    "top_p": (1e-6, 1, "a number above 0, of at most 1 (all tokens)"),
+    "min_p": (0, 1, "a number of 0 (all tokens) to 1"),
+    "repetition_penalty": (1e-2, 100, "a number of 0.01 to 100, 1 for none"),
+    "presence_penalty": (-100, 100, "a number of -100 to 100, 0 for none"),
+    "frequency_penalty": (-100, 100, "a number of -100 to 100, 0 for none"),
+    "seed": (0, (1 << 64) - 1, "a whole number of 64 bits"),
+}
+
+
+class SamplingState:
+    """The states of a plan that samples, by slot."""
+
+    def __init__(self, states: Mapping[str, Value]) -> None:
+        def plain(name: str) -> Tensor:
+            value = states[STATES[name]]
+            assert isinstance(value, Tensor)
+            return value
+
+        self._history, self._origin, self._knobs = plain("history"), plain("origin"), plain("knobs")
+        self._seeds, self._stops = plain("seeds"), plain("stops")
+
+    def set(self, slot: int, sampling: Sampling, stops: Iterable[int], origin: int) -> None:
+        """How the slot goes on: `origin` is the place of the first token that it makes."""
+        ids = list(stops)
+        most = self._stops.shape[1]
+        if len(ids) > most:
+            raise SessionError(f"{len(ids)} tokens that stop, expected at most {most}")
+        low, high = (_signed(sampling.seed >> shift & 0xFFFFFFFF) for shift in (0, 32))
+        self._knobs[slot] = torch.tensor(sampling.knobs, dtype=torch.float32)
+        self._seeds[slot] = torch.tensor([low, high], dtype=torch.int32)
+        self._stops[slot] = torch.tensor([*ids, *[-1] * (most - len(ids))], dtype=torch.int32)
+        self._origin[slot] = origin
+
+    def remember(self, slot: int, place: int, ids: list[int]) -> None:
+        """Tokens that the slot was given, from `place` on. Steps that sample remember theirs themselves."""
+        self._history[slot, place : place + len(ids)] = torch.tensor(ids, dtype=torch.int32)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >> 31 else word
+
+
+class Said:
+    """What steps of some slots say, and whether their logits were finite, once the device is through."""
+
+    def __init__(self, slots: Sequence[int], kept: Tensor, finite: Tensor) -> None:
+        self.slots = tuple(slots)
+        self.finite: list[bool] = []
+        self._through: torch.cuda.Event | None = None
+        self._rows = torch.cat([finite.to(torch.int32)[:, None], kept.T], dim=1)
+        if kept.is_cuda:
+            found = self._rows
+            self._rows = torch.empty_like(found, device="cpu", pin_memory=True)
+            self._rows.copy_(found, non_blocking=True)
+            self._through = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._through.record()
+
+    def wait(self) -> list[list[int]]:
+        """The tokens of each slot, step by step, -1 where it says nothing. Waits for these steps alone."""
+        if self._through is not None:
+            self._through.synchronize()
+        rows = self._rows.tolist()
+        self.finite = [bool(row[0]) for row in rows]
+        return [row[1:] for row in rows]
