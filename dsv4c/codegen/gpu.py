@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from dsv4c.codegen.contributed import installed, origin
 from dsv4c.codegen.edits import edited
 from dsv4c.codegen.select import Kernels
 from dsv4c.passes.pipeline import OURS
+from dsv4c.plan.records import KernelCode, Program
 
 Progress = Callable[[str, int, int], None]
 
@@ -46,7 +47,11 @@ class Gpu:
         packages = {source.package for source in self.sources.values()}
         return [origin(kernel) for kernel in self.coder.contributed if kernel.package in packages]
 
-    def settle(self, edits: Path | None) -> None:
+    def settle(self, programs: Iterable[Program], edits: Path | None) -> None:
+        codes = (launch.code for program in programs for launch in program.launches)
+        launched = {code.kernel for code in codes if isinstance(code, KernelCode)}
+        for name in self.coder.sources.keys() - launched:  # what was unfolded after all
+            del self.coder.sources[name]
         for name, source in self.sources.items():
             if source.package is not None:
                 check_emission(self.coder.emissions[name], source.package)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +10,7 @@ from dsv4c.arch import ARCHS
 from dsv4c.codegen.bodies import Bodies
 from dsv4c.codegen.lower import Coder
 from dsv4c.errors import BuildError
+from dsv4c.plan.records import Program
 
 if TYPE_CHECKING:
     from dsv4c.codegen.build import Source
@@ -35,10 +36,11 @@ class Target(Protocol):
         """Of other packages' kernels that code was asked for: who gave them, as plan data."""
         ...
 
-    def settle(self, edits: Path | None) -> None:
-        """Look at texts of kernels that dsv4c did not write: contributed ones, and edited files of the folder
-        `edits`, which take the place of generated ones. Raises BuildError for one that does not fit its
-        launches.
+    def settle(self, programs: Iterable[Program], edits: Path | None) -> None:
+        """Keep the code that these programs launch, and look at texts of kernels that dsv4c did not write:
+        contributed ones, and edited files of the folder `edits`, which take the place of generated ones.
+        Raises
+        BuildError for one that does not fit its launches.
         """
         ...
 
@@ -87,7 +89,7 @@ class Cpu:
     def files(self) -> Mapping[str, bytes]:
         return self.bodies.files
 
-    def settle(self, edits: Path | None) -> None:
+    def settle(self, programs: Iterable[Program], edits: Path | None) -> None:
         if edits is not None:
             raise BuildError(f"{edits}: the cpu has no kernels to edit; compile for a GPU target")
 

@@ -84,7 +84,7 @@ def compile(
             lowered = lower(folded, target.coder, target.bodies, job.require_fused)
         except BuildError as error:
             raise refused(job, error) from None
-        target.settle(job.kernels)
+        target.settle(lowered.programs.values(), job.kernels)
 
     # 4. Both sides of every rewrite, and cubins.
     certificates: Sequence[dict[str, Any]] = ()
