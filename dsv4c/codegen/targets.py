@@ -39,8 +39,7 @@ class Target(Protocol):
     def settle(self, programs: Iterable[Program], edits: Path | None) -> None:
         """Keep the code that these programs launch, and look at texts of kernels that dsv4c did not write:
         contributed ones, and edited files of the folder `edits`, which take the place of generated ones.
-        Raises
-        BuildError for one that does not fit its launches.
+        Raises BuildError for one that does not fit its launches.
         """
         ...
 

@@ -34,6 +34,9 @@ from dsv4c.runtime import driver
 from dsv4c.runtime.cuda import POISON, BoundProgram, Device, Libraries, check_architecture
 from dsv4c.runtime.residence import Resident
 
+WARM, COLD = (0.7, 20.0, 0.9, 0.02, 1.1, 0.5, 0.25), (0.0,) * 7
+"""How slots are sampled, in turn (`dsv4c.ir.ops.sample.KNOBS`)."""
+
 LARGEST = 24.0
 """Root mean square of a row of operands: beyond what models have, f32 sums of a router's scores underflow."""
 
@@ -158,9 +161,11 @@ class Alone:
         """Run the launches on operands of a pattern; how far off each of their results is."""
         self._generator.manual_seed(PATTERNS.index(pattern) * 1009 + 17)
         given: dict[Variable, Value] = {}
+        choices = [node for node in self.turn.nodes if all(integers(v.type) for v in node.outputs)]
+        chosen = {v for node in choices for v in node.inputs}
         for variable in dict.fromkeys(v for node in self.turn.nodes for v in node.inputs):
             if variable not in self._made:
-                given[variable] = self._value(variable, pattern, given)
+                given[variable] = self._value(variable, pattern, given, chosen=variable in chosen)
         self.bound.blocks["arena"].fill_(POISON)
         for variable, value in given.items():
             self._store(variable, value)
@@ -196,6 +201,8 @@ class Alone:
             value = dict(zip(node.outputs, _results(node, operands), strict=True))[once]
         elif node is None and integers(root.type):
             value = self._call(root, pattern)
+        elif node is None and root.name == "sampling.knobs":
+            value = torch.tensor([WARM, COLD]).repeat(root.type.shape[0], 1)[: root.type.shape[0]]
         else:
             value = floats(root.type, pattern, self._generator, LARGEST)
         known[root] = value
@@ -213,11 +220,11 @@ class Alone:
 
     def _call(self, variable: Variable, pattern: str) -> Tensor:
         """Integers that a call is given: a sequence in each of the last slots, that begins where the pattern
-        says, as far as the context goes. On edges the last sequence has a token less.
+        says, as far as the context goes. On edges the last sequence has a token less. Others are tokens.
         """
         bucket, shape = self.program.shape, variable.type.shape
         context, slots = int(self.plan.deployment["max_context"]), int(self.plan.deployment["slots"])
-        if variable.kind is Kind.STATE:
+        if variable.kind is Kind.STATE and len(shape) == 1:
             first = min(FIRST_POSITIONS[pattern], context - bucket.tokens)
             return (first - torch.arange(*shape, dtype=torch.int32)).clamp(min=0)
         if variable.name == "slots":
