@@ -124,11 +124,20 @@ HOUSE = {
         (*COMPILER, "certify", "codegen", "compiler", "plan", "numerics", "reference", "runtime"),
         ("torch", "safetensors"),
     ),
+    # Runs a plan's kernels beside their meaning.
+    "compiler.device": Room(
+        350, (*COMPILER, "certify", "compiler", "plan", "numerics", "reference", "runtime"), ("torch",)
+    ),
     "": Room(90, (*CONFIG, "ir", "passes", "compiler", "plan", "runtime")),
+    # Plans for the loops of another library, which is an extra.
+    "hf": Room(200, ("errors", "plan", "runtime"), ("torch", "transformers")),
     # Every command imports what it needs; the package loads a command's module when it is called.
     "cli": Room(
-        3300,
-        (*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "plan", "runtime", "view"),
+        3550,
+        (
+            *(*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "compiler.device"),
+            *("plan", "runtime", "view"),
+        ),
         ("typer", "rich"),
     ),
     "__main__": Room(20, ("cli",)),
@@ -557,7 +566,7 @@ def loaded_with(names: Sequence[str], looked_for: Sequence[str]) -> list[str]:
     return loaded.stdout.split()
 
 
-EVALUATE = ("bisect", "check", "generate", "run", "synth", "weights")
+EVALUATE = ("bisect", "check", "generate", "memory", "run", "synth", "weights")
 """Commands that compute with tensors; all others, and their help, wait for no torch."""
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from dsv4c.config import load_config
 from dsv4c.models.encoding.marks import ASSISTANT, BEGIN, DSML, END, REMINDER, TASKS, THINK, THOUGHT, USER
+from dsv4c.models.synth import synthesize
 
+CONFIG = Path(__file__).parents[1] / "dsv4c" / "models" / "configs" / "tiny.json"
 SPECIAL = (BEGIN, END, "<｜▁pad▁｜>", USER, ASSISTANT, THINK, THOUGHT, DSML, REMINDER, *TASKS.values())
 
 
@@ -49,3 +52,14 @@ def write_tokenizer(folder: Path, size: int = 512) -> None:
         "model": model,
     }
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
+
+
+def small_checkpoint(root: Path, layers: int = 2) -> Path:
+    """A random checkpoint of so many layers with a tokenizer, in the folder `weights` of `root`."""
+    config = json.loads(CONFIG.read_text())
+    ratios = config["compress_ratios"]
+    config |= {"num_hidden_layers": layers, "compress_ratios": [*ratios[:layers], *ratios[-1:]]}
+    (root / "config.json").write_text(json.dumps(config))
+    weights = synthesize(load_config(root / "config.json"), root / "weights", 1)
+    write_tokenizer(weights)
+    return weights

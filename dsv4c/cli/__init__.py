@@ -40,6 +40,7 @@ COMMANDS = {
     "bench": "Time a plan's step, every layer and every launch in its place, beside what its bytes take.",
     "run": "Run a plan: prefill the prompt, decode the forced tokens, then generate greedily.",
     "generate": "Answer: compile a checkpoint on first use, or take a plan, and print what the model says.",
+    "memory": "Say what a plan takes of memory before it is loaded, and what fits in how much.",
     "encode": "Print the prompt of a conversation, and nothing else: no newline ends it.",
     "parse": "Turn a completion into the message that it is, a JSON object, or say where it is malformed.",
     "weights": "Compare a checkpoint's names, shapes, types and scales with the model's.",
@@ -57,6 +58,7 @@ SETTINGS: dict[str, Any] = {
 }
 INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells have it
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's, which newer typers bring themselves
+NO_ARGUMENTS: type[Exception] = sys.modules[USAGE_ERROR.__module__].NoArgsIsHelpError
 
 
 def _tell(message: str, kind: str, code: int, as_json: bool) -> typer.Exit:
@@ -77,11 +79,10 @@ def _told_in_a_sentence(as_json: bool) -> Iterator[None]:
                 sys.stdout.flush()  # a full disk must show while somebody can still say so
     except Dsv4cError as error:
         raise _tell(str(error), type(error).__name__, error.exit_code, as_json) from None
+    except NO_ARGUMENTS:
+        raise  # it shows the help
     except USAGE_ERROR as error:
-        if not as_json:
-            raise  # which shows how the command is used, too
-        message = error.format_message()  # type: ignore[attr-defined]
-        raise _tell(message, "UsageError", ConfigError.exit_code, as_json) from None
+        raise _tell(_usage(error), "UsageError", ConfigError.exit_code, as_json) from None
     except KeyboardInterrupt:
         print("interrupted: nothing was left half-written", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
@@ -91,6 +92,14 @@ def _told_in_a_sentence(as_json: bool) -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"
         raise _tell(message, "OSError", Dsv4cError.exit_code, as_json) from None
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line, and where it says what is right."""
+    said = " ".join(error.format_message().split()).replace("Value error, ", "").removesuffix(".")
+    if error.ctx is None:
+        return said
+    return f"{said}{' See' if said.endswith('?') else '; see'} {error.ctx.command_path} --help"
 
 
 def module_of(name: str) -> ModuleType:

@@ -24,9 +24,11 @@ from dsv4c.compiler.request import Request
 from dsv4c.errors import ConfigError, PromptError
 from dsv4c.models.encoding.messages import Conversation, read_conversation
 from dsv4c.models.encoding.rules import rules_of
+from dsv4c.models.encoding.tokenizer import tokenizer_file
 from dsv4c.plan.folder import Plan, load
 from dsv4c.runtime.answer import Answers, Done, Event, Reasoning, Token, ToolCalled, generation_defaults
 from dsv4c.runtime.bind import machine_target
+from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.sampling import Sampling
 
 INTERRUPTED = 130
@@ -76,6 +78,10 @@ RepetitionOption = Annotated[
 PresenceOption = Annotated[float, typer.Option(help="Lower what was said, once.", metavar="A")]
 FrequencyOption = Annotated[float, typer.Option(help="Lower what was said, as often.", metavar="A")]
 SeedOption = Annotated[int | None, _optional("The same seed gives the same answer.", "N", "a new one")]
+LogprobsOption = Annotated[
+    int | None,
+    _optional("With --json: each token's log-probability, and the N best.", "N", min=0, max=100),
+]
 CacheOption = Annotated[
     Path | None, _optional("Folder of kept plans and kernels.", "DIR", "the user's cache")
 ]
@@ -105,6 +111,7 @@ def generate_command(
     presence_penalty: PresenceOption = 0.0,
     frequency_penalty: FrequencyOption = 0.0,
     seed: SeedOption = None,
+    logprobs: LogprobsOption = None,
     target: TargetOption = None,
     recipe: RecipeOption = "official",
     max_context: ContextOption = 4096,
@@ -127,8 +134,13 @@ def generate_command(
     given = [name for name, value in asked.items() if value is not None]
     if len(given) != 1:
         raise ConfigError(f"expected one of {', '.join(asked)}, found {' and '.join(given) or 'none'}")
+    if logprobs is not None and not json:
+        raise ConfigError("--logprobs: is part of the events; give --json, too")
     folder = _weights(subject, weights)
     question = _question(prompt, messages, tokens, thinking, effort)
+    if tokens is None:
+        tokenizer_file(folder)
+    Checkpoint.open(folder)  # what is missing, or half there, is said before a long compile
     chosen = {
         "temperature": temperature,
         "top_p": top_p,
@@ -157,6 +169,7 @@ def generate_command(
         "sampling": sampling,
         "max_new_tokens": max_new_tokens,
         "stop": stop or (),
+        "logprobs": logprobs,
         "encoding": encoding,
     }
     if chatting:
@@ -190,7 +203,6 @@ def _weights(subject: str, weights: Path | None) -> Path:
 def _plan(subject: str, target: str, recipe: str, max_context: int, cache: Path | None) -> Plan:
     if is_plan(subject):
         return load(subject)
-    on_cpu = target == "cpu"
     request = Request(
         subject,
         target=target,
@@ -198,7 +210,7 @@ def _plan(subject: str, target: str, recipe: str, max_context: int, cache: Path 
         batch=1,
         max_context=max_context,
         logits="last",
-        sampled=on_cpu,
+        sampled=True,
     )
     with progress_bar("compile") as progress:
         return kept_plan(request, cache=cache, progress=progress, note=note)
@@ -218,6 +230,10 @@ def _question(
             prompt = sys.stdin.buffer.read().decode()
         except UnicodeDecodeError as error:
             raise PromptError(f"stdin: byte {error.start} is no UTF-8") from None
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(f"--prompt: is no UTF-8 at character {error.start}") from None
     if not prompt.strip():
         raise PromptError("--prompt: is empty; say something")
     return Conversation([{"role": "user", "content": prompt}], "thinking" if thinking else "chat", effort)

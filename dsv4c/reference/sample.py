@@ -86,10 +86,11 @@ def draw(
 ) -> Tensor:
     index = positions + 1 - origin[slots]
     number = (philox(seeds[slots], index) + 0.5) * 2.0**-32
-    sums = probabilities.double().cumsum(1)
+    whole = (probabilities.double().nan_to_num(0.0).clamp(0, 1) * 2.0**40).floor()  # exact in any order
+    sums = whole.cumsum(1)
     wanted = (number * sums[:, -1])[:, None]
     found = torch.searchsorted(sums, wanted, right=True)[:, 0]
-    return found.clamp(max=probabilities.shape[1] - 1).to(torch.int32)
+    return torch.where(sums[:, -1] > 0, found, 0).to(torch.int32)
 
 
 @meaning(Emit)

@@ -22,7 +22,7 @@ from dsv4c.models.encoding.parse import Kind, Parser, Piece, Reply
 from dsv4c.models.encoding.render import render
 from dsv4c.models.encoding.rules import Rules
 from dsv4c.models.encoding.tokenizer import Decoding, Tokenizer
-from dsv4c.runtime.sampling import Said, Sampling
+from dsv4c.runtime.sampling import Chances, Said, Sampling
 
 if TYPE_CHECKING:
     from dsv4c.runtime.session import Session
@@ -35,15 +35,23 @@ Reason = Literal["stop", "stop_string", "length", "interrupted"]
 
 @dataclass(frozen=True)
 class Token:
-    """What the sequence says: ids that were sampled, and the text that they add, which may be none yet."""
+    """What the sequence says: ids that were sampled, and the text that they add, which may be none yet.
+
+    chances: log-probabilities of the token, if asked for.
+    """
 
     type: ClassVar = "token"
     sequence: int
     ids: tuple[int, ...]
     text: str
+    chances: Chances | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"type": self.type, "sequence": self.sequence, "ids": list(self.ids), "text": self.text}
+        made = {"type": self.type, "sequence": self.sequence, "ids": list(self.ids), "text": self.text}
+        if self.chances is not None:
+            best = [[token, round(chance, 6)] for token, chance in self.chances.best]
+            made |= {"logprob": round(self.chances.chosen, 6), "best": best}
+        return made
 
 
 @dataclass(frozen=True)
@@ -226,7 +234,7 @@ class _Sequence:
         self._parser, self._decoding = Parser(mode), Decoding(tokenizer)
         self._kind = "reasoning" if mode == "thinking" else "content"
 
-    def take(self, token: int, stops: Sequence[int]) -> Iterator[Event]:
+    def take(self, token: int, stops: Sequence[int], chances: Chances | None = None) -> Iterator[Event]:
         """One token more."""
         self.ids.append(token)
         self.last = time.perf_counter()
@@ -234,13 +242,13 @@ class _Sequence:
         ends = token in stops
         if self._decoding is None or self._parser is None:
             if not ends:
-                yield Token(self.number, (token,), "")
+                yield Token(self.number, (token,), "", chances)
         elif ends:
             yield from self._flushed(self._decoding.finish())
             yield from self._events((), self._parser.feed(END))
         else:
             text, found = self._stops.feed(self._decoding.feed(token))
-            yield from self._events((token,), self._parser.feed(text))
+            yield from self._events((token,), self._parser.feed(text), chances)
             if found:
                 self.reason = "stop_string"
         if ends:
@@ -277,7 +285,9 @@ class _Sequence:
         said, _ = self._stops.feed(text)
         yield from self._events((), self._parser.feed(said + self._stops.finish()))
 
-    def _events(self, ids: tuple[int, ...], pieces: Sequence[Any]) -> Iterator[Event]:
+    def _events(
+        self, ids: tuple[int, ...], pieces: Sequence[Any], chances: Chances | None = None
+    ) -> Iterator[Event]:
         """A token is an event, even if it adds no text; its text may be of two kinds."""
         texts = [piece for piece in pieces if isinstance(piece, Piece)]
         if ids and not texts:
@@ -285,8 +295,8 @@ class _Sequence:
         for piece in texts:
             self._kind = piece.kind
             made = Reasoning if piece.kind == "reasoning" else Token
-            yield made(self.number, ids, piece.text)
-            ids = ()
+            yield made(self.number, ids, piece.text, chances)
+            ids, chances = (), None
         for piece in pieces:
             if not isinstance(piece, Piece):
                 yield ToolCalled(self.number, piece.name, piece.arguments)
@@ -307,9 +317,10 @@ class Answers:
         tokenizer: Tokenizer | None,
         rules: Rules,
         slots: Sequence[int],
+        logprobs: int | None = None,
     ) -> None:
         self._session, self._tokenizer, self._rules = session, tokenizer, rules
-        self._stopping = False
+        self._stopping, self._logprobs = False, logprobs
         end = tokenizer.id_of(END) if tokenizer is not None else session.plan.config.get("eos_token_id")
         self._stops = [int(end)] if end is not None else []
         self._sequences = [self._sequence(n, s, a) for n, (s, a) in enumerate(zip(slots, asks, strict=True))]
@@ -353,21 +364,25 @@ class Answers:
             self._read(sequence)
         fresh = {s.slot: s.prompt[-1] for s in self._sequences}
         under_way: deque[Said] = deque()
-        steps, ahead = (1, 1) if session.device.type == "cpu" else (STEPS, AHEAD)
+        one_by_one = session.device.type == "cpu" or self._logprobs is not None
+        steps, ahead = (1, 1) if one_by_one else (STEPS, AHEAD)
         while self._going or under_way:
             while self._going and len(under_way) < ahead:
                 active = [s for s in self._going if self._left(s) > 0]
                 if not active:
                     break
                 count = min(steps, *(self._left(s) for s in active))
-                said = session.say(count, fresh, [s.slot for s in active if s.slot not in fresh])
+                others = [s.slot for s in active if s.slot not in fresh]
+                said = session.say(count, fresh, others, best=self._logprobs)
                 fresh = {}
                 for s in active:
                     s.enqueued += count
                 under_way.append(said)
-            found = session.settle(under_way.popleft())
+            said = under_way.popleft()
+            found = session.settle(said)
+            chances = dict(zip(said.slots, said.chances, strict=True)) if said.chances else {}
             for s in self._going:
-                yield from self._take(s, found.get(s.slot, []), started)
+                yield from self._take(s, found.get(s.slot, []), started, chances.get(s.slot))
         for s in self._sequences:
             self._remember(s)
 
@@ -392,10 +407,12 @@ class Answers:
             session.prefill(rest, slot, logits="last" if session.gives_last else "all")
         session.choose(slot, sequence.ask.sampling, self._stops)
 
-    def _take(self, sequence: _Sequence, tokens: Sequence[int], started: float) -> Iterator[Event]:
+    def _take(
+        self, sequence: _Sequence, tokens: Sequence[int], started: float, chances: Chances | None
+    ) -> Iterator[Event]:
         for token in tokens:
             if sequence.reason is None:
-                yield from sequence.take(token, self._stops)
+                yield from sequence.take(token, self._stops, chances)
         if sequence.reason is None and self._stopping:
             sequence.reason = "interrupted"
         if sequence.reason is None and len(sequence.ids) == sequence.enqueued and not self._left(sequence):

@@ -49,21 +49,26 @@ def bind(
     return Session(plan, executor(plan, block, poison=poison), folder)
 
 
+def machine_target() -> str:
+    """What plans for this machine are compiled for: its GPU, if there are kernels for it, or else its CPU."""
+    if torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability()
+        return next((arch.name for arch in ARCHS.values() if arch.capability == capability), "cpu")
+    return "cpu"
+
+
+def machine_memory(target: str) -> int:
+    """Bytes that plans of that target have on this machine: its GPU's, or its own; 0 without such a GPU."""
+    if target == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return torch.cuda.get_device_properties().total_memory if torch.cuda.is_available() else 0
+
+
 def _check_memory(plan: Plan) -> None:
     needed = sum(plan.blocks.values())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = machine_memory("cpu")
     if needed > memory:
         raise PlanError(
             f"plan {plan.name} needs {needed / 1e9:,.1f} GB of memory for weights, state and arena, this "
             f"machine has {memory / 1e9:,.1f} GB; compile with fewer --slots or a smaller --max-context"
         )
-
-
-def machine_target() -> str:
-    """What plans for this machine are compiled for: its GPU, or else its CPU."""
-    if torch.cuda.is_available():
-        capability = torch.cuda.get_device_capability()
-        for arch in ARCHS.values():
-            if arch.capability == capability:
-                return arch.name
-    return "cpu"

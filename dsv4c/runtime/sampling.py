@@ -113,14 +113,38 @@ def _signed(word: int) -> int:
     return word - (1 << 32) if word >> 31 else word
 
 
-class Said:
-    """What steps of some slots say, and whether their logits were finite, once the device is through."""
+@dataclass(frozen=True)
+class Chances:
+    """Log-probabilities under the model's own logits, before anything lowers or leaves out a token: of the
+    chosen one, and of the n best by id.
+    """
 
-    def __init__(self, slots: Sequence[int], kept: Tensor, finite: Tensor) -> None:
+    chosen: float
+    best: tuple[tuple[int, float], ...]
+
+
+class Said:
+    """What steps of some slots say, and whether their logits were finite, once the device is through.
+
+    With the logits of a single step also the log-probabilities of the chosen token and the `best`, by slot.
+    """
+
+    def __init__(
+        self, slots: Sequence[int], kept: Tensor, finite: Tensor, logits: Tensor | None = None, best: int = 0
+    ) -> None:
         self.slots = tuple(slots)
         self.finite: list[bool] = []
+        self.chances: list[Chances] = []
+        self._best = best
         self._through: torch.cuda.Event | None = None
-        self._rows = torch.cat([finite.to(torch.int32)[:, None], kept.T], dim=1)
+        rows = [finite.to(torch.int32)[:, None], kept.T]
+        if logits is not None:
+            known = logits.log_softmax(1)
+            most = known.topk(best, dim=1)
+            chosen = known.gather(1, kept[0].clamp(min=0).long()[:, None])
+            chances = torch.cat([chosen, most.values], dim=1).view(torch.int32)  # the bits, beside the ids
+            rows += [most.indices.to(torch.int32), chances]
+        self._steps, self._rows = len(kept), torch.cat(rows, dim=1)
         if kept.is_cuda:
             found = self._rows
             self._rows = torch.empty_like(found, device="cpu", pin_memory=True)
@@ -132,6 +156,12 @@ class Said:
         """The tokens of each slot, step by step, -1 where it says nothing. Waits for these steps alone."""
         if self._through is not None:
             self._through.synchronize()
-        rows = self._rows.tolist()
+        at = 1 + self._steps
+        rows = self._rows[:, :at].tolist()
+        if self._rows.shape[1] > at:
+            ids = self._rows[:, at : at + self._best].tolist()
+            chances = self._rows[:, at + self._best :].contiguous().view(torch.float32).tolist()
+            pairs = zip(ids, chances, strict=True)
+            self.chances = [Chances(c[0], tuple(zip(i, c[1:], strict=True))) for i, c in pairs]
         self.finite = [bool(row[0]) for row in rows]
         return [row[1:] for row in rows]

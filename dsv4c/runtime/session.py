@@ -223,9 +223,17 @@ class Session:
             )
 
     @_one_at_a_time
-    def say(self, count: int, tokens: Mapping[int, int] | None = None, slots: Sequence[int] = ()) -> Said:
+    def say(
+        self,
+        count: int,
+        tokens: Mapping[int, int] | None = None,
+        slots: Sequence[int] = (),
+        *,
+        best: int | None = None,
+    ) -> Said:
         """Enqueue `count` steps of the slots that `tokens` names, each beginning with its token, or of
-        `slots`, going on from the steps before. The host waits for none of them.
+        `slots`, going on from the steps before. The host waits for none of them. With `best`, of a single
+        step also log-probabilities, of the chosen token and of so many.
 
         A slot that comes to one of its stops says nothing after it, and has not consumed it. Raises
         SessionError as `decode` does.
@@ -233,18 +241,22 @@ class Session:
         given = dict(tokens or {})
         work = [*given, *slots]
         self._check_steps(count, work)
+        if best is not None and (count != 1 or not 0 <= best <= self.vocab_size):
+            raise SessionError(
+                f"the {best} best of {count} steps; expected 0 to {self.vocab_size} of one step"
+            )
         fresh = {s: self._id(token, f"token {s}") for s, token in given.items()}
         for s in slots:
             if not self._followed[s]:
                 raise SessionError(f"slot {s} has no next token yet; give it one")
         for s, token in fresh.items():
             self._following[s], self._going[s] = token, 1
-        kept = self._repeat(count, work, keep=True)
+        kept, logits = self._repeat(count, work, keep=True)
         assert kept is not None
         for s in work:
             self._counters["main"].advance(s, count)  # at most; `settle` takes back what a stop left out
             self._followed[s] = True
-        return Said(work, kept, self._finite[work])
+        return Said(work, kept, self._finite[work], None if best is None else logits, best or 0)
 
     @_one_at_a_time
     def settle(self, said: Said) -> dict[int, list[int]]:
@@ -337,6 +349,7 @@ class Session:
         sampling: Sampling | Sequence[Sampling] | None = None,
         max_new_tokens: int | None = None,
         stop: Sequence[str] = (),
+        logprobs: int | None = None,
         encoding: str = "auto",
         slots: Sequence[int] | None = None,
     ) -> Answers:
@@ -345,7 +358,9 @@ class Session:
         messages: a conversation as chat interfaces have it, a text (one question), a `Conversation` with the
         official encoder's options, or the ids of a prompt; or a list of such, a sequence each, which end on
         their own. A conversation that goes on in its slot is not read again. sampling: by default what the
-        checkpoint's generation_config.json recommends, if the plan can. encoding: rules of which release
+        checkpoint's generation_config.json recommends, if the plan can. logprobs: with every token its
+        log-probability, and those of so many likeliest ones; steps then follow one another with the host in
+        between. encoding: rules of which release
         (preview, 0731, auto). slots: where the sequences are, by default the first ones.
 
         Raises PromptError for messages that make no prompt or a tokenizer that does not fit, SessionError for
@@ -360,7 +375,7 @@ class Session:
             self._check_slot(slot)
         rules, _ = rules_of(encoding, self.checkpoint)
         texts = any(isinstance(ask.prompt, Conversation) for ask in asks)
-        return Answers(self, asks, self.tokenizer if texts else None, rules, list(chosen))
+        return Answers(self, asks, self.tokenizer if texts else None, rules, list(chosen), logprobs)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -670,7 +685,7 @@ class Session:
         if unknown:
             raise SessionError(f"slot {unknown[0]} has no likeliest token yet; call prefill or decode first")
         self._going[list(slots)] = 1
-        kept = self._repeat(count, slots, keep=keep)
+        kept, _ = self._repeat(count, slots, keep=keep)
         for s in slots:
             self._counters["main"].advance(s, count)
         self._look(slots)
@@ -685,8 +700,10 @@ class Session:
         if not slots or len(set(slots)) < len(slots):
             raise SessionError(f"slots to move on: {list(slots)}, expected at least one, each once")
 
-    def _repeat(self, count: int, slots: Sequence[int], *, keep: bool) -> Tensor | None:
-        """Steps of these slots, from what they come to say and whether they go on."""
+    def _repeat(self, count: int, slots: Sequence[int], *, keep: bool) -> tuple[Tensor | None, Tensor]:
+        """Steps of these slots, from what they come to say and whether they go on. Returns what they said, if
+        asked to keep it, and the logits of the last one.
+        """
         bucket = self._fitting("main", len(slots), 1)
         if bucket.sequences < len(slots):
             raise SessionError(
@@ -708,7 +725,7 @@ class Session:
             self._broken = False
         for s in slots:
             self.memories[s] = Memory()
-        return kept if kept is None else kept[:, : len(slots)]
+        return None if kept is None else kept[:, : len(slots)], outputs["logits"][: len(slots)]
 
     def _set_position(self, block: str, slot: int, held: int, reached: int) -> None:
         value = self._states[POSITIONS[block]]

@@ -164,6 +164,7 @@ NOTICED_BY: dict[ModuleType, dict[str, Test]] = {
         "Fold.chosen: name not in known": ordering.test_rules_are_chosen_by_name,
         "Fold.run: found != count": ordering.test_expected_counts,
         "Pipeline.__post_init__: missing": case(ordering.test_a_pipeline_that_cannot_work, "fold requires"),
+        "_graph: not isinstance(made, Graph)": ordering.test_a_pass_that_gives_no_graph_is_told_so,
         "Contributions.rule: name not in self.rules": ordering.test_contributions_of_every_kind,
         "contributions: other is not None and other[1] != kept": ordering.test_a_clash_names_both,
         "_flatten: not kinds and (not rules)": ordering.test_what_is_no_contribution,

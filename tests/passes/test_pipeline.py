@@ -72,6 +72,16 @@ class BreakTest(Pass):
         return builder.finish({k: values[v] for k, v in graph.outputs.items()})
 
 
+@dataclass(frozen=True)
+class NothingTest(Pass):
+    """Forgets to return the graph."""
+
+    name: ClassVar[str] = "nothing-test"
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        return None  # type: ignore[return-value]
+
+
 def tiny() -> Graph:
     return build(load_config("tiny"), Deployment(max_context=128), Bucket("decode"))
 
@@ -170,6 +180,11 @@ def test_stop_edit_and_resume() -> None:
 def test_a_pass_that_breaks_the_graph_is_named() -> None:
     with pytest.raises(GraphError, match=r"(?s)pass break-test: .*%unused is never used"):
         Pipeline((BreakTest(),)).run(small(), Context())
+
+
+def test_a_pass_that_gives_no_graph_is_told_so() -> None:
+    with pytest.raises(GraphError, match="pass nothing-test: `run` returned NoneType; expected the graph"):
+        Pipeline((NothingTest(),)).run(small(), Context())
 
 
 def fold_small(fold: Fold = Fold(), **options: object) -> Context:  # noqa: B008  (frozen)

@@ -72,14 +72,16 @@ class Scripted:
     def choose(self, slot: int, sampling: Sampling, stops: Sequence[int]) -> None:
         self.stops[slot] = stops
 
-    def say(self, count: int, tokens: Mapping[int, int], slots: Sequence[int]) -> list[int]:
+    def say(
+        self, count: int, tokens: Mapping[int, int], slots: Sequence[int], *, best: int | None
+    ) -> SimpleNamespace:
         assert count == 1
-        return [*tokens, *slots]
+        return SimpleNamespace(slots=[*tokens, *slots], chances=[])
 
-    def settle(self, slots: list[int]) -> dict[int, list[int]]:
-        for slot in slots:
+    def settle(self, said: SimpleNamespace) -> dict[int, list[int]]:
+        for slot in said.slots:
             self.positions[slot] += 1
-        return {slot: [next(self.script[slot])] for slot in slots}
+        return {slot: [next(self.script[slot])] for slot in said.slots}
 
 
 @pytest.fixture

@@ -125,3 +125,18 @@ def test_a_context_is_not_exceeded(session: Session) -> None:
         session.say(1, slots=[1])
     with pytest.raises(SessionError, match="9 tokens that stop, expected at most 8"):
         session.choose(0, WARM, range(9))
+
+
+def test_log_probabilities_are_the_models_own(session: Session) -> None:
+    session.prefill([3, 17])
+    session.choose(0, Sampling(temperature=0.5, top_k=1, presence_penalty=50.0))
+    said = session.say(1, {0: 5}, best=3)
+    (token,) = session.settle(said)[0]
+    session.reset()
+    known = session.prefill([3, 17, 5])[-1].log_softmax(0)
+    (chances,) = said.chances
+    assert chances.chosen == pytest.approx(float(known[token]), abs=1e-5)
+    assert [i for i, _ in chances.best] == known.topk(3).indices.tolist()
+    assert [p for _, p in chances.best] == pytest.approx(known.topk(3).values.tolist(), abs=1e-5)
+    with pytest.raises(SessionError, match=r"the 3 best of 2 steps; expected .* of one step"):
+        session.say(2, {0: 5}, best=3)

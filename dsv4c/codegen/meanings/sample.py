@@ -2,7 +2,7 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Float64, Int32, Int64, Uint32, range_constexpr
+from cutlass import Constexpr, Float32, Float64, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import ptx
 from dsv4c.codegen.meanings.values import (
@@ -13,7 +13,6 @@ from dsv4c.codegen.meanings.values import (
     largest,
     lines,
     multiply,
-    part,
     plus,
     put,
     size,
@@ -21,9 +20,7 @@ from dsv4c.codegen.meanings.values import (
     wide,
 )
 
-TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(7)
-KNOBS = 7
-COLUMN = 256  # in the team's scratch, where one number is handed on
+TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(7)  # columns of the knobs
 
 
 @cute.jit
@@ -43,33 +40,41 @@ def argmax(team: Team, logits: cute.Tensor, y: cute.Tensor):
     rows, width = logits.shape
     over = lines(team, rows, width)
     for row in cutlass.range(over.first, rows, over.step):
-        best, column = Int32(-0x80000000), Int32(0x7FFFFFFF)
-        for j in cutlass.range(over.lane, width, over.width):
-            key = order(at(logits, row * width + j).to(cutlass.Float32))
-            if key > best or column == Int32(0x7FFFFFFF):
-                best, column = key, j
-        if cutlass.const_expr(over.width > 1):
-            for i in range_constexpr(5):
-                other = cute.arch.shuffle_sync_bfly(best, offset=1 << i)
-                place = cute.arch.shuffle_sync_bfly(column, offset=1 << i)
-                if other > best or (other == best and place < column):
-                    best, column = other, place
-        if cutlass.const_expr(over.width > 32):
-            keys = held(Int32, team.scratch, (2 * (over.width // 32),))
-            if over.lane % 32 == 0:
-                keys[over.lane // 32 * 2] = best
-                keys[over.lane // 32 * 2 + 1] = column
-            cute.arch.sync_threads()
-            for i in range_constexpr(over.width // 32):
-                if keys[2 * i] > best or (keys[2 * i] == best and keys[2 * i + 1] < column):
-                    best, column = keys[2 * i], keys[2 * i + 1]
-            cute.arch.sync_threads()
+        column = _likeliest(logits, row, over)
         if over.lane == 0:
             put(y, row, column)
 
 
 @cute.jit
-def order(x: cutlass.Float32):
+def _likeliest(logits: cute.Tensor, row: Int32, over: Constexpr):
+    """The lowest column of a row's largest number, in all threads of its line."""
+    width = logits.shape[-1]
+    best, column = Int32(-0x80000000), Int32(0x7FFFFFFF)
+    for j in cutlass.range(over.lane, width, over.width):
+        key = order(at(logits, row * width + j).to(Float32))
+        if key > best or column == Int32(0x7FFFFFFF):
+            best, column = key, j
+    if const_expr(over.width > 1):
+        for i in range_constexpr(5):
+            other = cute.arch.shuffle_sync_bfly(best, offset=1 << i)
+            place = cute.arch.shuffle_sync_bfly(column, offset=1 << i)
+            if other > best or (other == best and place < column):
+                best, column = other, place
+    if const_expr(over.width > 32):
+        keys = held(Int32, over.team.scratch, (2 * (over.width // 32),))
+        if over.lane % 32 == 0:
+            keys[over.lane // 32 * 2] = best
+            keys[over.lane // 32 * 2 + 1] = column
+        cute.arch.sync_threads()
+        for i in range_constexpr(over.width // 32):
+            if keys[2 * i] > best or (keys[2 * i] == best and keys[2 * i + 1] < column):
+                best, column = keys[2 * i], keys[2 * i + 1]
+        cute.arch.sync_threads()
+    return column
+
+
+@cute.jit
+def order(x: Float32):
     """An integer that orders numbers as they are: zeros are equal, NaN is above all."""
     bits = x.bitcast(Int32)
     magnitude = bits & Int32(0x7FFFFFFF)
@@ -77,25 +82,14 @@ def order(x: cutlass.Float32):
     return Int32(0x7FFFFFFF) if x != x else key
 
 
-@cute.jit
-def number(key: Uint32):
-    """The number with that place in the order, counted from that of -inf on: see `place`."""
-    signed = key.bitcast(Int32) - Int32(0x7F800000)
-    bits = -signed | Int32(-0x80000000) if signed < 0 else signed
-    return bits.bitcast(Float32)
+# Sampling: a CTA per row ------------------------------------------------------------------------------------
 
 
 @cute.jit
-def place(x: Float32):
-    """A number's place in their order, 0 for -inf."""
-    return (order(x) + Int32(0x7F800000)).bitcast(Uint32)
-
-
-@cute.jit
-def knob(knobs: cute.Tensor, slot: Int32, column: Constexpr[int]):
-    """A knob of a slot, off where it is no finite number."""
-    value = at(knobs, slot * KNOBS + column)
-    finite = (value.bitcast(Int32) & Int32(0x7F800000)) != Int32(0x7F800000)
+def _knob(knobs: cute.Tensor, slot: Int32, column: Constexpr[int]):
+    """A slot's knob; off where it is no finite number."""
+    value = at(knobs, slot * 7 + column)
+    finite = value - value == Float32(0.0)
     return value if finite else Float32(0.0)
 
 
@@ -110,113 +104,109 @@ def penalize(
     knobs: cute.Tensor,
     y: cute.Tensor,
 ):
-    """The result's own bytes count tokens first: bit 0 says that one was seen, the others how often it was
-    since the origin. One CTA.
+    """The result's own bytes first count what was said: twice a token's times from the origin on, and one if
+    it is there at all. They lie in global memory.
     """
-    rows, width = logits.shape
-    capacity = history.shape[1]
-    for row in cutlass.range(rows):
-        slot = at(slots, row)
-        first = cutlass.max(at(origin, slot), Int32(0))
-        g_row = y.iterator.toint() + Int64(row) * (4 * width)
-        for j in cutlass.range(team.thread, width, team.threads):
-            ptx.stg32(g_row + Int64(j) * 4, Uint32(0))
-        cute.arch.sync_threads()
-        for p in cutlass.range(team.thread, capacity, team.threads):
-            if p <= at(positions, row):
-                token = g_row + Int64(at(history, slot * capacity + p)) * 4
-                cute.arch.inline_ptx("red.global.or.b32 [{$r0}], {$r1};", read_only_args=[token, Uint32(1)])
-                if p >= first:
-                    cute.arch.inline_ptx(
-                        "red.global.add.u32 [{$r0}], {$r1};", read_only_args=[token, Uint32(2)]
-                    )
-        cute.arch.sync_threads()
-        repetition = knob(knobs, slot, REPETITION)
-        presence, frequency = knob(knobs, slot, PRESENCE), knob(knobs, slot, FREQUENCY)
-        for j in cutlass.range(team.thread, width, team.threads):
-            marks = ptx.ldg32(g_row + Int64(j) * 4)
-            count = (marks >> Uint32(1)).to(Float32)
-            x = at(logits, row * width + j)
-            if marks != Uint32(0) and repetition > Float32(0.0):
-                x = ptx.divide(x, repetition) if x > Float32(0.0) else multiply(x, repetition)
-            once = presence if count > Float32(0.0) else Float32(0.0)
-            put(y, row * width + j, plus(x, -plus(once, multiply(frequency, count))))
-        cute.arch.sync_threads()
+    width, capacity = logits.shape[1], history.shape[1]
+    g_counts = y.iterator.toint()
+    slot, last = at(slots, 0), cutlass.min(at(positions, 0), Int32(capacity - 1))
+    first = at(origin, slot)
+    repetition = _knob(knobs, slot, REPETITION)
+    presence, frequency = _knob(knobs, slot, PRESENCE), _knob(knobs, slot, FREQUENCY)
+    for j in cutlass.range(team.thread, width, team.threads):
+        ptx.stg32(g_counts + Int64(j) * 4, Uint32(0))
+    cute.arch.sync_threads()
+    if repetition != Float32(0.0) or presence != Float32(0.0) or frequency != Float32(0.0):
+        for place in cutlass.range(team.thread, last + 1, team.threads):
+            g = g_counts + Int64(at(history, slot * capacity + place)) * 4
+            _global_or(g, Uint32(1))
+            if place >= first:
+                _global_add(g, Uint32(2))
+    cute.arch.sync_threads()
+    for j in cutlass.range(team.thread, width, team.threads):
+        count = ptx.ldg32(g_counts + Int64(j) * 4)
+        value = at(logits, j)
+        if repetition > Float32(0.0) and (count & Uint32(1)) == Uint32(1):
+            lower = ptx.divide(value, repetition)
+            value = lower if value > Float32(0.0) else multiply(value, repetition)
+        times = (count >> Uint32(1)).to(Float32)
+        once = presence if times > Float32(0.0) else Float32(0.0)
+        put(y, j, plus(value, -plus(once, multiply(frequency, times))))
+
+
+@cute.jit
+def _global_or(g: Int64, r: Uint32):
+    cute.arch.inline_ptx("red.global.or.b32 [{$r0}], {$r1};", read_only_args=[g, r])
+
+
+@cute.jit
+def _global_add(g: Int64, r: Uint32):
+    cute.arch.inline_ptx("red.global.add.u32 [{$r0}], {$r1};", read_only_args=[g, r])
 
 
 @cute.jit
 def token_probabilities(
     team: Team, logits: cute.Tensor, slots: cute.Tensor, knobs: cute.Tensor, y: cute.Tensor
 ):
-    """Bounds are found bit by bit in the order of the logits. One CTA."""
-    rows, width = logits.shape
-    column = held(Int32, team.scratch + COLUMN, (1,))
-    for row in cutlass.range(rows):
-        slot = at(slots, row)
-        own, out = part(logits, row * width, (1, width)), part(y, row * width, (1, width))
-        if knob(knobs, slot, TEMPERATURE) <= Float32(0.0):
-            argmax(team, own, column)
-            cute.arch.sync_threads()
-            for j in cutlass.range(team.thread, width, team.threads):
-                put(out, j, Float32(1.0) if j == at(column, 0) else Float32(0.0))
-            cute.arch.sync_threads()
-        else:
-            _cut(team, own, out, slot, knobs)
-
-
-@cute.jit
-def _cut(team: Team, x: cute.Tensor, y: cute.Tensor, slot: Int32, knobs: cute.Tensor):
-    """Probabilities of a row under a temperature."""
-    width = x.shape[1]
+    """Bounds are found bit by bit, over keys in the order of the logits: the largest that enough keys reach,
+    or enough of the sum. Until the end the result holds probabilities that do not sum to 1.
+    """
+    width = logits.shape[1]
     over = Lines(0, 1, team.thread, team.threads, team)
-    temperature = wide(knob(knobs, slot, TEMPERATURE))
-    k = knob(knobs, slot, TOP_K).to(Int32)
-    lowest = Uint32(0)
-    if k > 0 and k < width:
-        for bit in cutlass.range(32):
-            higher = lowest | (Uint32(1) << (Uint32(31) - bit.to(Uint32)))
-            count = Float64(0.0)
-            for j in cutlass.range(team.thread, width, team.threads):
-                count = count + (Float64(1.0) if place(at(x, j)) >= higher else Float64(0.0))
-            if total(count, over) >= k.to(Float64):
-                lowest = higher
-    top = Float32(-Float32.inf)
-    for j in cutlass.range(team.thread, width, team.threads):
-        top = cute.arch.fmax(top, at(x, j))
-    most = wide(largest(top, over)) / temperature
-    mass = Float64(0.0)
-    for j in cutlass.range(team.thread, width, team.threads):
-        mass = mass + _weight(at(x, j), lowest, most, temperature)
-    mass = total(mass, over)
-    least = Float64(1.0) / mass * wide(knob(knobs, slot, MIN_P))
-    top_p = wide(knob(knobs, slot, TOP_P))
-    if top_p > Float64(0.0) and top_p < Float64(1.0):
+    slot = at(slots, 0)
+    temperature, least = _knob(knobs, slot, TEMPERATURE), _knob(knobs, slot, MIN_P)
+    if temperature <= Float32(0.0):
+        column = _likeliest(logits, 0, over)
+        for j in cutlass.range(team.thread, width, team.threads):
+            put(y, j, Float32(1.0) if j == column else Float32(0.0))
+    else:
+        many, share = _knob(knobs, slot, TOP_K).to(Int32), _knob(knobs, slot, TOP_P)
         bound = Uint32(0)
-        for bit in cutlass.range(32):
-            higher = bound | (Uint32(1) << (Uint32(31) - bit.to(Uint32)))
-            above = Float64(0.0)
-            for j in cutlass.range(team.thread, width, team.threads):
-                p = _weight(at(x, j), lowest, most, temperature) / mass
-                above = above + (p if place(at(x, j)) >= higher else Float64(0.0))
-            if total(above, over) >= top_p:
-                bound = higher
-        crossing = _weight(number(bound), lowest, most, temperature) / mass
-        least = crossing if crossing > least else least
-    left = Float64(0.0)
-    for j in cutlass.range(team.thread, width, team.threads):
-        p = _weight(at(x, j), lowest, most, temperature) / mass
-        left = left + (p if p >= least else Float64(0.0))
-    left = total(left, over)
-    for j in cutlass.range(team.thread, width, team.threads):
-        p = _weight(at(x, j), lowest, most, temperature) / mass
-        put(y, j, (p if p >= least else Float64(0.0)) / left)
+        if many > 0 and many < width:
+            for bit in cutlass.range(32):
+                higher = bound | (Uint32(1) << (Uint32(31) - bit.to(Uint32)))
+                own = Float64(0.0)
+                for j in cutlass.range(team.thread, width, team.threads):
+                    if _key(logits, j) >= higher:
+                        own = own + Float64(1.0)
+                if total(own, over) >= wide(many.to(Float32)):
+                    bound = higher
+        top = Float32(-Float32.inf)
+        for j in cutlass.range(team.thread, width, team.threads):
+            top = cute.arch.fmax(top, at(logits, j))
+        top = largest(top, over)
+        own = Float64(0.0)
+        for j in cutlass.range(team.thread, width, team.threads):
+            p = Float32(0.0)
+            if _key(logits, j) >= bound:
+                p = cute.math.exp((wide(at(logits, j)) - wide(top)) / wide(temperature)).to(Float32)
+            put(y, j, p)
+            own = own + wide(p)
+        sum_ = total(own, over)  # a barrier, too: all of the result is there
+        if share > Float32(0.0) and share < Float32(1.0):
+            bound = Uint32(0)
+            for bit in cutlass.range(32):
+                higher = bound | (Uint32(1) << (Uint32(31) - bit.to(Uint32)))
+                own = Float64(0.0)
+                for j in cutlass.range(team.thread, width, team.threads):
+                    if _key(logits, j) >= higher:
+                        own = own + wide(at(y, j))
+                if total(own, over) >= wide(share) * sum_:
+                    bound = higher
+        own = Float64(0.0)
+        for j in cutlass.range(team.thread, width, team.threads):
+            if _key(logits, j) >= bound and at(y, j) >= least:
+                own = own + wide(at(y, j))
+        sum_ = total(own, over)
+        for j in cutlass.range(team.thread, width, team.threads):
+            kept = _key(logits, j) >= bound and at(y, j) >= least
+            put(y, j, wide(at(y, j)) / sum_ if kept else Float64(0.0))
 
 
 @cute.jit
-def _weight(x: Float32, lowest: Uint32, most: Float64, temperature: Float64):
-    """exp(x / temperature - most), 0 below the lowest place."""
-    weight = cute.math.exp(wide(x) / temperature - most)
-    return weight if place(x) >= lowest else Float64(0.0)
+def _key(logits: cute.Tensor, j: Int32):
+    """A logit as an unsigned number of the same order."""
+    return (order(at(logits, j)).bitcast(Uint32)) ^ Uint32(0x80000000)
 
 
 @cute.jit
@@ -229,77 +219,77 @@ def draw(
     seeds: cute.Tensor,
     y: cute.Tensor,
 ):
-    """Each thread has a stretch of the ids; the one in whose stretch the sum passes the number looks where.
-    One CTA.
+    """Probabilities become whole numbers of 2^-40, whose sums are exact in float64, in any order: exactly one
+    thread's run of columns has the wanted place of the sum.
     """
-    rows, width = probabilities.shape
-    stretch = -(-width // team.threads)
-    begin = team.thread * stretch
-    for row in cutlass.range(rows):
-        slot = at(slots, row)
-        index = at(positions, row) + 1 - at(origin, slot)
-        word = philox(at(seeds, 2 * slot).bitcast(Uint32), at(seeds, 2 * slot + 1).bitcast(Uint32), index)
-        own = Float64(0.0)
-        for j in cutlass.range(stretch):
-            if begin + j < width:
-                own = own + wide(at(probabilities, row * width + begin + j))
-        before, behind, all_ = _stretch(own, team)
-        wanted = (word.to(Float64) + Float64(0.5)) * Float64(2.0**-32) * all_
-        if team.thread == 0:
-            put(y, row, Int32(width - 1))
-        cute.arch.sync_threads()
-        if before <= wanted and wanted < behind:
-            found, running = Int32(-1), before
-            for j in cutlass.range(stretch):
-                if begin + j < width:
-                    p = wide(at(probabilities, row * width + begin + j))
-                    if p > Float64(0.0) and (found < 0 or running <= wanted):
-                        found = begin + j
-                    running = running + p
-            put(y, row, cutlass.max(found, Int32(0)))
-        cute.arch.sync_threads()
+    width = probabilities.shape[1]
+    slot = at(slots, 0)
+    index = at(positions, 0) + 1 - at(origin, slot)
+    word = _philox(at(seeds, slot * 2).bitcast(Uint32), at(seeds, slot * 2 + 1).bitcast(Uint32), index)
+    run = -(-width // team.threads)
+    first = team.thread * run
+    stop = cutlass.min(first + run, Int32(width))
+    own = Float64(0.0)
+    for j in cutlass.range(first, stop):
+        own = own + _whole(at(probabilities, j))
+    before, all_ = _sums_before(own, team)
+    high, low = (word >> Uint32(16)).to(Float32), (word & Uint32(0xFFFF)).to(Float32)
+    number = (wide(high) * Float64(65536.0) + wide(low) + Float64(0.5)) * Float64(2.0**-32)
+    wanted = number * all_
+    if before <= wanted and wanted < before + own:
+        reached, column = before, Int32(-1)
+        for j in cutlass.range(first, stop):
+            reached = reached + _whole(at(probabilities, j))
+            if column < 0 and reached > wanted:
+                column = j
+        put(y, 0, column)
+    if not (all_ > Float64(0.0)) and team.thread == 0:
+        put(y, 0, Int32(0))  # nothing can be drawn: the logits were no numbers
 
 
 @cute.jit
-def _stretch(own: Float64, team: Team):
-    """Sums over the threads before this one, up to it, and over all."""
-    lane, warp, warps = team.thread % 32, team.thread // 32, team.threads // 32
-    through = own
+def _whole(p: Float32):
+    share = cutlass.max(Float32(0.0), cutlass.min(p, Float32(1.0)))
+    share = share if p == p else Float32(0.0)
+    return (wide(share) * Float64(2.0**40)).to(Int64).to(Float64)
+
+
+@cute.jit
+def _sums_before(own: Float64, team: Team):
+    """Sums over the threads in front of this one, and over all."""
+    warps = team.threads // 32
+    lane, warp = team.thread % 32, team.thread // 32
+    so_far = own
     for i in range_constexpr(5):
-        other = cute.arch.shuffle_sync_up(through, offset=1 << i, mask_and_clamp=0)
-        through = through + (other if lane >= (1 << i) else Float64(0.0))
+        other = cute.arch.shuffle_sync_up(so_far, offset=1 << i, mask_and_clamp=0)
+        so_far = so_far + (other if lane >= (1 << i) else Float64(0.0))
     numbers = held(Float64, team.scratch, (warps,))
     if lane == 31:
-        numbers[warp] = through
+        numbers[warp] = so_far
     cute.arch.sync_threads()
-    base, all_ = Float64(0.0), Float64(0.0)
+    before, all_ = Float64(0.0), Float64(0.0)
     for i in range_constexpr(warps):
-        base = base + (numbers[i] if i < warp else Float64(0.0))
+        before = before + (numbers[i] if i < warp else Float64(0.0))
         all_ = all_ + numbers[i]
     cute.arch.sync_threads()
-    up = cute.arch.shuffle_sync_up(through, offset=1, mask_and_clamp=0)
-    before = base + up if lane > 0 else base
-    return before, base + through, all_
+    return before + so_far - own, all_
 
 
 @cute.jit
-def philox(low: Uint32, high: Uint32, index: Int32):
+def _philox(low: Uint32, high: Uint32, index: Int32):
     """The first word of Philox 4x32-10 at (index, 0, 0, 0) under the key (low, high)."""
     a, b, c, d = index.bitcast(Uint32), Uint32(0), Uint32(0), Uint32(0)
-    for i in range_constexpr(10):
-        one, two = Uint32(0xD2511F53), Uint32(0xCD9E8D57)
-        a, b, c, d = (
-            _high(c, two) ^ b ^ (low + Uint32(i * 0x9E3779B9 & 0xFFFFFFFF)),
-            c * two,
-            _high(a, one) ^ d ^ (high + Uint32(i * 0xBB67AE85 & 0xFFFFFFFF)),
-            a * one,
-        )
+    for _ in range_constexpr(10):
+        one, two = a * Uint32(0xD2511F53), c * Uint32(0xCD9E8D57)
+        upper_one, upper_two = _upper(a, Uint32(0xD2511F53)), _upper(c, Uint32(0xCD9E8D57))
+        a, b, c, d = upper_two ^ b ^ low, two, upper_one ^ d ^ high, one
+        low, high = low + Uint32(0x9E3779B9), high + Uint32(0xBB67AE85)
     return a
 
 
 @cute.jit
-def _high(a: Uint32, b: Uint32):
-    """The upper word of a product."""
+def _upper(a: Uint32, b: Uint32):
+    """The upper half of a product."""
     return cute.arch.inline_ptx(
         "mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b]
     )
@@ -312,15 +302,16 @@ def emit(
     lengths: cute.Tensor,
     slots: cute.Tensor,
     stops: cute.Tensor,
-    y: cute.Tensor,
-    following: cute.Tensor,
+    said: cute.Tensor,
+    going: cute.Tensor,
 ):
-    count = stops.shape[1]
-    for i in cutlass.range(team.thread, size(y.shape), team.threads):
+    """A thread per row."""
+    each = stops.shape[1]
+    for i in cutlass.range(team.thread, chosen.shape[0], team.threads):
         token, length = at(chosen, i), at(lengths, i)
-        left = length
-        for j in range_constexpr(count):
-            if at(stops, at(slots, i) * count + j) == token:
-                left = Int32(0)
-        put(y, i, token if length > 0 else Int32(-1))
-        put(following, i, left)
+        stopped = Int32(0)
+        for n in cutlass.range(each):
+            if at(stops, at(slots, i) * each + n) == token:
+                stopped = Int32(1)
+        put(said, i, token if length > 0 else Int32(-1))
+        put(going, i, Int32(0) if stopped == 1 else length)

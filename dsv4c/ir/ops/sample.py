@@ -68,6 +68,7 @@ class Penalize(Op):
     """
 
     by_slot: ClassVar = True
+    by_row: ClassVar = frozenset({0, 2, 3})
     picks: ClassVar = {1: (0, 1), 3: (1, 0)}
 
     def infer(
@@ -119,7 +120,7 @@ class Draw(Op):
     positions and slots i32[N], origin i32[S], seeds i32[S, 2]. It is the first whose probabilities, summed
     from id 0 on, exceed a number of (0, 1): the first word of Philox 4x32-10 under the slot's seed, at the
     index that the token has among those from the origin on. So the same seed gives the same numbers in any
-    slot and company.
+    slot and company. Probabilities count in whole 2^-40, so that sums depend on no order.
     """
 
     by_slot: ClassVar = True

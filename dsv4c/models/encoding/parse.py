@@ -163,9 +163,7 @@ class Parser:
             match = wanted.search(self._held)
             sure = len(self._held) if self._over else _sure(self._held, marks)
             text = self._take(min(match.start() if match else sure, sure))
-            if text:
-                self._said[kind].append(text)
-                self._made.append(Piece(kind, text))
+            self._say(kind, text)
             if match and match.start() == len(text):
                 if match[0] in ends:
                     return match[0]
@@ -173,6 +171,7 @@ class Parser:
                     raise self._malformed(f"which means nothing inside the {kind}")
                 self._blame(f"found {match[0]!r}, which means nothing inside the {kind}")
                 self._take(len(match[0]))
+                self._say(kind, " ")  # so that what is around the mark does not join to another
                 continue
             if self._over:
                 return ""
@@ -262,6 +261,11 @@ class Parser:
 
     def _here(self, what: str) -> Fault:
         return Fault(self._place, self._line, self._column, what)
+
+    def _say(self, kind: Kind, text: str) -> None:
+        if text:
+            self._said[kind].append(text)
+            self._made.append(Piece(kind, text))
 
     def _blame(self, what: str) -> None:
         """A fault after which reading goes on."""

@@ -22,13 +22,9 @@ class Tokenizer:
     @classmethod
     def open(cls, path: Path) -> Tokenizer:
         """The tokenizer of a checkpoint folder, or of a tokenizer.json. Raises PromptError without one."""
-        file = path / FILE if path.is_dir() else path
+        file = tokenizer_file(path)
         try:
             text = file.read_bytes().decode()
-        except FileNotFoundError:
-            raise PromptError(
-                f"{path}: has no {FILE}; copy the model's there, or give token ids with --tokens"
-            ) from None
         except OSError as error:
             raise PromptError(f"{file}: cannot be read: {error.strerror or error}") from None
         except UnicodeDecodeError as error:
@@ -70,6 +66,14 @@ class Tokenizer:
         """Their text, special tokens by name; an id that the tokenizer lacks has none."""
         text: str = self._given.decode(list(ids), skip_special_tokens=False)
         return text
+
+
+def tokenizer_file(path: Path) -> Path:
+    """The tokenizer.json of a checkpoint folder, or itself. Raises PromptError where there is none."""
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise PromptError(f"{path}: has no {FILE}; copy the model's there, or give token ids with --tokens")
+    return file
 
 
 class Decoding:

@@ -1,0 +1,85 @@
+"""Cross-compile what `check_sampling.py` runs: python -m tests.gpu.build_sampling [--layers 6].
+
+Writes to build/gpu/sampling: the kernels that choose a token, for the recorded cases and for many draws, with
+cases.json; a tiny plan that samples, and its like for the CPU; one of Flash's first layers in full width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from benchmarks.plans import first_layers
+from dsv4c.arch import ARCHS
+from dsv4c.codegen.build import Source, build
+from dsv4c.codegen.kernels.rows import Built, kernel_of
+from dsv4c.compiler.compile import compile
+from dsv4c.config import save_config
+from dsv4c.ir.op import Op
+from dsv4c.ir.ops.sample import Draw, Penalize, TokenProbabilities
+from dsv4c.ir.text import print_graph
+from tests.codegen.primitives import graph_of
+from tests.gpu.check_sampling import DRAWS, FOLDER
+
+CASES: dict[str, tuple[Op, tuple[str, ...], int]] = {
+    "penalize": (Penalize(), ("f32[N,1000]", "i32[N,256]", "i32[N]", "i32[N]", "i32[N]", "f32[N,7]"), 4),
+    "token_probabilities": (TokenProbabilities(), ("f32[N,1000]", "i32[N]", "f32[N,7]"), 4),
+    "draw": (Draw(), ("f32[N,7]", "i32[N]", "i32[N]", "i32[1]", "i32[1,2]"), DRAWS),
+}
+
+
+def kernels(folder: Path, store: Path, target: str) -> None:
+    made = []
+    for name, (op, types, rows) in CASES.items():
+        graph = graph_of(op, types, rows)
+        built = kernel_of(graph, False, name, name, ARCHS[target])
+        assert isinstance(built, Built), built
+        made.append((name, graph, built))
+    sources = [Source(b.emission.symbol, b.emission.source) for _, _, b in made]
+    described = []
+    for (name, graph, each), kernel in zip(made, build(sources, target, store), strict=True):
+        emission = each.emission
+        (folder / f"{name}.cubin").write_bytes(kernel.cubin)
+        described.append(
+            {
+                "name": name,
+                "graph": print_graph(graph),
+                "cubin": f"{name}.cubin",
+                "symbol": emission.symbol,
+                "grid": emission.grid,
+                "block": emission.block,
+                "shared": emission.shared,
+                "parameters": [[each.operands[p.operand].name, p.component] for p in emission.parameters],
+            }
+        )
+    (folder / "cases.json").write_text(json.dumps(described))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--target", default="sm_90a", choices=ARCHS)
+    parser.add_argument("--store", type=Path, default=Path("build/store"))
+    parser.add_argument("--folder", type=Path, default=FOLDER)
+    parser.add_argument("--layers", type=int, default=6, help="of Flash; 0 for no such plan")
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    kernels(options.folder, options.store, options.target)
+    tiny = {"batch": (1, 4), "max_context": 256, "chunk": 8, "sampled": True, "certify": False}
+    for target in (options.target, "cpu"):
+        print(
+            compile("tiny", target=target, **tiny).save(
+                options.folder / f"tiny-{target}.plan", overwrite=True
+            )
+        )
+    if options.layers:
+        config = first_layers("deepseek-v4-flash", options.layers)
+        save_config(config, options.folder)
+        plan = compile(
+            config, target=options.target, batch=1, verify=1, max_context=8448, sampled=True, certify=False
+        )
+        print(plan.save(options.folder / "flash.plan", overwrite=True))
+
+
+if __name__ == "__main__":
+    main()
