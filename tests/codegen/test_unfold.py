@@ -153,6 +153,13 @@ def test_every_graph_has_kernels(recipe: str) -> None:
         assert {"decode-1", "decode-2", "draft-1"} == set(plan.buckets)
 
 
+def test_steps_that_sample_have_kernels() -> None:
+    plan = gpu_plan(sampled=True, certify=False, **SIZES)
+    assert check(plan) == []
+    launches = [launch.op for launch in plan.buckets["decode-1.sampled"].launches]
+    assert launches[-5:] == ["penalize", "token_probabilities", "draw", "emit", "advance"]
+
+
 @pytest.mark.parametrize("rule", [fusion.name for fusion in FUSIONS])
 def test_any_rule_may_be_left_out(rule: str) -> None:
     plan = gpu_plan(disable=[rule], certify=False, **SIZES)
