@@ -23,7 +23,7 @@ from dsv4c.cli.options import CONFIG_HELP, JsonOption, PassOption
 from dsv4c.cli.subject import Asked, ask
 from dsv4c.compiler.device import Checked, check_kernels
 from dsv4c.compiler.job import rules_of
-from dsv4c.errors import GraphError
+from dsv4c.errors import ConfigError, GraphError
 from dsv4c.passes.work import Match
 from dsv4c.plan.folder import load
 
@@ -94,12 +94,12 @@ def check_command(
         _device(subject, bucket or (), extra, json)
         return
     if device or bucket:
-        raise GraphError("check: --device takes a plan, and no --inject; --bucket is for --device")
+        raise ConfigError("check: --device takes a plan, and no --inject; --bucket is for --device")
     if inject:
         _inject(subject, extra, json)
         return
     if subject is None:
-        raise GraphError("check: name a plan or a config, or give --inject")
+        raise ConfigError("check: name a plan or a config, or give --inject")
     asked = ask(subject, extra=extra)
     folder = cache_folder(cache) / "certificates"
     forms = tuple(dict.fromkeys(asked.job.firsts().values()))

@@ -33,7 +33,7 @@ from dsv4c.cli.options import (
 )
 from dsv4c.compiler.compile import compile
 from dsv4c.compiler.job import Compiled, Job, Saved, read_saved, rules_of, stop
-from dsv4c.compiler.limits import memory_of
+from dsv4c.compiler.limits import least_memory
 from dsv4c.compiler.request import Request
 from dsv4c.errors import ConfigError, GraphError
 from dsv4c.ir.text import print_graph
@@ -270,12 +270,17 @@ def compile_command(
     folder = output or Path(f"{job.config.name}.plan")
     check_target(folder, overwrite=overwrite)
     dump = _dumper(dump_stages, job.decode.name) if dump_stages is not None else None
+
+    def inspect(name: str, compiled: Compiled) -> None:
+        memory = least_memory(job, compiled.graph)
+        if name == job.decode.name and not memory.fits:
+            note(f"warning: {memory}")
+        if dump is not None:
+            dump(name, compiled)
+
     with progress_bar("compile") as progress:
-        plan = compile(job, certify=certify, inspect=dump, cache=cache, progress=progress)
+        plan = compile(job, certify=certify, inspect=inspect, cache=cache, progress=progress)
     plan.save(folder, overwrite=overwrite)
-    memory = memory_of(plan.target, plan.blocks)
-    if not memory.fits:
-        note(f"warning: {memory}")
     for warning in plan.report.get("warnings", ()):
         note(f"warning: {warning}")
     for remark in (*job.config.notes, *plan.report.get("notes", ())):

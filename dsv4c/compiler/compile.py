@@ -90,7 +90,7 @@ def compile(
     certificates: Sequence[dict[str, Any]] = ()
     if certify:
         with stages("certify"):
-            certificates = _certify(compiled, again, cache_folder(cache) / "certificates", progress)
+            certificates = _certify(compiled, again, cache_folder(cache) / "certificates", stages.within)
     if not on_cpu:
         with stages("build"):
             target.build(cache_folder(cache) / "kernels", progress)
@@ -104,7 +104,7 @@ def compile(
 
 
 def _certify(
-    compiled: Mapping[Bucket, Compiled], again: list[Match], cache: Path, progress: Progress | None
+    compiled: Mapping[Bucket, Compiled], again: list[Match], cache: Path, progress: Progress
 ) -> list[dict[str, Any]]:
     """Certificates of all buckets, equal applications once. Raises GraphError for a rule that is wrong."""
     matches = [m for c in compiled.values() if c.context.fold is not None for m in c.context.fold.matches]
@@ -133,6 +133,11 @@ class _Stages:
         start = time.perf_counter()
         yield
         self._finish(stage, time.perf_counter() - start)
+
+    def within(self, what: str, done: int, whole: int) -> None:
+        """What a stage is at."""
+        if self.progress is not None:
+            self.progress(f"{what}, {done + 1} of {whole}", self.done, self.total)
 
     def watch(self, bucket: Bucket) -> Callable[[Stage], None]:
         """For the passes of one bucket."""
