@@ -111,14 +111,14 @@ def test_the_readmes_first_example_prints_what_it_says(tmp_path: Path) -> None:
     run([sys.executable, "-c", python[1] + checked], tmp_path, env)
 
 
-def test_the_readmes_layer_is_what_show_prints() -> None:
+def test_the_layer_in_the_docs_is_what_show_prints() -> None:
     """Without types, attributes and origins, as it says."""
     job = Request("deepseek-v4-flash", batch=1, verify=1, chunk=1).job()
     text = render(job.compiled(job.decode).after("fold"), 4, True)
     lines = [line for line in text.split("# layers.4 of graph", 1)[1].split("\n") if line[:1] in ("@", "%")]
     cut = [re.split(r" \{| from \[", line, maxsplit=1)[0] for line in lines]
     plain = [re.sub(r": (?:q\[[^\]]*\]|[a-z0-9]+)\[[^\]]*\]", "", line) for line in cut]
-    assert "\n".join(["```", *plain, "```"]) in (ROOT / "README.md").read_text()
+    assert "\n".join(["```", *plain, "```"]) in (ROOT / "docs/index.md").read_text()
 
 
 def test_the_readmes_table_of_passes_is_what_they_do() -> None:
