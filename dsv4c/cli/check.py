@@ -94,7 +94,7 @@ def check_command(
         _device(subject, bucket or (), extra, json)
         return
     if device or bucket:
-        raise GraphError("check: --device takes a plan, and no --inject; --bucket is for --device")
+        raise ConfigError("check: --device takes a plan, and no --inject; --bucket is for --device")
     if inject:
         _inject(subject, extra, json)
         return

@@ -18,7 +18,7 @@ from dsv4c.certify.evaluate import PATTERNS
 from dsv4c.cli import app
 from dsv4c.compiler import device
 from dsv4c.compiler.device import Alone, Checked, check_kernels
-from dsv4c.errors import GraphError, PlanError
+from dsv4c.errors import ConfigError, GraphError, PlanError
 from dsv4c.ir.graph import Node
 from dsv4c.ir.text import parse_graph
 from dsv4c.numerics.codec import Value, parts_of
@@ -167,7 +167,7 @@ def test_it_takes_a_gpu_and_kernels(plan: Plan, tmp_path: Path, monkeypatch: pyt
         assert result.exit_code == PlanError.exit_code
         assert sentence in result.stderr
     result = CliRunner().invoke(app, ["check", "--device", "--inject"])
-    assert (result.exit_code, "--device takes a plan" in result.stderr) == (GraphError.exit_code, True)
+    assert (result.exit_code, "--device takes a plan" in result.stderr) == (ConfigError.exit_code, True)
 
 
 def test_the_command_lists_every_kind_of_turn(
