@@ -108,7 +108,7 @@ HOUSE = {
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
     "codegen.lib": Room(5250, ("numerics.forms",), ("cutlass", "cuda")),
     # What primitives mean on a device, imported by generated kernels alone.
-    "codegen.meanings": Room(1750, ("types", "codegen.lib"), ("cutlass",)),
+    "codegen.meanings": Room(1950, ("types", "codegen.lib"), ("cutlass",)),
     # Launches are lowered to what plans hold, which is data.
     "codegen": Room(
         5100,
