@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import sysconfig
 import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -77,7 +76,7 @@ def contributed(what: str) -> Iterator[None]:
         raise GraphError(f"{what}: {calls[0].filename}:{line}: {said}") from error
 
 
-_PYTHON = (sysconfig.get_paths()["stdlib"], "<frozen ")
+_PYTHON = (str(Path(traceback.__file__).parent), "<frozen ")
 _DSV4C = str(Path(__file__).parent)
 
 

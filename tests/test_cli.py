@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import types
 from inspect import cleandoc
 from pathlib import Path
 
@@ -17,7 +19,7 @@ import typer
 from safetensors.torch import load_file, save_file
 
 import dsv4c
-from dsv4c.cli import COMMANDS, module_of
+from dsv4c.cli import COMMANDS, console, module_of
 from dsv4c.cli.run import token_ids
 from dsv4c.compiler.job import rules_of
 from dsv4c.config import BUILTIN_FOLDER, TARGETS, load_config
@@ -136,9 +138,7 @@ def test_an_output_folder_that_cannot_be_written_is_found_before_compiling(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(
-        "dsv4c.compiler.compile.compile", lambda *_, **__: pytest.fail("compiled all the same")
-    )
+    monkeypatch.setattr("dsv4c.cli.compile.compile", lambda *_, **__: pytest.fail("compiled all the same"))
     result = command("compile", "tiny", "-o", tmp_path / "file" / "plan")
     assert result.code == 5
     assert result.err == f"error: {tmp_path}/file/plan: cannot be written: {tmp_path}/file is no folder\n"
@@ -462,3 +462,73 @@ def test_version() -> None:
     result = command("--version")
     assert result.code == 0
     assert result.out.startswith("dsv4c")
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_help_is_as_it_is_written(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flags do not read as if they took a value; brackets, which rich would swallow, are there."""
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = command(name, "--help").out
+    flag = next(line for line in shown.splitlines() if " --json " in line or " --help " in line)
+    assert "<" not in flag
+    assert max(map(len, shown.splitlines())) <= 80
+    if name == "run":
+        assert "[prompt" in shown
+
+
+@pytest.mark.parametrize(
+    ("typed", "completions"),
+    [
+        ("lim", {"limits"}),
+        ("show ti", {"tiny"}),
+        ("compile tiny --recipe nvfp4-", {"nvfp4-experts", "nvfp4-experts-w4a4"}),
+        ("why-not index_", {"index_topk"}),
+        ("show tiny --orig", {"--origins"}),
+    ],
+)
+def test_a_shell_completes(typed: str, completions: set[str]) -> None:
+    words = f"dsv4c {typed}"
+    asked = {"_DSV4C_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = subprocess.run(
+        [sys.executable, "-m", "dsv4c"],
+        cwd=REPOSITORY,
+        env=os.environ | asked,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert set(result.stdout.split()) == completions
+
+
+def test_figures_of_a_layer_are_its_own() -> None:
+    whole, layer = (command("show", "tiny", *one, "--json").json for one in ((), ("--layer", "2")))
+    assert layer["summary"]["graph"] == "tiny.decode-1.layers.2"
+    assert layer["summary"]["parameters"] < whole["summary"]["parameters"] / 4
+    assert list(layer["summary"]["layers"]) == ["layers.2"]
+    several = command("show", "tiny", "--layer", "2", "--batch", "4", "--json").json
+    weights = "attention projections"
+    one = layer["summary"]["bytes_per_token"][weights]
+    assert several["summary"]["bytes_per_token"][weights] == one // 4
+
+
+def test_origins_are_counted_unless_asked_for() -> None:
+    args = ("show", "tiny", "--after", "fold", "--layer", "2")
+    short, whole = command(*args).out, command(*args, "--origins").out
+    assert max(map(len, short.splitlines())) < 700
+    assert re.search(r" from \d+ nodes$", short, re.M)
+    assert " from [" not in short
+    assert " from [layers.2." in whole
+
+
+def test_text_is_painted_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = "# a layer\n@layers.2\n%.x: bf16[1,4] = silu(%.y) {out=bf16} from 3 nodes\n"
+    assert console.painted(text) == text
+    monkeypatch.setattr(console.sys, "stdout", types.SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    painted = console.painted(text)
+    assert "\033[36msilu\033[0m(" in painted
+    assert "\033[32mbf16[1,4]\033[0m" in painted
+    assert re.sub("\033\\[[0-9]+m", "", painted) == text
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert console.painted(text) == text

@@ -141,7 +141,100 @@ MISTAKES = {
     ),
     ("why-not", "swiglo", "tiny"): (3, "in_proj; did you mean 'swiglu'?"),
     ("show", "tiny", "--after", "fould"): (3, "did you mean 'fold'?"),
+    ("run",): (2, "error: Missing argument 'PLAN'; see dsv4c run --help"),
+    ("run", "p", "--weights", "w"): (2, "error: Missing option '--tokens'; see dsv4c run --help"),
+    ("run", "p", "--tokens", "1"): (2, "error: Missing option '--weights'; see"),
+    ("run", "p", "--weights", "w", "--tokens", "[1,2]"): (
+        6,
+        "error: --tokens: '[1' is no token id; expected numbers like 3,17,5",
+    ),
+    ("run", "p", "--weights", "w", "--tokens", "1 2"): (6, "error: --tokens: '1 2' is no token id"),
+    ("run", "p", "--weights", "w", "--tokens", "1.5"): (6, "error: --tokens: '1.5' is no token id"),
+    ("run", "p", "--weights", "w", "--tokens", "1", "--max-new-tokens", "-1"): (
+        2,
+        "error: Invalid value for '--max-new-tokens': ",
+    ),
+    ("run", "p", "--weights", "w", "--tokens", "1", "--logits", "no/such/x"): (
+        6,
+        "error: no/such/x: the logits cannot be written: No such",
+    ),
+    ("synth", "tiny"): (2, "error: Missing option '-o' / '--output'; see dsv4c synth --help"),
+    ("synth", "tiny", "-o", "w", "--seed", "x"): (2, "error: Invalid value for '--seed': "),
+    ("synth", "tiny", "-o", "w", "--shards", "0"): (2, "error: Invalid value for '--shards': "),
+    ("synth", "nothing-here", "-o", "w"): (2, "error: nothing-here: no such file"),
+    ("synth", "tiny", "-o", "w", "--force"): (2, "error: No such option: --force"),
+    ("compile", "tiny", "--force"): (2, "error: No such option: --force"),
+    ("compile", "tiny", "--max_context", "5"): (
+        2,
+        "error: No such option: --max_context (Possible options: --max-context)",
+    ),
+    ("compile", "tiny", "--max-contex", "5"): (
+        2,
+        "(Possible options: --max-context); see dsv4c compile --help",
+    ),
+    ("compile", "tiny", "--max-context", "0"): (2, "error: Invalid value for '--max-context': "),
+    ("compile", "tiny", "--max-context", "4k"): (2, "error: Invalid value for '--max-context': "),
+    ("compile", "tiny", "pro"): (2, "error: Got unexpected extra argument(s) (pro)"),
+    ("compile", "tiny", "-o"): (2, "error: Option '-o' requires an argument"),
+    ("compile", "-o", "x"): (2, "error: Missing argument 'CONFIG' (or --resume FILE)"),
+    ("compile", "tiny.plan"): (2, "tiny; did you mean 'tiny'?"),
+    ("compile", "."): (2, "error: config.json: no such file"),
+    ("compile", "tiny", "--pass", "nothing_here"): (
+        3,
+        "error: --pass nothing_here: No module named 'nothing_here'",
+    ),
+    ("compile", "tiny", "--pass", "json:nothing"): (3, "has no attribute 'nothing'; expected MODULE:OBJECT"),
+    ("compile", "tiny", "--expect", "sinkhorn"): (
+        3,
+        "error: --expect sinkhorn: expected a rule and a number",
+    ),
+    ("compile", "tiny", "--pipeline", ""): (3, "error: pipeline: no pass is written ''; there are: quantize"),
+    ("compile", "tiny", "--resume", "x"): (2, "error: compile: --resume x has decided tiny; leave it out"),
+    ("compile", "--resume", "x", "--batch", "2"): (
+        2,
+        "error: compile: --resume x has decided --batch; leave it out",
+    ),
+    ("show", "tiny", "--format", "png"): (
+        2,
+        "error: Invalid value for '--format': 'png' is not one of 'text', 'json'",
+    ),
+    ("show", "tiny", "--format", "html", "--after", "fold"): (
+        3,
+        "--format html shows every stage; leave --after out",
+    ),
+    ("show", "tiny", "--kernels"): (
+        5,
+        "error: tiny: no such folder; compile a plan with `dsv4c compile CONFIG -o tiny`",
+    ),
+    ("show", "tiny", "-o", "no/such/x"): (
+        3,
+        "error: no/such/x: cannot be written: No such file or directory",
+    ),
+    ("show", "tiny", "-o", "."): (3, "error: .: is a folder; give a file"),
+    ("diff", "tiny"): (2, "error: Missing argument 'B'; see dsv4c diff --help"),
+    ("diff", "tiny@fould", "@fold"): (3, "did you mean 'fold'?"),
+    ("passes", "tiny"): (5, "error: tiny: no such folder; compile a plan with"),
+    ("verify", "tiny"): (5, "error: tiny: no such folder; compile a plan with"),
+    ("check",): (2, "error: check: name a plan or a config, or give --inject"),
+    ("check", "--inject", "nothing-here"): (2, "error: nothing-here: no such file"),
+    ("bisect", "nothing-here", "--weights", "w", "--tokens", "1"): (5, "error: nothing-here: no such folder"),
+    ("weights", ".", "--config", "tiny"): (4, "error: .: no checkpoint here; expected model.safetensors"),
+    ("weights", "tiny"): (4, "error: tiny: no such file or folder; expected a checkpoint folder"),
+    ("models", "tiny"): (2, "error: Got unexpected extra argument(s) (tiny); see dsv4c models --help"),
+    ("targets", "--target", "cpu"): (2, "error: No such option: --target; see dsv4c targets --help"),
+    ("limits", "tiny", "--target", "gpu"): (
+        2,
+        "error: Invalid value for '--target': 'gpu' is not one of 'cpu', 'sm_90a'",
+    ),
+    ("limits", "tiny", "--recipe", "int4"): (2, "error: recipe: unknown recipe 'int4'; known: fp32"),
+    ("limits", "tiny", "--batch", "one"): (2, "error: --batch: 'one' is no size of a bucket"),
+    ("why-not", "hyper", "tiny"): (3, "did you mean 'hyper_norm'?"),
+    ("shwo",): (2, "error: No such command 'shwo'. Did you mean 'show'? See dsv4c --help"),
 }
+
+
+def test_a_hundred_mistakes() -> None:
+    assert len(MISTAKES) >= 100
 
 
 @pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
@@ -152,7 +245,8 @@ def test_a_mistake_is_one_message_and_an_exit_code(
     code, message = MISTAKES[arguments]
     result = command(*arguments)
     assert result.code == code
-    assert message in " ".join(result.err.split())
+    assert message in result.err
+    assert result.err.startswith('{"error": ' if "--json" in arguments else "error: ")
     assert result.out == ""
     assert "Traceback" not in result.err
     assert list(tmp_path.iterdir()) == []

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 from pathlib import Path
 
@@ -20,7 +21,9 @@ from tests.codegen.lowered import gpu_plan
 
 ROOT = Path(__file__).parent.parent
 TUTORIAL = ROOT / "docs" / "write-a-pass.md"
-BLOCK = re.compile(r"^```(python|sh)(?: file=(\S+))?\n(.*?)^```$", re.M | re.S)
+OF_KERNELS = ROOT / "docs" / "write-a-kernel.md"
+EXAMPLE = ROOT / "examples" / "greedy_head"
+BLOCK = re.compile(r"^```(python|sh|toml)(?: file=(\S+))?\n(.*?)^```$", re.M | re.S)
 
 
 def environment(*paths: Path, cache: Path) -> dict[str, str]:
@@ -41,16 +44,47 @@ def run(command: list[str], cwd: Path, env: dict[str, str]) -> str:
     return done.stdout
 
 
-def test_every_block_of_the_tutorial_runs(tmp_path: Path) -> None:
-    env = environment(tmp_path, cache=tmp_path / "cache")
-    blocks = BLOCK.findall(TUTORIAL.read_text())
-    assert len(blocks) >= 8
+def installed(folder: Path) -> str:
+    """What `pip install .` leaves for others to find, without a network."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text())["project"]
+    groups = project["entry-points"].items()
+    found = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    found.mkdir()
+    name, version = project["name"], project["version"]
+    (found / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (found / "entry_points.txt").write_text(
+        "".join(
+            f"[{group}]\n" + "".join(f"{n} = {v}\n" for n, v in points.items()) for group, points in groups
+        )
+    )
+    return "true"
+
+
+@pytest.mark.parametrize(("page", "count"), [(TUTORIAL, 8), (OF_KERNELS, 5)])
+def test_every_block_of_a_tutorial_runs(tmp_path: Path, page: Path, count: int) -> None:
+    env = environment(tmp_path, EXAMPLE / "src", cache=tmp_path / "cache")
+    blocks = BLOCK.findall(page.read_text())
+    assert len(blocks) >= count
     for language, file, text in blocks:
         if file:
             (tmp_path / file).write_text(text)
-        script = text.replace("dsv4c ", f"{sys.executable} -m dsv4c ") if language == "sh" else text
+        script = (
+            re.sub(r"^dsv4c ", f"{sys.executable} -m dsv4c ", text, flags=re.M) if language == "sh" else text
+        )
+        if "pip install ." in script:
+            script = script.replace("pip install .", installed(tmp_path))
         shell = ["bash", "-euo", "pipefail", "-c"] if language == "sh" else [sys.executable, "-c"]
-        run([*shell, script], tmp_path, env)
+        if language != "toml":
+            run([*shell, script], tmp_path, env)
+
+
+def test_the_kernels_of_the_tutorial_are_the_examples() -> None:
+    shown = {file: text for _, file, text in BLOCK.findall(OF_KERNELS.read_text()) if file}
+    assert (
+        shown["dsv4c_greedy_head_kernel.py"] == (EXAMPLE / "src" / "dsv4c_greedy_head_kernel.py").read_text()
+    )
+    project = (EXAMPLE / "pyproject.toml").read_text()
+    assert shown["pyproject.toml"].split("\n\n", 1)[1].strip() in project
 
 
 def without_figures(text: str) -> str:
@@ -77,14 +111,14 @@ def test_the_readmes_first_example_prints_what_it_says(tmp_path: Path) -> None:
     run([sys.executable, "-c", python[1] + checked], tmp_path, env)
 
 
-def test_the_readmes_layer_is_what_show_prints() -> None:
+def test_the_layer_in_the_docs_is_what_show_prints() -> None:
     """Without types, attributes and origins, as it says."""
     job = Request("deepseek-v4-flash", batch=1, verify=1, chunk=1).job()
     text = render(job.compiled(job.decode).after("fold"), 4, True)
     lines = [line for line in text.split("# layers.4 of graph", 1)[1].split("\n") if line[:1] in ("@", "%")]
     cut = [re.split(r" \{| from \[", line, maxsplit=1)[0] for line in lines]
     plain = [re.sub(r": (?:q\[[^\]]*\]|[a-z0-9]+)\[[^\]]*\]", "", line) for line in cut]
-    assert "\n".join(["```", *plain, "```"]) in (ROOT / "README.md").read_text()
+    assert "\n".join(["```", *plain, "```"]) in (ROOT / "docs/index.md").read_text()
 
 
 def test_the_readmes_table_of_passes_is_what_they_do() -> None:

@@ -124,13 +124,20 @@ HOUSE = {
         (*COMPILER, "certify", "codegen", "compiler", "plan", "numerics", "reference", "runtime"),
         ("torch", "safetensors"),
     ),
+    # Runs a plan's kernels beside their meaning.
+    "compiler.device": Room(
+        350, (*COMPILER, "certify", "compiler", "plan", "numerics", "reference", "runtime"), ("torch",)
+    ),
     "": Room(90, (*CONFIG, "ir", "passes", "compiler", "plan", "runtime")),
     # Plans for the loops of another library, which is an extra.
     "hf": Room(200, ("errors", "plan", "runtime"), ("torch", "transformers")),
     # Every command imports what it needs; the package loads a command's module when it is called.
     "cli": Room(
-        3450,
-        (*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "plan", "runtime", "view"),
+        3550,
+        (
+            *(*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "compiler.device"),
+            *("plan", "runtime", "view"),
+        ),
         ("typer", "rich"),
     ),
     "__main__": Room(20, ("cli",)),

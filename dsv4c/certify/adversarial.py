@@ -13,9 +13,9 @@ from torch import Tensor
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph, Value
 from dsv4c.numerics import codec
-from dsv4c.numerics.codec import TORCH_DTYPES, quantize
+from dsv4c.numerics.codec import TORCH_DTYPES, quantize, view
 from dsv4c.passes.expand import expand
-from dsv4c.types import I32, QuantType, TensorType
+from dsv4c.types import I32, DType, QuantType, TensorType, Type
 
 GROUP = 32  # neighbors that share a profile; blocks of 16, 32, 64 and 128 begin with one
 FIRST_POSITIONS = {"mixed": 127, "zeros": 0, "random": 255, "tiny": 1023, "large": 42, "edges": 511}
@@ -29,16 +29,55 @@ def operands_for(graph: Graph, pattern: str, seed: int) -> list[codec.Value]:
     return [_value(v, plain, pattern, generator) for v in plain.inputs]
 
 
+def floats(
+    type_: Type, pattern: str, generator: torch.Generator, largest: float | None = None
+) -> codec.Value:
+    """A value of a type that holds no integers, where torch makes tensors. Rows whose root mean square is
+    beyond `largest` are divided by a power of two, so that what is tied or halfway stays so.
+    """
+    x = _floats(type_.shape, pattern, generator)
+    if largest is not None and type_.shape:
+        rms = x.square().mean(-1, keepdim=True).sqrt()
+        x = x * torch.exp2(-(rms / largest).clamp(min=1.0).log2().ceil())
+    return quantize(x, type_.format) if isinstance(type_, QuantType) else x.to(TORCH_DTYPES[type_.dtype])
+
+
+def weight(type_: Type, generator: torch.Generator) -> codec.Value:
+    """A weight of a type that holds no integers, such that rows of numbers around 1 give such again: every
+    code of its format alike, scales a few powers of two apart; or normal numbers, around 1 where it has one
+    dimension.
+    """
+    value = view(torch.empty(type_.extent, dtype=torch.uint8), type_)
+    if isinstance(value, codec.Quantized):
+        data = value.data.view(torch.uint8)
+        data.random_(0, 256, generator=generator)
+        if value.data.dtype is torch.float8_e4m3fn:
+            data.sub_(((data & 0x7F) == 0x7F).to(torch.uint8))  # no NaN
+        if value.scale.dtype is torch.uint8:
+            low = 118 if value.format.value is DType.E2M1 else 112
+            value.scale.random_(low, low + 4, generator=generator)
+        else:
+            value.scale.copy_(torch.rand(value.scale.shape, generator=generator) + 0.5)
+        if value.global_scale is not None:
+            value.global_scale.fill_(2.0**-7)
+    else:
+        wide, center = (0.25, 1.0) if value.ndim < 2 else (value.shape[-1] ** -0.5, 0.0)
+        value.copy_(torch.randn(value.shape, generator=generator) * wide + center)
+    return value
+
+
+def expert_numbers(type_: Type, experts: int, generator: torch.Generator) -> Tensor:
+    """Rows i32[..., k] of a hash layer's table: k different experts each."""
+    rows = torch.rand((*type_.shape[:-1], experts), generator=generator)
+    return rows.topk(type_.shape[-1]).indices.to(torch.int32)
+
+
 def _value(value: Value, graph: Graph, pattern: str, generator: torch.Generator) -> codec.Value:
     type_ = value.type
-    if isinstance(type_, QuantType):
-        return quantize(
-            _floats(type_.shape, "random" if pattern == "zeros" else pattern, generator), type_.format
-        )
-    if type_.dtype is I32:
+    if isinstance(type_, TensorType) and type_.dtype is I32:
         return _integers(value, graph, pattern, generator)
-    wanted = "random" if pattern == "zeros" and _is_weight(value, graph) else pattern
-    return _floats(type_.shape, wanted, generator).to(TORCH_DTYPES[type_.dtype])
+    hides = isinstance(type_, QuantType) or _is_weight(value, graph)
+    return floats(type_, "random" if pattern == "zeros" and hides else pattern, generator)
 
 
 def _is_weight(value: Value, graph: Graph) -> bool:

@@ -7,7 +7,8 @@ result, by its op and format; selections must be equal, as sets. Recorded models
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -60,6 +61,22 @@ def _codes(format: QuantFormat) -> float:
     return FP4_CODES if format.value is DType.E2M1 else FP8_CODES
 
 
+@dataclass(frozen=True)
+class Apart:
+    """How far off a result is, and how far it may be: relative errors."""
+
+    result: str
+    far: float
+    limit: float
+
+    @property
+    def within(self) -> bool:
+        return self.far <= self.limit
+
+    def __str__(self) -> str:
+        return f"{self.result}: relative error {self.far:.3g}, more than the {self.limit:.3g} of rounding"
+
+
 def beyond(
     node: Node,
     expected: Mapping[str, Value],
@@ -70,17 +87,24 @@ def beyond(
 
     `before` is what results that overwrite a state found there: of those only what changed counts.
     """
+    return next((str(a) for a in apart(node, expected, found, before) if not a.within), "")
+
+
+def apart(
+    node: Node,
+    expected: Mapping[str, Value],
+    found: Mapping[str, Value],
+    before: Mapping[str, Value],
+) -> Iterator[Apart]:
+    """How far each result that is in both is off, as `beyond` looks at them."""
     for variable in node.outputs:
-        if variable.name not in expected:
+        if variable.name not in expected or variable.name not in found:
             continue
         want, got = expected[variable.name], found[variable.name]
         ids = _selection(node, variable)
-        if ids is not None and ids.name in expected:
+        if ids is not None and ids.name in expected and ids.name in found:
             want, got = _in_order(want, expected[ids.name]), _in_order(got, found[ids.name])
-        far, allowed = distance(want, got, before.get(variable.name)), limit(node, variable)
-        if far > allowed:
-            return f"{variable.name}: relative error {far:.3g}, more than the {allowed:.3g} of rounding"
-    return ""
+        yield Apart(variable.name, distance(want, got, before.get(variable.name)), limit(node, variable))
 
 
 def _selection(node: Node, variable: Variable) -> Variable | None:

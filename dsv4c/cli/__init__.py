@@ -58,6 +58,7 @@ SETTINGS: dict[str, Any] = {
 }
 INTERRUPTED, UNREAD = 130, 141  # 128 + SIGINT and 128 + SIGPIPE, as shells have it
 USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]  # click's, which newer typers bring themselves
+NO_ARGUMENTS: type[Exception] = sys.modules[USAGE_ERROR.__module__].NoArgsIsHelpError
 
 
 def _tell(message: str, kind: str, code: int, as_json: bool) -> typer.Exit:
@@ -78,11 +79,10 @@ def _told_in_a_sentence(as_json: bool) -> Iterator[None]:
                 sys.stdout.flush()  # a full disk must show while somebody can still say so
     except Dsv4cError as error:
         raise _tell(str(error), type(error).__name__, error.exit_code, as_json) from None
+    except NO_ARGUMENTS:
+        raise  # it shows the help
     except USAGE_ERROR as error:
-        if not as_json:
-            raise  # which shows how the command is used, too
-        message = error.format_message()  # type: ignore[attr-defined]
-        raise _tell(message, "UsageError", ConfigError.exit_code, as_json) from None
+        raise _tell(_usage(error), "UsageError", ConfigError.exit_code, as_json) from None
     except KeyboardInterrupt:
         print("interrupted: nothing was left half-written", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
@@ -92,6 +92,14 @@ def _told_in_a_sentence(as_json: bool) -> Iterator[None]:
         where = f"{error.filename}: " if error.filename else ""
         message = f"{where}{error.strerror or error}"
         raise _tell(message, "OSError", Dsv4cError.exit_code, as_json) from None
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with a command line, and where it says what is right."""
+    said = " ".join(error.format_message().split()).replace("Value error, ", "").removesuffix(".")
+    if error.ctx is None:
+        return said
+    return f"{said}{' See' if said.endswith('?') else '; see'} {error.ctx.command_path} --help"
 
 
 def module_of(name: str) -> ModuleType:

@@ -1,7 +1,11 @@
-"""`dsv4c check PLAN`: certificates of a plan's rewrites; `--inject`: mistakes that they must notice."""
+"""`dsv4c check PLAN`: certificates of a plan's rewrites; `--inject`: mistakes that they must notice;
+`--device`: its kernels on the GPU here.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,8 +21,11 @@ from dsv4c.certify.finding import Certificate, to_dict
 from dsv4c.cli.console import note, print_json, print_table, progress_bar
 from dsv4c.cli.options import CONFIG_HELP, JsonOption, PassOption
 from dsv4c.cli.subject import Asked, ask
-from dsv4c.errors import GraphError
+from dsv4c.compiler.device import Checked, check_kernels
+from dsv4c.compiler.job import rules_of
+from dsv4c.errors import ConfigError, GraphError
 from dsv4c.passes.work import Match
+from dsv4c.plan.folder import load
 
 EVERY_RULE = (("deepseek-v4-flash", "official"), ("deepseek-v4-flash", "nvfp4-experts-w4a4"))
 """Configs and recipes in whose decode steps every built-in rule applies, on rows of several blocks each:
@@ -36,6 +43,15 @@ SubjectOption = Annotated[
 InjectOption = Annotated[
     bool, typer.Option("--inject", help="Put catalogued mistakes into every rule; all must be caught.")
 ]
+DeviceOption = Annotated[
+    bool, typer.Option("--device", help="Run every kernel of a GPU plan on this machine's GPU instead.")
+]
+BucketsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--bucket", help="With --device: a bucket to check, or a kind.", metavar="NAME", show_default="all"
+    ),
+]
 CachedOption = Annotated[
     bool, typer.Option("--cached", help="Believe what is kept from before, evaluate only what is new.")
 ]
@@ -52,6 +68,8 @@ def register(app: typer.Typer) -> None:
 def check_command(
     subject: SubjectOption = None,
     inject: InjectOption = False,
+    device: DeviceOption = False,
+    bucket: BucketsOption = None,
     cached: CachedOption = False,
     cache: CacheOption = None,
     extra: PassOption = None,
@@ -59,7 +77,9 @@ def check_command(
 ) -> None:
     """Check every way a rule applied: the nodes it replaced and the fused op agree on hard inputs.
 
-    All are evaluated again, which takes seconds, and compared with the certificates in the plan.
+    All are evaluated again, which takes seconds, and compared with the certificates in the plan. With
+    --device the same is asked of the plan's kernels: each leaves in the GPU's memory what its nodes mean, on
+    hard operands and random weights; no checkpoint is needed.
     Exit code 3 if one does not, differs from the certificate in the plan, or an injected mistake survives.
 
     Examples:
@@ -67,12 +87,19 @@ def check_command(
       dsv4c check tiny.plan
 
       dsv4c check --inject --json
+
+      dsv4c check flash.plan --device
     """
+    if device and subject is not None and not inject:
+        _device(subject, bucket or (), extra, json)
+        return
+    if device or bucket:
+        raise ConfigError("check: --device takes a plan, and no --inject; --bucket is for --device")
     if inject:
         _inject(subject, extra, json)
         return
     if subject is None:
-        raise GraphError("check: name a plan or a config, or give --inject")
+        raise ConfigError("check: name a plan or a config, or give --inject")
     asked = ask(subject, extra=extra)
     folder = cache_folder(cache) / "certificates"
     forms = tuple(dict.fromkeys(asked.job.firsts().values()))
@@ -99,6 +126,41 @@ def check_command(
     if found.failed or changed:
         raise GraphError(
             f"{subject}: {len(found.failed)} rewrites differ, {len(changed)} certificates changed"
+        )
+
+
+def _device(subject: str, buckets: Sequence[str], extra: list[str] | None, json: bool) -> None:
+    rules_of(extra or ())  # graphs name their fused ops
+    plan = load(subject)
+    began = time.perf_counter()
+    found: list[Checked] = []
+    with progress_bar("check") as progress:
+        for each in check_kernels(plan, buckets):
+            found.append(each)
+            if progress is not None:
+                progress("kernels", len({name for c in found for name in c.kernels}), len(plan.kernels))
+    seconds = time.perf_counter() - began
+    wrong = [each for each in found if not each.holds]
+    if json:
+        rows = [each.to_dict() for each in found]
+        print_json({"checked": rows, "failed": len(wrong), "seconds": round(seconds, 3)})
+    else:
+        table = Table("bucket", "node", "op", "turns", "worst", "limit", "result", "operands", title=subject)
+        for each in found:
+            worst = each.worst
+            cells = (f"{worst.far:.2g}", f"{worst.limit:.2g}", worst.result, each.pattern)
+            table.add_row(each.bucket, each.nodes[0], escape(each.op), str(each.count), *cells)
+        print_table(table)
+        kernels = {name for each in found for name in each.kernels}
+        print(
+            f"{len(kernels)} of {len(plan.kernels)} kernels in {len(found)} kinds of turns, {seconds:.1f} s"
+        )
+    for each in wrong:
+        where = f"{', '.join(each.nodes)} in {each.bucket} ({', '.join(each.kernels)})"
+        note(f"different: {where}, {each.pattern} operands: {each.worst}")
+    if wrong:
+        raise GraphError(
+            f"{subject}: {len(wrong)} of {len(found)} kinds of turns are not what their nodes mean"
         )
 
 

@@ -33,7 +33,7 @@ from dsv4c.cli.options import (
 )
 from dsv4c.compiler.compile import compile
 from dsv4c.compiler.job import Compiled, Job, Saved, read_saved, rules_of, stop
-from dsv4c.compiler.limits import memory_of
+from dsv4c.compiler.limits import least_memory
 from dsv4c.compiler.request import Request
 from dsv4c.errors import ConfigError, GraphError
 from dsv4c.ir.text import print_graph
@@ -141,6 +141,15 @@ DumpOption = Annotated[
         show_default=False,
     ),
 ]
+KernelsOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Folder of edited kernel files: each takes the place of the generated one of its name, as "
+        "PLAN/kernels/NAME.py has it. They are code, which is run to build the kernel.",
+        metavar="DIR",
+        show_default=False,
+    ),
+]
 CertifyOption = Annotated[
     bool,
     typer.Option(
@@ -196,6 +205,7 @@ def compile_command(
     stop_after: StopOption = None,
     resume: ResumeOption = None,
     dump_stages: DumpOption = None,
+    kernels: KernelsOption = None,
     certify: CertifyOption = True,
     cache: CacheOption = None,
     overwrite: OverwriteOption = False,
@@ -214,6 +224,8 @@ def compile_command(
       dsv4c compile tiny --disable all --enable sinkhorn --expect sinkhorn=12
 
       dsv4c compile tiny --stop-after fold -o x.ir; dsv4c compile --resume x.ir -o tiny.plan
+
+      dsv4c compile tiny --target sm_90a --kernels my-kernels/
     """
     rules, expected = rules_of(extra or ()), counts(expect or ())
     if config is None and resume is None:
@@ -227,7 +239,8 @@ def compile_command(
             )
         if stop_after is not None:
             raise ConfigError("compile: --stop-after and --resume are for different calls; give one")
-        asked = replace(read_saved(_read(resume), str(resume)), rules=rules, expected=expected)
+        saved = read_saved(_read(resume), str(resume))
+        asked = replace(saved, rules=rules, expected=expected, kernels=kernels)
     else:
         assert config is not None
         asked = Request(
@@ -248,6 +261,7 @@ def compile_command(
             enable=enable or (),
             expected=expected,
             require_fused=require_fused or (),
+            kernels=kernels,
         )
     job = asked.job()
     if stop_after is not None:
@@ -256,12 +270,17 @@ def compile_command(
     folder = output or Path(f"{job.config.name}.plan")
     check_target(folder, overwrite=overwrite)
     dump = _dumper(dump_stages, job.decode.name) if dump_stages is not None else None
+
+    def inspect(name: str, compiled: Compiled) -> None:
+        memory = least_memory(job, compiled.graph)
+        if name == job.decode.name and not memory.fits:
+            note(f"warning: {memory}")
+        if dump is not None:
+            dump(name, compiled)
+
     with progress_bar("compile") as progress:
-        plan = compile(job, certify=certify, inspect=dump, cache=cache, progress=progress)
+        plan = compile(job, certify=certify, inspect=inspect, cache=cache, progress=progress)
     plan.save(folder, overwrite=overwrite)
-    memory = memory_of(plan.target, plan.blocks)
-    if not memory.fits:
-        note(f"warning: {memory}")
     for warning in plan.report.get("warnings", ()):
         note(f"warning: {warning}")
     for remark in (*job.config.notes, *plan.report.get("notes", ())):
@@ -338,9 +357,16 @@ def figures(plan: Plan) -> dict[str, Any]:
         "blocks": dict(plan.blocks),
         **plan.report,
         **({"cache_hits": plan.cache_hits} if plan.kernels else {}),
+        **({"edited": edited_kernels(plan)} if edited_kernels(plan) else {}),
+        **({"contributed": list(map(dict, plan.contributed))} if plan.contributed else {}),
         "certificates": len(plan.certificates),
         "seconds": {stage: round(seconds, 4) for stage, seconds in stage_seconds(plan).items()},
     }
+
+
+def edited_kernels(plan: Plan) -> list[str]:
+    """Names of the kernels whose text a person changed."""
+    return [name for name, record in plan.kernels.items() if record["edited"]]
 
 
 def stage_seconds(plan: Plan) -> dict[str, float]:
@@ -376,6 +402,10 @@ def describe(plan: Plan) -> str:
     if plan.kernels:
         size_of_all = sum(len(content) for content in plan.files.values())
         lines.append(f"  {len(plan.kernels)} kernels for {plan.target}, files {size(size_of_all)}")
+    if edited := edited_kernels(plan):
+        lines.append(f"  edited kernels: {', '.join(edited)}")
+    for given in plan.contributed:
+        lines.append(f"  {given['kind']} {given['name']} of {given['source']}")
     if plan.timings:
         lines.append(f"  compiled in {sum(stage_seconds(plan).values()):.2f} s")
     return "\n".join(lines) + "\n"

@@ -118,6 +118,8 @@ def write_text(path: Path | None, text: str, error: type[Dsv4cError]) -> None:
     if path is None:
         print(painted(text), end="")
         return
+    if path.is_dir():
+        raise error(f"{path}: is a folder; give a file")
     try:
         with published(path, stream=True) as made:
             made.write_text(text, encoding="utf-8")

@@ -190,10 +190,7 @@ def _show_kernels(subject: str, json: bool) -> None:
             {
                 "launches": row["launches"],
                 "regs": row["registers"],
-                **{key: row[key] for key in ("shared", "spills", "code")},
-                "kernel": row["kernel"][:8],
-                "name": row["name"],
-                "op": row["op"],
+                **{key: row[key] for key in ("shared", "spills", "code", "kernel", "op", "origin")},
             }
             for row in rows
         ]
@@ -220,7 +217,7 @@ def kernel_rows(plan: Plan) -> list[dict[str, Any]]:
         rows.append(
             {
                 "kernel": key,
-                "name": record["symbol"],
+                "origin": f"edited, of {record['origin']}" if record["edited"] else record["origin"],
                 "op": own[0].op,
                 "launches": len(own),
                 "registers": record["registers"],

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from dsv4c.cli.compile import edited_kernels
 from dsv4c.cli.console import print_json
 from dsv4c.cli.options import JsonOption, PassOption, PlanArgument
 from dsv4c.compiler.again import Rebuilt
@@ -24,7 +25,7 @@ def register(app: typer.Typer) -> None:
 def verify_command(
     plan: PlanArgument,
     rebuild: Annotated[
-        bool, typer.Option("--rebuild", help="Build every kernel again from its source, compare bytes.")
+        bool, typer.Option("--rebuild", help="Build every generated kernel again, compare bytes.")
     ] = False,
     extra: PassOption = None,
     json: JsonOption = False,
@@ -90,7 +91,7 @@ def _proved(plan: Plan, launches: dict[str, int], again: Rebuilt | None) -> list
     else:
         lines.append("bodies are what this version spells out for the graphs' fused ops")
     if again is not None and not again.differing:
-        lines.append(f"{again.built} cubins are what {again.toolchain} makes of the plan's sources")
+        lines.append(f"{again.built} cubins are what {again.toolchain} makes of the sources generated now")
     return lines
 
 
@@ -99,6 +100,11 @@ def _trusted(plan: Plan, again: Rebuilt | None) -> list[str]:
     lines.append("the graphs: that they are the model's (`dsv4c check` tries every rewrite again)")
     if plan.kernels and again is None:
         lines.append("machine code: that cubins do what their sources say (--rebuild builds them again)")
+    if edited := edited_kernels(plan):
+        lines.append(
+            f"edited kernels, machine code and all: {', '.join(edited)}; their text is a person's, which "
+            "only `dsv4c compile --kernels` builds"
+        )
     if plan.kernels:
         lines.append("kernels: that their sources compute what the graph says, as tests on a GPU showed")
     return lines

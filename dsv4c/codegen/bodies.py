@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from hashlib import sha256
 
 from dsv4c.codegen.lower import Operand, Part
@@ -33,6 +33,9 @@ class Bodies:
         operands = [Operand(c.name, "r", v) for v in node.inputs for c in v.type.components]
         results = [Operand(c.name, "w", v) for v in node.outputs for c in v.type.components]
         return (Part(BodyCode(attributes, self._file(node)), (*operands, *results)),)
+
+    def keep(self, kernels: Collection[str]) -> None:
+        """There are none."""
 
     def _file(self, node: Node) -> str:
         """Name of the file with the body of a fused node: its operands as inputs, its results in order."""

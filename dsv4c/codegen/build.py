@@ -2,7 +2,8 @@
 
 A source is a Python module with one `@cute.jit` function `host` whose parameters are `cute.Pointer`, `Int32`
 and a last `stream`; `ELEMENTS` names pointer element types (Uint8 unless named). An entry's key covers the
-source, `codegen/lib`, the toolchain and the target; damaged ones are rebuilt (`dsv4c.cache`).
+source, `codegen/lib`, the package that contributed it, the toolchain and the target; damaged ones are rebuilt
+(`dsv4c.cache`).
 
 Compilers run neither in the caller's folder nor with its environment: no module is found there, and no
 variable changes the code.
@@ -45,11 +46,40 @@ VERSION = 3  # of a kernel's entry in the store; part of every key
 
 
 @dataclass(frozen=True)
+class Package:
+    """An installed package that contributes kernels by `module`. Their texts may import its modules, which
+    are found in `folder`; `digest` covers the files of these.
+    """
+
+    name: str
+    version: str
+    module: str
+    folder: str
+    digest: str
+
+    def __str__(self) -> str:
+        return f"package {self.name} {self.version} ({self.module})"
+
+
+@dataclass(frozen=True)
 class Source:
-    """One kernel to compile: its entry point's name and the text of its module."""
+    """One kernel to compile: its entry point's name, the text of its module, and who contributed it, if it is
+    not dsv4c's.
+    """
 
     symbol: str
     text: str
+    package: Package | None = None
+
+    @property
+    def name(self) -> str:
+        """What launches call it, and its file in a plan: the same wherever this text is generated."""
+        return _name(self.symbol, self.text)
+
+
+@cache
+def _name(symbol: str, text: str) -> str:
+    return f"{symbol.removesuffix('_0')}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 @dataclass(frozen=True)
@@ -105,10 +135,12 @@ def build(
 
 def source_key(source: Source, target: str) -> str:
     """Content address of a kernel: everything that decides its cubin."""
-    text = "\0".join((str(VERSION), source.symbol, source.text, target, toolchain(), lib_digest()))
+    parts = [str(VERSION), source.symbol, source.text, target, toolchain(), lib_digest()]
     if "from dsv4c.codegen.meanings import " in source.text:
-        text += f"\0{meanings_digest()}"
-    return hashlib.sha256(text.encode()).hexdigest()
+        parts.append(meanings_digest())
+    if source.package is not None:
+        parts.append(source.package.digest)
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
 @cache
@@ -296,7 +328,9 @@ def _serve(requests: BinaryIO, replies: BinaryIO) -> None:
     for line in requests:
         request = json.loads(line)
         try:
-            cubin, ptx = compile_source(Source(request["symbol"], request["text"]), request["target"])
+            package = None if request["package"] is None else Package(**request["package"])
+            source = Source(request["symbol"], request["text"], package)
+            cubin, ptx = compile_source(source, request["target"])
             reply = {"cubin": cubin.hex(), "ptx": ptx}
         except Exception as error:  # whatever the compiler raises is the answer, not our crash
             reply = {"error": _explain(error)}
@@ -321,6 +355,8 @@ def compile_source(source: Source, target: str) -> tuple[bytes, str]:
     with tempfile.TemporaryDirectory(
         prefix="dsv4c-build-"
     ) as folder:  # dump names collide: one folder per compile
+        if source.package is not None and source.package.folder not in sys.path:
+            sys.path.append(source.package.folder)  # its modules take the place of no other
         path = Path(folder) / f"{source.symbol}.py"
         path.write_text(source.text)
         spec = importlib.util.spec_from_file_location(source.symbol, path)

@@ -7,10 +7,11 @@ compiler or a device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jinja2
 
@@ -73,3 +74,19 @@ def render(template: str, **context: object) -> str:
     compile(text, template, "exec")
     assert text.startswith('"""'), f"{template} does not open with what it computes"
     return text
+
+
+def host(
+    symbol: str,
+    pointers: Sequence[str],
+    grid: Sequence[int | str],
+    cluster: Sequence[int] | None = None,
+    resident: int | None = None,
+) -> str:
+    """The function that launches `kernel(*pointers)` once, the last of every kernel's text.
+
+    A grid counts in numbers, or in `rows`, `sequences`, `vectors` or `parts`, perhaps times a number: then
+    one kernel serves any number of them. `resident`: CTAs that an SM must have registers for.
+    """
+    module: Any = environment().get_template("stages.py.jinja").module
+    return str(module.host(symbol, pointers, grid, cluster, resident)).strip() + "\n"

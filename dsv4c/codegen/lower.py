@@ -9,7 +9,7 @@ complete before its own wait had returned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -66,6 +66,10 @@ class Coder(Protocol):
 
     def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
         """The launches that compute `nodes`. Raises BuildError, with every reason, where there are none."""
+        ...
+
+    def keep(self, kernels: Collection[str]) -> None:
+        """Forget all kernels but these: what was unfolded later took others with it."""
         ...
 
 
@@ -159,6 +163,8 @@ def lower(
     coded: dict[str, _Coded] = {}
     for folded in buckets:
         coded[folded.bucket.name] = _code(folded, coder, require_fused, unfolded)
+    codes = [part.code for c in coded.values() for part in c.parts]
+    coder.keep({code.kernel for code in codes if isinstance(code, KernelCode)})
     load = merged([f.load for f in buckets if f.load is not None])
     constants = {v.name for v in load.outputs.values()} if load is not None else set()
     once = None if load is None else _code_alone(load, bodies)

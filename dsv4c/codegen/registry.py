@@ -10,9 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import chain
+from types import ModuleType
 from typing import Any
 
 from dsv4c.arch import Arch
+from dsv4c.codegen.build import Package
 from dsv4c.codegen.emit import Emission
 from dsv4c.errors import BuildError
 from dsv4c.ir.fused import Fused, operand_labels, trace
@@ -118,7 +120,7 @@ class Launchable:
     """One launch: a kernel and its bindings in ABI order.
 
     scratch: bytes by name, which the launches of one request share. forms: how a weight must lie in memory,
-    by value number: a packing's name, or "f32".
+    by value number: a packing's name, or "f32". package: who contributed the kernel, if it is not dsv4c's.
     """
 
     emission: Emission
@@ -126,6 +128,7 @@ class Launchable:
     stage: str = ""  # told apart by when a request takes several launches
     scratch: Mapping[str, int] = field(default_factory=dict)
     forms: Mapping[int, str] = field(default_factory=dict)
+    package: Package | None = None
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,9 @@ Candidate = Callable[[Request], Answer]
 
 @dataclass(frozen=True)
 class Kernel:
-    """A registered candidate: the ops it covers, any op if none are named; whether one launch may hold
-    several of them, in that order, and whether the later of them then read what the first makes.
+    """A candidate: the ops it covers, any op if none are named; whether one launch may hold several of them,
+    in that order, and whether the later of them then read what the first makes. `package` contributed it, if
+    it is not dsv4c's.
     """
 
     name: str
@@ -150,34 +154,30 @@ class Kernel:
     several: bool
     chained: bool
     ask: Candidate
+    package: Package | None = None
 
 
-KERNELS: list[Kernel] = []
-"""All candidates, in the order in which they are asked. Filled by importing `dsv4c.codegen.kernels`."""
-
-
-def kernel(*ops: type[Op], several: bool = False, chained: bool = False) -> Callable[[Candidate], Candidate]:
-    """Register a candidate for launches of these ops; `several` of them may be one launch, `chained` if the
-    later ones read what the first makes.
+def kernel(*ops: type[Op], several: bool = False, chained: bool = False) -> Callable[[Candidate], Kernel]:
+    """Make a function a candidate for launches of these ops; `several` of them may be one launch, `chained`
+    if the later ones read what the first makes.
     """
+    return lambda ask: Kernel(ask.__name__, ops, several or chained, chained, ask)
 
-    def register(candidate: Candidate) -> Candidate:
-        KERNELS.append(Kernel(candidate.__name__, ops, several or chained, chained, candidate))
-        return candidate
 
-    return register
+def kernels_in(module: ModuleType) -> tuple[Kernel, ...]:
+    """The candidates that a module makes, in order."""
+    found = (v for v in vars(module).values() if isinstance(v, Kernel))
+    return tuple(k for k in found if k.ask.__module__ == module.__name__)
 
 
 @cache
-def choose(request: Request) -> tuple[Launchable, ...]:
-    """The first answer that is not `No`.
+def choose(request: Request, known: tuple[Kernel, ...]) -> tuple[Launchable, ...]:
+    """The first answer of the `known` candidates that is not `No`.
 
     Raises BuildError with the reason of every candidate when there is none.
     """
-    import dsv4c.codegen.kernels  # noqa: F401  (fills KERNELS, and its modules import this one)
-
     reasons = []
-    for candidate in KERNELS:
+    for candidate in known:
         if candidate.ops and not all(type(call.op) in candidate.ops for call in request.calls):
             continue
         if len(request.calls) > 1 and not candidate.several:
@@ -188,14 +188,14 @@ def choose(request: Request) -> tuple[Launchable, ...]:
         except BuildError as error:
             answer = No(str(error))
         if not isinstance(answer, No):
-            return _in_turn(answer)
+            return _in_turn(answer, candidate.package)
         reasons.append(f"{candidate.name}: {answer.reason}")
     names = " + ".join(call.op.name for call in request.calls)
     why = reasons or [f"no kernel is registered for {names}; expected the graph's ops folded into fused ones"]
     raise BuildError(f"no kernel for {request.text}\n  " + "\n  ".join(why))
 
 
-def _in_turn(answer: Sequence[Launchable]) -> tuple[Launchable, ...]:
+def _in_turn(answer: Sequence[Launchable], package: Package | None) -> tuple[Launchable, ...]:
     """The launches of one answer: what the first of them writes the others read."""
     written: set[int] = set()
     launches = []
@@ -203,7 +203,7 @@ def _in_turn(answer: Sequence[Launchable]) -> tuple[Launchable, ...]:
         own = {b.value for b in launch.bindings if b.value in written}
         bindings = tuple(replace(b, access="r") if b.value in own else b for b in launch.bindings)
         written |= {b.value for b in bindings if b.value is not None and b.access == "w"}
-        launches.append(replace(launch, bindings=bindings))
+        launches.append(replace(launch, bindings=bindings, package=package))
     return tuple(launches)
 
 

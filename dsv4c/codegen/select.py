@@ -2,49 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import cached_property
 
-import dsv4c.codegen.kernels  # noqa: F401  (registers the families)
 from dsv4c.arch import Arch
-from dsv4c.codegen.build import Source, source_key
+from dsv4c.codegen.build import Source
+from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.kernels import KERNELS
 from dsv4c.codegen.lower import Operand, Part
-from dsv4c.codegen.registry import KERNELS, Launchable, choose, request_of
+from dsv4c.codegen.registry import Kernel, Launchable, choose, request_of
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.passes.schedule import Group
 from dsv4c.plan.records import KernelCode
 
 
 class Kernels:
-    """A `Coder` for one GPU architecture. `sources` are the kernels to build, by the names that launches call
-    them.
+    """A `Coder` for one GPU architecture. `contributed` candidates are asked first. `sources` are the kernels
+    to build, and `emissions` what they were made from, by the names that launches call them.
     """
 
-    def __init__(self, arch: Arch) -> None:
+    def __init__(self, arch: Arch, contributed: Sequence[Kernel] = ()) -> None:
         self.arch = arch
+        self.contributed = tuple(contributed)
+        self.known = (*contributed, *KERNELS)
         self.sources: dict[str, Source] = {}
-        self._keys: dict[Source, str] = {}
+        self.emissions: dict[str, Emission] = {}
 
     @cached_property
     def groups(self) -> Sequence[Group]:
         """What families take in one launch."""
-        return tuple(Group(tuple(op.name for op in k.ops), k.chained) for k in KERNELS if k.several)
+        return tuple(Group(tuple(op.name for op in k.ops), k.chained) for k in self.known if k.several)
 
     def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
         params = {p for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
         labels = {p: p.place.role.replace(".", "_") for p in params}
         request, values = request_of(nodes, self.arch, graph.users, labels)
-        return tuple(self._part(launch, values) for launch in choose(request))
+        return tuple(self._part(launch, values) for launch in choose(request, self.known))
+
+    def keep(self, kernels: Collection[str]) -> None:
+        self.sources = {name: source for name, source in self.sources.items() if name in kernels}
 
     def _part(self, launch: Launchable, values: Sequence[Value]) -> Part:
         emission = launch.emission
-        source = Source(emission.symbol, emission.source)
-        if source not in self._keys:
-            self._keys[source] = source_key(source, self.arch.name)[:24]
-        key = self._keys[source]
-        self.sources[key] = source
+        source = Source(emission.symbol, emission.source, launch.package)
+        if self.sources.setdefault(source.name, source) is source:
+            self.emissions[source.name] = emission
         code = KernelCode(
-            kernel=key,
+            kernel=source.name,
             grid=emission.grid,
             block=emission.block,
             cluster=emission.cluster,

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv4c.arch import ARCHS
 from dsv4c.codegen.bodies import Bodies
 from dsv4c.codegen.lower import Coder
+from dsv4c.errors import BuildError
+from dsv4c.plan.records import Program
 
 if TYPE_CHECKING:
     from dsv4c.codegen.build import Source
@@ -27,6 +29,18 @@ class Target(Protocol):
     @property
     def sources(self) -> Mapping[str, Source]:
         """Of the kernels that code was asked for, by the names that launches call them."""
+        ...
+
+    @property
+    def contributed(self) -> Sequence[Mapping[str, str]]:
+        """Of other packages' kernels that code was asked for: who gave them, as plan data."""
+        ...
+
+    def settle(self, programs: Iterable[Program], edits: Path | None) -> None:
+        """Keep the code that these programs launch, and look at texts of kernels that dsv4c did not write:
+        contributed ones, and edited files of the folder `edits`, which take the place of generated ones.
+        Raises BuildError for one that does not fit its launches.
+        """
         ...
 
     def build(self, store: Path, progress: Progress | None) -> None:
@@ -64,6 +78,7 @@ class Cpu:
         self.kernels: Mapping[str, Mapping[str, Any]] = {}
         self.sources: Mapping[str, Source] = {}
         self.versions: Mapping[str, str] = {}
+        self.contributed: Sequence[Mapping[str, str]] = ()
 
     @property
     def coder(self) -> Coder:
@@ -72,6 +87,10 @@ class Cpu:
     @property
     def files(self) -> Mapping[str, bytes]:
         return self.bodies.files
+
+    def settle(self, programs: Iterable[Program], edits: Path | None) -> None:
+        if edits is not None:
+            raise BuildError(f"{edits}: the cpu has no kernels to edit; compile for a GPU target")
 
     def build(self, store: Path, progress: Progress | None) -> None:
         """Nothing to do."""

@@ -51,8 +51,11 @@ def differences(plan: Plan, rules: Contributions) -> Iterator[Violation]:
     for field, (found, made) in wanted.items():
         if found != made:
             yield Violation("lowered", "", f"{field}: {_first_difference(found, made)}")
-    sources = {key: plan.files.get(record["source"]) for key, record in plan.kernels.items()}
     written = {key: source.text.encode() for key, source in target.sources.items()}
+    sources = {
+        key: written.get(key) if record["edited"] else plan.files.get(record["source"])
+        for key, record in plan.kernels.items()
+    }
     made_programs = dict(lowered.programs) | ({"load": lowered.load} if lowered.load is not None else {})
     for name, program in programs(plan).items():
         again, called = made_programs[name], lowered.graphs[name].name
@@ -78,7 +81,12 @@ def _lower(plan: Plan) -> tuple[Lowered, Target]:
     }
     target = target_of(plan.target)
     folded = [Folded(p.shape, graphs[name], graphs.get("load"), keep) for name, p in plan.buckets.items()]
-    return lower(folded, target.coder, target.bodies), target
+    try:
+        return lower(folded, target.coder, target.bodies), target
+    except BuildError as error:
+        given = [f"{o['name']} of {o['source']}" for o in plan.contributed if o["kind"] == "kernel"]
+        more = f"; it was compiled with {', '.join(given)}: is that installed?" if given else ""
+        raise BuildError(f"{error}{more}") from None
 
 
 def _program(
@@ -87,7 +95,7 @@ def _program(
     sources: Mapping[str, bytes | None],
     written: Mapping[str, bytes],
 ) -> Iterator[Violation]:
-    """Kernels are the same where their sources are: their names cover the tools, too, perhaps others."""
+    """Kernels are the same where their sources are; of edited ones, where those that they replace are."""
     for field in fields(Program):
         found, wanted = getattr(program, field.name), getattr(made, field.name)
         if field.name != "launches" and found != wanted:
@@ -131,26 +139,30 @@ def _first_difference(found: Any, wanted: Any) -> str:
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """Kernels built again from the sources that a plan keeps, by their names.
+    """Kernels built again from their sources, by their names.
 
-    differing: cubin or PTX is not what the source gives. foreign: the source is not what this version of
-    dsv4c generates for the plan's graphs. toolchain: what built them now.
+    differing: cubin or PTX is not what the source gives. not_built: the source is not what this version of
+    dsv4c generates for the plan's graphs, but edited, or of another; it is code that a plan's reader has not
+    chosen to run. toolchain: what built the others.
     """
 
     built: int
     differing: tuple[str, ...]
-    foreign: tuple[str, ...]
+    not_built: tuple[str, ...]
     toolchain: str
 
 
 def rebuild(plan: Plan, progress: Callable[[int, int, Any], None] | None = None) -> Rebuilt:
-    """Build every kernel of the plan, in a store of its own. Raises BuildError for a source that does not
-    compile, and GraphError.
+    """Build every kernel of the plan whose source was generated, in a store of its own. Raises BuildError for
+    a source that does not compile, and GraphError.
     """
     _, target = _lower(plan)
-    written = {source.text.encode() for source in target.sources.values()}
-    records = dict(plan.kernels)
-    sources = [kernels.Source(r["symbol"], plan.files[r["source"]].decode()) for r in records.values()]
+    records = {
+        key: plan.kernels[key]
+        for key, source in target.sources.items()
+        if key in plan.kernels and plan.files[plan.kernels[key]["source"]] == source.text.encode()
+    }
+    sources = [target.sources[key] for key in records]
     with tempfile.TemporaryDirectory(prefix="dsv4c-rebuild-") as store:
         made = kernels.build(sources, plan.target, Path(store), progress=progress)
     pairs = list(zip(records.items(), made, strict=True))
@@ -161,6 +173,6 @@ def rebuild(plan: Plan, progress: Callable[[int, int, Any], None] | None = None)
             for (key, record), again in pairs
             if (again.cubin, again.ptx.encode()) != (plan.files[record["cubin"]], plan.files[record["ptx"]])
         ),
-        foreign=tuple(key for key, r in records.items() if plan.files[r["source"]] not in written),
+        not_built=tuple(key for key in plan.kernels if key not in records),
         toolchain=kernels.toolchain(),
     )

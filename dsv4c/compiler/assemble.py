@@ -46,7 +46,7 @@ def assemble(
         state=lowered.state,
         weights=weights_of(job.config, job.recipe, lowered),
         unused=unused_of(job.config, lowered),
-        contributed=tuple(map(job.rules.origin, _contributed(job, compiled))),
+        contributed=(*map(job.rules.origin, _contributed(job, compiled)), *target.contributed),
         certificates=tuple(certificates),
         report=_report(job, compiled, lowered, target),
         versions=_versions(target),

@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from dsv4c.certify.finding import BIT_EXACT, DIFFERENT, ORDER, Finding, to_dict
 from dsv4c.certify.rounding import OUTPUTS, beyond, distance
 from dsv4c.codegen.bodies import body_text
 from dsv4c.compiler.job import Job
+from dsv4c.compiler.turns import Turn, turns_of
 from dsv4c.errors import PlanError, SessionError
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Node
@@ -88,17 +88,6 @@ class Verdict:
     def rules(self) -> list[str]:
         by_node = {s.node: s.rule for s in self.suspects}
         return list(dict.fromkeys(by_node[n] for n in self.switched_off))
-
-
-@dataclass(frozen=True)
-class _Turn:
-    """What a few launches in a row compute together: nodes in order, and those of their results that are in
-    memory after them: what others read, and all that the last one stored. A selection and its weights come
-    in an order of the kernel's own, so neither may be taken from memory without the other.
-    """
-
-    nodes: tuple[Node, ...]
-    written: tuple[Variable, ...]
 
 
 @dataclass(frozen=True)
@@ -174,7 +163,7 @@ class Bisection:
         before = passes[passes.index("fold") - 1] if passes.index("fold") else "build"
         self.unfused = job.compiled(self.bucket, stop_after=before).graph
         self.graph = parse_graph(plan.graph_text(self.bucket.name))
-        self.turns = _turns(self.graph, self.program.launches)
+        self.turns = {t.launches[-1].name: t for t in turns_of(self.graph, self.program.launches)}
         self.executor = plan.bind(weights).executor if executor is None else executor
         self.params = _load(self.unfused, job, weights)
         self.exact = True  # so far nothing was found that may differ within a bound
@@ -184,7 +173,7 @@ class Bisection:
 
     # --- running ---
 
-    def _call(self, step: _Step, look: Callable[[_Held, _Turn], None]) -> dict[str, Value]:
+    def _call(self, step: _Step, look: Callable[[_Held, Turn], None]) -> dict[str, Value]:
         """One call on a step's inputs and the state that it found; `look` is called after the last launch of
         every turn. Returns the plan's outputs.
         """
@@ -259,7 +248,7 @@ class Bisection:
         """The value that this one of the unfused graph was merged with, or itself."""
         return self._same.get(name, name)
 
-    def compare(self, turn: _Turn, held: _Held, off: Iterable[str] = ()) -> list[_Compared]:
+    def compare(self, turn: Turn, held: _Held, off: Iterable[str] = ()) -> list[_Compared]:
         """What a turn's launches have left in memory beside what its unfused nodes make of the same operands.
 
         A node reads what an earlier one of its turn left in memory, or else, and where that one is `off`,
@@ -297,7 +286,7 @@ class Bisection:
         """
         suspects: dict[str, Suspect] = {}
 
-        def look(held: _Held, turn: _Turn) -> None:
+        def look(held: _Held, turn: Turn) -> None:
             for compared in self.compare(turn, held):
                 if compared.node.name not in suspects and (
                     found := self._judge(len(steps), compared, bounds)
@@ -378,7 +367,7 @@ class Bisection:
         """Are the outputs right when the nodes of `off` give what their unfused nodes give?"""
         without = set(off)
 
-        def look(held: _Held, turn: _Turn) -> None:
+        def look(held: _Held, turn: Turn) -> None:
             if without.isdisjoint(node.name for node in turn.nodes):
                 states = (v.name for v in turn.written if v in self.graph.root_of)
                 held.written |= {name: self._read(name) for name in states}
@@ -448,29 +437,6 @@ class Bisection:
 def key(node: Node) -> tuple[str, tuple[str, ...]]:
     """What a certificate of a node's rewrite goes by."""
     return print_op(node.op), tuple(str(v.type) for v in node.inputs)
-
-
-def _turns(graph: Graph, launches: Sequence[Launch]) -> dict[str, _Turn]:
-    """Turns by the name of their last launch."""
-    nodes = {node.name: node for node in graph.nodes}
-    outputs = set(graph.outputs.values())
-    turns = {}
-    for names, group in groupby(launches, key=lambda launch: launch.nodes):
-        parts = list(group)
-        own = tuple(nodes[name] for name in names)
-        stored, last = (
-            {a.value for launch in some for a in launch.arguments if "w" in a.access}
-            for some in (parts, parts[-1:])
-        )
-        written: dict[Variable, Variable] = {}  # by the state whose bytes it is, or itself
-        for node in own:
-            for i, v in enumerate(node.outputs):
-                overwritten = node.inputs[node.op.alias[i]].name if i in node.op.alias else v.name
-                seen = v in graph.root_of or v in outputs or any(u not in own for u in graph.users[v])
-                if not (stored if seen else last).isdisjoint((v.name, overwritten)):
-                    written[graph.root_of.get(v, v)] = v
-        turns[parts[-1].name] = _Turn(own, tuple(written.values()))
-    return turns
 
 
 def _load(graph: Graph, job: Job, weights: str | Path) -> dict[str, Value]:

@@ -24,8 +24,9 @@ from dsv4c.compiler.limits import refused
 from dsv4c.compiler.request import Request
 from dsv4c.config import ModelConfig
 from dsv4c.errors import BuildError, ConfigError, GraphError
-from dsv4c.passes.pipeline import Stage
+from dsv4c.passes.pipeline import OURS, Stage
 from dsv4c.passes.work import Match
+from dsv4c.plan.check import check
 from dsv4c.plan.folder import Plan
 
 Progress = Callable[[str, int, int], None]
@@ -43,9 +44,9 @@ def compile(
     """Compile a model to a plan.
 
     `model` and `options` are those of `dsv4c.compiler.request.Request`: target, recipe, batch, slots,
-    max_context, verify, chunk, logits, draft, pipeline, rules, disable, enable, expected, require_fused. In
-    their place a `Request`, a stopped compile (`dsv4c.compiler.job.read_saved`) that goes on, or the `Job` of
-    either.
+    max_context, verify, chunk, logits, draft, pipeline, rules, disable, enable, expected, require_fused,
+    kernels. In their place a `Request`, a stopped compile (`dsv4c.compiler.job.read_saved`) that goes on, or
+    the `Job` of either.
 
     `certify` stores a certificate of every way a rule applied; those not kept from before take seconds, once.
     `inspect(bucket, compiled)` sees every bucket's stages. `cache` is the folder of compiled kernels and
@@ -83,22 +84,27 @@ def compile(
             lowered = lower(folded, target.coder, target.bodies, job.require_fused)
         except BuildError as error:
             raise refused(job, error) from None
+        target.settle(lowered.programs.values(), job.kernels)
 
     # 4. Both sides of every rewrite, and cubins.
     certificates: Sequence[dict[str, Any]] = ()
     if certify:
         with stages("certify"):
-            certificates = _certify(compiled, again, cache_folder(cache) / "certificates", progress)
+            certificates = _certify(compiled, again, cache_folder(cache) / "certificates", stages.within)
     if not on_cpu:
         with stages("build"):
             target.build(cache_folder(cache) / "kernels", progress)
 
-    # 5. Everything as data.
-    return assemble(job, compiled, lowered, target, certificates, stages.seconds)
+    # 5. Everything as data. Of kernels that dsv4c did not write, cubins say whether they fit their launches.
+    plan = assemble(job, compiled, lowered, target, certificates, stages.seconds)
+    foreign = any(record["edited"] or record["origin"] != OURS for record in plan.kernels.values())
+    for violation in check(plan) if foreign else ():
+        raise BuildError(str(violation))
+    return plan
 
 
 def _certify(
-    compiled: Mapping[Bucket, Compiled], again: list[Match], cache: Path, progress: Progress | None
+    compiled: Mapping[Bucket, Compiled], again: list[Match], cache: Path, progress: Progress
 ) -> list[dict[str, Any]]:
     """Certificates of all buckets, equal applications once. Raises GraphError for a rule that is wrong."""
     matches = [m for c in compiled.values() if c.context.fold is not None for m in c.context.fold.matches]
@@ -127,6 +133,11 @@ class _Stages:
         start = time.perf_counter()
         yield
         self._finish(stage, time.perf_counter() - start)
+
+    def within(self, what: str, done: int, whole: int) -> None:
+        """What a stage is at."""
+        if self.progress is not None:
+            self.progress(f"{what}, {done + 1} of {whole}", self.done, self.total)
 
     def watch(self, bucket: Bucket) -> Callable[[Stage], None]:
         """For the passes of one bucket."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from dsv4c import strict_json
 from dsv4c.buckets import Bucket
@@ -86,7 +87,7 @@ class Job:
     """Everything that decides a plan. `saved` is the stopped compile that it goes on from.
 
     `expected` counts of applications must hold for the smallest decode bucket; rules of `require_fused` must
-    find a kernel wherever they apply.
+    find a kernel wherever they apply. `kernels` is a folder of edited kernel files.
     """
 
     config: ModelConfig
@@ -96,6 +97,7 @@ class Job:
     rules: Contributions
     expected: Mapping[str, int] = field(default_factory=dict)
     require_fused: frozenset[str] = frozenset()
+    kernels: Path | None = None
     saved: Saved | None = None
 
     def bucket(self, name: str) -> Bucket:
@@ -205,7 +207,7 @@ def job_of(plan: Plan, rules: Contributions | None = None) -> Job:
     """What `plan` was compiled from. `rules` must hold what it was given by `--pass`. Raises GraphError."""
     known = rules_of() if rules is None else rules
     for origin in plan.contributed:
-        if origin["name"] not in known.sources:
+        if origin["kind"] != "kernel" and origin["name"] not in known.sources:
             _, given, what = origin["source"].partition("--pass ")
             remedy = f"give --pass {what}" if given else "install it"
             raise GraphError(
@@ -260,6 +262,7 @@ class Saved:
     loads: Mapping[str, Graph] = field(default_factory=dict)
     rules: Contributions | None = None  # what may fold from here on; built-in and installed ones by default
     expected: Mapping[str, int] = field(default_factory=dict)
+    kernels: Path | None = None
 
     def text(self) -> str:
         """Two lines of comment, then every graph under a line `## bucket NAME` or `## load NAME`, and END."""
@@ -287,7 +290,16 @@ class Saved:
                 f"fold ran before the stop after {self.after}; expect counts of a compile that folds"
             )
         recipe = recipe_named(self.recipe)
-        return Job(self.config, self.deployment, recipe, rest, known, self.expected, saved=self)
+        return Job(
+            self.config,
+            self.deployment,
+            recipe,
+            rest,
+            known,
+            self.expected,
+            kernels=self.kernels,
+            saved=self,
+        )
 
 
 def stop(job: Job, after: str) -> Saved:

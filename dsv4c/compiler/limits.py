@@ -15,6 +15,7 @@ from dsv4c.compiler.job import Job
 from dsv4c.compiler.request import Request
 from dsv4c.config import ModelConfig, load_config
 from dsv4c.errors import BuildError, ConfigError, GraphError
+from dsv4c.ir.graph import Graph
 
 
 @dataclass(frozen=True)
@@ -92,9 +93,10 @@ def limits(request: Request) -> Limits:
             lowered = _lowered(job)
         except BuildError as error:  # what only larger buckets are refused for
             found.append(Obstacle((str(error),)))
-    blocks = _least(job) if lowered is None else lowered.blocks
-    unfolded = () if lowered is None else lowered.unfolded
-    return Limits(job, tuple(found), unfolded, memory_of(job.deployment.target, blocks))
+    if lowered is None:
+        graph = job.compiled(job.decode, stop_after="quantize").graph
+        return Limits(job, tuple(found), (), least_memory(job, graph))
+    return Limits(job, tuple(found), lowered.unfolded, memory_of(job.deployment.target, lowered.blocks))
 
 
 def refused(job: Job, error: BuildError) -> BuildError:
@@ -162,14 +164,13 @@ def _lowered(job: Job) -> Lowered:
     return lower(buckets, target.coder, target.bodies)
 
 
-def _least(job: Job) -> dict[str, int]:
-    """What every plan of this model has at least."""
-    graph = job.compiled(job.decode, stop_after="quantize").graph
-    slots = job.deployment.slots
-    return {
+def least_memory(job: Job, graph: Graph) -> Memory:
+    """What a plan takes at least whose decode step is this graph, before anything is lowered."""
+    blocks = {
         "weights": sum(p.type.nbytes for p in graph.params),
-        "state": slots * sum(s.type.nbytes // s.type.shape[0] for s in graph.states),
+        "state": sum(s.type.nbytes for s in graph.states),
     }
+    return memory_of(job.deployment.target, blocks)
 
 
 def one_layer_of_each_kind(config: ModelConfig) -> ModelConfig:

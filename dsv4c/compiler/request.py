@@ -36,7 +36,8 @@ class Request:
     `recipe`. rules: what may fold, by default the built-in ones and those of installed packages, without
     those of `disable` ("all": every one) that `enable` does not take back. expected: applications by rule
     that must hold for the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever
-    they apply.
+    they apply. kernels: a folder of edited kernel files, which take the place of generated ones of the same
+    names.
     """
 
     model: ModelConfig | str | Path | Mapping[str, Any]
@@ -56,6 +57,7 @@ class Request:
     enable: Iterable[str] = ()
     expected: Mapping[str, int] = field(default_factory=dict)
     require_fused: Iterable[str] = ()
+    kernels: str | Path | None = None
 
     def job(self) -> Job:
         """Everything that decides the plan. Raises ConfigError for a model, deployment or recipe that cannot
@@ -69,7 +71,8 @@ class Request:
         recipe = recipe_for(self.recipe, config.expert_format)
         deployment = self._deployment(config, recipe)
         line = choose_rules(pipeline_of(self.pipeline, recipe, known), known, self.disable, self.enable)
-        return Job(config, deployment, recipe, line, known, self.expected, required)
+        kernels = None if self.kernels is None else Path(self.kernels)
+        return Job(config, deployment, recipe, line, known, self.expected, required, kernels)
 
     def _deployment(self, config: ModelConfig, recipe: Recipe) -> Deployment:
         for name, given, known in (("logits", self.logits, Logits), ("draft", self.draft, Draft)):

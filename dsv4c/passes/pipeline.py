@@ -8,10 +8,10 @@ from __future__ import annotations
 import inspect
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -245,7 +245,7 @@ class Contributions:
         """Who contributed a pass or rule, and the file and line that it is written in, as plan data."""
         kind = "rule" if name in self.rules else "pass"
         written = self.rules[name].op if kind == "rule" else self.passes[name]
-        return {"name": name, "kind": kind, "source": self.sources[name], "at": _place(written)}
+        return {"name": name, "kind": kind, "source": self.sources[name], "at": place_of(written)}
 
     def rule(self, name: str) -> Rule:
         if name not in self.rules:
@@ -280,7 +280,7 @@ def contributions(objects: Iterable[tuple[str, Any]] = ()) -> Contributions:
     )
 
 
-def _place(written: type) -> str:
+def place_of(written: type | Callable[..., Any]) -> str:
     """`package/module.py:12`: the same on every machine that has the package."""
     module = sys.modules.get(written.__module__)
     file = Path(getattr(module, "__file__", None) or f"{written.__module__}.py")
@@ -333,14 +333,22 @@ def load_object(name: str) -> tuple[str, Any]:
 
 
 def installed() -> list[tuple[str, Any]]:
-    """Contributions of installed packages, in order of their names. Raises GraphError naming a broken one."""
+    """Passes and rules of installed packages, in order of their names. Raises GraphError naming a broken
+    entry point.
+    """
     found = []
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
+    for entry, given in loaded_entries(GROUP):
+        package = entry.name if entry.dist is None else f"package {entry.dist.name}"
+        found.append((f"{package} ({entry.value})", given))
+    return found
+
+
+def loaded_entries(group: str) -> Iterator[tuple[EntryPoint, Any]]:
+    """Entry points of a group by name, with what they load. Raises GraphError naming a broken one."""
+    for entry in sorted(entry_points(group=group), key=lambda e: (e.name, e.value)):
         try:
-            package = entry.name if entry.dist is None else f"package {entry.dist.name}"
-            found.append((f"{package} ({entry.value})", entry.load()))
+            yield entry, entry.load()
         except (ImportError, AttributeError) as error:
             raise GraphError(
-                f"the entry point {entry.name} = {entry.value!r} of {GROUP} cannot be loaded: {error}"
+                f"the entry point {entry.name} = {entry.value!r} of {group} cannot be loaded: {error}"
             ) from None
-    return found

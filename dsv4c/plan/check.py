@@ -98,6 +98,8 @@ def programs(plan: Plan) -> dict[str, Program]:
 
 _RECORD: Mapping[str, type] = {
     "symbol": str,
+    "origin": str,
+    "edited": bool,
     "source": str,
     "cubin": str,
     "ptx": str,

@@ -35,7 +35,7 @@ from dsv4c.types import TypeSyntaxError, parse_type
 if TYPE_CHECKING:
     from dsv4c.runtime.session import Session
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the folder's form; a reader refuses any other."""
 
 LARGEST_FILE = 1 << 30
@@ -54,9 +54,10 @@ class Plan:
     results in the block of constants. weights: for every parameter its name, type, form in memory and place
     of its arrays in the weights' block, and where each spelling of a checkpoint keeps it
     (`dsv4c.runtime.parameter.ParamRecord`). unused: the same of the model's parameters that rewrites made
-    dead, so that their tensors surprise nobody. contributed: passes, and rules that applied, which are not
-    dsv4c's own, with who gave them. kernels: what a GPU target runs, by hash. files: contents of
-    all files but plan.json. timings: seconds per stage of the compile; the only part that differs between two
+    dead, so that their tensors surprise nobody. contributed: passes, rules that applied and kernels which are
+    not dsv4c's own, with who gave them. kernels: what a GPU target runs, by name: origin is "dsv4c", or the
+    package and version whose kernel it is; edited, that a person changed the text. files: contents of all
+    files but plan.json. timings: seconds per stage of the compile; the only part that differs between two
     equal compiles, and in no digest.
     """
 

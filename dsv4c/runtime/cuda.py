@@ -57,8 +57,8 @@ class Device:
         return Device(properties.name, (properties.major, properties.minor), driver.version(), free, total)
 
 
-def check_device(plan: Plan, device: Device) -> None:
-    """Raise PlanError unless `device` can run `plan`: architecture, driver, then memory."""
+def check_architecture(plan: Plan, device: Device) -> None:
+    """Raise PlanError unless `device` can run the kernels of `plan`: architecture, then driver."""
     wanted = ARCHS.get(plan.target)
     major, minor = device.capability
     if wanted is None:
@@ -70,6 +70,11 @@ def check_device(plan: Plan, device: Device) -> None:
         )
     if device.driver < OLDEST_DRIVER:
         raise PlanError(_old_driver(f"plan {plan.name}", device.driver))
+
+
+def check_device(plan: Plan, device: Device) -> None:
+    """Raise PlanError unless `device` can run `plan`: architecture, driver, then memory."""
+    check_architecture(plan, device)
     needs = {space: plan.blocks[space] for space in SPACES}
     needed = sum(needs.values()) + HEADROOM
     if needed > device.free:
@@ -304,12 +309,10 @@ def feeds_back(program: Program) -> bool:
     """Can the argmax write over the call's tokens? Only where a call takes one token per sequence, and every
     launch that reads them comes before it. A sampler reads them itself.
     """
-    following = program.outputs["next"]
-    if (
-        program.shape.tokens > 1
-        or program.shape.sampled
-        or len({program.values[n].type for n in (following, "tokens")}) != 1
-    ):
+    following = program.outputs.get("next")
+    if following is None or program.shape.tokens > 1 or program.shape.sampled:
+        return False
+    if len({program.values[n].type for n in (following, "tokens")}) != 1:
         return False
     writers = [i for i, launch in enumerate(program.launches) if _touches(launch, following)]
     readers = [i for i, launch in enumerate(program.launches) if _touches(launch, "tokens")]

@@ -141,11 +141,19 @@ class _Drawing:
         for members in together.values():
             name = self.fresh()
             layer = members[0].place.layer
-            drawn = [v for node in members for v in node.inputs if not _is_named(v, layer)]
-            self.edges += [(value, name) for value in drawn]
+            named = list(dict.fromkeys(v for n in members for v in n.inputs if self._is_named(v, layer)))
+            self.edges += [(value, name) for n in members for value in n.inputs if value not in named]
             self.port |= {value: name for node in members for value in node.outputs}
             told = "\n".join(print_node(node, origins=False) for node in members)
-            yield f'{name} [shape=plain, style="", label=<{_box(members, layer)}>, tooltip={_label(told)}];'
+            box = _box(members, named, layer)
+            yield f'{name} [shape=plain, style="", label=<{box}>, tooltip={_label(told)}];'
+
+    def _is_named(self, value: Value, layer: str) -> bool:
+        """Is it named in the boxes that read it? Weights are, and in a layer what many read, positions."""
+        if value.kind is Kind.PARAM:
+            return True
+        readers = {node.place.layer for node in self.graph.users[value]} if layer else set()
+        return value.kind is not Kind.STATE and not from_a_layer(value) and len(readers) > 1
 
     def _scoped(self, nodes: Iterable[Node]) -> Iterator[str]:
         """Nodes of one scope in one cluster; nested scopes get clusters of their own beside it."""
@@ -204,13 +212,13 @@ class _Drawing:
         return f'  {name} [shape=plaintext, style="", label={_label(value.name, str(value.type))}];'
 
 
-def _box(members: Sequence[Node], layer: str) -> str:
+def _box(members: Sequence[Node], read: Sequence[Value], layer: str) -> str:
     """A launch: a stripe in the color of its work, its ops and bytes, its name, and what it reads that no
     edge shows.
     """
     moved = sum(node.cost.bytes for node in members)
-    read = [v.name.removeprefix(f"{layer}.") for n in members for v in n.inputs if _is_named(v, layer)]
-    small = [members[0].name.removeprefix(f"{layer}."), *_wrapped(tuple(dict.fromkeys(read)))]
+    name, *names = (v.removeprefix(f"{layer}.") for v in (members[0].name, *(v.name for v in read)))
+    small = [name, *_wrapped(names)]
     stripe, ops = _stripe(members), " + ".join(node.op.name for node in members)
     rows = [
         f'<TR><TD BGCOLOR="{stripe}" WIDTH="5" ROWSPAN="{1 + len(small)}"></TD>'
@@ -223,13 +231,6 @@ def _box(members: Sequence[Node], layer: str) -> str:
     return f"<TABLE {table}>{''.join(rows)}</TABLE>"
 
 
-def _is_named(value: Value, layer: str) -> bool:
-    """Is it named in the boxes that read it? Weights are, and in a layer what all layers read, positions."""
-    return value.kind is Kind.PARAM or (
-        bool(layer) and value.kind is not Kind.STATE and not from_a_layer(value)
-    )
-
-
 def _wrapped(names: Sequence[str]) -> list[str]:
     """Names on lines; many are counted."""
     shown = list(names) if len(names) <= MOST_NAMED else [*names[:MOST_NAMED], f"{len(names):,} in all"]
@@ -237,10 +238,16 @@ def _wrapped(names: Sequence[str]) -> list[str]:
 
 
 def _stripe(nodes: Sequence[Node]) -> str:
-    bodies = [(node, body_of(node)) for node in nodes]
-    parts = [part for node, body in bodies for part in (body.nodes if body is not None else (node,))]
-    there = {family(part) for part in parts}
+    there = {family(part) for node in nodes for part in _primitives(node)}
     return next((color for name, color in STRIPES.items() if name in there), "#9a9a95")
+
+
+def _primitives(node: Node) -> Iterator[Node]:
+    body = body_of(node)
+    if body is None:
+        yield node
+    else:
+        yield from (part for inner in body.nodes for part in _primitives(inner))
 
 
 def _label(*lines: str) -> str:

@@ -21,6 +21,7 @@ from dsv4c.certify.compare import compare
 from dsv4c.certify.defects import DEFECTS, inject, kills, totals
 from dsv4c.certify.evaluate import PATTERNS, evaluate
 from dsv4c.certify.finding import from_dict, to_dict
+from dsv4c.compiler.request import Request
 from dsv4c.errors import GraphError
 from dsv4c.ir.declare import fused
 from dsv4c.ir.fused import Fused
@@ -492,3 +493,18 @@ def test_every_defect_has_a_place_somewhere() -> None:
     graph = build(Builder("all"))
     found = {name for name, find in DEFECTS.items() if any(find(node) is not None for node in graph.nodes)}
     assert found == set(DEFECTS)
+
+
+def test_progress_counts_certificates(tmp_path: Path) -> None:
+    job = Request("tiny", max_context=16).job()
+    fold = job.compiled(job.decode).context.fold
+    assert fold is not None
+    told: list[tuple[str, int, int]] = []
+    found = certify(
+        fold.matches[:12],
+        folder=tmp_path,
+        progress=lambda what, done, whole: told.append((what, done, whole)),
+    )
+    assert [done for _, done, _ in told] == list(range(len(found.all)))
+    assert {whole for *_, whole in told} == {len(found.all)}
+    assert [what for what, *_ in told] == [f"certificate of {c.rule}" for c in found.all]

@@ -9,10 +9,13 @@ from typing import Any
 from unittest import mock
 
 from dsv4c.codegen.build import Built, Source, source_key
-from dsv4c.codegen.registry import KERNELS, choose
+from dsv4c.codegen.kernels import KERNELS
 from dsv4c.compiler.compile import compile
 from dsv4c.plan.folder import Plan
 from tests.plan.cubins import RESOURCES, stand_in_cubin
+
+TUNED = tuple(kernel for kernel in KERNELS if kernel.ops)
+"""The families that take ops by name; none is generated."""
 
 
 def stand_in(sources: Sequence[Source], target: str, store: Path, **_: Any) -> list[Built]:
@@ -31,10 +34,8 @@ def no_compiler() -> Iterator[None]:
 @contextmanager
 def tuned_families() -> Iterator[None]:
     """No kernel is generated: what the families do not take has none."""
-    choose.cache_clear()
-    with mock.patch("dsv4c.codegen.registry.KERNELS", [k for k in KERNELS if k.ops]):
+    with mock.patch("dsv4c.codegen.select.KERNELS", TUNED):
         yield
-    choose.cache_clear()
 
 
 def gpu_plan(model: str | Path = "tiny", **options: Any) -> Plan:

@@ -15,6 +15,7 @@ from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Builder
 from dsv4c.ir.ops.linear import Linear
 from dsv4c.types import BF16, F32, DType, parse_type
+from tests.codegen.lowered import TUNED
 from tests.codegen.sass import disassemble
 from tests.conftest import Golden
 
@@ -28,7 +29,7 @@ def asked(x: str, w: str, arch: Arch = SM_100A, out: DType = BF16) -> tuple[Laun
         y = Linear(out=out)(b.input("x", parse_type(x)), b.param("w", parse_type(w)))
     graph = b.finish({"y": y})
     request, _ = request_of(graph.nodes, arch, graph.users, {v: v.name for v in graph.params})
-    return choose(request)
+    return choose(request, TUNED)
 
 
 def test_text(golden: Golden) -> None:

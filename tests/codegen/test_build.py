@@ -112,6 +112,15 @@ def test_the_key_covers_source_target_and_symbol() -> None:
     assert len(keys) == 4
 
 
+def test_meanings_are_part_of_the_key_where_a_kernel_imports_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = add(1)
+    sources = plain, Source(plain.symbol, f"{plain.text}\nfrom dsv4c.codegen.meanings import math\n")
+    before = [source_key(source, "sm_90a") for source in sources]
+    monkeypatch.setattr("dsv4c.codegen.build.meanings_digest", lambda: "others")
+    after = [source_key(source, "sm_90a") for source in sources]
+    assert [a == b for a, b in zip(after, before, strict=True)] == [True, False]
+
+
 def test_every_failure_is_named_and_the_rest_is_kept(tmp_path: Path) -> None:
     broken = Source("broken_0", add().text.replace("thread_idx()", "no_such_thing()"))
     with pytest.raises(BuildError, match=r"broken_0 does not compile for sm_90a.*no_such_thing") as error:

@@ -21,6 +21,7 @@ from dsv4c.codegen.kernels.experts_up import Routing, emit_experts_up
 from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv, plan_parts
 from dsv4c.codegen.kernels.quantize import QuantizeSpec, emit_quantize
 from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec, Rider, seated
+from dsv4c.codegen.lib.shapes import Layout
 from dsv4c.errors import BuildError
 from dsv4c.numerics.forms import parse_packing
 from tests.conftest import Golden
@@ -226,12 +227,12 @@ def test_experts_are_one_kernel_for_any_batch() -> None:
 
 def test_shared_arrays_do_not_overlap() -> None:
     for part in plan_parts(in_proj(3), SM_90A):
-        places = part.places
-        assert places["x"] - places["ring"] >= part.ring.ring_bytes
-        assert places["fx"] - places["x"] >= part.ring.product.x_bytes
-        assert places["bars"] - places["part"] >= part.ring.part_bytes
-        assert places["end"] - places["bars"] >= part.ring.bars_bytes + 8
-        assert all(at % 16 == 0 for at in places.values())
+        at = part.layout
+        assert at.x - at.ring >= part.ring.ring_bytes
+        assert at.fx - at.x >= part.ring.product.x_bytes
+        assert at.bars - at.part >= part.ring.part_bytes
+        assert at.end - at.bars >= part.ring.bars_bytes + 8
+        assert all(getattr(at, name) % 16 == 0 for name in (*at.sizes, "end"))
 
 
 def test_one_warp_reads_the_weights_and_the_others_wait_once() -> None:
@@ -284,7 +285,7 @@ def test_riders_take_the_first_ctas_and_change_no_weight() -> None:
     assert len(set(names)) == len(names)  # riders share positions, slots and frequencies
     bounds = re.findall(r"\b(?:if|elif) block < (\d+):", emission.source.split("@cute.kernel")[1])
     assert bounds == ["2", "4", "6"]
-    assert re.search(r"else:\n        if warp < \d:\n            \w+\(smem, block - 6,", emission.source)
+    assert re.search(r"else:\n        if warp < \d:\n            \w+\(\s*smem, block - 6,", emission.source)
 
 
 def test_a_launch_has_the_threads_that_its_riders_rows_take() -> None:
@@ -412,15 +413,13 @@ def test_routing_leaves_two_ctas_to_an_sm(
 
 def test_what_the_router_keeps_lies_apart_from_what_lives_beside_it() -> None:
     for routing in (BY_SCORE, BY_TABLE, BY_ROWS):
-        text = (
-            emit_experts_up(experts("fp8", "fp8"), routing, SM_90A)
-            .source.split("def routed(")[1]
-            .partition("@cute.")[0]
-        )
-        at = {n: int(x or 0) for n, x in re.findall(r"s_(\w+) = smem(?: \+ (\d+))?\n", text)}
-        assert at["sums"] - at["part"] >= max(4 * 64, 8 * 32)  # sums f32 [warps][16]; scores and keys
-        assert at["choice"] - at["sums"] >= (4 * 4 * 2 if routing is BY_ROWS else 0)
-        assert at["bars"] - at["choice"] >= 2 * 8
+        text = emit_experts_up(experts("fp8", "fp8"), routing, SM_90A).source
+        (sizes,) = re.findall(r"^ROUTED_AT = Layout\(.*?\n(.*?)^\)", text, re.M | re.S)
+        at = Layout(**{name: int(size) for name, size in re.findall(r"(\w+)=(\d+),", sizes)})
+        assert "s_choice = smem + ROUTED_AT.choice\n" in text
+        assert at.sums - at.part >= max(4 * 64, 8 * 32)  # sums f32 [warps][16]; scores and keys
+        assert at.choice - at.sums >= (4 * 4 * 2 if routing is BY_ROWS else 0)
+        assert at.bars - at.choice >= 2 * 8
 
 
 def test_a_token_is_read_before_the_wait_and_its_experts_weights_with_it() -> None:

@@ -13,8 +13,8 @@ import dsv4c.codegen.meanings
 import dsv4c.ir.ops
 from dsv4c.arch import ARCHS
 from dsv4c.codegen.build import Source, compile_source, read_resources
+from dsv4c.codegen.kernels.row_program import ELEMENTWISE, MEANINGS, meaning_of
 from dsv4c.codegen.kernels.rows import Built, kernel_of
-from dsv4c.codegen.row_program import ELEMENTWISE, MEANINGS, meaning_of
 from dsv4c.ir.op import OPS, Op, arity, field_names
 from dsv4c.reference import MEANINGS as REFERENCE
 from tests.codegen.primitives import PRIMITIVES, graph_of

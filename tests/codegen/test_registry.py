@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 
@@ -23,16 +23,9 @@ from dsv4c.passes.fusions.quantize_linear import QuantizeLinear
 from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
 from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4, NVFP4_ROW, QuantFormat, parse_type
-from tests.codegen.lowered import tuned_families
+from tests.codegen.lowered import TUNED
 
 Values = Callable[..., Value]
-
-
-@pytest.fixture(autouse=True)
-def _tuned() -> Iterator[None]:
-    """What the families refuse a generated kernel takes: see `test_rows`."""
-    with tuned_families():
-        yield
 
 
 def graph_of(make: Callable[[Values, Values], object]) -> Graph:
@@ -56,7 +49,7 @@ def requests(graph: Graph, arch: Arch = SM_90A) -> list[Request]:
 
 
 def together(graph: Graph, *nodes: Node, labels: dict[Value, str] | None = None) -> tuple[Launchable, ...]:
-    return choose(request_of(nodes or graph.nodes, SM_90A, graph.users, labels or {})[0])
+    return choose(request_of(nodes or graph.nodes, SM_90A, graph.users, labels or {})[0], TUNED)
 
 
 def refused(graph: Graph) -> str:
@@ -97,14 +90,14 @@ def test_equal_requests_share_one_answer() -> None:
 
     first, second = requests(graph_of(two))
     assert first == second
-    assert choose(first) is choose(second)
+    assert choose(first, TUNED) is choose(second, TUNED)
 
 
 def test_a_target_is_part_of_the_key() -> None:
     graph = graph_of(lambda p, _: positions(p("s", "i32[5]"), p("at", "i32[3]"), p("n", "i32[3]"), tokens=1))
     (hopper,), (blackwell,) = requests(graph), requests(graph, SM_100A)
     assert hopper != blackwell
-    assert choose(hopper)[0].emission == choose(blackwell)[0].emission
+    assert choose(hopper, TUNED)[0].emission == choose(blackwell, TUNED)[0].emission
 
 
 def test_parameters_are_bound_in_the_order_of_the_kernel() -> None:

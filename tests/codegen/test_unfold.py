@@ -77,6 +77,18 @@ def test_fusions_that_have_kernels_may_be_required(plain: Plan) -> None:
     assert gpu_plan(require_fused=rules, certify=False, **SIZES).report["unfolded"] == []
 
 
+def test_a_fusion_on_rows_gets_a_kernel_without_one_being_written() -> None:
+    rules = rules_of(["tests.codegen.gated_up:GatedUp"])
+    others = ["swiglu", "hash_swiglu"]
+    plan = gpu_plan(rules=rules, disable=others, require_fused=["gated_up"], certify=False, **SIZES)
+    assert check(plan, rules) == []
+    launches = [launch for launch in plan.program().launches if launch.op == "gated_up"]
+    assert len(launches) == plan.report["rules"]["gated_up"] == 6
+    (key,) = {launch.kernel.kernel for launch in launches}
+    text = plan.files[plan.kernels[key]["source"]].decode()
+    assert "        silu = math.silu(clamp)\n" in text
+
+
 @pytest.mark.usefixtures("greedy_head")
 def test_on_the_cpu_every_fusion_stays(tmp_path: Path) -> None:
     args = ("compile", "tiny", "-o", tmp_path / "p", "--max-context", 64, "--no-certify", "--json")
@@ -139,6 +151,13 @@ def test_every_graph_has_kernels(recipe: str) -> None:
         plan = gpu_plan(recipe=recipe, disable=disable, draft="mtp", certify=False, **SIZES)
         assert check(plan, rules_of()) == []
         assert {"decode-1", "decode-2", "draft-1"} == set(plan.buckets)
+
+
+def test_steps_that_sample_have_kernels() -> None:
+    plan = gpu_plan(sampled=True, certify=False, **SIZES)
+    assert check(plan) == []
+    launches = [launch.op for launch in plan.buckets["decode-1.sampled"].launches]
+    assert launches[-5:] == ["penalize", "token_probabilities", "draw", "emit", "advance"]
 
 
 @pytest.mark.parametrize("rule", [fusion.name for fusion in FUSIONS])

@@ -84,6 +84,10 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
     for name, kernels in (("gemv", "gemv"), ("experts", "gemv"), ("hyper", "hyper")):
         command = module(f"tests.gpu.check_{name}", "--folder", folder / kernels, "--no-time")
         yield Job(f"kernels {name}", command, gibibytes=6.0)
+    yield Job("kernels rows", module("tests.gpu.check_rows", "--folder", folder / "rows"), 4.0)
+    for plan in json.loads((folder / "rows" / "plans.json").read_text()):
+        command = module("tests.gpu.check_rows", plan["name"], "--folder", folder / "rows")
+        yield Job(f"rows {plan['name']}", command, CONTEXT)
     yield Job("kernels recorded", module("tests.gpu.check_recorded", "--folder", folder / "gemv"))
     for plan in recorded:
         path, case, small = folder / plan["name"], plan["model"], plan["gibibytes"] + CONTEXT
@@ -105,6 +109,7 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
     timed, loaded = ([folder / p["name"] for p in plans if p["use"] == use] for use in ("times", "loaded"))
     alone = ("--folder", folder / "gemv", "--timed")
     times = {name: module(f"tests.gpu.check_{name}", *alone) for name in ("gemv", "experts")}
+    times["rows"] = module("tests.gpu.check_rows", "--folder", folder / "rows", "--time")
     times |= {plan.name: module("dsv4c", "bench", plan, "--random-weights") for plan in timed}
     if loaded:
         times["load"] = module("benchmarks.load", *loaded)

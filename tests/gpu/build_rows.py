@@ -9,20 +9,27 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dsv4c.arch import ARCHS, Arch
 from dsv4c.codegen.build import Source, build
-from dsv4c.codegen.kernels.rows import Built, kernel_of
+from dsv4c.codegen.kernels.rows import Built, kernel_of, primitives
 from dsv4c.codegen.registry import No
 from dsv4c.compiler.compile import compile
+from dsv4c.compiler.job import rules_of
 from dsv4c.config import ModelConfig, load_config
+from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.text import print_graph
 from dsv4c.passes.fusions import FUSIONS
+from dsv4c.passes.fusions.q_norm_rope import QNormRope
+from dsv4c.passes.fusions.rmsnorm_quantize import RmsnormQuantize
+from dsv4c.passes.fusions.sinkhorn import Sinkhorn
+from dsv4c.types import BF16, FP8_ROW, parse_type
+from tests.codegen.gated_up import GatedUp
 from tests.codegen.primitives import BATCHES, PRIMITIVES, graph_of, random_bodies
 from tests.goldens import golden_case
 
@@ -63,6 +70,9 @@ def cases() -> Iterator[Case]:
         for name, disable in ((recipe, []), (f"no-rules-{recipe}", ["all"])):
             options = {**SMALL, "recipe": recipe, "disable": disable}
             yield Case(name, "nvfp4-experts", options, logits)
+    contributed = rules_of(["tests.codegen.gated_up:GatedUp"])
+    own = {"disable": ["swiglu", "hash_swiglu"], "rules": contributed, "require_fused": ["gated_up"]}
+    yield Case("contributed", official, {**SMALL, **own}, "logits")
     tiny = load_config("tiny")
     yield Case("fp8-experts", replace(tiny, expert_format="fp8"), SMALL)
     for name, changes in ODD.items():
@@ -72,6 +82,14 @@ def cases() -> Iterator[Case]:
             yield Case(f"{name}-{recipe}", replace(tiny, name=name, **changes), options)
 
 
+FUSED: tuple[tuple[Fused, tuple[str, ...]], ...] = (
+    (RmsnormQuantize(eps=1e-6, format=FP8_ROW), ("bf16[N,4096]", "bf16[4096]")),
+    (RmsnormQuantize(eps=1e-6, format=FP8_ROW), ("bf16[N,7168]", "bf16[7168]")),
+    (Sinkhorn(iterations=20, eps=1e-6), ("f32[N,4,4]",)),
+    (QNormRope(eps=1e-6, precision=BF16), ("bf16[N,64,512]", "i32[N]", "f32[32]")),
+    (GatedUp(limit=10.0), ("bf16[N,2048]", "bf16[N,2048]")),
+)
+"""Fused ops of the release's sizes as generated kernels."""
 DRAFTS = {"draft-fp32": ("fp32", "fp32")}
 """Plans with the draft block: recorded case and recipe. Each has one for the CPU beside it."""
 
@@ -84,12 +102,16 @@ def graphs(bodies: int, seed: int) -> Iterator[tuple[str, bool, Graph]]:
             yield f"{number}.{op.name}.b{rows}", False, graph_of(op, types, rows)
     for number, graph in random_bodies(bodies, seed):
         yield f"body{number}", True, graph
+    for op, types in FUSED:
+        for rows in BATCHES:
+            graph = primitives(op, tuple(parse_type(text.replace("N", str(rows))) for text in types))
+            yield f"fused.{op.name}.{types[0]}.b{rows}", True, graph
 
 
-def kernels(folder: Path, store: Path, arch: Arch, bodies: int, seed: int) -> int:
-    """Compile and describe all of them; how many there are."""
+def kernels(folder: Path, store: Path, arch: Arch, wanted: Iterable[tuple[str, bool, Graph]]) -> int:
+    """Compile and describe them; how many there are."""
     made: list[tuple[str, Graph, Built]] = []
-    for name, body, graph in graphs(bodies, seed):
+    for name, body, graph in wanted:
         built = kernel_of(graph, body, "body" if body else name.split(".")[1], name, arch)
         assert not isinstance(built, No), f"{name}: {built}"
         made.append((name, graph, built))
@@ -147,10 +169,13 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--bodies", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--kernels", default="", help="those whose names contain one of a,b,...")
     parser.add_argument("--plans", default="", help="those whose names contain this; - for none")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    count = kernels(options.folder, options.store, ARCHS[options.target], options.bodies, options.seed)
+    chosen = tuple(options.kernels.split(","))
+    wanted = (each for each in graphs(options.bodies, options.seed) if any(c in each[0] for c in chosen))
+    count = kernels(options.folder, options.store, ARCHS[options.target], wanted)
     print(f"{count} kernels in {options.folder}", flush=True)
     described = plans(options.folder, options.target, options.plans) if options.plans != "-" else []
     (options.folder / "plans.json").write_text(json.dumps(described, indent=1))

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import tests.codegen.gated_up  # noqa: F401, registers its op
 from dsv4c.certify.adversarial import operands_for
 from dsv4c.certify.compare import compare
 from dsv4c.certify.evaluate import PATTERNS
@@ -37,7 +38,7 @@ from dsv4c.reference.interpret import clone, interpret
 from dsv4c.runtime.driver import Launch, Library
 from tests.goldens import golden_case, recorded
 from tests.gpu.check_layers import Checker
-from tests.gpu.kernels import run_once
+from tests.gpu.kernels import measure, run_once
 from tests.gpu.run_plan import Table, check_runs, run_logits
 
 FOLDER = Path("build/gpu/rows")
@@ -59,9 +60,16 @@ class Kernel:
         kernel = library.kernel(entry["symbol"], shared=entry["shared"], cluster=1)
         self.shape = (kernel, tuple(entry["grid"]), entry["block"], entry["shared"])
         self._library = library
+        self.values: dict[str, Value] = {}
+        self.alive: list[dict[str, Value]] = []  # a launch holds addresses, not memory
 
     def run(self, given: list[Value]) -> list[Value]:
         """Results, on the host; of operands that are written to, what they hold then."""
+        run_once(self.launch(given))
+        return [on_host(self.values[v.name]) for v in self.graph.outputs.values()]
+
+    def launch(self, given: list[Value]) -> Launch:
+        """A launch on these operands, whose memory it keeps; results are poisoned."""
         values = {v.name: on_device(x) for v, x in zip(self.graph.inputs, given, strict=True)}
         for node in self.graph.nodes:
             for i, v in enumerate(node.outputs):
@@ -71,9 +79,10 @@ class Kernel:
             if v.name not in values:
                 storage = torch.full((v.type.extent,), 0xFF, dtype=torch.uint8, device="cuda")
                 values[v.name] = view(storage, v.type)
+        self.values = values
+        self.alive.append(values)
         addresses = tuple(parts_of(values[name])[part].data_ptr() for name, part in self.parameters)
-        run_once(Launch(*self.shape, addresses, (1, 1, 1)))
-        return [on_host(values[v.name]) for v in self.graph.outputs.values()]
+        return Launch(*self.shape, addresses, (1, 1, 1))
 
 
 def on_device(value: Value) -> Value:
@@ -102,6 +111,8 @@ def operands(graph: Graph, pattern: str, seed: int) -> list[Value]:
     elif name in ("last_rows", "owners"):
         assert isinstance(given[-1], Tensor)
         given[-1] = torch.randint(0, 4, given[-1].shape, generator=generator).to(torch.int32)
+    elif name in ("penalize", "token_probabilities", "draw"):
+        given = sampling(graph, given, generator)
     elif name == "cache_extend":
         assert isinstance(given[2], Tensor)
         tokens = graph.nodes[0].op.tokens  # type: ignore[attr-defined]
@@ -115,6 +126,23 @@ def operands(graph: Graph, pattern: str, seed: int) -> list[Value]:
     return given
 
 
+def sampling(graph: Graph, given: list[Value], generator: torch.Generator) -> list[Value]:
+    """Knobs, positions and probabilities as a session has them: the first slot is greedy."""
+    knobs = torch.tensor([[0.0] * 7, [0.7, 20, 0.9, 0.02, 1.3, 0.5, 0.2], [1.1, 0, 0.99, 0, 0.8, 0, -0.3]])
+    name, rows = graph.nodes[0].op.name, graph.inputs[0].type.shape[0]
+    logits = given[0]
+    assert isinstance(logits, Tensor)
+    positions = torch.randint(-1, 64, (rows,), generator=generator, dtype=torch.int32)
+    if name == "penalize":
+        given[2], given[4] = positions, torch.tensor([3, 0, 40], dtype=torch.int32)
+    if name == "draw":
+        given[0], given[1] = logits.clamp(-20, 20).softmax(-1), positions.clamp(min=9)
+        given[3] = torch.tensor([3, 0, 9], dtype=torch.int32)
+    else:
+        given[-1] = knobs
+    return given
+
+
 def check_kernels(folder: Path, only: str, seeds: int) -> int:
     """How many kernels are wrong."""
     found: dict[str, Counter[str]] = {}
@@ -123,8 +151,8 @@ def check_kernels(folder: Path, only: str, seeds: int) -> int:
         if only not in entry["name"]:
             continue
         kernel = Kernel(entry, folder)
-        body = kernel.name.startswith("body")
-        group = "bodies" if body else kernel.name.split(".")[1]
+        body = kernel.name.startswith(("body", "fused"))
+        group = "bodies" if kernel.name.startswith("body") else kernel.name.split(".")[1]
         allowed = REQUANTIZATION if body else REASSOCIATION
         for seed in range(seeds):
             for pattern in PATTERNS:
@@ -149,6 +177,15 @@ def check_kernels(folder: Path, only: str, seeds: int) -> int:
     exact = sum(kinds[BIT_EXACT] for kinds in found.values())
     print(f"{sum(map(Counter.total, found.values()))} runs, {exact} bit-exact, {len(failures)} wrong")
     return len(failures)
+
+
+def time_kernels(folder: Path, only: str) -> None:
+    """Microseconds of a launch behind others of its kind, each on operands of its own."""
+    for entry in json.loads((folder / "cases.json").read_text()):
+        if entry["name"].startswith("fused") and only in entry["name"]:
+            kernel = Kernel(entry, folder)
+            chain = [kernel.launch(operands(kernel.graph, "random", seed)) for seed in range(64)]
+            print(f"{kernel.name:50} {measure(chain, programmatic=True) / len(chain):6.2f} us")
 
 
 # Plans ------------------------------------------------------------------------------------------------------
@@ -227,10 +264,14 @@ def main() -> int:
     parser.add_argument("plans", nargs="*", help="names of plans; all for every one; none for the kernels")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     parser.add_argument("--only", default="", help="kernels whose names contain this")
+    parser.add_argument("--time", action="store_true", help="time fused ops, nobody else on the GPU")
     parser.add_argument("--seeds", type=int, default=2)
     options = parser.parse_args()
     torch.zeros(1, device="cuda")
     print(torch.cuda.get_device_name(), flush=True)
+    if options.time:
+        time_kernels(options.folder, options.only)
+        return 0
     if not options.plans:
         return int(check_kernels(options.folder, options.only, options.seeds) > 0)
     described = json.loads((options.folder / "plans.json").read_text())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tests.gpu.__main__ import Job, jobs, sanitizer_jobs, together
 from tests.gpu.build import KERNELS, WANTED
+from tests.gpu.build_rows import cases
 from tests.gpu.check_layers import groups
 
 
@@ -57,9 +58,12 @@ def test_every_plan_and_every_family_of_kernels_is_checked(tmp_path: Path) -> No
         for w in WANTED
     ]
     (tmp_path / "plans.json").write_text(json.dumps(described))
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "plans.json").write_text(json.dumps([{"name": case.name} for case in cases()]))
     commands = [" ".join(job.command) for job in jobs(tmp_path, tmp_path)]
     for name in (*(w.name for w in WANTED), *KERNELS):
         assert any(str(tmp_path / name) in command for command in commands), name
+    assert all(any(f"check_rows {case.name} " in command for command in commands) for case in cases())
     assert all("--at=" in command for command in commands if "check_layers" in command)
     tools = [job.name for job in sanitizer_jobs(tmp_path, "compute-sanitizer")]
     assert tools == ["memcheck", "memcheck of a fault", "racecheck", "synccheck"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Parameter
 from dsv4c.codegen.kernels.gemv import BITS, STAGES
-from dsv4c.codegen.lib.shapes import BYTES
+from dsv4c.codegen.lib.shapes import BYTES, Layout
 from dsv4c.errors import BuildError
 
 
@@ -89,10 +89,10 @@ def row_parameters(operand: str, spec: ExpertsSpec, scaled: bool) -> list[Parame
     return [Parameter(operand), *(Parameter(operand, c) for c in components)]
 
 
-def most_stages(name: str, layout: Callable[[int], dict[str, int]], arch: Arch) -> int:
+def most_stages(name: str, layout: Callable[[int], Layout], arch: Arch) -> int:
     """The deepest ring that leaves room for two CTAs per SM, or for one."""
     for resident in (2, 1):
         for stages in range(STAGES, 1, -1):
-            if layout(stages)["end"] <= arch.shared_of(resident):
+            if layout(stages).end <= arch.shared_of(resident):
                 return stages
     raise BuildError(f"{name}: the activations leave no shared memory for two stages of weights")

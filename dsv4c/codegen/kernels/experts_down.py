@@ -18,9 +18,9 @@ from dsv4c.codegen.kernels.experts import (
     weight_parameters,
 )
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds
-from dsv4c.codegen.kernels.gemv import WARPS, k_warps_of, place, span_of
+from dsv4c.codegen.kernels.gemv import WARPS, k_warps_of, span_of
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
-from dsv4c.codegen.lib.shapes import Product, Ring
+from dsv4c.codegen.lib.shapes import Layout, Product, Ring
 from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable
 from dsv4c.passes.fusions.experts_down import ExpertsDown
 from dsv4c.types import BF16, FP8_ROW, NVFP4_ROW, QuantType
@@ -37,24 +37,22 @@ class DownRings:
     rows: Product  # the routed experts' hidden rows, together
 
     @property
-    def places(self) -> dict[str, int]:
+    def layout(self) -> Layout:
         """Shared arrays of a CTA."""
-        return place(
-            {
-                "ring": self.routed.ring_bytes,
-                "shared_ring": self.shared.ring_bytes,
-                "x": self.rows.x_bytes,
-                "fx": self.rows.fx_bytes,
-                "shared_x": self.shared.product.x_bytes,
-                "shared_fx": self.shared.product.fx_bytes,
-                "scale": self.routed.scale_bytes,
-                "shared_scale": self.shared.scale_bytes,
-                "part": self.routed.part_bytes,
-                "shared_part": self.shared.part_bytes,
-                "bars": self.routed.bars_bytes,
-                "shared_bars": self.shared.bars_bytes,
-                "bar": 16,
-            }
+        return Layout(
+            ring=self.routed.ring_bytes,
+            shared_ring=self.shared.ring_bytes,
+            x=self.rows.x_bytes,
+            fx=self.rows.fx_bytes,
+            shared_x=self.shared.product.x_bytes,
+            shared_fx=self.shared.product.fx_bytes,
+            scale=self.routed.scale_bytes,
+            shared_scale=self.shared.scale_bytes,
+            part=self.routed.part_bytes,
+            shared_part=self.shared.part_bytes,
+            bars=self.routed.bars_bytes,
+            shared_bars=self.shared.bars_bytes,
+            bar=16,
         )
 
 
@@ -74,7 +72,7 @@ def _down_rings(spec: ExpertsSpec, arch: Arch) -> DownRings:
             rows,
         )
 
-    return planned(most_stages(spec.name, lambda stages: planned(stages).places, arch))
+    return planned(most_stages(spec.name, lambda stages: planned(stages).layout, arch))
 
 
 def emit_experts_down(spec: ExpertsSpec, arch: Arch) -> Emission:
@@ -100,7 +98,7 @@ def emit_experts_down(spec: ExpertsSpec, arch: Arch) -> Emission:
         pointers=[p.name for p in parameters],
         grid=grid,
         warps=rings.routed.warps,
-        shared=rings.places["end"],
+        shared=rings.layout.end,
         nbytes=spec.weight_bytes,
         arch=arch,
         formats=WEIGHT_FORMATS,
@@ -110,7 +108,7 @@ def emit_experts_down(spec: ExpertsSpec, arch: Arch) -> Emission:
         source=source,
         grid=grid,
         block=rings.routed.warps * 32 + 32,
-        shared=rings.places["end"],
+        shared=rings.layout.end,
         parameters=parameters,
         packing={
             "w2": f"{spec.routed}/{rings.routed.tile_warps}x{rings.routed.span}",

@@ -29,11 +29,10 @@ from dsv4c.codegen.kernels.gemv import (
     Matrix,
     emit_gemv,
     k_warps_of,
-    place,
     span_of,
 )
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
-from dsv4c.codegen.lib.shapes import Product, Ring
+from dsv4c.codegen.lib.shapes import Layout, Product, Ring
 from dsv4c.codegen.registry import Answer, No, Request, Scratch, kernel, launchable
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.router import HashRouter, Router
@@ -98,21 +97,19 @@ class UpPart:
         return -(-self.jobs // self.ring.rounds)
 
     @property
-    def places(self) -> dict[str, int]:
+    def layout(self) -> Layout:
         """Shared arrays of a CTA of this part."""
         r = self.ring
-        return place(
-            {
-                "ring": r.ring_bytes,
-                "x": r.product.x_bytes,
-                "fx": r.product.fx_bytes,
-                "scale": 2 * r.scale_bytes,
-                "part": max(r.part_bytes, self.scores),
-                "sums": self.sums,
-                "choice": self.choice,
-                "bars": r.bars_bytes,
-                "bar": 8,
-            }
+        return Layout(
+            ring=r.ring_bytes,
+            x=r.product.x_bytes,
+            fx=r.product.fx_bytes,
+            scale=2 * r.scale_bytes,
+            part=max(r.part_bytes, self.scores),
+            sums=self.sums,
+            choice=self.choice,
+            bars=r.bars_bytes,
+            bar=8,
         )
 
 
@@ -140,7 +137,7 @@ def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch) -> tuple[UpPart, 
             sums = 4 * ring.warps * spec.top_k if routing.source == "rows" else 0
             return UpPart(name, ring, jobs, scores, sums, 8 * spec.top_k)
 
-        return planned(most_stages(spec.name, lambda stages: planned(stages).places, arch))
+        return planned(most_stages(spec.name, lambda stages: planned(stages).layout, arch))
 
     def longest(rounds: tuple[int, ...]) -> float:
         ctas = -(-tiles // rounds[0]) - (-spec.top_k * tiles // rounds[1])
@@ -174,7 +171,7 @@ def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch) -> Emission
         Parameter("shared_h"),
     )
     grid = (sum(part.ctas for part in parts), spec.batch, 1)
-    shared = max(part.places["end"] for part in parts)
+    shared = max(part.layout.end for part in parts)
     nbytes = 2 * spec.weight_bytes
     names = [p.name for p in parameters]
 

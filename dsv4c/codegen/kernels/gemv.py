@@ -16,7 +16,7 @@ from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
 from dsv4c.codegen.kernels.riders import CompressSpec, Rider, lanes, seated
-from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Product, Ring
+from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Layout, Product, Ring
 from dsv4c.errors import BuildError
 
 CTA_BYTES = 32 << 10  # what a CTA could have read in the time that it takes to start and to end
@@ -102,15 +102,6 @@ class Slot:
     tiles: int
 
 
-def place(sizes: dict[str, int]) -> dict[str, int]:
-    """Offsets of shared arrays one after the other, and `end`."""
-    places, at = {}, 0
-    for name, size in sizes.items():
-        places[name] = at
-        at += -(-size // 16) * 16
-    return {**places, "end": at}
-
-
 @dataclass(frozen=True)
 class Part:
     """Matrices of one weight format, activation operand and output type. Of `ctas` CTAs, `splits` neighbors
@@ -149,22 +140,25 @@ class Part:
         return tuple(x)
 
     @property
-    def places(self) -> dict[str, int]:
-        """Where each shared array of the part starts, and `end`."""
+    def weights(self) -> list[str]:
+        """Parameters of the warp that reads the weights."""
+        return [f"m_{slot.matrix.name}" for slot in self.slots]
+
+    @property
+    def layout(self) -> Layout:
+        """Shared arrays of a CTA of the part."""
         r = self.ring
-        normalizes = self.x.prologue == "normalize"
-        sizes = {
-            "ring": r.ring_bytes,
-            "x": r.product.x_bytes,
-            "fx": r.product.fx_bytes,
-            "squares": r.product.rows * r.product.blocks * 4 if normalizes else 0,
-            "gain": 4 * r.product.k if normalizes else 0,
-            "scale": r.scale_bytes,
-            "part": r.part_bytes,
-            "bars": r.bars_bytes,
-            "bar": 8,
-        }
-        return place(sizes)
+        normalized = {"squares": r.product.rows * r.product.blocks * 4, "gain": 4 * r.product.k}
+        return Layout(
+            ring=r.ring_bytes,
+            x=r.product.x_bytes,
+            fx=r.product.fx_bytes,
+            **(normalized if self.x.prologue == "normalize" else {}),
+            scale=r.scale_bytes,
+            part=r.part_bytes,
+            bars=r.bars_bytes,
+            bar=8,
+        )
 
 
 def emit_gemv(spec: GemvSpec, arch: Arch) -> Emission:
@@ -174,7 +168,7 @@ def emit_gemv(spec: GemvSpec, arch: Arch) -> Emission:
     warps = parts[0].ring.warps
     riders = seated(spec.name, spec.riders, warps * 32)
     parameters = tuple(dict.fromkeys(p for seat in (*parts, *riders) for p in seat.parameters))
-    shared = max([part.places["end"] for part in parts] + [rider.shared for rider in riders])
+    shared = max([part.layout.end for part in parts] + [rider.shared for rider in riders])
     grid = parts[-1].last
     nbytes = sum(part.nbytes for part in parts)
     source = render(
@@ -333,6 +327,6 @@ def _part(
     for splits in range(1, spec.batch + 1):
         for resident in (2, 1):
             for stages in range(STAGES, 1, -1):
-                if planned(splits, stages).places["end"] <= arch.shared_of(resident):
+                if planned(splits, stages).layout.end <= arch.shared_of(resident):
                     return planned(splits, stages)
     raise BuildError(f"{spec.name}: a row of {spec.k} leaves no shared memory for two stages of weights")

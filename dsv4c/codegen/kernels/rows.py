@@ -14,10 +14,10 @@ from typing import Any
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
-from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
-from dsv4c.codegen.row_program import (
+from dsv4c.codegen.kernels.row_program import (
     MEANINGS,
     NUMBERS,
+    Copy,
     Program,
     UnfitError,
     nodes_of,
@@ -25,6 +25,7 @@ from dsv4c.codegen.row_program import (
     program_of,
     step_lines,
 )
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.graph import Builder, Graph, Value
 from dsv4c.ir.op import Op, elements, operand_names
@@ -35,6 +36,7 @@ from dsv4c.ir.ops.math import Sum
 from dsv4c.ir.ops.norm import Normalize, RmsNorm, RsqrtMeanSquare, Softmax
 from dsv4c.ir.ops.quant import Quantize
 from dsv4c.ir.ops.sample import Argmax, Draw, Penalize, TokenProbabilities
+from dsv4c.ir.text import print_op
 from dsv4c.passes.expand import expand
 from dsv4c.types import GlobalScale, QuantFormat, Type
 
@@ -42,17 +44,8 @@ THREADS = 512
 WAVES = 2  # CTAs per SM at most of what is spread over the grid
 SMALL_WEIGHT = 128 * 1024  # bytes that one CTA may read of a matrix
 TOGETHER = (
-    Argmax,
-    Draw,
-    Normalize,
-    Penalize,
-    RmsNorm,
-    RsqrtMeanSquare,
-    SinkSoftmax,
-    Softmax,
-    Sum,
-    TokenProbabilities,
-    TopK,
+    *(Argmax, Draw, Penalize, TokenProbabilities, TopK),
+    *(Normalize, RmsNorm, RsqrtMeanSquare, SinkSoftmax, Softmax, Sum),
 )
 """Primitives whose rows are worth a CTA each: its threads reduce together."""
 BY_WARP = (AttentionScores, ExpertLinear, GroupedLinear, IndexScores, Linear)
@@ -65,7 +58,7 @@ def row_program(request: Request) -> Answer:
         return No(f"takes one op per launch, not {len(request.calls)}")
     call = request.call
     graph = primitives(call.op, tuple(request.types[i] for i in call.inputs))
-    built = kernel_of(graph, isinstance(call.op, Fused), call.op.name, request.text, request.arch)
+    built = kernel_of(graph, isinstance(call.op, Fused), call.op.name, print_op(call.op), request.arch)
     if isinstance(built, No):
         return built
     numbers = dict(zip((*graph.inputs, *graph.outputs.values()), (*call.inputs, *call.outputs), strict=True))
@@ -150,12 +143,15 @@ def _of_primitive(graph: Graph, arch: Arch) -> tuple[Program, Graph, int]:
 
 def _emit(name: str, what: str, program: Program, graph: Graph, ctas: int) -> Built:
     operands = _operands(program, graph)
-    outside = [h for h in program.homes.values() if h.offset < 0]
+    outside = [h for h in (*program.homes.values(), *program.given.values()) if h.offset < 0]
     components = [(home.name, c) for home in outside for c in home.type.components]
     parameters = tuple(Parameter(operand, c.name) for operand, c in components)
     numbers = {p.name: NUMBERS.get(c.dtype) for p, (_, c) in zip(parameters, components, strict=True)}
     places, steps = place_lines(program), [step_lines(program, step) for step in program.steps]
     text = "\n".join((*places, *(line for step in steps for line in step)))
+    for lines, step in zip(steps[:-1], program.steps, strict=False):
+        if not isinstance(step, Copy):  # nobody reads what it writes
+            lines.append("cute.arch.sync_threads()")
     threads = THREADS if ctas > 1 else _threads(program)
     source = render(
         "row_program.py.jinja",
@@ -167,7 +163,7 @@ def _emit(name: str, what: str, program: Program, graph: Graph, ctas: int) -> Bu
         numbers=[
             n
             for n in ("BFloat16", "Float16", "Float32", "Int32", "Int64", "Uint8")
-            if re.search(rf"\b{n}\b", f"{text} {numbers} Int32")
+            if re.search(rf"\b{n}\b", f"{text} {numbers}")
         ],
         modules=sorted({m for m in MEANINGS if f"{m}." in text} | {"values"}),
         uses=[name for name in ("at", "put") if f"{name}(" in text],
@@ -187,8 +183,8 @@ def _operands(program: Program, graph: Graph) -> dict[str, Value]:
     """The values of operands: those that lie outside, or the results that are reshapes of them."""
     known = {*graph.inputs, *graph.outputs.values()}
     shaped = {program.views[v].base: v for v in graph.outputs.values() if v in program.views}
-    homes = {v: home for v, home in program.homes.items() if home.offset < 0}
-    return {home.name: v if v in known else shaped[v] for v, home in homes.items()}
+    homes = [(v, h) for v, h in (*program.homes.items(), *program.given.items()) if h.offset < 0]
+    return {home.name: v if v in known else shaped[v] for v, home in homes}
 
 
 def _threads(program: Program) -> int:

@@ -5,6 +5,7 @@ code.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from dsv4c.numerics.forms import UNIT_BYTES, UNIT_COLUMNS
 
@@ -16,6 +17,23 @@ BYTES = {format: UNIT_BYTES[format] for format in FORMATS}
 # behind more, what the next launch reads first (scales, activations) queues. A Flash step (H200, 2026-11-29)
 # takes 1.010 times as long with 16 KB, 1.026 times with 48 KB.
 IN_FLIGHT = 32 * 1024
+
+
+class Layout:
+    """Arrays of a CTA's shared memory, bytes by name, one after the other from multiples of 16 on. Each name
+    is the array's offset from the allocation, `end` where the last one ends.
+    """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> int: ...
+
+    def __init__(self, **sizes: int) -> None:
+        self.sizes = sizes
+        self.end = 0
+        for name, size in sizes.items():
+            setattr(self, name, self.end)
+            self.end += -(-size // 16) * 16
 
 
 @dataclass(frozen=True)

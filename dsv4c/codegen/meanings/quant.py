@@ -2,9 +2,9 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Float64, Int32, Uint8, Uint32, const_expr
+from cutlass import Constexpr, Float32, Float64, Int32, Uint32, const_expr, range_constexpr
 
-from dsv4c.codegen.lib import hadamard as codes
+from dsv4c.codegen.lib import hadamard as e2m1_codes
 from dsv4c.codegen.lib import ptx
 from dsv4c.codegen.meanings.values import (
     Quantized,
@@ -41,10 +41,10 @@ def quantize(team: Constexpr[Team], x: cute.Tensor, *rest, format: Constexpr[str
         first = block % blocks * columns
         source = row // repeat * width + first
         stop = body - first
+        r = _pairs_of(x, source, lane, columns, stop)
         bits = Int32(0)
-        for j in cutlass.range(lane, columns, 32):
-            if j < stop:
-                bits = cutlass.max(bits, _magnitude(at(x, source + j).to(Float32)))
+        for n in range_constexpr(cute.size(r)):
+            bits = cutlass.max(bits, _magnitude(r[n]))
         bits = _most(bits)
         over_all = Float32(1.0)
         if const_expr(q.global_scale is not None):
@@ -52,20 +52,34 @@ def quantize(team: Constexpr[Team], x: cute.Tensor, *rest, format: Constexpr[str
         divisor, stored = _block_scale(bits, over_all, spec)
         if lane == 0:
             put(q.scale, block, stored)
-        if const_expr(spec.value is E4M3):
-            for j in cutlass.range(lane, columns, 32):
-                if j < stop:
-                    y = _divided(at(x, source + j).to(Float32), divisor)
-                    put(q.data, row * body + first + j, ptx.f32x2_to_e4m3x2(y, y) & Uint32(0xFF))
-        else:
-            for j in cutlass.range(lane, columns // 2, 32):
-                if 2 * j < stop:
-                    low = _e2m1_code(_divided(at(x, source + 2 * j).to(Float32), divisor))
-                    high = _e2m1_code(_divided(at(x, source + 2 * j + 1).to(Float32), divisor))
-                    put(q.data, (row * body + first) // 2 + j, low | (high << Uint32(4)))
+        for n in range_constexpr(cute.size(r) // 2):
+            j = 2 * (lane + 32 * n)
+            low, high = _divided(r[2 * n], divisor, spec), _divided(r[2 * n + 1], divisor, spec)
+            if const_expr(spec.value is E2M1):
+                if j < cutlass.min(stop, columns):
+                    codes = _e2m1_code(low) | (_e2m1_code(high) << Uint32(4))
+                    put(q.data, (row * body + first + j) // 2, codes)
+            else:
+                codes = ptx.f32x2_to_e4m3x2(low, high)
+                if j < cutlass.min(stop, columns):
+                    put(q.data, row * body + first + j, codes & Uint32(0xFF))
+                if j + 1 < cutlass.min(stop, columns):
+                    put(q.data, row * body + first + j + 1, codes >> Uint32(8))
     if const_expr(spec.tail):
         for i in cutlass.range(team.thread, rows * spec.tail, team.threads):
             put(q.tail, i, at(x, i // spec.tail // repeat * width + body + i % spec.tail).to(Float32))
+
+
+@cute.jit
+def _pairs_of(x: cute.Tensor, source: Int32, lane: Int32, columns: Constexpr[int], stop: Int32):
+    """The lane's elements of a block, neighbors two by two, all on their way together; 0 beyond the end."""
+    r = cute.make_rmem_tensor((2 * -(-columns // 64),), Float32)
+    for n in range_constexpr(cute.size(r)):
+        j = 2 * (lane + 32 * (n // 2)) + n % 2
+        inside = j < cutlass.min(stop, columns)
+        v = at(x, source + (j if inside else Int32(0))).to(Float32)
+        r[n] = v if inside else Float32(0.0)
+    return r
 
 
 @cute.jit
@@ -76,7 +90,7 @@ def _magnitude(v: Float32):
 
 @cute.jit
 def _most(bits: Int32):
-    for i in cutlass.range_constexpr(5):
+    for i in range_constexpr(5):
         bits = cutlass.max(bits, cute.arch.shuffle_sync_bfly(bits, offset=1 << i))
     return bits
 
@@ -138,8 +152,12 @@ def _power(byte: Uint32):
 
 
 @cute.jit
-def _divided(v: Float32, divisor: Float32):
-    """v / divisor, 0 where that is 0."""
+def _divided(v: Float32, divisor: Float32, spec: Constexpr[QuantFormat]):
+    """v / divisor, 0 where that is 0. A power of two is multiplied by its inverse, which is the same."""
+    if const_expr(spec.scale is UE8M0):
+        byte = divisor.bitcast(Uint32) >> Uint32(23)
+        inverse = _power(Uint32(254) - byte)
+        return multiply(v, divisor if byte == Uint32(255) else inverse)
     y = ptx.divide(v, divisor)
     return Float32(0.0) if divisor == Float32(0.0) else y
 
@@ -148,7 +166,7 @@ def _divided(v: Float32, divisor: Float32):
 def _e2m1_code(y: Float32):
     """The code next to y, ties to the even one, saturating; NaN as the largest."""
     bits = cutlass.min(_magnitude(y), Int32(0x40C00000))
-    return codes.code_of(bits.bitcast(Float32)) | ((y.bitcast(Uint32) >> Uint32(31)) << Uint32(3))
+    return e2m1_codes.code_of(bits.bitcast(Float32)) | ((y.bitcast(Uint32) >> Uint32(31)) << Uint32(3))
 
 
 @cute.jit
@@ -222,7 +240,6 @@ def hadamard(team: Constexpr[Team], x: cute.Tensor, y: cute.Tensor):
 
 
 __all__ = [
-    "Uint8",
     "block_scale",
     "decoded",
     "dequantize",

@@ -6,6 +6,7 @@ e2m1 are bytes. Numbers are read with `at` and rounded once to their array's typ
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -139,6 +140,13 @@ def rounded(v, to: Constexpr):
         sticky = Int32(1) if toward_zero.to(Float64) != v and v == v else Int32(0)
         return (toward_zero.bitcast(Int32) | sticky).bitcast(Float32).to(to)
     return v.to(to)
+
+
+def bf16(x: float) -> float:
+    """A constant rounded to bf16: the tracer would leave out a conversion there and back."""
+    (bits,) = struct.unpack("<I", struct.pack("<f", x))
+    bits += 0x7FFF + (bits >> 16 & 1)
+    return float(struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))[0])
 
 
 @cute.jit

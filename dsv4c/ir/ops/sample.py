@@ -147,6 +147,7 @@ class Emit(Op):
     """
 
     by_slot: ClassVar = True
+    by_row: ClassVar = frozenset({0, 1, 2})
     picks: ClassVar = {2: (3, 0)}
 
     def infer(self, chosen: Type, lengths: Type, slots: Type, stops: Type) -> tuple[TensorType, TensorType]:

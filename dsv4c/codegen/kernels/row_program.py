@@ -4,14 +4,15 @@ A program sees primitives, whatever op they are the body of. It runs on `rows` p
 none of which needs another: row r of a value is the r-th part of its bytes. What all rows read, such as a
 gain, is whole, and what is made of whole values alone every row makes for itself. Elementwise ops in a row
 become one loop, all others a call of their device meaning; values that leave the kernel lie in global memory,
-what is between them in shared memory, reused when nobody reads it any more.
+what is between them in shared memory, reused when nobody reads it any more. A result that the kernel reads
+itself is in both.
 """
 
 from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dsv4c.errors import BuildError
@@ -30,6 +31,7 @@ NUMBERS = {
     DType.I64: "Int64",
 }
 SCRATCH = 272  # bytes that a CTA reduces in
+MOST_HELD = 32 * 1024  # bytes of a row's result that lie in shared memory, too
 
 
 class UnfitError(BuildError):
@@ -67,15 +69,27 @@ class Loop:
 
 
 @dataclass(frozen=True)
+class Copy:
+    """A result that the kernel reads itself, from shared memory to where it is given back."""
+
+    value: Value
+
+
+Step = Loop | Node | Copy
+
+
+@dataclass(frozen=True)
 class Program:
-    """Steps in order, with a barrier of the CTA between them."""
+    """Steps in order, with a barrier of the CTA between them. `given`: where copied results go."""
 
     rows: int
     homes: Mapping[Value, Home]
     views: Mapping[Value, View]
-    steps: tuple[Loop | Node, ...]
+    given: Mapping[Value, Home]
+    steps: tuple[Step, ...]
     shared: int
     by_row: frozenset[Value]
+    names: Mapping[Value, str]
 
     @property
     def widest(self) -> int:
@@ -99,25 +113,24 @@ def program_of(graph: Graph, rows: int) -> Program:
     steps = _steps([n for n in nodes if n.outputs[0] not in views], types, roots, results)
 
     names = _names(types)
-    outside = (*graph.inputs, *(roots[r] for r in results if r not in aliases))
-    last: dict[Value, int] = {}
-    first: dict[Value, int] = {}
-    for index, step in enumerate(steps):
-        for node in nodes_of(step):
-            for v in node.inputs:
-                last[roots[v]] = index
-            for v in node.outputs:
-                first.setdefault(v, index)
+    made = {v for step in steps for node in nodes_of(step) for v in node.outputs}
+    read = {roots[v] for step in steps for v in _read(step)}
+    copied = {v for v in results if v in made & read and _may_be_held(types[v])} - aliases.keys()
+    steps = [each for step in steps for each in (step, *map(Copy, _made(step, copied)))]
+    elsewhere = copied | aliases.keys()
+    outside = [v for v in (*graph.inputs, *(roots[r] for r in results)) if v not in elsewhere]
     homes = {v: Home(names[v], types[v], v in by_row) for v in outside}
-    kept = {v for s in steps for v in (s.kept if isinstance(s, Loop) else s.outputs)}
+    given = {v: Home(f"{names[v]}_out", types[v], v in by_row) for v in results if v in copied}
+    kept = {v for s in steps for v in (s.kept if isinstance(s, Loop) else _made(s, made))}
+    # No barrier follows a copy: a later step reads what is copied, so its place is not taken meanwhile.
+    last = {roots[v]: index for index, step in enumerate(steps) for v in _read(step)}
     free = _Shared(SCRATCH)
-    for value, start in first.items():
-        if value in homes or value in aliases or value not in kept:
-            continue
-        offset = free.take(types[value].extent, start, last.get(value, start))
-        homes[value] = Home(names[value], types[value], value in by_row, offset)
+    for index, step in enumerate(steps):
+        for value in _made(step, kept - homes.keys() - aliases.keys()):
+            offset = free.take(types[value].extent, index, last.get(value, index))
+            homes[value] = Home(names[value], types[value], value in by_row, offset)
     named = {v: View(names[v], types[v], *views[v]) for v in views}
-    return Program(rows, homes, named, tuple(steps), free.size, frozenset(by_row))
+    return Program(rows, homes, named, given, tuple(steps), free.size, frozenset(by_row), names)
 
 
 def row_type(type_: Type, rows: int, by_row: bool) -> Type:
@@ -218,14 +231,14 @@ def _steps(
     types: Mapping[Value, Type],
     roots: Mapping[Value, Value],
     results: Sequence[Value],
-) -> list[Loop | Node]:
+) -> list[Step]:
     """Elementwise ops of one shape that follow each other become one loop."""
     readers: dict[Value, list[Node]] = {}
     for node in nodes:
         for value in node.inputs:
             readers.setdefault(roots[value], []).append(node)
     given = {roots[r] for r in results}
-    steps: list[Loop | Node] = []
+    steps: list[Step] = []
     run: list[Node] = []
 
     def close() -> None:
@@ -256,8 +269,27 @@ def _steps(
     return steps
 
 
-def nodes_of(step: Loop | Node) -> tuple[Node, ...]:
+def nodes_of(step: Step) -> tuple[Node, ...]:
+    """What a step computes."""
+    if isinstance(step, Copy):
+        return ()
     return step.nodes if isinstance(step, Loop) else (step,)
+
+
+def _may_be_held(type_: Type) -> bool:
+    return not isinstance(type_, QuantType) and type_.extent <= MOST_HELD
+
+
+def _made(step: Step, among: Collection[Value]) -> list[Value]:
+    return [v for node in nodes_of(step) for v in node.outputs if v in among]
+
+
+def _read(step: Step) -> list[Value]:
+    """What a step reads that others have made."""
+    if isinstance(step, Copy):
+        return [step.value]
+    own = set(_made(step, [v for node in nodes_of(step) for v in node.outputs]))
+    return [v for node in nodes_of(step) for v in node.inputs if v not in own]
 
 
 class _Shared:
@@ -290,7 +322,7 @@ def _names(values: Mapping[Value, Type]) -> dict[Value, str]:
         while name in used:
             n += 1
             name = f"{plain}_{n}"
-        used.add(name)
+        used.update((name, f"{name}_i", f"{name}_out"))  # as a number in a loop, as what is given back
         names[value] = name
     return names
 
@@ -341,15 +373,16 @@ def _literal(value: object) -> str:
 
 def place_lines(program: Program) -> list[str]:
     """Statements that name the program's arrays."""
-    lines = [f"{h.name} = {_place(h, program.rows)}" for h in program.homes.values()]
+    homes = (*program.homes.values(), *program.given.values())
+    lines = [line for home in homes for line in _place(home, program.rows)]
     for view in program.views.values():
         base = program.homes[view.base].name
         lines.append(f"{view.name} = values.part({base}, {view.first}, {view.type.shape})")
     return lines
 
 
-def _place(home: Home, rows: int) -> str:
-    arrays = []
+def _place(home: Home, rows: int) -> list[str]:
+    arrays: list[str] = []
     for component in home.type.components:
         if home.offset < 0:
             pointer = f"m_{home.name}" if component.name == "data" else f"m_{home.name}_{component.name}"
@@ -362,14 +395,22 @@ def _place(home: Home, rows: int) -> str:
             number = NUMBERS.get(component.dtype, "Uint8")
             arrays.append(f"values.held({number}, {at}, {component.shape})")
     if not isinstance(home.type, QuantType):
-        return arrays[0]
+        return [f"{home.name} = {arrays[0]}"]
     named = zip(home.type.components, arrays, strict=True)
-    parts = ", ".join(f"{c.name}={a}" for c, a in named)
-    return f'values.Quantized("{home.type.format}", {home.type.shape}, {parts})'
+    return [
+        f"{home.name} = values.Quantized(",
+        f'    "{home.type.format}",',
+        f"    {home.type.shape},",
+        *(f"    {component.name}={array}," for component, array in named),
+        ")",
+    ]
 
 
-def step_lines(program: Program, step: Loop | Node) -> list[str]:
+def step_lines(program: Program, step: Step) -> list[str]:
     """Statements of one step."""
+    if isinstance(step, Copy):
+        home = program.given[step.value]
+        return [f"shape.reshape(team, {_name(program, step.value)}, {home.name}, shape={home.type.shape})"]
     if isinstance(step, Loop):
         return _loop_lines(program, step)
     module, name = meaning_of(step.op)
@@ -393,9 +434,10 @@ def _loop_lines(program: Program, loop: Loop) -> list[str]:
             for v in node.inputs
         ]
         value = node.outputs[0]
-        _, name = meaning_of(node.op)
-        call = f"math.{name}({', '.join((*operands, *attributes_text(node.op)))})"
-        made[value] = f"v{len(made)}"
+        _, meaning = meaning_of(node.op)
+        call = f"math.{meaning}({', '.join((*operands, *attributes_text(node.op)))})"
+        name = program.names[value]
+        made[value] = f"{name}_i" if value in loop.kept else name
         body.append(f"{made[value]} = {call}")
         if value in loop.kept:
             body.append(f"put({_name(program, value)}, i, {made[value]})")
