@@ -225,7 +225,7 @@ def test_a_conversation_in_a_real_terminal(folder: Path, screen: list[str]) -> N
     type_in(f"{program} --max-new-tokens 3 --max-context 128 --cache {folder / 'cache'}")
     seen(screen, "/quit (or Ctrl-D) leaves")
     type_in("Hallo, Wörter")
-    shown = seen(screen, "launches per token, seed 5")
+    shown = seen(screen, "launches per token, seed 5\n>")  # and asks for more
     assert "> Hallo, Wörter" in shown
     assert "3 tokens, cut off after " in shown
     subprocess.run([*screen, "resize-window", "-x", "120"], check=True)

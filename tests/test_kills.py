@@ -27,7 +27,7 @@ def killed(names: tuple[str, ...], count: int) -> dict[str, dict[str, int]]:
 
 def test_a_few_dozen_kills() -> None:
     found = killed(("save", "synth", "state", "cache"), 7)
-    assert sum(each["killed"] for each in found.values()) > 10
+    assert sum(each["killed"] for each in found.values()) > 5
 
 
 @pytest.mark.slow

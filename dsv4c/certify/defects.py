@@ -295,8 +295,8 @@ def wrong_slot(node: Node) -> Meaning | None:
 
 
 def _next_one(node: Node) -> Meaning | None:
-    """What the node picks is taken from one place further, the first after the last."""
-    ((place, (table, dimension)),) = node.op.picks.items()
+    """What the node picks, the last if it is several things, is taken from one place further."""
+    place, (table, dimension) = list(node.op.picks.items())[-1]
     count = node.inputs[table].type.shape[dimension]
     if count < 2:
         return None

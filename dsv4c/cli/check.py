@@ -28,8 +28,8 @@ from dsv4c.passes.work import Match
 from dsv4c.plan.folder import load
 
 EVERY_RULE = (("deepseek-v4-flash", "official"), ("deepseek-v4-flash", "nvfp4-experts-w4a4"))
-"""Configs and recipes in whose decode steps every built-in rule applies, on rows of several blocks each:
-a block that begins late is no mistake that could show in a row of one block.
+"""Configs and recipes in whose sampled decode steps every built-in rule applies, on rows of several blocks
+each: a block that begins late is no mistake that could show in a row of one block.
 """
 
 SubjectOption = Annotated[
@@ -203,7 +203,7 @@ def _inject(subject: str | None, extra: list[str] | None, json: bool) -> None:
     asked = (
         [ask(subject, extra=extra)]
         if subject is not None
-        else [ask(config, recipe=recipe, extra=extra) for config, recipe in EVERY_RULE]
+        else [ask(config, recipe=recipe, sampled=True, extra=extra) for config, recipe in EVERY_RULE]
     )
     kills = inject([match for each in asked for match in _matches(each, (each.job.decode,))])
     found: dict[str, Any] = totals(kills)

@@ -257,7 +257,7 @@ def test_the_warps_beside_the_one_that_reads_have_a_barrier_of_their_own() -> No
         (consumers,) = map(int, re.findall(r"^CONSUMERS = (\d+)", emission.source, re.MULTILINE))
         assert (emission.block, threads) == (consumers + 32, consumers + 32)
         meetings = [
-            path.count("cute.arch.sync_threads()")
+            path.count("ptx.meet(THREADS)")
             for path in re.split(r"\n@cute\.(?:jit|kernel)\n", emission.source)[1:]
         ]
         assert sum(meetings) % 2 == 0  # as many of one side as of the other

@@ -27,6 +27,8 @@ HARMLESS = {
     "versions* *": "names of tools, printed for people",
     "certificates* *": "evidence for people; `dsv4c check` evaluates both sides again",
     "report* *": "figures printed for people; those of buckets and kernels are compared all the same",
+    "kernels.*.origin *": "who wrote a kernel's text, for people; a rebuild names what it leaves out",
+    "kernels.*.edited *": "the same of who changed it",
 }
 """Kinds that nothing finds, and why none has to."""
 

@@ -287,6 +287,14 @@ def sync_threads(threads: Constexpr[int]):
     cute.arch.barrier(barrier_id=1, number_of_threads=threads)
 
 
+@cute.jit
+def meet(threads: Constexpr[int]):
+    """A barrier of all `threads` of the CTA that its warps may reach at different places of the code, which
+    the CTA's own barrier is not for.
+    """
+    cute.arch.barrier(barrier_id=2, number_of_threads=threads)
+
+
 # Conversions ------------------------------------------------------------------------------------------------
 
 
