@@ -123,7 +123,7 @@ def layers_job(folder: Path, plan: Mapping[str, Any]) -> Job:
     command += ["--every", plan["every"]]
     if plan["weights"] != "random":
         command += ["--weights", plan["weights"]]
-    return Job(f"layers {plan['name']}", module(*command), 2.1 * plan["gibibytes"] + 2 * CONTEXT, 560.0)
+    return Job(f"layers {plan['name']}", module(*command), 3.1 * plan["gibibytes"] + 2 * CONTEXT, 560.0)
 
 
 def sanitizer_jobs(folder: Path, sanitizer: str) -> Iterator[Job]:
