@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4c.arch import ARCHS
+from dsv4c.arch import ARCHS, SM_90A
 from dsv4c.cli.console import note, print_json, write_text
 from dsv4c.cli.options import (
     BatchOption,
@@ -19,8 +19,8 @@ from dsv4c.cli.options import (
     RecipeOption,
 )
 from dsv4c.cli.show import LayerOption, OutputOption
-from dsv4c.cli.subject import Subject, ask, refuse_decided
-from dsv4c.errors import GraphError
+from dsv4c.cli.subject import Subject, ask_with, refuse_decided
+from dsv4c.errors import ConfigError, GraphError, listed
 from dsv4c.view.roofline import roofline, svg, text
 
 
@@ -29,13 +29,6 @@ class Form(StrEnum):
 
     TEXT = "text"
     SVG = "svg"
-
-
-class Gpu(StrEnum):
-    """Whose bandwidth and operations."""
-
-    SM_90A = "sm_90a"
-    SM_100A = "sm_100a"
 
 
 def register(app: typer.Typer) -> None:
@@ -47,7 +40,10 @@ def roofline_command(
     subject: Subject,
     layer: LayerOption = None,
     arch: Annotated[
-        Gpu | None, typer.Option(help="The GPU; by default the plan's, or sm_90a (H200).", show_default=False)
+        str | None,
+        typer.Option(
+            help="The GPU; by default the plan's, or sm_90a (H200).", metavar="NAME", show_default=False
+        ),
     ] = None,
     format: Annotated[Form, typer.Option(help="Form of the result; svg draws a bar per launch.")] = Form.TEXT,
     output: OutputOption = None,
@@ -75,23 +71,12 @@ def roofline_command(
       dsv4c roofline deepseek-v4-flash --format svg -o flash.svg
     """
     refuse_decided(context, subject)
-    asked = ask(
-        subject,
-        bucket=bucket,
-        extra=extra,
-        recipe=recipe,
-        batch=batch,
-        max_context=max_context,
-        chunk=chunk,
-    )
+    asked = ask_with(context, subject)
     plan = asked.plan
-    name = (
-        arch.value
-        if arch is not None
-        else plan.target
-        if plan is not None and plan.target in ARCHS
-        else "sm_90a"
-    )
+    own = plan.target if plan is not None and plan.target in ARCHS else SM_90A.name
+    name = own if arch is None else arch
+    if name not in ARCHS:
+        raise ConfigError(f"--arch: {name!r} is no GPU that dsv4c knows, only {listed(ARCHS, name)}")
     groups = [launch.nodes for launch in plan.program(bucket).launches] if plan is not None else []
     number = int(layer) if layer and layer.isdecimal() else layer
     found = roofline(asked.stage(bucket, None), ARCHS[name], groups, number)

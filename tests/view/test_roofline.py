@@ -10,7 +10,7 @@ import pytest
 from dsv4c.arch import SM_90A
 from dsv4c.compiler.compile import compile
 from dsv4c.compiler.request import Request
-from dsv4c.errors import GraphError
+from dsv4c.errors import ConfigError, GraphError
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.text import parse_graph
 from dsv4c.ir.totals import compulsory, totals
@@ -96,6 +96,9 @@ def test_the_command(plan: Plan, tmp_path: Path) -> None:
     picture = tmp_path / "tiny.svg"
     assert command("roofline", folder, "--format", "svg", "-o", picture).code == 0
     assert picture.read_text().startswith("<svg ")
+    unknown = command("roofline", "tiny", "--arch", "sm_90")
+    assert unknown.code == ConfigError.exit_code
+    assert "'sm_90' is no GPU that dsv4c knows, only sm_90a, sm_100a" in unknown.err
     missing = command("roofline", "tiny", "--layer", "9")
     assert missing.code == GraphError.exit_code
     assert "has no layer 'layers.9'" in missing.err
