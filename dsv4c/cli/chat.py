@@ -58,9 +58,10 @@ def chat(
 
 def _read() -> str:
     """A line from the terminal or a pipe. Raises EOFError."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  (lets lines be edited)
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        import readline  # noqa: F401  (lets lines be edited; draws the prompt again when the window changes)
 
+        return input("> ")
     print("> ", end="", file=sys.stderr, flush=True)
     return input()
 
