@@ -337,13 +337,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("store")
 
 
-@pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
+@pytest.mark.parametrize("arch", [SM_90A, pytest.param(ARCHS["sm_100a"], marks=pytest.mark.slow)], ids=ARCHS)
 def test_every_small_kernel_assembles(store: Path, arch: Arch) -> None:
     kernels = small_kernels(arch)
     built = build([Source(k.symbol, k.source) for k in kernels], arch.name, store)
     for kernel, result in zip(kernels, built, strict=True):
         assert result.resources.stack == 0, kernel.symbol
-        assert result.resources.registers <= 128  # two CTAs of 256 threads share 64 K registers
+        assert result.resources.registers <= 112  # two CTAs of 288 threads share 64 K registers
         header = result.ptx.split(f".entry {kernel.symbol}(")[1].split(")")[0]
         assert header.count(".param .u64") == len(kernel.parameters)
         assert header.count(".param") == len(kernel.parameters)

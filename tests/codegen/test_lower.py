@@ -11,9 +11,7 @@ import torch
 
 from benchmarks.plans import first_layers
 from dsv4c.arch import SM_90A
-from dsv4c.codegen.build import TARGETS
 from dsv4c.codegen.select import Kernels
-from dsv4c.compiler.compile import compile
 from dsv4c.compiler.verify import check
 from dsv4c.errors import BuildError, ConfigError
 from dsv4c.ir.ops.rope import RopeFrequencies
@@ -189,19 +187,3 @@ def test_nodes_that_need_company_are_refused_alone(monkeypatch: pytest.MonkeyPat
 def test_buckets_that_no_kernel_is_for_are_refused(options: dict[str, Any], why: str) -> None:
     with pytest.raises(ConfigError, match=why):
         gpu_plan(**options)
-
-
-@pytest.mark.parametrize("recipe", ["official", "nvfp4"])
-@pytest.mark.parametrize("target", TARGETS)
-def test_kernels_of_a_tiny_plan_assemble_without_spills(
-    target: str, recipe: str, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    store = tmp_path_factory.getbasetemp() / f"store-{recipe}"
-    options = {"batch": 1, "verify": 1, "chunk": 1, "max_context": 256, "cache": store}
-    plan = compile("tiny", target=target, recipe=recipe, **options)
-    assert plan.cache_hits == 0
-    assert all(record["stack"] == 0 for record in plan.kernels.values())
-    assert {record["not_run_here"] for record in plan.kernels.values()} == {target == "sm_100a"}
-    again = compile("tiny", target=target, recipe=recipe, **options)
-    assert again.cache_hits == len(plan.kernels)
-    assert again.text == plan.text

@@ -75,6 +75,14 @@ def test_progress_counts_stages_and_kernels_to_the_end(plans: object, store: Pat
     assert ("build", len(plan.kernels), len(plan.kernels)) in calls
 
 
+def test_a_second_compile_finds_every_kernel(plans: dict[tuple[str, str], Plan], store: Path) -> None:
+    first = plans["sm_90a", "nvfp4"]
+    options = {"max_context": 256, "recipe": "nvfp4", "cache": store, "certify": False, **ONE_ROW}
+    again = compile("tiny", target="sm_90a", **options)
+    assert again.cache_hits == len(first.kernels)
+    assert again.text == first.text
+
+
 def test_a_plan_says_that_sm_100a_has_not_been_run(plans: dict[tuple[str, str], Plan]) -> None:
     text = {target: plans[target, "official"].text for target in TARGETS}
     assert "have not been run on that hardware" in text["sm_100a"]
@@ -110,7 +118,10 @@ def test_machine_code_has_the_conversions(
 ) -> None:
     plan = plans[target, "official"]
     code: dict[str, str] = {}  # several layer types have a kernel of one name
+    converting = ("experts_up_0", "experts_down_0", "index_scores_0", "q_proj_0")
     for record in plan.kernels.values():
+        if record["symbol"] not in converting:
+            continue
         text = disassemble(plan.files[record["cubin"]], tmp_path)
         assert "EXIT" in text
         code[record["symbol"]] = code.get(record["symbol"], "") + text

@@ -152,7 +152,7 @@ def _remembering(records: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @pytest.mark.usefixtures("lowered_once")
-@pytest.mark.parametrize("target", ["cpu", "sm_90a"])
+@pytest.mark.parametrize("target", [pytest.param("cpu", marks=pytest.mark.slow), "sm_90a"])
 def test_every_kind_of_edit_is_found(target: str, capsys: pytest.CaptureFixture[str]) -> None:
     plan, other = made(target)
     with no_compiler() if target != "cpu" else nullcontext():
