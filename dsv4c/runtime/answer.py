@@ -434,7 +434,7 @@ STEPS, AHEAD = 2, 2
 
 
 def checked_tokenizer(session: Session, folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint, if it is of the session's model. Raises PromptError."""
+    """The tokenizer of a checkpoint, if its vocabulary is the plan's. Raises PromptError."""
     tokenizer = Tokenizer.open(folder)
     tokenizer.require(session.vocab_size, ())
     for name, key in ((BEGIN, "bos_token_id"), (END, "eos_token_id")):

@@ -2,11 +2,11 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import BFloat16, Constexpr, Float32, Float64, Int32, Uint32, const_expr, range_constexpr
+from cutlass import BFloat16, Constexpr, Float32, Float64, Int32, Uint32, const_expr
 
 from dsv4c.codegen.meanings.quant import exact
 from dsv4c.codegen.meanings.sample import order
-from dsv4c.codegen.meanings.values import Lines, Team, at, held, put, rounded, total, wide
+from dsv4c.codegen.meanings.values import Lines, Team, at, put, rounded, sums_before, total, wide
 
 
 @cute.jit
@@ -73,10 +73,10 @@ def top_k(team: Team, scores: cute.Tensor, y: cute.Tensor, k: Constexpr[int]):
             if j < width:
                 key = _key(scores, row * width + j)
             same = Int32(1) if key == bound and key > Uint32(0) else Int32(0)
-            before, equals = _before(same, team)
+            before, equals = sums_before(same, Int32, team)
             chosen = Int32(1) if key > bound else Int32(0)
             chosen = Int32(1) if same == 1 and equal + before < room else chosen
-            place, count = _before(chosen, team)
+            place, count = sums_before(chosen, Int32, team)
             if chosen == 1:
                 put(y, row * each + found + place, j)
             equal, found = equal + equals, found + count
@@ -94,26 +94,5 @@ def _key(scores: cute.Tensor, i: Int32):
 @cute.jit
 def _total(own: Int32, team: Team):
     """Sum over all threads."""
-    _, all_ = _before(own, team)
+    _, all_ = sums_before(own, Int32, team)
     return all_
-
-
-@cute.jit
-def _before(own: Int32, team: Team):
-    """Sums over the threads in front of this one, and over all."""
-    warps = team.threads // 32
-    lane, warp = team.thread % 32, team.thread // 32
-    own_and_before = own
-    for i in range_constexpr(5):
-        other = cute.arch.shuffle_sync_up(own_and_before, offset=1 << i, mask_and_clamp=0)
-        own_and_before = own_and_before + (other if lane >= (1 << i) else Int32(0))
-    numbers = held(Int32, team.scratch, (warps,))
-    if lane == 31:
-        numbers[warp] = own_and_before
-    cute.arch.sync_threads()
-    before, all_ = Int32(0), Int32(0)
-    for i in range_constexpr(warps):
-        before = before + (numbers[i] if i < warp else Int32(0))
-        all_ = all_ + numbers[i]
-    cute.arch.sync_threads()
-    return before + own_and_before - own, all_

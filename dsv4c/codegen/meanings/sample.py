@@ -16,6 +16,7 @@ from dsv4c.codegen.meanings.values import (
     plus,
     put,
     size,
+    sums_before,
     total,
     wide,
 )
@@ -232,7 +233,7 @@ def draw(
     own = Float64(0.0)
     for j in cutlass.range(first, stop):
         own = own + _whole(at(probabilities, j))
-    before, all_ = _sums_before(own, team)
+    before, all_ = sums_before(own, Float64, team)
     high, low = (word >> Uint32(16)).to(Float32), (word & Uint32(0xFFFF)).to(Float32)
     number = (wide(high) * Float64(65536.0) + wide(low) + Float64(0.5)) * Float64(2.0**-32)
     wanted = number * all_
@@ -252,27 +253,6 @@ def _whole(p: Float32):
     share = cutlass.max(Float32(0.0), cutlass.min(p, Float32(1.0)))
     share = share if p == p else Float32(0.0)
     return (wide(share) * Float64(2.0**40)).to(Int64).to(Float64)
-
-
-@cute.jit
-def _sums_before(own: Float64, team: Team):
-    """Sums over the threads in front of this one, and over all."""
-    warps = team.threads // 32
-    lane, warp = team.thread % 32, team.thread // 32
-    so_far = own
-    for i in range_constexpr(5):
-        other = cute.arch.shuffle_sync_up(so_far, offset=1 << i, mask_and_clamp=0)
-        so_far = so_far + (other if lane >= (1 << i) else Float64(0.0))
-    numbers = held(Float64, team.scratch, (warps,))
-    if lane == 31:
-        numbers[warp] = so_far
-    cute.arch.sync_threads()
-    before, all_ = Float64(0.0), Float64(0.0)
-    for i in range_constexpr(warps):
-        before = before + (numbers[i] if i < warp else Float64(0.0))
-        all_ = all_ + numbers[i]
-    cute.arch.sync_threads()
-    return before + so_far - own, all_
 
 
 @cute.jit

@@ -251,3 +251,24 @@ def largest(own: Float32, over: Constexpr):
 def each(over: Constexpr, count: Constexpr[int]):
     """The lines that a thread works on."""
     return cutlass.range(over.first, count, over.step)
+
+
+@cute.jit
+def sums_before(own, number: Constexpr, team: Team):
+    """Sums of a `number` of each thread: over the threads in front of this one, and over all."""
+    warps = team.threads // 32
+    lane, warp = team.thread % 32, team.thread // 32
+    so_far = own
+    for i in range_constexpr(5):
+        other = cute.arch.shuffle_sync_up(so_far, offset=1 << i, mask_and_clamp=0)
+        so_far = so_far + (other if lane >= (1 << i) else number(0))
+    numbers = held(number, team.scratch, (warps,))
+    if lane == 31:
+        numbers[warp] = so_far
+    cute.arch.sync_threads()
+    before, all_ = number(0), number(0)
+    for i in range_constexpr(warps):
+        before = before + (numbers[i] if i < warp else number(0))
+        all_ = all_ + numbers[i]
+    cute.arch.sync_threads()
+    return before + so_far - own, all_
