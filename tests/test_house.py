@@ -131,12 +131,18 @@ HOUSE = {
     "": Room(90, (*CONFIG, "ir", "passes", "compiler", "plan", "runtime")),
     # Plans for the loops of another library, which is an extra.
     "hf": Room(200, ("errors", "plan", "runtime"), ("torch", "transformers")),
+    # Plans behind a server, which is an extra of an environment of its own.
+    "vllm": Room(
+        1010,
+        ("errors", "plan", "runtime"),
+        ("torch", "vllm", "numpy", "prometheus_client"),
+    ),
     # Every command imports what it needs; the package loads a command's module when it is called.
     "cli": Room(
         3550,
         (
             *(*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "compiler.device"),
-            *("plan", "runtime", "view"),
+            *("plan", "runtime", "view", "vllm"),
         ),
         ("typer", "rich"),
     ),

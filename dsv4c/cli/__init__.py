@@ -40,6 +40,7 @@ COMMANDS = {
     "bench": "Time a plan's step, every layer and every launch in its place, beside what its bytes take.",
     "run": "Run a plan: prefill the prompt, decode the forced tokens, then generate greedily.",
     "generate": "Answer: compile a checkpoint on first use, or take a plan, and print what the model says.",
+    "serve": "Serve by vLLM, over the OpenAI API: compile a checkpoint on first use, or take a plan.",
     "memory": "Say what a plan takes of memory before it is loaded, and what fits in how much.",
     "encode": "Print the prompt of a conversation, and nothing else: no newline ends it.",
     "parse": "Turn a completion into the message that it is, a JSON object, or say where it is malformed.",

@@ -136,7 +136,7 @@ def generate_command(
         raise ConfigError(f"expected one of {', '.join(asked)}, found {' and '.join(given) or 'none'}")
     if logprobs is not None and not json:
         raise ConfigError("--logprobs: is part of the events; give --json, too")
-    folder = _weights(subject, weights)
+    folder = weights_of(subject, weights)
     question = _question(prompt, messages, tokens, thinking, effort)
     if tokens is None:
         tokenizer_file(folder)
@@ -188,7 +188,8 @@ def generate_command(
         raise typer.Exit(INTERRUPTED)
 
 
-def _weights(subject: str, weights: Path | None) -> Path:
+def weights_of(subject: str, weights: Path | None) -> Path:
+    """The checkpoint folder of what is asked for. Raises ConfigError for neither a plan nor a checkpoint."""
     if is_plan(subject):
         if weights is None:
             raise ConfigError(f"{subject} is a plan; name the checkpoint folder with --weights DIR")

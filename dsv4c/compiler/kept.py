@@ -31,7 +31,7 @@ def kept_plan(
     does, BuildError where that would need a compiler that is not installed.
     """
     job = request.job()
-    folder = cache_folder(cache) / "plans" / f"{job.config.name}-{_key(job)[:16]}"
+    folder = kept_plan_folder(job, cache)
     if folder.exists():
         try:
             plan = load(folder)
@@ -57,6 +57,11 @@ def kept_plan(
     else:
         note(f"plan: {folder}")
     return plan
+
+
+def kept_plan_folder(job: Job, cache: Path | None = None) -> Path:
+    """Where the plan of a job is kept."""
+    return cache_folder(cache) / "plans" / f"{job.config.name}-{_key(job)[:16]}"
 
 
 def _key(job: Job) -> str:

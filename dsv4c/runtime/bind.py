@@ -30,23 +30,33 @@ def bind(
     poison: bool = False,
 ) -> Session:
     """See `Plan.bind`."""
-    check_model(plan, Path(weights))
+    checkpoint, residents = check(plan, weights)
     on_cpu = plan.target == "cpu"
-    if on_cpu:
-        _check_memory(plan)
-    else:
-        from dsv4c.runtime.cuda import CudaExecutor, Device, check_device  # loads the driver
-
-        check_device(plan, Device.current())
-    residents = [Resident.from_json(record) for record in plan.weights]
-    checkpoint = Checkpoint.open(weights).sparing(map(ParamRecord.from_json, plan.unused))
-    checkpoint.check([resident.record for resident in residents]).require_complete()
+    if not on_cpu:
+        from dsv4c.runtime.cuda import CudaExecutor  # loads the driver
     device = "cpu" if on_cpu else "cuda"
     block = torch.empty(max(plan.blocks["weights"], 256), dtype=torch.uint8, device=device)
     load_weights(checkpoint, residents, block, progress=progress, workers=workers)
     executor: type[CpuExecutor] | type[CudaExecutor] = CpuExecutor if on_cpu else CudaExecutor
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
     return Session(plan, executor(plan, block, poison=poison), folder)
+
+
+def check(plan: Plan, weights: str | Path) -> tuple[Checkpoint, list[Resident]]:
+    """The checkpoint, and what the plan keeps of it. Raises PlanError for a machine that cannot run the plan,
+    CheckpointError for a checkpoint that is another model's, damaged or incomplete.
+    """
+    check_model(plan, Path(weights))
+    if plan.target == "cpu":
+        _check_memory(plan)
+    else:
+        from dsv4c.runtime.cuda import Device, check_device  # loads the driver
+
+        check_device(plan, Device.current())
+    residents = [Resident.from_json(record) for record in plan.weights]
+    checkpoint = Checkpoint.open(weights).sparing(map(ParamRecord.from_json, plan.unused))
+    checkpoint.check([resident.record for resident in residents]).require_complete()
+    return checkpoint, residents
 
 
 def machine_target() -> str:

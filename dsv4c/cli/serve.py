@@ -1,0 +1,151 @@
+"""`dsv4c serve CHECKPOINT|PLAN`: vLLM's server over a plan, with all that it must be told."""
+
+from __future__ import annotations
+
+import json as json_module
+import os
+import shutil
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from dsv4c.cache import cache_folder
+from dsv4c.cli.console import note, progress_bar
+from dsv4c.cli.generate import (
+    CacheOption,
+    RecipeOption,
+    SubjectArgument,
+    TargetOption,
+    WeightsOption,
+    weights_of,
+)
+from dsv4c.cli.subject import is_plan
+from dsv4c.compiler.kept import kept_plan, kept_plan_folder
+from dsv4c.compiler.request import Request
+from dsv4c.errors import BuildError, ConfigError
+from dsv4c.models.encoding.tokenizer import tokenizer_file
+from dsv4c.plan.folder import Plan, load
+from dsv4c.runtime.bind import check, machine_target
+from dsv4c.vllm import PLATFORM
+from dsv4c.vllm.options import NEWEST, OLDEST, refuse_given, refuse_parallel, server_options
+
+SlotsOption = Annotated[int, typer.Option(help="Sequences at a time, of a plan compiled here.", min=1)]
+ContextOption = Annotated[
+    int, typer.Option(help="Tokens of prompt and answer, of a plan compiled here.", min=2)
+]
+HostOption = Annotated[str, typer.Option(help="Address to listen on.", metavar="ADDRESS")]
+PortOption = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)]
+NameOption = Annotated[
+    str | None, typer.Option(help="The model's name for clients.", show_default="the folder's")
+]
+DraftsOption = Annotated[int, typer.Option(help="Tokens that the draft block proposes a step.", min=0, max=1)]
+AheadOption = Annotated[
+    bool, typer.Option("--ahead/--no-ahead", help="Schedule a step while the one before runs.")
+]
+TensorOption = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="1: a plan spans one GPU.")]
+HostPlatformOption = Annotated[
+    bool, typer.Option("--host-platform", help="Run CPU plans on a vLLM that is built for GPUs.")
+]
+DryOption = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, print the command, start nothing.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    app.command("serve", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+
+
+def serve(
+    context: typer.Context,
+    subject: SubjectArgument,
+    weights: WeightsOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    name: NameOption = None,
+    slots: SlotsOption = 4,
+    max_context: ContextOption = 4096,
+    target: TargetOption = None,
+    recipe: RecipeOption = "official",
+    drafts: DraftsOption = 0,
+    ahead: AheadOption = True,
+    tensor_parallel_size: TensorOption = 1,
+    host_platform: HostPlatformOption = False,
+    dry_run: DryOption = False,
+    cache: CacheOption = None,
+) -> None:
+    """Serve by vLLM, over the OpenAI API: compile a checkpoint on first use, or take a plan.
+
+    Plan, checkpoint and memory are checked before vLLM starts. Options after -- go to `vllm serve`.
+
+    Examples:
+
+      dsv4c serve ./DeepSeek-V4-Flash --slots 8 --max-context 131072
+
+      dsv4c serve flash.plan --weights ./DeepSeek-V4-Flash -- --api-key secret
+    """
+    refuse_parallel(tensor_parallel_size, 1, 1)
+    folder = weights_of(subject, weights)
+    tokenizer_file(folder)
+    plan, place = _plan(subject, target or machine_target(), recipe, slots, max_context, drafts, cache)
+    check(plan, folder)
+    name = name or folder.resolve().name
+    ours = server_options(plan, place, folder, name=name, drafts=drafts, ahead=ahead)
+    refuse_given(context.args, ours)
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *ours]
+    command += ["--host", host, "--port", str(port), *context.args]
+    if dry_run:
+        print(json_module.dumps(command))
+        return
+    if find_spec("vllm") is None:
+        raise BuildError(
+            f"vLLM is not installed; run `pip install 'dsv4c[vllm]'` (versions {OLDEST} to {NEWEST}), or "
+            "serve in an environment that has it: docs/serve.md"
+        )
+    metrics = cache_folder(cache) / "serve" / f"metrics-{port}"
+    shutil.rmtree(metrics, ignore_errors=True)
+    metrics.mkdir(parents=True)
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+    if host_platform:
+        environment[PLATFORM] = "1"
+    url = f"http://{host}:{port}/v1"
+    note(f"{url} answers once vLLM is up:")
+    note(_curl(url, name))
+    sys.stderr.flush()
+    os.execve(sys.executable, command, environment)
+
+
+def _plan(
+    subject: str, target: str, recipe: str, slots: int, max_context: int, drafts: int, cache: Path | None
+) -> tuple[Plan, Path]:
+    """The plan, and the folder that it is in."""
+    if is_plan(subject):
+        return load(subject), Path(subject)
+    request = Request(
+        subject,
+        target=target,
+        recipe=recipe,
+        batch=sorted({*(n for n in (1, 2, 4, 8) if n < slots), min(slots, 8)}),
+        slots=slots,
+        max_context=max_context,
+        logits="last",
+        draft="mtp" if drafts else "off",
+        sampled=True,
+    )
+    with progress_bar("compile") as progress:
+        plan = kept_plan(request, cache=cache, progress=progress, note=note)
+    place = kept_plan_folder(request.job(), cache)
+    if not is_plan(str(place)):
+        raise ConfigError(f"{place}: the plan could not be kept there; give another --cache")
+    return plan, place
+
+
+def _curl(url: str, name: str) -> str:
+    """A question that waits for the server."""
+    asked: dict[str, Any] = {"model": name, "messages": [{"role": "user", "content": "Why is the sky blue?"}]}
+    return (
+        f"curl --retry 100 --retry-delay 3 --retry-connrefused {url}/chat/completions "
+        f"-H 'Content-Type: application/json' -d '{json_module.dumps(asked)}'"
+    )

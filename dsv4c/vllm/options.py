@@ -1,0 +1,108 @@
+"""What vLLM must be told so that it fits a plan, and what of its settings does not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsv4c.errors import ConfigError
+from dsv4c.plan.folder import Plan
+from dsv4c.vllm import ARCHITECTURE
+
+OLDEST, NEWEST = "0.23", "0.33"
+"""The versions of vLLM that this is tested with, and those between."""
+
+WORKER = "dsv4c.vllm.worker.PlanWorker"
+BLOCK_DRAFTER = "dsv4c.vllm.drafts.BlockDrafter"
+PROMPT_TOKENS = 512
+"""Tokens of prompts that vLLM schedules beside a step's: others' next tokens wait for no more than these."""
+
+
+def server_options(
+    plan: Plan, folder: Path, weights: Path, *, name: str, drafts: int = 0, ahead: bool = True
+) -> list[str]:
+    """The arguments of `vllm serve` for a plan in `folder`. drafts: tokens that the draft block proposes.
+    ahead: schedule a step while the one before runs; never with drafts, which are known only after it.
+    """
+    slots, context = int(plan.deployment["slots"]), int(plan.deployment["max_context"])
+    options = {
+        "served-model-name": name,
+        "worker-cls": WORKER,
+        "additional-config": json.dumps({"plan": str(folder.resolve())}),
+        "hf-overrides": json.dumps({"architectures": [ARCHITECTURE]}),
+        "max-model-len": str(context),
+        "max-num-seqs": str(slots),
+        "max-num-batched-tokens": str(max(PROMPT_TOKENS, slots * (1 + drafts))),
+        "block-size": str(context),
+        "num-gpu-blocks-override": str(slots + 1),
+        "tokenizer-mode": "deepseek_v4",
+        "reasoning-parser": "deepseek_v4",
+        "tool-call-parser": "deepseek_v4",
+    }
+    if drafts:
+        speculates = {"method": "custom_class", "model": BLOCK_DRAFTER, "num_speculative_tokens": drafts}
+        options["speculative-config"] = json.dumps(speculates)
+    flags = ["enable-auto-tool-choice", "enforce-eager", "no-enable-prefix-caching"]
+    flags.append("async-scheduling" if ahead and not drafts else "no-async-scheduling")
+    pairs = [part for name, value in options.items() for part in (f"--{name}", value)]
+    return ["serve", str(weights), *pairs, *(f"--{flag}" for flag in flags)]
+
+
+def check_config(config: Any, plan: Plan) -> None:
+    """Raise ConfigError, naming the option, for settings of vLLM (a VllmConfig) that a plan cannot follow."""
+    slots, context = int(plan.deployment["slots"]), int(plan.deployment["max_context"])
+    parallel, scheduler = config.parallel_config, config.scheduler_config
+    refuse_parallel(
+        parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
+    )
+    speculates = config.speculative_config
+    wrong = {
+        f"--max-num-seqs is {scheduler.max_num_seqs}, the plan has {slots} slots": scheduler.max_num_seqs
+        > slots,
+        f"--max-model-len is {config.model_config.max_model_len}, the plan's context {context}": (
+            config.model_config.max_model_len > context
+        ),
+        "--enable-prefix-caching: slots keep their prefixes themselves": (
+            config.cache_config.enable_prefix_caching
+        ),
+        "--enable-lora: a plan has its weights": config.lora_config is not None,
+        "--kv-transfer-config: a plan's state has no blocks": config.kv_transfer_config is not None,
+        "--logits-processors: only vLLM's own are known": bool(config.model_config.logits_processors),
+        "--speculative-config: only method custom_class, whose model is a class of dsv4c.vllm.drafts": (
+            speculates is not None and speculates.method != "custom_class"
+        ),
+        "--async-scheduling: drafts are known only after a step": (
+            speculates is not None and scheduler.async_scheduling
+        ),
+    }
+    found = [text for text, is_wrong in wrong.items() if is_wrong]
+    if found:
+        raise ConfigError(f"vLLM's settings do not fit plan {plan.name}: {'; '.join(found)}")
+    if speculates is not None:
+        most = max(b.shape.tokens for b in plan.buckets.values() if b.shape.kind == "verify")
+        if speculates.num_speculative_tokens + 1 > most:
+            raise ConfigError(
+                f"{speculates.num_speculative_tokens} drafts: the plan verifies {most} tokens at a time; "
+                "compile with a larger --verify, or draft fewer"
+            )
+
+
+def refuse_parallel(tensor: int, pipeline: int, data: int) -> None:
+    """Raise ConfigError for a plan over several GPUs: there is none."""
+    for name, size in (("tensor", tensor), ("pipeline", pipeline), ("data", data)):
+        if size > 1:
+            raise ConfigError(
+                f"--{name}-parallel-size {size}: a plan spans one GPU; start a server for each GPU, behind a "
+                "router"
+            )
+
+
+def refuse_given(given: Sequence[str], ours: Sequence[str]) -> None:
+    """Raise ConfigError for options of vLLM that a plan has decided."""
+    decided = {part.partition("=")[0] for part in ours if part.startswith("--")}
+    for part in given:
+        name = part.partition("=")[0]
+        if name in decided - {"--max-num-batched-tokens", "--async-scheduling", "--no-async-scheduling"}:
+            raise ConfigError(f"{name}: is decided by the plan, or by an option of dsv4c serve; leave it out")
