@@ -16,6 +16,9 @@ OLDEST, NEWEST = "0.23", "0.33"
 
 WORKER = "dsv4c.vllm.worker.PlanWorker"
 BLOCK_DRAFTER = "dsv4c.vllm.drafts.BlockDrafter"
+OPEN = {"--max-num-batched-tokens", "--worker-cls", "--served-model-name"}
+"""Options that are given to vLLM here, and may be given again."""
+
 PROMPT_TOKENS = 512
 """Tokens of prompts that vLLM schedules beside a step's: others' next tokens wait for no more than these."""
 
@@ -104,5 +107,5 @@ def refuse_given(given: Sequence[str], ours: Sequence[str]) -> None:
     decided = {part.partition("=")[0] for part in ours if part.startswith("--")}
     for part in given:
         name = part.partition("=")[0]
-        if name in decided - {"--max-num-batched-tokens", "--async-scheduling", "--no-async-scheduling"}:
+        if name in decided - OPEN:
             raise ConfigError(f"{name}: is decided by the plan, or by an option of dsv4c serve; leave it out")

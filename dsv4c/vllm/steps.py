@@ -72,12 +72,16 @@ class Steps:
                 self.slots.release(request.slot)
         if scheduled.scheduled_cached_reqs.resumed_req_ids:
             raise SessionError("vLLM has preempted a request; give each slot a block, as `dsv4c serve` does")
-        for new in scheduled.scheduled_new_reqs:
-            self._admit(new)
         if not scheduled.num_scheduled_tokens:
             return None
-        step = Step([self.requests[name] for name in scheduled.num_scheduled_tokens])
-        ready = [r for r in step.order if self._read(r, scheduled.num_scheduled_tokens[r.name], step)]
+        step, ready = Step([]), []
+        new = {each.req_id: each for each in scheduled.scheduled_new_reqs}
+        for name, count in scheduled.num_scheduled_tokens.items():
+            if name in new:  # after those before it have read: they may have the same prompt
+                self._admit(new[name])
+            step.order.append(self.requests[name])
+            if self._read(self.requests[name], count, step):
+                ready.append(self.requests[name])
         drafted = [r for r in ready if self._drafts(r)]
         for request in drafted:
             drafts = scheduled.scheduled_spec_decode_tokens.get(request.name, ())

@@ -169,3 +169,6 @@ class PlanOutput(AsyncModelRunnerOutput):  # type: ignore[misc]
             logprobs=self._chances,
             prompt_logprobs_dict={name: self._prompts.get(name) for name in said},
         )
+
+    def get_kv_connector_output(self) -> None:
+        """There is none; newer versions ask."""
