@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TOOLS := $(VENV)/.tools
 
-.PHONY: demo test lint types coverage docs format setup clean
+.PHONY: demo test lint types coverage docs format setup clean serve-test
 
 demo: $(READY)
 	@$(BIN)/python examples/demo.py
@@ -25,6 +25,14 @@ types: $(TOOLS)
 coverage: $(TOOLS)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 \
 		--cov=dsv4c.ir --cov=dsv4c.models --cov=dsv4c.reference --cov-report=term-missing --cov-fail-under=90
+
+# In an environment of its own, of 5 GB: plans served by the oldest and the newest vLLM, over HTTP.
+SERVED := build/serve
+VLLM := 0.23.0 0.33.0
+serve-test:
+	@PYTHON=$(PYTHON) tests/serve/environment.sh $(SERVED) $(VLLM)
+	@for version in $(VLLM); do PYTHONPATH=$(SERVED)/vllm-$$version OMP_NUM_THREADS=1 \
+		$(SERVED)/bin/python -m tests.serve.check build/served --host-platform || exit 1; done
 
 format: $(TOOLS)
 	$(BIN)/ruff check --fix .

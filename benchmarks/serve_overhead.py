@@ -1,9 +1,9 @@
-"""What vLLM adds to a step, at batch 1, around a stand-in for the GPU: a step that takes 3 ms without the CPU.
+"""What vLLM adds to a step, at batch 1, around a stand-in for the GPU: a step of 3 ms without the CPU.
 
     DSV4C_VLLM_PLATFORM=1 python -m benchmarks.serve_overhead FOLDER [--http] [--ahead]
 
-FOLDER is what `tests.serve.check` has made. Prints the time between tokens less the 3 ms: median of five runs of
-300 tokens. In process, or over HTTP as a stream, which tells the client's share, too.
+FOLDER is what `tests.serve.check` has made. Prints the time between tokens less the 3 ms: median of five runs
+of 300 tokens. In process, or over HTTP as a stream, which has the client's share, too.
 """
 
 from __future__ import annotations

@@ -572,7 +572,7 @@ def loaded_with(names: Sequence[str], looked_for: Sequence[str]) -> list[str]:
     return loaded.stdout.split()
 
 
-EVALUATE = ("bisect", "check", "generate", "memory", "run", "synth", "weights")
+EVALUATE = ("bisect", "check", "generate", "memory", "run", "serve", "synth", "weights")
 """Commands that compute with tensors; all others, and their help, wait for no torch."""
 
 

@@ -2,8 +2,8 @@
 
     python -m tests.serve.check FOLDER [--host-platform] [--only NAME]
 
-Needs an environment with vLLM and openai (`tests/serve/environment.sh` makes one). Each check prints a line, and
-asserts what it says.
+Needs an environment with vLLM and openai (`tests/serve/environment.sh` makes one). Each check prints a line,
+and asserts what it says.
 """
 
 from __future__ import annotations
@@ -109,7 +109,12 @@ async def several() -> str:
 @check
 async def chances() -> str:
     made = await client.completions.create(
-        model="tiny", prompt=[3, 17, 5], max_tokens=4, temperature=0, logprobs=3
+        model="tiny",
+        prompt=[3, 17, 5],
+        max_tokens=4,
+        temperature=0,
+        logprobs=3,
+        extra_body={"return_tokens_as_token_ids": True},  # texts of tokens may be the same
     )
     found = made.choices[0].logprobs
     for chosen, best in zip(found.token_logprobs, found.top_logprobs, strict=True):
@@ -184,7 +189,10 @@ async def context() -> str:
     full = complete([5] * (CONTEXT - 20), 20)
     assert len(full["choices"][0]["token_ids"]) == 20
     cut = await client.completions.create(
-        model="tiny", prompt=[5] * 500, temperature=0, extra_body={"return_token_ids": True, "ignore_eos": True},
+        model="tiny",
+        prompt=[5] * 500,
+        temperature=0,
+        extra_body={"return_token_ids": True, "ignore_eos": True},
         max_tokens=CONTEXT - 500,
     )
     assert len(cut.choices[0].model_extra["token_ids"]) == CONTEXT - 500
