@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import os
+import shlex
 import shutil
 import sys
 from importlib.util import find_spec
@@ -22,6 +23,7 @@ from dsv4c.cli.generate import (
     WeightsOption,
     weights_of,
 )
+from dsv4c.cli.options import JsonOption
 from dsv4c.cli.subject import is_plan
 from dsv4c.compiler.kept import kept_plan, kept_plan_folder
 from dsv4c.compiler.request import Request
@@ -75,6 +77,7 @@ def serve(
     host_platform: HostPlatformOption = False,
     dry_run: DryOption = False,
     cache: CacheOption = None,
+    json: JsonOption = False,
 ) -> None:
     """Serve by vLLM, over the OpenAI API: compile a checkpoint on first use, or take a plan.
 
@@ -96,8 +99,14 @@ def serve(
     refuse_given(context.args, ours)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *ours]
     command += ["--host", host, "--port", str(port), *context.args]
+    url = f"http://{host}:{port}/v1"
+    if json:
+        print(
+            json_module.dumps({"url": url, "model": name, "plan": str(place), "command": command}), flush=True
+        )
+    elif dry_run:
+        print(shlex.join(command))
     if dry_run:
-        print(json_module.dumps(command))
         return
     if find_spec("vllm") is None:
         raise BuildError(
@@ -110,7 +119,6 @@ def serve(
     environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
     if host_platform:
         environment[PLATFORM] = "1"
-    url = f"http://{host}:{port}/v1"
     note(f"{url} answers once vLLM is up:")
     note(_curl(url, name))
     sys.stderr.flush()

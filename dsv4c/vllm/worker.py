@@ -131,7 +131,8 @@ class PlanWorker(WorkerBase):  # type: ignore[misc]
             self._drafts = DraftTokenIds(list(drafts), list(drafts.values()))
             step.said.clear()
         prompts = {r.name: of_prompt(step.rows[r.name], r) for r in step.order if r.name in step.rows}
-        return PlanOutput(self.steps, step, chances, prompts)
+        output = PlanOutput(self.steps, step, chances, prompts)
+        return output if self.scheduler_config.async_scheduling else output.get_output()
 
     def take_draft_token_ids(self) -> DraftTokenIds | None:
         drafts, self._drafts = self._drafts, None

@@ -11,12 +11,16 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dsv4c.compiler.compile import compile
 from dsv4c.config import load_config
 from dsv4c.models.synth import synthesize
+from dsv4c.plan.folder import load
+from dsv4c.runtime.generate import generate
+from dsv4c.runtime.session import Session
 from tests.words import write_tokenizer
 
 CONTEXT = 512
@@ -34,6 +38,17 @@ def prepare(root: Path) -> Path:
         compile(weights, sampled=True, logits="last", **OPTIONS).save(root / "plain.plan")
         compile(weights, sampled=True, draft="mtp", **OPTIONS).save(root / "draft.plan")
     return root
+
+
+@cache
+def session_of(root: Path) -> Session:
+    return load(root / "plain.plan").bind(root / "weights")
+
+
+def alone(root: Path, prompt: list[int], count: int) -> list[int]:
+    """What a session says, as `dsv4c run` asks it."""
+    session_of(root).reset()
+    return generate(session_of(root), prompt, new=count)[1]
 
 
 def run_tokens(root: Path, prompt: list[int], count: int) -> list[int]:

@@ -1,0 +1,65 @@
+"""`dsv4c serve` up to the point where vLLM takes over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dsv4c.compiler.compile import compile
+from tests.commands import command
+from tests.words import small_checkpoint
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_checkpoint(tmp_path_factory.mktemp("served"))
+
+
+@pytest.fixture(scope="module")
+def plan(weights: Path) -> Path:
+    return compile(weights, max_context=64, batch=(1, 2), certify=False).save(weights.parent / "a.plan")
+
+
+def test_the_command_that_is_started(weights: Path, plan: Path) -> None:
+    given = (plan, "--weights", weights, "--name", "small", "--port", 9000, "--dry-run", "--json")
+    made = command("serve", *given, "--", "--api-key", "secret")
+    assert made.code == 0
+    assert made.json["url"] == "http://127.0.0.1:9000/v1"
+    started = made.json["command"]
+    assert started[-2:] == ["--api-key", "secret"]
+    assert started[started.index("--max-num-seqs") + 1] == "2"
+    assert started[started.index("--served-model-name") + 1] == "small"
+    assert json.loads(started[started.index("--additional-config") + 1]) == {"plan": str(plan)}
+
+
+def test_a_checkpoint_is_compiled_for_as_many_as_are_served(weights: Path, tmp_path: Path) -> None:
+    given = ("--target", "cpu", "--slots", 3, "--max-context", 64, "--cache", tmp_path, "--dry-run", "--json")
+    made = command("serve", weights, *given)
+    assert made.code == 0
+    kept = json.loads((Path(made.json["plan"]) / "plan.json").read_text())
+    assert kept["deployment"]["slots"] == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("-tp", 2), 2, "--tensor-parallel-size 2: a plan spans one GPU"),
+        (("--", "--max-model-len", 9), 2, "--max-model-len: is decided by the plan"),
+        (("--dry-run",), 4, "is the checkpoint of another model: vocab_size"),
+    ],
+)
+def test_mistakes_are_said_at_once(
+    weights: Path, plan: Path, tmp_path: Path, options: tuple[object, ...], code: int, message: str
+) -> None:
+    folder = weights
+    if code == 4:
+        folder = tmp_path / "other"
+        folder.mkdir()
+        config = json.loads((weights / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 1024}))
+        (folder / "tokenizer.json").write_bytes((weights / "tokenizer.json").read_bytes())
+    found = command("serve", plan, "--weights", folder, *options)
+    assert found.code == code
+    assert message in found.err
