@@ -24,6 +24,7 @@ from dsv4c.runtime.sampling import Said
 from dsv4c.runtime.session import Session
 from dsv4c.vllm import ARCHITECTURE
 from dsv4c.vllm.worker import PlanWorker
+from tests.serve.server import CONTEXT, PORT, serving
 
 STEP, TOKENS, RUNS = 3e-3, 300, 5
 
@@ -87,8 +88,8 @@ def in_process(folder: Path, ahead: bool) -> list[float]:
         additional_config={"plan": str(folder / "plain.plan")},
         hf_overrides={"architectures": [ARCHITECTURE]},
         worker_cls="benchmarks.serve_overhead.StandInWorker",
-        max_model_len=512,
-        block_size=512,
+        max_model_len=CONTEXT,
+        block_size=CONTEXT,
         num_gpu_blocks_override=5,
         max_num_seqs=4,
         enable_prefix_caching=False,
@@ -109,8 +110,6 @@ def in_process(folder: Path, ahead: bool) -> list[float]:
 
 def over_http(folder: Path, ahead: bool) -> list[float]:
     """Seconds between a stream's events, of each run."""
-    from tests.serve.server import PORT, serving
-
     body = {"model": "tiny", "prompt": [3, 4], "max_tokens": TOKENS, "temperature": 0, "stream": True}
     request = urllib.request.Request(
         f"http://127.0.0.1:{PORT}/v1/completions",

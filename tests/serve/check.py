@@ -146,7 +146,7 @@ async def schema() -> str:
     assert set(found) == {"a", "ok"}
     assert isinstance(found["a"], int)
     assert isinstance(found["ok"], bool)
-    return f"JSON schema: {made.choices[0].message.content}"
+    return f"JSON schema: {found}"
 
 
 @check
@@ -189,14 +189,6 @@ async def context() -> str:
     assert len(await ids(prompt, 1)) == 1
     full = complete([5] * (CONTEXT - 20), 20)
     assert len(full["choices"][0]["token_ids"]) == 20
-    cut = await client.completions.create(
-        model="tiny",
-        prompt=[5] * 500,
-        temperature=0,
-        extra_body={"return_token_ids": True, "ignore_eos": True},
-        max_tokens=CONTEXT - 500,
-    )
-    assert len(cut.choices[0].model_extra["token_ids"]) == CONTEXT - 500
     for prompt in ([5] * CONTEXT, [5] * (CONTEXT + 1)):
         try:
             await ids(prompt, 1)

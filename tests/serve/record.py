@@ -15,6 +15,7 @@ from typing import Any
 
 from dsv4c.vllm import ARCHITECTURE
 from dsv4c.vllm.worker import PlanWorker
+from tests.serve.server import CONTEXT
 
 PROMPTS = [[3, 17, 5], [7, 9], list(range(20, 150)), [200, 201, 202, 203], [11], [300] * 70]
 LENGTHS = [5, 9, 4, 7, 3, 6]
@@ -61,8 +62,8 @@ def main() -> None:
         additional_config={"plan": str(given.folder / "plain.plan")},
         hf_overrides={"architectures": [ARCHITECTURE]},
         worker_cls="tests.serve.record.RecordingWorker",
-        max_model_len=512,
-        block_size=512,
+        max_model_len=CONTEXT,
+        block_size=CONTEXT,
         num_gpu_blocks_override=5,
         max_num_seqs=4,
         max_num_batched_tokens=64,
