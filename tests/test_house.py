@@ -133,8 +133,8 @@ HOUSE = {
     "hf": Room(200, ("errors", "plan", "runtime"), ("torch", "transformers")),
     # Plans behind a server, which is an extra of an environment of its own.
     "vllm": Room(
-        1010,
-        ("errors", "plan", "runtime"),
+        1000,
+        ("errors", "buckets", "plan", "runtime"),
         ("torch", "vllm", "numpy", "prometheus_client"),
     ),
     # Every command imports what it needs; the package loads a command's module when it is called.

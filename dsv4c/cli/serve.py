@@ -43,7 +43,6 @@ PortOption = Annotated[int, typer.Option(help="Port to listen on.", min=1, max=6
 NameOption = Annotated[
     str | None, typer.Option(help="The model's name for clients.", show_default="the folder's")
 ]
-DraftsOption = Annotated[int, typer.Option(help="Tokens that the draft block proposes a step.", min=0, max=1)]
 AheadOption = Annotated[
     bool, typer.Option("--ahead/--no-ahead", help="Schedule a step while the one before runs.")
 ]
@@ -71,7 +70,6 @@ def serve(
     max_context: ContextOption = 4096,
     target: TargetOption = None,
     recipe: RecipeOption = "official",
-    drafts: DraftsOption = 0,
     ahead: AheadOption = True,
     tensor_parallel_size: TensorOption = 1,
     host_platform: HostPlatformOption = False,
@@ -92,10 +90,10 @@ def serve(
     refuse_parallel(tensor_parallel_size, 1, 1)
     folder = weights_of(subject, weights)
     tokenizer_file(folder)
-    plan, place = _plan(subject, target or machine_target(), recipe, slots, max_context, drafts, cache)
+    plan, place = _plan(subject, target or machine_target(), recipe, slots, max_context, cache)
     check(plan, folder)
     name = name or folder.resolve().name
-    ours = server_options(plan, place, folder, name=name, drafts=drafts, ahead=ahead)
+    ours = server_options(plan, place, folder, name=name, ahead=ahead)
     refuse_given(context.args, ours)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *ours]
     command += ["--host", host, "--port", str(port), *context.args]
@@ -126,7 +124,7 @@ def serve(
 
 
 def _plan(
-    subject: str, target: str, recipe: str, slots: int, max_context: int, drafts: int, cache: Path | None
+    subject: str, target: str, recipe: str, slots: int, max_context: int, cache: Path | None
 ) -> tuple[Plan, Path]:
     """The plan, and the folder that it is in."""
     if is_plan(subject):
@@ -139,7 +137,6 @@ def _plan(
         slots=slots,
         max_context=max_context,
         logits="last",
-        draft="mtp" if drafts else "off",
         sampled=True,
     )
     with progress_bar("compile") as progress:

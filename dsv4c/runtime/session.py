@@ -181,10 +181,10 @@ class Session:
         held, reached = counter.held[slot], counter.reached[slot]
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= held:
             raise SessionError(f"slot {slot} holds {held} tokens, {count!r} cannot be taken back")
-        if held - count < self.floor(slot):
+        if reached - (held - count) > ROWS:
             raise SessionError(
-                f"slot {slot} was given {reached} tokens; it can go back to {self.floor(slot)} at most, not "
-                f"to {held - count}; reset it and prefill again"
+                f"slot {slot} was given {reached} tokens; it can go back to {reached - ROWS} at most, not to "
+                f"{held - count}; reset it and prefill again"
             )
         self._set_position("main", slot, held - count, reached)
         self._followed[slot] = False
@@ -258,14 +258,10 @@ class Session:
             self._followed[s] = True
         return Said(work, kept, self._finite[work], None if best is None else logits, best or 0)
 
-    def settle(self, said: Said) -> dict[int, list[int]]:
-        """What steps have said, by slot: the tokens up to a stop, and that. Waits for these steps alone, and
-        lets other threads enqueue more meanwhile.
-        """
-        return self._settled(said, said.wait())
-
     @_one_at_a_time
-    def _settled(self, said: Said, rows: Sequence[Sequence[int]]) -> dict[int, list[int]]:
+    def settle(self, said: Said) -> dict[int, list[int]]:
+        """What steps have said, by slot: the tokens up to a stop, and that. Waits for these steps alone."""
+        rows = said.wait()
         found: dict[int, list[int]] = {}
         for s, column in zip(said.slots, rows, strict=True):
             found[s] = [token for token in column if token >= 0]
@@ -337,7 +333,7 @@ class Session:
         """
         self._check_slot(slot)
         counter = self._counters["main"]
-        if self.floor(slot) <= count <= counter.held[slot]:
+        if count <= counter.held[slot] and counter.reached[slot] - count <= ROWS:
             self.take_back(counter.held[slot] - count, slot)
         else:
             self.reset(slot)
@@ -404,10 +400,6 @@ class Session:
     def positions(self) -> list[int]:
         """Tokens that every slot has consumed, once the device is through."""
         return list(self._counters["main"].held)
-
-    def floor(self, slot: int) -> int:
-        """The fewest tokens that a slot can go back to, by `take_back` or `keep`, without a reset."""
-        return max(self._counters["main"].reached[slot] - ROWS, 0)
 
     @property
     def draft_positions(self) -> list[int]:

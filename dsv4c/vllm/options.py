@@ -15,7 +15,6 @@ OLDEST, NEWEST = "0.23", "0.33"
 """The versions of vLLM that this is tested with, and those between."""
 
 WORKER = "dsv4c.vllm.worker.PlanWorker"
-BLOCK_DRAFTER = "dsv4c.vllm.drafts.BlockDrafter"
 OPEN = {"--max-num-batched-tokens", "--worker-cls", "--served-model-name"}
 """Options that are given to vLLM here, and may be given again."""
 
@@ -23,11 +22,9 @@ PROMPT_TOKENS = 512
 """Tokens of prompts that vLLM schedules beside a step's: others' next tokens wait for no more than these."""
 
 
-def server_options(
-    plan: Plan, folder: Path, weights: Path, *, name: str, drafts: int = 0, ahead: bool = True
-) -> list[str]:
-    """The arguments of `vllm serve` for a plan in `folder`. drafts: tokens that the draft block proposes.
-    ahead: schedule a step while the one before runs; never with drafts, which are known only after it.
+def server_options(plan: Plan, folder: Path, weights: Path, *, name: str, ahead: bool = True) -> list[str]:
+    """The arguments of `vllm serve` for a plan in `folder`. ahead: schedule a step while the one before runs;
+    not with drafts, which are known only after it.
     """
     slots, context = int(plan.deployment["slots"]), int(plan.deployment["max_context"])
     options = {
@@ -37,18 +34,15 @@ def server_options(
         "hf-overrides": json.dumps({"architectures": [ARCHITECTURE]}),
         "max-model-len": str(context),
         "max-num-seqs": str(slots),
-        "max-num-batched-tokens": str(max(PROMPT_TOKENS, slots * (1 + drafts))),
+        "max-num-batched-tokens": str(max(PROMPT_TOKENS, slots)),
         "block-size": str(context),
         "num-gpu-blocks-override": str(slots + 1),
         "tokenizer-mode": "deepseek_v4",
         "reasoning-parser": "deepseek_v4",
         "tool-call-parser": "deepseek_v4",
     }
-    if drafts:
-        speculates = {"method": "custom_class", "model": BLOCK_DRAFTER, "num_speculative_tokens": drafts}
-        options["speculative-config"] = json.dumps(speculates)
     flags = ["enable-auto-tool-choice", "enforce-eager", "no-enable-prefix-caching"]
-    flags.append("async-scheduling" if ahead and not drafts else "no-async-scheduling")
+    flags.append("async-scheduling" if ahead else "no-async-scheduling")
     pairs = [part for name, value in options.items() for part in (f"--{name}", value)]
     return ["serve", str(weights), *pairs, *(f"--{flag}" for flag in flags)]
 
@@ -73,7 +67,7 @@ def check_config(config: Any, plan: Plan) -> None:
         "--enable-lora: a plan has its weights": config.lora_config is not None,
         "--kv-transfer-config: a plan's state has no blocks": config.kv_transfer_config is not None,
         "--logits-processors: only vLLM's own are known": bool(config.model_config.logits_processors),
-        "--speculative-config: only method custom_class, whose model is a class of dsv4c.vllm.drafts": (
+        "--speculative-config: only method custom_class, whose model is a dsv4c.vllm.drafts.Drafter": (
             speculates is not None and speculates.method != "custom_class"
         ),
         "--async-scheduling: drafts are known only after a step": (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dsv4c.buckets import ROWS
 from dsv4c.runtime.session import Session
 
 WORTH_A_COPY = 64
@@ -23,6 +24,7 @@ class Slots:
         self._session = session
         self._free = list(range(session.slots))  # given back longest ago first
         self._ids: list[Sequence[int]] = [() for _ in self._free]
+        self._reached = [0 for _ in self._free]  # the furthest that each was seen
         self.read = self.reused = 0
 
     @property
@@ -42,8 +44,11 @@ class Slots:
         if shared[best] >= max(held + 1, WORTH_A_COPY):
             slot, held = self._free[0], shared[best]
             self._session.copy_slot(best, slot)
+            self._reached[slot] = self._reached[best]
         self._free.remove(slot)
-        self._session.keep(held, slot)
+        held = self._session.keep(held, slot)
+        if not held:
+            self._reached[slot] = 0
         self._ids[slot] = tokens
         self.reused += held
         self.read += len(tokens) - held
@@ -55,8 +60,10 @@ class Slots:
 
     def _shared(self, slot: int, prompt: list[int]) -> int:
         """Tokens of a prompt, without its last one, that the slot holds or can go back to."""
-        floor = self._session.floor(slot)
-        held = min(self._session.positions[slot], len(self._ids[slot]), len(prompt) - 1)
+        position = self._session.positions[slot]
+        self._reached[slot] = max(self._reached[slot], position)
+        floor = max(self._reached[slot] - ROWS, 0)
+        held = min(position, len(self._ids[slot]), len(prompt) - 1)
         if held < floor or prompt[:floor] != self._ids[slot][:floor]:
             return 0
         known = zip(prompt[floor:held], self._ids[slot][floor:held], strict=True)

@@ -93,6 +93,7 @@ class Steps:
     def take(self, step: Step) -> dict[str, list[int]]:
         """What a step has said, by request. Waits for it; other threads may go on enqueueing."""
         for requests, said in step.said:
+            said.wait()  # before the session is held, so that others may enqueue meanwhile
             found = self.session.settle(said)
             for request in requests:
                 step.tokens[request.name] = found[request.slot]
@@ -141,8 +142,6 @@ class Steps:
             rows = self.session.prefill(part, request.slot, logits="last" if last else "all")
             if whole:
                 self._rows.setdefault(request.name, []).append(rows.cpu())
-            if self.drafter is not None:
-                self.drafter.consumed(request.slot, request.tokens, start, self.session.streams)
         if request.asked < request.prompt:
             return False
         self.session.choose(request.slot, request.sampling or Sampling())
@@ -177,12 +176,10 @@ class Steps:
         session, slot = self.session, request.slot
         start = session.positions[slot]
         session.verify({slot: [request.tokens[start], *drafts]})
-        likeliest, streams = session.next_tokens, session.streams
+        likeliest = session.next_tokens
         right = next((i for i, draft in enumerate(drafts) if draft != likeliest[i]), len(drafts))
         session.take_back(len(drafts) - right, slot)
         request.tokens += likeliest[: right + 1]
-        assert self.drafter is not None
-        self.drafter.consumed(slot, request.tokens, start, streams[: right + 1])
         return likeliest[: right + 1]
 
 

@@ -278,8 +278,6 @@ def main() -> None:
                 "num_speculative_tokens": 3,
             }
         )
-        with serving(root, "draft.plan", *platform, "--drafts", "1", log=root / "draft.log"):
-            asyncio.run(ask([drafts]))
         more = ["--no-ahead", "--", "--speculative-config", oracle]
         known = {" ".join(map(str, p)): alone(root, p, 44) for p in PROMPTS[:3]}
         (root / "known.json").write_text(json.dumps(known))

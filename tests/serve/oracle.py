@@ -8,8 +8,6 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from dsv4c.runtime.session import Session
 
 
@@ -20,9 +18,6 @@ class Oracle:
         known = json.loads(Path(os.environ["DSV4C_KNOWN"]).read_text())
         self._known = [[*map(int, prompt.split()), *said] for prompt, said in known.items()]
         self._most, self._random = most, random.Random(0)
-
-    def consumed(self, slot: int, tokens: Sequence[int], start: int, streams: Tensor) -> None:
-        """It knows already."""
 
     def draft(self, slot: int, tokens: Sequence[int]) -> list[int]:
         whole = next((k for k in self._known if k[: len(tokens)] == list(tokens)), list(tokens))

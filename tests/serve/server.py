@@ -29,14 +29,13 @@ PORT = 8437
 
 
 def prepare(root: Path) -> Path:
-    """The folder with `weights`, `plain.plan` (samples) and `draft.plan` (has a draft block), made once."""
+    """The folder with `weights` and `plain.plan`, made once."""
     weights = root / "weights"
-    if not (root / "draft.plan").exists():
+    if not (root / "plain.plan").exists():
         root.mkdir(parents=True, exist_ok=True)
         synthesize(load_config("tiny"), weights, 1)
         write_tokenizer(weights)
         compile(weights, sampled=True, logits="last", **OPTIONS).save(root / "plain.plan")
-        compile(weights, sampled=True, draft="mtp", **OPTIONS).save(root / "draft.plan")
     return root
 
 

@@ -16,7 +16,6 @@ from dsv4c.compiler.compile import compile
 from dsv4c.errors import ConfigError, SessionError
 from dsv4c.runtime.sampling import Sampling
 from dsv4c.runtime.session import Session
-from dsv4c.vllm.drafts import BlockDrafter
 from dsv4c.vllm.options import check_config, refuse_given, server_options
 from dsv4c.vllm.requests import sampling_of
 from dsv4c.vllm.steps import Step, Steps, allow
@@ -43,7 +42,7 @@ GREEDY = {
 def session(tmp_path_factory: pytest.TempPathFactory) -> Session:
     weights = small_checkpoint(tmp_path_factory.mktemp("served"))
     options: dict[str, Any] = {"max_context": CONTEXT, "batch": (1, 2, 4), "chunk": 64}
-    return compile(weights, sampled=True, draft="mtp", certify=False, **options).bind(weights)
+    return compile(weights, sampled=True, certify=False, **options).bind(weights)
 
 
 @pytest.fixture
@@ -198,9 +197,6 @@ def test_drafts_change_nothing(session: Session, right: int) -> None:
     session.reset()
 
     class Known:
-        def consumed(self, slot: int, tokens: Sequence[int], start: int, streams: torch.Tensor) -> None:
-            assert len(streams) <= len(tokens) - start
-
         def draft(self, slot: int, tokens: Sequence[int]) -> list[int]:
             following = wanted[len(tokens) - len(prompt) :][:3]
             return [t if i < right else (t + 1) % 500 for i, t in enumerate(following)]
@@ -217,25 +213,6 @@ def test_drafts_change_nothing(session: Session, right: int) -> None:
         assert len(found) == 1 + min(right, len(drafts["a"]))
         said += found
     assert said[:9] == wanted[: len(said)]
-
-
-def test_the_draft_block_follows_and_changes_nothing(session: Session) -> None:
-    prompt = list(range(20, 100))
-    wanted = alone(session, prompt, 6)
-    session.reset()
-    steps = Steps(session, drafter=BlockDrafter(session, 1))
-    step = steps.step(asked({"a": 80}, {"a": prompt}))
-    said: list[int] = []
-    while len(said) < 6:
-        assert step is not None
-        said += steps.take(step)["a"]
-        drafts = steps.drafts(step)
-        assert len(drafts["a"]) == 1
-        assert session.draft_positions[0] == session.positions[0]
-        step = steps.step(asked({"a": 2}, drafts=drafts))
-    assert said[:6] == wanted
-    with pytest.raises(SessionError, match="one token at a time, not 2"):
-        BlockDrafter(session, 2)
 
 
 def test_a_grammar_lets_only_its_tokens_through() -> None:
@@ -333,8 +310,7 @@ def test_the_servers_options(session: Session, tmp_path: Path) -> None:
     assert options["--num-gpu-blocks-override"] == "5"
     assert json.loads(options["--additional-config"]) == {"plan": str(tmp_path)}
     assert "--async-scheduling" in made
-    drafting = server_options(session.plan, tmp_path, tmp_path, name="tiny", drafts=1)
-    assert "--no-async-scheduling" in drafting
+    assert "--no-async-scheduling" in server_options(session.plan, tmp_path, tmp_path, name="a", ahead=False)
     refuse_given(["--api-key", "secret", "--max-num-batched-tokens=64"], made)
     with pytest.raises(ConfigError, match="--max-num-seqs: is decided by the plan"):
         refuse_given(["--max-num-seqs=9"], made)
