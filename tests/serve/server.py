@@ -76,7 +76,11 @@ def serving(root: Path, plan: str, *options: str, log: Path, **environment: str)
             yield server.pid
         finally:
             server.terminate()
-            server.wait(60)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:  # one that is still loading does not listen
+                server.kill()
+                server.wait()
 
 
 def wait_healthy(server: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
