@@ -24,7 +24,7 @@ from tests.serve.server import CONTEXT, PORT, alone, complete, dsv4c, metric, pr
 PROMPTS = [[3, 17, 5], [7, 9], list(range(20, 150)), [200, 201, 202, 203], [11], [300] * 70]
 CHAT = [{"role": "user", "content": "hi"}]
 PLAIN = {"chat_template_kwargs": {"thinking": False}}
-client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=300)
+client: openai.AsyncOpenAI
 root: Path
 
 Check = Callable[[], Awaitable[str]]
@@ -250,6 +250,8 @@ def refusals() -> None:
 
 
 async def ask(checks: list[Check]) -> None:
+    global client
+    client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=300)
     for each in checks:
         started = time.monotonic()
         print(f"{await each()} ({time.monotonic() - started:.1f} s)", flush=True)
