@@ -359,8 +359,8 @@ class Selection:
 class Spread:
     """A row of logits over a cluster: `each` of its `columns` in a CTA, a run of 4 * `quads` in a thread.
 
-    Bounds are found digit by digit of 32-bit keys with a zero behind; of each digit a CTA has sums of the lower
-    and the upper parts of weights.
+    Bounds are found digit by digit of 32-bit keys with a zero behind; of each digit a CTA has sums of the
+    lower and the upper parts of weights.
     """
 
     WIDTH: ClassVar = 11  # bits of a digit

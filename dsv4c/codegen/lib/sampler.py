@@ -1,4 +1,4 @@
-"""A token by its row of logits, over a cluster: bounds by digits of order-preserving keys, sums in whole numbers.
+"""A token by its row of logits, over a cluster: bounds by digits of keys, sums in whole numbers.
 
 Every thread holds a run of neighboring columns in registers. A column weighs exp((x - top) / temperature),
 which is at most 1, in whole 2^-38: sums are exact, whoever adds them up and in which order. A bound is the
@@ -112,8 +112,8 @@ def remember(
     slot: Int32,
     rows: Int32,
 ):
-    """The step's tokens of a slot to their places of its history. Every row of the slot stores all of them, for
-    its own cluster; of two rows for one place the later one stays. One thread.
+    """The step's tokens of a slot to their places of its history. Every row of the slot stores all of them,
+    for its own cluster; of two rows for one place the later one stays. One thread.
     """
     for row in cutlass.range(rows, unroll=1):
         position = ptx.ldg32(g_positions + row * 4).bitcast(Int32)
@@ -144,8 +144,8 @@ def load(t: Constexpr[Spread], g_row: Int64, rank: Int32, thread: Int32):
 def count(
     t: Constexpr[Spread], sm: Int32, g_said: Int64, last: Int32, origin: Int32, rank: Int32, thread: Int32
 ):
-    """Counts of the tokens of places 0 to `last`, in the CTA that has their column: 2 from the origin on, else
-    the lowest bit.
+    """Counts of the tokens of places 0 to `last`, in the CTA that has their column: 2 from the origin on,
+    else the lowest bit.
     """
     for place in cutlass.range(rank * t.threads + thread, last + 1, t.ctas * t.threads):
         token = ptx.ldg32(g_said + Int64(place) * 4)
@@ -288,8 +288,9 @@ def keep_largest(
     rank: Int32,
     thread: Int32,
 ):
-    """Only the weights of the `many` largest keys, and of these only those that are a `share` of the sum, with
-    the one that crosses it. Equal keys stay or go together. 0 is off, as are all columns and all of the sum.
+    """Only the weights of the `many` largest keys, and of these only those that are a `share` of the sum,
+    with the one that crosses it. Equal keys stay or go together. 0 is off, as are all columns and all of the
+    sum.
     """
     for turn in cutlass.range(2, unroll=1):  # one text for both: what is fetched once is not waited for again
         counts = turn == 0 and many > 0 and many < t.columns
@@ -359,9 +360,7 @@ def _remote(s: Int32, rank: Constexpr[int]):
 
 
 @cute.jit
-def _choose(
-    t: Constexpr[Spread], sm: Int32, need: Int64, share: Float32, shares: Boolean, thread: Int32
-):
+def _choose(t: Constexpr[Spread], sm: Int32, need: Int64, share: Float32, shares: Boolean, thread: Int32):
     """The digit where sums from the top reach `need`, or a `share` of all if it `shares`, and what is left to
     reach inside it. The histograms are empty again.
     """
@@ -395,11 +394,9 @@ def _choose(
 
 
 @cute.jit
-def draw(
-    t: Constexpr[Spread], sm: Int32, p: cute.Tensor, number: Float64, rank: Int32, thread: Int32
-):
-    """In one thread of the cluster the first column whose weights, summed from column 0 on, exceed `number` of
-    all of them; in all others -1. Column 0 where nothing weighs. A barrier of the cluster, the last.
+def draw(t: Constexpr[Spread], sm: Int32, p: cute.Tensor, number: Float64, rank: Int32, thread: Int32):
+    """In one thread of the cluster the first column whose weights, summed from column 0 on, exceed `number`
+    of all of them; in all others -1. Column 0 where nothing weighs. A barrier of the cluster, the last.
     """
     own = Int64(0)
     for n in range_constexpr(4 * t.quads):

@@ -6,9 +6,9 @@ from cutlass import Constexpr, Int32, range_constexpr
 
 @cute.jit
 def sums_before(own, number: Constexpr, s: Int32, thread: Int32, threads: Constexpr[int]):
-    """Sums of a `number` of each thread: over the threads in front of this one, and over all, in a fixed order.
+    """Sums of a `number` of each thread: over the threads in front of this one, and over all.
 
-    Two barriers; `s` has room for a number of each warp.
+    The order is fixed. Two barriers; `s` has room for a number of each warp.
     """
     lane, warp = thread % 32, thread // 32
     so_far = own
