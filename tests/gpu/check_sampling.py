@@ -210,6 +210,7 @@ def check_flash(folder: Path, weights: Path) -> None:
         print(f"synth: {time.perf_counter() - started:.0f} s")
     write_tokenizer(weights)
     session = load(folder / "flash.plan").bind(weights)
+    print(f"flash: weights {session.loaded}")
     warm = Sampling(temperature=1.0, top_p=0.95, seed=1)
     answer = session.generate("Hello", sampling=warm, max_new_tokens=ANSWER)
     done = next(event for event in answer if isinstance(event, Done))

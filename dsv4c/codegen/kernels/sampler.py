@@ -81,6 +81,7 @@ def sampler(request: Request) -> Answer:
         return No(f"takes logits of f32, not {logits}")
     if len(call.made) != len(RESULTS):
         return No(f"writes {', '.join(RESULTS)}, of which somebody reads {len(call.made)}")
-    spec = SamplerSpec(*logits.shape, history.shape[1])
+    rows, vocabulary = logits.shape
+    spec = SamplerSpec(rows, vocabulary, history.shape[1])
     made = {RESULTS[place]: number for place, number in call.made.items()}
     return [launchable(request, emit_sampler(spec, request.arch), {**made, **x})]
