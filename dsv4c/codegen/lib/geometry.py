@@ -385,10 +385,10 @@ class Spread:
         """The first column of a thread's quad."""
         return rank * self.each + (thread * self.quads + quad) * 4
 
-    o_choice: ClassVar = 128  # behind a number of each warp: a digit and what is left, i64 each
-    o_tops: ClassVar = 192  # the largest key of each CTA
-    o_totals: ClassVar = 256  # the sum of each CTA, i64
-    o_lower: ClassVar = 384  # by digit, u32
+    o_choice: ClassVar = 256  # behind a number of each warp: a digit and what is left, i64 each
+    o_tops: ClassVar = 320  # the largest key of each CTA
+    o_totals: ClassVar = 384  # the sum of each CTA, i64
+    o_lower: ClassVar = 512  # by digit, u32
     o_upper: ClassVar = o_lower + 4 * BINS
     o_sums: ClassVar = o_upper + 4 * BINS  # of the cluster, by digit, i64
     o_counts: ClassVar = o_sums + 8 * BINS  # by column
