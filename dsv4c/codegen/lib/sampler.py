@@ -224,10 +224,10 @@ def meet():
 
 @cute.jit
 def weights(t: Constexpr[Spread], key: cute.Tensor, top: Uint32, temperature: Float32):
-    """exp((x - top) / temperature) of the thread's keys, f32 [4 * quads], within two ulps; without a
-    temperature 1 for the largest, 0 for others.
+    """exp((x - top) / temperature) of the thread's keys, f32 [4 * quads], within 3e-8; without a temperature
+    1 for the largest, 0 for others.
 
-    2^y for a y in two floats: what a product by log2(e) / temperature leaves over is kept.
+    2^y for a y in two floats: what rounding the product by log2(e) / temperature leaves over is kept.
     """
     scale = Float64(LOG2_E) / temperature.to(Float64)
     coarse = scale.to(Float32)
