@@ -82,7 +82,7 @@ class Terminal:
 
     def type(self, text: str) -> None:
         for i in range(0, len(text), 3):
-            subprocess.run([*self._server, "send-keys", "-l", text[i : i + 3]], check=True)
+            subprocess.run([*self._server, "send-keys", "-l", "--", text[i : i + 3]], check=True)
             self.look()
         self.press("Enter")
 
