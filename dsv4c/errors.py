@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -71,9 +71,20 @@ def contributed(what: str) -> Iterator[None]:
         calls = [call for call in inside if not call.filename.startswith(_PYTHON)]
         if not calls or calls[0].filename.startswith(_DSV4C):
             raise  # nobody else's
-        line = [c.lineno for c in calls if c.filename == calls[0].filename][-1]
-        said = str(error) if isinstance(error, Dsv4cError) else f"{type(error).__name__}: {error}"
-        raise GraphError(f"{what}: {calls[0].filename}:{line}: {said}") from error
+        raise GraphError(f"{what}: {_told(calls, error)}") from error
+
+
+def told(error: Exception) -> str:
+    """File, line and words of an error in code that somebody contributes; in dsv4c's own the words alone."""
+    inside = traceback.extract_tb(error.__traceback__)
+    calls = [call for call in inside if not call.filename.startswith((*_PYTHON, _DSV4C))]
+    return _told(calls, error) if calls else str(error)
+
+
+def _told(calls: Sequence[traceback.FrameSummary], error: Exception) -> str:
+    line = [c.lineno for c in calls if c.filename == calls[0].filename][-1]
+    said = str(error) if isinstance(error, Dsv4cError) else f"{type(error).__name__}: {error}"
+    return f"{calls[0].filename}:{line}: {said}"
 
 
 _PYTHON = (str(Path(traceback.__file__).parent), "<frozen ")

@@ -224,7 +224,7 @@ MISTAKES = {
     ("targets", "--target", "cpu"): (2, "error: No such option: --target; see dsv4c targets --help"),
     ("limits", "tiny", "--target", "gpu"): (
         2,
-        "error: Invalid value for '--target': 'gpu' is not one of 'cpu', 'sm_90a'",
+        "error: Invalid value for '--target': 'gpu' is not one of cpu, sm_90a, sm_100a",
     ),
     ("limits", "tiny", "--recipe", "int4"): (2, "error: recipe: unknown recipe 'int4'; known: fp32"),
     ("limits", "tiny", "--batch", "one"): (2, "error: --batch: 'one' is no size of a bucket"),

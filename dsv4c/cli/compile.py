@@ -26,7 +26,6 @@ from dsv4c.cli.options import (
     OverwriteOption,
     PassOption,
     RecipeOption,
-    Target,
     TargetOption,
     first_given,
     sizes,
@@ -186,7 +185,7 @@ def compile_command(
     context: typer.Context,
     config: ConfigOrNothing = None,
     output: OutputOption = None,
-    target: TargetOption = Target.CPU,
+    target: TargetOption = "cpu",
     recipe: RecipeOption = "official",
     batch: BatchOption = None,
     slots: SlotsOption = None,
@@ -245,7 +244,7 @@ def compile_command(
         assert config is not None
         asked = Request(
             config,
-            target=target.value,
+            target=target,
             recipe=recipe,
             batch=sizes("--batch", batch),
             slots=slots,

@@ -160,6 +160,7 @@ def generate_command(
         sampling = Sampling(seed=seed)
     with progress_bar("weights", bytes_counted=True) as progress:
         session = plan.bind(folder, progress=progress)
+    note(f"weights: {session.loaded}")
     if tokens is None:
         session.tokenizer  # noqa: B018  (says now what is wrong with it)
         _, remark = rules_of(encoding, folder)

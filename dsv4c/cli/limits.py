@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
 
 import typer
 
@@ -16,15 +15,13 @@ from dsv4c.cli.options import (
     JsonOption,
     PassOption,
     RecipeOption,
-    Target,
+    TargetOption,
     sizes,
 )
 from dsv4c.compiler.job import rules_of
 from dsv4c.compiler.limits import Limits, limits
 from dsv4c.compiler.request import Request
 from dsv4c.errors import BuildError
-
-TargetOption = Annotated[Target, typer.Option(help="What a plan would run on.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -33,7 +30,7 @@ def register(app: typer.Typer) -> None:
 
 def limits_command(
     config: ConfigArgument,
-    target: TargetOption = Target.SM_90A,
+    target: TargetOption = "sm_90a",
     recipe: RecipeOption = "official",
     batch: BatchOption = None,
     max_context: ContextOption = 4096,
@@ -54,7 +51,7 @@ def limits_command(
     """
     request = Request(
         config,
-        target=target.value,
+        target=target,
         recipe=recipe,
         batch=sizes("--batch", batch),
         max_context=max_context,
@@ -66,7 +63,7 @@ def limits_command(
         print_json(
             {
                 "config": found.job.config.name,
-                "target": target.value,
+                "target": target,
                 "recipe": found.job.recipe.name,
                 "obstacles": [asdict(o) for o in found.obstacles],
                 "unfolded": [asdict(u) for u in found.unfolded],
@@ -82,7 +79,7 @@ def limits_command(
         print(text(found), end="")
     if found.obstacles:
         count = len(found.obstacles)
-        raise BuildError(f"{config}: {count} obstacle{'s' * (count != 1)} to a plan for {target.value}")
+        raise BuildError(f"{config}: {count} obstacle{'s' * (count != 1)} to a plan for {target}")
 
 
 def text(found: Limits) -> str:

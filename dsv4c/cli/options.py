@@ -11,18 +11,11 @@ from typing import Annotated
 
 import typer
 
+from dsv4c.arch import ARCHS
 from dsv4c.compiler.job import rules_of
 from dsv4c.config import BUILTIN
-from dsv4c.errors import ConfigError
+from dsv4c.errors import ConfigError, listed
 from dsv4c.passes.recipes import RECIPES
-
-
-class Target(StrEnum):
-    """What a plan runs on."""
-
-    CPU = "cpu"
-    SM_90A = "sm_90a"
-    SM_100A = "sm_100a"
 
 
 class Draft(StrEnum):
@@ -59,6 +52,16 @@ def begun_with(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]
     return complete
 
 
+TARGETS = ("cpu", *ARCHS)
+
+
+def known_target(given: str) -> str:
+    """The target of that name, as the command line gives it."""
+    if given not in TARGETS:
+        raise typer.BadParameter(f"{given!r} is not one of {listed(TARGETS, given)}")
+    return given
+
+
 COMPLETE_MODEL = begun_with(lambda: BUILTIN)
 COMPLETE_RULE = begun_with(lambda: rules_of().rules)
 
@@ -76,7 +79,15 @@ PlanArgument = Annotated[
         metavar="PLAN", help="A folder that `dsv4c compile` wrote.", show_default=False, readable=False
     ),
 ]
-TargetOption = Annotated[Target, typer.Option(help="What the plan runs on.")]
+TargetOption = Annotated[
+    str,
+    typer.Option(
+        help="What the plan runs on.",
+        metavar=f"[{'|'.join(TARGETS)}]",
+        parser=known_target,
+        autocompletion=begun_with(lambda: TARGETS),
+    ),
+]
 RecipeOption = Annotated[
     str,
     typer.Option(

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from dsv4c.cli.console import print_json, progress_bar
+from dsv4c.cli.console import note, print_json, progress_bar
 from dsv4c.cli.options import JsonOption, PlanArgument
 from dsv4c.errors import SessionError
 from dsv4c.plan.folder import load
@@ -74,6 +74,7 @@ def run_command(
     compiled = load(plan)
     with progress_bar("weights", bytes_counted=True) as progress:
         session = compiled.bind(weights, progress=progress, poison=poison)
+    note(f"weights: {session.loaded}")
     started = time.perf_counter()
     with progress_bar("run") as progress:
         rows, generated = generate(session, prompt, forced, max_new_tokens, progress=progress)

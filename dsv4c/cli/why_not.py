@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated
 
 import typer
@@ -18,13 +18,12 @@ from dsv4c.cli.options import (
     JsonOption,
     PassOption,
     RecipeOption,
-    Target,
     TargetOption,
 )
 from dsv4c.cli.subject import Subject, ask_with, refuse_decided
 from dsv4c.compiler.job import Compiled, Job
 from dsv4c.errors import GraphError
-from dsv4c.ir.fused import Fused, operand_counts, sketches
+from dsv4c.ir.fused import Fused, operand_counts, refusal, sketches
 from dsv4c.passes.explain import WhyNot, at, why_not
 from dsv4c.passes.fold import Applied, FoldReport, Refusal, Rule
 
@@ -42,11 +41,14 @@ NodeOption = Annotated[
 
 @dataclass(frozen=True)
 class Answer:
-    """What is known of a rule: refusals by cause, where it applied if asked there, why it was not tried."""
+    """What is known of a rule: refusals by cause, where it applied if asked there, why it was not tried; and
+    where a way through its body ended.
+    """
 
     rule: WhyNot
     applied: tuple[str, ...]
     why: str
+    ended: str = ""
 
 
 def register(app: typer.Typer) -> None:
@@ -60,7 +62,7 @@ def why_not_command(
     node: NodeOption = None,
     bucket: BucketOption = "decode",
     recipe: RecipeOption = "official",
-    target: TargetOption = Target.CPU,
+    target: TargetOption = "cpu",
     batch: BatchOption = None,
     max_context: ContextOption = 4096,
     chunk: ChunkOption = None,
@@ -84,9 +86,11 @@ def why_not_command(
     report = compiled.context.fold
     if report is None:
         raise GraphError(f"{subject}: its pipeline does not fold: {asked.job.line}")
-    answer = explain(wanted, report, compiled, asked.job, node)
+    answer = replace(explain(wanted, report, compiled, asked.job, node), ended=refusal(wanted.op))
     if json:
-        print_json(asdict(answer.rule) | {"applied": list(answer.applied), "why": answer.why})
+        print_json(
+            asdict(answer.rule) | {"applied": list(answer.applied), "why": answer.why, "ended": answer.ended}
+        )
     else:
         print(text(answer, node is not None), end="")
 
@@ -144,6 +148,8 @@ def text(answer: Answer, each: bool) -> str:
     """The answer to read: refusals by cause, or each by itself."""
     rule = answer.rule
     lines = [f"{rule.rule}: tried {rule.tried:,}, matched {rule.matched:,}"]
+    if answer.ended:
+        lines.append(f"  a way through the body ended at {answer.ended}")
     if answer.why:
         lines.append(f"  {answer.why}")
     lines += [f"  applied: {node}" for node in answer.applied]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cache, cached_property
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from dsv4c.errors import GraphError
+from dsv4c.errors import GraphError, contributed, told
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.holes import Hole, Needs, Script, answered_by, filled, holes_in, is_hole
 from dsv4c.ir.op import Cost, Op, expect
@@ -241,7 +241,7 @@ def _trace(op: Fused, operands: tuple[Type, ...]) -> Body:
     builder = Builder(op.name)
     labels = operand_labels(type(op), len(operands))
     values = [builder.input(n, t) for n, t in zip(labels, operands, strict=True)]
-    with builder:
+    with builder, contributed(f"{op.name}: the body"):
         returned = op.body(*values)
     results = _checked_results(type(op), returned, values)
     body = Body(builder.finish({str(i): v for i, v in enumerate(results)}))
@@ -431,7 +431,22 @@ def draw(
             refused = error
         answers = script.next()
     if not drawn:
-        raise GraphError(f"{op.name}: the body cannot be traced: {refused}") from refused
+        assert refused is not None
+        raise GraphError(f"{op.name}: the body cannot be traced: {told(refused)}") from refused
+    if refused is not None:
+        _REFUSED[op] = refused
+
+
+_REFUSED: dict[type[Fused], Exception] = {}
+
+
+def refusal(op: type[Fused]) -> str:
+    """Where and why a way through the body ended without a result, of those traced so far; else "".
+
+    The ways that dsv4c's own bodies refuse are known, and not told.
+    """
+    error = _REFUSED.get(op)
+    return "" if error is None or told(error) == str(error) else told(error)
 
 
 def _draw_once(

@@ -27,11 +27,11 @@ from dsv4c.config import ModelConfig, save_config
 from dsv4c.errors import CheckpointError
 from dsv4c.headers import ELEMENT_BYTES, INDEX, SINGLE
 from dsv4c.models.weights import Source, Table, TensorSpec, inventory, sources
-from dsv4c.numerics.codec import quantize
+from dsv4c.numerics.codec import decode_e2m1, decode_scale, quantize
 from dsv4c.publish import OccupiedError, published
 from dsv4c.scope import Scope
 from dsv4c.threads import cores, threads
-from dsv4c.types import NVFP4, QuantType
+from dsv4c.types import NVFP4, DType, QuantType
 
 SHARD_BYTES = 2_000_000_000
 CHUNK = 1 << 22  # elements made at a time; part of what a seed means
@@ -277,17 +277,40 @@ def _write(config: ModelConfig, seed: int, job: _Job) -> None:
         return
     shape = (rows, *job.matrix[1:])
     mean, deviation = _distribution(job.name, job.matrix)
-    values = torch.randn(shape, generator=generator).mul_(deviation).add_(mean)
     stored = job.source.stored
+    if isinstance(stored, QuantType) and stored.format.value is DType.E2M1:
+        _write_codes(job, stored.with_shape(shape), deviation, seed, generator)
+        return
+    values = torch.randn(shape, generator=generator).mul_(deviation).add_(mean)
     if not isinstance(stored, QuantType):
         _put(job, "data", values)
         return
-    scale = _global_scale(job, seed) if stored.format == NVFP4 else None
-    quantized = quantize(values, stored.format, scale)
+    quantized = quantize(values, stored.format)
     _put(job, "data", quantized.data.view(torch.uint8))
     _put(job, "scale", quantized.scale.view(torch.uint8))
-    if scale is not None:
-        _put(job, "global_scale", scale)
+
+
+def _write_codes(job: _Job, part: QuantType, deviation: float, seed: int, generator: Generator) -> None:
+    """FP4 is most of a model, so its bytes are drawn as they are: all codes as likely, and of each block's
+    scale one of two neighbors, as often as gives the standard deviation.
+    """
+    data, scale = part.components[:2]
+    global_scale = _global_scale(job, seed) if part.format == NVFP4 else torch.ones(())
+    codes = torch.arange(256, dtype=torch.uint8)
+    steps = decode_scale(codes[:0x7F].view(torch.float8_e4m3fn) if part.format == NVFP4 else codes[:0xFF])
+    wanted = (deviation / (global_scale * decode_e2m1(codes).square().mean().sqrt())).square()
+    lower = int((steps.square() <= wanted).sum()) - 1
+    least, most = steps[lower].square(), steps[lower + 1].square()
+    above = torch.rand(scale.shape, generator=generator) < (wanted - least) / (most - least)
+    _put(job, "data", _random_bytes(math.prod(data.shape), generator))
+    _put(job, "scale", above.to(torch.uint8) + lower)
+    if part.format == NVFP4:
+        _put(job, "global_scale", global_scale)
+
+
+def _random_bytes(count: int, generator: Generator) -> Tensor:
+    words = torch.empty(-(-count // 8), dtype=torch.int64).random_(-(1 << 63), None, generator=generator)
+    return words.view(torch.uint8)[:count]
 
 
 def _put(job: _Job, role: str, values: Tensor) -> None:
@@ -328,7 +351,7 @@ def _pair(job: _Job) -> str:
 
 
 def _global_scale(job: _Job, seed: int) -> Tensor:
-    """NVFP4 weight_scale_2 for weights of up to about six standard deviations; larger ones saturate."""
+    """NVFP4 weight_scale_2 as if the largest weight were six standard deviations."""
     return _jittered(job, seed, "weight_scale_2", 6 * job.matrix[1] ** -0.5)
 
 

@@ -17,7 +17,7 @@ from types import ModuleType
 from typing import Any, ClassVar
 
 from dsv4c.errors import GraphError, contributed, listed
-from dsv4c.ir.fused import Fused
+from dsv4c.ir.fused import Fused, refusal
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.verify import verify
 from dsv4c.passes.base import Context, Pass, parse_spec, split_specs
@@ -71,8 +71,11 @@ class Fold(Pass):
         context.fold = report
         for rule in chosen:
             if rule.name not in context.expected and surprising(rule, report):
+                ended = refusal(rule.op)
                 context.warnings.append(
-                    f"{graph.name}: the rule {rule.name} matched nothing; ask why-not {rule.name}"
+                    f"{graph.name}: the rule {rule.name} matched nothing; "
+                    + (f"a way through its body ended at {ended}; " if ended else "")
+                    + f"ask why-not {rule.name}"
                 )
         for name, count in context.expected.items():
             found = report.counts.get(name)

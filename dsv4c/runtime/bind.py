@@ -36,10 +36,12 @@ def bind(
         from dsv4c.runtime.cuda import CudaExecutor  # loads the driver
     device = "cpu" if on_cpu else "cuda"
     block = torch.empty(max(plan.blocks["weights"], 256), dtype=torch.uint8, device=device)
-    load_weights(checkpoint, residents, block, progress=progress, workers=workers)
+    loaded = load_weights(checkpoint, residents, block, progress=progress, workers=workers)
     executor: type[CpuExecutor] | type[CudaExecutor] = CpuExecutor if on_cpu else CudaExecutor
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
-    return Session(plan, executor(plan, block, poison=poison), folder)
+    session = Session(plan, executor(plan, block, poison=poison), folder)
+    session.loaded = loaded
+    return session
 
 
 def check(plan: Plan, weights: str | Path) -> tuple[Checkpoint, list[Resident]]:

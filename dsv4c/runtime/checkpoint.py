@@ -1,7 +1,8 @@
 """Opens safetensors checkpoints: compares what they hold with what is needed, then reads it in parallel.
 
-Files are memory-mapped, one parameter per worker is in flight, and every doubt is a CheckpointError that
-names file, tensor, what was found and expected.
+Files are memory-mapped and read in the order in which they lie on disk, one parameter or one matrix of a
+stack per worker is in flight, and every doubt is a CheckpointError that names file, tensor, what was found
+and expected.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import mmap
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,7 @@ SCALES = ("scale", "global_scale", "input_scale")
 """Parts of a source that scale the others, or what is multiplied with them."""
 
 Sink = Callable[[str, Value], None]
+PieceSink = Callable[[str, int | None, Value], None]
 Progress = Callable[[str, int, int], None]
 
 
@@ -274,6 +277,39 @@ class Checkpoint:
         all)` is called after each, one call at a time. Host memory in flight is at most one parameter per
         worker. Raises CheckpointError; the parameters that were not read yet are then left out.
         """
+        report, readers = self._readers(params, table, ignore, workers)
+        jobs = [_Job(reader, tuple(reader.pieces), partial(_give, sink, reader)) for reader in readers]
+        self._read(jobs, workers, progress)
+        return report
+
+    def stream(
+        self,
+        params: Sequence[ParamRecord],
+        sink: PieceSink,
+        *,
+        workers: int | None = None,
+        progress: Progress | None = None,
+    ) -> Report:
+        """`load` in pieces: `sink(name, e, value)` gets matrix `e` of a stack, or with None all of a
+        parameter. Host memory in flight is at most a piece per worker.
+        """
+        report, readers = self._readers(params, None, None, workers)
+        jobs = [
+            _Job(reader, (e,), partial(_give_piece, sink, reader, e))
+            for reader in readers
+            for e in reader.pieces
+        ]
+        self._read(jobs, workers, progress)
+        return report
+
+    def _readers(
+        self,
+        params: Sequence[ParamRecord],
+        table: str | None,
+        ignore: Sequence[str] | None,
+        workers: int | None,
+    ) -> tuple[Report, list[ParamReader]]:
+        """Headers and scales are right; what reads each parameter."""
         report = self.check(params, table, ignore=ignore)
         report.require_complete()
         assert report.table is not None
@@ -282,21 +318,27 @@ class Checkpoint:
         if unsound:
             more = f"\n  and {len(unsound) - 1} more scales" if len(unsound) > 1 else ""
             raise CheckpointError(f"{unsound[0]}{more}")
-        total, done, lock = sum(reader.nbytes for reader in readers), 0, threading.Lock()
+        return report, readers
 
+    def _read(self, jobs: Sequence[_Job], workers: int | None, progress: Progress | None) -> None:
+        """Do all jobs, those first whose bytes come first on disk."""
+        total, done, lock = sum(job.nbytes for job in jobs), 0, threading.Lock()
         stop = threading.Event()
 
-        def read(reader: ParamReader) -> None:
+        def read(job: _Job) -> None:
             nonlocal done
             if stop.is_set():
                 return
             try:
-                sink(reader.param.name, reader.value())
-                reader.release()
+                for entry in job.entries:
+                    self._maps[entry.file].expect(entry.begin, entry.end)
+                job.do()
+                for entry in job.entries:
+                    self.release(entry)
                 with lock:
-                    done += reader.nbytes
+                    done += job.nbytes
                     if progress is not None:
-                        progress(reader.param.name, done, total)
+                        progress(job.reader.param.name, done, total)
             except BaseException:
                 stop.set()
                 raise
@@ -304,11 +346,10 @@ class Checkpoint:
         # The parallelism is over tensors.
         with threads(1), ThreadPoolExecutor(workers or _workers(), "dsv4c-weights") as pool:
             try:
-                for future in [pool.submit(read, reader) for reader in readers]:
+                for future in [pool.submit(read, job) for job in sorted(jobs, key=lambda job: job.place)]:
                     future.result()
             finally:
                 stop.set()
-        return report
 
     def tensor(self, name: str) -> Tensor:
         """A view of one tensor's bytes in the mapped file, in its torch dtype (uint8 for I8, U8 and
@@ -327,6 +368,37 @@ class Checkpoint:
     def release(self, entry: Entry) -> None:
         """Give the pages of a tensor back to the system; they are read again if they are used again."""
         self._maps[entry.file].release(entry.begin, entry.end)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """Pieces of a parameter that are read in one go, and what is done with them."""
+
+    reader: ParamReader
+    pieces: tuple[int | None, ...]
+    do: Callable[[], None]
+
+    @property
+    def entries(self) -> Iterator[Entry]:
+        return (entry for e in self.pieces for entry in self.reader.entries(e))
+
+    @property
+    def nbytes(self) -> int:
+        return sum(entry.nbytes for entry in self.entries)
+
+    @property
+    def place(self) -> tuple[Path, int]:
+        """Where it begins on disk."""
+        first = next(self.entries)
+        return first.file, first.begin
+
+
+def _give(sink: Sink, reader: ParamReader) -> None:
+    sink(reader.param.name, reader.value())
+
+
+def _give_piece(sink: PieceSink, reader: ParamReader, e: int | None) -> None:
+    sink(reader.param.name, e, reader.piece(e))
 
 
 def _workers() -> int:
@@ -359,6 +431,13 @@ class _Map:
                     self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
                 self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
             return self._bytes
+
+    def expect(self, begin: int, end: int) -> None:
+        """Have the system read these bytes, which are wanted soon, all at once."""
+        self.bytes()
+        if self._map is not None and hasattr(mmap, "MADV_WILLNEED"):
+            first = begin // mmap.PAGESIZE * mmap.PAGESIZE
+            self._map.madvise(mmap.MADV_WILLNEED, first, end - first)
 
     def release(self, begin: int, end: int) -> None:
         first = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE

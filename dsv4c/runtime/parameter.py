@@ -6,7 +6,7 @@ numbers, or that cannot become what the plan wants, is a CheckpointError that na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn, Protocol
 
@@ -101,7 +101,6 @@ class Tensors(Protocol):
     @property
     def tensors(self) -> Mapping[str, Entry]: ...
     def tensor(self, name: str) -> Tensor: ...
-    def release(self, entry: Entry) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -113,33 +112,37 @@ class ParamReader:
     source: Source
 
     @property
-    def nbytes(self) -> int:
-        return sum(entry.nbytes for entry in self._entries())
+    def pieces(self) -> Sequence[int | None]:
+        """What can be read by itself: the matrices of a stack, by number, or None, the whole parameter."""
+        merged = not self.source.stack and len(self.source.parts["data"].shape) == 3
+        return range(self.param.type.shape[0] if merged else self.source.stack) or (None,)
 
-    def _entries(self) -> Iterator[Entry]:
+    def entries(self, e: int | None) -> Iterator[Entry]:
+        """The places that a piece is read from: of a merged stack, its part of them."""
         for role, part in self.source.parts.items():
             if role != "input_scale":
-                for name in part.names(self.source.stack):
-                    yield self.checkpoint.tensors[name]
-
-    def release(self) -> None:
-        for entry in self._entries():
-            self.checkpoint.release(entry)
+                entry = self.checkpoint.tensors[part.name(e or 0)]
+                if e is not None and not self.source.stack:
+                    each = entry.nbytes // entry.shape[0]
+                    begin = entry.begin + e * each
+                    entry = replace(entry, shape=entry.shape[1:], begin=begin, end=begin + each)
+                yield entry
 
     def value(self) -> Value:
-        """The parameter, assembled, checked and converted. Stacks are converted matrix by matrix."""
-        merged = not self.source.stack and len(self.source.parts["data"].shape) == 3
-        lead = self.param.type.shape[0] if merged else self.source.stack
-        if not lead:
-            return self._convert(self._regroup(self._piece(None)), self.param.type)
+        """The parameter, all its pieces."""
+        if self.pieces[0] is None:
+            return self.piece(None)
         whole = view(torch.empty(self.param.type.extent, dtype=torch.uint8), self.param.type)
-        inner = self.param.type.with_shape(self.param.type.shape[1:])
-        for e in range(lead):
-            _copy(
-                whole.map(_at(e)) if isinstance(whole, Quantized) else whole[e],
-                self._convert(self._piece(e), inner),
-            )
+        for e in self.pieces:
+            assert e is not None
+            _copy(whole.map(_at(e)) if isinstance(whole, Quantized) else whole[e], self.piece(e))
         return whole
+
+    def piece(self, e: int | None) -> Value:
+        """A matrix of a stack, or the whole parameter: assembled, checked and converted."""
+        if e is None:
+            return self._convert(self._regroup(self._stored(None)), self.param.type)
+        return self._convert(self._stored(e), self.param.type.with_shape(self.param.type.shape[1:]))
 
     def _convert(self, value: Value, want: Type) -> Value:
         try:
@@ -151,7 +154,7 @@ class ParamReader:
         name = self.source.parts[role].name(e)
         raise CheckpointError(f"{self.checkpoint.tensors[name].file}: tensor {name} {what}")
 
-    def _piece(self, e: int | None) -> Value:
+    def _stored(self, e: int | None) -> Value:
         """The stored value: of expert `e` of a stack, or the whole parameter."""
         parts = {r: self._tensor(r, e) for r in self.source.parts if r not in ("input_scale", "same")}
         data, stored = parts["data"], self.source.stored

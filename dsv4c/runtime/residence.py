@@ -1,13 +1,15 @@
 """Weights on their way to the device: converted, packed and copied to their place, a slab of rows at a time.
 
-Where a parameter goes and in which form is plan data. Memory in flight is bounded: one parameter per reading
-thread on the host, a few slabs on the device.
+Where a parameter goes and in which form is plan data. Memory in flight is bounded: a parameter or a matrix of
+a stack per reading thread on the host, a few slabs on the device.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,10 +52,12 @@ class Resident:
             ) from None
         return Resident(ParamRecord.from_json(data), form, components)
 
-    def store(self, block: Tensor, value: Value) -> None:
-        """Copy `value`, which lies on the host and has the record's type, to its place."""
+    def store(self, block: Tensor, value: Value, e: int | None = None) -> None:
+        """Copy `value`, which lies on the host and has the record's type, to its place; or its matrix `e`."""
         parts = parts_of(value)
-        for name, offset, nbytes in self.components:
+        for name, start, whole in self.components:
+            nbytes = whole if e is None else whole // self.record.type.shape[0]
+            offset = start + nbytes * (e or 0)
             if name not in parts:
                 raise PlanError(
                     f"weight {self.record.name}: has a place for {name}, but {self.record.type} has only "
@@ -69,6 +73,24 @@ class Resident:
                 _store_plain(target, parts[name], widened=self.form == WIDENED, what=self.record.name)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What reading a checkpoint took: its bytes, seconds, and the most host memory at once that was neither
+    the files' nor the weights' block.
+    """
+
+    nbytes: int
+    seconds: float
+    memory: int
+
+    def __str__(self) -> str:
+        rate = self.nbytes / self.seconds / 1e9
+        return (
+            f"{self.nbytes / 1e9:.2f} GB in {self.seconds:.1f} s, {rate:.2f} GB/s, "
+            f"{self.memory / 1e9:.2f} GB of memory on the way"
+        )
+
+
 def load_weights(
     checkpoint: Checkpoint,
     residents: Sequence[Resident],
@@ -76,17 +98,66 @@ def load_weights(
     *,
     progress: Progress | None = None,
     workers: int | None = None,
-) -> None:
-    """Read every parameter into `block`, the weights' uint8 block. Raises CheckpointError."""
-    places = {resident.record.name: resident for resident in residents}
+) -> Loaded:
+    """Read every parameter into `block`, the weights' uint8 block, stacks matrix by matrix.
 
-    def sink(name: str, value: Value) -> None:
-        places[name].store(block, value)
+    Raises CheckpointError.
+    """
+    places = {resident.record.name: resident for resident in residents}
+    read = 0
+
+    def sink(name: str, e: int | None, value: Value) -> None:
+        places[name].store(block, value, e)
         if block.is_cuda:
             torch.cuda.current_stream(block.device).synchronize()  # the value goes away with this call
 
-    records = [resident.record for resident in residents]
-    checkpoint.load(records, sink, progress=progress, workers=workers)
+    def report(name: str, done: int, total: int) -> None:
+        nonlocal read
+        read = done
+        if progress is not None:
+            progress(name, done, total)
+
+    started = time.perf_counter()
+    with _Watch(None if block.is_cuda else lambda: read) as watch:
+        records = [resident.record for resident in residents]
+        checkpoint.stream(records, sink, progress=report, workers=workers)
+    return Loaded(read, time.perf_counter() - started, watch.most)
+
+
+class _Watch:
+    """The most host memory, beside files, that the process takes while it is watched, a few times a second.
+
+    `own` says what of it is none of its business.
+    """
+
+    EVERY = 0.02  # seconds
+
+    def __init__(self, own: Callable[[], int] | None) -> None:
+        self.most = 0
+        self._own = own
+        self._first = _anonymous_memory()
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="dsv4c-memory", daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(self.EVERY):
+            own = self._own() if self._own is not None else 0
+            self.most = max(self.most, _anonymous_memory() - self._first - own)
+
+
+def _anonymous_memory() -> int:
+    """Bytes of the process that lie in memory and in no file."""
+    with open("/proc/self/status") as lines:
+        (line,) = (line for line in lines if line.startswith("RssAnon:"))
+    return int(line.split()[1]) * 1024
 
 
 def _store_plain(target: Tensor, part: Tensor, *, widened: bool, what: str) -> None:

@@ -24,6 +24,7 @@ from dsv4c.plan.folder import Plan
 from dsv4c.runtime import state
 from dsv4c.runtime.answer import Answers, Memory, asks_of, checked_tokenizer, generation_defaults
 from dsv4c.runtime.executor import Executor, states_of
+from dsv4c.runtime.residence import Loaded
 from dsv4c.runtime.sampling import Said, Sampling, SamplingState
 
 POSITIONS = {"main": "position", "draft": "mtp.position"}
@@ -73,6 +74,9 @@ class Session:
     Threads may share a session: their calls follow one another, and `streams` and `next_tokens` are of the
     last one, whosever that was.
     """
+
+    loaded: Loaded | None = None
+    """What reading the weights took, where a checkpoint was read."""
 
     def __init__(self, plan: Plan, executor: Executor, checkpoint: Path | None = None) -> None:
         self.plan, self.executor, self.checkpoint = plan, executor, checkpoint

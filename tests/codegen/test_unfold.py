@@ -153,11 +153,15 @@ def test_every_graph_has_kernels(recipe: str) -> None:
         assert {"decode-1", "decode-2", "draft-1"} == set(plan.buckets)
 
 
-def test_steps_that_sample_have_kernels() -> None:
-    plan = gpu_plan(sampled=True, certify=False, **SIZES)
+@pytest.mark.parametrize(
+    ("disable", "last"),
+    [([], ["sampler"]), (["sampler"], ["penalize", "token_probabilities", "draw", "emit"])],
+)
+def test_steps_that_sample_have_kernels(disable: list[str], last: list[str]) -> None:
+    plan = gpu_plan(sampled=True, disable=disable, certify=False, **SIZES)
     assert check(plan) == []
     launches = [launch.op for launch in plan.buckets["decode-1.sampled"].launches]
-    assert launches[-5:] == ["penalize", "token_probabilities", "draw", "emit", "advance"]
+    assert launches[-1 - len(last) :] == [*last, "advance"]
 
 
 @pytest.mark.parametrize("rule", [fusion.name for fusion in FUSIONS])

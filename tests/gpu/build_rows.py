@@ -131,6 +131,7 @@ def kernels(folder: Path, store: Path, arch: Arch, wanted: Iterable[tuple[str, b
                 "grid": emission.grid,
                 "block": emission.block,
                 "shared": emission.shared,
+                "cluster": emission.cluster,
                 "parameters": [[each.operands[p.operand].name, p.component] for p in emission.parameters],
             }
         )

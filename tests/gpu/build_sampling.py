@@ -13,19 +13,38 @@ from pathlib import Path
 from benchmarks.plans import first_layers
 from dsv4c.arch import ARCHS
 from dsv4c.codegen.build import Source, build
-from dsv4c.codegen.kernels.rows import Built, kernel_of
+from dsv4c.codegen.kernels import KERNELS
+from dsv4c.codegen.registry import choose, request_of
 from dsv4c.compiler.compile import compile
 from dsv4c.config import save_config
 from dsv4c.ir.op import Op
 from dsv4c.ir.ops.sample import Draw, Penalize, TokenProbabilities
 from dsv4c.ir.text import print_graph
+from dsv4c.passes.fusions.sampler import Sampler
 from tests.codegen.primitives import graph_of
 from tests.gpu.check_sampling import DRAWS, FOLDER
 
+SAMPLER = (
+    "f32[N,{v}]",
+    *["i32[N]"] * 4,
+    "i32[{s},512]",
+    "i32[{s}]",
+    "f32[{s},7]",
+    "i32[{s},2]",
+    "i32[{s},8]",
+)
 CASES: dict[str, tuple[Op, tuple[str, ...], int]] = {
     "penalize": (Penalize(), ("f32[N,1000]", "i32[N,256]", "i32[N]", "i32[N]", "i32[N]", "f32[N,7]"), 4),
     "token_probabilities": (TokenProbabilities(), ("f32[N,1000]", "i32[N]", "f32[N,7]"), 4),
     "draw": (Draw(), ("f32[N,7]", "i32[N]", "i32[N]", "i32[1]", "i32[1,2]"), DRAWS),
+    **{
+        f"sampler-{vocabulary}x{rows}": (
+            Sampler(),
+            tuple(text.format(v=vocabulary, s=slots) for text in SAMPLER),
+            rows,
+        )
+        for vocabulary, rows, slots in ((8, DRAWS, 1), (1000, 4, 4), (129280, 1, 16), (129280, 8, 16))
+    },
 }
 
 
@@ -33,13 +52,13 @@ def kernels(folder: Path, store: Path, target: str) -> None:
     made = []
     for name, (op, types, rows) in CASES.items():
         graph = graph_of(op, types, rows)
-        built = kernel_of(graph, False, name, name, ARCHS[target])
-        assert isinstance(built, Built), built
-        made.append((name, graph, built))
-    sources = [Source(b.emission.symbol, b.emission.source) for _, _, b in made]
+        request, values = request_of(graph.nodes, ARCHS[target], {}, {})
+        (launch,) = choose(request, KERNELS)
+        made.append((name, graph, launch, values))
+    sources = [Source(launch.emission.symbol, launch.emission.source) for _, _, launch, _ in made]
     described = []
-    for (name, graph, each), kernel in zip(made, build(sources, target, store), strict=True):
-        emission = each.emission
+    for (name, graph, launch, values), kernel in zip(made, build(sources, target, store), strict=True):
+        emission = launch.emission
         (folder / f"{name}.cubin").write_bytes(kernel.cubin)
         described.append(
             {
@@ -50,7 +69,8 @@ def kernels(folder: Path, store: Path, target: str) -> None:
                 "grid": emission.grid,
                 "block": emission.block,
                 "shared": emission.shared,
-                "parameters": [[each.operands[p.operand].name, p.component] for p in emission.parameters],
+                "cluster": emission.cluster,
+                "parameters": [[values[b.value].name, b.component] for b in launch.bindings],
             }
         )
     (folder / "cases.json").write_text(json.dumps(described))

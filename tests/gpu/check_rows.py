@@ -57,7 +57,8 @@ class Kernel:
         self.graph: Graph = parse_graph(entry["graph"])
         self.parameters: list[list[str]] = entry["parameters"]
         library = Library((folder / entry["cubin"]).read_bytes(), self.name)
-        kernel = library.kernel(entry["symbol"], shared=entry["shared"], cluster=1)
+        self.cluster = tuple(entry["cluster"])
+        kernel = library.kernel(entry["symbol"], shared=entry["shared"], cluster=self.cluster[0])
         self.shape = (kernel, tuple(entry["grid"]), entry["block"], entry["shared"])
         self._library = library
         self.values: dict[str, Value] = {}
@@ -82,7 +83,7 @@ class Kernel:
         self.values = values
         self.alive.append(values)
         addresses = tuple(parts_of(values[name])[part].data_ptr() for name, part in self.parameters)
-        return Launch(*self.shape, addresses, (1, 1, 1))
+        return Launch(*self.shape, addresses, self.cluster)
 
 
 def on_device(value: Value) -> Value:

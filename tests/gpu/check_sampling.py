@@ -16,22 +16,25 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Generator, Tensor
 
 from dsv4c.config import load_config
 from dsv4c.models.synth import synthesize
 from dsv4c.plan.folder import load
+from dsv4c.reference.interpret import interpret
 from dsv4c.reference.sample import philox
 from dsv4c.runtime.answer import Done
 from dsv4c.runtime.sampling import Sampling
 from tests.goldens import golden_case
 from tests.gpu.check_rows import Kernel
+from tests.gpu.kernels import measure
 from tests.words import write_tokenizer
 
 FOLDER = Path("build/gpu/sampling")
 DRAWS = 4000  # rows of a call
 ANSWER = 2000
 ROUNDS = 9
+CHAIN = 50
 
 
 def check_recorded(kernels: dict[str, Kernel]) -> None:
@@ -76,6 +79,101 @@ def check_draws(kernel: Kernel) -> None:
     print(f"draws: {int(counts.sum()):,}, each the reference's, chi-square {chi_square:.1f} of 22.5")
 
 
+SETTINGS = (
+    Sampling(),
+    Sampling(temperature=1.0),
+    Sampling(temperature=0.7, top_p=0.95),
+    Sampling(temperature=1.3, top_k=50, top_p=0.9),
+    Sampling(temperature=0.6, min_p=0.05),
+    Sampling(temperature=1.0, top_k=40, repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.1),
+    Sampling(temperature=2.0, top_p=0.5, repetition_penalty=0.8, frequency_penalty=-0.2),
+    Sampling(temperature=0.01, top_k=3, top_p=0.999, min_p=0.3),
+)
+LOGITS = ("flat", "peaked", "equal", "few", "huge", "broken")
+
+
+def sampler_operands(kernel: Kernel, logits: str, generator: Generator) -> list[Tensor]:
+    """What a session hands to a sampler: a slot of its own for every row; of eight rows the last is idle."""
+    rows, vocabulary = kernel.graph.inputs[0].type.shape
+    slots, capacity = kernel.graph.inputs[5].type.shape
+
+    def some(least: int, most: int, *shape: int) -> Tensor:
+        return torch.randint(least, most, shape, generator=generator, dtype=torch.int32)
+
+    x = torch.randn(rows, vocabulary, generator=generator) * 3
+    if logits == "peaked":
+        x[:, some(0, vocabulary, 20).long()] += 12
+    elif logits == "equal":
+        x = (x / 3).round()
+    elif logits == "few":
+        x[:, some(0, vocabulary, vocabulary - vocabulary // 8).long()] = -torch.inf
+    elif logits == "huge":
+        x = x * 1e4
+    elif logits == "broken":
+        x[0, 3], x[-1] = torch.nan, -torch.inf
+    slot = torch.randperm(slots, generator=generator)[:rows].to(torch.int32)
+    position, length = some(0, capacity, rows), torch.ones(rows, dtype=torch.int32)
+    if rows == 8:
+        slot[-1], position[-1], length[-1] = 0, -1, 0
+    knobs = torch.tensor([SETTINGS[(i + int(some(0, 8, 1))) % 8].knobs for i in range(slots)])
+    said = some(0, min(vocabulary, 300), slots, capacity)
+    origin, seeds = some(0, 40, slots), some(-(1 << 31), (1 << 31) - 1, slots, 2)
+    stops = some(-1, vocabulary, slots, 8)
+    return [x, some(0, vocabulary, rows), length, position, slot, said, origin, knobs, seeds, stops]
+
+
+def check_sampler(kernel: Kernel, calls: int) -> None:
+    """Every result as the reference has it, and what a token is does not depend on the rows beside it."""
+    generator, rows = torch.Generator().manual_seed(calls), 0
+    for call in range(calls):
+        given = sampler_operands(kernel, LOGITS[call % len(LOGITS)], generator)
+        copies = {v.name: x.clone() for v, x in zip(kernel.graph.inputs, given, strict=True)}
+        expected = list(interpret(kernel.graph, copies, {}, {}).values())
+        found = kernel.run(list(given))
+        for name, a, b in zip(("chosen", "said", "going", "history"), expected, found, strict=True):
+            assert isinstance(a, Tensor)
+            assert isinstance(b, Tensor)
+            assert torch.equal(a, b), (kernel.name, call, name, a, b, given[4], given[7])
+        rows += len(given[0])
+    print(f"{kernel.name}: {rows} tokens of {calls} calls, each the reference's, its history and its stops")
+
+
+def check_frequencies(kernel: Kernel) -> None:
+    """200,000 draws of the sampler from eight tokens, of which top-k and top-p leave five."""
+    p = torch.tensor([0.25, 0.0005, 0.2, 0.001, 0.15, 0.1, 0.0985, 0.2])
+    ones, zeros = torch.ones(DRAWS, dtype=torch.int32), torch.zeros(DRAWS, dtype=torch.int32)
+    knobs = torch.tensor([Sampling(temperature=1.0, top_k=6, top_p=0.8).knobs])
+    stops, counts = torch.tensor([[2, *[-1] * 7]], dtype=torch.int32), torch.zeros(8)
+    for call in range(200_000 // DRAWS):
+        at = torch.arange(call * DRAWS, (call + 1) * DRAWS, dtype=torch.int32)
+        history = torch.zeros(1, 512, dtype=torch.int32)
+        seeds = torch.tensor([[3, 5]], dtype=torch.int32)
+        logits = p.log().expand(DRAWS, -1)
+        given = [logits, zeros, ones, at, zeros, history, zeros[:1], knobs, seeds, stops]
+        chosen, said, going = (x for x in kernel.run(list(given))[:3] if isinstance(x, Tensor))
+        assert torch.equal(said, chosen)
+        assert torch.equal(going, (chosen != 2).to(torch.int32))
+        counts += torch.bincount(chosen.long(), minlength=8)
+    kept = torch.tensor([0, 2, 4, 7])
+    assert counts[kept].sum() == counts.sum(), counts
+    wanted = p[kept] / p[kept].sum() * counts.sum()
+    chi_square = float(((counts[kept] - wanted) ** 2 / wanted).sum())
+    assert chi_square < 16.27, chi_square  # one in a thousand of 3 degrees of freedom
+    print(f"{kernel.name}: {int(counts.sum()):,} draws, chi-square {chi_square:.1f} of 16.3")
+
+
+def time_sampler(kernel: Kernel) -> None:
+    """Microseconds of a launch in a chain, its logits in L2, as the head leaves them."""
+    generator = torch.Generator().manual_seed(1)
+    for how in SETTINGS[:6]:
+        for logits in ("flat", "peaked"):
+            given = sampler_operands(kernel, logits, generator)
+            given[7] = torch.tensor([how.knobs]).expand(len(given[7]), -1)
+            launch = kernel.launch(list(given))
+            plain, programmatic = (measure([launch] * CHAIN, edge) / CHAIN for edge in (False, True))
+            print(f"{kernel.name}, {logits}, {how}: {plain:.2f} us, programmatic edges {programmatic:.2f}")
+
+
 def check_tiny(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         weights = synthesize(load_config("tiny"), Path(scratch) / "weights", 1)
@@ -112,6 +210,7 @@ def check_flash(folder: Path, weights: Path) -> None:
         print(f"synth: {time.perf_counter() - started:.0f} s")
     write_tokenizer(weights)
     session = load(folder / "flash.plan").bind(weights)
+    print(f"flash: weights {session.loaded}")
     warm = Sampling(temperature=1.0, top_p=0.95, seed=1)
     answer = session.generate("Hello", sampling=warm, max_new_tokens=ANSWER)
     done = next(event for event in answer if isinstance(event, Done))
@@ -149,6 +248,11 @@ def main() -> None:
     kernels = {entry["name"]: Kernel(entry, options.folder) for entry in described}
     check_recorded(kernels)
     check_draws(kernels["draw"])
+    check_frequencies(kernels[f"sampler-8x{DRAWS}"])
+    check_sampler(kernels["sampler-1000x4"], 120)
+    for rows in (1, 8):
+        check_sampler(kernels[f"sampler-129280x{rows}"], 18)
+        time_sampler(kernels[f"sampler-129280x{rows}"])
     check_tiny(options.folder)
     if options.weights is not None:
         check_flash(options.folder, options.weights)

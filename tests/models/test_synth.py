@@ -85,6 +85,19 @@ def test_values_are_those_of_a_sane_model(tiny, folder):
     assert len({tuple(expert.flatten()[:64].tolist()) for expert in experts}) == len(experts)
 
 
+def test_codes_of_experts_are_all_as_likely_and_their_scales_neighbors(tiny, folder, tmp_path):
+    mxfp4 = Checkpoint.open(folder)
+    nvfp4 = Checkpoint.open(synthesize(replace(tiny, expert_format="nvfp4"), tmp_path / "out", seed=3))
+    for checkpoint, scale in ((mxfp4, "scale"), (nvfp4, "weight_scale")):
+        data = checkpoint.tensor("layers.1.ffn.experts.0.w1.weight").view(torch.uint8)
+        counts = torch.bincount(torch.cat([data & 15, data >> 4]).flatten().long(), minlength=16)
+        assert counts.min() > 0.8 * counts.float().mean()
+        least, most = (
+            checkpoint.tensor(f"layers.1.ffn.experts.0.w1.{scale}").view(torch.uint8).unique().tolist()
+        )
+        assert most == least + 1
+
+
 def test_nvfp4_experts_share_scales_between_w1_and_w3(tiny, tmp_path):
     config = replace(tiny, expert_format="nvfp4")
     checkpoint = Checkpoint.open(synthesize(config, tmp_path / "out", seed=3))

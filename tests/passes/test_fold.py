@@ -596,7 +596,10 @@ def declare(**members: Any) -> type[Fused]:
             {"body": lambda self, x: silu(x), "propose": classmethod(lambda cls, anchor, around: ({},))},
             "proposes fields; say at which op in `anchor`",
         ),
-        ({"body": lambda self, x: silu(x)[0]}, "the body cannot be traced: 'Value' object is not"),
+        (
+            {"body": lambda self, x: silu(x)[0]},
+            r"the body cannot be traced: .*test_fold\.py:\d+: TypeError: 'Value' object",
+        ),
     ],
 )
 def test_a_body_that_cannot_be_registered(members: dict[str, Any], message: str) -> None:

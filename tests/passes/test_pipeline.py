@@ -14,7 +14,7 @@ from dsv4c.buckets import Bucket
 from dsv4c.config import Deployment, load_config
 from dsv4c.errors import GraphError
 from dsv4c.ir.declare import fused
-from dsv4c.ir.fused import Fused
+from dsv4c.ir.fused import Fused, dtype_of
 from dsv4c.ir.graph import Builder, Graph, Value
 from dsv4c.ir.ops import scale, silu
 from dsv4c.ir.text import parse_graph, print_graph
@@ -33,7 +33,7 @@ from dsv4c.passes.pipeline import (
     parse_pipeline,
 )
 from dsv4c.passes.recipes import RECIPES, recipe_named
-from dsv4c.types import F32, TensorType
+from dsv4c.types import BF16, F32, TensorType
 
 
 @fused
@@ -214,6 +214,24 @@ def test_a_rule_that_matched_nothing_is_a_warning() -> None:
     assert context.warnings == [
         "small: the rule twice_silu_test matched nothing; ask why-not twice_silu_test"
     ]
+
+
+def test_where_a_body_ended_is_told_with_the_warning() -> None:
+    @fused
+    class MistakenTest(Fused):
+        """silu(x), where its author made no mistake."""
+
+        def body(self, x: Value) -> Value:
+            if dtype_of(x) == BF16:
+                raise ValueError("three of four")
+            return silu(silu(x))  # type: ignore[no-any-return]
+
+    context = Context(rules={"mistaken_test": Rule(MistakenTest)})
+    Pipeline((Fold(),), frozenset({"formats"})).run(small(), context)
+    (warning,) = context.warnings
+    assert re.search(
+        r"a way through its body ended at .*test_pipeline\.py:\d+: ValueError: three of four", warning
+    )
 
 
 def test_rules_are_chosen_by_name() -> None:

@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from dsv4c.config import load_config
 from dsv4c.errors import CheckpointError
 from dsv4c.models.weights import describe, records, sources
-from dsv4c.numerics.codec import Quantized, dequantize, quantize
+from dsv4c.numerics.codec import Quantized, dequantize, parts_of, quantize
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.parameter import ParamRecord, Part, Source
+from dsv4c.runtime.parameter import ParamReader, ParamRecord, Part, Source
 from dsv4c.types import (
     BF16,
     F32,
@@ -62,6 +62,25 @@ def read(folder, wanted, **options):
     values = {}
     Checkpoint.open(folder).load(wanted, lambda name, value: values.update({name: own(value)}), **options)
     return values
+
+
+def test_stacks_stream_in_the_order_of_the_disk():
+    folder = golden_case("official-quant")
+    checkpoint = Checkpoint.open(folder)
+    wanted = params(load_config(folder))
+    whole, pieces = read(folder, wanted), []
+    checkpoint.stream(wanted, lambda name, e, value: pieces.append((name, e, own(value))), workers=1)
+    for name, value in whole.items():
+        found = [(e, piece) for n, e, piece in pieces if n == name]
+        assert sorted(e or 0 for e, _ in found) == list(range(len(found)))
+        for e, piece in found:
+            expected = value if e is None else value.map(lambda part, e=e: part[e])
+            for a, b in zip(parts_of(expected).values(), parts_of(piece).values(), strict=True):
+                assert torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+    readers = {p.name: ParamReader(checkpoint, p, p.sources["release"]) for p in wanted}
+    places = [next(readers[name].entries(e)) for name, e, _ in pieces]
+    assert [(p.file, p.begin) for p in places] == sorted((p.file, p.begin) for p in places)
+    assert len(pieces) > len(whole)
 
 
 def release_value(tensors, name):

@@ -503,7 +503,6 @@ def test_nan_weights_are_named(plan: Plan, checkpoint: Path, tmp_path: Path) -> 
 def test_progress_reaches_the_end(plan: Plan, checkpoint: Path) -> None:
     calls: list[tuple[str, int, int]] = []
     plan.bind(checkpoint, progress=lambda *call: calls.append(call))
-    assert len(calls) == len(plan.weights)
     assert {name for name, _, _ in calls} == {w["name"] for w in plan.weights}
     assert calls[-1][1] == calls[-1][2]
 

@@ -356,6 +356,50 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Spread:
+    """A row of logits over a cluster: `each` of its `columns` in a CTA, a run of 4 * `quads` in a thread.
+
+    Bounds are found digit by digit of 32-bit keys with a zero behind; of each digit a CTA has sums of the
+    lower and the upper parts of weights.
+    """
+
+    WIDTH: ClassVar = 11  # bits of a digit
+    STEPS: ClassVar = 3
+    BINS: ClassVar = 1 << WIDTH
+
+    columns: int
+    ctas: int
+    threads: int
+
+    @property
+    def each(self) -> int:
+        """Columns of a CTA, of the last one perhaps fewer."""
+        return -(-self.columns // (4 * self.ctas)) * 4
+
+    @property
+    def quads(self) -> int:
+        """Groups of four neighbors that a thread holds."""
+        return -(-self.each // (4 * self.threads))
+
+    def column(self, rank: int, thread: int, quad: int) -> int:
+        """The first column of a thread's quad."""
+        return rank * self.each + (thread * self.quads + quad) * 4
+
+    o_choice: ClassVar = 256  # behind a number of each warp: a digit and what is left, i64 each
+    o_tops: ClassVar = 320  # the largest key of each CTA
+    o_totals: ClassVar = 384  # the sum of each CTA, i64
+    o_lower: ClassVar = 512  # by digit, u32
+    o_upper: ClassVar = o_lower + 4 * BINS
+    o_sums: ClassVar = o_upper + 4 * BINS  # of the cluster, by digit, i64
+    o_counts: ClassVar = o_sums + 8 * BINS  # by column
+
+    @property
+    def shared(self) -> int:
+        """Bytes."""
+        return self.o_counts + -(-self.each // 4) * 16
+
+
+@dataclass(frozen=True)
 class Gemm:
     """NVFP4 x[rows, k] times w[columns, k]^T on tcgen05: a tile of both per CTA, `stages` of k in flight."""
 

@@ -94,6 +94,24 @@ def sts16(s: Int32, r: Uint32):
 
 
 @cute.jit
+def lds_i64(s: Int32):
+    """One Int64 of shared memory."""
+    return _asm("ld.shared.b64 {$w0}, [{$r0}];", write_only_types=[Int64], read_only_args=[s])
+
+
+@cute.jit
+def sts_i64(s: Int32, r: Int64):
+    """Store one Int64 to shared memory."""
+    _asm("st.shared.b64 [{$r0}], {$r1};", read_only_args=[s, r])
+
+
+@cute.jit
+def count_shared(s: Int32, r: Uint32):
+    """Add to a word of shared memory, whoever else does."""
+    _asm("red.shared.add.u32 [{$r0}], {$r1};", read_only_args=[s, r])
+
+
+@cute.jit
 def ldg32(g: Int64):
     """One word of global memory that a predecessor wrote: call after `wait`."""
     return _asm("ld.global.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
@@ -446,6 +464,32 @@ def divide(a: Float32, b: Float32):
 
 
 @cute.jit
+def multiply(a: Float32, b: Float32):
+    """a * b in f32, never one half of a fused multiply-add."""
+    return _asm("mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+@cute.jit
+def plus(a: Float32, b: Float32):
+    """a + b in f32, never the other half."""
+    return _asm("add.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
+
+
+@cute.jit
+def fma(a: Float32, b: Float32, c: Float32):
+    """a * b + c in f32, rounded once."""
+    return _asm(
+        "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c]
+    )
+
+
+@cute.jit
+def nearest(a: Float32):
+    """The whole number next to a, even on ties."""
+    return _asm("cvt.rni.f32.f32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[a])
+
+
+@cute.jit
 def mma_f16(rC: cute.Tensor, a0: Uint32, a1: Uint32, a2: Uint32, a3: Uint32, b0: Uint32, b1: Uint32):
     """rC[4] += A[16x16] B[16x8], f16 operands, f32 accumulators, mma.sync fragment order."""
     r = _asm(
@@ -490,6 +534,35 @@ def load_remote_f32(s: Int32, rank: Int32):
         "{ .reg .b32 a; mapa.shared::cluster.u32 a, {$r0}, {$r1}; ld.shared::cluster.f32 {$w0}, [a]; }",
         write_only_types=[Float32],
         read_only_args=[s, rank],
+    )
+
+
+@cute.jit
+def store_remote_i64(s: Int32, rank: Int32, r: Int64):
+    """Store an Int64 at the same shared address `s` of the cluster's CTA `rank`."""
+    _asm(
+        "{ .reg .b32 a; mapa.shared::cluster.u32 a, {$r0}, {$r1}; st.shared::cluster.b64 [a], {$r2}; }",
+        read_only_args=[s, rank, r],
+    )
+
+
+@cute.jit
+def count_remote(s: Int32, rank: Int32, r: Uint32):
+    """Add to the word at shared address `s` of CTA `rank`, whoever else does."""
+    _asm(
+        "{ .reg .b32 a; mapa.shared::cluster.u32 a, {$r0}, {$r1}; "
+        "red.relaxed.cluster.shared::cluster.add.u32 [a], {$r2}; }",
+        read_only_args=[s, rank, r],
+    )
+
+
+@cute.jit
+def mark_remote(s: Int32, rank: Int32, r: Uint32):
+    """Set bits of the word at shared address `s` of CTA `rank`, whoever else does."""
+    _asm(
+        "{ .reg .b32 a; mapa.shared::cluster.u32 a, {$r0}, {$r1}; "
+        "red.relaxed.cluster.shared::cluster.or.b32 [a], {$r2}; }",
+        read_only_args=[s, rank, r],
     )
 
 

@@ -4,8 +4,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import BFloat16, Constexpr, Float32, Float64, Int32, Uint32, const_expr
 
+from dsv4c.codegen.lib.sampler import order
 from dsv4c.codegen.meanings.quant import exact
-from dsv4c.codegen.meanings.sample import order
 from dsv4c.codegen.meanings.values import Lines, Team, at, put, rounded, sums_before, total, wide
 
 

@@ -4,7 +4,8 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Float64, Int32, Int64, Uint32, const_expr, range_constexpr
 
-from dsv4c.codegen.lib import ptx
+from dsv4c.codegen.lib import ptx, sampler
+from dsv4c.codegen.lib.sampler import FREQUENCY, MIN_P, PRESENCE, REPETITION, TEMPERATURE, TOP_K, TOP_P
 from dsv4c.codegen.meanings.values import (
     Lines,
     Team,
@@ -12,16 +13,12 @@ from dsv4c.codegen.meanings.values import (
     held,
     largest,
     lines,
-    multiply,
-    plus,
     put,
     size,
     sums_before,
     total,
     wide,
 )
-
-TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(7)  # columns of the knobs
 
 
 @cute.jit
@@ -52,7 +49,7 @@ def _likeliest(logits: cute.Tensor, row: Int32, over: Constexpr):
     width = logits.shape[-1]
     best, column = Int32(-0x80000000), Int32(0x7FFFFFFF)
     for j in cutlass.range(over.lane, width, over.width):
-        key = order(at(logits, row * width + j).to(Float32))
+        key = sampler.order(at(logits, row * width + j).to(Float32))
         if key > best or column == Int32(0x7FFFFFFF):
             best, column = key, j
     if const_expr(over.width > 1):
@@ -74,24 +71,13 @@ def _likeliest(logits: cute.Tensor, row: Int32, over: Constexpr):
     return column
 
 
-@cute.jit
-def order(x: Float32):
-    """An integer that orders numbers as they are: zeros are equal, NaN is above all."""
-    bits = x.bitcast(Int32)
-    magnitude = bits & Int32(0x7FFFFFFF)
-    key = -magnitude if bits < 0 else magnitude
-    return Int32(0x7FFFFFFF) if x != x else key
-
-
 # Sampling: a CTA per row ------------------------------------------------------------------------------------
 
 
 @cute.jit
 def _knob(knobs: cute.Tensor, slot: Int32, column: Constexpr[int]):
     """A slot's knob; off where it is no finite number."""
-    value = at(knobs, slot * 7 + column)
-    finite = value - value == Float32(0.0)
-    return value if finite else Float32(0.0)
+    return sampler.off_unless_finite(at(knobs, slot * 7 + column))
 
 
 @cute.jit
@@ -126,13 +112,8 @@ def penalize(
     cute.arch.sync_threads()
     for j in cutlass.range(team.thread, width, team.threads):
         count = ptx.ldg32(g_counts + Int64(j) * 4)
-        value = at(logits, j)
-        if repetition > Float32(0.0) and (count & Uint32(1)) == Uint32(1):
-            lower = ptx.divide(value, repetition)
-            value = lower if value > Float32(0.0) else multiply(value, repetition)
-        times = (count >> Uint32(1)).to(Float32)
-        once = presence if times > Float32(0.0) else Float32(0.0)
-        put(y, j, plus(value, -plus(once, multiply(frequency, times))))
+        said, times = count.bitcast(Int32), (count >> Uint32(1)).bitcast(Int32)
+        put(y, j, sampler.lowered(at(logits, j), said, times, repetition, presence, frequency))
 
 
 @cute.jit
@@ -207,7 +188,7 @@ def token_probabilities(
 @cute.jit
 def _key(logits: cute.Tensor, j: Int32):
     """A logit as an unsigned number of the same order."""
-    return (order(at(logits, j)).bitcast(Uint32)) ^ Uint32(0x80000000)
+    return (sampler.order(at(logits, j)).bitcast(Uint32)) ^ Uint32(0x80000000)
 
 
 @cute.jit
@@ -226,7 +207,7 @@ def draw(
     width = probabilities.shape[1]
     slot = at(slots, 0)
     index = at(positions, 0) + 1 - at(origin, slot)
-    word = _philox(at(seeds, slot * 2).bitcast(Uint32), at(seeds, slot * 2 + 1).bitcast(Uint32), index)
+    word = sampler.philox(at(seeds, slot * 2).bitcast(Uint32), at(seeds, slot * 2 + 1).bitcast(Uint32), index)
     run = -(-width // team.threads)
     first = team.thread * run
     stop = cutlass.min(first + run, Int32(width))
@@ -234,9 +215,7 @@ def draw(
     for j in cutlass.range(first, stop):
         own = own + _whole(at(probabilities, j))
     before, all_ = sums_before(own, Float64, team)
-    high, low = (word >> Uint32(16)).to(Float32), (word & Uint32(0xFFFF)).to(Float32)
-    number = (wide(high) * Float64(65536.0) + wide(low) + Float64(0.5)) * Float64(2.0**-32)
-    wanted = number * all_
+    wanted = sampler.unit(word) * all_
     if before <= wanted and wanted < before + own:
         reached, column = before, Int32(-1)
         for j in cutlass.range(first, stop):
@@ -253,26 +232,6 @@ def _whole(p: Float32):
     share = cutlass.max(Float32(0.0), cutlass.min(p, Float32(1.0)))
     share = share if p == p else Float32(0.0)
     return (wide(share) * Float64(2.0**40)).to(Int64).to(Float64)
-
-
-@cute.jit
-def _philox(low: Uint32, high: Uint32, index: Int32):
-    """The first word of Philox 4x32-10 at (index, 0, 0, 0) under the key (low, high)."""
-    a, b, c, d = index.bitcast(Uint32), Uint32(0), Uint32(0), Uint32(0)
-    for _ in range_constexpr(10):
-        one, two = a * Uint32(0xD2511F53), c * Uint32(0xCD9E8D57)
-        upper_one, upper_two = _upper(a, Uint32(0xD2511F53)), _upper(c, Uint32(0xCD9E8D57))
-        a, b, c, d = upper_two ^ b ^ low, two, upper_one ^ d ^ high, one
-        low, high = low + Uint32(0x9E3779B9), high + Uint32(0xBB67AE85)
-    return a
-
-
-@cute.jit
-def _upper(a: Uint32, b: Uint32):
-    """The upper half of a product."""
-    return cute.arch.inline_ptx(
-        "mul.hi.u32 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b]
-    )
 
 
 @cute.jit

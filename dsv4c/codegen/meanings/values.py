@@ -26,7 +26,7 @@ from cutlass import (
     range_constexpr,
 )
 
-from dsv4c.codegen.lib import ptx
+from dsv4c.codegen.lib import ptx, scan
 from dsv4c.types import QuantFormat, parse_format
 
 DTYPES: dict[str, Any] = {
@@ -149,20 +149,7 @@ def bf16(x: float) -> float:
     return float(struct.unpack("<f", struct.pack("<I", bits & 0xFFFF0000))[0])
 
 
-@cute.jit
-def multiply(a: Float32, b: Float32):
-    """a * b in f32, never one half of a fused multiply-add."""
-    return cute.arch.inline_ptx(
-        "mul.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b]
-    )
-
-
-@cute.jit
-def plus(a: Float32, b: Float32):
-    """a + b in f32, never the other half."""
-    return cute.arch.inline_ptx(
-        "add.rn.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b]
-    )
+multiply, plus = ptx.multiply, ptx.plus
 
 
 @cute.jit
@@ -256,19 +243,4 @@ def each(over: Constexpr, count: Constexpr[int]):
 @cute.jit
 def sums_before(own, number: Constexpr, team: Team):
     """Sums of a `number` of each thread: over the threads in front of this one, and over all."""
-    warps = team.threads // 32
-    lane, warp = team.thread % 32, team.thread // 32
-    so_far = own
-    for i in range_constexpr(5):
-        other = cute.arch.shuffle_sync_up(so_far, offset=1 << i, mask_and_clamp=0)
-        so_far = so_far + (other if lane >= (1 << i) else number(0))
-    numbers = held(number, team.scratch, (warps,))
-    if lane == 31:
-        numbers[warp] = so_far
-    cute.arch.sync_threads()
-    before, all_ = number(0), number(0)
-    for i in range_constexpr(warps):
-        before = before + (numbers[i] if i < warp else number(0))
-        all_ = all_ + numbers[i]
-    cute.arch.sync_threads()
-    return before + so_far - own, all_
+    return scan.sums_before(own, number, team.scratch, team.thread, team.threads)

@@ -1,0 +1,87 @@
+"""The sampler: a token of each row, by its slot's knobs and history, in one launch of a cluster per row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.kernels.formats import holds
+from dsv4c.codegen.lib.geometry import Spread
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
+from dsv4c.errors import BuildError
+from dsv4c.ir.ops.sample import KNOBS, STOPS
+from dsv4c.passes.fusions.sampler import Sampler
+from dsv4c.types import F32
+
+RESULTS = ("chosen", "said", "going", "history")
+MOST_EACH = 8191  # columns of a CTA whose parts of weights add up in 32 bits
+
+
+@dataclass(frozen=True)
+class SamplerSpec:
+    """logits f32[rows, vocabulary]; tokens, lengths, positions, slots i32[rows]; history i32[S, capacity],
+    origin i32[S], knobs f32[S, 7], seeds i32[S, 2], stops i32[S, 8] -> chosen, said, going i32[rows].
+    """
+
+    rows: int
+    vocabulary: int
+    capacity: int
+
+
+def emit_sampler(spec: SamplerSpec, arch: Arch) -> Emission:
+    """The kernel of a spec. Raises BuildError for vocabularies that no cluster holds."""
+    n = spec.vocabulary
+    if n % 4:
+        raise BuildError(f"sampler of {n} tokens: want a multiple of 4, for 16-byte loads")
+    ctas = next(c for c in (16, 8, 4, 2) if c == 2 or n >= 512 * c)
+    t = Spread(n, ctas, min(512, -(-n // (4 * ctas * 32)) * 32))
+    if t.each > MOST_EACH:
+        raise BuildError(f"sampler of {n} tokens: a CTA of {ctas} has {t.each}, more than {MOST_EACH}")
+    types = {
+        "logits": f"f32[N,{n}]",
+        "tokens": "i32[N]",
+        "lengths": "i32[N]",
+        "positions": "i32[N], -1 for none",
+        "slots": "i32[N]",
+        "history": f"i32[S,{spec.capacity}]",
+        "origin": "i32[S]",
+        "knobs": f"f32[S,{len(KNOBS)}]",
+        "seeds": "i32[S,2]",
+        "stops": f"i32[S,{STOPS}]",
+        "chosen": "i32[N]",
+        "said": "i32[N]",
+        "going": "i32[N]",
+    }
+    parameters = tuple(map(Parameter, types))
+    source = render(
+        "sampler.py.jinja",
+        t=t,
+        signature="\n".join(f"m_{name}: {type_}" for name, type_ in types.items()),
+        pointers=[p.name for p in parameters],
+        capacity=spec.capacity,
+        knobs=len(KNOBS),
+        stops=STOPS,
+        nbytes=4 * n,
+        arch=arch,
+    )
+    grid = (spec.rows * ctas, 1, 1)
+    return Emission("sampler_0", source, grid, t.threads, t.shared, parameters, (ctas, 1, 1))
+
+
+# Binding ----------------------------------------------------------------------------------------------------
+
+
+@kernel(Sampler)
+def sampler(request: Request) -> Answer:
+    call = request.call
+    x = call.operands
+    logits, history = request.types[x["logits"]], request.types[x["history"]]
+    if not holds(logits, F32):
+        return No(f"takes logits of f32, not {logits}")
+    if len(call.made) != len(RESULTS):
+        return No(f"writes {', '.join(RESULTS)}, of which somebody reads {len(call.made)}")
+    rows, vocabulary = logits.shape
+    spec = SamplerSpec(rows, vocabulary, history.shape[1])
+    made = {RESULTS[place]: number for place, number in call.made.items()}
+    return [launchable(request, emit_sampler(spec, request.arch), {**made, **x})]
