@@ -211,6 +211,11 @@ class Deployment:
         """The most sequences of a decode step."""
         return max(bucket.sequences for bucket in self.buckets if bucket.kind == "decode")
 
+    @property
+    def drafts(self) -> bool:
+        """Is there a bucket that drafts, so that all others keep what it looks back to?"""
+        return any(bucket.drafts for bucket in self.buckets)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, the buckets by their names; `from_dict` reads it back."""
         described = {item.name: getattr(self, item.name) for item in fields(self)}

@@ -362,7 +362,7 @@ def _interface(plan: Plan, program: Program) -> Iterator[Violation]:
     """Inputs and outputs have the sizes of the bucket."""
     bucket = program.shape
     last = bucket.sequences if bucket.logits == "last" else bucket.rows
-    sizes = {"tokens": bucket.rows, "lengths": bucket.sequences, "slots": bucket.sequences}
+    sizes = {"tokens": bucket.given, "lengths": bucket.sequences, "slots": bucket.sequences}
     wanted: dict[str, Type] = {name: TensorType(I32, (size,)) for name, size in sizes.items()}
     spans = []
     for name in program.inputs:
@@ -382,9 +382,12 @@ def _interface(plan: Plan, program: Program) -> Iterator[Violation]:
         yield Violation(
             "bucket", "", f"its inputs are {', '.join(program.inputs)}; it needs {', '.join(wanted)}"
         )
-    made = {"logits": TensorType(F32, (last, plan.config["vocab_size"])), "next": TensorType(I32, (last,))}
+    following, judges = bucket.sequences if bucket.judges else last, bucket.judges
+    made = {"logits": TensorType(F32, (last, plan.config["vocab_size"])), "next": TensorType(I32, (following,))}
     if bucket.sampled:
-        made |= {label: TensorType(I32, (bucket.rows,)) for label in ("said", "going")}
+        made["going"] = TensorType(I32, (bucket.sequences,))
+    if bucket.sampled or judges:
+        made["said"] = TensorType(I32, (bucket.rows,))
     for label, name in program.outputs.items():
         if name not in program.values:
             yield Violation("bucket", "", f"its output {label} is {name}, which is no value")
