@@ -35,8 +35,8 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        """decode-8, verify-1x4, prefill-64, draft-3, round-1x4; a suffix tells those with the last row's logits, and
-        those that sample.
+        """decode-8, verify-1x4, prefill-64, draft-3, round-1x4; a suffix tells those with the last row's
+        logits, and those that sample.
         """
         shape = f"{self.sequences}" if self.kind == "decode" else f"{self.sequences}x{self.tokens}"
         if self.kind in ("prefill", "draft") and self.sequences == 1:

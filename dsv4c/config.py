@@ -262,6 +262,8 @@ def _bucket_problems(deployment: Deployment) -> Iterator[str]:
             yield problem(bucket.name, tokens, f"at most {deployment.max_context}, max_context")
         if bucket.kind == "decode" and bucket.tokens != 1:
             yield problem(bucket.name, tokens, "1 of each sequence")
+        if bucket.kind in ("accept", "round") and not 2 <= bucket.tokens <= ROWS:
+            yield problem(bucket.name, tokens, f"2 to {ROWS}: a token and its drafts")
         if bucket.kind == "verify" and not 2 <= bucket.tokens <= ROWS:
             yield problem(bucket.name, tokens, f"2 to {ROWS}: more could not be taken back")
         if deployment.target != "cpu" and bucket.rows > ROWS:
@@ -274,11 +276,14 @@ def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
     if deployment.max_context > config.max_position_embeddings:
         expected = f"at most {config.max_position_embeddings}, max_position_embeddings of {config.name}"
         problems.append(problem("max_context", shown(deployment.max_context), expected))
-    drafts = [bucket.name for bucket in deployment.buckets if bucket.kind == "draft"]
-    if drafts and not config.mtp_layers:
-        problems.append(
-            problem("buckets", f"has {drafts[0]}", f"no draft: {config.name} has no block that drafts")
-        )
+    most = config.dspark_block_size or ROWS - 1
+    for bucket in deployment.buckets:
+        if bucket.drafts and not config.drafts_with:
+            expected = f"no draft: {config.name} has no block that drafts"
+            problems.append(problem("buckets", f"has {bucket.name}", expected))
+        drafted = bucket.tokens - bucket.judges
+        if bucket.drafts and config.drafts_with and drafted > most:
+            problems.append(problem(bucket.name, f"drafts {drafted} tokens", f"at most {most}"))
     _raise_if_any("deployment", problems)
 
 
@@ -496,7 +501,9 @@ def _dspark_contradictions(values: Mapping[str, Any], key: Callable[[str], str])
         return
     v = values.__getitem__
     if v("mtp_layers"):
-        yield problem(key("mtp_layers"), shown(v("mtp_layers")), "0, as the mtp.* tensors are DSpark's stages")
+        yield problem(
+            key("mtp_layers"), shown(v("mtp_layers")), "0, as the mtp.* tensors are DSpark's stages"
+        )
     for name in ("dspark_block_size", "dspark_markov_rank"):
         if v(name) < 1:
             yield problem(key(name), shown(v(name)), _SIZE.expected)

@@ -128,7 +128,7 @@ def schedule(reading: Reading) -> None:
         return
     for index, ratio in enumerate(ratios[layers:], start=layers):
         if ratio != 0:
-            reading.refuse(f"compress_ratios[{index}]", shown(ratio), f"0, as no layer has it")
+            reading.refuse(f"compress_ratios[{index}]", shown(ratio), "0, as no layer has it")
     reading.fields["compress_ratios"] = ratios[:layers]
 
 

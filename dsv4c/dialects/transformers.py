@@ -9,7 +9,15 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4c.dialects.reading import DSPARK, Reading, alternatives, copy_fields, drafts_with_dspark, is_list_of, shown
+from dsv4c.dialects.reading import (
+    DSPARK,
+    Reading,
+    alternatives,
+    copy_fields,
+    drafts_with_dspark,
+    is_list_of,
+    shown,
+)
 from dsv4c.dialects.release import PLAIN_ROPE, RELEASE, YARN, formats, rope_scaling, rope_type
 
 LAYER_TYPES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}

@@ -80,6 +80,7 @@ from dsv4c.models.rows import POOL_TILE, WINDOW_TILE, Rows, ring_rows
 from dsv4c.models.schedule import LayerPlan, RouterKind, layer_plans
 from dsv4c.types import BF16, F32, I32, DType, TensorType
 
+
 def build(config: ModelConfig, deployment: Deployment, bucket: Bucket, activation: DType = BF16) -> Graph:
     """The model's graph for one bucket: B sequences of T tokens, N = B·T rows.
 
@@ -420,8 +421,8 @@ class Model:
         attn = f"{plan.prefix}.attn"
         kv = linear(x, self.weight(f"{attn}.wkv"), out=self.activation, name="kv_out")
         kv = self.norm(kv, f"{attn}.kv_norm", "kv_normed")
-        kv = rope(kv, places, self.frequency(plan.has_compressor), name="kv")
-        return kv
+        rotated: Value = rope(kv, places, self.frequency(plan.has_compressor), name="kv")
+        return rotated
 
     def compressor(
         self, plan: LayerPlan, name: str, cache: str, x: Value, dim: int, rows: Rows, *, rotated: bool
@@ -462,9 +463,7 @@ class Model:
 
     def completed(self, ratio: int, places: Value, slots: Value, name: str) -> tuple[Value, Value]:
         """The entries that this call completes, and where: by slot, or by sequence of the call."""
-        entries, owned = completed_entries(
-            places, slots, ratio=ratio, tokens=self.bucket.tokens, name=name
-        )
+        entries, owned = completed_entries(places, slots, ratio=ratio, tokens=self.bucket.tokens, name=name)
         self.builder.rename(owned, f"{name}_slots")
         return entries, owned
 

@@ -383,7 +383,10 @@ def _interface(plan: Plan, program: Program) -> Iterator[Violation]:
             "bucket", "", f"its inputs are {', '.join(program.inputs)}; it needs {', '.join(wanted)}"
         )
     following, judges = bucket.sequences if bucket.judges else last, bucket.judges
-    made = {"logits": TensorType(F32, (last, plan.config["vocab_size"])), "next": TensorType(I32, (following,))}
+    made = {
+        "logits": TensorType(F32, (last, plan.config["vocab_size"])),
+        "next": TensorType(I32, (following,)),
+    }
     if bucket.sampled:
         made["going"] = TensorType(I32, (bucket.sequences,))
     if bucket.sampled or judges:
