@@ -36,7 +36,8 @@ class Request:
     rounds, which draft tokens and judge them, by the MTP block ("mtp"), by DSpark's stages ("dspark"), or by
     what the checkpoint has, if anything ("auto"); "given" adds steps that judge the caller's. draft_tokens:
     drafts of a round (of MTP 1, else as many as the model's block has rows). sampled: steps draw the next
-    token as their slots say (temperature, top-p, ...), in place of taking the likeliest. pipeline: passes (or their spec) in place of the default ones, whose recipe is
+    token as their slots say (temperature, top-p, ...), in place of taking the likeliest. pipeline: passes (or
+    their spec) in place of the default ones, whose recipe is
     `recipe`. rules: what may fold, by default the built-in ones and those of installed packages, without
     those of `disable` ("all": every one) that `enable` does not take back. expected: applications by rule
     that must hold for the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever

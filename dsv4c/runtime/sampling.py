@@ -141,6 +141,7 @@ class Said:
     ) -> None:
         self.slots = tuple(slots)
         self.finite: list[bool] = []
+        self.counts: list[list[int]] = []  # by slot: how many tokens each step has said
         self.chances: list[Chances] = []
         self.each = each
         self._best = best
@@ -175,9 +176,7 @@ class Said:
             pairs = zip(ids, chances, strict=True)
             self.chances = [Chances(c[0], tuple(zip(i, c[1:], strict=True))) for i, c in pairs]
         self.finite = [bool(row[0]) for row in rows]
-        return [row[1:] for row in rows]
-
-    def counts(self, column: Sequence[int]) -> list[int]:
-        """Of a slot's tokens, how many each step has said."""
-        steps = range(0, len(column), self.each)
-        return [sum(token >= 0 for token in column[at : at + self.each]) for at in steps]
+        said = [row[1:] for row in rows]
+        steps = range(0, self._steps, self.each)
+        self.counts = [[sum(t >= 0 for t in row[at : at + self.each]) for at in steps] for row in said]
+        return said

@@ -309,9 +309,9 @@ class Session:
         """What steps have said, by slot: the tokens up to a stop, and that. Waits for these steps alone."""
         rows = said.wait()
         found: dict[int, list[int]] = {}
-        for s, column in zip(said.slots, rows, strict=True):
+        for s, column, counts in zip(said.slots, rows, said.counts, strict=True):
             found[s] = [token for token in column if token >= 0]
-            self._counter.settle(s, said.counts(column), said.each)
+            self._counter.settle(s, counts, said.each)
         self._check_finite(said.slots, said.finite)
         return found
 
@@ -450,6 +450,7 @@ class Session:
         logprobs: int | None = None,
         encoding: str = "auto",
         slots: Sequence[int] | None = None,
+        drafting: bool = True,
     ) -> Answers:
         """Answer, event by event: `for event in session.generate(messages)`.
 
@@ -459,7 +460,8 @@ class Session:
         checkpoint's generation_config.json recommends, if the plan can. logprobs: with every token its
         log-probability, and those of so many likeliest ones; steps then follow one another with the host in
         between. encoding: rules of which release
-        (preview, 0731, auto). slots: where the sequences are, by default the first ones.
+        (preview, 0731, auto). slots: where the sequences are, by default the first ones. drafting: in rounds,
+        where the plan has some for as many sequences, and no log-probabilities are asked for.
 
         Raises PromptError for messages that make no prompt or a tokenizer that does not fit, SessionError for
         a prompt that is too long, values that are out of range, or more sequences than a step takes.
@@ -473,7 +475,8 @@ class Session:
             self._check_slot(slot)
         rules, _ = rules_of(encoding, self.checkpoint)
         texts = any(isinstance(ask.prompt, Conversation) for ask in asks)
-        return Answers(self, asks, self.tokenizer if texts else None, rules, list(chosen), logprobs)
+        tokenizer = self.tokenizer if texts else None
+        return Answers(self, asks, tokenizer, rules, list(chosen), logprobs, drafting)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
