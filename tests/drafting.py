@@ -132,7 +132,7 @@ def misleading(count: int, seed: int) -> Drafter:
 
     def draft(truth: Sequence[int]) -> list[int]:
         right = list(truth[:count])
-        early, first = right[1:] + [wrong(right[-1])], made.randrange(count)
+        early, first = [*right[1:], wrong(right[-1])], made.randrange(count)
         broken = [wrong(token) if i == first else token for i, token in enumerate(right)]
         return made.choice([early, broken, [right[0]] * count, [0] * count])
 
@@ -230,7 +230,7 @@ def main() -> int:
                     equal &= said == wanted[: asked.new]
                     held += own
                 if name == "oracle 1.0":
-                    held += Counter({n: 1 for n in range(count)})  # none of them can fail
+                    held += Counter(dict.fromkeys(range(count), 1))  # none of them can fail
                 report(f"{head} {name}", equal, held, count)
     return wrongs
 

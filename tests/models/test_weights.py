@@ -234,7 +234,7 @@ def test_describe_counts_bytes_and_compares_with_the_model():
     assert json.loads(json.dumps(found)) == found
     assert (found["table"], found["tensors"], found["complete"]) == ("release", 233, True)
     assert found["bytes"] == sum(found["bytes_by_dtype"].values())
-    assert found["mtp"] == {"model": 1, "checkpoint": True}
+    assert found["drafts"] == {"model": "mtp", "checkpoint": True}
     other = describe(Checkpoint.open(folder), replace(config, hidden_size=64, swiglu_limit=1.0))
     assert not other["complete"]
     assert any(

@@ -1,4 +1,4 @@
-"""Several tokens a step: what rounds say is what steps say, whatever is drafted, and leaves the same behind."""
+"""Several tokens a step: rounds say what steps say, whatever is drafted, and leave the same behind."""
 
 from __future__ import annotations
 

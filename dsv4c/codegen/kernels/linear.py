@@ -53,7 +53,7 @@ def _gemv(
     riding: Riding = NOBODY,
 ) -> Launchable | No:
     """One GEMV launch; products are (activations, weight, result)."""
-    matrices = []
+    matrices: list[Matrix] = []
     for number, (x, w, y) in enumerate(products):
         type_, result = request.types[w], request.types[y]
         if isinstance(result, QuantType) or result.dtype not in (BF16, F32):
