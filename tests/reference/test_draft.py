@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
 from dsv4c.ir.ops.draft import Accept, Candidates, DraftRows, Preceding, Stop
+from dsv4c.ir.ops.sample import Draw
 from dsv4c.reference import run
 
 
@@ -51,6 +53,33 @@ def test_drafts_hold_up_to_the_first_wrong_one() -> None:
     said, counts, following = run(Accept(), chosen, tokens, i32(3, 3, 3, 0, 2))
     assert said.reshape(5, 3).tolist() == [[1, 2, 3], [2, -1, -1], [5, 6, -1], [-1, -1, -1], [4, 4, -1]]
     assert lists(counts, following) == [[3, 1, 2, 0, 2], [3, 2, 6, 9, 4]]
+
+
+@pytest.mark.parametrize("drafts", [(0, 1, 2), (4, 4, 4), (6, 0, 6)])
+def test_drafts_do_not_change_what_is_drawn(drafts: tuple[int, ...]) -> None:
+    """200,000 draws, four rows a round: whatever is drafted, likely tokens or not, what is said at each place
+    has the probabilities of its row, and a draft holds as often as its own probability says.
+    """
+    rounds, each = 50_000, 1 + len(drafts)
+    p = torch.tensor([0.4, 0.2, 0.1, 0.1, 0.1, 0.05, 0.05])
+    rows = torch.stack([p.roll(i) for i in range(each)])
+    slots = torch.arange(rounds, dtype=torch.int32).repeat_interleave(each)
+    seeds = torch.stack([torch.arange(rounds, dtype=torch.int32), torch.zeros(rounds, dtype=torch.int32)], 1)
+    positions = torch.arange(each, dtype=torch.int32).repeat(rounds)
+    origin = torch.zeros(rounds, dtype=torch.int32)
+    chosen = run(Draw(), rows.repeat(rounds, 1), positions, slots, origin, seeds)
+    tokens = i32(3, *drafts).repeat(rounds)
+    said, counts, _ = run(Accept(), chosen, tokens, torch.full((rounds,), each, dtype=torch.int32))
+    by_place = said.reshape(rounds, each)
+    holding = 1.0
+    for place in range(each):
+        found = by_place[:, place][by_place[:, place] >= 0]
+        seen = torch.bincount(found, minlength=7).double()
+        expected = rows[place].double() * len(found)
+        assert ((seen - expected) ** 2 / expected).sum() < 22.5  # 1 of 1,000 for six degrees of freedom
+        assert abs(len(found) / rounds - holding) < 0.02
+        holding *= float(rows[place][drafts[place]]) if place < len(drafts) else 1.0
+    assert counts.sum() == (said >= 0).sum()
 
 
 def test_nothing_is_said_behind_a_stop() -> None:
