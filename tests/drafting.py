@@ -225,8 +225,8 @@ def compare(drafting: Session, judging: Session, head: Head, count: int, new: in
                 said, own = with_given(judging, prompt, wanted, new, drafter, drafts)
             equal &= said == wanted[:new]
             held += own
-        fine = equal and (complete(held, drafts) or (name == "oracle 1.0" and set(held) == {drafts}))
-        wrongs += not fine
+        must = {"oracle 1.0": {drafts}, "misleading": set(range(drafts))}.get(name, set(range(drafts + 1)))
+        wrongs += not (equal and set(held) == must)
         found = "equal" if equal else "DIFFERS"
         print(
             f"{head:7} {name:12} {len(given)} prompts {found}, held {dict(sorted(held.items()))}", flush=True

@@ -1,4 +1,4 @@
-"""Compile what `tests.gpu.check_rounds` runs: python -m tests.gpu.build_rounds FOLDER [--target sm_90a].
+"""Compile what `tests.gpu.check_rounds` runs: python -m tests.gpu.build_rounds --folder FOLDER --store STORE.
 
 A small checkpoint per head in the release's formats, and three plans of each: one that drafts, one that
 samples, one whose drafts are given.
@@ -16,12 +16,19 @@ from tests.drafting import COUNTS, learned
 def main() -> None:
     """Write checkpoints and plans."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--store", type=Path, help="where compiled kernels are kept")
     parser.add_argument("--target", default="sm_90a")
     asked = parser.parse_args()
     for head, count in COUNTS.items():
         weights = learned(asked.folder / f"{head}-weights", head, quantized=True)
-        options = {"target": asked.target, "max_context": 512, "certify": False, "draft_tokens": count}
+        options = {
+            "target": asked.target,
+            "cache": asked.store,
+            "max_context": 512,
+            "certify": False,
+            "draft_tokens": count,
+        }
         for name, more in {
             "rounds": {"draft": head, "batch": (1, 2)},
             "sampled": {"draft": head, "batch": (1, 2), "sampled": True},
