@@ -129,7 +129,7 @@ class Model:
         self.declared: dict[str, Value] = {}
         self.states: dict[str, Value] = {}  # as they were written last
         self.frequencies: dict[bool, Value] = {}
-        self.head: Head | None = head_of(self) if deployment.drafts else None
+        self.head: Head | None = head_of(self) if deployment.drafts or bucket.drafts else None
         self.tokens = builder.input("tokens", TensorType(I32, (bucket.given,)))
         self.lengths = builder.input("lengths", sequences)
         self.slots = builder.input("slots", sequences)
