@@ -92,6 +92,13 @@ def prompts(count: int, seed: int, longest: int = 40) -> Iterator[list[int]]:
         yield made.choices(range(VOCABULARY), k=made.randint(1, longest))
 
 
+def begin(session: Session, prompt: Sequence[int], slot: int = 0) -> None:
+    """A slot that has consumed all of a prompt but its last token, the first anchor."""
+    session.reset(slot)
+    if prompt[:-1]:
+        session.prefill(prompt[:-1], slot)
+
+
 def plainly(session: Session, prompt: Sequence[int], new: int) -> list[int]:
     """What the model says, a token a step."""
     session.reset(0)
@@ -103,9 +110,7 @@ def in_rounds(
     session: Session, prompt: Sequence[int], new: int, sampling: Sampling | None = None
 ) -> tuple[list[int], Counter[int]]:
     """What it says in rounds, and how many drafts held in how many of them."""
-    session.reset(0)
-    if prompt[:-1]:
-        session.prefill(prompt[:-1])
+    begin(session, prompt)
     if sampling is not None:
         session.choose(0, sampling)
     said: list[int] = []
@@ -154,9 +159,7 @@ def with_given(
     session: Session, prompt: Sequence[int], truth: Sequence[int], new: int, drafter: Drafter, count: int
 ) -> tuple[list[int], Counter[int]]:
     """What it says where drafts are given, and how many held; `truth` goes beyond the last one."""
-    session.reset(0)
-    if prompt[:-1]:
-        session.prefill(prompt[:-1])
+    begin(session, prompt)
     said: list[int] = []
     held: Counter[int] = Counter()
     anchor = prompt[-1]

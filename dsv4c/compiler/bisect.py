@@ -440,8 +440,8 @@ def key(node: Node) -> tuple[str, tuple[str, ...]]:
 
 
 def _load(graph: Graph, job: Job, weights: str | Path) -> dict[str, Value]:
-    """The parameters of a graph as a checkpoint has them, on the host; others of the model may be beside them.
-    Raises CheckpointError.
+    """The parameters of a graph as a checkpoint has them, on the host. Others of the model may be beside
+    them. Raises CheckpointError.
     """
     known = [(name, source.stored, False) for name, source in sources(job.config, "release").items()]
     wanted = records(job.config, [(v.name, v.type, job.recipe.requantize) for v in graph.params])

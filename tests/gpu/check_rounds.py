@@ -18,7 +18,7 @@ import torch
 from dsv4c.plan.folder import load
 from dsv4c.runtime.sampling import Sampling
 from dsv4c.runtime.session import Session
-from tests.drafting import COUNTS, VOCABULARY, Head, compare, in_rounds, kept, oracle, plainly, prompts
+from tests.drafting import COUNTS, VOCABULARY, Head, begin, compare, in_rounds, kept, oracle, plainly, prompts
 
 
 def sampled(session: Session, count: int) -> int:
@@ -27,9 +27,7 @@ def sampled(session: Session, count: int) -> int:
     for seed, prompt in enumerate(prompts(count, 11)):
         how = Sampling(temperature=0.8, top_p=0.95, repetition_penalty=1.1, seed=seed)
         said, own = in_rounds(session, prompt, 24, how)
-        session.reset()
-        if prompt[:-1]:
-            session.prefill(prompt[:-1])
+        begin(session, prompt)
         session.choose(0, how)
         wrong += said != session.settle(session.say(24, {0: prompt[-1]}))[0]
         held += own
@@ -45,15 +43,13 @@ def traces(judging: Session, count: int) -> int:
         made = random.Random(start)
         prompt = made.choices(range(VOCABULARY), k=start)
         truth = [*prompt[-1:], *plainly(judging, prompt, 40)]
-        judging.reset()
-        judging.prefill(prompt[:-1])
+        begin(judging, prompt)
         at = 0
         while at < 24:
             drafts = oracle(made.choice([0.0, 0.5, 1.0]), made.randint(1, count), made.randrange(99))
             at += len(judging.accept({0: [truth[at], *drafts(truth[at + 1 :])]})[0])
         found, logits = kept(judging, 0), judging.decode({0: truth[at]})
-        judging.reset()
-        judging.prefill(prompt[:-1])
+        begin(judging, prompt)
         for token in truth[:at]:
             judging.decode({0: token})
         wanted = kept(judging, 0)

@@ -33,7 +33,7 @@ def deviations(case: Recorded, run: str, row: int, found: Mapping[str, Tensor]) 
     return float(logits.max()), float(confidence.abs().max())
 
 
-@pytest.mark.parametrize(("run", "chunk"), [("main", 64), ("main", 8), ("short", 8), ("one", 8), ("p128", 8)])
+@pytest.mark.parametrize(("run", "chunk"), [("main", 64), ("short", 8), ("one", 8), ("p128", 8)])
 def test_drafts_behind_every_recorded_anchor(case: Recorded, run: str, chunk: int) -> None:
     ids = case.run(run).ids
     model = Model(case.folder, "fp32", chunk)

@@ -15,6 +15,7 @@ from dsv4c.runtime.session import Session
 from tests.drafting import (
     VOCABULARY,
     Head,
+    begin,
     compile_for,
     complete,
     in_rounds,
@@ -40,7 +41,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[Head, Path]:
 @pytest.fixture(scope="module")
 def drafting(weights: dict[Head, Path]) -> dict[Head, Session]:
     """Two sequences that draft for themselves, in steps that sample if they are told to."""
-    sizes = {"batch": (1, 2), "chunk": 8, "draft_tokens": COUNT, "sampled": True}
+    sizes = {"batch": (1, 2), "chunk": 64, "draft_tokens": COUNT, "sampled": True}
     return {head: compile_for(folder, draft=head, **sizes) for head, folder in weights.items()}
 
 
@@ -63,32 +64,28 @@ def test_rounds_say_what_steps_say(drafting: dict[Head, Session], head: Head) ->
 def test_sampled_rounds_say_what_sampled_steps_say(drafting: dict[Head, Session], head: Head) -> None:
     """The same tokens of the same seed: each is drawn by the number of its place, with drafts or without."""
     session, held = drafting[head], Counter[int]()
-    for seed, prompt in enumerate(prompts(3, 11)):
+    for seed, prompt in enumerate(prompts(2, 11)):
         how = Sampling(temperature=0.8, top_p=0.95, repetition_penalty=1.1, seed=seed)
         said, own = in_rounds(session, prompt, 20, how)
-        session.reset()
-        session.prefill(prompt[:-1] or [0])
-        if not prompt[:-1]:
-            session.reset()
+        begin(session, prompt)
         session.choose(0, how)
         assert said == session.settle(session.say(20, {0: prompt[-1]}))[0]
         held += own
-    assert held[0]
-    assert held[COUNT]
+    assert 0 < held[0] < sum(held.values())
 
 
 def test_given_drafts_change_nothing_but_the_steps(judging: Session) -> None:
     drafters = [oracle(0.3, COUNT, 1), oracle(0.7, COUNT, 2), oracle(1.0, COUNT, 3), misleading(COUNT, 4)]
     held = Counter[int]()
     for prompt, drafter in zip(prompts(4, 5), drafters, strict=True):
-        truth = plainly(judging, prompt, 28)
-        said, own = with_given(judging, prompt, truth, 20, drafter, COUNT)
-        assert said == truth[:20]
+        truth = plainly(judging, prompt, 24)
+        said, own = with_given(judging, prompt, truth, 16, drafter, COUNT)
+        assert said == truth[:16]
         held += own
     assert complete(held, COUNT), held
 
 
-@pytest.mark.parametrize("start", [2, 3, 125, 127])
+@pytest.mark.parametrize("start", [3, 127])
 def test_rejected_rows_leave_no_trace(judging: Session, weights: dict[Head, Path], start: int) -> None:
     """Around ends of both compressors' windows and of the ring: what later tokens look back to is bit for bit
     as if they had never run, and so are the logits behind.
@@ -96,8 +93,7 @@ def test_rejected_rows_leave_no_trace(judging: Session, weights: dict[Head, Path
     made = random.Random(start)
     prompt = made.choices(range(VOCABULARY), k=start)
     truth = [*prompt[-1:], *plainly(judging, prompt, 20)]
-    judging.reset()
-    judging.prefill(prompt[:-1])
+    begin(judging, prompt)
     at = 0
     while at < 9:
         share = made.choice([0.0, 0.5, 1.0])
@@ -105,8 +101,7 @@ def test_rejected_rows_leave_no_trace(judging: Session, weights: dict[Head, Path
         at += len(judging.accept({0: [truth[at], *drafts]})[0])
     found = kept(judging, 0)
     logits = judging.decode({0: truth[at]})
-    judging.reset()
-    judging.prefill(prompt[:-1])
+    begin(judging, prompt)
     for token in truth[:at]:
         judging.decode({0: token})
     for name, rows in kept(judging, 0).items():
@@ -118,24 +113,22 @@ def test_two_sequences_draft_together(drafting: dict[Head, Session]) -> None:
     """Each as alone, one of them stopping on its way; and a slot that was copied drafts as its original."""
     session = drafting["dspark"]
     first, second = list(prompts(2, 21))
-    alone = [plainly(session, prompt, 24) for prompt in (first, second)]
+    alone = [plainly(session, prompt, 16) for prompt in (first, second)]
     session.reset()
     for slot, prompt in enumerate((first, second)):
-        session.prefill(prompt[:-1] or prompt, slot)
-        if not prompt[:-1]:
-            session.take_back(1, slot)
+        begin(session, prompt, slot)
     stop = alone[0][9]
     session.choose(0, Sampling(), [stop])
     said: dict[int, list[int]] = {0: [], 1: []}
     start = {0: first[-1], 1: second[-1]}
-    for _ in range(12):
+    for _ in range(8):
         found = session.settle(session.say(2, start, [] if start else [0, 1], rounds=True))
         start = {}
         for slot, tokens in found.items():
             said[slot] += tokens
     stopped = alone[0].index(stop) + 1
     assert said[0] == alone[0][:stopped]
-    assert said[1][:24] == alone[1]
+    assert said[1][:16] == alone[1]
     assert session.positions == [len(first) - 1 + stopped, len(second) - 1 + len(said[1])]
     session.copy_slot(1, 0)
     anchor = said[1][-1]
@@ -161,13 +154,13 @@ def test_the_context_ends_where_a_round_no_longer_fits(drafting: dict[Head, Sess
     session.prefill([1] * 509)
     with pytest.raises(SessionError, match="4 more exceed the context of 512"):
         session.say(1, {0: 3}, rounds=True)
-    answers = session.generate([1] * 300, max_new_tokens=21, sampling=Sampling())
+    answers = session.generate([1] * 100, max_new_tokens=17, sampling=Sampling())
     (done,) = [event for event in answers if hasattr(event, "accepted")]
-    plain = session.generate([1] * 300, max_new_tokens=21, sampling=Sampling(), drafting=False)
+    plain = session.generate([1] * 100, max_new_tokens=17, sampling=Sampling(), drafting=False)
     *_, wanted = plain
     assert done.ids == wanted.ids
     assert wanted.accepted == ()
-    assert sum(done.accepted) < 21
+    assert sum(done.accepted) < 17
 
 
 def test_what_cannot_be_asked(judging: Session, drafting: dict[Head, Session]) -> None:
