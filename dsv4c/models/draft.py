@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     from dsv4c.models.deepseek_v4 import Model
 
 STREAM_TILE = 8
-DRAFT_REACH = ROWS  # rows behind the model's that drafting writes, at most
+DRAFT_REACH = ROWS
+"""The most rows that drafting writes behind the model's: rings of what drafts have room for as many more."""
 
 
 @dataclass(frozen=True)

@@ -330,13 +330,12 @@ class Session:
 
         Raises SessionError as `decode` does, PlanError if the plan was compiled without what drafts.
         """
-        most = self.plan.program("draft").shape
+        bucket = self.plan.program("draft").shape
         work = {s: [self._id(token, f"token {s}")] for s, token in self._by_slot(tokens).items()}
         for s in work:
             self._check_room(s, 1)
         found: dict[int, Drafts] = {}
         for slot, ids in work.items():
-            bucket = next(iter(self._of_kind("draft", 1)), most)
             made = self._outputs(bucket, {slot: ids})
             rows = slice(0, bucket.tokens)
             confidence = made["confidence"][rows, 0].clone() if "confidence" in made else None
