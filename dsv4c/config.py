@@ -281,9 +281,15 @@ def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
         if bucket.drafts and not config.drafts_with:
             expected = f"no draft: {config.name} has no block that drafts"
             problems.append(problem("buckets", f"has {bucket.name}", expected))
-        drafted = bucket.tokens - bucket.judges
+        drafted, rows = bucket.tokens - bucket.judges, bucket.sequences * config.dspark_block_size
         if bucket.drafts and config.drafts_with and drafted > most:
             problems.append(problem(bucket.name, f"drafts {drafted} tokens", f"at most {most}"))
+        if bucket.drafts and config.dspark_block_size > ROWS:
+            expected = f"at most {ROWS}, the rows that rings take ahead"
+            problems.append(problem("dspark_block_size", shown(config.dspark_block_size), expected))
+        elif bucket.drafts and deployment.target != "cpu" and rows > ROWS:
+            expected = f"at most {ROWS}: {deployment.target} has no kernels for more"
+            problems.append(problem(bucket.name, f"drafts in {rows} rows", expected))
     _raise_if_any("deployment", problems)
 
 

@@ -1123,6 +1123,13 @@ def test_deployments_fit_their_model() -> None:
     )
     dspark = dataclasses.replace(config, mtp_layers=0, **DSPARK_FIELDS)
     check_deployment(dspark, Deployment(buckets=(*decode, Bucket("round", tokens=6))))
+    for target, changes, message in (
+        ("cpu", {"dspark_block_size": 9}, "dspark_block_size is 9; expected at most 8, the rows that rings"),
+        ("sm_90a", {}, "round-2x4 drafts in 10 rows; expected at most 8: sm_90a has no kernels for more"),
+    ):
+        changed, wide = dataclasses.replace(dspark, **changes), (*decode, Bucket("round", 2, 4))
+        with pytest.raises(ConfigError, match=message):
+            check_deployment(changed, Deployment(target, slots=2, buckets=wide))
     with pytest.raises(ConfigError, match=r"round-1x7 drafts 6 tokens; expected at most 5"):
         check_deployment(dspark, Deployment(buckets=(*decode, Bucket("round", tokens=7))))
 

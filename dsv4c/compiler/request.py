@@ -123,11 +123,14 @@ class Request:
         if type(count) is not int or not 1 <= count <= min(block, ROWS - 1):
             why = f"DSpark's block of {block}" if block < ROWS - 1 else f"{ROWS} rows of a step, less one"
             raise ConfigError(f"draft_tokens: {count!r}, expected 1 to {min(block, ROWS - 1)}: {why}")
-        fitting = [n for n in batches if n * (1 + count) <= ROWS]
+        rows = 1 + count
+        if draft == "dspark" and self.target != "cpu":
+            rows = max(rows, block)  # all of the block's are run
+        fitting = [n for n in batches if n * rows <= ROWS]
         if not fitting:
             raise ConfigError(
                 f"draft_tokens: {count} behind a token of {min(batches)} sequences are "
-                f"{min(batches) * (1 + count)} rows; a step judges {ROWS}: give fewer, or a smaller batch"
+                f"{min(batches) * rows} rows; a step takes {ROWS}: give fewer, or a smaller batch"
             )
         kind: Kind = "accept" if draft == "given" else "round"
         steps = [Bucket(kind, n, 1 + count, sampled=self.sampled) for n in fitting]
