@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Kind = Literal["decode", "verify", "prefill", "draft"]
+Kind = Literal["decode", "verify", "prefill", "draft", "accept", "round"]
 Logits = Literal["last", "all"]
 
 ROWS = 8
@@ -21,9 +21,10 @@ back by its position alone, and calls of more tokens keep their rows beside the 
 class Bucket:
     """`tokens` rows of each of `sequences` sequences per call.
 
-    kind: decode steps (one token each), verify steps (a few, to be kept or taken back), a prompt's chunks, or
-    chunks of the draft block. logits: of every row, or of each sequence's last one. sampled: a decode step
-    draws the next token as its slot says, in place of taking the likeliest.
+    kind: decode steps (one token each), verify steps (a few, to be kept or taken back), a prompt's chunks;
+    tokens drafted behind each sequence's one; accept steps, which judge a token and others drafted behind it
+    and consume those that hold; or rounds, which draft and judge. logits: of every row, or of each sequence's
+    last one. sampled: a step draws the next token as its slot says, in place of taking the likeliest.
     """
 
     kind: Kind
@@ -34,8 +35,8 @@ class Bucket:
 
     @property
     def name(self) -> str:
-        """decode-8, verify-1x4, prefill-64, draft-64; a suffix tells those with the last row's logits, and
-        those that sample.
+        """decode-8, verify-1x4, prefill-64, draft-3, round-1x4; a suffix tells those with the last row's
+        logits, and those that sample.
         """
         shape = f"{self.sequences}" if self.kind == "decode" else f"{self.sequences}x{self.tokens}"
         if self.kind in ("prefill", "draft") and self.sequences == 1:
@@ -49,9 +50,24 @@ class Bucket:
         return self.sequences * self.tokens
 
     @property
-    def block(self) -> Literal["main", "draft"]:
-        """Which part of the model runs."""
-        return "draft" if self.kind == "draft" else "main"
+    def given(self) -> int:
+        """Tokens that a call is given: one of each sequence where it drafts the others itself."""
+        return self.sequences if self.drafts else self.rows
+
+    @property
+    def drafts(self) -> bool:
+        """Does what drafts run?"""
+        return self.kind in ("draft", "round")
+
+    @property
+    def judges(self) -> bool:
+        """Does the model consume as many of the tokens as hold?"""
+        return self.kind in ("accept", "round")
+
+    @property
+    def is_main(self) -> bool:
+        """Does the model run over the tokens that it is given, and consume all of them?"""
+        return self.kind in ("decode", "verify", "prefill")
 
     @property
     def keeps_beside(self) -> bool:
@@ -63,7 +79,7 @@ def bucket_named(name: str) -> Bucket:
     """The bucket of that name. Raises ValueError for what is none."""
     match = re.fullmatch(r"([a-z]+)-(?:([1-9]\d{0,5})x)?([1-9]\d{0,6})(\.last|\.sampled)?", name, re.ASCII)
     if match is None or match[1] not in get_args(Kind):
-        raise ValueError(f"{name!r} names no bucket; expected decode-8, verify-1x4, prefill-64 or draft-64")
+        raise ValueError(f"{name!r} names no bucket; expected decode-8, verify-1x4, prefill-64 or draft-3")
     kind, first, last, suffix = match.groups()
     sequences, tokens = (int(last), 1) if kind == "decode" else (int(first or 1), int(last))
     logits: Logits = "last" if suffix == ".last" else "all"

@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,10 @@ _COUNT = _integer(0, "an integer of at least 0")
 _NUMBER = _Rule("a positive number", _positive_number, 1 << 53)
 _POSITIONS = _at_most((1 << 31) - 1, _SIZE)
 _TOKEN = _Rule("a token id or null", lambda value: value is None or (type(value) is int and value >= 0))
+_LAYERS = _Rule(
+    "a list of layer numbers",
+    lambda value: isinstance(value, (list, tuple)) and all(type(item) is int for item in value),
+)
 _SCHEDULE = _Rule(
     "a list of compress ratios, one per layer",
     lambda value: (
@@ -74,6 +78,11 @@ _SCHEDULE = _Rule(
 
 def _ruled(rule: _Rule) -> Any:
     return field(metadata={"rule": rule})
+
+
+def _of_some(default: Any, rule: _Rule) -> Any:
+    """A field of some models, which the others leave at its default."""
+    return field(default=default, metadata={"rule": rule})
 
 
 @dataclass(frozen=True)
@@ -118,6 +127,11 @@ class ModelConfig:
     expert_format: str = _ruled(_one_of("bf16", "fp8", "mxfp4", "nvfp4"))
     bos_token_id: int | None = _ruled(_TOKEN)
     eos_token_id: int | None = _ruled(_TOKEN)
+    dspark_stages: int = _of_some(0, _at_most(16, _COUNT))  # sliding-window blocks that draft a block at once
+    dspark_block_size: int = _of_some(0, _at_most(64, _COUNT))  # rows that they run: anchor, then noise
+    dspark_noise_token_id: int = _of_some(0, _COUNT)
+    dspark_target_layers: tuple[int, ...] = _of_some((), _LAYERS)  # whose streams they look back to
+    dspark_markov_rank: int = _of_some(0, _COUNT)
     notes: tuple[str, ...] = field(default=(), compare=False)  # what a reader of the config should know
 
     def __post_init__(self) -> None:
@@ -128,19 +142,28 @@ class ModelConfig:
             if item.type == "float":  # JSON writes 10000 and 10000.0 for the same model
                 object.__setattr__(self, item.name, float(values[item.name]))
         object.__setattr__(self, "compress_ratios", tuple(self.compress_ratios))
+        object.__setattr__(self, "dspark_target_layers", tuple(self.dspark_target_layers))
         object.__setattr__(self, "notes", tuple(self.notes))
 
     @cached_property
     def digest(self) -> str:
         """sha256 (hex) of everything that makes two models differ."""
         described = {key: value for key, value in self.to_dict().items() if key not in ("name", "notes")}
+        if not self.dspark_stages:  # such models are what they were before there was DSpark
+            described = {key: value for key, value in described.items() if not key.startswith("dspark_")}
         return hashlib.sha256(
             json.dumps(described, sort_keys=True, separators=(",", ":")).encode()
         ).hexdigest()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; `from_dict` reads it back."""
-        return asdict(self) | {"compress_ratios": list(self.compress_ratios), "notes": list(self.notes)}
+        lists = ("compress_ratios", "dspark_target_layers", "notes")
+        return asdict(self) | {name: list(getattr(self, name)) for name in lists}
+
+    @property
+    def drafts_with(self) -> str:
+        """What the checkpoint drafts with: "mtp", "dspark", or "" for nothing."""
+        return "dspark" if self.dspark_stages else "mtp" if self.mtp_layers else ""
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> ModelConfig:
@@ -188,6 +211,11 @@ class Deployment:
         """The most sequences of a decode step."""
         return max(bucket.sequences for bucket in self.buckets if bucket.kind == "decode")
 
+    @property
+    def drafts(self) -> bool:
+        """Is there a bucket that drafts, so that all others keep what it looks back to?"""
+        return any(bucket.drafts for bucket in self.buckets)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON, the buckets by their names; `from_dict` reads it back."""
         described = {item.name: getattr(self, item.name) for item in fields(self)}
@@ -234,6 +262,8 @@ def _bucket_problems(deployment: Deployment) -> Iterator[str]:
             yield problem(bucket.name, tokens, f"at most {deployment.max_context}, max_context")
         if bucket.kind == "decode" and bucket.tokens != 1:
             yield problem(bucket.name, tokens, "1 of each sequence")
+        if bucket.kind in ("accept", "round") and not 2 <= bucket.tokens <= ROWS:
+            yield problem(bucket.name, tokens, f"2 to {ROWS}: a token and its drafts")
         if bucket.kind == "verify" and not 2 <= bucket.tokens <= ROWS:
             yield problem(bucket.name, tokens, f"2 to {ROWS}: more could not be taken back")
         if deployment.target != "cpu" and bucket.rows > ROWS:
@@ -246,11 +276,20 @@ def check_deployment(config: ModelConfig, deployment: Deployment) -> None:
     if deployment.max_context > config.max_position_embeddings:
         expected = f"at most {config.max_position_embeddings}, max_position_embeddings of {config.name}"
         problems.append(problem("max_context", shown(deployment.max_context), expected))
-    drafts = [bucket.name for bucket in deployment.buckets if bucket.kind == "draft"]
-    if drafts and not config.mtp_layers:
-        problems.append(
-            problem("buckets", f"has {drafts[0]}", f"no draft: {config.name} has no block that drafts")
-        )
+    most = config.dspark_block_size or ROWS - 1
+    for bucket in deployment.buckets:
+        if bucket.drafts and not config.drafts_with:
+            expected = f"no draft: {config.name} has no block that drafts"
+            problems.append(problem("buckets", f"has {bucket.name}", expected))
+        drafted, rows = bucket.tokens - bucket.judges, bucket.sequences * config.dspark_block_size
+        if bucket.drafts and config.drafts_with and drafted > most:
+            problems.append(problem(bucket.name, f"drafts {drafted} tokens", f"at most {most}"))
+        if bucket.drafts and config.dspark_block_size > ROWS:
+            expected = f"at most {ROWS}, the rows that rings take ahead"
+            problems.append(problem("dspark_block_size", shown(config.dspark_block_size), expected))
+        elif bucket.drafts and deployment.target != "cpu" and rows > ROWS:
+            expected = f"at most {ROWS}: {deployment.target} has no kernels for more"
+            problems.append(problem(bucket.name, f"drafts in {rows} rows", expected))
     _raise_if_any("deployment", problems)
 
 
@@ -382,6 +421,8 @@ def _problems(values: Mapping[str, Any], spelling: Mapping[str, str], refused: s
         if rule is None or item.name in refused:
             continue
         key = spelling.get(item.name, item.name)
+        if item.name not in values and item.default is not MISSING:
+            continue
         if item.name not in values:
             sound = False
             yield problem(key, "is missing", rule.expected + _why(item.name))
@@ -443,6 +484,7 @@ def _contradictions(values: Mapping[str, Any], key: Callable[[str], str]) -> Ite
     for name in ("bos_token_id", "eos_token_id"):
         expected = f"a token id below {key('vocab_size')}, {v('vocab_size')}"
         yield from must((v(name) or 0) < v("vocab_size"), name, expected)
+    yield from _dspark_contradictions(values, key)
     quantized = v("linear_format") == "fp8"
     formats = "'fp8', 'mxfp4' or 'nvfp4'" if quantized else "'bf16'"
     expected = f"{formats}, as linear_format is {v('linear_format')!r}"
@@ -457,3 +499,24 @@ def _contradictions(values: Mapping[str, Any], key: Callable[[str], str]) -> Ite
             if width % FP8_BLOCK:
                 expected = f"a multiple of {FP8_BLOCK}, the block of the checkpoint's FP8 scales"
                 yield problem(name, shown(width), expected)
+
+
+def _dspark_contradictions(values: Mapping[str, Any], key: Callable[[str], str]) -> Iterator[str]:
+    """What DSpark's fields must be to each other and to the model's, where it has stages."""
+    if not values.get("dspark_stages"):
+        return
+    v = values.__getitem__
+    if v("mtp_layers"):
+        yield problem(
+            key("mtp_layers"), shown(v("mtp_layers")), "0, as the mtp.* tensors are DSpark's stages"
+        )
+    for name in ("dspark_block_size", "dspark_markov_rank"):
+        if v(name) < 1:
+            yield problem(key(name), shown(v(name)), _SIZE.expected)
+    noise, chosen, layers = v("dspark_noise_token_id"), list(v("dspark_target_layers")), v("num_layers")
+    if noise >= v("vocab_size"):
+        expected = f"a token id below {key('vocab_size')}, {v('vocab_size')}"
+        yield problem(key("dspark_noise_token_id"), shown(noise), expected)
+    if not chosen or chosen != sorted(set(chosen)) or not 0 <= chosen[0] <= chosen[-1] < layers:
+        expected = f"ascending numbers of layers, 0 to {layers - 1}"
+        yield problem(key("dspark_target_layers"), shown(chosen), expected)

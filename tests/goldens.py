@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 RECORDED = Path(__file__).parent / "golden" / "recorded"
 CASES = ("fp32", "official-quant", "nvfp4-experts")
@@ -85,6 +85,12 @@ def packed_case(name: str) -> Path:
                 (folder / path.stem).write_bytes(join_planes(lzma.decompress(path.read_bytes())))
             else:
                 shutil.copy(path, folder / path.name)
+        other = json.loads((folder / "case.json").read_text()).get("weights_of")
+        if other is not None:
+            models = [path / "model.safetensors" for path in (packed_case(other), folder)]
+            theirs, ours = map(load_file, models)
+            added = {n: t for n, t in theirs.items() if not n.startswith("mtp.")} | ours
+            save_file(added, models[1], {"format": "pt"})
         try:
             folder.rename(target)
         except OSError:

@@ -32,7 +32,8 @@ MAX_CONTEXT = 512
 @cache
 def graph_of(config: ModelConfig, recipe: Recipe, bucket: Bucket, slots: int = 1) -> Graph:
     """The verified graph of a bucket in the recipe's formats."""
-    deployment = deployment_of(bucket, slots=slots, max_context=MAX_CONTEXT)
+    buckets = (bucket, Bucket("draft")) if config.drafts_with else (bucket,)
+    deployment = deployment_of(*dict.fromkeys(buckets), slots=slots, max_context=MAX_CONTEXT)
     return verify(quantize(build(config, deployment, bucket, recipe.activation), recipe))
 
 
@@ -46,7 +47,7 @@ def deployment_of(*buckets: Bucket, **fields: Any) -> Deployment:
 def weights_of(folder: Path, recipe: Recipe) -> dict[str, codec.Value]:
     """Every parameter of the model, read by the loader from the checkpoint in `folder`."""
     config = load_config(folder)
-    buckets = [Bucket("decode"), *[Bucket("draft")] * bool(config.mtp_layers)]
+    buckets = [Bucket("decode"), *[Bucket("draft")] * bool(config.drafts_with)]
     params = {p.name: p.type for bucket in buckets for p in graph_of(config, recipe, bucket).params}
     wanted = records(config, [(name, type_, recipe.requantize) for name, type_ in params.items()])
     weights: dict[str, codec.Value] = {}
@@ -82,8 +83,6 @@ class Model:
         self.config, self.chunk, self.slots = load_config(folder), chunk, slots
         self.weights = weights_of(folder, self.recipe)
         self.states = fresh_states(self.graph("prefill"))
-        if self.config.mtp_layers:
-            self.states |= fresh_states(self.graph("draft"))
         self.streams = torch.empty(0)
 
     def graph(self, bucket: Bucket | Kind) -> Graph:
@@ -109,17 +108,9 @@ class Model:
         logits, self.streams = (torch.cat(parts) for parts in zip(*calls, strict=True))
         return logits
 
-    def draft(self, streams: Tensor, ids: Sequence[int]) -> Tensor:
-        """Logits f32 [len(ids), vocab] of the MTP block, for streams and the tokens that follow them."""
-        calls = []
-        for start in range(0, len(ids), self.chunk):
-            part = list(ids[start : start + self.chunk])
-            rows = torch.zeros(self.chunk, *streams.shape[1:], dtype=streams.dtype)
-            rows[: len(part)] = streams[start : start + len(part)]
-            calls.append(
-                self.call("draft", padded(part, self.chunk) | {"streams": rows})["logits"][: len(part)]
-            )
-        return torch.cat(calls)
+    def draft(self, token: int, count: int = 1) -> dict[str, Tensor]:
+        """What is drafted behind a token that is not consumed yet."""
+        return self.call(Bucket("draft", tokens=count), padded([token], 1))
 
     def decode(self, ids: Sequence[int]) -> Tensor:
         """Logits f32 [len(ids), vocab], one token at a time."""

@@ -32,7 +32,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plan() -> dsv4c.Plan:
-    return dsv4c.compile("tiny", max_context=64, chunk=5)
+    return dsv4c.compile("tiny", max_context=64, chunk=5, draft="mtp")  # of whose block a step needs a part
 
 
 def broken(plan: dsv4c.Plan, op: str, old: str, new: str) -> dsv4c.Plan:

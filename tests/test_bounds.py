@@ -160,7 +160,7 @@ def test_two_draft_blocks_are_one_more_than_is_used(tmp_path: Path) -> None:
     assert command("weights", weights).code == 0
     session = dsv4c.compile(weights, max_context=64, draft="mtp", certify=False).bind(weights)
     session.prefill([3, 17])
-    assert session.draft(session.streams, [17, 5]).shape == (2, model.vocab_size)
+    assert session.draft({0: 5})[0].logits.shape == (1, model.vocab_size)
 
 
 # --- plans ---

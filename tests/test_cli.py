@@ -93,7 +93,13 @@ def test_compile_writes_a_plan_and_says_what_it_is(weights: Path, tmp_path: Path
     assert "  3 slots of 64 tokens\n" in result.out
     for bucket, program in dsv4c.load(target).buckets.items():
         assert f"  {bucket:12} {len(program.launches)} launches, arena" in result.out
-    assert list(dsv4c.load(target).buckets) == ["decode-1", "verify-1x4", "prefill-64", "draft-64"]
+    assert list(dsv4c.load(target).buckets) == [
+        "decode-1",
+        "verify-1x4",
+        "prefill-64",
+        "draft-1",
+        "round-1x2",
+    ]
 
 
 def test_compile_takes_sizes_of_buckets(tmp_path: Path) -> None:

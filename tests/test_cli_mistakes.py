@@ -42,6 +42,12 @@ MISTAKES = {
     ("compile", "tiny", "--verify", "8", "--max-context", "7"): (2, "verify-1x8 takes 8 tokens; expected at"),
     ("compile", "tiny", "--slots", "0"): (2, "Invalid value for '--slots'"),
     ("compile", "tiny", "--draft", "medusa"): (2, "Invalid value for '--draft'"),
+    ("compile", "tiny", "--draft", "dspark"): (
+        2,
+        "but the model drafts with an MTP block; compile with draft",
+    ),
+    ("compile", "tiny", "--draft", "mtp", "--draft-tokens", "8"): (2, "draft_tokens: 8, expected 1 to 7"),
+    ("compile", "tiny", "--draft-tokens", "2"): (2, "draft_tokens: 2, but nothing drafts; give a draft, too"),
     ("compile", "tiny", "--logits", "first"): (2, "Invalid value for '--logits'"),
     ("compile", "tiny", "--target", "sm_90a", "--chunk", "64"): (
         2,

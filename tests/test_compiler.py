@@ -83,7 +83,15 @@ def test_public_names_are_there_and_importing_them_costs_nothing() -> None:
             r"verify-1x4 takes 4 tokens; expected at most 3, max_context",
         ),
         ({"logits": "first"}, r"logits: 'first' is unknown; expected 'last' or 'all'"),
-        ({"draft": "medusa"}, r"draft: 'medusa' is unknown; expected 'off' or 'mtp'"),
+        ({"draft": "medusa"}, r"draft: 'medusa' is unknown; expected 'off' or 'auto' or 'mtp' or"),
+        (
+            {"draft": "mtp", "draft_tokens": 8},
+            r"draft_tokens: 8, expected 1 to 7: 8 rows of a step, less one",
+        ),
+        ({"draft": "mtp", "draft_tokens": 0}, r"draft_tokens: 0, expected 1 to 7"),
+        ({"draft": "mtp", "draft_tokens": 3, "batch": 3}, r"draft_tokens: 3 behind .* of 3 .* are 12 rows"),
+        ({"draft_tokens": 3}, r"draft_tokens: 3, but nothing drafts"),
+        ({"draft": "dspark"}, r"tiny: draft 'dspark', but the model drafts with an MTP block; compile with"),
     ],
 )
 def test_a_wrong_argument_is_a_config_error(arguments: dict[str, object], message: str) -> None:
@@ -92,8 +100,18 @@ def test_a_wrong_argument_is_a_config_error(arguments: dict[str, object], messag
 
 
 def test_a_model_without_mtp_has_no_draft_bucket() -> None:
-    with pytest.raises(ConfigError, match="has no MTP block"):
+    with pytest.raises(ConfigError, match="draft 'mtp', but the model has nothing that drafts"):
         dsv4c.compile(golden_case("official-quant"), draft="mtp")
+    job = Request(golden_case("official-quant"), draft="auto", max_context=64).job()
+    assert not job.deployment.drafts
+
+
+def test_a_dspark_checkpoint_is_not_read_as_mtp() -> None:
+    folder = golden_case("dspark-fp32")
+    with pytest.raises(ConfigError, match="drafts with DSpark's stages, which lie under the names of MTP"):
+        dsv4c.compile(folder, draft="mtp")
+    with pytest.raises(ConfigError, match="draft_tokens: 6, expected 1 to 5: DSpark's block of 5"):
+        dsv4c.compile(folder, draft="auto", draft_tokens=6)
 
 
 def test_what_a_plan_is_compiled_from() -> None:
@@ -117,7 +135,12 @@ def test_what_a_plan_is_compiled_from() -> None:
         ({"batch": (8, 1), "verify": 1, "chunk": [512, 64]}, "decode-1 decode-8 prefill-64 prefill-512"),
         ({"verify": 8, "chunk": 8}, "decode-1 verify-1x8"),
         ({"verify": 8, "chunk": 8, "logits": "last"}, "decode-1 verify-1x8 prefill-8.last"),
-        ({"draft": "mtp", "chunk": (16, 32)}, "decode-1 verify-1x4 prefill-16 prefill-32 draft-32"),
+        ({"draft": "mtp"}, "decode-1 verify-1x4 prefill-64 draft-1 round-1x2"),
+        (
+            {"draft": "auto", "draft_tokens": 3, "batch": (2, 4)},
+            "decode-2 decode-4 verify-1x4 prefill-64 draft-3 round-2x4",
+        ),
+        ({"draft": "given", "sampled": True}, "decode-1.sampled verify-1x4 prefill-64 accept-1x4.sampled"),
         ({"target": "sm_90a"}, "decode-1 decode-2 decode-4 decode-8 verify-1x4 prefill-8"),
         ({"target": "sm_90a", "chunk": 1, "batch": 1}, "decode-1 verify-1x4"),
     ],
@@ -145,7 +168,7 @@ def test_a_plan_binds_every_parameter_and_state_of_its_graphs() -> None:
             assert state.type.shape[0] == 5
     assert set(slots) == {s.name for graph in graphs for s in graph.states}
     assert plan.program("decode").shape == Bucket("decode", sequences=2)
-    assert plan.program("prefill").shape.tokens == plan.program("draft").shape.tokens == 64
+    assert plan.program("round").shape == Bucket("round", sequences=2, tokens=2)
 
 
 def test_more_buckets_cost_launches_and_an_arena_alone() -> None:

@@ -241,19 +241,54 @@ def test_nvfp4_experts(load: Callable[[Raw], ModelConfig]) -> None:
     assert load(raw).expert_format == "nvfp4"
 
 
-def test_dspark_releases_load_as_their_backbone(load: Callable[[Raw], ModelConfig]) -> None:
+DSPARK = {
+    "dspark_block_size": 5,
+    "dspark_noise_token_id": 128799,
+    "dspark_markov_rank": 256,
+    "dspark_target_layer_ids": [40, 41, 42],
+}
+
+
+def test_dspark_takes_the_place_of_mtp(load: Callable[[Raw], ModelConfig], tmp_path: Path) -> None:
+    """Its stages are those that compress_ratios has behind the layers, whatever else counts."""
     flash = release("deepseek-v4-flash")
-    dspark = {
-        "dspark_block_size": 5,
-        "dspark_noise_token_id": 128799,
-        "dspark_markov_rank": 256,
-        "dspark_target_layer_ids": [40, 41, 42],
-    }
-    config = load(flash | dspark | {"compress_ratios": [*flash["compress_ratios"], 0, 0]})
-    assert config == dataclasses.replace(load_config("deepseek-v4-flash"), mtp_layers=0)
-    (note,) = config.notes
-    assert "DSpark draft stages" in note
-    assert "not MTP blocks" in note
+    raw = flash | DSPARK | {"compress_ratios": [*flash["compress_ratios"], 0, 0]}
+    config = load(raw)
+    assert config == dataclasses.replace(
+        load_config("deepseek-v4-flash"),
+        mtp_layers=0,
+        dspark_stages=3,
+        dspark_block_size=5,
+        dspark_noise_token_id=128799,
+        dspark_markov_rank=256,
+        dspark_target_layers=(40, 41, 42),
+    )
+    assert config.drafts_with == "dspark"
+    assert config.notes == (
+        "num_nextn_predict_layers 1 counts for nothing: the mtp.* tensors are DSpark's stages",
+    )
+    save_config(config, tmp_path)
+    assert load_config(tmp_path) == config == ModelConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert load(raw | {"compress_ratios": flash["compress_ratios"]}).dspark_stages == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dspark_markov_rank": None}, "dspark_markov_rank is missing; expected all of the dspark_* keys"),
+        ({"dspark_markov_rank": 0}, "dspark_markov_rank is 0; expected a positive integer"),
+        ({"dspark_block_size": 0}, "dspark_block_size is 0; expected a positive integer"),
+        ({"dspark_noise_token_id": 129280}, "dspark_noise_token_id is 129280; expected a token id below"),
+        ({"dspark_target_layer_ids": [42, 41]}, "dspark_target_layer_ids is [42, 41]; expected ascending"),
+        ({"dspark_target_layer_ids": [43]}, "dspark_target_layer_ids is [43]; expected ascending numbers"),
+        ({"dspark_target_layer_ids": []}, "dspark_target_layer_ids is []; expected ascending numbers of"),
+        ({"dspark_target_layer_ids": "40"}, "dspark_target_layer_ids is '40'; expected a list of layer"),
+    ],
+)
+def test_wrong_dspark_fields(load: Callable[[Raw], ModelConfig], change: Raw, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(release("deepseek-v4-flash") | DSPARK | change)
+    assert message in str(error.value)
 
 
 def test_unread_keys_are_noted(load: Callable[[Raw], ModelConfig]) -> None:
@@ -451,10 +486,28 @@ def test_digest_ignores_the_name_and_nothing_else() -> None:
     assert dataclasses.replace(config, name="other", notes=("x",)).digest == config.digest
     digests = {dataclasses.replace(config, **{name: value}).digest for name, value in CHANGES.items()}
     assert len(digests | {config.digest}) == len(CHANGES) + 1
-    counted = {item.name for item in dataclasses.fields(ModelConfig)} - {"name", "notes"}
+    counted = {item.name for item in dataclasses.fields(ModelConfig)} - {"name", "notes", *DSPARK_FIELDS}
     assert set(CHANGES) | {"num_layers", "compress_ratios", "n_shared_experts", "linear_format"} == counted
 
 
+def test_the_digest_counts_dspark_where_there_is_any() -> None:
+    """A model without it is what it was before its fields were known."""
+    config = dataclasses.replace(load_config("tiny"), mtp_layers=0, **DSPARK_FIELDS)
+    more = {"dspark_target_layers": (1, 2)}
+    changed = [{n: v + 1 if isinstance(v, int) else more[n]} for n, v in DSPARK_FIELDS.items()]
+    assert len({config.digest, *(dataclasses.replace(config, **change).digest for change in changed)}) == 6
+    plain = load_config("tiny").to_dict()
+    old = {key: value for key, value in plain.items() if not key.startswith("dspark_")}
+    assert ModelConfig.from_dict(old).digest == load_config("tiny").digest
+
+
+DSPARK_FIELDS: dict[str, Any] = {
+    "dspark_stages": 3,
+    "dspark_block_size": 5,
+    "dspark_noise_token_id": 7,
+    "dspark_target_layers": (0, 1),
+    "dspark_markov_rank": 32,
+}
 CHANGES: dict[str, Any] = {
     "vocab_size": 1024,
     "hidden_size": 512,
@@ -669,8 +722,8 @@ def test_yarn_without_a_factor(refusal: Callable[[Raw], str]) -> None:
             "compress_ratios has 7 entries; expected 6: 6 (num_hidden_layers) + 0 (num_nextn_predict_layers)",
         ),
         (
-            {"dspark_block_size": 5},
-            "compress_ratios has 7 entries; expected 9: 6 (num_hidden_layers) + 3 (DSpark draft stages)",
+            DSPARK | {"compress_ratios": [0, 0, 4, 128, 4, 128]},
+            "compress_ratios has 6 entries; expected 7: 6 (num_hidden_layers) + 1 (DSpark stages, at least)",
         ),
         (
             {"compress_ratios": [0, 0, 4, 128, 4, 64, 0]},
@@ -678,7 +731,7 @@ def test_yarn_without_a_factor(refusal: Callable[[Raw], str]) -> None:
         ),
         (
             {"compress_ratios": [0, 0, 4, 128, 4, 128, 4]},
-            "compress_ratios[6] is 4; expected 0, as it belongs to the num_nextn_predict_layers",
+            "compress_ratios[6] is 4; expected 0, as no layer has it",
         ),
         ({"compress_ratios": "0,0,4"}, "compress_ratios is '0,0,4'; expected a list of integers"),
         (
@@ -1061,13 +1114,24 @@ def test_deployments_fit_their_model() -> None:
         "deployment: max_context is 1048577; "
         "expected at most 1048576, max_position_embeddings of deepseek-v4-flash"
     )
-    draft = (*decode, Bucket("draft", tokens=8))
+    draft = (*decode, Bucket("draft", tokens=7))
     check_deployment(config, Deployment(buckets=draft))
     with pytest.raises(ConfigError) as error:
         check_deployment(dataclasses.replace(config, mtp_layers=0), Deployment(buckets=draft))
     assert str(error.value) == (
-        "deployment: buckets has draft-8; expected no draft: deepseek-v4-flash has no block that drafts"
+        "deployment: buckets has draft-7; expected no draft: deepseek-v4-flash has no block that drafts"
     )
+    dspark = dataclasses.replace(config, mtp_layers=0, **DSPARK_FIELDS)
+    check_deployment(dspark, Deployment(buckets=(*decode, Bucket("round", tokens=6))))
+    for target, changes, message in (
+        ("cpu", {"dspark_block_size": 9}, "dspark_block_size is 9; expected at most 8, the rows that rings"),
+        ("sm_90a", {}, "round-2x4 drafts in 10 rows; expected at most 8: sm_90a has no kernels for more"),
+    ):
+        changed, wide = dataclasses.replace(dspark, **changes), (*decode, Bucket("round", 2, 4))
+        with pytest.raises(ConfigError, match=message):
+            check_deployment(changed, Deployment(target, slots=2, buckets=wide))
+    with pytest.raises(ConfigError, match=r"round-1x7 drafts 6 tokens; expected at most 5"):
+        check_deployment(dspark, Deployment(buckets=(*decode, Bucket("round", tokens=7))))
 
 
 def test_deployments_are_plain_data() -> None:
@@ -1094,7 +1158,7 @@ def test_deployments_are_plain_data() -> None:
         (
             {"buckets": ["decode"]},
             "deployment: buckets: 'decode' names no bucket; "
-            "expected decode-8, verify-1x4, prefill-64 or draft-64",
+            "expected decode-8, verify-1x4, prefill-64 or draft-3",
         ),
         (
             {"buckets": ["verify-2"]},

@@ -60,6 +60,32 @@ def test_an_answer_in_words_and_the_same_seed_again(folder: Path) -> None:
     assert "seed 6" in other.err
 
 
+def test_drafts_change_nothing_but_the_rounds(folder: Path) -> None:
+    asked = ("--tokens", "3,17,5", "--seed", 3, "--max-new-tokens", 7)
+    plain = generate(folder, *asked)
+    drafted = generate(folder, *asked, "--draft", "mtp", "--draft-tokens", 2)
+    assert drafted.out == plain.out
+    found = re.search(
+        r"; (\d+) rounds, (\d\.\d\d) tokens each \(held ([\d ]+)\)$", drafted.err.splitlines()[-1]
+    )
+    assert found is not None
+    assert sum(map(int, found[3].split())) == int(found[1])
+    assert "rounds" not in plain.err
+    (plan,) = [p for p in (folder / "cache" / "plans").iterdir() if "round-1x3" in str(load(p).buckets)]
+    given = ("generate", plan, "--weights", folder / "weights", *asked)
+    done = json.loads(command(*given, "--draft", "auto", "--json").out.splitlines()[-1])
+    assert done["ids"] == list(map(int, plain.out.split(",")))
+    assert sum(done["accepted"]) == int(found[1])
+    for wrong, message in (
+        (("--draft", "dspark"), "drafts with mtp"),
+        (("--draft", "mtp", "--draft-tokens", 3), "drafts 2 tokens a round"),
+        (("--draft", "given"), "nobody gives drafts here"),
+    ):
+        refused = command(*given, *wrong)
+        assert refused.code == 2
+        assert message in refused.err
+
+
 def test_events_are_objects_a_line(folder: Path) -> None:
     asked = ("--prompt", "Hello", "--thinking", "--seed", 5, "--max-new-tokens", 4)
     made = generate(folder, *asked, "--json", "--logprobs", 2)

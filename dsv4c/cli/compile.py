@@ -65,7 +65,14 @@ VerifyOption = Annotated[
     ),
 ]
 LogitsOption = Annotated[Logits, typer.Option(help="Of every token of a prompt's chunk, or of its last.")]
-DraftOption = Annotated[Draft, typer.Option(help="Compile the block that drafts tokens, too.")]
+DraftOption = Annotated[
+    Draft,
+    typer.Option(help="Rounds that draft tokens, too: by what the checkpoint has (auto), or given ones."),
+]
+DraftTokensOption = Annotated[
+    int | None,
+    typer.Option(help="Tokens drafted in a round.", metavar="K", show_default="1, or DSpark's block"),
+]
 SampledOption = Annotated[
     bool,
     typer.Option(
@@ -169,6 +176,7 @@ DECIDED = (
     "verify",
     "logits",
     "draft",
+    "draft_tokens",
     "sampled",
     "pipeline",
     "disable",
@@ -194,6 +202,7 @@ def compile_command(
     chunk: ChunkOption = None,
     logits: LogitsOption = Logits.ALL,
     draft: DraftOption = Draft.OFF,
+    draft_tokens: DraftTokensOption = None,
     sampled: SampledOption = False,
     disable: DisableOption = None,
     enable: EnableOption = None,
@@ -253,6 +262,7 @@ def compile_command(
             chunk=sizes("--chunk", chunk),
             logits=logits.value,
             draft=draft.value,
+            draft_tokens=draft_tokens,
             sampled=sampled,
             pipeline=pipeline,
             rules=rules,

@@ -16,11 +16,12 @@ import typer
 
 from dsv4c.cli.chat import chat
 from dsv4c.cli.console import note, progress_bar
-from dsv4c.cli.options import EncodingOption, JsonOption
+from dsv4c.cli.options import Draft, EncodingOption, JsonOption
 from dsv4c.cli.run import token_ids
 from dsv4c.cli.subject import is_plan
 from dsv4c.compiler.kept import kept_plan
 from dsv4c.compiler.request import Request
+from dsv4c.config import ModelConfig
 from dsv4c.errors import ConfigError, PromptError
 from dsv4c.models.encoding.messages import Conversation, read_conversation
 from dsv4c.models.encoding.rules import rules_of
@@ -82,6 +83,12 @@ LogprobsOption = Annotated[
     int | None,
     _optional("With --json: each token's log-probability, and the N best.", "N", min=0, max=100),
 ]
+DraftOption = Annotated[
+    Draft, typer.Option(help="Say several tokens a step, drafted by what the checkpoint has (auto), or off.")
+]
+DraftTokensOption = Annotated[
+    int | None, _optional("Tokens drafted in a round.", "K", "1, or DSpark's block")
+]
 CacheOption = Annotated[
     Path | None, _optional("Folder of kept plans and kernels.", "DIR", "the user's cache")
 ]
@@ -115,6 +122,8 @@ def generate_command(
     target: TargetOption = None,
     recipe: RecipeOption = "official",
     max_context: ContextOption = 4096,
+    draft: DraftOption = Draft.OFF,
+    draft_tokens: DraftTokensOption = None,
     cache: CacheOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -154,7 +163,12 @@ def generate_command(
         | {name: value for name, value in chosen.items() if value is not None}
         | {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty, "seed": seed}
     )
-    plan = _plan(subject, target or machine_target(), recipe, max_context, cache)
+    if draft is Draft.GIVEN:
+        raise ConfigError("--draft given: nobody gives drafts here; expected auto, off, mtp or dspark")
+    target = target or machine_target()
+    plan = _plan(subject, target, recipe, max_context, draft.value, draft_tokens, cache)
+    if draft is not Draft.OFF:
+        _check_drafts(plan, draft, draft_tokens)
     if temperature is None and not any(program.shape.sampled for program in plan.buckets.values()):
         note("this plan always takes the likeliest token; one of `dsv4c compile --sampled` would draw it")
         sampling = Sampling(seed=seed)
@@ -172,6 +186,7 @@ def generate_command(
         "stop": stop or (),
         "logprobs": logprobs,
         "encoding": encoding,
+        "drafting": draft is not Draft.OFF,
     }
     if chatting:
         chat(
@@ -202,7 +217,15 @@ def weights_of(subject: str, weights: Path | None) -> Path:
     return Path(subject)
 
 
-def _plan(subject: str, target: str, recipe: str, max_context: int, cache: Path | None) -> Plan:
+def _plan(
+    subject: str,
+    target: str,
+    recipe: str,
+    max_context: int,
+    draft: str,
+    draft_tokens: int | None,
+    cache: Path | None,
+) -> Plan:
     if is_plan(subject):
         return load(subject)
     request = Request(
@@ -213,9 +236,25 @@ def _plan(subject: str, target: str, recipe: str, max_context: int, cache: Path 
         max_context=max_context,
         logits="last",
         sampled=True,
+        draft=draft,  # type: ignore[arg-type]  # an option's value
+        draft_tokens=draft_tokens,
     )
     with progress_bar("compile") as progress:
         return kept_plan(request, cache=cache, progress=progress, note=note)
+
+
+def _check_drafts(plan: Plan, draft: Draft, tokens: int | None) -> None:
+    """Say where nothing drafts; ConfigError where something else does than is asked for."""
+    rounds = [program.shape for program in plan.buckets.values() if program.shape.kind == "round"]
+    if not rounds and draft is Draft.AUTO and tokens is None:
+        note(f"{plan.name}: nothing drafts; every step says one token")
+        return
+    found = ModelConfig.from_dict(plan.config).drafts_with if rounds else "nothing"
+    if draft not in (Draft.AUTO, found):
+        raise ConfigError(f"--draft {draft}: plan {plan.name} drafts with {found}; compile one with --draft")
+    if tokens is not None and all(shape.tokens != 1 + tokens for shape in rounds):
+        sizes = ", ".join(str(shape.tokens - 1) for shape in rounds) or "none"
+        raise ConfigError(f"--draft-tokens {tokens}: plan {plan.name} drafts {sizes} tokens a round")
 
 
 def _question(
@@ -297,6 +336,9 @@ def closing(done: Done) -> str:
     """What an answer took, in a line."""
     why = {"stop": "", "length": ", cut off", "interrupted": ", interrupted", "stop_string": ""}[done.reason]
     fault = f"; malformed: {done.malformed}" if done.malformed else ""
+    if done.accepted:
+        held = " ".join(map(str, done.accepted))
+        fault = f"; {sum(done.accepted)} rounds, {done.tokens_per_round:.2f} tokens each (held {held}){fault}"
     return (
         f"{len(done.ids)} tokens{why} after {done.prompt_tokens} ({done.read} read), first after "
         f"{done.seconds_to_first:.2f} s, {done.tokens_per_second:.1f} tokens/s, "

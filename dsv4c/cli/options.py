@@ -22,7 +22,10 @@ class Draft(StrEnum):
     """What drafts tokens ahead."""
 
     OFF = "off"
+    AUTO = "auto"
     MTP = "mtp"
+    DSPARK = "dspark"
+    GIVEN = "given"
 
 
 class Logits(StrEnum):

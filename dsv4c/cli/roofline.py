@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
-from dsv4c.arch import ARCHS, SM_90A
+from dsv4c.arch import ARCHS, SM_90A, Arch
+from dsv4c.buckets import ROWS, Bucket
 from dsv4c.cli.console import note, print_json, write_text
 from dsv4c.cli.options import (
     BatchOption,
@@ -20,7 +22,9 @@ from dsv4c.cli.options import (
 )
 from dsv4c.cli.show import LayerOption, OutputOption
 from dsv4c.cli.subject import Subject, ask_with, refuse_decided
+from dsv4c.compiler.job import Job
 from dsv4c.errors import ConfigError, GraphError, listed
+from dsv4c.view import drafting
 from dsv4c.view.roofline import roofline, svg, text
 
 
@@ -53,6 +57,9 @@ def roofline_command(
     max_context: ContextOption = 4096,
     chunk: ChunkOption = None,
     extra: PassOption = None,
+    draft: Annotated[
+        bool, typer.Option("--draft", help="Rounds that draft against plain steps, by how often drafts hold.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Say what every launch must move and compute, and how long that takes at least.
@@ -69,6 +76,8 @@ def roofline_command(
       dsv4c roofline deepseek-v4-pro --bucket prefill-64 --chunk 64
 
       dsv4c roofline deepseek-v4-flash --format svg -o flash.svg
+
+      dsv4c roofline deepseek-v4-flash --max-context 8192 --draft
     """
     refuse_decided(context, subject)
     asked = ask_with(context, subject)
@@ -77,6 +86,13 @@ def roofline_command(
     name = own if arch is None else arch
     if name not in ARCHS:
         raise ConfigError(f"--arch: {name!r} is no GPU that dsv4c knows, only {listed(ARCHS, name)}")
+    if draft:
+        gains = drafting_of(asked.job, ARCHS[name])
+        if json:
+            print_json(gains.to_dict())
+        else:
+            write_text(output, drafting.text(gains), GraphError)
+        return
     groups = [launch.nodes for launch in plan.program(bucket).launches] if plan is not None else []
     number = int(layer) if layer and layer.isdecimal() else layer
     found = roofline(asked.stage(bucket, None), ARCHS[name], groups, number)
@@ -87,3 +103,29 @@ def roofline_command(
     write_text(output, made, GraphError)
     if output is not None:
         note(f"{output}: {format.value}, {len(made):,} characters")
+
+
+def drafting_of(job: Job, arch: Arch) -> drafting.Drafting:
+    """A model's rounds of every number of drafts, one sequence each, against its plain step.
+
+    Raises ConfigError for a model that has nothing that drafts.
+    """
+    config = job.config
+    if not config.drafts_with:
+        raise ConfigError(f"{config.name}: has nothing that drafts, so there is nothing to compare")
+
+    def floor(*buckets: Bucket) -> tuple[float, int]:
+        """Microseconds and bytes of the last bucket, compiled beside the others."""
+        deployment = replace(job.deployment, buckets=buckets)
+        graph = replace(job, deployment=deployment).compiled(buckets[-1]).graph
+        found = roofline(graph, arch)
+        return found.floor_us, found.planned
+
+    decode = Bucket("decode")
+    step, _ = floor(decode)
+    rounds = []
+    for drafts in range(1, min(config.dspark_block_size or ROWS - 1, ROWS - 1) + 1):
+        own, _ = floor(decode, Bucket("draft", tokens=drafts))
+        whole, moved = floor(decode, Bucket("round", tokens=1 + drafts))
+        rounds.append(drafting.Round(drafts, whole, own, moved / 1e9))
+    return drafting.Drafting(config.name, arch.gpu, config.drafts_with, step, tuple(rounds))

@@ -72,7 +72,7 @@ def ask(
         subject,
         batch=sizes("--batch", batch),
         chunk=sizes("--chunk", chunk),
-        draft="mtp" if bucket.startswith("draft") else "off",
+        draft="auto" if bucket.startswith(("draft", "round")) else "off",
         rules=rules,
         **options,
     )

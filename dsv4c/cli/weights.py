@@ -76,8 +76,9 @@ def _print(directory: Path, model: str, found: dict[str, Any]) -> None:
     for dtype, count in found["bytes_by_dtype"].items():
         table.add_row(f"  {dtype}", size(count))
     table.add_row("parameters", f"{found['parameters']:,}")
-    mtp = found["mtp"]
-    table.add_row("MTP block", f"{'yes' if mtp['checkpoint'] else 'no'} (model: {mtp['model']})")
+    drafts = found["drafts"]
+    what = drafts["model"] or "nothing"
+    table.add_row("drafts with", what if drafts["checkpoint"] else f"nothing (the model: {what})")
     for kind in PROBLEMS:
         names = found[kind]
         if names:

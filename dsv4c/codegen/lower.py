@@ -159,10 +159,7 @@ def lower(
     Raises BuildError naming the node that no code takes, with every reason, or a rule of `require_fused` that
     would be unfolded; GraphError where buckets disagree on a type.
     """
-    unfolded: list[Unfolded] = []
-    coded: dict[str, _Coded] = {}
-    for folded in buckets:
-        coded[folded.bucket.name] = _code(folded, coder, require_fused, unfolded)
+    unfolded, coded = _code_all(buckets, coder, require_fused)
     codes = [part.code for c in coded.values() for part in c.parts]
     coder.keep({code.kernel for code in codes if isinstance(code, KernelCode)})
     load = merged([f.load for f in buckets if f.load is not None])
@@ -218,9 +215,40 @@ def graph_file(name: str) -> str:
 # --- code for every launch ---
 
 
-def _code(folded: Folded, coder: Coder, require_fused: frozenset[str], unfolded: list[Unfolded]) -> _Coded:
+def _code_all(
+    buckets: Sequence[Folded], coder: Coder, require_fused: frozenset[str]
+) -> tuple[list[Unfolded], dict[str, _Coded]]:
+    """Code for all buckets. A weight that launches want in several forms lies in memory as its type says;
+    who can not read it so is unfolded.
+    """
+    plain = frozenset[str]()
+    while True:
+        unfolded: list[Unfolded] = []
+        coded = {f.bucket.name: _code(f, coder, require_fused, unfolded, plain) for f in buckets}
+        forms: dict[str, set[str]] = {}
+        for part in (part for c in coded.values() for part in c.parts):
+            for value, form in _wanted(part).items():
+                forms.setdefault(value.name, set()).add(form)
+        disagreeing = frozenset(name for name, wanted in forms.items() if len(wanted) > 1)
+        if disagreeing <= plain:
+            return unfolded, coded
+        plain |= disagreeing
+
+
+def _wanted(part: Part) -> dict[Value, str]:
+    """The form in which a launch wants each value."""
+    return {o.value: PLAIN for o in part.operands if o.value is not None} | dict(part.forms)
+
+
+def _code(
+    folded: Folded,
+    coder: Coder,
+    require_fused: frozenset[str],
+    unfolded: list[Unfolded],
+    plain: frozenset[str],
+) -> _Coded:
     """Code for a bucket."""
-    graph, order, steps, refused = _settle(folded, coder, require_fused, unfolded)
+    graph, order, steps, refused = _settle(folded, coder, require_fused, unfolded, plain)
     for node, reason in refused.items():
         own = [f"{u.op} was unfolded: {u.reason}" for u in unfolded if u.bucket == folded.bucket.name]
         raise BuildError("\n".join([f"at {node.name}: {reason}", *own]))
@@ -229,21 +257,25 @@ def _code(folded: Folded, coder: Coder, require_fused: frozenset[str], unfolded:
 
 def refusals(folded: Folded, coder: Coder) -> dict[Node, str]:
     """Every node that no code takes once fused ones are unfolded, and why; `lower` stops at the first."""
-    return _settle(folded, coder, frozenset(), [])[-1]
+    return _settle(folded, coder, frozenset(), [], frozenset())[-1]
 
 
 Steps = tuple[tuple[Part, ...], ...]
 
 
 def _settle(
-    folded: Folded, coder: Coder, require_fused: frozenset[str], unfolded: list[Unfolded]
+    folded: Folded,
+    coder: Coder,
+    require_fused: frozenset[str],
+    unfolded: list[Unfolded],
+    plain: frozenset[str],
 ) -> tuple[Graph, Schedule, Steps, dict[Node, str]]:
     """A bucket's graph with its code; op by op, what none takes is unfolded, until only primitives are
-    refused.
+    refused. Weights named in `plain` lie in memory as their types say.
     """
     graph, given_back = folded.graph, frozenset[str]()
     while True:
-        order, steps, refused = _ask(graph, schedule(graph, coder.groups), coder)
+        order, steps, refused = _ask(graph, schedule(graph, coder.groups), coder, plain)
         fused = [(node, reason) for node, reason in refused.items() if isinstance(node.op, Fused)]
         if not fused:
             return graph, order, steps, refused
@@ -268,7 +300,9 @@ def _code_alone(graph: Graph, coder: Coder) -> _Coded:
     return _Coded(graph, order, plan_memory(graph, order), steps)
 
 
-def _ask(graph: Graph, order: Schedule, coder: Coder) -> tuple[Schedule, Steps, dict[Node, str]]:
+def _ask(
+    graph: Graph, order: Schedule, coder: Coder, plain: frozenset[str]
+) -> tuple[Schedule, Steps, dict[Node, str]]:
     """Launches with their code, and the nodes that none takes, with the reasons. Where none takes a launch of
     several nodes, each becomes a launch of its own.
     """
@@ -282,6 +316,9 @@ def _ask(graph: Graph, order: Schedule, coder: Coder) -> tuple[Schedule, Steps, 
             parts = coder.code(graph, nodes)
         except BuildError as error:
             return str(error)
+        for value, form in (item for part in parts for item in part.forms.items()):
+            if value.name in plain and form != PLAIN:
+                return f"wants %{value.name} as {form}, which other launches read as its type says"
         launches.append(nodes)
         steps.append(parts)
         return ""
@@ -433,8 +470,7 @@ def _forms(coded: Iterable[_Coded], constants: set[str]) -> dict[str, str]:
     """How each weight must lie in memory, for all buckets. Raises BuildError where two launches disagree."""
     forms: dict[str, str] = {}
     for part in (part for c in coded for part in c.parts):
-        wanted = {o.value: PLAIN for o in part.operands if o.value is not None} | dict(part.forms)
-        for value, form in wanted.items():
+        for value, form in _wanted(part).items():
             if value.kind is not Kind.PARAM or value.name in constants:
                 if form != PLAIN:
                     raise BuildError(f"%{value.name} is wanted as {form}: it is no weight")

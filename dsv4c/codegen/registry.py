@@ -52,7 +52,8 @@ class Request:
     """A launch to find kernels for: what decides the choice and nothing else, so that equal layers are equal.
 
     Per value: its type, a label for readable kernels (of params: their name inside the layer), and how many
-    nodes outside of the launch read what it makes.
+    nodes outside of the launch read what it makes. `given` are those that
+    no launch writes.
     """
 
     calls: tuple[Call, ...]
@@ -60,6 +61,7 @@ class Request:
     labels: tuple[str, ...]
     readers: tuple[int, ...]
     arch: Arch
+    given: frozenset[int] = frozenset()
 
     @property
     def call(self) -> Call:
@@ -223,6 +225,7 @@ def request_of(
         tuple(labels.get(v, "") if v.kind is Kind.PARAM else "" for v in number),
         tuple(outside),
         arch,
+        frozenset(n for v, n in number.items() if v.kind in (Kind.INPUT, Kind.PARAM)),
     )
     return request, tuple(number)
 

@@ -75,10 +75,13 @@ def _contributed(job: Job, compiled: Mapping[Bucket, Compiled]) -> list[str]:
 
 
 def unused_of(config: ModelConfig, lowered: Lowered) -> tuple[Mapping[str, Any], ...]:
-    """Where a checkpoint keeps the parameters of the model's layers that no launch reads."""
+    """Where a checkpoint keeps the parameters of the model's layers that no launch reads; and of blocks that
+    draft, those that launches read in part.
+    """
     read = {w.name for w in lowered.weights}
     stored = {name: source.stored for name, source in sources(config, "release").items()}
-    left = [name for name in stored if name not in read and not Scope.of(name).draft]
+    needed = {Scope.of(name).layer for name in read}
+    left = [n for n in stored if n not in read and (not Scope.of(n).draft or Scope.of(n).layer in needed)]
     return tuple(records(config, [(name, stored[name], False) for name in left]))
 
 

@@ -31,7 +31,7 @@ from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph, print_graph, print_op
-from dsv4c.models.weights import records
+from dsv4c.models.weights import records, sources
 from dsv4c.numerics.codec import Quantized, Value, parts_of, view
 from dsv4c.passes.tidy import repeated
 from dsv4c.plan.folder import Plan
@@ -440,10 +440,13 @@ def key(node: Node) -> tuple[str, tuple[str, ...]]:
 
 
 def _load(graph: Graph, job: Job, weights: str | Path) -> dict[str, Value]:
-    """The parameters of a graph as a checkpoint has them, on the host. Raises CheckpointError."""
+    """The parameters of a graph as a checkpoint has them, on the host. Others of the model may be beside
+    them. Raises CheckpointError.
+    """
+    known = [(name, source.stored, False) for name, source in sources(job.config, "release").items()]
     wanted = records(job.config, [(v.name, v.type, job.recipe.requantize) for v in graph.params])
     params: dict[str, Value] = {}
-    Checkpoint.open(weights).load(
+    Checkpoint.open(weights).sparing(map(ParamRecord.from_json, records(job.config, known))).load(
         [ParamRecord.from_json(record) for record in wanted],
         lambda name, value: params.__setitem__(name, clone(value)),
     )

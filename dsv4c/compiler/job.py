@@ -146,15 +146,15 @@ class Job:
 
     def firsts(self) -> dict[Bucket, Bucket]:
         """For every bucket the one whose graph it has, but for sizes: the first, decode steps before others,
-        of those that run the same block, write to rings before they read them, and give logits of the same
-        rows. Buckets that keep rows beside the rings, and those of a compile that goes on, have graphs of
-        their own.
+        of those that run the model over what they are given, write to rings before they read them, and give
+        logits of the same rows. Buckets that keep rows beside the rings, that draft or judge, and those of a
+        compile that goes on, have graphs of their own.
         """
         found: dict[tuple[object, ...], Bucket] = {}
         firsts = {}
         for b in sorted(self.deployment.buckets, key=lambda bucket: (bucket.kind != "decode", bucket.rows)):
-            own = self.saved is not None or b.keeps_beside
-            firsts[b] = found.setdefault((b,) if own else (b.block, b.logits, b.sampled), b)
+            own = self.saved is not None or b.keeps_beside or not b.is_main
+            firsts[b] = found.setdefault((b,) if own else (b.logits, b.sampled), b)
         return {b: firsts[b] for b in self.deployment.buckets}
 
     def resized(self, graph: Graph, bucket: Bucket) -> Graph:

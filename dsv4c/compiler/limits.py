@@ -150,8 +150,10 @@ def _better(job: Job, config: ModelConfig, left: Refused) -> tuple[str, int, Ref
 
 
 def _refusals(job: Job) -> Refused:
-    """What no code takes of a decode step."""
+    """What no code takes of a decode step that keeps nothing for drafts."""
     coder = target_of(job.deployment.target).coder
+    main = tuple(bucket for bucket in job.deployment.buckets if bucket.is_main)
+    job = replace(job, deployment=replace(job.deployment, buckets=main))
     decode = job.decode
     found = refusals(job.folded(decode, decode, job.compiled(decode), []), coder)
     return {f"{node.op.name} {node.place.path}": reason for node, reason in found.items()}
@@ -174,7 +176,7 @@ def least_memory(job: Job, graph: Graph) -> Memory:
 
 
 def one_layer_of_each_kind(config: ModelConfig) -> ModelConfig:
-    """The model with every pair of attention and router once, and no MTP block."""
+    """The model with every pair of attention and router once, and nothing that drafts."""
     hashed = tuple(dict.fromkeys(config.compress_ratios[: config.num_hash_layers]))
     dense = tuple(dict.fromkeys(config.compress_ratios[config.num_hash_layers :]))
     return replace(
@@ -183,6 +185,7 @@ def one_layer_of_each_kind(config: ModelConfig) -> ModelConfig:
         num_hash_layers=len(hashed),
         compress_ratios=hashed + dense,
         mtp_layers=0,
+        dspark_stages=0,
     )
 
 

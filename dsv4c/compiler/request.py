@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from dsv4c.buckets import ROWS, Bucket, Logits
+from dsv4c.buckets import ROWS, Bucket, Kind, Logits
 from dsv4c.compiler.job import Job, choose_rules, rules_of
 from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
 from dsv4c.errors import ConfigError
@@ -18,7 +18,9 @@ CHUNK = 64  # tokens per prefill call on the CPU, unless the context is shorter
 BATCHES = (1, 2, 4, 8)  # sequences that decode together on a GPU
 VERIFY = 4  # tokens of a sequence that one step can verify
 
-Draft = Literal["off", "mtp"]
+MTP_TOKENS = 1  # tokens drafted behind one, where the model does not say
+
+Draft = Literal["off", "auto", "mtp", "dspark", "given"]
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,12 @@ class Request:
     GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens
     that each has room for. verify: tokens of one sequence that a verify step takes, 1 for no such bucket.
     chunk: tokens of one sequence that prefill calls take, a bucket for each size (64 or the context; on a
-    GPU 8). logits: of every token of a chunk, or of its last alone. draft: "mtp" adds the draft block's
-    bucket. sampled: decode steps draw the next token as their slots say (temperature, top-p, ...), in place
-    of taking the likeliest. pipeline: passes (or their spec) in place of the default ones, whose recipe is
+    GPU 8). logits: of every token of a chunk, or of its last alone. draft: adds
+    rounds, which draft tokens and judge them, by the MTP block ("mtp"), by DSpark's stages ("dspark"), or by
+    what the checkpoint has, if anything ("auto"); "given" adds steps that judge the caller's. draft_tokens:
+    drafts of a round (of MTP 1, else as many as the model's block has rows). sampled: steps draw the next
+    token as their slots say (temperature, top-p, ...), in place of taking the likeliest. pipeline: passes (or
+    their spec) in place of the default ones, whose recipe is
     `recipe`. rules: what may fold, by default the built-in ones and those of installed packages, without
     those of `disable` ("all": every one) that `enable` does not take back. expected: applications by rule
     that must hold for the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever
@@ -50,6 +55,7 @@ class Request:
     chunk: int | Sequence[int] | None = None
     logits: Logits = "all"
     draft: Draft = "off"
+    draft_tokens: int | None = None
     sampled: bool = False
     pipeline: str | Pipeline | None = None
     rules: Contributions | None = None
@@ -85,8 +91,6 @@ class Request:
         verify = self.verify if self.verify is not None else min(VERIFY, self.max_context)
         if not 1 <= verify <= ROWS:
             raise ConfigError(f"verify: {verify} tokens, expected 1 (no such bucket) to {ROWS}")
-        if self.draft != "off" and not config.mtp_layers:
-            raise ConfigError(f"{config.name}: has no MTP block (mtp_layers is 0); compile with draft off")
         buckets = [Bucket("decode", sequences=n, sampled=self.sampled) for n in batches]
         if verify > 1:
             buckets.append(Bucket("verify", tokens=verify))
@@ -94,12 +98,50 @@ class Request:
         for tokens in chunks:
             if (1, tokens, self.logits) not in shapes:  # a verify bucket may do a chunk's work
                 buckets.append(Bucket("prefill", tokens=tokens, logits=self.logits))
-        if self.draft != "off":
-            buckets.append(Bucket("draft", tokens=max(chunks)))
+        buckets += self._drafting(config, batches)
         slots = max(batches) if self.slots is None else self.slots
         deployment = Deployment(self.target, recipe.name, self.max_context, slots, tuple(buckets))
         check_deployment(config, deployment)
         return deployment
+
+    def _drafting(self, config: ModelConfig, batches: Sequence[int]) -> list[Bucket]:
+        """Buckets that draft, or judge drafts, for as many sequences as their rows allow."""
+        draft = (config.drafts_with or "off") if self.draft == "auto" else self.draft
+        if draft == "off":
+            if self.draft_tokens is not None:
+                raise ConfigError(f"draft_tokens: {self.draft_tokens}, but nothing drafts; give a draft, too")
+            return []
+        if draft != "given" and draft != config.drafts_with:
+            found = DRAFTS_WITH[config.drafts_with]
+            raise ConfigError(
+                f"{config.name}: draft {draft!r}, but the model {found}; compile with draft "
+                f"{config.drafts_with or 'off'!r}"
+            )
+        block = config.dspark_block_size if draft == "dspark" else ROWS - 1
+        usual = MTP_TOKENS if draft == "mtp" else min(block, VERIFY - 1 if draft == "given" else ROWS - 1)
+        count = usual if self.draft_tokens is None else self.draft_tokens
+        if type(count) is not int or not 1 <= count <= min(block, ROWS - 1):
+            why = f"DSpark's block of {block}" if block < ROWS - 1 else f"{ROWS} rows of a step, less one"
+            raise ConfigError(f"draft_tokens: {count!r}, expected 1 to {min(block, ROWS - 1)}: {why}")
+        rows = 1 + count
+        if draft == "dspark" and self.target != "cpu":
+            rows = max(rows, block)  # all of the block's are run
+        fitting = [n for n in batches if n * rows <= ROWS]
+        if not fitting:
+            raise ConfigError(
+                f"draft_tokens: {count} behind a token of {min(batches)} sequences are "
+                f"{min(batches) * rows} rows; a step takes {ROWS}: give fewer, or a smaller batch"
+            )
+        kind: Kind = "accept" if draft == "given" else "round"
+        steps = [Bucket(kind, n, 1 + count, sampled=self.sampled) for n in fitting]
+        return steps if draft == "given" else [Bucket("draft", tokens=count), *steps]
+
+
+DRAFTS_WITH = {
+    "": "has nothing that drafts",
+    "mtp": "drafts with an MTP block",
+    "dspark": "drafts with DSpark's stages, which lie under the names of MTP blocks",
+}
 
 
 def _numbers(name: str, given: int | Sequence[int] | None, default: tuple[int, ...]) -> tuple[int, ...]:

@@ -97,14 +97,30 @@ def token_ids(reading: Reading) -> None:
             reading.notes.append(f"{key} is {given}: {given[0]} was taken")
 
 
-def drop_dspark(reading: Reading) -> bool:
-    """The releases with DSpark speculation load as their backbone alone."""
-    keys = sorted(key for key in reading.raw if key.startswith("dspark_"))
-    if keys:
-        reading.used.update(keys)
-        reading.fields["mtp_layers"] = 0
-        reading.notes.append(
-            f"the DSpark draft stages ({', '.join(keys)}) are ignored: this is the backbone alone, and the "
-            "mtp.* tensors of this release are draft stages, not MTP blocks"
-        )
-    return bool(keys)
+# Field of ModelConfig -> key of the file, alike in all dialects. The number of stages has none of its own.
+DSPARK = {
+    "dspark_block_size": "dspark_block_size",
+    "dspark_noise_token_id": "dspark_noise_token_id",
+    "dspark_target_layers": "dspark_target_layer_ids",
+    "dspark_markov_rank": "dspark_markov_rank",
+}
+
+
+def drafts_with_dspark(reading: Reading) -> bool:
+    """Does the release draft with DSpark stages? They take the place of MTP blocks, under the same names,
+    whatever its number of MTP blocks says.
+    """
+    if not any(key in reading.raw for key in DSPARK.values()):
+        return False
+    reading.spelling |= DSPARK
+    for name, key in DSPARK.items():
+        if reading.get(key) is not None:
+            reading.fields[name] = reading.raw[key]
+        else:
+            reading.refuse(key, "is missing", "all of the dspark_* keys, or none", name)
+    stated = reading.fields.get("mtp_layers")
+    reading.fields["mtp_layers"] = 0
+    if stated:
+        key = reading.spelling["mtp_layers"]
+        reading.notes.append(f"{key} {stated} counts for nothing: the mtp.* tensors are DSpark's stages")
+    return True

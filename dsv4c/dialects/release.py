@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4c.dialects.reading import Reading, alternatives, copy_fields, drop_dspark, is_list_of, shown
+from dsv4c.dialects.reading import (
+    DSPARK,
+    Reading,
+    alternatives,
+    copy_fields,
+    drafts_with_dspark,
+    is_list_of,
+    shown,
+)
 
 # Field of ModelConfig -> key of the file. The schedule, YaRN and formats are read by functions of their own.
 RELEASE = {
@@ -63,8 +71,6 @@ NVFP4_EXPERTS: dict[str, object] = {
 }
 # What NVIDIA's tools write for it, now and before.
 NVFP4_KEYS = ("moe_quant_algo", "quant_algo", "quantized_layers", "group_size", "awq_block_size")
-# The releases with dspark_* keys carry three draft stages, whatever num_nextn_predict_layers says.
-DSPARK_STAGES = 3
 
 
 def release_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,7 +78,12 @@ def release_dict(fields: Mapping[str, Any]) -> dict[str, Any]:
     raw: dict[str, Any] = {"architectures": ["DeepseekV4ForCausalLM"], "model_type": "deepseek_v4"}
     raw |= {key: fields[name] for name, key in RELEASE.items()}
     raw["rope_scaling"] = {"type": "yarn", **{key: fields[name] for name, key in YARN.items()}}
-    raw["compress_ratios"] = [*fields["compress_ratios"], *[0] * fields["mtp_layers"]]
+    raw["compress_ratios"] = [
+        *fields["compress_ratios"],
+        *[0] * (fields["mtp_layers"] + fields["dspark_stages"]),
+    ]
+    if fields["dspark_stages"]:
+        raw |= {key: fields[name] for name, key in DSPARK.items()}
     if fields["linear_format"] == "fp8":
         nvfp4 = NVFP4_EXPERTS if fields["expert_format"] == "nvfp4" else {}
         raw["quantization_config"] = QUANTIZATION | nvfp4
@@ -90,9 +101,11 @@ def read_release(raw: Mapping[str, Any]) -> Reading:
 
 
 def schedule(reading: Reading) -> None:
-    """compress_ratios: one entry per layer, then one zero per MTP block (or DSpark draft stage)."""
+    """compress_ratios: one entry per layer, then one zero per MTP block; or per DSpark stage, whose number
+    nothing else says.
+    """
     ratios = reading.get("compress_ratios")
-    dspark = drop_dspark(reading)
+    dspark = drafts_with_dspark(reading)
     layers, mtp = reading.count("num_layers"), reading.count("mtp_layers")
     layers_key, mtp_key = reading.spelling["num_layers"], reading.spelling["mtp_layers"]
     if ratios is None:
@@ -105,14 +118,17 @@ def schedule(reading: Reading) -> None:
     if layers is None or mtp is None:
         reading.refused.add("compress_ratios")
         return
-    extra, extra_key = (DSPARK_STAGES, "DSpark draft stages") if dspark else (mtp, mtp_key)
+    extra, extra_key = (mtp, mtp_key)
+    if dspark:
+        extra, extra_key = max(1, len(ratios) - layers), "DSpark stages, at least"
+        reading.fields["dspark_stages"] = extra
     if len(ratios) != layers + extra:
         expected = f"{layers + extra}: {layers} ({layers_key}) + {extra} ({extra_key})"
         reading.refuse("compress_ratios", f"has {len(ratios)} entries", expected, "compress_ratios")
         return
     for index, ratio in enumerate(ratios[layers:], start=layers):
         if ratio != 0:
-            reading.refuse(f"compress_ratios[{index}]", shown(ratio), f"0, as it belongs to the {extra_key}")
+            reading.refuse(f"compress_ratios[{index}]", shown(ratio), "0, as no layer has it")
     reading.fields["compress_ratios"] = ratios[:layers]
 
 

@@ -9,7 +9,15 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
-from dsv4c.dialects.reading import Reading, alternatives, copy_fields, drop_dspark, is_list_of, shown
+from dsv4c.dialects.reading import (
+    DSPARK,
+    Reading,
+    alternatives,
+    copy_fields,
+    drafts_with_dspark,
+    is_list_of,
+    shown,
+)
 from dsv4c.dialects.release import PLAIN_ROPE, RELEASE, YARN, formats, rope_scaling, rope_type
 
 LAYER_TYPES = {"sliding_attention": 0, "compressed_sparse_attention": 4, "heavily_compressed_attention": 128}
@@ -23,8 +31,11 @@ def read_transformers(raw: Mapping[str, Any]) -> Reading:
     _layer_types(reading)
     _mlp_layer_types(reading)
     formats(reading)
-    drop_dspark(reading)
-    if reading.count("mtp_layers"):
+    if drafts_with_dspark(reading):
+        for name in DSPARK:
+            reading.fields.pop(name, None)
+        reading.notes.append("transformers saves no mtp.* tensors: DSpark's stages are left out")
+    elif reading.count("mtp_layers"):
         note = (
             "transformers saves no mtp.* tensors; for a checkpoint it wrote set num_nextn_predict_layers to 0"
         )

@@ -1,7 +1,7 @@
 """DeepSeek-V4 as a graph of the paper's operations, one bucket at a time.
 
-`build(config, deployment, bucket, activation)` gives the whole model, or the block that drafts, for as many
-sequences and tokens as the bucket says, each sequence in any slot and starting anywhere. Weights and
+`build(config, deployment, bucket, activation)` gives the whole model, or what drafts, or both in a round, for
+as many sequences and tokens as the bucket says, each sequence in any slot and starting anywhere. Weights and
 activations are plain here; `passes.quantize` turns them into a recipe's formats. Equations: DeepSeek-V4's
 inference/model.py.
 
@@ -18,6 +18,7 @@ from dsv4c.buckets import ROWS, Bucket
 from dsv4c.config import Deployment, ModelConfig
 from dsv4c.ir.graph import Builder, Graph, Value
 from dsv4c.ir.ops import (
+    accept,
     add,
     add_position_bias,
     advance,
@@ -26,6 +27,7 @@ from dsv4c.ir.ops import (
     attention_values,
     cache_extend,
     cache_write,
+    candidates,
     cast,
     clamp,
     collapse_streams,
@@ -63,6 +65,7 @@ from dsv4c.ir.ops import (
     softmax,
     spread_streams,
     sqrt_softplus,
+    stop,
     sum_,
     take_along,
     token_probabilities,
@@ -71,31 +74,31 @@ from dsv4c.ir.ops import (
     window_index,
 )
 from dsv4c.ir.ops.sample import KNOBS, STOPS
+from dsv4c.models.draft import Head, head_of
 from dsv4c.models.layout import layout
-from dsv4c.models.schedule import LayerPlan, RouterKind, layer_plans, mtp_plans
+from dsv4c.models.rows import POOL_TILE, WINDOW_TILE, Rows, ring_rows
+from dsv4c.models.schedule import LayerPlan, RouterKind, layer_plans
 from dsv4c.types import BF16, F32, I32, DType, TensorType
-
-WINDOW_TILE = 16  # keys that attention takes at a time
-POOL_TILE = 8
-
-
-def ring_rows(reach: int, tokens: int, tile: int) -> int:
-    """Rows that hold `tokens` new ones and what the first of them looks back to: `reach`, itself included."""
-    return -(-(reach + tokens - 1) // tile) * tile
 
 
 def build(config: ModelConfig, deployment: Deployment, bucket: Bucket, activation: DType = BF16) -> Graph:
     """The model's graph for one bucket: B sequences of T tokens, N = B·T rows.
 
     Inputs: tokens i32[N], lengths i32[B] (valid tokens of each sequence, the rest is padding; 0 is idle),
-    slots i32[B] (where each sequence's state is), no two active ones alike; a draft also takes streams
-    [N, S, H]. Outputs: streams [N, S, H], logits f32[N, V] and next i32[N]; or f32[B, V] and i32[B], of each
-    sequence's last token, when the bucket says so. Steps that sample also give what they say, i32[N], and
-    the lengths of the next step.
+    slots i32[B] (where each sequence's state is), no two active ones alike. Outputs: streams [N, S, H],
+    logits f32[N, V] and next i32[N]; or f32[B, V] and i32[B], of each sequence's last token, when the bucket
+    says so. Steps that sample also give what they say, i32[N], and the lengths of the next step.
+
+    What drafts takes one token of each sequence, i32[B], of length 1 or 0, and gives T drafts of each: next
+    i32[N], the logits f32[N, V] that they are the likeliest of, and where it has an opinion, confidence
+    f32[N, 1] that each holds, as logits. Rounds take the same and judge, accept steps judge the drafts among
+    their tokens: logits f32[N, V], said i32[N], which ends in -1, and next i32[B], the tokens of the next
+    round; where they sample also its lengths.
     """
     with Builder(f"{config.name}.{bucket.name}") as builder:
-        model = _Model(config, deployment, bucket, activation, builder)
-        outputs = model.draft() if bucket.block == "draft" else model.main()
+        model = Model(config, deployment, bucket, activation, builder)
+        of_kind = {"draft": model.draft, "accept": model.accept, "round": model.round}
+        outputs = of_kind.get(bucket.kind, model.main)()
     return builder.finish(outputs)
 
 
@@ -108,7 +111,9 @@ class _Mix:
     comb: Value
 
 
-class _Model:
+class Model:
+    """The parts of one graph, each built where it is called."""
+
     def __init__(
         self,
         config: ModelConfig,
@@ -118,22 +123,17 @@ class _Model:
         builder: Builder,
     ) -> None:
         self.config, self.deployment, self.bucket = config, deployment, bucket
-        self.activation, self.builder, self.rows = activation, builder, bucket.rows
+        self.activation, self.builder = activation, builder
         sequences = TensorType(I32, (bucket.sequences,))
         self.layout = {p.name: p for p in layout(config)}
         self.declared: dict[str, Value] = {}
+        self.states: dict[str, Value] = {}  # as they were written last
         self.frequencies: dict[bool, Value] = {}
-        self.tokens = builder.input("tokens", TensorType(I32, (self.rows,)))
+        self.head: Head | None = head_of(self) if deployment.drafts or bucket.drafts else None
+        self.tokens = builder.input("tokens", TensorType(I32, (bucket.given,)))
         self.lengths = builder.input("lengths", sequences)
         self.slots = builder.input("slots", sequences)
-        self.start = self.state("mtp.position" if bucket.block == "draft" else "position", I32)
-        self.positions, self.row_slots = positions(
-            self.start, self.slots, self.lengths, tokens=bucket.tokens, name="positions"
-        )
-        builder.rename(self.row_slots, "row_slots")
-        self.places: Value = self.row_slots  # where each row finds what `remember` returns
-        if bucket.keeps_beside:
-            self.places = owners(self.lengths, tokens=bucket.tokens, name="owners")
+        self.start = self.state("position", I32)
 
     # --- declarations --------------------------------------------------------------------------------------
 
@@ -146,26 +146,42 @@ class _Model:
         return self.declared[name]
 
     def state(self, name: str, dtype: DType, *shape: int) -> Value:
-        """What every slot keeps under that name."""
-        return self.builder.state(name, TensorType(dtype, (self.deployment.slots, *shape)))
+        """What every slot keeps under that name, as the graph has left it so far."""
+        if name not in self.states:
+            type_ = TensorType(dtype, (self.deployment.slots, *shape))
+            self.states[name] = self.builder.state(name, type_)
+        return self.states[name]
 
-    def remember(self, name: str, rows: Value, reach: int, tile: int, label: str) -> Value:
+    def ring(self, name: str, dtype: DType, width: int, reach: int, tile: int) -> Value:
+        """The ring of that name for rows of a width, which later tokens look `reach` rows back to."""
+        return self.state(name, dtype, ring_rows(reach, ROWS, tile), width)
+
+    def write(self, name: str, values: Value, places: Value, slots: Value, label: str) -> Value:
+        """Put rows [N, D] at their places in the state of that name."""
+        written: Value = cache_write(self.states[name], values, places, slots, name=label)
+        self.states[name] = written
+        return written
+
+    def remember(self, name: str, values: Value, reach: int, tile: int, label: str, rows: Rows) -> Value:
         """Put a call's rows [N, D] in the ring of that name, which later tokens look `reach` rows back to.
 
         Returns what this call's tokens read: the ring, or the copy beside it, one per sequence of the call.
         """
-        dtype = rows.type.dtype  # type: ignore[union-attr]  # quantization comes later
-        ring = self.state(name, dtype, ring_rows(reach, ROWS, tile), rows.type.shape[1])
-        given = (ring, rows, self.positions, self.row_slots)
-        if not self.bucket.keeps_beside:
-            written: Value = cache_write(*given, name=f"{label}_written")
-            return written
-        capacity = ring_rows(reach, self.bucket.tokens, tile)
-        beside: Value = cache_extend(
-            *given, capacity=capacity, tokens=self.bucket.tokens, name=f"{label}_beside"
-        )
-        cache_write(*given, name=f"{label}_written")
-        return beside
+        dtype = values.type.dtype  # type: ignore[union-attr]  # quantization comes later
+        ring = self.ring(name, dtype, values.type.shape[1], reach, tile)
+        beside: Value | None = None
+        if rows.beside:
+            capacity, tokens = ring_rows(reach, self.bucket.tokens, tile), self.bucket.tokens
+            given = (ring, values, rows.positions, rows.slots)
+            beside = cache_extend(*given, capacity=capacity, tokens=tokens, name=f"{label}_beside")
+        written = self.write(name, values, rows.positions, rows.slots, f"{label}_written")
+        return written if beside is None else beside
+
+    def frequency(self, compressed: bool) -> Value:
+        """The RoPE frequencies of compressed or of other layers, computed where they are first asked for."""
+        if compressed not in self.frequencies:
+            self.frequencies[compressed] = self.rotary(compressed)
+        return self.frequencies[compressed]
 
     def rotary(self, compressed: bool) -> Value:
         """RoPE frequencies: compressed layers use their own base with YaRN, for everything in the layer."""
@@ -192,78 +208,130 @@ class _Model:
     # --- the frame -----------------------------------------------------------------------------------------
 
     def main(self) -> dict[str, Value]:
-        plans = layer_plans(self.config)
-        self.frequencies = {kind: self.rotary(kind) for kind in sorted({p.has_compressor for p in plans})}
-        x = embedding(self.weight("embed"), self.tokens, name="embedding")
-        streams = expand_streams(x, streams=self.config.hc_mult, name="streams")
-        for plan in plans:
-            streams = self.layer(plan, streams)
-        return self.outputs("", streams)
+        """All tokens that are given, and what follows them."""
+        rows = self.rows(self.tokens, self.lengths)
+        streams = self.body(rows)
+        with self.builder.scope("output"):
+            logits = self.logits(streams)
+            said: dict[str, Value] = {"next": self.choose(logits, rows)}
+            if self.bucket.sampled:
+                stops = self.state("sampling.stops", I32, STOPS)
+                said["said"], going = emit(said["next"], self.lengths, rows.slots, stops, name="said")
+                self.builder.rename(going, "going")
+                said["going"] = going
+            advance(self.start, self.slots, self.lengths, name="position")
+        return {"logits": logits, **said, "streams": streams}
 
     def draft(self) -> dict[str, Value]:
-        """The block that drafts one token more, from the streams and the token that follows."""
-        c, (plan,) = self.config, mtp_plans(self.config)[:1]
-        streams = self.builder.input(
-            "streams", TensorType(self.activation, (self.rows, c.hc_mult, c.hidden_size))
+        """Tokens drafted behind the one that is given."""
+        assert self.head is not None
+        return self.head.draft(self.bucket.tokens).joined()
+
+    def round(self) -> dict[str, Value]:
+        """Tokens drafted behind the one that is given, and judged."""
+        assert self.head is not None
+        drafted = self.head.draft(self.bucket.tokens - 1)
+        tokens, lengths = candidates(self.tokens, drafted.tokens, self.lengths, name="tokens")
+        self.builder.rename(lengths, "row_lengths")
+        return self.judge(tokens, lengths)
+
+    def accept(self) -> dict[str, Value]:
+        """Tokens of which those behind the first are drafts, judged."""
+        return self.judge(self.tokens, self.lengths)
+
+    def judge(self, tokens: Value, lengths: Value) -> dict[str, Value]:
+        """What the model says of them, as long as it agrees; as many are consumed."""
+        rows = self.rows(tokens, lengths)
+        streams = self.body(rows)
+        with self.builder.scope("output"):
+            logits = self.logits(streams)
+            chosen = self.choose(logits, rows)
+            said, counts, following = accept(chosen, tokens, lengths, name="accepted")
+            self.builder.rename(counts, "counts")
+            self.builder.rename(following, "following")
+            outputs: dict[str, Value] = {"logits": logits, "next": following, "said": said}
+            if self.bucket.sampled:
+                stops = self.state("sampling.stops", I32, STOPS)
+                said, counts, following, going = stop(said, rows.slots, counts, following, stops, name="said")
+                self.builder.rename(going, "going")
+                outputs |= {"next": following, "said": said, "going": going}
+            advance(self.start, self.slots, counts, name="position")
+        return outputs
+
+    def rows(self, tokens: Value, lengths: Value) -> Rows:
+        """A call's tokens: as many of each sequence as its length says, from where the slot is."""
+        places, slots = positions(
+            self.start, self.slots, lengths, tokens=self.bucket.tokens, name="positions"
         )
-        self.frequencies = {False: self.rotary(False)}
-        with self.builder.scope(plan.prefix):
-            e = embedding(self.weight("embed"), self.tokens, name="embedding")
-            e = rms_norm(e, self.weight(f"{plan.prefix}.enorm"), eps=c.rms_norm_eps, name="e")
-            h = rms_norm(streams, self.weight(f"{plan.prefix}.hnorm"), eps=c.rms_norm_eps, name="h")
-            e = linear(e, self.weight(f"{plan.prefix}.e_proj"), out=self.activation, name="e_out")
-            h = linear(h, self.weight(f"{plan.prefix}.h_proj"), out=self.activation, name="h_out")
-            streams = add(reshape(e, shape=(-1, 1, c.hidden_size)), h, name="streams")
-        streams = self.layer(plan, streams)
-        return self.outputs(f"{plan.prefix}.", streams)
+        self.builder.rename(slots, "row_slots")
+        window, beside = self.config.sliding_window, self.bucket.keeps_beside
+        found = owners(lengths, tokens=self.bucket.tokens, name="owners") if beside else slots
+        return Rows(tokens, places, slots, found, places, window, window, beside)
 
-    def outputs(self, prefix: str, streams: Value) -> dict[str, Value]:
+    def body(self, rows: Rows) -> Value:
+        """The layers, and what they leave for drafts: streams [N, S, H]."""
+        plans = layer_plans(self.config)
+        kinds = {p.has_compressor for p in plans} | ({False} if self.head is not None else set())
+        for kind in sorted(kinds):
+            self.frequency(kind)
+        x = embedding(self.weight("embed"), rows.tokens, name="embedding")
+        streams: Value = expand_streams(x, streams=self.config.hc_mult, name="streams")
+        for plan in plans:
+            streams = self.layer(plan, streams, rows)
+            if self.head is not None:
+                self.head.see(plan, streams)
+        if self.head is not None:
+            self.head.keep(streams, rows)
+        return streams
+
+    def collapsed(self, streams: Value, prefix: str = "") -> Value:
+        """Streams [N, S, H] as the head reads them, [N, H]."""
         c = self.config
-        with self.builder.scope(f"{prefix}output"):
-            mixes = self.mixes(f"{prefix}hc_head", streams)
-            weights = sigmoid(
-                add(mul(mixes, self.weight(f"{prefix}hc_head_scale")), self.weight(f"{prefix}hc_head_base"))
-            )
-            x = collapse_streams(
-                streams, shift(weights, offset=c.hc_eps), out=self.activation, name="hc_head"
-            )
-            x = rms_norm(x, self.weight(f"{prefix}norm"), eps=c.rms_norm_eps, name="final_norm")
-            if self.bucket.logits == "last":
-                x = last_rows(x, self.lengths, name="last")
-            logits = linear(x, self.weight("head"), out=F32, name="logits")
-            chosen = self.choose(logits)
-            advance(self.start, self.slots, self.lengths, name="position")
-        return {"logits": logits, **chosen, "streams": streams}
+        mixes = self.mixes(f"{prefix}hc_head", streams)
+        weights = sigmoid(
+            add(mul(mixes, self.weight(f"{prefix}hc_head_scale")), self.weight(f"{prefix}hc_head_base"))
+        )
+        x: Value = collapse_streams(
+            streams, shift(weights, offset=c.hc_eps), out=self.activation, name="hc_head"
+        )
+        return x
 
-    def choose(self, logits: Value) -> dict[str, Value]:
-        """The next token of every row; of a step that samples also what it says, and the next lengths."""
+    def logits(self, streams: Value) -> Value:
+        """Of every row, or of each sequence's last one."""
+        x = self.norm(self.collapsed(streams), "norm", "final_norm")
+        if self.bucket.logits == "last":
+            x = last_rows(x, self.lengths, name="last")
+        logits: Value = linear(x, self.weight("head"), out=F32, name="logits")
+        return logits
+
+    def choose(self, logits: Value, rows: Rows) -> Value:
+        """The next token of every row."""
         if not self.bucket.sampled:
-            return {"next": argmax(logits, name="next")}
-        history = self.state("sampling.history", I32, self.deployment.max_context)
+            likeliest: Value = argmax(logits, name="next")
+            return likeliest
+        self.state("sampling.history", I32, self.deployment.max_context)
         origin = self.state("sampling.origin", I32)
         knobs = self.state("sampling.knobs", F32, len(KNOBS))
-        seeds, stops = self.state("sampling.seeds", I32, 2), self.state("sampling.stops", I32, STOPS)
-        at, slots = self.positions, self.row_slots
-        written = cache_write(history, self.tokens, at, slots, name="history_written")
+        seeds = self.state("sampling.seeds", I32, 2)
+        at, slots = rows.positions, rows.slots
+        written = self.write("sampling.history", rows.tokens, at, slots, "history_written")
         lowered = penalize(logits, written, at, slots, origin, knobs, name="lowered")
         probabilities = token_probabilities(lowered, slots, knobs, name="probabilities")
-        chosen = draw(probabilities, at, slots, origin, seeds, name="next")
-        said, going = emit(chosen, self.lengths, slots, stops, name="said")
-        self.builder.rename(going, "going")
-        return {"next": chosen, "said": said, "going": going}
+        drawn: Value = draw(probabilities, at, slots, origin, seeds, name="next")
+        return drawn
 
-    def layer(self, plan: LayerPlan, streams: Value) -> Value:
+    def layer(self, plan: LayerPlan, streams: Value, rows: Rows) -> Value:
         """One block: attention, then experts, each between a hyper-connection's two halves."""
         with self.builder.scope(plan.prefix):
             mix = self.hyper_pre("hc_attn", f"{plan.prefix}.hc_attn", streams)
             x = self.norm(mix.x, f"{plan.prefix}.attn_norm", "attn_in")
             with self.builder.scope("attn"):
-                x = self.attention(plan, x)
+                x = self.attention(plan, x, rows)
             streams = self.hyper_post("hc_attn", x, streams, mix, "x_attn")
             mix = self.hyper_pre("hc_ffn", f"{plan.prefix}.hc_ffn", streams)
             x = self.norm(mix.x, f"{plan.prefix}.ffn_norm", "ffn_in")
             with self.builder.scope("ffn"):
-                x = self.experts(plan, x)
+                x = self.experts(plan, x, rows)
             return self.hyper_post("hc_ffn", x, streams, mix, "x_ffn")
 
     def norm(self, x: Value, gain: str, name: str) -> Value:
@@ -309,47 +377,56 @@ class _Model:
 
     # --- attention -----------------------------------------------------------------------------------------
 
-    def attention(self, plan: LayerPlan, x: Value) -> Value:
+    def attention(self, plan: LayerPlan, x: Value, rows: Rows) -> Value:
         c, attn, act = self.config, f"{plan.prefix}.attn", self.activation
         heads, dim, groups = c.num_attention_heads, c.head_dim, c.o_groups
-        frequencies = self.frequencies[plan.has_compressor]
+        frequencies = self.frequency(plan.has_compressor)
 
         qa = linear(x, self.weight(f"{attn}.wq_a"), out=act, name="qa")
         qr = rms_norm(qa, self.weight(f"{attn}.q_norm"), eps=c.rms_norm_eps, name="qr")
         q = linear(qr, self.weight(f"{attn}.wq_b"), out=act, name="qb")
         q = rms_norm(reshape(q, shape=(-1, heads, dim)), eps=c.rms_norm_eps, name="q_normed")
-        q = rope(q, self.positions, frequencies, name="q")
+        q = rope(q, rows.positions, frequencies, name="q")
 
-        kv = linear(x, self.weight(f"{attn}.wkv"), out=act, name="kv_out")
-        kv = rms_norm(kv, self.weight(f"{attn}.kv_norm"), eps=c.rms_norm_eps, name="kv_normed")
-        kv = rope(kv, self.positions, frequencies, name="kv")
-        window = self.remember(f"{attn}.window", kv, c.sliding_window, WINDOW_TILE, "window")
-        index = window_index(self.positions, window=c.sliding_window, name="window_index")
-        keys = gather(window, index, self.places, name="window_keys")
+        kv = self.window_rows(plan, x, rows.positions)
+        window = self.remember(f"{attn}.window", kv, rows.reach, WINDOW_TILE, "window", rows)
+        index = window_index(rows.last, window=rows.window, name="window_index")
+        keys = gather(window, index, rows.places, name="window_keys")
 
         if plan.has_compressor:
-            entries = self.compressor(plan, f"{attn}.compressor", f"{attn}.entries", x, dim, rotated=False)
+            cache = f"{attn}.entries"
+            entries = self.compressor(plan, f"{attn}.compressor", cache, x, dim, rows, rotated=False)
             if plan.has_indexer:
-                chosen = self.indexer(plan, x, qr)
+                chosen = self.indexer(plan, x, qr, rows)
             else:
                 chosen = visible_entries(
-                    self.positions, ratio=plan.ratio, capacity=entries.type.shape[1], name="entry_index"
+                    rows.positions, ratio=plan.ratio, capacity=entries.type.shape[1], name="entry_index"
                 )
-            entry_keys = gather(entries, chosen, self.row_slots, name="entry_keys")
+            entry_keys = gather(entries, chosen, rows.slots, name="entry_keys")
             keys = concat(keys, entry_keys, axis=1, name="keys")
             index = concat(index, chosen, axis=1, name="index")
 
         scores = attention_scores(q, keys, index, scale=dim**-0.5, name="scores")
         p, denominator = sink_softmax(scores, self.weight(f"{attn}.attn_sink"), out=act, name="p")
         o = attention_values(p, denominator, keys, name="o")
-        o = rope(o, self.positions, frequencies, inverse=True, name="o_unrotated")
+        o = rope(o, rows.positions, frequencies, inverse=True, name="o_unrotated")
         o = reshape(o, shape=(-1, groups, heads * dim // groups))
         z = grouped_linear(o, self.weight(f"{attn}.wo_a"), out=act, name="z_grouped")
         z = reshape(z, shape=(-1, groups * c.o_lora_rank), name="z")
         out: Value = linear(z, self.weight(f"{attn}.wo_b"), out=act, name="attn_out")
         return out
 
-    def compressor(self, plan: LayerPlan, name: str, cache: str, x: Value, dim: int, rotated: bool) -> Value:
+    def window_rows(self, plan: LayerPlan, x: Value, places: Value) -> Value:
+        """What a layer's window keeps of its normalized input [N, H] at these positions: [N, D]."""
+        attn = f"{plan.prefix}.attn"
+        kv = linear(x, self.weight(f"{attn}.wkv"), out=self.activation, name="kv_out")
+        kv = self.norm(kv, f"{attn}.kv_norm", "kv_normed")
+        rotated: Value = rope(kv, places, self.frequency(plan.has_compressor), name="kv")
+        return rotated
+
+    def compressor(
+        self, plan: LayerPlan, name: str, cache: str, x: Value, dim: int, rows: Rows, *, rotated: bool
+    ) -> Value:
         """Project, keep in a ring, pool finished windows, normalize, rotate, store; returns the entries.
 
         `rotated` applies the Hadamard transform that index keys live under.
@@ -358,14 +435,14 @@ class _Model:
         with self.builder.scope(name.removeprefix(f"{plan.prefix}.attn.")):
             kv = linear(x, self.weight(f"{name}.wkv"), out=F32, name="kv_out")
             score = linear(x, self.weight(f"{name}.wgate"), out=F32, name="gate_out")
-            score = add_position_bias(score, self.weight(f"{name}.ape"), self.positions, name="score_out")
+            score = add_position_bias(score, self.weight(f"{name}.ape"), rows.positions, name="score_out")
             reach = kv.type.shape[1] // dim * ratio
-            kv_ring = self.remember(f"{name}.kv", kv, reach, POOL_TILE, "kv")
-            score_ring = self.remember(f"{name}.score", score, reach, POOL_TILE, "score")
-            done, slots = self.completed(ratio, self.row_slots, "done")
+            kv_ring = self.remember(f"{name}.kv", kv, reach, POOL_TILE, "kv", rows)
+            score_ring = self.remember(f"{name}.score", score, reach, POOL_TILE, "score", rows)
+            done, slots = self.completed(ratio, rows.positions, rows.slots, "done")
             places = slots
-            if self.bucket.keeps_beside:
-                _, places = self.completed(ratio, self.places, "done_beside")
+            if rows.beside:
+                _, places = self.completed(ratio, rows.positions, rows.places, "done_beside")
             z = compress_pool(
                 kv_ring,
                 score_ring,
@@ -378,22 +455,19 @@ class _Model:
             )
             z = self.to(z, self.activation, "z")
             e = rms_norm(z, self.weight(f"{name}.norm"), eps=c.rms_norm_eps, name="normed")
-            e = rope(e, done, self.frequencies[True], stride=ratio, name="entry")
+            e = rope(e, done, self.frequency(True), stride=ratio, name="entry")
             if rotated:
                 e = hadamard(e, name="key")
-            entries = self.state(cache, self.activation, max(1, self.deployment.max_context // ratio), dim)
-            written: Value = cache_write(entries, e, done, slots, name="written")
-            return written
+            self.state(cache, self.activation, max(1, self.deployment.max_context // ratio), dim)
+            return self.write(cache, e, done, slots, "written")
 
-    def completed(self, ratio: int, slots: Value, name: str) -> tuple[Value, Value]:
+    def completed(self, ratio: int, places: Value, slots: Value, name: str) -> tuple[Value, Value]:
         """The entries that this call completes, and where: by slot, or by sequence of the call."""
-        entries, places = completed_entries(
-            self.positions, slots, ratio=ratio, tokens=self.bucket.tokens, name=name
-        )
-        self.builder.rename(places, f"{name}_slots")
-        return entries, places
+        entries, owned = completed_entries(places, slots, ratio=ratio, tokens=self.bucket.tokens, name=name)
+        self.builder.rename(owned, f"{name}_slots")
+        return entries, owned
 
-    def indexer(self, plan: LayerPlan, x: Value, qr: Value) -> Value:
+    def indexer(self, plan: LayerPlan, x: Value, qr: Value, rows: Rows) -> Value:
         """Which entries each token attends to: i32[N, k], -1 padded."""
         c, name, act = self.config, f"{plan.prefix}.attn.indexer", self.activation
         heads, dim = c.index_n_heads, c.index_head_dim
@@ -401,30 +475,30 @@ class _Model:
             q = linear(qr, self.weight(f"{name}.wq_b"), out=act, name="qb")
             q = rope(
                 reshape(q, shape=(-1, heads, dim)),
-                self.positions,
-                self.frequencies[True],
+                rows.positions,
+                self.frequency(True),
                 name="q_rotated",
             )
             q = hadamard(q, name="q")
             weights = linear(x, self.weight(f"{name}.weights_proj"), out=act, name="weights_out")
             weights = scale(weights, factor=dim**-0.5 * heads**-0.5, name="weights")
-        keys = self.compressor(plan, f"{name}.compressor", f"{name}.keys", x, dim, rotated=True)
+        keys = self.compressor(plan, f"{name}.compressor", f"{name}.keys", x, dim, rows, rotated=True)
         with self.builder.scope("indexer"):
             scores = index_scores(
-                q, keys, weights, self.positions, self.row_slots, ratio=plan.ratio, name="scores"
+                q, keys, weights, rows.positions, rows.slots, ratio=plan.ratio, name="scores"
             )
             chosen: Value = top_k(scores, k=c.index_topk, name="chosen")
             return chosen
 
     # --- experts -------------------------------------------------------------------------------------------
 
-    def router(self, plan: LayerPlan, x: Value) -> tuple[Value, Value]:
+    def router(self, plan: LayerPlan, x: Value, rows: Rows) -> tuple[Value, Value]:
         """Chosen experts i32[N, k] and their weights f32[N, k]."""
         c, gate = self.config, f"{plan.prefix}.ffn.gate"
         with self.builder.scope("router"):
             scores = sqrt_softplus(linear(x, self.weight(gate), out=F32), name="scores")
             if plan.router is RouterKind.HASH:
-                experts = embedding(self.weight(f"{gate}.tid2eid"), self.tokens, name="experts")
+                experts = embedding(self.weight(f"{gate}.tid2eid"), rows.tokens, name="experts")
             else:
                 biased = add(scores, self.weight(f"{gate}.bias"))
                 experts = top_k(biased, k=c.num_experts_per_tok, name="experts")
@@ -441,9 +515,9 @@ class _Model:
             h = mul(h, reshape(weights, shape=(-1, weights.type.shape[1], 1)))
         return self.to(h, self.activation, "h")
 
-    def experts(self, plan: LayerPlan, x: Value) -> Value:
+    def experts(self, plan: LayerPlan, x: Value, rows: Rows) -> Value:
         ffn, act = f"{plan.prefix}.ffn", self.activation
-        experts, weights = self.router(plan, x)
+        experts, weights = self.router(plan, x, rows)
         with self.builder.scope("experts"):
             gate = expert_linear(x, self.weight(f"{ffn}.experts.w1"), experts, out=act, name="gate")
             up = expert_linear(x, self.weight(f"{ffn}.experts.w3"), experts, out=act, name="up")

@@ -53,7 +53,7 @@ def part_of(name: str) -> str:
 
 
 def layout(config: ModelConfig) -> Iterator[Param]:
-    """Every parameter of the model, in the order of the forward pass, MTP blocks last. Experts are stacked
+    """Every parameter of the model, in the order of the forward pass, what drafts last. Experts are stacked
     [E,out,in]; the grouped output projection is [groups, rank, in].
     """
     H, V = config.hidden_size, config.vocab_size
@@ -70,6 +70,23 @@ def layout(config: ModelConfig) -> Iterator[Param]:
         yield Param(f"{block}.hnorm", (H,), "bf16")
         yield from _layer(config, block, 0, hashed=False)
         yield from _output(config, f"{block}.")
+    for index in range(config.dspark_stages):
+        yield from _stage(config, index)
+
+
+def _stage(config: ModelConfig, index: int) -> Iterator[Param]:
+    """One of DSpark's stages: the first reads the target's features, the last gives tokens."""
+    H, V, R = config.hidden_size, config.vocab_size, config.dspark_markov_rank
+    stage = Scope(MTP, index).layer
+    if index == 0:
+        yield Param(f"{stage}.main_proj", (H, len(config.dspark_target_layers) * H), "linear")
+        yield Param(f"{stage}.main_norm", (H,), "bf16")
+    yield from _layer(config, stage, 0, hashed=False)
+    if index == config.dspark_stages - 1:
+        yield from _output(config, f"{stage}.")
+        yield Param(f"{stage}.markov_head.markov_w1", (V, R), "bf16")
+        yield Param(f"{stage}.markov_head.markov_w2", (V, R), "bf16")
+        yield Param(f"{stage}.confidence_head.proj", (1, H + R), "bf16")
 
 
 def _output(config: ModelConfig, prefix: str) -> Iterator[Param]:

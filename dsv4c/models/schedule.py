@@ -80,9 +80,9 @@ def layer_plans(config: ModelConfig) -> tuple[LayerPlan, ...]:
     )
 
 
-def mtp_plans(config: ModelConfig) -> tuple[LayerPlan, ...]:
-    """The MTP blocks: ordinary sliding-window layers with a scored router."""
+def draft_plans(config: ModelConfig) -> tuple[LayerPlan, ...]:
+    """The MTP blocks, or DSpark's stages: ordinary sliding-window layers with a scored router."""
     return tuple(
         LayerPlan(index, LayerKind.SWA, RouterKind.DENSE, prefix=Scope(MTP, index).layer)
-        for index in range(config.mtp_layers)
+        for index in range(config.mtp_layers + config.dspark_stages)
     )

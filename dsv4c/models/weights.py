@@ -390,17 +390,18 @@ class _Tally:
 def describe(checkpoint: _Checkpoint, config: ModelConfig) -> dict[str, Any]:
     """What a checkpoint holds against what the model needs, as JSON-able data.
 
-    Keys: table, files, tensors, bytes, bytes_by_dtype, parameters, mtp {model, checkpoint},
-    missing, unexpected, misshapen, mistyped, unsound (lists of sentences or names), complete. MTP tensors are
-    compared when the checkpoint has any. Scales are looked at (unsound: those that cannot be right) when all
+    Keys: table, files, tensors, bytes, bytes_by_dtype, parameters, drafts {model, checkpoint} (what the model
+    drafts with, and whether the checkpoint has such tensors), missing, unexpected, misshapen, mistyped,
+    unsound (lists of sentences or names), complete. Tensors that draft are compared when the checkpoint has
+    any. Scales are looked at (unsound: those that cannot be right) when all
     headers fit. Raises CheckpointError if the names follow no table.
     """
     table = detect_table(checkpoint.tensors, str(checkpoint.path))
-    has_mtp = any(Scope.of(name).draft for name in checkpoint.tensors)
+    drafts = any(Scope.of(name).draft for name in checkpoint.tensors)
     needed = {
         name: source.to_json()
         for name, source in sources(config, table).items()
-        if has_mtp or not Scope.of(name).draft
+        if drafts or not Scope.of(name).draft
     }
     report = checkpoint.compare(needed)
     tally = _Tally()
@@ -417,7 +418,7 @@ def describe(checkpoint: _Checkpoint, config: ModelConfig) -> dict[str, Any]:
         "bytes": tally.bytes,
         "bytes_by_dtype": dict(sorted(tally.by_dtype.items())),
         "parameters": sum(param.size for param in layout(config) if param.name in needed),
-        "mtp": {"model": config.mtp_layers, "checkpoint": has_mtp},
+        "drafts": {"model": config.drafts_with, "checkpoint": drafts},
         "missing": report.missing,
         "unexpected": report.unexpected,
         "misshapen": report.misshapen,

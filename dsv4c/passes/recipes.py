@@ -57,6 +57,7 @@ FP8_LINEARS = (
     "*.shared_experts.*",
     "mtp.*.e_proj",
     "mtp.*.h_proj",
+    "mtp.*.main_proj",
 )
 
 OFFICIAL = Recipe(
@@ -80,6 +81,7 @@ NVFP4_EXPERTS = replace(
     summary="official, with routed experts in NVFP4 and FP8 activations (W4A8)",
 )
 
+NEVER: Formats = (("*hc_*", None), ("head", None), ("*.markov_head.*", None), ("*.confidence_head.*", None))
 PLAIN = "quantized checkpoints are dequantized at load"
 
 RECIPES: dict[str, Recipe] = {
@@ -105,8 +107,8 @@ RECIPES: dict[str, Recipe] = {
         replace(
             OFFICIAL,
             name="nvfp4",
-            weights=(("*hc_*", None), ("head", None), ("*", NVFP4)),
-            activations=(("*hc_*", None), ("head", None), ("*", NVFP4_ROW)),
+            weights=(*NEVER, ("*", NVFP4)),
+            activations=(*NEVER, ("*", NVFP4_ROW)),
             requantize=True,
             summary="every linear layer in NVFP4 with NVFP4 activations, global scale per token at run time",
         ),

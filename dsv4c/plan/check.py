@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from dsv4c.arch import ARCHS, SYSTEM_SHARED, Arch
+from dsv4c.buckets import Bucket
 from dsv4c.plan.cubin import Cubin, CubinError, read_cubin
 from dsv4c.plan.declared import Declared, SourceError, divides, read_source
 from dsv4c.plan.records import SPACES, Argument, BodyCode, KernelCode, Launch, Place, Program
@@ -362,7 +363,7 @@ def _interface(plan: Plan, program: Program) -> Iterator[Violation]:
     """Inputs and outputs have the sizes of the bucket."""
     bucket = program.shape
     last = bucket.sequences if bucket.logits == "last" else bucket.rows
-    sizes = {"tokens": bucket.rows, "lengths": bucket.sequences, "slots": bucket.sequences}
+    sizes = {"tokens": bucket.given, "lengths": bucket.sequences, "slots": bucket.sequences}
     wanted: dict[str, Type] = {name: TensorType(I32, (size,)) for name, size in sizes.items()}
     spans = []
     for name in program.inputs:
@@ -382,9 +383,15 @@ def _interface(plan: Plan, program: Program) -> Iterator[Violation]:
         yield Violation(
             "bucket", "", f"its inputs are {', '.join(program.inputs)}; it needs {', '.join(wanted)}"
         )
-    made = {"logits": TensorType(F32, (last, plan.config["vocab_size"])), "next": TensorType(I32, (last,))}
+    following, judges = bucket.sequences if bucket.judges else last, bucket.judges
+    made = {
+        "logits": TensorType(F32, (last, plan.config["vocab_size"])),
+        "next": TensorType(I32, (following,)),
+    }
     if bucket.sampled:
-        made |= {label: TensorType(I32, (bucket.rows,)) for label in ("said", "going")}
+        made["going"] = TensorType(I32, (bucket.sequences,))
+    if bucket.sampled or judges:
+        made["said"] = TensorType(I32, (bucket.rows,))
     for label, name in program.outputs.items():
         if name not in program.values:
             yield Violation("bucket", "", f"its output {label} is {name}, which is no value")
@@ -418,6 +425,7 @@ def _launches(
     places |= {name: weights[name].parts for name in places if name in weights}
     written = ("constants", "arena") if program.bucket is None else ("state", "arena")
     arch = ARCHS.get(plan.target) if program.bucket is not None else None
+    rows = _row_counts(plan, program)
     yield from _once("launch", [launch.name for launch in program.launches])
     for index, launch in enumerate(program.launches):
         yield from _order(launch, index)
@@ -437,7 +445,8 @@ def _launches(
                 yield Violation("wait", launch.name, "has programmatic edges, and its kernel does not wait")
             if code.kernel not in kernels:
                 continue  # said of the kernel
-            for text in _launched(program, code, launch.arguments, kernels[code.kernel][1], arch):
+            declared = kernels[code.kernel][1]
+            for text in _launched(program.shape, rows, code, launch.arguments, declared, arch):
                 yield Violation("launch", launch.name, text)
 
 
@@ -491,8 +500,21 @@ def _of(a: Argument) -> str:
     return f"{a.value}.{a.component}"
 
 
+def _row_counts(plan: Plan, program: Program) -> frozenset[int]:
+    """How many rows a launch of the bucket may be about."""
+    if program.bucket is None:
+        return frozenset()
+    drafted = program.bucket.sequences * int(plan.config.get("dspark_block_size", 0)) * program.bucket.drafts
+    return frozenset({program.bucket.rows, program.bucket.sequences, drafted} - {0})
+
+
 def _launched(
-    program: Program, code: KernelCode, arguments: Sequence[Argument], declared: Declared, arch: Arch
+    bucket: Bucket,
+    rows: frozenset[int],
+    code: KernelCode,
+    arguments: Sequence[Argument],
+    declared: Declared,
+    arch: Arch,
 ) -> Iterator[str]:
     """A launch is what its kernel's source asks for, and the architecture can do."""
     if len(arguments) != len(declared.parameters):
@@ -510,22 +532,26 @@ def _launched(
         yield f"has a grid of {code.grid}; expected 1 to {MOST_GRID}"
     elif not divides(code.cluster, code.grid):
         yield f"has a grid of {code.grid}, which is not whole clusters of {code.cluster}"
-    elif code.grid not in _grids(program, code, arguments, declared, arch):
-        yield f"has a grid of {code.grid}, which its kernel has not for {program.shape.name}"
+    elif code.grid not in _grids(bucket, rows, code, arguments, declared, arch):
+        yield f"has a grid of {code.grid}, which its kernel has not for {bucket.name}"
     if code.programmatic and not declared.programmatic:
         yield "has programmatic edges, which its kernel is not launched with"
 
 
 def _grids(
-    program: Program, code: KernelCode, arguments: Sequence[Argument], declared: Declared, arch: Arch
+    bucket: Bucket,
+    counts: frozenset[int],
+    code: KernelCode,
+    arguments: Sequence[Argument],
+    declared: Declared,
+    arch: Arch,
 ) -> list[tuple[int, ...]]:
-    """Grids of a kernel for the bucket's rows, or its sequences. What it cuts into `parts` has at most as
-    many in all as twice the SMs, or one for each row; `vectors` each have an f32 global scale.
+    """Grids of a kernel for so many rows. What it cuts into `parts` has at most as many in all as twice the
+    SMs, or one for each row; `vectors` each have an f32 global scale.
     """
-    bucket = program.shape
     scales = [a.nbytes // 4 for a in arguments if a.component == "global_scale"]
     found = []
-    for rows in {bucket.rows, bucket.sequences}:
+    for rows in counts:
         sizes = {"rows": rows, "sequences": bucket.sequences, "vectors": scales[0] if scales else 0}
         if "parts" in declared.sizes:
             sizes["parts"] = min(code.grid[0], max(1, 2 * arch.sms // rows))

@@ -104,7 +104,7 @@ class Plan:
             return self.buckets[bucket]
         of_kind = [p for p in self.buckets.values() if p.shape.kind == bucket]
         if not of_kind:
-            hint = "; compile with --draft mtp" if bucket == "draft" else ""
+            hint = "; compile with --draft auto" if bucket == "draft" else ""
             raise PlanError(
                 f"plan {self.name} has no bucket {bucket!r}, only {listed(self.buckets, bucket)}{hint}"
             )

@@ -7,6 +7,7 @@ summation order; where the model's own rounding points lie inside an op, the op'
 from dsv4c.reference import (
     attention,
     compress,
+    draft,
     hyper,
     index,
     linear,
@@ -26,6 +27,7 @@ __all__ = [
     "MEANINGS",
     "attention",
     "compress",
+    "draft",
     "hyper",
     "index",
     "interpret",

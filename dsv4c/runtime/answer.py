@@ -85,7 +85,8 @@ class Done:
 
     ids: all that were sampled, the one that stopped it included. read: tokens of the prompt that the slot did
     not hold yet. seconds: to the first token, and to the last. launches: of a step. malformed: where the
-    completion breaks the grammar of answers, if it does; rest: what was not understood of it.
+    completion breaks the grammar of answers, if it does; rest: what was not understood of it. accepted: in
+    how many rounds no draft held, one, and so on; empty without rounds.
     """
 
     type: ClassVar = "done"
@@ -101,6 +102,13 @@ class Done:
     launches: int
     malformed: str = ""
     rest: str = ""
+    accepted: tuple[int, ...] = ()
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Drafts that held, and the one token more that every round says."""
+        rounds = sum(self.accepted)
+        return sum(n * (held + 1) for held, n in enumerate(self.accepted)) / rounds if rounds else 1.0
 
     @property
     def tokens_per_second(self) -> float:
@@ -121,6 +129,7 @@ class Done:
             "seconds_to_first_token": round(self.seconds_to_first, 4),
             "tokens_per_second": round(self.tokens_per_second, 2),
             "launches_per_token": self.launches,
+            "accepted": list(self.accepted) or None,
             "seed": self.seed,
             "malformed": self.malformed or None,
             "rest": self.rest,
@@ -221,6 +230,7 @@ class _Sequence:
         self.number, self.slot, self.ask, self.text = number, slot, ask, text
         self.prompt, self.ids = list(ids), list[int]()
         self.enqueued = 0
+        self.rounds: list[int] = []  # tokens that each has said
         self.reason: Reason | None = None
         self.first = self.last = 0.0
         self.read = 0
@@ -278,6 +288,7 @@ class _Sequence:
             launches,
             malformed,
             rest,
+            tuple(self.rounds.count(said) for said in range(1, max(self.rounds, default=0) + 1)),
         )
 
     def _flushed(self, text: str) -> Iterator[Event]:
@@ -318,7 +329,9 @@ class Answers:
         rules: Rules,
         slots: Sequence[int],
         logprobs: int | None = None,
+        drafting: bool = True,
     ) -> None:
+        self._drafting = drafting and logprobs is None
         self._session, self._tokenizer, self._rules = session, tokenizer, rules
         self._stopping, self._logprobs = False, logprobs
         end = tokenizer.id_of(END) if tokenizer is not None else session.plan.config.get("eos_token_id")
@@ -363,7 +376,7 @@ class Answers:
         for sequence in self._sequences:
             self._read(sequence)
         fresh = {s.slot: s.prompt[-1] for s in self._sequences}
-        under_way: deque[Said] = deque()
+        under_way: deque[tuple[Said, int]] = deque()  # and the most that it may say
         one_by_one = session.device.type == "cpu" or self._logprobs is not None
         steps, ahead = (1, 1) if one_by_one else (STEPS, AHEAD)
         while self._going or under_way:
@@ -371,17 +384,26 @@ class Answers:
                 active = [s for s in self._going if self._left(s) > 0]
                 if not active:
                     break
-                count = min(steps, *(self._left(s) for s in active))
+                least = min(self._left(s) for s in active)
+                each = session.rounds(len(active)) if self._drafting else 0
+                if least < each and under_way:
+                    break  # that may say less than it might, and leave room for another round
+                rounds = 0 < each <= least
+                count, most = (1, each) if rounds else (min(steps, least),) * 2
                 others = [s.slot for s in active if s.slot not in fresh]
-                said = session.say(count, fresh, others, best=self._logprobs)
+                said = session.say(count, fresh, others, best=self._logprobs, rounds=rounds)
                 fresh = {}
                 for s in active:
-                    s.enqueued += count
-                under_way.append(said)
-            said = under_way.popleft()
+                    s.enqueued += most
+                under_way.append((said, most))
+            said, most = under_way.popleft()
             found = session.settle(said)
             chances = dict(zip(said.slots, said.chances, strict=True)) if said.chances else {}
+            counts = dict(zip(said.slots, said.counts, strict=True)) if said.each > 1 else {}
             for s in self._going:
+                if s.slot in found:
+                    s.enqueued -= most - len(found[s.slot])
+                s.rounds += [count for count in counts.get(s.slot, ()) if count]
                 yield from self._take(s, found.get(s.slot, []), started, chances.get(s.slot))
         for s in self._sequences:
             self._remember(s)

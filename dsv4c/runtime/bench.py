@@ -154,11 +154,11 @@ def moved_bytes(plan: Plan, program: Program, launch: Launch, position: int) -> 
 def _moved(plan: Plan, program: Program, argument: Argument, position: int) -> float:
     config: Mapping[str, Any] = plan.config
     name, size = argument.value, float(argument.nbytes)
-    rows, context = program.shape.sequences * program.shape.tokens, int(plan.deployment["max_context"])
+    rows, context = _rows(plan, program, argument), int(plan.deployment["max_context"])
     if argument.space == "weights" and ".ffn.experts." in name:
         experts = int(config["n_routed_experts"])
         return size * min(rows * int(config["num_experts_per_tok"]), experts) / experts
-    if name in ("embed",) or name.endswith("tid2eid"):
+    if name in ("embed",) or name.endswith(("tid2eid", "markov_w1")):
         return size * rows / int(config["vocab_size"])
     if argument.space != "state":
         return size
@@ -174,6 +174,14 @@ def _moved(plan: Plan, program: Program, argument: Argument, position: int) -> f
         read = min(visible, int(config["index_topk"])) if ratio == 4 else visible
         return used * read / max(context // ratio, 1)
     return used
+
+
+def _rows(plan: Plan, program: Program, argument: Argument) -> int:
+    """Rows of a call that a launch with this weight is about: all of them, or those that draft."""
+    shape = program.shape
+    if shape.drafts and Scope.of(argument.value).draft:
+        return shape.sequences * int(plan.config["dspark_block_size"] or 1)
+    return shape.rows
 
 
 # The table --------------------------------------------------------------------------------------------------

@@ -310,7 +310,7 @@ def feeds_back(program: Program) -> bool:
     launch that reads them comes before it. A sampler reads them itself.
     """
     following = program.outputs.get("next")
-    if following is None or program.shape.tokens > 1 or program.shape.sampled:
+    if following is None or program.shape.kind != "decode" or program.shape.sampled:
         return False
     if len({program.values[n].type for n in (following, "tokens")}) != 1:
         return False

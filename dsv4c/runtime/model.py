@@ -12,6 +12,9 @@ from dsv4c.plan.folder import Plan
 BESIDE = frozenset({"name", "notes", "mtp_layers", "bos_token_id", "eos_token_id"})
 """Fields that nothing a plan runs depends on; MTP tensors are looked for where a plan needs them."""
 
+DSPARK = "dspark_"
+"""Begins fields on which those plans depend that draft."""
+
 RECAST = {"mxfp4", "nvfp4"}  # each is read as the other, or refused by name where that would round
 
 
@@ -29,7 +32,12 @@ def check_model(plan: Plan, weights: Path) -> None:
     ours, theirs = ModelConfig.from_dict(plan.config).to_dict(), load_config(folder).to_dict()
     if {ours["expert_format"], theirs["expert_format"]} <= RECAST:
         theirs["expert_format"] = ours["expert_format"]
-    differing = [key for key in ours if ours[key] != theirs[key] and key not in BESIDE]
+    drafts = any(program.shape.drafts for program in plan.buckets.values())
+    differing = [
+        key
+        for key in ours
+        if ours[key] != theirs[key] and key not in BESIDE and (drafts or not key.startswith(DSPARK))
+    ]
     if differing:
         found = (f"{key} is {_short(theirs[key])}, the plan has {_short(ours[key])}" for key in differing[:5])
         raise CheckpointError(

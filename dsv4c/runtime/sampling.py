@@ -126,25 +126,35 @@ class Chances:
 class Said:
     """What steps of some slots say, and whether their logits were finite, once the device is through.
 
-    With the logits of a single step also the log-probabilities of the chosen token and the `best`, by slot.
+    A step says `each` tokens of a slot at most. With the logits of a single step also the log-probabilities
+    of the chosen token and the `best`, by slot.
     """
 
     def __init__(
-        self, slots: Sequence[int], kept: Tensor, finite: Tensor, logits: Tensor | None = None, best: int = 0
+        self,
+        slots: Sequence[int],
+        kept: Tensor,
+        finite: Tensor,
+        logits: Tensor | None = None,
+        best: int = 0,
+        each: int = 1,
     ) -> None:
         self.slots = tuple(slots)
         self.finite: list[bool] = []
+        self.counts: list[list[int]] = []  # by slot: how many tokens each step has said
         self.chances: list[Chances] = []
+        self.each = each
         self._best = best
         self._through: torch.cuda.Event | None = None
-        rows = [finite.to(torch.int32)[:, None], kept.T]
+        by_slot = kept.reshape(len(kept), len(self.slots), each).transpose(0, 1).flatten(1)
+        rows = [finite.to(torch.int32)[:, None], by_slot]
         if logits is not None:
             known = logits.log_softmax(1)
             most = known.topk(best, dim=1)
             chosen = known.gather(1, kept[0].clamp(min=0).long()[:, None])
             chances = torch.cat([chosen, most.values], dim=1).view(torch.int32)  # the bits, beside the ids
             rows += [most.indices.to(torch.int32), chances]
-        self._steps, self._rows = len(kept), torch.cat(rows, dim=1)
+        self._steps, self._rows = len(kept) * each, torch.cat(rows, dim=1)
         if kept.is_cuda:
             found = self._rows
             self._rows = torch.empty_like(found, device="cpu", pin_memory=True)
@@ -153,7 +163,9 @@ class Said:
             self._through.record()
 
     def wait(self) -> list[list[int]]:
-        """The tokens of each slot, step by step, -1 where it says nothing. Waits for these steps alone."""
+        """The tokens of each slot, step by step, -1 where one says nothing, or nothing more. Waits for these
+        steps alone.
+        """
         if self._through is not None:
             self._through.synchronize()
         at = 1 + self._steps
@@ -164,4 +176,7 @@ class Said:
             pairs = zip(ids, chances, strict=True)
             self.chances = [Chances(c[0], tuple(zip(i, c[1:], strict=True))) for i, c in pairs]
         self.finite = [bool(row[0]) for row in rows]
-        return [row[1:] for row in rows]
+        said = [row[1:] for row in rows]
+        steps = range(0, self._steps, self.each)
+        self.counts = [[sum(t >= 0 for t in row[at : at + self.each]) for at in steps] for row in said]
+        return said

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from dsv4c.buckets import ROWS, Bucket, Logits
+from dsv4c.buckets import ROWS, Bucket, Kind, Logits
 from dsv4c.errors import Dsv4cError, PromptError, SessionError
 from dsv4c.models.encoding.messages import Conversation
 from dsv4c.models.encoding.rules import rules_of
@@ -27,8 +28,8 @@ from dsv4c.runtime.executor import Executor, states_of
 from dsv4c.runtime.residence import Loaded
 from dsv4c.runtime.sampling import Said, Sampling, SamplingState
 
-POSITIONS = {"main": "position", "draft": "mtp.position"}
-"""The state that counts each slot's tokens, by the block that they went through."""
+POSITION = "position"
+"""The state that counts each slot's tokens."""
 
 
 P = ParamSpec("P")
@@ -49,18 +50,55 @@ def _one_at_a_time(
 
 
 class _Counter:
-    """Tokens that every slot has consumed, and the furthest that its buffers were ever written."""
+    """Tokens that every slot has consumed, and the furthest that its buffers were ever written.
+
+    Of steps that wait to be settled it holds as many tokens as they may say at most, `open`.
+    """
 
     def __init__(self, slots: int) -> None:
         self.held = [0] * slots
         self.reached = [0] * slots
+        self.open = [0] * slots
 
     def advance(self, slot: int, count: int) -> None:
         self.held[slot] += count
-        self.reached[slot] = max(self.reached[slot], self.held[slot])
+        self.reach(slot, self.held[slot])
+
+    def reach(self, slot: int, place: int) -> None:
+        self.reached[slot] = max(self.reached[slot], place)
+
+    def enqueue(self, slot: int, most: int) -> None:
+        """Steps that say so many tokens at most."""
+        self.held[slot] += most
+        self.open[slot] += most
+
+    def settle(self, slot: int, said: Sequence[int], rows: int) -> None:
+        """Steps of so many rows have said so many tokens each; those that said none have not run."""
+        self.open[slot] -= len(said) * rows
+        at = self.held[slot] - len(said) * rows - self.open[slot]
+        for count in said:
+            if count:
+                self.reach(slot, at + rows)
+            at += count
+        self.held[slot] = at + self.open[slot]
+
+    def furthest(self, slot: int) -> int:
+        """How far the buffers are written once all steps are through, at most."""
+        return max(self.held[slot], self.reached[slot])
 
     def put(self, slot: int, held: int, reached: int) -> None:
-        self.held[slot], self.reached[slot] = held, reached
+        self.held[slot], self.reached[slot], self.open[slot] = held, reached, 0
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """Tokens drafted behind one, the logits f32 [k, vocab] that each is the likeliest of, and where the model
+    says so, f32 [k] the logit of each to hold.
+    """
+
+    tokens: list[int]
+    logits: Tensor
+    confidence: Tensor | None
 
 
 class Session:
@@ -85,7 +123,7 @@ class Session:
         self.vocab_size = int(plan.config["vocab_size"])
         self.device = executor.blocks["state"].device
         self._states = states_of(plan, executor.blocks)
-        self._counters = {b: _Counter(self.slots) for b, name in POSITIONS.items() if name in self._states}
+        self._counter = _Counter(self.slots)
         self._following = torch.zeros(self.slots, dtype=torch.int32, device=self.device)
         self._followed = [False] * self.slots  # slots whose likeliest next token `_following` holds
         self._finite = torch.ones(self.slots, dtype=torch.bool, device=self.device)  # all logits so far
@@ -99,7 +137,7 @@ class Session:
         self.reset()
 
     def __repr__(self) -> str:
-        held = ", ".join(f"{held:,}" for held in self._counters["main"].held)
+        held = ", ".join(f"{held:,}" for held in self._counter.held)
         return (
             f"<Session of {self.plan.name} on {self.device}: {held} of {self.max_context:,} tokens by slot>"
         )
@@ -115,8 +153,8 @@ class Session:
         """
         ids = self._prompt(tokens)
         self._check_slot(slot)
-        self._check_room("main", slot, len(ids))
-        return self._chunks("main", ids, slot, logits)
+        self._check_room(slot, len(ids))
+        return self._chunks(ids, slot, logits)
 
     @_one_at_a_time
     def decode(self, tokens: Sequence[int | None] | Mapping[int, int]) -> Tensor:
@@ -131,14 +169,14 @@ class Session:
             raise SessionError("decode got no token for any slot; give at least one")
         work = {s: [self._id(token, f"token {s}")] for s, token in given.items()}
         for s in work:
-            self._check_room("main", s, 1)
+            self._check_room(s, 1)
         logits = torch.full((self.slots, self.vocab_size), torch.nan, device=self.device)
         streams: list[Tensor | None] = [None] * self.slots
-        most = max(b.sequences for b in self._buckets("main"))
+        most = max(b.sequences for b in self._buckets())
         active = list(work)
         for start in range(0, len(active), most):
             part = {s: work[s] for s in active[start : start + most]}
-            made = self._call(self._fitting("main", len(part), 1), part)
+            made = self._call(self._fitting(len(part), 1), part)
             for s, rows in made.items():
                 logits[s] = rows["logits"][0]
                 streams[s] = rows["streams"]
@@ -158,11 +196,11 @@ class Session:
         for slot, given in tokens.items():
             self._check_slot(slot)
             work[slot] = self._prompt(given)
-            self._check_room("main", slot, len(work[slot]))
+            self._check_room(slot, len(work[slot]))
         if not work:
             raise SessionError("verify got no tokens for any slot; give at least one")
         longest = max(map(len, work.values()))
-        bucket = self._fitting("main", len(work), longest)
+        bucket = self._fitting(len(work), longest)
         if bucket.sequences < len(work) or bucket.tokens < longest or bucket.logits != "all":
             raise SessionError(
                 f"verify got {longest} tokens of {len(work)} slots; no bucket of the plan takes as many, "
@@ -181,8 +219,8 @@ class Session:
         """
         self._check_slot(slot)
         self._check_whole()
-        counter = self._counters["main"]
-        held, reached = counter.held[slot], counter.reached[slot]
+        counter = self._counter
+        held, reached = counter.held[slot], counter.furthest(slot)
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= held:
             raise SessionError(f"slot {slot} holds {held} tokens, {count!r} cannot be taken back")
         if reached - (held - count) > ROWS:
@@ -190,7 +228,7 @@ class Session:
                 f"slot {slot} was given {reached} tokens; it can go back to {reached - ROWS} at most, not to "
                 f"{held - count}; reset it and prefill again"
             )
-        self._set_position("main", slot, held - count, reached)
+        self._set_position(slot, held - count, reached)
         self._followed[slot] = False
 
     @_one_at_a_time
@@ -219,7 +257,7 @@ class Session:
         self._check_slot(slot)
         ids = self._ids(stops, "stop")
         if self._sampling is not None:
-            self._sampling.set(slot, sampling, ids, self._counters["main"].held[slot] + 1)
+            self._sampling.set(slot, sampling, ids, self._counter.held[slot] + 1)
         elif not sampling.is_greedy:
             raise SessionError(
                 f"plan {self.plan.name} always takes the likeliest token; for {sampling} compile with "
@@ -234,17 +272,25 @@ class Session:
         slots: Sequence[int] = (),
         *,
         best: int | None = None,
+        rounds: bool = False,
     ) -> Said:
         """Enqueue `count` steps of the slots that `tokens` names, each beginning with its token, or of
         `slots`, going on from the steps before. The host waits for none of them. With `best`, of a single
         step also log-probabilities, of the chosen token and of so many.
 
-        A slot that comes to one of its stops says nothing after it, and has not consumed it. Raises
-        SessionError as `decode` does.
+        Steps say a token each; `rounds` draft others behind it, and say as many as hold, and one more: the
+        same tokens in fewer steps. A slot that comes to one of its stops says nothing after it, and has not
+        consumed it. Raises SessionError as `decode` does, and for rounds that the plan has not.
         """
         given = dict(tokens or {})
         work = [*given, *slots]
-        self._check_steps(count, work)
+        each = self.rounds(len(work)) if rounds else 1
+        if not each:
+            raise SessionError(
+                f"no bucket of the plan drafts for {len(work)} slots together, only "
+                f"{', '.join(self.plan.buckets)}; compile with --draft, or with fewer --draft-tokens"
+            )
+        self._check_steps(count, work, each)
         if best is not None and (count != 1 or not 0 <= best <= self.vocab_size):
             raise SessionError(
                 f"the {best} best of {count} steps; expected 0 to {self.vocab_size} of one step"
@@ -255,23 +301,21 @@ class Session:
                 raise SessionError(f"slot {s} has no next token yet; give it one")
         for s, token in fresh.items():
             self._following[s], self._going[s] = token, 1
-        kept, logits = self._repeat(count, work, keep=True)
+        kept, logits = self._repeat(count, work, keep=True, rounds=rounds)
         assert kept is not None
         for s in work:
-            self._counters["main"].advance(s, count)  # at most; `settle` takes back what a stop left out
+            self._counter.enqueue(s, count * each)
             self._followed[s] = True
-        return Said(work, kept, self._finite[work], None if best is None else logits, best or 0)
+        return Said(work, kept, self._finite[work], None if best is None else logits, best or 0, each)
 
     @_one_at_a_time
     def settle(self, said: Said) -> dict[int, list[int]]:
         """What steps have said, by slot: the tokens up to a stop, and that. Waits for these steps alone."""
         rows = said.wait()
         found: dict[int, list[int]] = {}
-        for s, column in zip(said.slots, rows, strict=True):
+        for s, column, counts in zip(said.slots, rows, said.counts, strict=True):
             found[s] = [token for token in column if token >= 0]
-            counter = self._counters["main"]
-            unsaid = len(column) - len(found[s])
-            counter.put(s, counter.held[s] - unsaid, counter.reached[s] - unsaid)
+            self._counter.settle(s, counts, said.each)
         self._check_finite(said.slots, said.finite)
         return found
 
@@ -280,23 +324,77 @@ class Session:
         """`steps` without keeping the tokens: one graph launch per step and nothing else on the stream."""
         self._greedy(count, list(range(self.slots)) if slots is None else list(slots), keep=False)
 
-    @_one_at_a_time
-    def draft(self, streams: Tensor, tokens: Sequence[int] | Tensor, slot: int = 0) -> Tensor:
-        """Run the draft block on the streams [len, S, H] of consecutive tokens and the token that follows
-        each. Returns logits f32 [len, vocab]: row i predicts what follows tokens[i].
+    def rounds(self, slots: int) -> int:
+        """The most tokens that each of so many slots says in a round; 0 if no bucket drafts for as many."""
+        return max((b.tokens for b in self._of_kind("round", slots)), default=0)
 
-        Raises SessionError as `prefill` does, PlanError if the plan was compiled without a draft block.
+    @_one_at_a_time
+    def draft(self, tokens: Mapping[int, int]) -> dict[int, Drafts]:
+        """Draft behind a token of some slots, which none of them has consumed. Nothing is consumed.
+
+        Raises SessionError as `decode` does, PlanError if the plan was compiled without what drafts.
         """
-        program = self.plan.program("draft")
-        ids = self._prompt(tokens)
-        self._check_slot(slot)
-        wanted = program.values["streams"].type.shape[1:]
-        if tuple(streams.shape) != (len(ids), *wanted):
+        bucket = self.plan.program("draft").shape
+        work = {s: [self._id(token, f"token {s}")] for s, token in self._by_slot(tokens).items()}
+        for s in work:
+            self._check_room(s, 1)
+        found: dict[int, Drafts] = {}
+        for slot, ids in work.items():
+            made = self._outputs(bucket, {slot: ids})
+            rows = slice(0, bucket.tokens)
+            confidence = made["confidence"][rows, 0].clone() if "confidence" in made else None
+            found[slot] = Drafts(made["next"][rows].tolist(), made["logits"][rows].clone(), confidence)
+        return found
+
+    @_one_at_a_time
+    def accept(self, tokens: Mapping[int, Sequence[int]]) -> dict[int, list[int]]:
+        """Judge tokens of some slots, of which those behind the first are drafts, whoever made them: what
+        each slot says is what it would say without them. It consumes the first and the drafts that hold,
+        and the last that it says is the next one's first.
+
+        Raises SessionError as `prefill` does, and where no bucket of the plan has as many rows.
+        """
+        work: dict[int, list[int]] = {}
+        for slot, given in tokens.items():
+            self._check_slot(slot)
+            work[slot] = self._prompt(given)
+            self._check_room(slot, len(work[slot]))
+        longest = max(map(len, work.values()), default=0)
+        fitting = [b for b in self._of_kind("accept", len(work)) if b.tokens >= longest]
+        if not work or not fitting:
             raise SessionError(
-                f"draft takes one row of streams per token, {[len(ids), *wanted]}, got {list(streams.shape)}"
+                f"accept got {longest} tokens of {len(work)} slots; no bucket of the plan judges as many, "
+                f"only {', '.join(self.plan.buckets)}; compile with --draft given, or give fewer"
             )
-        self._check_room("draft", slot, len(ids))
-        return self._chunks("draft", ids, slot, "all", {"streams": streams})
+        bucket = fitting[0]
+        made = self._outputs(bucket, work)
+        said: dict[int, list[int]] = {}
+        for i, (slot, ids) in enumerate(work.items()):
+            rows = made["said"][i * bucket.tokens : (i + 1) * bucket.tokens].tolist()
+            said[slot] = [token for token in rows if token >= 0]
+            self._counter.reach(slot, self._counter.held[slot] + len(ids))
+            self._counter.advance(slot, len(said[slot]))
+            self._following[slot], self._followed[slot] = said[slot][-1], True
+            self.memories[slot] = Memory()
+        self._look(work)
+        return said
+
+    def _of_kind(self, kind: Kind, sequences: int) -> list[Bucket]:
+        """Buckets of a kind for so many sequences, the smallest first."""
+        shapes = (program.shape for program in self.plan.buckets.values())
+        found = (b for b in shapes if b.kind == kind and b.sequences >= sequences)
+        return sorted(found, key=lambda b: b.rows)
+
+    def _outputs(self, bucket: Bucket, work: Mapping[int, Sequence[int]]) -> Mapping[str, Tensor]:
+        """One call of a bucket that drafts or judges; the next call overwrites what it returns."""
+        with self.executor.naming(), torch.inference_mode():
+            self._broken = True
+            made = self.executor.run(bucket.name, self._inputs(bucket, work))
+            rows = made["logits"].isfinite().all(1).reshape(bucket.sequences, bucket.tokens)
+            for i, (slot, ids) in enumerate(work.items()):
+                self._finite[slot] &= rows[i, : bucket.tokens if bucket.drafts else len(ids)].all()
+            self._broken = False
+        return made
 
     @_one_at_a_time
     def reset(self, slot: int | None = None) -> None:
@@ -310,8 +408,7 @@ class Session:
             self._check_slot(slot)
             self._check_whole()
         for s in range(self.slots) if slot is None else (slot,):
-            for block in self._counters:
-                self._set_position(block, s, 0, 0)
+            self._set_position(s, 0, 0)
             if self._sampling is not None:
                 self._sampling.set(s, Sampling(), (), 1)
             self.memories[s] = Memory()
@@ -336,8 +433,8 @@ class Session:
         none. Returns how many it holds.
         """
         self._check_slot(slot)
-        counter = self._counters["main"]
-        if count <= counter.held[slot] and counter.reached[slot] - count <= ROWS:
+        counter = self._counter
+        if count <= counter.held[slot] and counter.furthest(slot) - count <= ROWS:
             self.take_back(counter.held[slot] - count, slot)
         else:
             self.reset(slot)
@@ -356,6 +453,7 @@ class Session:
         logprobs: int | None = None,
         encoding: str = "auto",
         slots: Sequence[int] | None = None,
+        drafting: bool = True,
     ) -> Answers:
         """Answer, event by event: `for event in session.generate(messages)`.
 
@@ -365,7 +463,8 @@ class Session:
         checkpoint's generation_config.json recommends, if the plan can. logprobs: with every token its
         log-probability, and those of so many likeliest ones; steps then follow one another with the host in
         between. encoding: rules of which release
-        (preview, 0731, auto). slots: where the sequences are, by default the first ones.
+        (preview, 0731, auto). slots: where the sequences are, by default the first ones. drafting: in rounds,
+        where the plan has some for as many sequences, and no log-probabilities are asked for.
 
         Raises PromptError for messages that make no prompt or a tokenizer that does not fit, SessionError for
         a prompt that is too long, values that are out of range, or more sequences than a step takes.
@@ -379,7 +478,8 @@ class Session:
             self._check_slot(slot)
         rules, _ = rules_of(encoding, self.checkpoint)
         texts = any(isinstance(ask.prompt, Conversation) for ask in asks)
-        return Answers(self, asks, self.tokenizer if texts else None, rules, list(chosen), logprobs)
+        tokenizer = self.tokenizer if texts else None
+        return Answers(self, asks, tokenizer, rules, list(chosen), logprobs, drafting)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -403,18 +503,12 @@ class Session:
     @property
     def positions(self) -> list[int]:
         """Tokens that every slot has consumed, once the device is through."""
-        return list(self._counters["main"].held)
-
-    @property
-    def draft_positions(self) -> list[int]:
-        """Tokens that the draft block of every slot has consumed. Raises PlanError without one."""
-        self.plan.program("draft")
-        return list(self._counters["draft"].held)
+        return list(self._counter.held)
 
     @property
     def streams(self) -> Tensor:
         """The hyper-connection streams after the last layer [rows, S, H] of the last call: its tokens in
-        order, or one row per slot. Input of `draft`.
+        order, or one row per slot.
         """
         if self._streams is None:
             raise SessionError("no streams yet for this state; call prefill or decode first")
@@ -444,8 +538,7 @@ class Session:
             state.copy_slot(self._states, source, target)
             self._following[target] = self._following[source]
             self._followed[target] = self._followed[source]
-            for counter in self._counters.values():
-                counter.put(target, counter.held[source], counter.reached[source])
+            self._counter.put(target, self._counter.held[source], self._counter.furthest(source))
             self._finite[target] = self._finite[source]
             self.memories[target] = self.memories[source]
 
@@ -494,14 +587,12 @@ class Session:
     @property
     def _reached(self) -> dict[str, list[int]]:
         """The furthest token that every slot was given, by the state that counts them."""
-        return {POSITIONS[block]: counter.reached for block, counter in self._counters.items()}
+        return {POSITION: [self._counter.furthest(slot) for slot in range(self.slots)]}
 
     def _take(self, saved: state.Saved, slots: Sequence[int]) -> None:
         saved.put(self._states, slots)
-        for block, counter in self._counters.items():
-            held, reached = saved.held(POSITIONS[block]), saved.reached(POSITIONS[block])
-            for slot, *counts in zip(slots, held, reached, strict=True):
-                counter.put(slot, *counts)
+        for slot, *counts in zip(slots, saved.held(POSITION), saved.reached(POSITION), strict=True):
+            self._counter.put(slot, *counts)
         for slot in slots:
             self._followed[slot] = False
             self._finite[slot] = True
@@ -565,14 +656,13 @@ class Session:
         if self.device.type == "cpu":
             self._check_finite(slots)
 
-    def _check_room(self, block: str, slot: int, count: int) -> None:
+    def _check_room(self, slot: int, count: int) -> None:
         self._check_whole()
         self._look([slot])
-        held = self._counters[block].held[slot]
+        held = self._counter.held[slot]
         if held + count > self.max_context:
-            who = f"slot {slot}" if block == "main" else f"the draft block of slot {slot}"
             raise SessionError(
-                f"{who} holds {held} tokens; {count} more exceed the context of {self.max_context}; "
+                f"slot {slot} holds {held} tokens; {count} more exceed the context of {self.max_context}; "
                 "reset it, or compile with a larger --max-context"
             )
 
@@ -595,40 +685,31 @@ class Session:
 
     # --- steps ---
 
-    def _buckets(self, block: str, logits: Logits = "all") -> list[Bucket]:
+    def _buckets(self, logits: Logits = "all") -> list[Bucket]:
         shapes = (program.shape for program in self.plan.buckets.values())
-        return [b for b in shapes if b.block == block and logits in (b.logits, "last")]
+        return [b for b in shapes if b.is_main and logits in (b.logits, "last")]
 
-    def _fitting(self, block: str, sequences: int, tokens: int, logits: Logits = "all") -> Bucket:
+    def _fitting(self, sequences: int, tokens: int, logits: Logits = "all") -> Bucket:
         """The smallest bucket that holds so many rows; of several sequences at least that many, of one as
         many tokens as there are in any.
         """
-        fitting = self._buckets(block, logits)
+        fitting = self._buckets(logits)
         wide = [b for b in fitting if b.sequences >= sequences] or fitting
         enough = [b for b in wide if b.tokens >= tokens]
         if enough:
             return min(enough, key=lambda b: (b.rows, b.tokens))
         return max(wide, key=lambda b: (b.tokens, -b.sequences))
 
-    def _chunks(
-        self,
-        block: str,
-        ids: list[int],
-        slot: int,
-        logits: Logits,
-        beside: Mapping[str, Tensor] | None = None,
-    ) -> Tensor:
+    def _chunks(self, ids: list[int], slot: int, logits: Logits) -> Tensor:
         """One slot's tokens, as many per call as the plan has room for."""
         made = []
         start = 0
         while start < len(ids):
-            bucket = self._fitting(block, 1, len(ids) - start, logits)
+            bucket = self._fitting(1, len(ids) - start, logits)
             part = ids[start : start + bucket.tokens]
-            rows = {n: value[start : start + len(part)] for n, value in (beside or {}).items()}
-            made.append(self._call(bucket, {slot: part}, rows)[slot])
+            made.append(self._call(bucket, {slot: part})[slot])
             start += len(part)
-        if block == "main":
-            self._remember(made)
+        self._remember(made)
         if logits == "last":
             return made[-1]["logits"][-1:]
         return torch.cat([rows["logits"] for rows in made])
@@ -637,13 +718,9 @@ class Session:
         self._streams = torch.cat([rows["streams"] for rows in made])
         self._next = torch.cat([rows["next"] for rows in made])
 
-    def _call(
-        self, bucket: Bucket, work: Mapping[int, Sequence[int]], beside: Mapping[str, Tensor] | None = None
-    ) -> dict[int, dict[str, Tensor]]:
+    def _call(self, bucket: Bucket, work: Mapping[int, Sequence[int]]) -> dict[int, dict[str, Tensor]]:
         """One call on the tokens of some slots. Returns copies of each slot's rows of the outputs."""
         inputs = self._inputs(bucket, work)
-        for name, value in (beside or {}).items():
-            inputs[name] = torch.cat([value, value.new_zeros(bucket.rows - len(value), *value.shape[1:])])
         with self.executor.naming(), torch.inference_mode():
             self._broken = True  # until the step is through: an interrupt may leave half-written state
             outputs = self.executor.run(bucket.name, inputs)
@@ -655,29 +732,28 @@ class Session:
                 rows |= {n: v[at : at + count].clone() for n, v in outputs.items() if n != "streams"}
                 made[slot] = rows
                 self._finite[slot] &= rows["logits"].isfinite().all()
-                if bucket.block == "main":
-                    self._following[slot] = rows["next"][-1]
+                self._following[slot] = rows["next"][-1]
             self._broken = False
         for slot, ids in work.items():
             self.memories[slot] = Memory()
-            if bucket.block == "main" and self._sampling is not None and not bucket.sampled:
-                self._sampling.remember(slot, self._counters["main"].held[slot], list(ids))
-            self._counters[bucket.block].advance(slot, len(ids))
-            if bucket.block == "main":
-                self._followed[slot] = True
+            if self._sampling is not None and not bucket.sampled:
+                self._sampling.remember(slot, self._counter.held[slot], list(ids))
+            self._counter.advance(slot, len(ids))
+            self._followed[slot] = True
         self._look(work)
         return made
 
     def _inputs(self, bucket: Bucket, work: Mapping[int, Sequence[int]]) -> dict[str, Tensor]:
         """Tokens row by row, lengths and slots of the bucket's sequences; idle ones have none and no slot."""
         tokens, lengths, slots = [], [], []
+        each = bucket.given // bucket.sequences
         for slot, ids in work.items():
-            tokens += [*ids, *[0] * (bucket.tokens - len(ids))]
+            tokens += [*ids, *[0] * (each - len(ids))]
             lengths.append(len(ids))
             slots.append(slot)
         idle = bucket.sequences - len(work)
         rows = {
-            "tokens": [*tokens, *[0] * (idle * bucket.tokens)],
+            "tokens": [*tokens, *[0] * (idle * each)],
             "lengths": [*lengths, *[0] * idle],
             "slots": [*slots, *[-1] * idle],
         }
@@ -691,24 +767,26 @@ class Session:
         self._going[list(slots)] = 1
         kept, _ = self._repeat(count, slots, keep=keep)
         for s in slots:
-            self._counters["main"].advance(s, count)
+            self._counter.advance(s, count)
         self._look(slots)
         return kept
 
-    def _check_steps(self, count: int, slots: Sequence[int]) -> None:
+    def _check_steps(self, count: int, slots: Sequence[int], each: int = 1) -> None:
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
             raise SessionError(f"steps to enqueue: {count!r}, expected a number of at least 1")
         for s in slots:
             self._check_slot(s)
-            self._check_room("main", s, count)
+            self._check_room(s, count * each)
         if not slots or len(set(slots)) < len(slots):
             raise SessionError(f"slots to move on: {list(slots)}, expected at least one, each once")
 
-    def _repeat(self, count: int, slots: Sequence[int], *, keep: bool) -> tuple[Tensor | None, Tensor]:
-        """Steps of these slots, from what they come to say and whether they go on. Returns what they said, if
-        asked to keep it, and the logits of the last one.
+    def _repeat(
+        self, count: int, slots: Sequence[int], *, keep: bool, rounds: bool = False
+    ) -> tuple[Tensor | None, Tensor]:
+        """Steps or rounds of these slots, from what they come to say and whether they go on. Returns what
+        they said, if asked to keep it, and the logits of the last one.
         """
-        bucket = self._fitting("main", len(slots), 1)
+        bucket = self._of_kind("round", len(slots))[0] if rounds else self._fitting(len(slots), 1)
         if bucket.sequences < len(slots):
             raise SessionError(
                 f"no bucket of the plan decodes {len(slots)} slots together, only "
@@ -716,7 +794,7 @@ class Session:
             )
         kept = torch.empty(count, bucket.rows, dtype=torch.int32, device=self.device) if keep else None
         inputs = self._inputs(bucket, {s: [0] for s in slots})
-        idle = self._following.new_zeros(bucket.rows - len(slots))
+        idle = self._following.new_zeros(bucket.sequences - len(slots))
         inputs["tokens"] = torch.cat([self._following[list(slots)], idle])
         if bucket.sampled:
             inputs["lengths"] = torch.cat([self._going[list(slots)], idle])
@@ -725,14 +803,16 @@ class Session:
             outputs = self.executor.repeat(bucket.name, inputs, count, kept)
             self._following[list(slots)] = outputs["next"][: len(slots)]
             self._going[list(slots)] = outputs["going"][: len(slots)] if bucket.sampled else 1
-            self._finite[list(slots)] &= outputs["logits"][: len(slots)].isfinite().all(dim=1)
+            finite = outputs["logits"].isfinite().all(1).reshape(bucket.sequences, bucket.tokens).all(1)
+            self._finite[list(slots)] &= finite[: len(slots)]
             self._broken = False
         for s in slots:
             self.memories[s] = Memory()
-        return None if kept is None else kept[:, : len(slots)], outputs["logits"][: len(slots)]
+        said = None if kept is None else kept[:, : len(slots) * bucket.tokens]
+        return said, outputs["logits"][: len(slots)]
 
-    def _set_position(self, block: str, slot: int, held: int, reached: int) -> None:
-        value = self._states[POSITIONS[block]]
+    def _set_position(self, slot: int, held: int, reached: int) -> None:
+        value = self._states[POSITION]
         assert isinstance(value, Tensor)
         value[slot] = held
-        self._counters[block].put(slot, held, reached)
+        self._counter.put(slot, held, reached)

@@ -17,6 +17,7 @@ from dsv4c.ir.ops.attention import (
     WindowIndex,
 )
 from dsv4c.ir.ops.compress import AddPositionBias, CompletedEntries, CompressPool
+from dsv4c.ir.ops.draft import Accept, Candidates, DraftRows, Preceding, Stop
 from dsv4c.ir.ops.hyper import CollapseStreams, ExpandStreams, MixStreams, SpreadStreams
 from dsv4c.ir.ops.index import IndexScores, TopK
 from dsv4c.ir.ops.linear import ExpertLinear, GroupedLinear, Linear
@@ -102,6 +103,12 @@ PRIMITIVES: Sequence[tuple[Op, tuple[str, ...]]] = (
     (TokenProbabilities(), ("f32[N,1000]", "i32[N]", "f32[3,7]")),
     (Draw(), ("f32[N,1000]", "i32[N]", "i32[N]", "i32[3]", "i32[3,2]")),
     (Emit(), ("i32[N]", "i32[N]", "i32[N]", "i32[3,8]")),
+    (Preceding(), ("bf16[3,16,384]", "bf16[N,384]", "i32[N]", "i32[N]")),
+    (DraftRows(5, 0, 7), ("i32[N]", "i32[N]", "i32[N]", "i32[11]")),
+    (DraftRows(1, -1, 0), ("i32[N]", "i32[N]", "i32[N]", "i32[11]")),
+    (Candidates(), ("i32[N]", "i32[3N]", "i32[N]")),
+    (Accept(), ("i32[4N]", "i32[4N]", "i32[N]")),
+    (Stop(), ("i32[4N]", "i32[4N]", "i32[N]", "i32[N]", "i32[3,8]")),
     (Reshape((-1, 96)), ("bf16[N,384]",)),
     (Slice(1, 1, 3), ("f32[N,4,7]",)),
     (Slice(-1, 5, 300), ("bf16[N,384]",)),

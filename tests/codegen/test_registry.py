@@ -11,7 +11,7 @@ from dsv4c.arch import SM_90A, SM_100A, Arch
 from dsv4c.codegen.registry import Launchable, Request, choose, request_of
 from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Builder, Graph, Node, Value
-from dsv4c.ir.ops import add, linear, positions
+from dsv4c.ir.ops import add, candidates, linear, positions
 from dsv4c.passes.fusions.attention import Attention
 from dsv4c.passes.fusions.compressor import Compressor
 from dsv4c.passes.fusions.experts_down import ExpertsDown
@@ -226,6 +226,23 @@ def test_a_hash_layer_is_one_launch_that_reads_the_token_early() -> None:
     assert names["tokens"].access == "early"
     assert names["experts"].access == "w"
     assert "weights" not in names  # nobody's value
+
+
+def test_a_token_that_a_launch_writes_is_read_behind_the_wait() -> None:
+    def make(p: Values, _: Values) -> object:
+        x = p("x", f"{FP8_ROW}[2,256]")
+        tokens, _lengths = candidates(p("anchors", "i32[1]"), p("drafts", "i32[1]"), p("lengths", "i32[1]"))
+        return HashSwiglu(out=BF16, limit=10.0, factor=1.5)(
+            p("row", "bf16[2,256]"), p("gate", "bf16[8,256]"), p("table", "i32[64,2]"), tokens,
+            x, p("w1", EXPERTS), p("w3", EXPERTS), x, p("s1", SHARED), p("s3", SHARED),
+        )  # fmt: skip
+
+    graph = graph_of(make)
+    (up,) = together(graph, graph.nodes[-1])
+    names = dict(zip((p.operand for p in up.emission.parameters), up.bindings, strict=True))
+    assert names["tokens"].access == "r"
+    before, _ = up.emission.source.split("router.table_experts", 1)
+    assert "ptx.wait()" in before
 
 
 def test_a_hash_layer_under_an_nvfp4_gate_has_its_logits_in_scratch() -> None:

@@ -146,11 +146,12 @@ def test_why_a_fusion_was_unfolded_is_told_where_its_parts_have_no_kernel() -> N
 
 @pytest.mark.parametrize("recipe", ["fp32", "bf16", "official", "nvfp4-experts-w4a4", "nvfp4"])
 def test_every_graph_has_kernels(recipe: str) -> None:
-    """Without any fusion, and whatever the recipe, with the draft block."""
+    """Without any fusion, and whatever the recipe, with rounds."""
     for disable in ([], ["all"]):
         plan = gpu_plan(recipe=recipe, disable=disable, draft="mtp", certify=False, **SIZES)
         assert check(plan, rules_of()) == []
-        assert {"decode-1", "decode-2", "draft-1"} == set(plan.buckets)
+        rounds = {"draft-1", "round-1x2", "round-2x2"}
+        assert rounds | {"decode-1", "decode-2"} == set(plan.buckets)
 
 
 @pytest.mark.parametrize(

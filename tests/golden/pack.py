@@ -26,7 +26,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save
 
-CASES = ("fp32", "official-quant", "nvfp4-experts", "kernels", "sampling")
+CASES = ("fp32", "official-quant", "nvfp4-experts", "kernels", "sampling", "dspark-fp32")
+WEIGHTS_OF = {"dspark-fp32": "fp32"}  # the case that has the weights which this one does not add
 
 # case -> patterns of expected tensors that are kept; a pattern that ends in "@" keeps the probe rows only
 KEEP = {
@@ -83,6 +84,7 @@ KEEP = {
     ],
     "kernels": ["*"],
     "sampling": ["*"],
+    "dspark-fp32": ["*.tokens", "*.positions", "*.confidence", "*.logits", "episode.target_logits"],
 }
 
 # Significant bits kept of f32 values; the rounding is far below the tolerance of the comparison (1e-5 and
@@ -100,7 +102,7 @@ def round_bits(x: torch.Tensor, bits: int) -> torch.Tensor:
 def significant_bits(case: str, name: str) -> int | None:
     if case in ("kernels", "sampling"):
         return None
-    if case == "fp32" or name.endswith("logits_weight_only"):
+    if case in ("fp32", "dspark-fp32") or name.endswith("logits_weight_only"):
         return EXACT_BITS
     return QUANTIZED_LOGITS_BITS if ".logits" in name else None
 
@@ -148,6 +150,15 @@ def compress(file: bytes) -> bytes:
     return lzma.compress(split_planes(file), format=lzma.FORMAT_XZ, check=lzma.CHECK_SHA256, filters=filters)
 
 
+def weights(source: Path, case: str) -> bytes:
+    """The model's file, less the tensors that another case has."""
+    file = source / case / "model.safetensors"
+    if case not in WEIGHTS_OF:
+        return file.read_bytes()
+    there, here = load_file(source / WEIGHTS_OF[case] / "model.safetensors"), load_file(file)
+    return save({n: t for n, t in here.items() if n not in there or not torch.equal(t, there[n])})
+
+
 def main(source: Path, target: Path) -> None:
     (target / "encoding").mkdir(parents=True, exist_ok=True)
     (target / "encoding" / "cases.json").write_bytes((source / "encoding" / "cases.json").read_bytes())
@@ -155,15 +166,15 @@ def main(source: Path, target: Path) -> None:
         folder = target / case
         folder.mkdir(parents=True, exist_ok=True)
         description = json.loads((source / case / "case.json").read_text())
+        if case in WEIGHTS_OF:
+            description["weights_of"] = WEIGHTS_OF[case]
         tensors = load_file(source / case / "expected.safetensors")
         kept, description["packed"] = select(case, tensors, description.get("probe_rows", []))
         (folder / "case.json").write_text(json.dumps(description, indent=1) + "\n")
         (folder / "expected.safetensors.xz").write_bytes(compress(save(kept)))
         if (source / case / "config.json").exists():
             (folder / "config.json").write_bytes((source / case / "config.json").read_bytes())
-            (folder / "model.safetensors.xz").write_bytes(
-                compress((source / case / "model.safetensors").read_bytes())
-            )
+            (folder / "model.safetensors.xz").write_bytes(compress(weights(source, case)))
         print(case, {path.name: path.stat().st_size for path in sorted(folder.iterdir())})
 
 

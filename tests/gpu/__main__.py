@@ -89,6 +89,7 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
         command = module("tests.gpu.check_rows", plan["name"], "--folder", folder / "rows")
         yield Job(f"rows {plan['name']}", command, CONTEXT)
     yield Job("kernels recorded", module("tests.gpu.check_recorded", "--folder", folder / "gemv"))
+    yield Job("rounds", module("tests.gpu.check_rounds", folder / "rounds"))
     for plan in recorded:
         path, case, small = folder / plan["name"], plan["model"], plan["gibibytes"] + CONTEXT
         command = module("tests.gpu.run_plan", path, case, "--quick", "--logits", plan["logits"])

@@ -90,8 +90,8 @@ FUSED: tuple[tuple[Fused, tuple[str, ...]], ...] = (
     (GatedUp(limit=10.0), ("bf16[N,2048]", "bf16[N,2048]")),
 )
 """Fused ops of the release's sizes as generated kernels."""
-DRAFTS = {"draft-fp32": ("fp32", "fp32")}
-"""Plans with the draft block: recorded case and recipe. Each has one for the CPU beside it."""
+DRAFTS = {"draft-fp32": ("fp32", "fp32"), "draft-dspark": ("dspark-fp32", "fp32")}
+"""Plans with what drafts: recorded case and recipe. Each has one for the CPU beside it."""
 
 
 def graphs(bodies: int, seed: int) -> Iterator[tuple[str, bool, Graph]]:
@@ -154,7 +154,7 @@ def plans(folder: Path, target: str, only: str) -> list[dict[str, Any]]:
         if only not in name:
             continue
         for kind in (target, "cpu"):
-            options = {**SMALL, "chunk": 8, "recipe": recipe, "draft": "mtp"}
+            options = {**SMALL, "chunk": 8, "recipe": recipe, "draft": "auto"}
             plan = compile(golden_case(model), target=kind, certify=False, **options)
             path = folder / (name if kind == target else f"{name}-cpu")
             print(plan.save(path, overwrite=True), flush=True)

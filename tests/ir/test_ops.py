@@ -108,6 +108,15 @@ RULES = [  # op, operands, results
     ("token_probabilities", "f32[3,100] i32[3] f32[4,7]", "f32[3,100]"),
     ("draw", "f32[3,100] i32[3] i32[3] i32[4] i32[4,2]", "i32[3]"),
     ("emit", "i32[3] i32[3] i32[3] i32[4,8]", "i32[3] i32[3]"),
+    ("preceding", "bf16[4,16,64] bf16[3,64] i32[3] i32[3]", "bf16[3,64] i32[3]"),
+    (
+        "draft_rows {block=5, offset=0, noise=7}",
+        "i32[2] i32[2] i32[2] i32[4]",
+        "i32[10] i32[10] i32[10] i32[10]",
+    ),
+    ("candidates", "i32[2] i32[6] i32[2]", "i32[8] i32[2]"),
+    ("accept", "i32[8] i32[8] i32[2]", "i32[8] i32[2] i32[2]"),
+    ("stop", "i32[8] i32[8] i32[2] i32[2] i32[4,8]", "i32[8] i32[2] i32[2] i32[2]"),
 ]
 
 
@@ -319,6 +328,26 @@ REFUSALS = [  # op, operands, what the message says
     ),
     ("emit", "i32[3] i32[4] i32[3] i32[4,8]", "lengths i32[4] and chosen i32[3] differ"),
     ("emit", "i32[3] i32[3] i32[3] i32[4,2]", "stops must have 8 columns, got i32[4,2]"),
+    (
+        "preceding",
+        "bf16[4,16,32] bf16[3,64] i32[3] i32[3]",
+        "cache bf16[4,16,32] and rows bf16[3,64] differ in width",
+    ),
+    (
+        "preceding",
+        "bf16[4,16,64] bf16[3,64] i32[2] i32[2]",
+        "rows bf16[3,64] and positions i32[2] differ",
+    ),
+    (
+        "draft_rows {block=0, offset=0, noise=7}",
+        "i32[2] i32[2] i32[2] i32[4]",
+        "a block of 0 rows, expected at least 1",
+    ),
+    ("candidates", "i32[2] i32[5] i32[2]", "i32[5] are not drafts of 2 sequences"),
+    ("accept", "i32[8] i32[7] i32[2]", "tokens i32[7] and chosen i32[8] differ"),
+    ("accept", "i32[8] i32[8] i32[3]", "i32[8] are not rows of 3 sequences"),
+    ("stop", "i32[8] i32[8] i32[2] i32[1] i32[4,8]", "following i32[1] and counts i32[2] differ"),
+    ("stop", "i32[8] i32[8] i32[2] i32[2] i32[4,7]", "stops must have 8 columns, got i32[4,7]"),
 ]
 
 

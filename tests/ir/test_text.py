@@ -87,7 +87,7 @@ def test_comments_and_blank_lines_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("bucket", ["decode-2", "verify-2x4.last", "prefill-64", "draft-8"])
+@pytest.mark.parametrize("bucket", ["decode-2", "verify-2x4.last", "prefill-64", "draft-3", "round-1x4"])
 def test_models_read_back(recipe: str, bucket: str) -> None:
     asked = bucket_named(bucket)
     graph = apply_recipe(build(load_config("tiny"), deployment_of(asked, slots=2), asked), RECIPES[recipe])

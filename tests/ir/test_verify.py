@@ -189,7 +189,9 @@ def test_a_sound_graph_comes_back() -> None:
     assert verify(sound) is sound
 
 
-@pytest.mark.parametrize("bucket", ["decode-3", "verify-2x4", "prefill-8.last", "prefill-64", "draft-2x64"])
+@pytest.mark.parametrize(
+    "bucket", ["decode-3", "verify-2x4", "prefill-8.last", "prefill-64", "draft-2x3", "round-2x3"]
+)
 def test_models_are_sound(bucket: str) -> None:
     asked = bucket_named(bucket)
     model = build(load_config("tiny"), deployment_of(asked, slots=3), asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -19,8 +20,9 @@ from dsv4c.types import BF16, F32, I32, TensorType
 SLOTS, CONTEXT = 5, 512
 DECODE, VERIFY = Bucket("decode", 3), Bucket("verify", 2, 4)
 SMALL, CHUNK = Bucket("prefill", tokens=ROWS, logits="last"), Bucket("prefill", tokens=64)
-DRAFT = Bucket("draft", tokens=64)
-DEPLOYMENT = Deployment(max_context=CONTEXT, slots=SLOTS, buckets=(DECODE, VERIFY, SMALL, CHUNK, DRAFT))
+DRAFT, ROUND = Bucket("draft", tokens=2), Bucket("round", 2, 3, sampled=True)
+DEPLOYMENT = Deployment(max_context=CONTEXT, slots=SLOTS, buckets=(DECODE, VERIFY, SMALL, CHUNK))
+DRAFTING = replace(DEPLOYMENT, buckets=(*DEPLOYMENT.buckets, DRAFT, ROUND))
 
 Graphs = dict[Bucket, Graph]
 
@@ -28,6 +30,11 @@ Graphs = dict[Bucket, Graph]
 @pytest.fixture(scope="module")
 def graphs() -> Graphs:
     return {bucket: verify(build(load_config("tiny"), DEPLOYMENT, bucket)) for bucket in DEPLOYMENT.buckets}
+
+
+@pytest.fixture(scope="module")
+def drafting() -> Graphs:
+    return {bucket: verify(build(load_config("tiny"), DRAFTING, bucket)) for bucket in DRAFTING.buckets}
 
 
 def of_layer(graph: Graph, layer: str, part: str = "") -> Counter[str]:
@@ -40,14 +47,16 @@ def test_the_graphs_use_every_parameter_once_as_declared(name: str) -> None:
     config = load_config(name)
     declared = {p.name: p for p in layout(config)}
     used: set[str] = set()
-    for bucket in DEPLOYMENT.buckets if config.mtp_layers else DEPLOYMENT.buckets[:-1]:
-        graph = verify(build(config, DEPLOYMENT, bucket))
+    plain = {p.name for p in verify(build(config, DEPLOYMENT, DECODE)).params}
+    assert plain == {n for n in declared if not n.startswith("mtp.")}
+    for bucket in DRAFTING.buckets if name == "tiny" else (DECODE, ROUND):
+        graph = verify(build(config, DRAFTING, bucket))
         for param in graph.params:
             storage = {"f32": F32, "i64": I32}.get(declared[param.name].storage, BF16)
             assert param.type == TensorType(storage, declared[param.name].shape)
             assert graph.users[param], f"%{param.name} is not used"
-        if bucket is not DRAFT:
-            assert {p.name for p in graph.params} == {n for n in declared if not n.startswith("mtp.")}
+        assert bucket is DRAFT or {p.name for p in graph.params} > plain
+        assert bucket is not ROUND or {p.name for p in graph.params} == set(declared)
         used |= {p.name for p in graph.params}
     assert used == set(declared)
 
@@ -90,17 +99,48 @@ def test_inputs_and_outputs(graphs: Graphs) -> None:
     for bucket, graph in graphs.items():
         sequences, rows = bucket.sequences, bucket.rows
         answered = sequences if bucket.logits == "last" else rows
-        inputs = {v.name: v.type for v in graph.inputs}
-        assert inputs["tokens"] == TensorType(I32, (rows,))
-        assert inputs["lengths"] == TensorType(I32, (sequences,))
-        assert inputs["slots"] == TensorType(I32, (sequences,))
-        assert inputs.get("streams") == (TensorType(BF16, (rows, *streams)) if bucket is DRAFT else None)
+        assert {v.name: v.type for v in graph.inputs} == {
+            "tokens": TensorType(I32, (rows,)),
+            "lengths": TensorType(I32, (sequences,)),
+            "slots": TensorType(I32, (sequences,)),
+        }
         outputs = {label: v.type for label, v in graph.outputs.items()}
         assert outputs == {
             "logits": TensorType(F32, (answered, config.vocab_size)),
             "next": TensorType(I32, (answered,)),
             "streams": TensorType(BF16, (rows, *streams)),
         }
+
+
+def test_inputs_and_outputs_of_rounds(drafting: Graphs) -> None:
+    """One token of each sequence, and what is said of six rows."""
+    vocabulary = load_config("tiny").vocab_size
+    draft, round_ = drafting[DRAFT], drafting[ROUND]
+    assert {v.name: v.type.shape for v in round_.inputs} == dict.fromkeys(
+        ("tokens", "lengths", "slots"), (2,)
+    )
+    assert {label: v.type for label, v in round_.outputs.items()} == {
+        "logits": TensorType(F32, (6, vocabulary)),
+        "said": TensorType(I32, (6,)),
+        "next": TensorType(I32, (2,)),
+        "going": TensorType(I32, (2,)),
+    }
+    assert {label: v.type for label, v in draft.outputs.items()} == {
+        "logits": TensorType(F32, (2, vocabulary)),
+        "next": TensorType(I32, (2,)),
+    }
+
+
+def test_what_drafts_look_back_to_is_kept_by_every_call(drafting: Graphs) -> None:
+    """By prompts in chunks, too; and drafting itself moves no position."""
+    kept = {s.name: s.type for s in drafting[DRAFT].states}
+    assert set(kept) == {"position", "mtp.0.streams", "mtp.0.attn.window"}
+    for bucket in (DECODE, VERIFY, SMALL, CHUNK, ROUND):
+        finals = {state.name: last for state, last in drafting[bucket].finals.items()}
+        for name, type_ in kept.items():
+            assert finals[name].type == type_
+            assert finals[name].node is not None, f"{bucket.name} does not write {name}"
+    assert "advance" not in {n.op.name for n in drafting[DRAFT].nodes}
 
 
 def test_what_each_kind_of_layer_keeps(graphs: Graphs) -> None:
@@ -125,7 +165,6 @@ def test_what_each_kind_of_layer_keeps(graphs: Graphs) -> None:
             for part in ("kv", "score"):
                 expected[f"{name}.{part}"] = TensorType(F32, (SLOTS, ring, halves * width))
     assert states == expected
-    assert {s.name for s in graphs[DRAFT].states} == {"mtp.position", "mtp.0.attn.window"}
 
 
 def test_what_each_kind_of_layer_computes(graphs: Graphs) -> None:
@@ -158,8 +197,8 @@ def test_what_each_kind_of_layer_computes(graphs: Graphs) -> None:
     assert len(kinds) >= 3
 
 
-def test_the_text_reads_back(graphs: Graphs) -> None:
-    for graph in graphs.values():
+def test_the_text_reads_back(graphs: Graphs, drafting: Graphs) -> None:
+    for graph in (*graphs.values(), *drafting.values()):
         text = print_graph(graph)
         assert parse_graph(text) == graph
         assert print_graph(parse_graph(text)) == text
@@ -175,10 +214,10 @@ def test_whole_text_of_one_layer_of_each_kind(label: str, graphs: Graphs, golden
     golden("\n".join(print_nodes(nodes)), f"model/{label.lower().replace('+', '_')}.decode.txt")
 
 
-def test_whole_text_of_the_rest(graphs: Graphs, golden) -> None:
+def test_whole_text_of_the_rest(graphs: Graphs, drafting: Graphs, golden) -> None:
     nodes = [n for n in graphs[DECODE].nodes if not n.scope.startswith("layers.")]
     golden("\n".join(print_nodes(nodes)), "model/frame.decode.txt")
-    nodes = [n for n in graphs[DRAFT].nodes if n.scope in ("", "mtp.0", "mtp.0.output")]
+    nodes = [n for n in drafting[DRAFT].nodes if n.scope in ("", "mtp.0", "mtp.0.output")]
     golden("\n".join(print_nodes(nodes)), "model/frame.draft.txt")
 
 

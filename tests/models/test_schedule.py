@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from dsv4c.config import load_config
-from dsv4c.models.schedule import LayerKind, RouterKind, layer_plans, mtp_plans
+from dsv4c.models.schedule import LayerKind, RouterKind, draft_plans, layer_plans
 
 
 @pytest.mark.parametrize(
@@ -46,5 +46,5 @@ def test_plan_of_each_kind() -> None:
 
 
 def test_mtp_blocks_are_sliding_window_with_a_scored_router() -> None:
-    (block,) = mtp_plans(load_config("deepseek-v4-flash"))
+    (block,) = draft_plans(load_config("deepseek-v4-flash"))
     assert (block.prefix, block.label) == ("mtp.0", "SWA+dense")

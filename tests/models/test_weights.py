@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -26,6 +27,37 @@ def header(path):
 
 def specs(config, table="release", **options):
     return {spec.name: (spec.dtype, spec.shape) for spec in inventory(config, table, **options)}
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "rank", "stages", "nbytes", "tensors"),
+    [
+        ("deepseek-v4-flash", [40, 41, 42], 256, (1_568, 1_565, 1_572), 166_878_536_440, 72_317),
+        ("deepseek-v4-pro", [58, 59, 60], 512, (2_336, 2_333, 2_340), 892_727_580_904, 149_782),
+    ],
+)
+def test_the_inventory_of_a_release_with_dspark(name, layers, rank, stages, nbytes, tensors):
+    """What V4-Flash-0731 holds, and by the same table what V4-Pro-0813 does."""
+    config = replace(
+        load_config(name),
+        mtp_layers=0,
+        dspark_stages=3,
+        dspark_block_size=5,
+        dspark_noise_token_id=128799,
+        dspark_target_layers=tuple(layers),
+        dspark_markov_rank=rank,
+    )
+    found = inventory(config)
+    assert (len(found), sum(spec.nbytes for spec in found)) == (tensors, nbytes)
+    drafts = [spec for spec in found if spec.name.startswith("mtp.")]
+    assert tuple(sum(s.name.startswith(f"mtp.{i}.") for s in drafts) for i in range(3)) == stages
+    if rank == 256:
+        assert (len(drafts), sum(spec.nbytes for spec in drafts)) == (4_705, 10_862_838_300)
+        kinds = Counter(spec.dtype for spec in drafts)
+        assert kinds == {"I8": 2304, "F8_E8M0": 2329, "F8_E4M3": 25, "BF16": 20, "F32": 27}
+    assert {"mtp.2.ffn.shared_experts.w1.weight", "mtp.2.markov_head.markov_w1.weight"} <= {
+        spec.name for spec in drafts
+    }
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +234,7 @@ def test_describe_counts_bytes_and_compares_with_the_model():
     assert json.loads(json.dumps(found)) == found
     assert (found["table"], found["tensors"], found["complete"]) == ("release", 233, True)
     assert found["bytes"] == sum(found["bytes_by_dtype"].values())
-    assert found["mtp"] == {"model": 1, "checkpoint": True}
+    assert found["drafts"] == {"model": "mtp", "checkpoint": True}
     other = describe(Checkpoint.open(folder), replace(config, hidden_size=64, swiglu_limit=1.0))
     assert not other["complete"]
     assert any(

@@ -39,7 +39,7 @@ GEMMS = ("linear", "grouped_linear", "expert_linear")
 
 
 DECODE = Bucket("decode", 2)
-BUCKETS = (DECODE, Bucket("prefill", tokens=8), Bucket("prefill", tokens=32), Bucket("draft", tokens=32))
+BUCKETS = (DECODE, Bucket("prefill", tokens=8), Bucket("prefill", tokens=32), Bucket("draft", tokens=2))
 
 
 def plain(config: ModelConfig, bucket: Bucket = DECODE, recipe: Recipe = OFFICIAL) -> Graph:

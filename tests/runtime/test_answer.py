@@ -73,10 +73,14 @@ class Scripted:
         self.stops[slot] = stops
 
     def say(
-        self, count: int, tokens: Mapping[int, int], slots: Sequence[int], *, best: int | None
+        self, count: int, tokens: Mapping[int, int], slots: Sequence[int], *, best: int | None, rounds: bool
     ) -> SimpleNamespace:
         assert count == 1
-        return SimpleNamespace(slots=[*tokens, *slots], chances=[])
+        assert not rounds
+        return SimpleNamespace(slots=[*tokens, *slots], chances=[], each=1)
+
+    def rounds(self, slots: int) -> int:
+        return 0
 
     def settle(self, said: SimpleNamespace) -> dict[int, list[int]]:
         for slot in said.slots:

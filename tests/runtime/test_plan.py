@@ -85,7 +85,7 @@ def test_launches_and_values_agree_on_places(plan: Plan) -> None:
 
 
 def test_a_bucket_is_found_by_name_or_as_the_smallest_of_its_kind(plan: Plan) -> None:
-    assert list(plan.buckets) == ["decode-3", "verify-1x4", "prefill-24", "draft-24"]
+    assert list(plan.buckets) == ["decode-3", "verify-1x4", "prefill-24", "draft-1", "round-3x2"]
     for name, program in plan.buckets.items():
         assert program.shape.name == name
         assert plan.program(name) is plan.program(program.shape.kind) is program
@@ -127,8 +127,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"plan\.json: was altered after it was compiled",
     ),
     "a file gone": (
-        lambda p: (p / "graph.draft-24.txt").unlink(),
-        r"graph\.draft-24\.txt: is missing from the plan",
+        lambda p: (p / "graph.draft-1.txt").unlink(),
+        r"graph\.draft-1\.txt: is missing from the plan",
     ),
     "cut short": (
         lambda p: altered(p / PLAN_FILE, lambda t: t[: len(t) // 2]),
@@ -207,9 +207,9 @@ def test_a_bucket_that_is_none_is_refused(saved: Path) -> None:
 
 
 def test_an_unknown_bucket_is_named(plan: Plan) -> None:
-    without = replace(plan, buckets={k: v for k, v in plan.buckets.items() if k != "draft-24"})
-    known = "only decode-3, verify-1x4, prefill-24"
-    with pytest.raises(PlanError, match=rf"has no bucket 'draft', {known}; compile with --draft mtp$"):
+    without = replace(plan, buckets={k: v for k, v in plan.buckets.items() if k != "draft-1"})
+    known = "only decode-3, verify-1x4, prefill-24, round-3x2"
+    with pytest.raises(PlanError, match=rf"has no bucket 'draft', {known}; compile with --draft auto$"):
         without.program("draft")
     with pytest.raises(PlanError, match=rf"has no bucket 'decode-8', {known}; did you mean 'decode-3'\?$"):
         without.program("decode-8")

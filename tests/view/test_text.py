@@ -142,7 +142,7 @@ def test_a_layer_that_is_not_there() -> None:
 
 
 def test_the_mtp_block_is_a_layer() -> None:
-    graph = build(config("tiny"), Deployment(), Bucket("draft", tokens=64))
+    graph = build(config("tiny"), Deployment(), Bucket("draft"))
     assert [g.shown.prefix for g in folds(graph) if g.shown.prefix] == ["mtp.0"]
     found = summarize(graph, config("tiny"))
     assert found.bytes_per_token["routed experts"] > found.bytes_per_token["state"] > 0

@@ -46,17 +46,18 @@ class Routing:
 
     scores: the k of largest score + bias, out of the gate's logits. table: a row of a table, and the logits.
     rows: a row of a table, and products with those experts' rows of a bf16 gate. `stored`: weights go to
-    memory too.
+    memory too. `given`: a token's id is the call's input, and read before the wait.
     """
 
     source: str
     factor: float
     stored: bool = True
+    given: bool = True
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """What it reads. A token's id is a step's input, and read before the wait."""
-        table = (Parameter("table"), Parameter("tokens", early=True))
+        """What it reads."""
+        table = (Parameter("table"), Parameter("tokens", early=self.given))
         return {
             "scores": (Parameter("logits"), Parameter("bias")),
             "table": (Parameter("logits"), *table),
@@ -256,7 +257,8 @@ def _routed(
         return No(f"takes bf16 rows and gate or {NVFP4_ROW} and {NVFP4}, not {row} and {gate}")
     rows, (experts, hidden) = row.shape[0], gate.shape
     source = "scores" if isinstance(router, Router) else "table" if packed else "rows"
-    up = emit_experts_up(spec, Routing(source, router.factor, "weights" in values), request.arch)
+    given = "tokens" not in values or values["tokens"] in request.given
+    up = emit_experts_up(spec, Routing(source, router.factor, "weights" in values, given), request.arch)
     if source == "rows":
         return [launchable(request, up, values)]
     if packed:

@@ -53,19 +53,19 @@ def _gemv(
     riding: Riding = NOBODY,
 ) -> Launchable | No:
     """One GEMV launch; products are (activations, weight, result)."""
-    matrices = []
+    matrices: list[Matrix] = []
     for number, (x, w, y) in enumerate(products):
         type_, result = request.types[w], request.types[y]
         if isinstance(result, QuantType) or result.dtype not in (BF16, F32):
             return No(f"writes bf16 or f32, not {result}")
         label = request.labels[w] or f"w{number}"
+        if any(m.name == label for m in matrices):  # of several layers
+            label = f"{label}_{number}"
         height = math.prod(type_.shape[:-1])
         format_ = format_name(type_, WEIGHTS)
         matrix = Matrix(label, height, format_, x, f"{label}_out", str(result.dtype))
         values |= {matrix.name: w, matrix.out: y}
         matrices.append(matrix)
-    if len({m.name for m in matrices}) < len(matrices):
-        return No(f"two of its weights are called {', '.join(m.name for m in matrices)}")
     rows = math.prod(request.types[products[0][2]].shape[:1])
     spec = GemvSpec(name, rows, k, tuple(matrices), groups, riders=riding.riders)
     gains = {x.gain: "f32" for x, _, _ in products if x.gain}

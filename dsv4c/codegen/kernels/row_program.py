@@ -330,6 +330,7 @@ def _names(values: Mapping[Value, Type]) -> dict[Value, str]:
 MEANINGS = (
     "attention",
     "compress",
+    "draft",
     "hyper",
     "index",
     "linear",

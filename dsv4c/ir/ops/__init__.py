@@ -9,6 +9,7 @@ from dsv4c.ir.ops.attention import (
     window_index,
 )
 from dsv4c.ir.ops.compress import add_position_bias, completed_entries, compress_pool
+from dsv4c.ir.ops.draft import accept, candidates, draft_rows, preceding, stop
 from dsv4c.ir.ops.hyper import collapse_streams, expand_streams, mix_streams, spread_streams
 from dsv4c.ir.ops.index import index_scores, top_k
 from dsv4c.ir.ops.linear import expert_linear, grouped_linear, linear
@@ -22,6 +23,7 @@ from dsv4c.ir.ops.shape import concat, reshape, slice_
 from dsv4c.ir.ops.state import advance, cache_extend, cache_write, owners, positions
 
 __all__ = [
+    "accept",
     "add",
     "add_position_bias",
     "advance",
@@ -30,6 +32,7 @@ __all__ = [
     "attention_values",
     "cache_extend",
     "cache_write",
+    "candidates",
     "cast",
     "clamp",
     "collapse_streams",
@@ -37,6 +40,7 @@ __all__ = [
     "compress_pool",
     "concat",
     "dequantize",
+    "draft_rows",
     "draw",
     "embedding",
     "emit",
@@ -54,6 +58,7 @@ __all__ = [
     "owners",
     "penalize",
     "positions",
+    "preceding",
     "quantize",
     "reshape",
     "rms_norm",
@@ -69,6 +74,7 @@ __all__ = [
     "softmax",
     "spread_streams",
     "sqrt_softplus",
+    "stop",
     "sum_",
     "take_along",
     "token_probabilities",

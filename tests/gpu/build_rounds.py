@@ -1,0 +1,42 @@
+"""Compile what `tests.gpu.check_rounds` runs: python -m tests.gpu.build_rounds --folder FOLDER --store STORE.
+
+A small checkpoint per head in the release's formats, and three plans of each: one that drafts, one that
+samples, one whose drafts are given.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from dsv4c.compiler.compile import compile
+from tests.drafting import COUNTS, learned
+
+
+def main() -> None:
+    """Write checkpoints and plans."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--store", type=Path, help="where compiled kernels are kept")
+    parser.add_argument("--target", default="sm_90a")
+    asked = parser.parse_args()
+    for head, count in COUNTS.items():
+        weights = learned(asked.folder / f"{head}-weights", head, quantized=True)
+        options = {
+            "target": asked.target,
+            "cache": asked.store,
+            "max_context": 512,
+            "certify": False,
+            "draft_tokens": count,
+        }
+        for name, more in {
+            "rounds": {"draft": head, "batch": (1, 2)},
+            "sampled": {"draft": head, "batch": (1, 2), "sampled": True},
+            "given": {"draft": "given", "batch": 1},
+        }.items():
+            plan = compile(weights, **options, **more)
+            print(plan.save(asked.folder / f"{head}-{name}", overwrite=True), flush=True)
+
+
+if __name__ == "__main__":
+    main()

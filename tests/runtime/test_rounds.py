@@ -1,0 +1,175 @@
+"""Several tokens a step: rounds say what steps say, whatever is drafted, and leave the same behind."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from dsv4c.errors import PlanError, SessionError
+from dsv4c.runtime.sampling import Sampling
+from dsv4c.runtime.session import Session
+from tests.drafting import (
+    VOCABULARY,
+    Head,
+    begin,
+    compile_for,
+    complete,
+    in_rounds,
+    kept,
+    learned,
+    misleading,
+    oracle,
+    plainly,
+    prompts,
+    with_given,
+)
+
+COUNT = 3
+HEADS: tuple[Head, ...] = ("mtp", "dspark")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[Head, Path]:
+    root = tmp_path_factory.mktemp("learned")
+    return {head: learned(root / head, head) for head in HEADS}
+
+
+@pytest.fixture(scope="module")
+def drafting(weights: dict[Head, Path]) -> dict[Head, Session]:
+    """Two sequences that draft for themselves, in steps that sample if they are told to."""
+    sizes = {"batch": (1, 2), "chunk": 64, "draft_tokens": COUNT, "sampled": True}
+    return {head: compile_for(folder, draft=head, **sizes) for head, folder in weights.items()}
+
+
+@pytest.fixture(scope="module")
+def judging(weights: dict[Head, Path]) -> Session:
+    return compile_for(weights["mtp"], chunk=24, draft="given", draft_tokens=COUNT)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_rounds_say_what_steps_say(drafting: dict[Head, Session], head: Head) -> None:
+    session, held = drafting[head], Counter[int]()
+    for prompt in prompts(3, 7):
+        said, own = in_rounds(session, prompt, 20)
+        assert said == plainly(session, prompt, 20)
+        held += own
+    assert complete(held, COUNT), held
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_sampled_rounds_say_what_sampled_steps_say(drafting: dict[Head, Session], head: Head) -> None:
+    """The same tokens of the same seed: each is drawn by the number of its place, with drafts or without."""
+    session, held = drafting[head], Counter[int]()
+    for seed, prompt in enumerate(prompts(2, 11)):
+        how = Sampling(temperature=0.8, top_p=0.95, repetition_penalty=1.1, seed=seed)
+        said, own = in_rounds(session, prompt, 20, how)
+        begin(session, prompt)
+        session.choose(0, how)
+        assert said == session.settle(session.say(20, {0: prompt[-1]}))[0]
+        held += own
+    assert 0 < held[0] < sum(held.values())
+
+
+def test_given_drafts_change_nothing_but_the_steps(judging: Session) -> None:
+    drafters = [oracle(0.3, COUNT, 1), oracle(0.7, COUNT, 2), oracle(1.0, COUNT, 3), misleading(COUNT, 4)]
+    held = Counter[int]()
+    for prompt, drafter in zip(prompts(4, 5), drafters, strict=True):
+        truth = plainly(judging, prompt, 24)
+        said, own = with_given(judging, prompt, truth, 16, drafter, COUNT)
+        assert said == truth[:16]
+        held += own
+    assert complete(held, COUNT), held
+
+
+@pytest.mark.parametrize("start", [3, 127])
+def test_rejected_rows_leave_no_trace(judging: Session, weights: dict[Head, Path], start: int) -> None:
+    """Around ends of both compressors' windows and of the ring: what later tokens look back to is bit for bit
+    as if they had never run, and so are the logits behind.
+    """
+    made = random.Random(start)
+    prompt = made.choices(range(VOCABULARY), k=start)
+    truth = [*prompt[-1:], *plainly(judging, prompt, 20)]
+    begin(judging, prompt)
+    at = 0
+    while at < 9:
+        share = made.choice([0.0, 0.5, 1.0])
+        drafts = oracle(share, made.randint(1, COUNT), made.randrange(99))(truth[at + 1 :])
+        at += len(judging.accept({0: [truth[at], *drafts]})[0])
+    found = kept(judging, 0)
+    logits = judging.decode({0: truth[at]})
+    begin(judging, prompt)
+    for token in truth[:at]:
+        judging.decode({0: token})
+    for name, rows in kept(judging, 0).items():
+        assert torch.equal(rows, found[name]), name
+    assert torch.equal(judging.decode({0: truth[at]}), logits)
+
+
+def test_two_sequences_draft_together(drafting: dict[Head, Session]) -> None:
+    """Each as alone, one of them stopping on its way; and a slot that was copied drafts as its original."""
+    session = drafting["dspark"]
+    first, second = list(prompts(2, 21))
+    alone = [plainly(session, prompt, 16) for prompt in (first, second)]
+    session.reset()
+    for slot, prompt in enumerate((first, second)):
+        begin(session, prompt, slot)
+    stop = alone[0][9]
+    session.choose(0, Sampling(), [stop])
+    said: dict[int, list[int]] = {0: [], 1: []}
+    start = {0: first[-1], 1: second[-1]}
+    for _ in range(8):
+        found = session.settle(session.say(2, start, [] if start else [0, 1], rounds=True))
+        start = {}
+        for slot, tokens in found.items():
+            said[slot] += tokens
+    stopped = alone[0].index(stop) + 1
+    assert said[0] == alone[0][:stopped]
+    assert said[1][:16] == alone[1]
+    assert session.positions == [len(first) - 1 + stopped, len(second) - 1 + len(said[1])]
+    session.copy_slot(1, 0)
+    anchor = said[1][-1]
+    drafts = session.draft({0: anchor, 1: anchor})
+    assert drafts[0].tokens == drafts[1].tokens
+    assert torch.equal(drafts[0].logits, drafts[1].logits)
+
+
+def test_confidence_is_dsparks_alone(drafting: dict[Head, Session]) -> None:
+    for head, session in drafting.items():
+        session.reset()
+        session.prefill([3, 17])
+        (drafts,) = session.draft({0: 5}).values()
+        assert len(drafts.tokens) == COUNT
+        assert drafts.logits.argmax(1).tolist() == drafts.tokens
+        assert (drafts.confidence is not None) == (head == "dspark")
+        assert session.positions[0] == 2
+
+
+def test_the_context_ends_where_a_round_no_longer_fits(drafting: dict[Head, Session]) -> None:
+    session = drafting["mtp"]
+    session.reset()
+    session.prefill([1] * 509)
+    with pytest.raises(SessionError, match="4 more exceed the context of 512"):
+        session.say(1, {0: 3}, rounds=True)
+    answers = session.generate([1] * 100, max_new_tokens=17, sampling=Sampling())
+    (done,) = [event for event in answers if hasattr(event, "accepted")]
+    plain = session.generate([1] * 100, max_new_tokens=17, sampling=Sampling(), drafting=False)
+    *_, wanted = plain
+    assert done.ids == wanted.ids
+    assert wanted.accepted == ()
+    assert sum(done.accepted) < 17
+
+
+def test_what_cannot_be_asked(judging: Session, drafting: dict[Head, Session]) -> None:
+    judging.reset()
+    with pytest.raises(SessionError, match="no bucket of the plan drafts for 1 slots together"):
+        judging.say(1, {0: 3}, rounds=True)
+    with pytest.raises(PlanError, match="has no bucket 'draft'"):
+        judging.draft({0: 3})
+    with pytest.raises(SessionError, match="accept got 5 tokens of 1 slots; no bucket of the plan judges"):
+        judging.accept({0: [1, 2, 3, 4, 5]})
+    assert judging.positions == [0]
+    assert drafting["mtp"].rounds(3) == 0
