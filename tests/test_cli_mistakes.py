@@ -43,10 +43,6 @@ MISTAKES = {
     ("compile", "tiny", "--slots", "0"): (2, "Invalid value for '--slots'"),
     ("compile", "tiny", "--draft", "medusa"): (2, "Invalid value for '--draft'"),
     ("compile", "tiny", "--logits", "first"): (2, "Invalid value for '--logits'"),
-    ("compile", "tiny", "--target", "sm_90a", "--chunk", "64"): (
-        2,
-        "prefill-64 has 64 rows; expected at most 8",
-    ),
     ("compile", "tiny", "--require-fused", "sinkhrn"): (
         3,
         "error: no rule is named 'sinkhrn'; there are: embed",

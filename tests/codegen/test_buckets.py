@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.plans import first_layers
+from dsv4c.compiler.verify import check
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import KernelCode, Program
 from tests.codegen.lowered import gpu_plan
@@ -53,6 +54,17 @@ def test_logits_of_last_rows_alone_take_one_launch_more() -> None:
     assert ops.count("last_rows") == 1
     ops.remove("last_rows")
     assert ops == [launch.op for launch in every["prefill-8"].launches]
+
+
+@pytest.mark.parametrize("recipe", ["official", "bf16", "nvfp4-experts", "nvfp4", "fp32"])
+def test_buckets_of_many_rows_lower_in_every_recipe(recipe: str) -> None:
+    plan = gpu_plan(recipe=recipe, batch=(1, 16, 64), chunk=(63, 256), verify=1)
+    assert check(plan) == []
+    assert list(plan.buckets) == ["decode-1", "decode-16", "decode-64", "prefill-63", "prefill-256"]
+    counts = {name: len(program.launches) for name, program in plan.buckets.items()}
+    assert len({n for name, n in counts.items() if name.startswith("decode")}) == 1, counts
+    assert counts["prefill-63"] == counts["prefill-256"]  # no launch is repeated for some of the rows
+    assert plan.blocks["state"] == gpu_plan(recipe=recipe, batch=64, chunk=8, verify=1).blocks["state"]
 
 
 def test_slots_are_bound_wherever_state_is(flash: Plan) -> None:

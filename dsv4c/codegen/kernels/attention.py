@@ -29,8 +29,9 @@ class AttentionSpec:
     Keys of a slot: the last `window` tokens in a ring of `ring` rows, and of a cache of `capacity` entries,
     one per `ratio` tokens, those that `entries` says: "none", "all" complete ones, or the `selected_count`
     numbers of i32 `selected` (-1 for none; what the token may see comes first). A ring may hold later tokens
-    too, of other rows. `exact_norm` rounds the per-head norm's steps to bf16, as the release does. `splits`
-    and `tile` override how keys are spread over CTAs.
+    too, of other rows; where it is a copy beside the state, its `ring_slots` are not the entries' `slots`.
+    `exact_norm` rounds the per-head norm's steps to bf16, as the release does. `splits` and `tile` override
+    how keys are spread over CTAs.
     """
 
     name: str
@@ -55,6 +56,7 @@ class AttentionSpec:
     sink: str = "sink"
     frequencies: str = "frequencies"
     positions: str = "positions"
+    ring_slots: str = "slots"
     slots: str = "slots"
     out: str = "out"
 
@@ -71,7 +73,8 @@ class AttentionSpec:
         if self.entries != "none":
             caches += [Parameter(self.entries_operand, c) for c in row.components]
         chosen = [Parameter(self.selected)] if self.entries == "selected" else []
-        rest = (self.sink, self.frequencies, self.positions, self.slots, self.out)
+        slots = dict.fromkeys((self.ring_slots, self.slots))
+        rest = (self.sink, self.frequencies, self.positions, *slots, self.out)
         return (Parameter(self.q), *caches, *chosen, *map(Parameter, rest))
 
 
@@ -165,10 +168,11 @@ def _keys_text(spec: AttentionSpec) -> str:
 
 def _signature(spec: AttentionSpec) -> str:
     keys = CACHE_FORMATS[spec.format]
+    slots = ", ".join(dict.fromkeys((spec.ring_slots, spec.slots)))
     lines = [
         f"q, out: bf16[N,{spec.heads},{spec.width}]; window: {keys}[S,{spec.ring},{spec.width}];",
         f"sink: f32[{spec.heads}]; frequencies: f32[32]; "
-        "positions: i32[N], -1 for none (gives zeros); slots: i32[N]",
+        f"positions: i32[N], -1 for none (gives zeros); {slots}: i32[N]",
     ]
     if spec.entries != "none":
         lines[0] += f"\nentries: {keys}[S,{spec.capacity},{spec.width}];"
@@ -197,8 +201,6 @@ def attention(request: Request) -> Answer:
     form = format_name(ring, CACHES)
     if form not in ("fp8", "bf16") or (entries is not None and format_name(entries, CACHES) != form):
         return No(f"takes caches of {KV_FP8} or of bf16, not {ring} and {entries}")
-    if "slots" in x and x["slots"] != x["ring_slots"]:
-        return No("reads rings and entries in the same slots; these rings are copies beside them")
     kind = "none" if entries is None else "selected" if "chosen" in x else "all"
     spec = AttentionSpec(
         {"none": "attention_swa", "selected": "attention_csa", "all": "attention_hca"}[kind],
@@ -214,8 +216,9 @@ def attention(request: Request) -> Answer:
         ratio=max(1, op.ratio),
         capacity=entries.shape[1] if entries is not None else 0,
         exact_norm=op.precision is BF16,
+        ring_slots="slots" if x.get("slots", x["ring_slots"]) == x["ring_slots"] else "ring_slots",
     )
-    values = {**x, "window": x["ring"], "slots": x["ring_slots"], "out": call.outputs[0]}
+    values = {"slots": x["ring_slots"], **x, "window": x["ring"], "out": call.outputs[0]}
     if kind == "selected":
         values["selected"] = x["chosen"]
     if op.format is None:

@@ -23,6 +23,7 @@ CTA_BYTES = 32 << 10  # what a CTA could have read in the time that it takes to 
 MOST_ROUNDS = 10  # the partial sums of eight rows take 4 KB of shared memory per round
 STAGES = 5  # measured: a sixth stage of FP8 units gains nothing
 WARPS = 8
+MMA_ROWS = 8  # columns of an MMA, which the activation rows are
 STAGINGS = {
     ("e4m3", "copy"),
     ("bf16", "copy"),
@@ -210,8 +211,6 @@ def libs_of(prologues: Iterable[str], riders: Iterable[Rider] = ()) -> str:
 
 
 def _check(spec: GemvSpec) -> None:
-    if not 1 <= spec.batch <= 8:
-        raise BuildError(f"{spec.name}: batch {spec.batch}: a GEMV takes 1 to 8 rows, more need a GEMM")
     for m in spec.matrices:
         if m.format not in BYTES:
             raise BuildError(
@@ -324,7 +323,7 @@ def _part(
         ring = Ring(product, tile_warps, k_warps, span_of(product, k_warps, rounds), stages, rounds)
         return Part(name, ring, splits, x, out_dtype, tuple(slots), first, at * splits, nbytes)
 
-    for splits in range(1, spec.batch + 1):
+    for splits in range(-(-spec.batch // MMA_ROWS), spec.batch + 1):
         for resident in (2, 1):
             for stages in range(STAGES, 1, -1):
                 if planned(splits, stages).layout.end <= arch.shared_of(resident):

@@ -210,12 +210,13 @@ def _row(
     a: Constexpr[Attention],
     g_window: Int64,
     g_entries: Int64,
+    ring_slot: Int32,
     slot: Int32,
     place: Int32,
     nbytes: Constexpr[int],
 ):
     """Address of a component's row of `nbytes` at `place` of a slot (any valid address for -1)."""
-    g = g_window + (Int64(slot) * a.ring + cutlass.max(place, Int32(0))) * nbytes
+    g = g_window + (Int64(ring_slot) * a.ring + cutlass.max(place, Int32(0))) * nbytes
     if const_expr(a.entries == "none"):
         return g
     if place >= a.ring:
@@ -230,6 +231,7 @@ def fetch_tile(
     window: tuple,
     entries: tuple,
     scales: cute.Tensor,
+    ring_slot: Int32,
     slot: Int32,
     place: Int32,
     warp: Int32,
@@ -243,7 +245,7 @@ def fetch_tile(
     chunks = a.data_bytes // 16
     present = cute.arch.vote_ballot_sync(place >= 0)
     s_rows = s_keys + warp * (a.tile_rows * a.row_bytes)
-    g_row = _row(a, window[0], entries[0], slot, place, a.data_bytes)
+    g_row = _row(a, window[0], entries[0], ring_slot, slot, place, a.data_bytes)
     for n in range_constexpr(a.tile_rows):
         g = stream.shuffle64(g_row, Int32(n))
         for i in range_constexpr(-(-chunks // 32)):
@@ -251,8 +253,8 @@ def fetch_tile(
                 at = (lane + 32 * i) * 16
                 _copy16(s_rows + n * a.row_bytes + at, g + at, present & (1 << n))
     if const_expr(a.format == "fp8"):
-        g_tail = _row(a, window[2], entries[2], slot, place, ROPE * 2)
-        g_scale = _row(a, window[1], entries[1], slot, place, a.scales)
+        g_tail = _row(a, window[2], entries[2], ring_slot, slot, place, ROPE * 2)
+        g_scale = _row(a, window[1], entries[1], ring_slot, slot, place, a.scales)
         scales.fill(0)
         for n in range_constexpr(-(-a.tile_rows // 4)):
             i = 4 * n + lane // 8
