@@ -58,13 +58,17 @@ def test_logits_of_last_rows_alone_take_one_launch_more() -> None:
 
 @pytest.mark.parametrize("recipe", ["official", "bf16", "nvfp4-experts", "nvfp4", "fp32"])
 def test_buckets_of_many_rows_lower_in_every_recipe(recipe: str) -> None:
-    plan = gpu_plan(recipe=recipe, batch=(1, 16, 64), chunk=(63, 256), verify=1)
+    """No launch is repeated for some of the rows; what a sequence keeps is the same for all buckets."""
+    plan = gpu_plan(recipe=recipe, batch=(1, 64), chunk=(63, 256), verify=1)
     assert check(plan) == []
-    assert list(plan.buckets) == ["decode-1", "decode-16", "decode-64", "prefill-63", "prefill-256"]
+    assert list(plan.buckets) == ["decode-1", "decode-64", "prefill-63", "prefill-256"]
     counts = {name: len(program.launches) for name, program in plan.buckets.items()}
-    assert len({n for name, n in counts.items() if name.startswith("decode")}) == 1, counts
-    assert counts["prefill-63"] == counts["prefill-256"]  # no launch is repeated for some of the rows
-    assert plan.blocks["state"] == gpu_plan(recipe=recipe, batch=64, chunk=8, verify=1).blocks["state"]
+    assert counts["decode-1"] == counts["decode-64"]
+    assert counts["prefill-63"] == counts["prefill-256"]
+    if recipe != "fp32":
+        assert plan.report["unfolded"] == []
+        states = 1 + 6 + 4  # owners; a layer's rows beside its ring, and what its compressors leave in theirs
+        assert counts["prefill-63"] == counts["decode-1"] + states
 
 
 def test_slots_are_bound_wherever_state_is(flash: Plan) -> None:

@@ -18,10 +18,11 @@ from dsv4c.codegen.kernels import (
     index,
     linear,
     rows,
+    state,
 )
 from dsv4c.codegen.registry import kernels_in
 
-FAMILIES = (attention, blockscaled, ends, experts_down, experts_up, hyper_norm, index, linear, rows)
+FAMILIES = (attention, blockscaled, ends, experts_down, experts_up, hyper_norm, index, linear, state, rows)
 
 KERNELS = tuple(kernel for family in FAMILIES for kernel in kernels_in(family))
 """All candidates of dsv4c, in the order in which they are asked."""

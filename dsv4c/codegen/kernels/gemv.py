@@ -244,7 +244,7 @@ def plan_parts(spec: GemvSpec, arch: Arch) -> list[Part]:
     for matrix in spec.matrices:
         kinds.setdefault((matrix.format, matrix.x, matrix.out_dtype), []).append(matrix)
     tile_warps, rounds = _plan_tiles(spec, arch)
-    parts, first = [], len(spec.riders) * spec.batch
+    parts, first = [], sum(rider.ctas(spec.batch) for rider in spec.riders)
     heaviest_first = sorted(kinds.items(), key=lambda item: -BYTES[item[0][0]])
     for (format, x, out_dtype), matrices in heaviest_first:
         part = _part(spec, arch, format, x, out_dtype, matrices, tile_warps, rounds, first)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from dsv4c.codegen.kernels.formats import WEIGHTS, format_name, holds, is_packed
 from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.kernels.riders import NOBODY, Riding, riding_of
+from dsv4c.codegen.kernels.state import state_launches
 from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable
 from dsv4c.ir.ops.linear import GroupedLinear, Linear
 from dsv4c.passes.fusions.compressor import Compressor
@@ -172,6 +174,9 @@ def q_norm_quantize(request: Request) -> Answer:
     riding = riding_of(request, row.shape[0])
     if isinstance(riding, No):
         return riding
+    if riding.apart:
+        product = q_norm_quantize.ask(replace(request, calls=(call,)))
+        return product if isinstance(product, No) else [*state_launches(request, riding), *product]
     products = list(zip(weights, call.outputs, strict=True))
     values = {"x": x, "gain": gain}
     if call.op.format == NVFP4_ROW:

@@ -74,6 +74,16 @@ class Pool:
         return -(-self.pooled // self.groups)
 
     @property
+    def most_entries(self) -> int:
+        """Entries that a sequence may complete in a launch."""
+        return -(-self.tokens // self.ratio)
+
+    @property
+    def most_kept(self) -> int:
+        """Tokens of a sequence that stay in its rings after a launch."""
+        return min(self.tokens, self.ring)
+
+    @property
     def chunk(self) -> int:
         """Tokens whose loads are in flight together."""
         return min(self.run, 8)
