@@ -80,7 +80,8 @@ class Matrix:
 class GemvSpec:
     """`batch` activation rows times `matrices` of `k` columns. With `groups` g > 1 (block-diagonal weights)
     the rows are [M, g, k] and matrix rows r * (rows / g) .. belong to group r. `riders` take a CTA each per
-    row, the first of the launch.
+    row, the first of the launch; CTAs have at least `lanes` threads that multiply, as if riders took
+    them: those of other buckets may ride, and weights are packed alike.
     """
 
     name: str
@@ -90,6 +91,7 @@ class GemvSpec:
     groups: int = 1
     tile_warps: int = 0  # 0: planned
     rounds: int = 0
+    lanes: int = 0
     riders: tuple[Rider, ...] = ()
 
 
@@ -273,12 +275,13 @@ def _plan_tiles(spec: GemvSpec, arch: Arch) -> tuple[int, int]:
                 heapq.heapreplace(slots, slots[0] + cost * tile_warps * rounds + CTA_BYTES)
         return max(slots) * (2.0 if len(slots) > arch.sms else 1.2) * (1 + 0.001 * rounds)
 
+    least = max(spec.lanes, lanes(spec.riders))
     plans = [
         (tile_warps, rounds)
         for tile_warps in ((spec.tile_warps,) if spec.tile_warps else (1, 2, 4, 8))
         for rounds in ((spec.rounds,) if spec.rounds else range(1, MOST_ROUNDS + 1))
         if spec.groups == 1 or (per_group % tile_warps == 0 and rounds == 1)
-        if spec.tile_warps or tile_warps * k_warps_of(spec.k, WARPS // tile_warps) * 32 >= lanes(spec.riders)
+        if spec.tile_warps or tile_warps * k_warps_of(spec.k, WARPS // tile_warps) * 32 >= least
     ]
     return min(plans, key=load)
 

@@ -256,6 +256,7 @@ class Riding:
 
     riders: tuple[Rider, ...] = ()
     values: Mapping[str, int] = field(default_factory=dict)
+    lanes: int = 0  # threads that CTAs have at least, as if riders took them
 
     @property
     def apart(self) -> bool:
