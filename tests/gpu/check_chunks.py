@@ -54,15 +54,19 @@ def state_of(session: Session, slot: int) -> dict[str, Tensor]:
     }
 
 
-def left_by(session: Session, ids: list[int], start: int, end: int, slot: int, *, chunk: bool) -> Left:
+def left_by(
+    session: Session, ids: list[int], start: int, end: int, slot: int, *, chunk: bool, poison: bool = False
+) -> Left:
     """Tokens up to `start` one by one, up to `end` as chunks or one by one, and some more one by one."""
     session.reset()
     for token in ids[:start]:
         session.decode({slot: token})
+    session.executor.poison = poison
     if chunk:
         rows = session.prefill(ids[start:end], slot, logits="last" if session.gives_last else "all")
     else:
         rows = torch.cat([session.decode({slot: token})[slot][None] for token in ids[start:end]])
+    session.executor.poison = False
     state = state_of(session, slot)
     after = torch.cat([session.decode({slot: token})[slot][None] for token in ids[end : end + AFTER]])
     session.wait()
@@ -100,9 +104,7 @@ def main() -> int:
         slot = chance.randrange(session.slots)
         expected = left_by(session, ids, start, end, slot, chunk=False)
         found = left_by(session, ids, start, end, slot, chunk=True)
-        session.executor.poison = True
-        poisoned = left_by(session, ids, start, end, slot, chunk=True)
-        session.executor.poison = False
+        poisoned = left_by(session, ids, start, end, slot, chunk=True, poison=True)
         expected = Left(expected.rows[-len(found.rows) :], expected.state, expected.after)
         far = max(apart(found.rows, expected.rows), apart(found.after, expected.after))
         worst = max(worst, far)
