@@ -13,7 +13,7 @@ from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
-from dsv4c.codegen.lib.geometry import HEADS, Attention, Row
+from dsv4c.codegen.lib.geometry import HEADS, Attention, Chunk, Row
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.attention import Attention as FusedAttention
@@ -98,6 +98,45 @@ def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
     ctas = a.splits * a.head_tiles * spec.rows
     cluster = (a.splits, 1, 1)
     return Emission(f"{spec.name}_0", source, (ctas, 1, 1), a.warps * 32, a.shared, spec.parameters, cluster)
+
+
+def emit_chunk_attention(spec: AttentionSpec, arch: Arch) -> Emission:
+    """The kernel of a spec for many rows, on wgmma. Raises BuildError for what `takes_chunk` says no to."""
+    if not takes_chunk(spec, arch):
+        raise BuildError(f"{spec.name}: takes many rows of 64 heads x 512 over FP8 keys, on wgmma")
+    items = spec.rows * spec.heads // Chunk.tile
+    a = Chunk(
+        rows=spec.rows,
+        ctas=min(items, arch.sms),
+        heads=spec.heads,
+        window=spec.window,
+        ring=spec.ring,
+        entries=spec.entries,
+        extra=spec.extra,
+        ratio=spec.ratio,
+        capacity=spec.capacity,
+        exact_norm=spec.exact_norm,
+        eps=spec.eps,
+    )
+    shared = a.shared + 1024  # tiles start at a multiple of 1024
+    source = render(
+        "chunk_attention.py.jinja",
+        spec=spec,
+        a=a,
+        fields=[(f.name, _literal(getattr(a, f.name))) for f in fields(a)],
+        keys_text=_keys_text(spec),
+        signature=_signature(spec),
+        pointers=[p.name for p in spec.parameters],
+        shared=shared,
+        consumers=8,
+    )
+    return Emission(f"{spec.name}_0", source, (a.ctas, 1, 1), 384, shared, spec.parameters)
+
+
+def takes_chunk(spec: AttentionSpec, arch: Arch) -> bool:
+    """Whether the kernel for many rows takes a spec: where a CTA for 64 heads of a token keeps SMs busy."""
+    shapes = spec.format == "fp8" and spec.width == Chunk.width and spec.heads % Chunk.tile == 0
+    return shapes and not arch.tensor_memory and 2 * spec.rows * spec.heads // Chunk.tile > arch.sms
 
 
 def plan_attention(spec: AttentionSpec) -> Attention:
@@ -218,16 +257,15 @@ def attention(request: Request) -> Answer:
         exact_norm=op.precision is BF16,
         ring_slots="slots" if x.get("slots", x["ring_slots"]) == x["ring_slots"] else "ring_slots",
     )
+    emit = emit_chunk_attention if takes_chunk(spec, request.arch) else emit_attention
     values = {"slots": x["ring_slots"], **x, "window": x["ring"], "out": call.outputs[0]}
     if kind == "selected":
         values["selected"] = x["chosen"]
     if op.format is None:
-        return [launchable(request, emit_attention(spec, request.arch), values)]
+        return [launchable(request, emit(spec, request.arch), values)]
     q_value = values.pop("out")
     row = scratch_for("row", TensorType(BF16, q.shape), "w")
     return [
-        launchable(
-            request, emit_attention(spec, request.arch), values, stage="attend", scratch={"out": row["row"]}
-        ),
+        launchable(request, emit(spec, request.arch), values, stage="attend", scratch={"out": row["row"]}),
         quantize_rows(request, {"q": q_value}, request.types[q_value].shape),
     ]

@@ -281,6 +281,47 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Chunk:
+    """Attention of many tokens, 512 wide over FP8 keys: a CTA takes 64 heads of a token at a time.
+
+    Fields as of `Attention`; `rows` tokens are spread over `ctas` CTAs. A warpgroup gathers keys, 64 at a
+    time, as bf16 rows in the layout that tensor cores read; two multiply.
+    """
+
+    rows: int
+    ctas: int
+    heads: int
+    window: int
+    ring: int
+    entries: str
+    extra: int
+    ratio: int
+    capacity: int
+    exact_norm: bool
+    eps: float
+    width: ClassVar[int] = 512
+    stages: ClassVar[int] = 2
+    tile: ClassVar[int] = 64  # keys of a stage, and heads of an item
+    tile_bytes: ClassVar[int] = 64 * 1024
+    o_q: ClassVar[int] = 0
+    o_keys: ClassVar[int] = 64 * 1024
+    o_bias: ClassVar[int] = 3 * 64 * 1024
+    o_turns: ClassVar[int] = o_bias + 2 * 64 * 4
+    o_bars: ClassVar[int] = o_turns + ROPE // 2 * 8
+    shared: ClassVar[int] = o_bars + 4 * 8
+
+    @property
+    def head_tiles(self) -> int:
+        """Items of a token."""
+        return self.heads // self.tile
+
+    @property
+    def items(self) -> int:
+        """Items of all tokens."""
+        return self.rows * self.head_tiles
+
+
+@dataclass(frozen=True)
 class Index:
     """Index scores: `heads` queries of 128 against up to `capacity` keys, one per `ratio` tokens.
 
