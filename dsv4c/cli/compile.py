@@ -65,7 +65,13 @@ VerifyOption = Annotated[
         show_default="4",
     ),
 ]
-LogitsOption = Annotated[Logits, typer.Option(help="Of every token of a prompt's chunk, or of its last.")]
+LogitsOption = Annotated[
+    Logits | None,
+    typer.Option(
+        help="Of every token of a prompt's chunk, or of its last.",
+        show_default=f"all; on a GPU last in chunks of more than {ROWS}",
+    ),
+]
 DraftOption = Annotated[Draft, typer.Option(help="Compile the block that drafts tokens, too.")]
 SampledOption = Annotated[
     bool,
@@ -193,7 +199,7 @@ def compile_command(
     max_context: ContextOption = 4096,
     verify: VerifyOption = None,
     chunk: ChunkOption = None,
-    logits: LogitsOption = Logits.ALL,
+    logits: LogitsOption = None,
     draft: DraftOption = Draft.OFF,
     sampled: SampledOption = False,
     disable: DisableOption = None,
@@ -252,7 +258,7 @@ def compile_command(
             max_context=max_context,
             verify=verify,
             chunk=sizes("--chunk", chunk),
-            logits=logits.value,
+            logits=None if logits is None else logits.value,
             draft=draft.value,
             sampled=sampled,
             pipeline=pipeline,

@@ -30,7 +30,8 @@ class Request:
     GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens
     that each has room for. verify: tokens of one sequence that a verify step takes, 1 for no such bucket.
     chunk: tokens of one sequence that prefill calls take, a bucket for each size (64 or the context; on a
-    GPU 8). logits: of every token of a chunk, or of its last alone. draft: "mtp" adds the draft block's
+    GPU 8). logits: of every token of a chunk, or of its last alone (of every one; on a GPU of the last alone
+    in chunks of more than 8). draft: "mtp" adds the draft block's
     bucket. sampled: decode steps draw the next token as their slots say (temperature, top-p, ...), in place
     of taking the likeliest. pipeline: passes (or their spec) in place of the default ones, whose recipe is
     `recipe`. rules: what may fold, by default the built-in ones and those of installed packages, without
@@ -48,7 +49,7 @@ class Request:
     max_context: int = 4096
     verify: int | None = None
     chunk: int | Sequence[int] | None = None
-    logits: Logits = "all"
+    logits: Logits | None = None
     draft: Draft = "off"
     sampled: bool = False
     pipeline: str | Pipeline | None = None
@@ -76,7 +77,7 @@ class Request:
 
     def _deployment(self, config: ModelConfig, recipe: Recipe) -> Deployment:
         for name, given, known in (("logits", self.logits, Logits), ("draft", self.draft, Draft)):
-            if given not in get_args(known):
+            if given is not None and given not in get_args(known):
                 choices = " or ".join(map(repr, get_args(known)))
                 raise ConfigError(f"{name}: {given!r} is unknown; expected {choices}")
         on_cpu = self.target == "cpu"
@@ -92,8 +93,9 @@ class Request:
             buckets.append(Bucket("verify", tokens=verify))
         shapes = {(b.sequences, b.tokens, b.logits) for b in buckets}
         for tokens in chunks:
-            if (1, tokens, self.logits) not in shapes:  # a verify bucket may do a chunk's work
-                buckets.append(Bucket("prefill", tokens=tokens, logits=self.logits))
+            logits = self.logits or ("all" if on_cpu or tokens <= ROWS else "last")
+            if (1, tokens, logits) not in shapes:  # a verify bucket may do a chunk's work
+                buckets.append(Bucket("prefill", tokens=tokens, logits=logits))
         if self.draft != "off":
             buckets.append(Bucket("draft", tokens=max(chunks)))
         slots = max(batches) if self.slots is None else self.slots

@@ -61,14 +61,14 @@ def test_buckets_of_many_rows_lower_in_every_recipe(recipe: str) -> None:
     """No launch is repeated for some of the rows; what a sequence keeps is the same for all buckets."""
     plan = gpu_plan(recipe=recipe, batch=(1, 64), chunk=(63, 256), verify=1)
     assert check(plan) == []
-    assert list(plan.buckets) == ["decode-1", "decode-64", "prefill-63", "prefill-256"]
+    assert list(plan.buckets) == ["decode-1", "decode-64", "prefill-63.last", "prefill-256.last"]
     counts = {name: len(program.launches) for name, program in plan.buckets.items()}
     assert counts["decode-1"] == counts["decode-64"]
-    assert counts["prefill-63"] == counts["prefill-256"]
+    assert counts["prefill-63.last"] == counts["prefill-256.last"]
     if recipe != "fp32":
         assert plan.report["unfolded"] == []
-        states = 1 + 6 + 4  # owners; a layer's rows beside its ring, and what its compressors leave in theirs
-        assert counts["prefill-63"] == counts["decode-1"] + states
+        states = 2 + 6 + 4  # owners, last_rows; each layer's rows beside its ring, and its compressors' rings
+        assert counts["prefill-63.last"] == counts["decode-1"] + states
 
 
 def test_slots_are_bound_wherever_state_is(flash: Plan) -> None:

@@ -86,7 +86,7 @@ def compiled(wanted: Wanted, target: str) -> Plan:
     """The plan: all kinds of buckets for recorded runs and those of slots, for others the decode step."""
     model = first_layers(wanted.model, wanted.layers) if wanted.layers else golden_case(wanted.model)
     all_kinds = wanted.use in (RECORDED, SLOTS, CHUNKS)
-    others = {"chunk": wanted.chunk} if all_kinds else {"verify": 1, "chunk": 1}
+    others = {"chunk": wanted.chunk, "logits": "all"} if all_kinds else {"verify": 1, "chunk": 1}
     options = {"recipe": wanted.recipe, "batch": wanted.batch, "max_context": wanted.context, **others}
     return compile(model, target=target, certify=False, **options)  # what runs on a GPU needs none
 
