@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from benchmarks.plans import first_layers
 from dsv4c.compiler.verify import check
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import KernelCode, Program
+from dsv4c.scope import Scope
 from tests.codegen.lowered import gpu_plan
 
 OF_ROWS = {"in_proj_0", "q_proj_0", "wo_a_0", "wo_b_0", "head_0", "router_gate_0"}
@@ -35,6 +38,18 @@ def test_every_bucket_has_kernels_for_what_is_fused(flash: Plan) -> None:
     assert len(set(counts.values())) == 1, counts
     ops = {name: [launch.op for launch in program.launches] for name, program in flash.buckets.items()}
     assert all(ops[name] == ops["decode-1"] for name in ops)
+
+
+def test_launches_of_a_large_chunk() -> None:
+    """By layer: SWA with its experts chosen by hash, CSA too, HCA, CSA; as many as of a small one."""
+    config = first_layers("deepseek-v4-flash", 6)
+    plan = gpu_plan(config, max_context=131072, batch=1, verify=1, chunk=(64, 4096))
+    small, large = (plan.buckets[f"prefill-{n}.last"].launches for n in (64, 4096))
+    layers = Counter(layer for launch in large if (layer := Scope.of(launch.scope).layer))
+    assert list(layers.values()) == [10, 10, 13, 12, 14, 12]
+    assert [launch.op for launch in small] == [launch.op for launch in large]
+    assert plan.report["buckets"]["prefill-4096.last"]["arena_bytes"] < 1.1e9
+    assert plan.report["unfolded"] == []
 
 
 def test_kernels_that_rows_do_not_decide_are_shared(flash: Plan) -> None:
