@@ -128,6 +128,7 @@ def cases() -> Iterator[Case]:
         yield Case(attention(f"{name}_swa", 64, rows, ring=ring), tokens=tokens)
         yield Case(csa(f"{name}_csa", 64, 512, rows, ring=ring), tokens=tokens)
         yield Case(hca(f"{name}_hca", 64, 8192, rows, ring=ring, exact_norm=False), tokens=tokens)
+    yield Case(csa("chunk_9x8_csa_bf16", 64, 512, 72, format="bf16", exact_norm=False), tokens=8)
     yield Case(csa("chunk_1x40_csa_pro", 128, 1000, 40, ring=176), tokens=40)
     tiny = AttentionSpec("tiny", 3, 4, 128, "fp8", 16, 16, 1e-6, "selected", 6, 4, 64)
     yield Case(replace(tiny, name="tiny_8_by_4", rows=8, ring=19), tokens=4)

@@ -103,12 +103,13 @@ def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
 def emit_chunk_attention(spec: AttentionSpec, arch: Arch) -> Emission:
     """The kernel of a spec for many rows, on wgmma. Raises BuildError for what `takes_chunk` says no to."""
     if not takes_chunk(spec, arch):
-        raise BuildError(f"{spec.name}: takes many rows of 64 heads x 512 over FP8 keys, on wgmma")
+        raise BuildError(f"{spec.name}: takes many rows of 64 heads x 512, on wgmma")
     items = spec.rows * spec.heads // Chunk.tile
     a = Chunk(
         rows=spec.rows,
         ctas=min(items, arch.sms),
         heads=spec.heads,
+        format=spec.format,
         window=spec.window,
         ring=spec.ring,
         entries=spec.entries,
@@ -135,7 +136,7 @@ def emit_chunk_attention(spec: AttentionSpec, arch: Arch) -> Emission:
 
 def takes_chunk(spec: AttentionSpec, arch: Arch) -> bool:
     """Whether the kernel for many rows takes a spec: where a CTA for 64 heads of a token keeps SMs busy."""
-    shapes = spec.format == "fp8" and spec.width == Chunk.width and spec.heads % Chunk.tile == 0
+    shapes = spec.width == Chunk.width and spec.heads % Chunk.tile == 0
     return shapes and not arch.tensor_memory and 2 * spec.rows * spec.heads // Chunk.tile > arch.sms
 
 

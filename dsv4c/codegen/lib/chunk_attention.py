@@ -70,7 +70,7 @@ def gather(
     """Four warps: the keys of this CTA's items into the ring, tile by tile. `window` and `entries` are the
     addresses of data, scale and tail.
     """
-    cute.arch.setmaxregister_decrease(104)
+    cute.arch.setmaxregister_decrease(120)
     at, item = Int32(0), Int32(block)
     first = warp * 16 + lane // 4
     while item < a.items:
@@ -96,9 +96,9 @@ def gather(
                 ptx.sts_f32(s_bias, Float32(0.0) if place0 >= 0 else Float32(UNSEEN))
                 ptx.sts_f32(s_bias + 32, Float32(0.0) if place8 >= 0 else Float32(UNSEEN))
             s_tile = s + a.o_keys + stage * a.tile_bytes
-            lay_row(s_tile, first, lane, place0 >= 0, rows)
+            lay_row(a, s_tile, first, lane, place0 >= 0, rows)
             rows = read_row(a, window, entries, ring_slot, slot, place8, lane)
-            lay_row(s_tile, first + 8, lane, place8 >= 0, rows)
+            lay_row(a, s_tile, first + 8, lane, place8 >= 0, rows)
             _to_tensor_cores()
             cute.arch.sync_warp()
             if lane == 0:
@@ -117,28 +117,34 @@ def read_row(
     place: Int32,
     lane: Int32,
 ):
-    """A quarter of each block of a row at `place` (-1: any row), in flight: codes, tail, and two scales."""
+    """A quarter of each block of a row at `place` (-1: any row), in flight: codes, two of their scales, and
+    what is bf16.
+    """
     row = Int64(ring_slot) * a.ring + cutlass.max(place, Int32(0))
     g_data, g_scale, g_tail = window
     if place >= a.ring:
         row = Int64(slot) * a.capacity + place - a.ring
         g_data, g_scale, g_tail = entries
     quarter = lane % 4
-    scales = [ptx.ldg_u8(g_scale + row * 7 + at) for at in (quarter, cutlass.min(quarter + 4, Int32(6)))]
-    codes = [ptx.ldg128(g_data + row * 448 + i * 64 + quarter * 16) for i in range(7)]
-    tail = [ptx.ldg128(g_tail + row * (2 * ROPE) + quarter * 32 + i * 16) for i in range(2)]
-    return codes, tail, scales
+    codes, scales = [], []
+    if const_expr(a.coded):
+        scales = [ptx.ldg_u8(g_scale + row * 7 + at) for at in (quarter, cutlass.min(quarter + 4, Int32(6)))]
+        codes = [ptx.ldg128(g_data + row * 448 + i * 64 + quarter * 16) for i in range(7)]
+    g_plain = g_tail if const_expr(a.coded) else g_data
+    g_plain = g_plain + row * (2 * a.width - 128 * a.coded) + quarter * 32
+    plain = [ptx.ldg128(g_plain + i // 2 * 128 + i % 2 * 16) for i in range(2 * (8 - a.coded))]
+    return codes, scales, plain
 
 
 @cute.jit
-def lay_row(s_tile: Int32, key: Int32, lane: Int32, present: Boolean, row: tuple):
+def lay_row(a: Constexpr[Chunk], s_tile: Int32, key: Int32, lane: Int32, present: Boolean, row: tuple):
     """What `read_row` read, as bf16, to row `key` of a tile: pieces of 16 bytes, eight swizzled to a line. A
     key that does not exist is zeros, since its weight of 0 times whatever lies there may not be.
     """
-    codes, tail, scales = row
+    codes, scales, plain = row
     quarter, turn = lane % 4, key % 8
     s_line = s_tile + key * 128
-    for i in range_constexpr(7):
+    for i in range_constexpr(a.coded):
         byte = cute.arch.shuffle_sync(scales[i // 4], (lane & ~3) + i % 4)
         power = (byte + Uint32(120)) << Uint32(7)  # bf16 of 2^(byte - 7): codes in place lack 2^120
         power = (power | (power << Uint32(16))) if present else Uint32(0)
@@ -146,9 +152,10 @@ def lay_row(s_tile: Int32, key: Int32, lane: Int32, present: Boolean, row: tuple
         for half in range_constexpr(2):
             s_piece = s_line + i * 8192 + ((2 * quarter + half) ^ turn) * 16
             ptx.sts128(s_piece, *words[4 * half : 4 * half + 4])
-    for half in range_constexpr(2):
-        words = [word if present else Uint32(0) for word in tail[half]]
-        ptx.sts128(s_line + 7 * 8192 + ((2 * quarter + half) ^ turn) * 16, *words)
+    for i in range_constexpr(len(plain)):
+        words = [word if present else Uint32(0) for word in plain[i]]
+        s_piece = s_line + (a.coded + i // 2) * 8192 + ((2 * quarter + i % 2) ^ turn) * 16
+        ptx.sts128(s_piece, *words)
 
 
 @cute.jit
@@ -236,7 +243,7 @@ def attend(
     lane: Int32,
 ):
     """Eight warps: queries, scores, softmax, values and results of this CTA's items."""
-    cute.arch.setmaxregister_increase(200)
+    cute.arch.setmaxregister_increase(192)
     group, thread = warp // 4, tid % 128
     k_major = OperandMajorMode.K
     by_keys = sm90.make_trivial_tiled_mma(BFloat16, BFloat16, k_major, k_major, Float32, (1, 1, 1), (64, 64))

@@ -282,7 +282,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Attention of many tokens, 512 wide over FP8 keys: a CTA takes 64 heads of a token at a time.
+    """Attention of many tokens, 512 wide: a CTA takes 64 heads of a token at a time.
 
     Fields as of `Attention`; `rows` tokens are spread over `ctas` CTAs. A warpgroup gathers keys, 64 at a
     time, as bf16 rows in the layout that tensor cores read; two multiply.
@@ -291,6 +291,7 @@ class Chunk:
     rows: int
     ctas: int
     heads: int
+    format: str
     window: int
     ring: int
     entries: str
@@ -309,6 +310,11 @@ class Chunk:
     o_turns: ClassVar[int] = o_bias + 2 * 64 * 4
     o_bars: ClassVar[int] = o_turns + ROPE // 2 * 8
     shared: ClassVar[int] = o_bars + 4 * 8
+
+    @property
+    def coded(self) -> int:
+        """Blocks of 64 elements of a row that are e4m3; the others are bf16."""
+        return 7 if self.format == "fp8" else 0
 
     @property
     def head_tiles(self) -> int:
