@@ -70,7 +70,7 @@ def gather(
     """Four warps: the keys of this CTA's items into the ring, tile by tile. `window` and `entries` are the
     addresses of data, scale and tail.
     """
-    cute.arch.setmaxregister_decrease(120)
+    cute.arch.setmaxregister_decrease(104)  # the multiplying threads have the others
     at, item = Int32(0), Int32(block)
     first = warp * 16 + lane // 4
     while item < a.items:
@@ -190,37 +190,42 @@ def lay_queries(
     """Eight warps: 64 heads of a token, normed per head and rotated, to the tile of queries; and the pairs'
     cosines and sines. All have multiplied the queries before; lane n knows frequency n.
     """
-    words = cute.make_rmem_tensor((8, 2, 4), Uint32)
-    for r in range_constexpr(8):
-        g = g_q + ((Int64(token) * a.heads + head + warp * 8 + r) * a.width + lane * 8) * 2
-        for half in range_constexpr(2):
-            piece = ptx.ldg128(g + half * a.width)
-            for n in range_constexpr(4):
-                words[r, half, n] = piece[n]
     cosine, sine = rope.cos_sin(position.to(Float32) * frequency)
-    ptx.sync_threads(CONSUMERS)
-    if warp == 0:
-        ptx.sts64(s + a.o_turns + lane * 8, cosine.bitcast(Uint32), sine.bitcast(Uint32))
-    for r in range_constexpr(8):
-        total = Float32(0.0)
-        for half in range_constexpr(2):
-            for n in range_constexpr(4):
-                total = total + attention.squares(a, words[r, half, n])
-        f = attention.inverse_norm(a, ptx.lanes_sum(total, 32))
-        for half in range_constexpr(2):
-            for n in range_constexpr(4):
-                words[r, half, n] = attention.scaled(a, words[r, half, n], f)
-    for n in range_constexpr(4):  # the last 64 elements: the second pieces of the last eight lanes
-        pair = lane % 8 * 4 + n
-        c, d = cute.arch.shuffle_sync(cosine, pair), cute.arch.shuffle_sync(sine, pair)
-        if lane >= 24:
-            for r in range_constexpr(8):
-                even, odd = ptx.bf16x2_to_f32x2(words[r, 1, n])
-                words[r, 1, n] = ptx.f32x2_to_bf16x2(even * c - odd * d, even * d + odd * c)
-    for r in range_constexpr(8):
-        for half in range_constexpr(2):
-            s_piece = s + a.o_q + (lane // 8 + 4 * half) * 8192 + (warp * 8 + r) * 128 + (lane % 8 ^ r) * 16
-            ptx.sts128(s_piece, *[words[r, half, n] for n in range(4)])
+    together = const_expr(4)  # heads in registers
+    words = cute.make_rmem_tensor((together, 2, 4), Uint32)
+    for part in range_constexpr(8 // together):
+        first = warp * 8 + part * together
+        g = g_q + ((Int64(token) * a.heads + head + first) * a.width + lane * 8) * 2
+        for r in range_constexpr(together):
+            for half in range_constexpr(2):
+                piece = ptx.ldg128(g + (r * a.width + half * (a.width // 2)) * 2)
+                for n in range_constexpr(4):
+                    words[r, half, n] = piece[n]
+        if const_expr(part == 0):
+            ptx.sync_threads(CONSUMERS)
+            if warp == 0:
+                ptx.sts64(s + a.o_turns + lane * 8, cosine.bitcast(Uint32), sine.bitcast(Uint32))
+        for r in range_constexpr(together):
+            total = Float32(0.0)
+            for half in range_constexpr(2):
+                for n in range_constexpr(4):
+                    total = total + attention.squares(a, words[r, half, n])
+            f = attention.inverse_norm(a, ptx.lanes_sum(total, 32))
+            for half in range_constexpr(2):
+                for n in range_constexpr(4):
+                    words[r, half, n] = attention.scaled(a, words[r, half, n], f)
+        for n in range_constexpr(4):  # the last 64 elements: the second pieces of the last eight lanes
+            pair = lane % 8 * 4 + n
+            c, d = cute.arch.shuffle_sync(cosine, pair), cute.arch.shuffle_sync(sine, pair)
+            if lane >= 24:
+                for r in range_constexpr(together):
+                    even, odd = ptx.bf16x2_to_f32x2(words[r, 1, n])
+                    words[r, 1, n] = ptx.f32x2_to_bf16x2(even * c - odd * d, even * d + odd * c)
+        for r in range_constexpr(together):
+            row = first + r
+            for half in range_constexpr(2):
+                s_piece = s + a.o_q + (lane // 8 + 4 * half) * 8192 + row * 128 + (lane % 8 ^ row % 8) * 16
+                ptx.sts128(s_piece, *[words[r, half, n] for n in range(4)])
     _to_tensor_cores()
     ptx.sync_threads(CONSUMERS)
 
@@ -243,7 +248,7 @@ def attend(
     lane: Int32,
 ):
     """Eight warps: queries, scores, softmax, values and results of this CTA's items."""
-    cute.arch.setmaxregister_increase(192)
+    cute.arch.setmaxregister_increase(200)
     group, thread = warp // 4, tid % 128
     k_major = OperandMajorMode.K
     by_keys = sm90.make_trivial_tiled_mma(BFloat16, BFloat16, k_major, k_major, Float32, (1, 1, 1), (64, 64))
