@@ -266,8 +266,6 @@ def _bucket_problems(deployment: Deployment) -> Iterator[str]:
             yield problem(bucket.name, tokens, f"2 to {ROWS}: a token and its drafts")
         if bucket.kind == "verify" and not 2 <= bucket.tokens <= ROWS:
             yield problem(bucket.name, tokens, f"2 to {ROWS}: more could not be taken back")
-        if deployment.target != "cpu" and bucket.rows > ROWS:
-            yield problem(bucket.name, rows, f"at most {ROWS}: {deployment.target} has no kernels for more")
 
 
 def check_deployment(config: ModelConfig, deployment: Deployment) -> None:

@@ -49,10 +49,6 @@ MISTAKES = {
     ("compile", "tiny", "--draft", "mtp", "--draft-tokens", "8"): (2, "draft_tokens: 8, expected 1 to 7"),
     ("compile", "tiny", "--draft-tokens", "2"): (2, "draft_tokens: 2, but nothing drafts; give a draft, too"),
     ("compile", "tiny", "--logits", "first"): (2, "Invalid value for '--logits'"),
-    ("compile", "tiny", "--target", "sm_90a", "--chunk", "64"): (
-        2,
-        "prefill-64 has 64 rows; expected at most 8",
-    ),
     ("compile", "tiny", "--require-fused", "sinkhrn"): (
         3,
         "error: no rule is named 'sinkhrn'; there are: embed",

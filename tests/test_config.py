@@ -1092,10 +1092,6 @@ def test_from_dict_wants_exactly_the_fields() -> None:
             {"buckets": (Bucket("decode"), Bucket("verify", 1, 9))},
             "deployment: verify-1x9 takes 9 tokens; expected 2 to 8: more could not be taken back",
         ),
-        (
-            {"target": "sm_90a"},
-            "deployment: prefill-64 has 64 rows; expected at most 8: sm_90a has no kernels for more",
-        ),
     ],
 )
 def test_wrong_deployments(change: Raw, message: str) -> None:

@@ -104,9 +104,9 @@ def test_a_recipe_is_not_blamed_on_the_config(monkeypatch: pytest.MonkeyPatch) -
     tried: list[object] = []
     refusals = subject._refusals
     monkeypatch.setattr(subject, "_refusals", lambda job: tried.append(job) or refusals(job))
-    found = limits(Request("tiny", target="sm_90a", batch=(1, 16)))
+    found = limits(Request("tiny", target="sm_90a", batch=(1, 16), slots=8))
     bucket, recipe = found.obstacles
-    assert "decode-16 has 16 rows" in str(bucket)
+    assert "slots is 8; expected at least 16" in str(bucket)
     assert (recipe.key, len(tried)) == ("", 2)
     assert len(recipe.reasons) > 1
 

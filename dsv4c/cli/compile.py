@@ -64,7 +64,13 @@ VerifyOption = Annotated[
         show_default="4",
     ),
 ]
-LogitsOption = Annotated[Logits, typer.Option(help="Of every token of a prompt's chunk, or of its last.")]
+LogitsOption = Annotated[
+    Logits | None,
+    typer.Option(
+        help="Of every token of a prompt's chunk, or of its last.",
+        show_default=f"all; on a GPU last in chunks of more than {ROWS}",
+    ),
+]
 DraftOption = Annotated[
     Draft,
     typer.Option(help="Rounds that draft tokens, too: by what the checkpoint has (auto), or given ones."),
@@ -200,7 +206,7 @@ def compile_command(
     max_context: ContextOption = 4096,
     verify: VerifyOption = None,
     chunk: ChunkOption = None,
-    logits: LogitsOption = Logits.ALL,
+    logits: LogitsOption = None,
     draft: DraftOption = Draft.OFF,
     draft_tokens: DraftTokensOption = None,
     sampled: SampledOption = False,
@@ -260,7 +266,7 @@ def compile_command(
             max_context=max_context,
             verify=verify,
             chunk=sizes("--chunk", chunk),
-            logits=logits.value,
+            logits=None if logits is None else logits.value,
             draft=draft.value,
             draft_tokens=draft_tokens,
             sampled=sampled,

@@ -6,7 +6,7 @@ the reason. If all say no, `choose` raises BuildError with every reason. Equal r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import chain
@@ -260,11 +260,13 @@ def launchable(
     stage: str = "",
     scratch: Mapping[str, Scratch] | None = None,
     forms: Mapping[str, str] | None = None,
+    read: Collection[str] = (),
 ) -> Launchable:
     """A launch of `emission` with its operands bound by name: to value numbers, or to scratch.
 
     `scratch` goes by operand, components other than data by operand_component. `forms` are those of weights,
-    by operand, that the emission's packing does not name.
+    by operand, that the emission's packing does not name. `read` are operands that the request overwrites,
+    though not by this launch.
     """
     scratch = scratch or {}
     bindings = []
@@ -276,7 +278,7 @@ def launchable(
                 raise BuildError(
                     f"{emission.symbol}: wants {p.component} of {p.operand}, which is {request.types[value]}"
                 )
-            access = request.access[value]
+            access = "r" if p.operand in read else request.access[value]
             if p.early and access != "r":
                 raise BuildError(
                     f"{emission.symbol}: reads {p.operand} before the wait, and the launch writes it"

@@ -32,12 +32,12 @@ class Request:
     GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens
     that each has room for. verify: tokens of one sequence that a verify step takes, 1 for no such bucket.
     chunk: tokens of one sequence that prefill calls take, a bucket for each size (64 or the context; on a
-    GPU 8). logits: of every token of a chunk, or of its last alone. draft: adds
-    rounds, which draft tokens and judge them, by the MTP block ("mtp"), by DSpark's stages ("dspark"), or by
-    what the checkpoint has, if anything ("auto"); "given" adds steps that judge the caller's. draft_tokens:
-    drafts of a round (of MTP 1, else as many as the model's block has rows). sampled: steps draw the next
-    token as their slots say (temperature, top-p, ...), in place of taking the likeliest. pipeline: passes (or
-    their spec) in place of the default ones, whose recipe is
+    GPU 8). logits: of every token of a chunk, or of its last alone (of every one; on a GPU of the last alone
+    in chunks of more than 8). draft: adds rounds, which draft tokens and judge them, by the MTP block
+    ("mtp"), by DSpark's stages ("dspark"), or by what the checkpoint has, if anything ("auto"); "given" adds
+    steps that judge the caller's. draft_tokens: drafts of a round (of MTP 1, else as many as the model's
+    block has rows). sampled: steps draw the next token as their slots say (temperature, top-p, ...), in place
+    of taking the likeliest. pipeline: passes (or their spec) in place of the default ones, whose recipe is
     `recipe`. rules: what may fold, by default the built-in ones and those of installed packages, without
     those of `disable` ("all": every one) that `enable` does not take back. expected: applications by rule
     that must hold for the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever
@@ -53,7 +53,7 @@ class Request:
     max_context: int = 4096
     verify: int | None = None
     chunk: int | Sequence[int] | None = None
-    logits: Logits = "all"
+    logits: Logits | None = None
     draft: Draft = "off"
     draft_tokens: int | None = None
     sampled: bool = False
@@ -82,7 +82,7 @@ class Request:
 
     def _deployment(self, config: ModelConfig, recipe: Recipe) -> Deployment:
         for name, given, known in (("logits", self.logits, Logits), ("draft", self.draft, Draft)):
-            if given not in get_args(known):
+            if given is not None and given not in get_args(known):
                 choices = " or ".join(map(repr, get_args(known)))
                 raise ConfigError(f"{name}: {given!r} is unknown; expected {choices}")
         on_cpu = self.target == "cpu"
@@ -96,8 +96,9 @@ class Request:
             buckets.append(Bucket("verify", tokens=verify))
         shapes = {(b.sequences, b.tokens, b.logits) for b in buckets}
         for tokens in chunks:
-            if (1, tokens, self.logits) not in shapes:  # a verify bucket may do a chunk's work
-                buckets.append(Bucket("prefill", tokens=tokens, logits=self.logits))
+            logits = self.logits or ("all" if on_cpu or tokens <= ROWS else "last")
+            if (1, tokens, logits) not in shapes:  # a verify bucket may do a chunk's work
+                buckets.append(Bucket("prefill", tokens=tokens, logits=logits))
         buckets += self._drafting(config, batches)
         slots = max(batches) if self.slots is None else self.slots
         deployment = Deployment(self.target, recipe.name, self.max_context, slots, tuple(buckets))

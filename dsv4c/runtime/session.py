@@ -145,16 +145,27 @@ class Session:
     # --- running ---
 
     @_one_at_a_time
-    def prefill(self, tokens: Sequence[int] | Tensor, slot: int = 0, *, logits: Logits = "all") -> Tensor:
+    def prefill(
+        self,
+        tokens: Sequence[int] | Tensor,
+        slot: int = 0,
+        *,
+        logits: Logits = "all",
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
         """Consume `tokens` after what the slot has consumed so far. Returns logits f32 [len, vocab]: row i
         predicts what follows tokens[i]; with "last" f32 [1, vocab], the last row alone.
 
-        Raises SessionError for no tokens, an id out of range, a context that would overflow, no such slot.
+        `progress(done, all)` is called after every chunk. What it raises, or an interrupt between chunks,
+        leaves the slot reset, as a note on the exception says.
+
+        Raises SessionError, before the first chunk, for no tokens, an id out of range, a context that would
+        overflow, no such slot.
         """
         ids = self._prompt(tokens)
         self._check_slot(slot)
         self._check_room(slot, len(ids))
-        return self._chunks(ids, slot, logits)
+        return self._chunks(ids, slot, logits, progress)
 
     @_one_at_a_time
     def decode(self, tokens: Sequence[int | None] | Mapping[int, int]) -> Tensor:
@@ -700,15 +711,31 @@ class Session:
             return min(enough, key=lambda b: (b.rows, b.tokens))
         return max(wide, key=lambda b: (b.tokens, -b.sequences))
 
-    def _chunks(self, ids: list[int], slot: int, logits: Logits) -> Tensor:
-        """One slot's tokens, as many per call as the plan has room for."""
+    def _chunks(
+        self,
+        ids: list[int],
+        slot: int,
+        logits: Logits,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Tensor:
+        """One slot's tokens, as many per call as the plan has room for; the last call is padded."""
         made = []
         start = 0
-        while start < len(ids):
-            bucket = self._fitting(1, len(ids) - start, logits)
-            part = ids[start : start + bucket.tokens]
-            made.append(self._call(bucket, {slot: part})[slot])
-            start += len(part)
+        try:
+            while start < len(ids):
+                bucket = self._fitting(1, len(ids) - start, logits)
+                part = ids[start : start + bucket.tokens]
+                made.append(self._call(bucket, {slot: part})[slot])
+                start += len(part)
+                if progress is not None:
+                    progress(start, len(ids))
+        except SessionError:  # which says itself what its slot needs
+            raise
+        except BaseException as error:
+            if start and not self._broken:
+                self.reset(slot)
+                error.add_note(f"slot {slot} was reset: {start} of {len(ids)} tokens had gone in")
+            raise
         self._remember(made)
         if logits == "last":
             return made[-1]["logits"][-1:]

@@ -58,7 +58,7 @@ class Steps:
         shapes = [program.shape for program in session.plan.buckets.values()]
         self._samples = any(shape.sampled for shape in shapes)
         self._together = max(shape.sequences for shape in shapes if shape.kind == "decode")
-        self._chunk = max(shape.tokens for shape in shapes if shape.block == "main")
+        self._chunk = max(shape.tokens for shape in shapes if shape.is_main)
         self._seeds = random.Random(seed)
         self._rows: dict[str, list[Tensor]] = {}
 

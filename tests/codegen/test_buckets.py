@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
 from benchmarks.plans import first_layers
+from dsv4c.compiler.verify import check
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import KernelCode, Program
+from dsv4c.scope import Scope
 from tests.codegen.lowered import gpu_plan
 
 OF_ROWS = {"in_proj_0", "q_proj_0", "wo_a_0", "wo_b_0", "head_0", "router_gate_0"}
@@ -36,6 +40,18 @@ def test_every_bucket_has_kernels_for_what_is_fused(flash: Plan) -> None:
     assert all(ops[name] == ops["decode-1"] for name in ops)
 
 
+def test_launches_of_a_large_chunk() -> None:
+    """By layer: SWA with its experts chosen by hash, CSA too, HCA, CSA; as many as of a small one."""
+    config = first_layers("deepseek-v4-flash", 6)
+    plan = gpu_plan(config, max_context=131072, batch=1, verify=1, chunk=(64, 4096))
+    small, large = (plan.buckets[f"prefill-{n}.last"].launches for n in (64, 4096))
+    layers = Counter(layer for launch in large if (layer := Scope.of(launch.scope).layer))
+    assert list(layers.values()) == [10, 10, 13, 12, 14, 12]
+    assert [launch.op for launch in small] == [launch.op for launch in large]
+    assert plan.report["buckets"]["prefill-4096.last"]["arena_bytes"] < 1.1e9
+    assert plan.report["unfolded"] == []
+
+
 def test_kernels_that_rows_do_not_decide_are_shared(flash: Plan) -> None:
     first = kernels(flash, flash.buckets["decode-1"])
     for name, program in flash.buckets.items():
@@ -53,6 +69,21 @@ def test_logits_of_last_rows_alone_take_one_launch_more() -> None:
     assert ops.count("last_rows") == 1
     ops.remove("last_rows")
     assert ops == [launch.op for launch in every["prefill-8"].launches]
+
+
+@pytest.mark.parametrize("recipe", ["official", "bf16", "nvfp4-experts", "nvfp4", "fp32"])
+def test_buckets_of_many_rows_lower_in_every_recipe(recipe: str) -> None:
+    """No launch is repeated for some of the rows; what a sequence keeps is the same for all buckets."""
+    plan = gpu_plan(recipe=recipe, batch=(1, 64), chunk=(63, 256), verify=1)
+    assert check(plan) == []
+    assert list(plan.buckets) == ["decode-1", "decode-64", "prefill-63.last", "prefill-256.last"]
+    counts = {name: len(program.launches) for name, program in plan.buckets.items()}
+    assert counts["decode-1"] == counts["decode-64"]
+    assert counts["prefill-63.last"] == counts["prefill-256.last"]
+    if recipe != "fp32":
+        assert plan.report["unfolded"] == []
+        states = 2 + 6 + 4  # owners, last_rows; each layer's rows beside its ring, and its compressors' rings
+        assert counts["prefill-63.last"] == counts["decode-1"] + states
 
 
 def test_slots_are_bound_wherever_state_is(flash: Plan) -> None:

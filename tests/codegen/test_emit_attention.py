@@ -7,19 +7,30 @@ from pathlib import Path
 
 import pytest
 
-from dsv4c.arch import ARCHS, SM_90A, Arch
+from dsv4c.arch import ARCHS, SM_90A, SM_100A, Arch
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
-from dsv4c.codegen.kernels.attention import AttentionSpec, emit_attention, plan_attention
+from dsv4c.codegen.kernels.attention import (
+    AttentionSpec,
+    emit_attention,
+    emit_chunk_attention,
+    plan_attention,
+    takes_chunk,
+)
 from dsv4c.codegen.kernels.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
 from dsv4c.codegen.lib.geometry import Attention, Selection
 from dsv4c.errors import BuildError
+from tests.codegen.sass import disassemble
+from tests.conftest import Golden
 
 CSA = AttentionSpec("attention_csa", 2, 4, 128, "fp8", 16, 19, 1e-6, "selected", 6, 4, 64)
 HCA = replace(
     CSA, name="attention_hca", entries="all", selected_count=0, ratio=128, capacity=3, splits=2, tile=16
 )
 BF16 = replace(CSA, name="attention_bf16", format="bf16", exact_norm=False, entries="none", capacity=0)
+CHUNK = AttentionSpec(
+    *("attention_chunk", 70, 128, 512, "fp8", 128, 208, 1e-6, "selected", 40, 4, 64), ring_slots="ring_slots"
+)
 SCORES = IndexScoresSpec("index_scores", 2, 32, "mxfp4", 50, 4, 6)
 SCORES_BF16 = replace(SCORES, name="index_scores_bf16", format="bf16")
 TOP_K = TopKSpec("top_k", 2, 50, 6, 4)
@@ -47,6 +58,32 @@ def test_every_family_assembles_without_spills(arch: Arch, tmp_path: Path):
         assert kernel.resources.registers * emission.block <= 65536
         assert kernel.ptx.count("griddepcontrol.launch_dependents") == 1
         assert kernel.ptx.count("griddepcontrol.wait") == 1
+
+
+def test_attention_of_many_tokens_keeps_its_products_in_flight(golden: Golden, tmp_path: Path):
+    """A wait of tensor cores after the scores and one after the values, none in between."""
+    emission = emit_chunk_attention(CHUNK, SM_90A)
+    golden(emission.source, "kernels/chunk_attention.py.txt")
+    plain = emit_chunk_attention(replace(CHUNK, format="bf16"), SM_90A)
+    coded, other = build([Source(e.symbol, e.source) for e in (emission, plain)], "sm_90a", tmp_path)
+    assert coded.resources.stack == 0
+    assert other.resources.stack <= 16  # four registers, once per item
+    for kernel in (coded, other):
+        code = disassemble(kernel.cubin, tmp_path)
+        assert code.count("HGMMA") == 512 // 16 + 64 // 16
+        assert code.count("WARPGROUP.DEPBAR") == 2
+    assert emission.grid == (SM_90A.sms, 1, 1)
+    assert emission.shared <= SM_90A.shared_per_cta
+
+
+@pytest.mark.parametrize("change", [{"rows": 33}, {"width": 256}, {"heads": 96}], ids=lambda c: next(iter(c)))
+def test_what_the_kernel_for_many_tokens_leaves_to_the_other(change: dict[str, object]):
+    spec = replace(CHUNK, **change)  # type: ignore[arg-type]
+    assert not takes_chunk(spec, SM_90A)
+    assert not takes_chunk(CHUNK, SM_100A)
+    with pytest.raises(BuildError, match="takes many rows of 64 heads x 512, on wgmma"):
+        emit_chunk_attention(spec, SM_90A)
+    emit_attention(spec, SM_90A)
 
 
 def test_parameters_follow_the_components_of_the_caches():

@@ -25,7 +25,9 @@ from dsv4c.codegen.kernels.ends import (
 )
 from dsv4c.codegen.kernels.hyper_norm import HyperNormSpec, emit_hyper_norm
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
+from dsv4c.codegen.lib.slices import TOGETHER
 from dsv4c.errors import BuildError
+from tests.conftest import Golden
 
 BOUNDARY = HyperNormSpec(rows=2, hidden=256, norm_eps=1e-6, hc_eps=1e-6, iterations=20)
 FIRST = replace(BOUNDARY, mix=False, keep=False)
@@ -146,3 +148,24 @@ def test_an_argmax_covers_every_column_once():
         columns = int(re.search(r"first = rank \* (\d+)", emission.source)[1])
         ctas = emission.cluster[0]
         assert (ctas - 1) * columns < vocabulary <= ctas * columns
+
+
+@pytest.mark.parametrize("rows", [17, 500, 4096])
+def test_clusters_that_take_many_tokens_cover_them(rows: int):
+    spec = replace(FLASH, rows=rows)
+    cut = spec.batch(spec.slice(SM_90A), SM_90A)
+    assert cut.tokens % TOGETHER == 0
+    clusters = emit_hyper_norm(spec, SM_90A).grid[0] // cut.ctas
+    assert (clusters - 1) * cut.tokens < rows <= clusters * cut.tokens
+    assert cut.kept * cut.ctas >= cut.tokens
+
+
+def test_boundaries_of_many_tokens_fit_an_sm_twice(golden: Golden, tmp_path: Path):
+    emission = emit_hyper_norm(replace(FLASH, rows=100), SM_90A)
+    golden(emission.source, "kernels/hyper_norm_batch.py.txt")
+    (kernel,) = build([Source(emission.symbol, emission.source)], "sm_90a", tmp_path)
+    assert kernel.resources.stack == 0
+    assert 2 * kernel.resources.registers * emission.block <= 65536
+    assert emission.shared <= SM_90A.shared_of(2)
+    # Each time that the inboxes are open, and each time that something is sent there.
+    assert kernel.ptx.count("barrier.cluster.arrive") == kernel.ptx.count("barrier.cluster.wait") == 2

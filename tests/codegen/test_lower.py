@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from benchmarks.plans import first_layers
 from dsv4c.arch import SM_90A
 from dsv4c.codegen.select import Kernels
 from dsv4c.compiler.verify import check
-from dsv4c.errors import BuildError, ConfigError
+from dsv4c.errors import BuildError
 from dsv4c.ir.ops.rope import RopeFrequencies
 from dsv4c.numerics.codec import view
 from dsv4c.numerics.forms import parse_packing
@@ -173,17 +172,5 @@ def test_what_cannot_share_a_launch_gets_its_own(tiny: Plan, monkeypatch: pytest
 
 def test_nodes_that_need_company_are_refused_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Kernels, "groups", ())
-    with tuned_families(), pytest.raises(BuildError, match=r"at layers\.0\.attn\."):
+    with tuned_families(), pytest.raises(BuildError, match=r"at layers\.2\.attn\.indexer\."):
         gpu_plan()
-
-
-@pytest.mark.parametrize(
-    ("options", "why"),
-    [
-        ({"batch": 9}, "decode-9 has 9 rows; expected at most 8: sm_90a has no kernels for more"),
-        ({"chunk": (8, 64)}, "prefill-64 has 64 rows; expected at most 8"),
-    ],
-)
-def test_buckets_that_no_kernel_is_for_are_refused(options: dict[str, Any], why: str) -> None:
-    with pytest.raises(ConfigError, match=why):
-        gpu_plan(**options)

@@ -73,11 +73,11 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
     for plan in plans:
         if plan["use"] in ("layers", "recorded"):
             yield layers_job(folder, plan)
-        if plan["use"] == "slots":
+        if plan["use"] in ("slots", "chunks"):
             random = plan["weights"] == "random"
             weights = () if random else ("--weights", golden_case(plan["model"]))
-            command = module("tests.gpu.check_slots", folder / plan["name"], *weights)
-            yield Job(f"slots {plan['name']}", command, plan["gibibytes"] + CONTEXT)
+            command = module(f"tests.gpu.check_{plan['use']}", folder / plan["name"], *weights)
+            yield Job(f"{plan['use']} {plan['name']}", command, plan["gibibytes"] + CONTEXT)
     for name, only in (("attention", "swa,csa,hca,tiny"), ("state", "state"), ("index", "index,topk")):
         cases = ("--folder", folder / "attention", "--only", only, "--no-time")
         yield Job(f"kernels {name}", module("tests.gpu.check_attention", *cases))

@@ -21,6 +21,7 @@ from tests.goldens import golden_case
 
 KERNELS = ("gemv", "hyper", "attention", "rows", "rounds")  # of build_*.py
 LAYERS, TIMES, LOADED, RECORDED, SLOTS = "layers", "times", "loaded", "recorded", "slots"
+CHUNKS = "chunks"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Wanted:
     recipe: str = "official"
     layers: int = 0
     batch: int | tuple[int, ...] = 1
+    chunk: int | tuple[int, ...] = 8
     context: int = 512
     at: tuple[str, ...] = ()  # positions that `check_layers` starts from
     every: int = 4  # steps of which it compares one
@@ -66,6 +68,15 @@ WANTED = (
     *(Wanted(n, TIMES, model, layers=layers, context=8448) for n, (model, layers) in PLANS.items()),
     Wanted("tiny-slots", SLOTS, "official-quant", batch=(1, 2, 4, 8)),
     Wanted("flash6-slots", SLOTS, FLASH, layers=6, batch=(1, 2, 4, 8), context=2560),
+    *(
+        Wanted(f"{case}-{recipe}-chunks", CHUNKS, case, recipe, batch=(1, 16), chunk=(64, 150))
+        for case, recipes in (
+            ("fp32", ("fp32",)),
+            ("official-quant", ("official", "bf16")),
+            ("nvfp4-experts", ("nvfp4-experts", "nvfp4")),
+        )
+        for recipe in recipes
+    ),
     Wanted("flash43", LOADED, FLASH, layers=43, context=131072),
     Wanted("pro61", LOADED, "deepseek-v4-pro", layers=61, context=131072),
 )
@@ -74,7 +85,8 @@ WANTED = (
 def compiled(wanted: Wanted, target: str) -> Plan:
     """The plan: all kinds of buckets for recorded runs and those of slots, for others the decode step."""
     model = first_layers(wanted.model, wanted.layers) if wanted.layers else golden_case(wanted.model)
-    others = {} if wanted.use in (RECORDED, SLOTS) else {"verify": 1, "chunk": 1}
+    all_kinds = wanted.use in (RECORDED, SLOTS, CHUNKS)
+    others = {"chunk": wanted.chunk, "logits": "all"} if all_kinds else {"verify": 1, "chunk": 1}
     options = {"recipe": wanted.recipe, "batch": wanted.batch, "max_context": wanted.context, **others}
     return compile(model, target=target, certify=False, **options)  # what runs on a GPU needs none
 

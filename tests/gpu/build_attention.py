@@ -15,7 +15,7 @@ from pathlib import Path
 from dsv4c.arch import ARCHS, Arch
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
-from dsv4c.codegen.kernels.attention import AttentionSpec, emit_attention
+from dsv4c.codegen.kernels.attention import AttentionSpec, emit_attention, emit_chunk_attention, takes_chunk
 from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.kernels.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
 from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec
@@ -41,7 +41,7 @@ class Case:
 def emit(spec: Spec, arch: Arch) -> Emission:
     """The spec's kernel."""
     if isinstance(spec, AttentionSpec):
-        return emit_attention(spec, arch)
+        return emit_chunk_attention(spec, arch) if takes_chunk(spec, arch) else emit_attention(spec, arch)
     if isinstance(spec, GemvSpec):
         return emit_gemv(spec, arch)
     return emit_index_scores(spec, arch) if isinstance(spec, IndexScoresSpec) else emit_top_k(spec, arch)
@@ -122,6 +122,14 @@ def cases() -> Iterator[Case]:
         yield Case(hca(f"hca_1x{tokens}", 64, 8192, tokens), 8000, tokens)
         yield Case(attention(f"swa_8_by_{tokens}", 64, 8), tokens=tokens)
         yield Case(csa(f"csa_8_by_{tokens}", 64, 512, 8), tokens=tokens)
+    for rows, tokens in ((72, 1), (72, 8), (150, 150)):
+        ring = -(-(127 + tokens) // 16) * 16
+        name = f"chunk_{rows // tokens}x{tokens}"
+        yield Case(attention(f"{name}_swa", 64, rows, ring=ring), tokens=tokens)
+        yield Case(csa(f"{name}_csa", 64, 512, rows, ring=ring), tokens=tokens)
+        yield Case(hca(f"{name}_hca", 64, 8192, rows, ring=ring, exact_norm=False), tokens=tokens)
+    yield Case(csa("chunk_9x8_csa_bf16", 64, 512, 72, format="bf16", exact_norm=False), tokens=8)
+    yield Case(csa("chunk_1x40_csa_pro", 128, 1000, 40, ring=176), tokens=40)
     tiny = AttentionSpec("tiny", 3, 4, 128, "fp8", 16, 16, 1e-6, "selected", 6, 4, 64)
     yield Case(replace(tiny, name="tiny_8_by_4", rows=8, ring=19), tokens=4)
     yield Case(replace(tiny, name="tiny_1x8", rows=8, ring=23), tokens=8)
@@ -170,7 +178,9 @@ def cases() -> Iterator[Case]:
 
 def grid_of_one(case: Case, emission: Emission, arch: Arch) -> tuple[int, int, int] | None:
     """The grid of the same kernel for one row; None where the kernel is another for every number of rows."""
-    if isinstance(case.spec, GemvSpec):
+    if isinstance(case.spec, GemvSpec) or (
+        isinstance(case.spec, AttentionSpec) and takes_chunk(case.spec, arch)
+    ):
         return None
     one = emit(replace(case.spec, rows=1), arch)
     assert one.source == emission.source, f"{emission.symbol} is another kernel for one row"

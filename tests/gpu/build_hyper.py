@@ -21,6 +21,7 @@ from dsv4c.codegen.kernels import ends, gemv, hyper_norm, router
 FOLDER = Path("build/gpu/hyper")
 FLASH, PRO, TINY = 4096, 7168, 256
 BATCHES = (1, 2, 3, 8)
+MANY = 4096  # rows of a chunk, timed
 
 
 def boundary(rows: int, hidden: int, **flags: Any) -> hyper_norm.HyperNormSpec:
@@ -43,10 +44,16 @@ def specs(arch: Arch) -> Iterator[tuple[str, Any, Emission]]:
     boundaries += [boundary(1, FLASH, held=held) for held in (0, 12)]
     boundaries += [boundary(1, PRO, held=held) for held in (0, 18)]
     boundaries += [boundary(1, 512), boundary(1, 2560), boundary(1, 384)]
+    boundaries += [boundary(b, h) for h, b in ((FLASH, 17), (FLASH, 72), (FLASH, 300), (PRO, 40), (TINY, 99))]
+    boundaries += [
+        boundary(33, FLASH, mix=False, keep=False),
+        boundary(40, FLASH, head=True, keep=False, fp8=False),
+        boundary(MANY, FLASH),
+    ]
     for spec in boundaries:
         yield "hyper", spec, hyper_norm.emit_hyper_norm(spec, arch)
     for hidden, experts in ((FLASH, 256), (PRO, 384), (TINY, 8)):
-        for rows in BATCHES:
+        for rows in (*BATCHES, 43):
             gate = router.RouterGateSpec(rows, hidden, experts)
             yield "gate", gate, router.emit_router_gate(gate, arch)
     for rows, vocabulary in ((1, 129280), (8, 129280), (3, 512), (2, 250)):
@@ -61,7 +68,7 @@ def specs(arch: Arch) -> Iterator[tuple[str, Any, Emission]]:
     for sequences in BATCHES:
         advance = ends.AdvanceSpec(sequences)
         yield "advance", advance, ends.emit_advance(advance)
-        for tokens in (1, 4, 40):
+        for tokens in (1, 4, 40, 700):
             positions = ends.PositionsSpec(sequences, tokens)
             yield "positions", positions, ends.emit_positions(positions)
     neighbors = (

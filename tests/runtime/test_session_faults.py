@@ -57,6 +57,31 @@ def test_streams_and_next_tokens_are_never_those_of_another_state(
         _ = session.streams
 
 
+def test_a_prompt_that_is_cut_off_between_chunks_leaves_its_slot_reset(session: Session) -> None:
+    expected = session.prefill(PROMPT)
+    session.reset()
+    session.prefill(PROMPT[:3], 1)
+    seen = []
+
+    def progress(done: int, all_: int) -> None:
+        seen.append((done, all_))
+        if done == 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as interrupt:
+        session.prefill(PROMPT, progress=progress)
+    assert interrupt.value.__notes__ == ["slot 0 was reset: 16 of 30 tokens had gone in"]
+    assert session.positions == [0, 3, 0]
+    assert torch.equal(session.prefill(PROMPT, progress=lambda *at: seen.append(at)), expected)
+    assert seen == [(8, 30), (16, 30), (8, 30), (16, 30), (24, 30), (30, 30)]
+
+
+def test_a_prompt_beyond_the_context_is_refused_before_its_first_chunk(session: Session) -> None:
+    with pytest.raises(SessionError, match="slot 0 holds 0 tokens; 97 more exceed the context of 96"):
+        session.prefill([1] * 97, progress=lambda *_: pytest.fail("a chunk went in"))
+    assert session.positions == [0, 0, 0]
+
+
 def test_threads_that_share_a_session_wait_for_each_other(session: Session) -> None:
     serial = [session.prefill(PROMPT) for _ in range(3)]
     session.reset()

@@ -174,6 +174,27 @@ def test_a_verify_step_gives_what_single_steps_give(session: Session, alone: Ses
     assert len(session.streams) == 4
 
 
+@pytest.mark.parametrize(
+    ("length", "calls"),
+    [
+        (1, ["decode-1"]),
+        (5, ["prefill-8"]),
+        (9, ["prefill-24"]),  # padded up, not 8 and 1
+        (24, ["prefill-24"]),
+        (25, ["prefill-24", "decode-1"]),
+        (61, ["prefill-24", "prefill-24", "prefill-24"]),
+    ],
+)
+def test_a_prompt_takes_the_largest_chunks_and_a_padded_tail(
+    session: Session, monkeypatch: pytest.MonkeyPatch, length: int, calls: list[str]
+) -> None:
+    run, called = session.executor.run, []
+    monkeypatch.setattr(session.executor, "run", lambda name, *rest: called.append(name) or run(name, *rest))
+    session.prefill(tokens(8, length), slot=3)
+    assert called == calls
+    assert session.positions[3] == length
+
+
 def test_the_logits_of_a_prompts_last_token(checkpoint: Path, session: Session) -> None:
     prompt = tokens(4, 61)
     wanted = session.prefill(prompt)[-1:]

@@ -13,7 +13,7 @@ from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
-from dsv4c.codegen.lib.geometry import HEADS, Attention, Row
+from dsv4c.codegen.lib.geometry import HEADS, Attention, Chunk, Row
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.attention import Attention as FusedAttention
@@ -29,8 +29,9 @@ class AttentionSpec:
     Keys of a slot: the last `window` tokens in a ring of `ring` rows, and of a cache of `capacity` entries,
     one per `ratio` tokens, those that `entries` says: "none", "all" complete ones, or the `selected_count`
     numbers of i32 `selected` (-1 for none; what the token may see comes first). A ring may hold later tokens
-    too, of other rows. `exact_norm` rounds the per-head norm's steps to bf16, as the release does. `splits`
-    and `tile` override how keys are spread over CTAs.
+    too, of other rows; where it is a copy beside the state, its `ring_slots` are not the entries' `slots`.
+    `exact_norm` rounds the per-head norm's steps to bf16, as the release does. `splits` and `tile` override
+    how keys are spread over CTAs.
     """
 
     name: str
@@ -55,6 +56,7 @@ class AttentionSpec:
     sink: str = "sink"
     frequencies: str = "frequencies"
     positions: str = "positions"
+    ring_slots: str = "slots"
     slots: str = "slots"
     out: str = "out"
 
@@ -71,7 +73,8 @@ class AttentionSpec:
         if self.entries != "none":
             caches += [Parameter(self.entries_operand, c) for c in row.components]
         chosen = [Parameter(self.selected)] if self.entries == "selected" else []
-        rest = (self.sink, self.frequencies, self.positions, self.slots, self.out)
+        slots = dict.fromkeys((self.ring_slots, self.slots))
+        rest = (self.sink, self.frequencies, self.positions, *slots, self.out)
         return (Parameter(self.q), *caches, *chosen, *map(Parameter, rest))
 
 
@@ -95,6 +98,46 @@ def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
     ctas = a.splits * a.head_tiles * spec.rows
     cluster = (a.splits, 1, 1)
     return Emission(f"{spec.name}_0", source, (ctas, 1, 1), a.warps * 32, a.shared, spec.parameters, cluster)
+
+
+def emit_chunk_attention(spec: AttentionSpec, arch: Arch) -> Emission:
+    """The kernel of a spec for many rows, on wgmma. Raises BuildError for what `takes_chunk` says no to."""
+    if not takes_chunk(spec, arch):
+        raise BuildError(f"{spec.name}: takes many rows of 64 heads x 512, on wgmma")
+    items = spec.rows * spec.heads // Chunk.tile
+    a = Chunk(
+        rows=spec.rows,
+        ctas=min(items, arch.sms),
+        heads=spec.heads,
+        format=spec.format,
+        window=spec.window,
+        ring=spec.ring,
+        entries=spec.entries,
+        extra=spec.extra,
+        ratio=spec.ratio,
+        capacity=spec.capacity,
+        exact_norm=spec.exact_norm,
+        eps=spec.eps,
+    )
+    shared = a.shared + 1024  # tiles start at a multiple of 1024
+    source = render(
+        "chunk_attention.py.jinja",
+        spec=spec,
+        a=a,
+        fields=[(f.name, _literal(getattr(a, f.name))) for f in fields(a)],
+        keys_text=_keys_text(spec),
+        signature=_signature(spec),
+        pointers=[p.name for p in spec.parameters],
+        shared=shared,
+        consumers=8,
+    )
+    return Emission(f"{spec.name}_0", source, (a.ctas, 1, 1), 384, shared, spec.parameters)
+
+
+def takes_chunk(spec: AttentionSpec, arch: Arch) -> bool:
+    """Whether the kernel for many rows takes a spec: where a CTA for 64 heads of a token keeps SMs busy."""
+    shapes = spec.width == Chunk.width and spec.heads % Chunk.tile == 0
+    return shapes and not arch.tensor_memory and 2 * spec.rows * spec.heads // Chunk.tile > arch.sms
 
 
 def plan_attention(spec: AttentionSpec) -> Attention:
@@ -165,10 +208,11 @@ def _keys_text(spec: AttentionSpec) -> str:
 
 def _signature(spec: AttentionSpec) -> str:
     keys = CACHE_FORMATS[spec.format]
+    slots = ", ".join(dict.fromkeys((spec.ring_slots, spec.slots)))
     lines = [
         f"q, out: bf16[N,{spec.heads},{spec.width}]; window: {keys}[S,{spec.ring},{spec.width}];",
         f"sink: f32[{spec.heads}]; frequencies: f32[32]; "
-        "positions: i32[N], -1 for none (gives zeros); slots: i32[N]",
+        f"positions: i32[N], -1 for none (gives zeros); {slots}: i32[N]",
     ]
     if spec.entries != "none":
         lines[0] += f"\nentries: {keys}[S,{spec.capacity},{spec.width}];"
@@ -197,8 +241,6 @@ def attention(request: Request) -> Answer:
     form = format_name(ring, CACHES)
     if form not in ("fp8", "bf16") or (entries is not None and format_name(entries, CACHES) != form):
         return No(f"takes caches of {KV_FP8} or of bf16, not {ring} and {entries}")
-    if "slots" in x and x["slots"] != x["ring_slots"]:
-        return No("reads rings and entries in the same slots; these rings are copies beside them")
     kind = "none" if entries is None else "selected" if "chosen" in x else "all"
     spec = AttentionSpec(
         {"none": "attention_swa", "selected": "attention_csa", "all": "attention_hca"}[kind],
@@ -214,17 +256,17 @@ def attention(request: Request) -> Answer:
         ratio=max(1, op.ratio),
         capacity=entries.shape[1] if entries is not None else 0,
         exact_norm=op.precision is BF16,
+        ring_slots="slots" if x.get("slots", x["ring_slots"]) == x["ring_slots"] else "ring_slots",
     )
-    values = {**x, "window": x["ring"], "slots": x["ring_slots"], "out": call.outputs[0]}
+    emit = emit_chunk_attention if takes_chunk(spec, request.arch) else emit_attention
+    values = {"slots": x["ring_slots"], **x, "window": x["ring"], "out": call.outputs[0]}
     if kind == "selected":
         values["selected"] = x["chosen"]
     if op.format is None:
-        return [launchable(request, emit_attention(spec, request.arch), values)]
+        return [launchable(request, emit(spec, request.arch), values)]
     q_value = values.pop("out")
     row = scratch_for("row", TensorType(BF16, q.shape), "w")
     return [
-        launchable(
-            request, emit_attention(spec, request.arch), values, stage="attend", scratch={"out": row["row"]}
-        ),
+        launchable(request, emit(spec, request.arch), values, stage="attend", scratch={"out": row["row"]}),
         quantize_rows(request, {"q": q_value}, request.types[q_value].shape),
     ]

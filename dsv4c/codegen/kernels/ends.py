@@ -152,16 +152,20 @@ def emit_argmax(spec: ArgmaxSpec, arch: Arch) -> Emission:
 
 
 def emit_positions(spec: PositionsSpec) -> Emission:
-    """The positions of a step's tokens. Raises BuildError for more than one CTA has threads."""
-    if spec.tokens > 1024:
-        raise BuildError(f"positions of {spec.tokens} tokens of a sequence: one CTA has threads for 1024")
+    """The positions of a step's tokens."""
     parameters = tuple(map(Parameter, ("start", "slots", "lengths", "positions", "row_slots")))
-    threads = -(-spec.tokens // 32) * 32
+    threads = min(256, -(-spec.tokens // 32) * 32)
+    ctas = -(-spec.tokens // threads)
     names = [p.name for p in parameters]
     source = render(
-        "positions.py.jinja", symbol="positions", parameters=names, tokens=spec.tokens, threads=threads
+        "positions.py.jinja",
+        symbol="positions",
+        parameters=names,
+        tokens=spec.tokens,
+        threads=threads,
+        ctas=ctas,
     )
-    return Emission("positions_0", source, (spec.sequences, 1, 1), threads, 0, parameters)
+    return Emission("positions_0", source, (spec.sequences, ctas, 1), threads, 0, parameters)
 
 
 def emit_advance(spec: AdvanceSpec) -> Emission:

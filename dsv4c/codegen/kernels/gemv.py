@@ -23,6 +23,7 @@ CTA_BYTES = 32 << 10  # what a CTA could have read in the time that it takes to 
 MOST_ROUNDS = 10  # the partial sums of eight rows take 4 KB of shared memory per round
 STAGES = 5  # measured: a sixth stage of FP8 units gains nothing
 WARPS = 8
+MMA_ROWS = 8  # columns of an MMA, which the activation rows are
 STAGINGS = {
     ("e4m3", "copy"),
     ("bf16", "copy"),
@@ -79,7 +80,8 @@ class Matrix:
 class GemvSpec:
     """`batch` activation rows times `matrices` of `k` columns. With `groups` g > 1 (block-diagonal weights)
     the rows are [M, g, k] and matrix rows r * (rows / g) .. belong to group r. `riders` take a CTA each per
-    row, the first of the launch.
+    row, the first of the launch; CTAs have at least `lanes` threads that multiply, as if riders took
+    them: those of other buckets may ride, and weights are packed alike.
     """
 
     name: str
@@ -89,6 +91,7 @@ class GemvSpec:
     groups: int = 1
     tile_warps: int = 0  # 0: planned
     rounds: int = 0
+    lanes: int = 0
     riders: tuple[Rider, ...] = ()
 
 
@@ -210,8 +213,6 @@ def libs_of(prologues: Iterable[str], riders: Iterable[Rider] = ()) -> str:
 
 
 def _check(spec: GemvSpec) -> None:
-    if not 1 <= spec.batch <= 8:
-        raise BuildError(f"{spec.name}: batch {spec.batch}: a GEMV takes 1 to 8 rows, more need a GEMM")
     for m in spec.matrices:
         if m.format not in BYTES:
             raise BuildError(
@@ -245,7 +246,7 @@ def plan_parts(spec: GemvSpec, arch: Arch) -> list[Part]:
     for matrix in spec.matrices:
         kinds.setdefault((matrix.format, matrix.x, matrix.out_dtype), []).append(matrix)
     tile_warps, rounds = _plan_tiles(spec, arch)
-    parts, first = [], len(spec.riders) * spec.batch
+    parts, first = [], sum(rider.ctas(spec.batch) for rider in spec.riders)
     heaviest_first = sorted(kinds.items(), key=lambda item: -BYTES[item[0][0]])
     for (format, x, out_dtype), matrices in heaviest_first:
         part = _part(spec, arch, format, x, out_dtype, matrices, tile_warps, rounds, first)
@@ -274,12 +275,13 @@ def _plan_tiles(spec: GemvSpec, arch: Arch) -> tuple[int, int]:
                 heapq.heapreplace(slots, slots[0] + cost * tile_warps * rounds + CTA_BYTES)
         return max(slots) * (2.0 if len(slots) > arch.sms else 1.2) * (1 + 0.001 * rounds)
 
+    least = max(spec.lanes, lanes(spec.riders))
     plans = [
         (tile_warps, rounds)
         for tile_warps in ((spec.tile_warps,) if spec.tile_warps else (1, 2, 4, 8))
         for rounds in ((spec.rounds,) if spec.rounds else range(1, MOST_ROUNDS + 1))
         if spec.groups == 1 or (per_group % tile_warps == 0 and rounds == 1)
-        if spec.tile_warps or tile_warps * k_warps_of(spec.k, WARPS // tile_warps) * 32 >= lanes(spec.riders)
+        if spec.tile_warps or tile_warps * k_warps_of(spec.k, WARPS // tile_warps) * 32 >= least
     ]
     return min(plans, key=load)
 
@@ -324,7 +326,7 @@ def _part(
         ring = Ring(product, tile_warps, k_warps, span_of(product, k_warps, rounds), stages, rounds)
         return Part(name, ring, splits, x, out_dtype, tuple(slots), first, at * splits, nbytes)
 
-    for splits in range(1, spec.batch + 1):
+    for splits in range(-(-spec.batch // MMA_ROWS), spec.batch + 1):
         for resident in (2, 1):
             for stages in range(STAGES, 1, -1):
                 if planned(splits, stages).layout.end <= arch.shared_of(resident):

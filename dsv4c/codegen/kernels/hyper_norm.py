@@ -12,7 +12,7 @@ from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
-from dsv4c.codegen.lib.slices import STREAMS, Slice
+from dsv4c.codegen.lib.slices import STREAMS, TOGETHER, Batch, Slice
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.head import Head
@@ -20,6 +20,10 @@ from dsv4c.passes.fusions.hyper_norm import HyperNorm, HyperNormFirst
 from dsv4c.types import BF16, FP8_ROW, NVFP4_ROW, TensorType
 
 CLUSTER_LIMIT = 16
+FEW_ROWS = 16  # up to which each row has a cluster of its own
+MOST_TOKENS = 64  # that a cluster keeps fn for
+WAVES = 4
+HELD = 8  # rows of fn in registers where a cluster takes many tokens
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,14 @@ class HyperNormSpec:
             f"whole groups of 128 with at most 1024 columns and {arch.shared_per_cta} B of fn each"
         )
 
+    def batch(self, cut: Slice, arch: Arch) -> Batch:
+        """The cut for many rows, over enough clusters to fill the SMs a few times. Two CTAs fit an SM if they
+        are small.
+        """
+        clusters = WAVES * 2 * arch.sms // cut.ctas
+        tokens = min(MOST_TOKENS, -(-self.rows // clusters // TOGETHER) * TOGETHER)
+        return Batch(cut.hidden, cut.ctas, cut.rows, min(cut.rows, HELD), tokens, self.rows)
+
     def _held(self, ctas: int) -> int:
         """Registers leave shared memory to the predecessor's weights: fn arrives while those still stream.
 
@@ -72,17 +84,22 @@ class HyperNormSpec:
 def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
     """The kernel of one boundary. Raises BuildError for shapes that no cluster can hold."""
     cut = spec.slice(arch)
+    if spec.rows > FEW_ROWS:
+        cut = spec.batch(cut, arch)
     symbol = "hyper_head" if spec.head else "hyper_norm" if spec.mix else "hyper_norm_first"
     parameters = _parameters(spec)
     nbytes = cut.rows * (STREAMS * spec.hidden + 2) * 4 + spec.hidden * 2
     nbytes += spec.hidden * 2 * (STREAMS + spec.mix)
+    grid = -(-spec.rows // cut.tokens) * cut.ctas if isinstance(cut, Batch) else spec.rows * cut.ctas
     source = render(
-        "hyper_norm.py.jinja",
+        "hyper_norm_batch.py.jinja" if isinstance(cut, Batch) else "hyper_norm.py.jinja",
         what="The head's collapse and norm" if spec.head else "Streams mixed, collapsed and normalized",
         symbol=symbol,
         parameters=[p.name for p in parameters],
         signature=_signature(spec, cut),
         slice=cut,
+        grid=grid,
+        together=TOGETHER,
         norm_eps=spec.norm_eps,
         hc_eps=spec.hc_eps,
         iterations=spec.iterations,
@@ -97,7 +114,7 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
     return Emission(
         symbol=f"{symbol}_0",
         source=source,
-        grid=(spec.rows * cut.ctas, 1, 1),
+        grid=(grid, 1, 1),
         block=cut.threads,
         shared=cut.shared,
         parameters=parameters,

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from dsv4c.codegen.kernels.formats import WEIGHTS, format_name, holds, is_packed
 from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
-from dsv4c.codegen.kernels.riders import NOBODY, Riding, riding_of
-from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.kernels.riders import NOBODY, Riding, lanes, riding_of
+from dsv4c.codegen.kernels.state import state_launches
+from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, Scratch, kernel, launchable
 from dsv4c.ir.ops.linear import GroupedLinear, Linear
 from dsv4c.passes.fusions.compressor import Compressor
 from dsv4c.passes.fusions.in_proj import InProj
@@ -67,7 +68,7 @@ def _gemv(
         values |= {matrix.name: w, matrix.out: y}
         matrices.append(matrix)
     rows = math.prod(request.types[products[0][2]].shape[:1])
-    spec = GemvSpec(name, rows, k, tuple(matrices), groups, riders=riding.riders)
+    spec = GemvSpec(name, rows, k, tuple(matrices), groups, lanes=riding.lanes, riders=riding.riders)
     gains = {x.gain: "f32" for x, _, _ in products if x.gain}
     values |= riding.values
     return launchable(
@@ -165,13 +166,23 @@ def q_norm_quantize(request: Request) -> Answer:
         return No(f"takes one q_norm_quantize per launch, in which state writes ride, not {len(calls)}")
     (call,) = calls
     assert isinstance(call.op, QNormQuantize)
-    x, gain, *weights = call.inputs
+    x, gain = call.inputs[:2]
     row = request.types[x]
     if not holds(row, BF16) or not holds(request.types[gain], BF16):
         return No(f"normalizes bf16 rows under bf16 gains, not {row} under {request.types[gain]}")
     riding = riding_of(request, row.shape[0])
     if isinstance(riding, No):
         return riding
+    if riding.apart:
+        product = _q_projections(request, call, Riding(lanes=lanes(riding.riders)))
+        return product if isinstance(product, No) else [*state_launches(request, riding), *product]
+    return _q_projections(request, call, riding)
+
+
+def _q_projections(request: Request, call: Call, riding: Riding) -> Answer:
+    assert isinstance(call.op, QNormQuantize)
+    x, gain, *weights = call.inputs
+    row = request.types[x]
     products = list(zip(weights, call.outputs, strict=True))
     values = {"x": x, "gain": gain}
     if call.op.format == NVFP4_ROW:

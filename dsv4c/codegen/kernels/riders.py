@@ -1,14 +1,15 @@
 """State writes of a step: the window's KV rows, the compressors' rows and entries.
 
 `KvStoreSpec` and `CompressSpec` are stages of one CTA per row, which rides in another launch: a skeleton
-gives them CTAs of its own size (`templates/state_stages.py.jinja` holds the calls).
+gives them CTAs of its own size (`templates/state_stages.py.jinja` holds the calls). For chunks of many tokens
+`kernels/state.py` makes launches of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import Literal
 
 from dsv4c.codegen.emit import Parameter
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name
@@ -25,12 +26,18 @@ THREADS = 256
 
 @dataclass(frozen=True)
 class KvStoreSpec:
-    """kv bf16[N, width] -> norm with gain, RoPE, the window's format, at its slot and position % ring."""
+    """kv bf16[N, width] -> norm with gain, RoPE, the window's format, at its slot and position % ring.
+
+    With a `capacity`, N is `tokens` rows of each sequence, and `beside` gets copies of the rings that have
+    room for all of them.
+    """
 
     width: int
     format: str
     ring: int
     eps: float
+    capacity: int = 0
+    tokens: int = 1
     name: str = "kv_store"
     kv: str = "kv"
     gain: str = "kv_norm"
@@ -38,7 +45,16 @@ class KvStoreSpec:
     positions: str = "positions"
     slots: str = "slots"
     window: str = "window"
-    kind: ClassVar[str] = "kv_store"
+    beside: str = "beside"
+
+    @property
+    def kind(self) -> str:
+        """Which stage it is."""
+        return "kv_extend" if self.capacity else "kv_store"
+
+    def ctas(self, rows: int) -> int:
+        """CTAs for so many rows."""
+        return rows // self.tokens * self.capacity if self.capacity else rows
 
     @property
     def row(self) -> Row:
@@ -54,14 +70,17 @@ class KvStoreSpec:
     def parameters(self) -> tuple[Parameter, ...]:
         """In ABI order."""
         names = (self.kv, self.gain, self.frequencies, self.positions, self.slots)
-        return (*map(Parameter, names), *(Parameter(self.window, c) for c in self.row.components))
+        caches = (self.window, self.beside) if self.capacity else (self.window,)
+        return (*map(Parameter, names), *(Parameter(x, c) for x in caches for c in self.row.components))
 
     @property
     def text(self) -> str:
         """What the stage computes."""
         rows = f"{CACHE_FORMATS[self.format]}[S,{self.ring},{self.width}]"
+        copies = f"{CACHE_FORMATS[self.format]}[B,{self.capacity},{self.width}]"
+        beside = f"; {self.beside}: {copies}, what it held before and all rows" if self.capacity else ""
         return (
-            f"{self.window}: {rows} at slot, position % {self.ring}\n"
+            f"{self.window}: {rows} at slot, position % {self.ring}{beside}\n"
             f"        <- rope(rms_norm({self.kv}: bf16[N,{self.width}], {self.gain}: bf16[{self.width}], "
             f"eps={self.eps}), position)"
         )
@@ -73,7 +92,7 @@ class CompressSpec:
 
     N is `tokens` rows of each sequence, one after the other. Operand names are `name` and a suffix;
     `capacity` entries per slot, Hadamard-transformed first if `hadamard`. `threads` are those of the CTA it
-    rides on.
+    rides on. It may be half of the work alone: the "entries" that the rows complete, or what the "rings" get.
     """
 
     name: str
@@ -87,10 +106,20 @@ class CompressSpec:
     hadamard: bool = False
     threads: int = THREADS
     tokens: int = 1
+    half: Literal["", "entries", "rings"] = ""
     frequencies: str = "frequencies"
     positions: str = "positions"
     slots: str = "slots"
-    kind: ClassVar[str] = "compress"
+
+    @property
+    def kind(self) -> str:
+        """Which stage it is."""
+        return f"compress_{self.half}" if self.half else "compress"
+
+    def ctas(self, rows: int) -> int:
+        """CTAs for so many rows."""
+        each = {"": self.tokens, "entries": self.pool.most_entries, "rings": self.pool.most_kept}[self.half]
+        return rows // self.tokens * each
 
     @property
     def u(self) -> str:
@@ -145,33 +174,38 @@ class CompressSpec:
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """In ABI order."""
-        names = (
-            self.u,
-            self.s,
-            self.ape,
-            self.gain,
-            self.frequencies,
-            self.positions,
-            self.slots,
-            self.kv_ring,
-            self.score_ring,
-        )
-        return (*map(Parameter, names), *(Parameter(self.entries, c) for c in self.row.components))
+        return (*map(Parameter, self.plain), *(Parameter(self.entries, c) for c in self.caches))
+
+    @property
+    def plain(self) -> tuple[str, ...]:
+        """Operands of one array."""
+        constants = (self.gain, self.frequencies) if self.half != "rings" else ()
+        places = (self.positions, self.slots, self.kv_ring, self.score_ring)
+        return (self.u, self.s, self.ape, *constants, *places)
+
+    @property
+    def caches(self) -> tuple[str, ...]:
+        """Arrays of the cache of entries that it writes."""
+        return self.row.components if self.half != "rings" else ()
 
     @property
     def text(self) -> str:
         """What the stage computes."""
         c, width = self.pool.channels, self.width
+        rings = f"{self.kv_ring}, {self.score_ring}: f32[S,{self.ring},{c}]"
+        rows = f"{self.u}, {self.s}: f32[N,{c}] + {self.ape}: f32[{self.ratio},{c}]"
         entry = f"rope(rms_norm(bf16(pooled), {self.gain}: bf16[{width}], eps={self.eps}), w * {self.ratio})"
         if self.hadamard:
             entry = f"hadamard({entry})"
-        return (
-            f"{self.kv_ring}, {self.score_ring}: f32[S,{self.ring},{c}] at slot, position % {self.ring}\n"
-            f"        <- {self.u}, {self.s}: f32[N,{c}] + {self.ape}: f32[{self.ratio},{c}]\n"
-            f"    {self.entries}: {CACHE_FORMATS[self.format]}[S,{self.capacity},{width}] at slot, w, "
+        kept = f"{rings} at slot, position % {self.ring}\n        <- {rows}"
+        made = (
+            f"{self.entries}: {CACHE_FORMATS[self.format]}[S,{self.capacity},{width}] at slot, w, "
             f"when (position + 1) % {self.ratio} == 0\n"
             f"        <- {entry}, softmax pooling over {self.pool.pooled} tokens"
         )
+        if self.half == "entries":
+            return f"{made}:\n           {rows}, before them {rings}"
+        return kept if self.half == "rings" else f"{kept}\n    {made}"
 
 
 Rider = KvStoreSpec | CompressSpec
@@ -191,7 +225,7 @@ def seated(name: str, riders: Iterable[Rider], threads: int) -> tuple[Rider, ...
             placed.append(rider)
             continue
         needed = rider.pool.pooled + rider.tokens - 1
-        if rider.ring < needed:
+        if not rider.half and rider.ring < needed:
             raise BuildError(
                 f"{name}: {rider.name} pools {rider.pool.pooled} tokens, with {rider.tokens} of a sequence "
                 f"per launch: want a ring of {needed} rows, got {rider.ring}"
@@ -222,6 +256,12 @@ class Riding:
 
     riders: tuple[Rider, ...] = ()
     values: Mapping[str, int] = field(default_factory=dict)
+    lanes: int = 0  # threads that CTAs have at least, as if riders took them
+
+    @property
+    def apart(self) -> bool:
+        """Whether they are a chunk's, which are launches of their own."""
+        return any(rider.kind not in ("kv_store", "compress") for rider in self.riders)
 
 
 NOBODY = Riding()
@@ -259,8 +299,6 @@ def _window(request: Request, call: Call, rows: int, values: dict[str, int]) -> 
     window, tokens = request.types[x["window"]], request.types[x["kv"]].shape[0]
     if tokens != rows:
         return No(f"stores a row of keys for each of the launch's {rows} rows, not {tokens}")
-    if op.beside is not None:
-        return No(f"writes to rings, and makes no copy of {op.beside} rows beside one")
     if not format_name(window, CACHES):
         return No(f"stores {KV_FP8} or bf16, not {window}")
     spec = KvStoreSpec(
@@ -268,11 +306,15 @@ def _window(request: Request, call: Call, rows: int, values: dict[str, int]) -> 
         format_name(window, CACHES),
         window.shape[1],
         op.eps,
+        op.beside or 0,
+        op.tokens if op.beside else 1,
         frequencies=_shared(call, "frequencies", values),
         positions=_shared(call, "positions", values),
         slots=_shared(call, "slots", values),
     )
     values |= {spec.kv: x["kv"], spec.gain: x["gain"], spec.window: x["window"]}
+    if spec.capacity:
+        values[spec.beside] = call.made[1]
     return spec
 
 
@@ -285,8 +327,6 @@ def _compressor(request: Request, call: Call, rows: int, values: dict[str, int])
     tokens = request.types[x["kv"]].shape[0]
     if tokens != rows:
         return No(f"compresses each of the launch's {rows} rows, not {tokens}")
-    if "owners" in x:
-        return No(f"pools what rings and the launch hold, and makes no copy of {op.beside} rows beside one")
     spec = CompressSpec(
         "index" if op.rotated else "compress",
         entries.shape[2],
@@ -298,6 +338,7 @@ def _compressor(request: Request, call: Call, rows: int, values: dict[str, int])
         op.eps,
         hadamard=op.rotated,
         tokens=op.tokens,
+        half="entries" if "owners" in x else "",
         frequencies=_shared(call, "frequencies", values),
         positions=_shared(call, "positions", values),
         slots=_shared(call, "slots", values),

@@ -9,6 +9,8 @@ from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.lib.slices import Gate
 from dsv4c.errors import BuildError
 
+MOST_SUMS = 32  # of a CTA, tokens times experts: a warp's lanes add up as many
+
 
 @dataclass(frozen=True)
 class RouterGateSpec:
@@ -19,26 +21,27 @@ class RouterGateSpec:
     experts: int
 
     def gate(self, arch: Arch) -> Gate:
-        """The cut: a CTA per SM at most, so that all weights are in flight at once.
+        """The cut: a CTA per SM at most, so that all weights are in flight at once, for as many rows as a
+        warp's lanes can sum up; for more, as many times.
 
-        Raises BuildError when rows do not split into whole warps, or are too many.
+        Raises BuildError when rows do not split into whole warps, or an expert's CTA has too many of them.
         """
         each = next(
             n for n in range(1, self.experts + 1) if self.experts % n == 0 and self.experts // n <= arch.sms
         )
         threads = next((t for t in range(256, 0, -32) if self.hidden % (8 * t) == 0), 0)
-        if threads == 0 or each * self.rows > 32:
+        if threads == 0 or each > MOST_SUMS:
             raise BuildError(
-                f"router of {self.rows} tokens x {self.hidden} columns x {self.experts} experts: want "
-                f"columns a multiple of 256 and tokens times experts per CTA ({each}) at most 32"
+                f"router of {self.hidden} columns x {self.experts} experts: want columns a multiple of 256 "
+                f"and at most {MOST_SUMS} experts per CTA, not {each}"
             )
-        return Gate(self.rows, self.hidden, self.experts, each, threads)
+        return Gate(min(self.rows, MOST_SUMS // each), self.hidden, self.experts, each, threads)
 
 
 def emit_router_gate(spec: RouterGateSpec, arch: Arch) -> Emission:
     """The gate's products. Raises BuildError for shapes it cannot cut."""
     gate = spec.gate(arch)
-    ctas = spec.experts // gate.rows
+    ctas, blocks = spec.experts // gate.rows, -(-spec.rows // gate.tokens)
     nbytes = spec.experts * spec.hidden * 2 + spec.rows * spec.hidden * 2
     parameters = tuple(map(Parameter, ("x", "gate", "logits")))
     source = render(
@@ -46,8 +49,10 @@ def emit_router_gate(spec: RouterGateSpec, arch: Arch) -> Emission:
         symbol="router_gate",
         parameters=[p.name for p in parameters],
         gate=gate,
+        rows=spec.rows,
         ctas=ctas,
+        blocks=blocks,
         nbytes=nbytes,
         arch=arch,
     )
-    return Emission("router_gate_0", source, (ctas, 1, 1), gate.threads, gate.shared, parameters)
+    return Emission("router_gate_0", source, (ctas, blocks, 1), gate.threads, gate.shared, parameters)

@@ -42,6 +42,7 @@ from dsv4c.types import GlobalScale, QuantFormat, Type
 
 THREADS = 512
 WAVES = 2  # CTAs per SM at most of what is spread over the grid
+MOST_ELEMENTS = (1 << 31) - 1
 SMALL_WEIGHT = 128 * 1024  # bytes that one CTA may read of a matrix
 TOGETHER = (
     *(Argmax, Draw, Penalize, TokenProbabilities, TopK),
@@ -79,6 +80,9 @@ def kernel_of(graph: Graph, body: bool, name: str, what: str, arch: Arch) -> Bui
     for node in graph.nodes:
         if isinstance(node.op, Quantize) and not _row_wise(node.op.format):
             return No(f"quantizes rows one by one, which {node.op.format} does not allow")
+    largest = max((v.type for v in graph.values()), key=elements)
+    if elements(largest) > MOST_ELEMENTS:
+        return No(f"numbers elements in 32 bits, {largest} has more than {MOST_ELEMENTS}")
     if body:
         program = _of_body(graph, arch)
         return program if isinstance(program, No) else _emit(name, what, program, graph, 1)

@@ -15,7 +15,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import cluster, ptx, rope, softmax, stream
-from dsv4c.codegen.lib.geometry import HEADS, ROPE, Attention
+from dsv4c.codegen.lib.geometry import HEADS, ROPE, Attention, Chunk
 
 _asm = cute.arch.inline_ptx
 
@@ -95,23 +95,23 @@ def prepare_query(
         ptx.sts64(sm + a.o_turns + lane * 8, c.bitcast(Uint32), s.bitcast(Uint32))
     block = warp // 2
     for i in range_constexpr(2):
-        squares = Float32(0.0)
+        total = Float32(0.0)
         for h in range_constexpr(2):
             for n in range_constexpr(4):
-                squares = squares + _squares(a, w[i, h, n])
-        squares = ptx.lanes_sum(squares, 4)
+                total = total + squares(a, w[i, h, n])
+        total = ptx.lanes_sum(total, 4)
         if lane % 4 == 0 and warp % 2 == 0:  # the block's other warp has the same
-            ptx.sts_f32(sm + a.o_squares + ((lane // 4 + 8 * i) * a.blocks + block) * 4, squares)
+            ptx.sts_f32(sm + a.o_squares + ((lane // 4 + 8 * i) * a.blocks + block) * 4, total)
     cute.arch.sync_threads()
     for i in range_constexpr(2):
         total = Float32(0.0)
         for n in range_constexpr(a.blocks // 2):
             pair = ptx.lds64(sm + a.o_squares + ((lane // 4 + 8 * i) * a.blocks + 2 * n) * 4)
             total = total + (pair[0].bitcast(Float32) + pair[1].bitcast(Float32))
-        f = _inverse_norm(a, total)
+        f = inverse_norm(a, total)
         for h in range_constexpr(2):
             for n in range_constexpr(4):
-                w[i, h, n] = _scaled(a, w[i, h, n], f)
+                w[i, h, n] = scaled(a, w[i, h, n], f)
     if block == a.blocks - 1:
         _rotate_query(a, sm, w, lane)
     elif const_expr(a.format == "fp8"):
@@ -128,7 +128,7 @@ def prepare_query(
 
 
 @cute.jit
-def _squares(a: Constexpr[Attention], word: Uint32):
+def squares(a: Constexpr[Attention | Chunk], word: Uint32):
     """Sum of two squares; in the bf16 recipe each is rounded."""
     lo, hi = ptx.bf16x2_to_f32x2(ptx.mul_bf16x2(word, word))
     if const_expr(not a.exact_norm):
@@ -138,7 +138,7 @@ def _squares(a: Constexpr[Attention], word: Uint32):
 
 
 @cute.jit
-def _inverse_norm(a: Constexpr[Attention], total: Float32):
+def inverse_norm(a: Constexpr[Attention | Chunk], total: Float32):
     """rsqrt(total / width + eps); in the bf16 recipe mean, sum and root are each rounded."""
     mean = total * Float32(1.0 / a.width)
     if const_expr(a.exact_norm):
@@ -148,7 +148,7 @@ def _inverse_norm(a: Constexpr[Attention], total: Float32):
 
 
 @cute.jit
-def _scaled(a: Constexpr[Attention], word: Uint32, f: Float32):
+def scaled(a: Constexpr[Attention | Chunk], word: Uint32, f: Float32):
     """Two elements times f, rounded to bf16."""
     if const_expr(a.exact_norm):
         return ptx.mul_bf16x2(word, ptx.f32x2_to_bf16x2(f, f))
@@ -171,7 +171,7 @@ def _rotate_query(a: Constexpr[Attention], sm: Int32, w: cute.Tensor, lane: Int3
 
 
 @cute.jit
-def visible_entries(a: Constexpr[Attention], position: Int32):
+def visible_entries(a: Constexpr[Attention | Chunk], position: Int32):
     """How many entries (or selections) the token may see; they come first."""
     count = Int32(0)
     if const_expr(a.entries != "none"):
@@ -180,7 +180,7 @@ def visible_entries(a: Constexpr[Attention], position: Int32):
 
 
 @cute.jit
-def read_selection(a: Constexpr[Attention], g_selected: Int64, token: Int32, key: Int32):
+def read_selection(a: Constexpr[Attention | Chunk], g_selected: Int64, token: Int32, key: Int32):
     """The entry that key `key` of the list (window, then entries) stands for; negative in the window."""
     entry = key - a.window
     if const_expr(a.entries != "selected"):
@@ -191,7 +191,7 @@ def read_selection(a: Constexpr[Attention], g_selected: Int64, token: Int32, key
 
 
 @cute.jit
-def find_key(a: Constexpr[Attention], key: Int32, entry: Int32, position: Int32, visible: Int32):
+def find_key(a: Constexpr[Attention | Chunk], key: Int32, entry: Int32, position: Int32, visible: Int32):
     """Where key `key` lies: ring row (newest token first), ring + entry, or -1. Selected means visible."""
     place = Int32(-1)
     if key < a.window:
@@ -210,12 +210,13 @@ def _row(
     a: Constexpr[Attention],
     g_window: Int64,
     g_entries: Int64,
+    ring_slot: Int32,
     slot: Int32,
     place: Int32,
     nbytes: Constexpr[int],
 ):
     """Address of a component's row of `nbytes` at `place` of a slot (any valid address for -1)."""
-    g = g_window + (Int64(slot) * a.ring + cutlass.max(place, Int32(0))) * nbytes
+    g = g_window + (Int64(ring_slot) * a.ring + cutlass.max(place, Int32(0))) * nbytes
     if const_expr(a.entries == "none"):
         return g
     if place >= a.ring:
@@ -230,6 +231,7 @@ def fetch_tile(
     window: tuple,
     entries: tuple,
     scales: cute.Tensor,
+    ring_slot: Int32,
     slot: Int32,
     place: Int32,
     warp: Int32,
@@ -243,7 +245,7 @@ def fetch_tile(
     chunks = a.data_bytes // 16
     present = cute.arch.vote_ballot_sync(place >= 0)
     s_rows = s_keys + warp * (a.tile_rows * a.row_bytes)
-    g_row = _row(a, window[0], entries[0], slot, place, a.data_bytes)
+    g_row = _row(a, window[0], entries[0], ring_slot, slot, place, a.data_bytes)
     for n in range_constexpr(a.tile_rows):
         g = stream.shuffle64(g_row, Int32(n))
         for i in range_constexpr(-(-chunks // 32)):
@@ -251,8 +253,8 @@ def fetch_tile(
                 at = (lane + 32 * i) * 16
                 _copy16(s_rows + n * a.row_bytes + at, g + at, present & (1 << n))
     if const_expr(a.format == "fp8"):
-        g_tail = _row(a, window[2], entries[2], slot, place, ROPE * 2)
-        g_scale = _row(a, window[1], entries[1], slot, place, a.scales)
+        g_tail = _row(a, window[2], entries[2], ring_slot, slot, place, ROPE * 2)
+        g_scale = _row(a, window[1], entries[1], ring_slot, slot, place, a.scales)
         scales.fill(0)
         for n in range_constexpr(-(-a.tile_rows // 4)):
             i = 4 * n + lane // 8

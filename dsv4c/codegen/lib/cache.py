@@ -162,3 +162,125 @@ def kv_store(
     if position >= 0:
         rotate(row, r, constants, position, tid)
         store(row, r, g_data, g_scale, g_tail, slot * ring + position % ring, tid)
+
+
+# Chunks of many tokens --------------------------------------------------------------------------------------
+
+
+@cute.jit
+def tokens_of(g_positions: Int64, rows: Constexpr[int], lane: Int32):
+    """How many of a sequence's `rows` hold a token: those before the first position -1. Whole warps, which
+    look at every 1,024th row, then at every 32nd of those in between, ...
+    """
+    last, count = Int32(0), Int32(0)
+    for stride in range_constexpr(4):
+        step = const_expr(32 ** (3 - stride))
+        if const_expr(step < rows or step == 1):
+            row, position = last + lane * step, Int32(-1)
+            if row < rows:
+                position = ptx.ldg32(g_positions + row * 4).bitcast(Int32)
+            found = cute.arch.popc(cute.arch.vote_ballot_sync(position >= 0))
+            if found > 0:
+                last = last + (found - 1) * step
+                count = last + 1
+    return count
+
+
+@cute.jit
+def move(
+    row: Constexpr[Row],
+    source: tuple,
+    place: Int64,
+    target: tuple,
+    to: Int64,
+    present: Constexpr[bool],
+    tid: Int32,
+):
+    """Row `place` of the component arrays `source` becomes row `to` of `target`; zeros unless `present`."""
+    coded = const_expr((row.width - ROPE) // 4 if row.format == "fp8" else 0)  # threads that move codes
+    if tid < coded:
+        _move_codes(coded, source, place, target, to, present, tid)
+    elif tid < row.lanes:
+        array = const_expr(2 if coded else 0)
+        words = (Uint32(0), Uint32(0))
+        if const_expr(present):
+            words = ptx.ldg64(source[array] + (place * (row.lanes - coded) + tid - coded) * 8)
+        ptx.stg64(target[array] + (to * (row.lanes - coded) + tid - coded) * 8, words[0], words[1])
+
+
+@cute.jit
+def _move_codes(
+    coded: Constexpr[int],
+    source: tuple,
+    place: Int64,
+    target: tuple,
+    to: Int64,
+    present: Constexpr[bool],
+    tid: Int32,
+):
+    word, byte = Uint32(0), Uint32(0)
+    if const_expr(present):
+        word = ptx.ldg32(source[0] + (place * coded + tid) * 4)
+        byte = ptx.ldg_u8(source[1] + place * (coded // 16) + tid // 16)
+    ptx.stg32(target[0] + (to * coded + tid) * 4, word)
+    if tid % 16 == 0:
+        ptx.stg_u8(target[1] + to * (coded // 16) + tid // 16, byte)
+
+
+@cute.jit
+def kv_extend(
+    row: Constexpr[Row],
+    ring: Constexpr[int],
+    capacity: Constexpr[int],
+    tokens: Constexpr[int],
+    eps: Constexpr[float],
+    s: Int32,
+    g_kv: Int64,
+    g_gain: Int64,
+    g_frequencies: Int64,
+    g_positions: Int64,
+    g_slots: Int64,
+    window: tuple,
+    beside: tuple,
+    block: Int32,
+    tid: Int32,
+    threads: Constexpr[int],
+):
+    """`threads` threads: one row of the copies [B, capacity, width] beside the windows of B sequences.
+
+    The row is that of the latest position of its residue: a token of this call, normed and rotated, or what
+    the ring holds. The last `ring` tokens go to the ring, too. Whose place in the ring a token takes is read
+    by that token's CTA, before it writes. 16 bytes of shared memory.
+    """
+    constants = prefetch(row, g_gain, g_frequencies, tid)
+    ptx.wait()
+    sequence, place = block // capacity, block % capacity
+    g_positions = g_positions + Int64(sequence) * (tokens * 4)
+    count = tokens_of(g_positions, tokens, tid % 32)
+    first = ptx.ldg32(g_positions).bitcast(Int32)
+    last = first + count - 1
+    to, own = Int64(block), ptx.ldg32(g_slots + Int64(sequence) * (tokens * 4)).to(Int64) * ring
+    position = last - (last - place + capacity) % capacity  # `last` may be before all places
+    if count > 0 and position >= first:
+        number = Int64(sequence) * tokens + position - first
+        r = cute.make_rmem_tensor((4,), Float32)
+        r.fill(0.0)
+        if tid < row.lanes:
+            w = ptx.ldg64(g_kv + (number * row.lanes + tid) * 8)
+            for i in range_constexpr(2):
+                r[2 * i], r[2 * i + 1] = ptx.bf16x2_to_f32x2(w[i])
+        normalize(row, s, r, constants, eps, tid, threads)
+        rotate(row, r, constants, position, tid)
+        store(row, r, beside[0], beside[1], beside[2], to, tid)
+        if position > last - ring:
+            old = position - ((position - first) // ring + 1) * ring
+            if old >= 0 and old > last - capacity:
+                there = Int64(sequence) * capacity + old % capacity
+                move(row, window, own + old % ring, beside, there, True, tid)
+            ptx.sync_threads(threads)
+            store(row, r, window[0], window[1], window[2], own + position % ring, tid)
+    elif position >= 0 and position >= first - ring:
+        if position + ring > last:
+            move(row, window, own + position % ring, beside, to, True, tid)
+    else:
+        move(row, window, own, beside, to, False, tid)

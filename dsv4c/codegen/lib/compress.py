@@ -1,4 +1,5 @@
-"""The KV compressor's step for one token: remember its row; at a window's end make its entry.
+"""The KV compressor's step for one token: remember its row; at a window's end make its entry. For chunks of
+many tokens the two are launches of their own, the entries first, which read what the rows then overwrite.
 
 Pooling is a softmax over tokens, per channel, in one pass with a running maximum. The launch's own tokens are
 taken from the projections themselves, so nothing waits for the ring, which other CTAs are writing. What they
@@ -50,13 +51,98 @@ def compress(
         ring = slot * pool.ring
         remember(pool, g_u_row, g_s_row, g_ape_row, g_kv, g_score, ring + position % pool.ring, tid)
         if (position + 1) % pool.ratio == 0:
-            entry = position // pool.ratio
             before = token % pool.tokens  # rows of the sequence ahead of this one
-            total = pool_group(pool, g_u_row, g_s_row, g_ape, g_kv, g_score, ring, position, before, tid)
-            r = combine(pool, s + 128, total, tid)
-            cache.normalize(row, s, r, constants, eps, tid, pool.threads)
-            cache.rotate(row, r, constants, entry * pool.ratio, tid)
-            cache.store(row, r, g_data, g_scale, g_tail, slot * pool.capacity + entry, tid)
+            rows = (g_u_row, g_s_row, g_ape, g_kv, g_score)
+            cache_entry = (g_data, g_scale, g_tail)
+            make_entry(pool, eps, s, rows, cache_entry, constants, slot, position, before, tid)
+
+
+@cute.jit
+def make_entry(
+    pool: Constexpr[Pool],
+    eps: Constexpr[float],
+    s: Int32,
+    rows: tuple,
+    entries: tuple,
+    constants: cute.Tensor,
+    slot: Int64,
+    position: Int32,
+    before: Int32,
+    tid: Int32,
+):
+    """The entry that token `position` completes, to its place. `rows` are the addresses of the token's u and
+    s, of ape and of the rings; `entries` those of the cache's components.
+    """
+    row, entry = pool.row, position // pool.ratio
+    total = pool_group(pool, *rows, slot * pool.ring, position, before, tid)
+    r = combine(pool, s + 128, total, tid)
+    cache.normalize(row, s, r, constants, eps, tid, pool.threads)
+    cache.rotate(row, r, constants, entry * pool.ratio, tid)
+    cache.store(row, r, *entries, slot * pool.capacity + entry, tid)
+
+
+@cute.jit
+def compress_entries(
+    pool: Constexpr[Pool],
+    eps: Constexpr[float],
+    s: Int32,
+    g_u: Int64,
+    g_s: Int64,
+    g_ape: Int64,
+    g_gain: Int64,
+    g_frequencies: Int64,
+    g_positions: Int64,
+    g_slots: Int64,
+    g_kv: Int64,
+    g_score: Int64,
+    g_data: Int64,
+    g_scale: Int64,
+    g_tail: Int64,
+    block: Int32,
+    tid: Int32,
+):
+    """`compress` for chunks of many tokens, its first half: CTA `block` makes one of the entries that a
+    sequence completes. Tokens before the chunk are read from rings that nobody writes meanwhile.
+    """
+    constants = cache.prefetch(pool.row, g_gain, g_frequencies, tid)
+    ptx.wait()
+    sequence, number = block // pool.most_entries, block % pool.most_entries
+    begins = Int64(sequence) * pool.tokens  # the sequence's first row
+    count = cache.tokens_of(g_positions + begins * 4, pool.tokens, tid % 32)
+    first = ptx.ldg32(g_positions + begins * 4).bitcast(Int32)
+    before = (first // pool.ratio + number + 1) * pool.ratio - 1 - first
+    if before < count:
+        slot = ptx.ldg32(g_slots + begins * 4).to(Int64)
+        at = (begins + before) * (pool.channels * 4)
+        rows, entries = (g_u + at, g_s + at, g_ape, g_kv, g_score), (g_data, g_scale, g_tail)
+        make_entry(pool, eps, s, rows, entries, constants, slot, first + before, before, tid)
+
+
+@cute.jit
+def compress_rings(
+    pool: Constexpr[Pool],
+    g_u: Int64,
+    g_s: Int64,
+    g_ape: Int64,
+    g_positions: Int64,
+    g_slots: Int64,
+    g_kv: Int64,
+    g_score: Int64,
+    block: Int32,
+    tid: Int32,
+):
+    """The second half: CTA `block` writes one of the last tokens of a sequence to its place in the rings."""
+    ptx.wait()
+    sequence, back = block // pool.most_kept, block % pool.most_kept
+    begins = Int64(sequence) * pool.tokens
+    count = cache.tokens_of(g_positions + begins * 4, pool.tokens, tid % 32)
+    if back < count:
+        row = begins + count - 1 - back
+        position = ptx.ldg32(g_positions + row * 4).bitcast(Int32)
+        place = ptx.ldg32(g_slots + row * 4).to(Int64) * pool.ring + position % pool.ring
+        at = row * (pool.channels * 4)
+        g_bias = g_ape + position % pool.ratio * (pool.channels * 4)
+        remember(pool, g_u + at, g_s + at, g_bias, g_kv, g_score, place, tid)
 
 
 @cute.jit

@@ -74,6 +74,16 @@ class Pool:
         return -(-self.pooled // self.groups)
 
     @property
+    def most_entries(self) -> int:
+        """Entries that a sequence may complete in a launch."""
+        return -(-self.tokens // self.ratio)
+
+    @property
+    def most_kept(self) -> int:
+        """Tokens of a sequence that stay in its rings after a launch."""
+        return min(self.tokens, self.ring)
+
+    @property
     def chunk(self) -> int:
         """Tokens whose loads are in flight together."""
         return min(self.run, 8)
@@ -268,6 +278,53 @@ class Attention:
     def shared(self) -> int:
         """Bytes of shared memory."""
         return self._places["end"]
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Attention of many tokens, 512 wide: a CTA takes 64 heads of a token at a time.
+
+    Fields as of `Attention`; `rows` tokens are spread over `ctas` CTAs. A warpgroup gathers keys, 64 at a
+    time, as bf16 rows in the layout that tensor cores read; two multiply.
+    """
+
+    rows: int
+    ctas: int
+    heads: int
+    format: str
+    window: int
+    ring: int
+    entries: str
+    extra: int
+    ratio: int
+    capacity: int
+    exact_norm: bool
+    eps: float
+    width: ClassVar[int] = 512
+    stages: ClassVar[int] = 2
+    tile: ClassVar[int] = 64  # keys of a stage, and heads of an item
+    tile_bytes: ClassVar[int] = 64 * 1024
+    o_q: ClassVar[int] = 0
+    o_keys: ClassVar[int] = 64 * 1024
+    o_bias: ClassVar[int] = 3 * 64 * 1024
+    o_turns: ClassVar[int] = o_bias + 2 * 64 * 4
+    o_bars: ClassVar[int] = o_turns + ROPE // 2 * 8
+    shared: ClassVar[int] = o_bars + 4 * 8
+
+    @property
+    def coded(self) -> int:
+        """Blocks of 64 elements of a row that are e4m3; the others are bf16."""
+        return 7 if self.format == "fp8" else 0
+
+    @property
+    def head_tiles(self) -> int:
+        """Items of a token."""
+        return self.heads // self.tile
+
+    @property
+    def items(self) -> int:
+        """Items of all tokens."""
+        return self.rows * self.head_tiles
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import cluster, ptx, quantize
-from dsv4c.codegen.lib.slices import STREAMS, Slice
+from dsv4c.codegen.lib.slices import STREAMS, TOGETHER, Batch, Slice
 
 LOG2E = 1.4426950408889634
 
@@ -100,10 +100,32 @@ def mix_streams(
     column: Int32,
 ):
     """Four columns of post_k f + sum_j comb[j, k] x_j for stream k, rounded once to bf16, as two words."""
+    return mix(read_mix(t, g_x, g_f, g_post, g_comb, token, stream, column))
+
+
+@cute.jit
+def read_mix(
+    t: Constexpr[Slice],
+    g_x: Int64,
+    g_f: Int64,
+    g_post: Int64,
+    g_comb: Int64,
+    token: Int32,
+    stream: Int32,
+    column: Int32,
+):
+    """What `mix` takes, in flight."""
     f = ptx.ldg64(g_f + (Int64(token) * t.hidden + column) * 2)
     x = [load_stream(t, g_x, token, Int32(j), column) for j in range(STREAMS)]
     post = ptx.ldg_f32(g_post + (token * STREAMS + stream) * 4)
     comb = [ptx.ldg_f32(g_comb + ((token * STREAMS + j) * STREAMS + stream) * 4) for j in range(STREAMS)]
+    return f, x, post, comb
+
+
+@cute.jit
+def mix(read: tuple):
+    """post f + sum_j comb_j x_j of four columns, rounded once to bf16, as two words."""
+    f, x, post, comb = read
     words = []
     for i in range_constexpr(2):
         fl, fh = ptx.bf16x2_to_f32x2(f[i])
@@ -203,8 +225,14 @@ def share_sums(t: Constexpr[Slice], sm: Int32, r: Float32, rank: Int32, warp: In
 def affine(t: Constexpr[Slice], sm: Int32, eps: Constexpr[float], lane: Int32):
     """m_i scale + base in lane i; m = x . fn * rsqrt(mean(x^2) + eps). Waits for all CTAs."""
     ptx.mbarrier_wait(sm + t.o_bars, Int32(0))
+    return affine_of(t, sm, sm + t.o_sums, eps, lane)
+
+
+@cute.jit
+def affine_of(t: Constexpr[Slice], sm: Int32, s_sums: Int32, eps: Constexpr[float], lane: Int32):
+    """The same of the sums of all CTAs at `s_sums`."""
     own = lane % t.stride
-    r = cluster.inbox_sum(sm + t.o_sums, t.stride, t.ctas, own)
+    r = cluster.inbox_sum(s_sums, t.stride, t.ctas, own)
     squares = cute.arch.shuffle_sync(r, t.rows)
     inv = cute.math.rsqrt(squares * Float32(1.0 / (STREAMS * t.hidden)) + Float32(eps), fastmath=True)
     scale = ptx.lds_f32(sm + t.o_affine + 128 + lane * 4)
@@ -249,15 +277,37 @@ def normalize(
     lane: Int32,
 ):
     """bf16(a * rsqrt(mean(a^2) + eps) * gain) of four columns, as two words. The second reduction."""
-    squares = ptx.lanes_sum(rA[0] * rA[0] + rA[1] * rA[1] + rA[2] * rA[2] + rA[3] * rA[3], 32)
-    if lane < t.ctas:
-        cluster.send_f32(sm + t.o_squares + (rank * t.groups + group) * 4, sm + t.o_bars + 8, lane, squares)
+    share_squares(t, rA, sm + t.o_squares, sm + t.o_bars + 8, rank, group, lane)
     gain = ptx.lds64(sm + t.o_gain + (group * 128 + lane * 4) * 2)
     ptx.mbarrier_wait(sm + t.o_bars + 8, Int32(0))
+    return normalized(t, rA, gain, sm + t.o_squares, eps, lane)
+
+
+@cute.jit
+def share_squares(
+    t: Constexpr[Slice],
+    rA: cute.Tensor,
+    s_squares: Int32,
+    s_bar: Int32,
+    rank: Int32,
+    group: Int32,
+    lane: Int32,
+):
+    """Send a warp's sum of squares to every CTA."""
+    squares = ptx.lanes_sum(rA[0] * rA[0] + rA[1] * rA[1] + rA[2] * rA[2] + rA[3] * rA[3], 32)
+    if lane < t.ctas:
+        cluster.send_f32(s_squares + (rank * t.groups + group) * 4, s_bar, lane, squares)
+
+
+@cute.jit
+def normalized(
+    t: Constexpr[Slice], rA: cute.Tensor, gain: tuple, s_squares: Int32, eps: Constexpr[float], lane: Int32
+):
+    """The four columns under the sums of squares of all CTAs at `s_squares`, as two words."""
     total = Float32(0.0)
     for n in range_constexpr(-(-t.hidden // 4096)):
         if lane + n * 32 < t.hidden // 128:
-            total = total + ptx.lds_f32(sm + t.o_squares + (lane + n * 32) * 4)
+            total = total + ptx.lds_f32(s_squares + (lane + n * 32) * 4)
     total = ptx.lanes_sum(total, 32)
     inv = cute.math.rsqrt(total * Float32(1.0 / t.hidden) + Float32(eps), fastmath=True)
     words = []
@@ -365,3 +415,153 @@ def rows_and_columns(rK: cute.Tensor, rU: cute.Tensor, rV: cute.Tensor, eps: Con
     for k in range_constexpr(STREAMS):
         column = (rK[k] * rU[0] + rK[4 + k] * rU[1]) + (rK[8 + k] * rU[2] + rK[12 + k] * rU[3])
         rV[k] = rV[k] * cute.arch.rcp_approx(rV[k] * column + floor)
+
+
+# Many tokens ------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def open_batch(t: Constexpr[Batch], sm: Int32, thread: Int32):
+    """`open_inboxes` for the first tokens. All threads."""
+    ptx.open_barrier(sm + t.o_bars, thread)
+    ptx.open_barrier(sm + t.o_bars + 8, thread)
+    expect_batch(t, sm, thread)
+    cluster.arrive()
+
+
+@cute.jit
+def expect_batch(t: Constexpr[Batch], sm: Int32, thread: Int32):
+    """The inboxes' barriers count what comes next. All threads."""
+    if thread == 0:
+        ptx.mbarrier_expect(sm + t.o_bars, Int32(TOGETHER * t.ctas * t.sums * 4))
+        ptx.mbarrier_expect(sm + t.o_bars + 8, Int32(TOGETHER * t.hidden // 128 * 4))
+    cute.arch.sync_warp()
+
+
+@cute.jit
+def project_batch(
+    t: Constexpr[Batch],
+    sm: Int32,
+    rF: cute.Tensor,
+    mixes: Constexpr[bool],
+    addresses: tuple,
+    first: Int32,
+    stream: Int32,
+    quad: Int32,
+    column: Int32,
+    warp: Int32,
+    lane: Int32,
+):
+    """Mix and project tokens `first`...: streams and partial sums to shared memory. `addresses` are those of
+    x, f, post and comb. The next token's operands are in flight meanwhile.
+    """
+    last = Int32(t.count - 1)  # in place of those that do not exist
+    own = lane // (32 // t.stride)
+    read = _read_token(t, mixes, addresses, cutlass.min(first, last), stream, column)
+    for b in range_constexpr(TOGETHER):
+        now = read
+        if const_expr(b + 1 < TOGETHER):
+            read = _read_token(t, mixes, addresses, cutlass.min(first + b + 1, last), stream, column)
+        x0, x1 = mix(now) if const_expr(mixes) else now
+        ptx.sts64(sm + t.o_x + b * t.x_bytes + (stream * t.width + quad * 4) * 2, x0, x1)
+        r = project(t, sm, rF, x0, x1, stream, quad, lane)
+        if own < t.sums:
+            ptx.sts_f32(sm + t.o_part + b * t.part_bytes + (warp * t.stride + own) * 4, r)
+
+
+def _read_token(t: Batch, mixes: bool, addresses: tuple, token: Int32, stream: Int32, column: Int32) -> tuple:
+    """A token's operands, in flight."""
+    if mixes:
+        return read_mix(t, *addresses, token, stream, column)
+    return load_stream(t, addresses[0], token, stream, column)
+
+
+@cute.jit
+def share_batch(t: Constexpr[Batch], sm: Int32, rank: Int32, thread: Int32):
+    """Add the warps' parts of all tokens and send the CTA's sums to every CTA. All threads."""
+    cute.arch.sync_threads()
+    cluster.meet()
+    for n in range_constexpr(-(-TOGETHER * 32 // t.threads)):
+        b, i = (thread + n * t.threads) // 32, thread % 32
+        if b < TOGETHER and i < t.sums:
+            value = cluster.inbox_sum(sm + t.o_part + b * t.part_bytes, t.stride, t.warps, i)
+            s_sum = sm + t.o_sums + b * t.sums_bytes + (rank * t.stride + i) * 4
+            for peer in range_constexpr(t.ctas):
+                cluster.send_f32(s_sum, sm + t.o_bars, Int32(peer), value)
+
+
+@cute.jit
+def store_batch(
+    t: Constexpr[Batch], sm: Int32, g_x: Int64, first: Int32, stream: Int32, quad: Int32, column: Int32
+):
+    """The mixed streams to memory, after `share_batch`: in place of those that were read."""
+    for b in range_constexpr(TOGETHER):
+        if first + b < t.count:
+            x = ptx.lds64(sm + t.o_x + b * t.x_bytes + (stream * t.width + quad * 4) * 2)
+            store_stream(t, g_x, first + b, stream, column, x[0], x[1])
+
+
+@cute.jit
+def collapse_pair(
+    t: Constexpr[Batch],
+    sm: Int32,
+    norm_eps: Constexpr[float],
+    hc_eps: Constexpr[float],
+    turn: Int32,
+    rank: Int32,
+    warp: Int32,
+    lane: Int32,
+):
+    """Collapse a warp's columns of two tokens and normalize them, as two words each. What the next mixing of
+    a token is worked out from goes to the CTA's own memory. Waits for all CTAs twice.
+    """
+    group, pair = warp % t.groups, warp // t.groups
+    ptx.mbarrier_wait(sm + t.o_bars, turn & 1)
+    rows = []
+    for n in range_constexpr(2):
+        b = 2 * pair + n
+        z = affine_of(t, sm, sm + t.o_sums + b * t.sums_bytes, norm_eps, lane)
+        number = turn * TOGETHER + b  # of the cluster's tokens
+        if group == 0 and number % t.ctas == rank:
+            ptx.sts_f32(sm + t.o_kept + number // t.ctas * 128 + lane * 4, z)
+        row = collapse(t, sm + b * t.x_bytes, z, hc_eps, group, lane)
+        share_squares(t, row, sm + t.o_squares + b * t.squares_bytes, sm + t.o_bars + 8, rank, group, lane)
+        rows.append(row)
+    gain = ptx.lds64(sm + t.o_gain + (group * 128 + lane * 4) * 2)
+    ptx.mbarrier_wait(sm + t.o_bars + 8, turn & 1)
+    s_squares = sm + t.o_squares + 2 * pair * t.squares_bytes
+    return [normalized(t, rows[n], gain, s_squares + n * t.squares_bytes, norm_eps, lane) for n in range(2)]
+
+
+@cute.jit
+def next_turn(t: Constexpr[Batch], sm: Int32, thread: Int32):
+    """Everything of these tokens has been read: the inboxes may be filled, the CTA's memory written. All
+    threads.
+    """
+    expect_batch(t, sm, thread)
+    cute.arch.cluster_arrive()
+    cute.arch.sync_threads()
+
+
+@cute.jit
+def store_mixings(
+    t: Constexpr[Batch],
+    sm: Int32,
+    g_post: Int64,
+    g_comb: Int64,
+    first: Int32,
+    iterations: Constexpr[int],
+    eps: Constexpr[float],
+    rank: Int32,
+    warp: Int32,
+    lane: Int32,
+):
+    """post and comb of the tokens that `collapse_pair` kept here, a warp each. All threads."""
+    cute.arch.sync_threads()
+    for n in range_constexpr(-(-t.kept // t.warps)):
+        own = warp + n * t.warps
+        token = first + own * t.ctas + rank
+        if own < t.kept and own * t.ctas + rank < t.tokens and token < t.count:
+            z = ptx.lds_f32(sm + t.o_kept + own * 128 + lane * 4)
+            store_post(g_post, token, z, lane)
+            store_comb(g_comb, token, z, iterations, eps, lane)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 STREAMS = 4
+TOGETHER = 8  # tokens that a cluster takes at a time where it takes many
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,76 @@ class Slice:
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
         return self.o_bars + 16
+
+
+@dataclass(frozen=True)
+class Batch(Slice):
+    """The same cut for `tokens` of `count` tokens, of which a cluster takes `TOGETHER` at a time. It keeps
+    fn, and what each reduction adds up travels for all of them at once.
+    """
+
+    tokens: int
+    count: int
+
+    @property
+    def turns(self) -> int:
+        """Times that it takes tokens."""
+        return self.tokens // TOGETHER
+
+    @property
+    def pairs(self) -> int:
+        """Warps that collapse the same columns: of two tokens each."""
+        return self.warps // self.groups
+
+    @property
+    def kept(self) -> int:
+        """Tokens whose next mixing a CTA works out."""
+        return -(-self.tokens // self.ctas)
+
+    @property
+    def x_bytes(self) -> int:
+        """Of a token's mixed streams."""
+        return STREAMS * self.width * 2
+
+    @property
+    def part_bytes(self) -> int:
+        """Of a token's partial sums."""
+        return self.warps * self.stride * 4
+
+    @property
+    def sums_bytes(self) -> int:
+        """Of a token's part of the first inbox."""
+        return self.ctas * self.stride * 4
+
+    @property
+    def squares_bytes(self) -> int:
+        """Of a token's part of the second inbox."""
+        return -(-self.hidden // 1024) * 32
+
+    @property
+    def o_part(self) -> int:
+        """The warps' partial sums f32 [token][warps][stride]."""
+        return self.o_x + TOGETHER * self.x_bytes
+
+    @property
+    def o_sums(self) -> int:
+        """Inbox of the first reduction f32 [token][ctas][stride]."""
+        return self.o_part + TOGETHER * self.part_bytes
+
+    @property
+    def o_squares(self) -> int:
+        """Inbox of the second reduction f32 [token][hidden / 128]."""
+        return self.o_sums + TOGETHER * self.sums_bytes
+
+    @property
+    def o_kept(self) -> int:
+        """What the next mixing is worked out from f32 [kept][32]."""
+        return self.o_squares + TOGETHER * self.squares_bytes
+
+    @property
+    def o_bars(self) -> int:
+        """Barriers of the two inboxes."""
+        return self.o_kept + self.kept * 128
 
 
 @dataclass(frozen=True)

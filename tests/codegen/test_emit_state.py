@@ -1,0 +1,36 @@
+"""State writes of chunks without a device: text, launch facts, a cubin."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsv4c.codegen.build import Source, build
+from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec
+from dsv4c.codegen.kernels.state import StateSpec, emit_state
+from dsv4c.errors import BuildError
+from tests.conftest import Golden
+
+EXTEND = KvStoreSpec(128, "fp8", 144, 1e-6, capacity=208, tokens=70)
+ENTRIES = CompressSpec("compress", 128, "fp8", 4, True, 16, 64, 1e-6, tokens=70, half="entries")
+KEYS = replace(ENTRIES, name="index", format="mxfp4", hadamard=True)
+
+
+def test_a_chunks_state_in_two_launches(golden: Golden, tmp_path: Path) -> None:
+    state = emit_state(StateSpec("state", 140, (EXTEND, KEYS)))
+    rings = emit_state(StateSpec("rings", 140, tuple(replace(r, half="rings") for r in (ENTRIES, KEYS))))
+    golden(rings.source, "kernels/rings.py.txt")
+    assert state.grid == (2 * (208 + 18), 1, 1)  # rows of the copies, entries that may be completed
+    assert rings.grid == (2 * (16 + 16), 1, 1)  # of each sequence the tokens that stay
+    for emission in (state, rings):
+        (kernel,) = build([Source(emission.symbol, emission.source)], "sm_90a", tmp_path)
+        assert kernel.resources.stack == 0
+        assert kernel.ptx.count("griddepcontrol.launch_dependents") == 1
+
+
+def test_rings_hold_what_the_tokens_of_one_launch_pool() -> None:
+    """Unless entries and rings are launches of their own."""
+    with pytest.raises(BuildError, match="want a ring of 77 rows, got 16"):
+        emit_state(StateSpec("state", 140, (replace(ENTRIES, half=""),)))
