@@ -27,7 +27,7 @@ def test_names(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("decode", "'decode' names no bucket; expected decode-8, verify-1x4, prefill-64 or draft-64"),
+        ("decode", "'decode' names no bucket; expected decode-8, verify-1x4, prefill-64 or draft-3"),
         ("train-8", "'train-8' names no bucket; expected"),
         ("decode-0", "'decode-0' names no bucket; expected"),
         ("decode-2x1", "'decode-2x1' names no bucket; decode-1 is how it is written"),
@@ -45,4 +45,5 @@ def test_what_follows_from_the_shape() -> None:
     assert bucket.rows == 24
     assert not bucket.keeps_beside
     assert Bucket("prefill", tokens=ROWS + 1).keeps_beside
-    assert (bucket.block, Bucket("draft").block) == ("main", "draft")
+    assert (bucket.is_main, Bucket("draft").is_main) == (True, False)
+    assert (bucket.given, Bucket("round", 2, 3).given) == (24, 2)

@@ -504,7 +504,7 @@ def _row_counts(plan: Plan, program: Program) -> frozenset[int]:
     """How many rows a launch of the bucket may be about."""
     if program.bucket is None:
         return frozenset()
-    drafted = program.bucket.sequences * int(plan.config.get("dspark_block_size", 0)) * program.bucket.drafts
+    drafted = program.bucket.sequences * plan.config.get("dspark_block_size", 0) * program.bucket.drafts
     return frozenset({program.bucket.rows, program.bucket.sequences, drafted} - {0})
 
 

@@ -394,6 +394,12 @@ def _require_keys(path: Path, plan: Plan) -> None:
     for name in ("vocab_size", "max_position_embeddings"):
         if type(plan.config.get(name)) is not int:
             raise PlanError(f"{path}: its config has no {name}; compile the plan again")
+    block = plan.config.get("dspark_block_size", 0)
+    if type(block) is not int or block < 0:
+        raise PlanError(
+            f"{path}: its config's dspark_block_size is {block!r:.80}; expected a number of rows; "
+            "compile the plan again"
+        )
     ratios = plan.config.get("compress_ratios")
     if not isinstance(ratios, list) or not all(type(ratio) is int for ratio in ratios):
         raise PlanError(f"{path}: its config has no compress_ratios; compile the plan again")

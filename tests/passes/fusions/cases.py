@@ -24,7 +24,7 @@ from tests.interpreted import deployment_of
 
 CHUNK = 132  # finishes a window of 128, and leaves one unfinished
 DECODE, VERIFY = Bucket("decode"), Bucket("verify", 2, 4, "last")
-PREFILL, DRAFT = Bucket("prefill", tokens=CHUNK), Bucket("draft", tokens=CHUNK)
+PREFILL, DRAFT = Bucket("prefill", tokens=CHUNK), Bucket("draft", tokens=2)
 BUCKETS = (DECODE, VERIFY, PREFILL, DRAFT)
 CASES = [(recipe, bucket) for recipe in RECIPES for bucket in BUCKETS]
 RULES = [Rule(op) for op in FUSIONS]

@@ -54,10 +54,12 @@ LEFT = {
     "grouped_linear",
     "linear",
 }
-LEFT_OF = {  # the routed input under its expert's scale; the draft's two inputs meeting
+LEFT_OF = {  # the routed input under its expert's scale; the draft's two inputs meeting, and its attention
     ("nvfp4-experts-w4a4", bucket): {"take_along", "quantize"} for bucket in BUCKETS
 }
-LEFT_OF |= {(recipe, DRAFT): {"embedding", "add"} for recipe in RECIPES}
+ATTENTION = {"window_index", "attention_scores", "sink_softmax", "attention_values"}
+DRAFTED = ATTENTION | {"draft_rows", "gather", "concat"}  # keys of the cache and rows of the draft together
+LEFT_OF |= {(recipe, DRAFT): {"embedding", "add", "dequantize"} | DRAFTED for recipe in RECIPES}
 
 
 def ops(graph: Graph) -> Counter[str]:
