@@ -256,12 +256,10 @@ def test_the_warps_beside_the_one_that_reads_have_a_barrier_of_their_own() -> No
         (threads,) = map(int, re.findall(r"^THREADS = (\d+)$", emission.source, re.MULTILINE))
         (consumers,) = map(int, re.findall(r"^CONSUMERS = (\d+)", emission.source, re.MULTILINE))
         assert (emission.block, threads) == (consumers + 32, consumers + 32)
-        meetings = [
-            path.count("ptx.meet(THREADS)")
-            for path in re.split(r"\n@cute\.(?:jit|kernel)\n", emission.source)[1:]
-        ]
-        assert sum(meetings) % 2 == 0  # as many of one side as of the other
-        assert sum(meetings) >= 2
+        sides = re.findall(r"ptx\.(meet|arrive)\(ptx\.(\w+), THREADS\)", emission.source)
+        for barrier in {barrier for _, barrier in sides}:  # as many that wait as that do not
+            assert sides.count(("meet", barrier)) == sides.count(("arrive", barrier))
+        assert ("arrive", "OPEN") in sides
 
 
 def test_a_cta_has_at_most_32_kb_in_flight_and_uses_what_it_can() -> None:
