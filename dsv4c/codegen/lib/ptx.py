@@ -313,7 +313,7 @@ there; it has chosen experts. Whoever does not wait may be ahead by one, so each
 
 @cute.jit
 def meet(barrier: Constexpr[int], threads: Constexpr[int]):
-    """Wait at `barrier` for all `threads` of the CTA, whole warps, which may be at other places of the code."""
+    """Wait at `barrier` for all `threads` of the CTA, whole warps that may be at other places of the code."""
     cute.arch.barrier(barrier_id=barrier, number_of_threads=threads)
 
 
