@@ -339,7 +339,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_small_kernel_assembles(store: Path, arch: Arch) -> None:
     kernels = small_kernels(arch)
     built = build([Source(k.symbol, k.source) for k in kernels], arch.name, store)
+    refilled = False
     for kernel, result in zip(kernels, built, strict=True):
+        lines = result.ptx.splitlines()
         assert result.resources.stack == 0, kernel.symbol
         allotted = -(-result.resources.registers // 8) * 8  # to a thread
         assert 2 * kernel.block * allotted <= 64 * 1024, kernel.symbol  # for two CTAs per SM
@@ -349,7 +351,14 @@ def test_every_small_kernel_assembles(store: Path, arch: Arch) -> None:
         first, *rest = re.findall(r"griddepcontrol\.(\w+)", result.ptx)
         assert first == "launch_dependents"
         assert set(rest) == {"wait"}
+        # What frees a slot of the ring stands behind a fence for the loads from it.
+        frees = [i for i, line in enumerate(lines) if "mbarrier.arrive.shared" in line]
+        assert all(any("fence.proxy.async" in line for line in lines[i - 25 : i]) for i in frees), (
+            kernel.symbol
+        )
+        refilled |= bool(frees)
         assert "cp.async.bulk.shared::cluster.global" in result.ptx
+    assert refilled
 
 
 @pytest.mark.parametrize(

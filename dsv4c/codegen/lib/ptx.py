@@ -242,6 +242,15 @@ def mbarrier_arrive(s: Int32):
 
 
 @cute.jit
+def fence_async():
+    """What this thread wrote to shared memory, or loaded from it, comes before what bulk copies and tensor
+    cores do there. An arrival alone does not do: it overtakes loads whose results nothing has asked for yet
+    (seen on H200s: one step in 160 had a tile with bytes of the next copy).
+    """
+    _asm("fence.proxy.async.shared::cta;")
+
+
+@cute.jit
 def mbarrier_wait(s: Int32, phase: Int32):
     """Spin until the phase of parity `phase` has completed."""
     _asm(
