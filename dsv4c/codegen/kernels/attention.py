@@ -27,11 +27,11 @@ class AttentionSpec:
     """q bf16[rows, heads, width] before norm and RoPE -> out bf16[rows, heads, width], of tokens anywhere.
 
     Keys of a slot: the `window` tokens up to `last` in a ring of `ring` rows, and of a cache of `capacity`
-    entries, one per `ratio` tokens, those that `entries` says: "none", "all" complete ones, or the `selected_count`
-    numbers of i32 `selected` (-1 for none; what the token may see comes first). A ring may hold later tokens
-    too, of other rows; where it is a copy beside the state, its `ring_slots` are not the entries' `slots`.
-    `exact_norm` rounds the per-head norm's steps to bf16, as the release does. `splits` and `tile` override
-    how keys are spread over CTAs.
+    entries, one per `ratio` tokens, those that `entries` says: "none", "all" complete ones, or the
+    `selected_count` numbers of i32 `selected` (-1 for none; what the token may see comes first). A ring may
+    hold later tokens too, of other rows; where it is a copy beside the state, its `ring_slots` are not the
+    entries' `slots`. `exact_norm` rounds the per-head norm's steps to bf16, as the release does. `splits` and
+    `tile` override how keys are spread over CTAs.
     """
 
     name: str

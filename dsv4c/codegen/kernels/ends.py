@@ -46,8 +46,8 @@ class ArgmaxSpec:
 @dataclass(frozen=True)
 class PickDraftSpec:
     """base f32[sequences, block, vocabulary], bias f32[sequences, vocabulary] -> token i32[sequences], of the
-    largest sum with row `step`. Results, by flag: the sums as `logits`; known bf16[sequences, width], the rows
-    of `table` that the tokens name, where it has a `width`.
+    largest sum with row `step`. By flag: the sums as `logits`; known bf16[sequences, width], the rows of
+    `table` that the tokens name, where it has a `width`.
     """
 
     sequences: int

@@ -80,7 +80,7 @@ def _down_rings(spec: ExpertsSpec, arch: Arch) -> DownRings:
     def worth(rings: DownRings) -> tuple[bool, int]:
         return rings.layout.end <= arch.shared_of(2), min(rings.routed.stages, 3)
 
-    return max(most(2), most(1), key=worth)  # many rows leave room for as much of the routed experts, or early
+    return max(most(2), most(1), key=worth)  # many rows leave less room for what comes early
 
 
 def emit_experts_down(spec: ExpertsSpec, arch: Arch) -> Emission:

@@ -79,8 +79,8 @@ class Routing:
 
 @dataclass(frozen=True)
 class UpPart:
-    """Routed or shared half of `up`. A job is a tile of w1 and the same of w3; CTAs take them in turn, `jobs` of
-    each token.
+    """Routed or shared half of `up`. A job is a tile of w1 and the same of w3; CTAs take them in turn, `jobs`
+    of each token.
 
     `scores`, `sums` and `choice` are bytes of what the router keeps: before the stream, beside it, and to the
     end.

@@ -518,8 +518,9 @@ def collapse_pair(
     warp: Int32,
     lane: Int32,
 ):
-    """Collapse a warp's columns of two tokens and normalize them, as two words each; also as they were before.
-    What the next mixing of a token is worked out from goes to the CTA's own memory. Waits for all CTAs twice.
+    """Collapse a warp's columns of two tokens and normalize them, as two words each; also as they were
+    before. What the next mixing of a token is worked out from goes to the CTA's own memory. Waits for all
+    CTAs twice.
     """
     group, pair = warp % t.groups, warp // t.groups
     ptx.mbarrier_wait(sm + t.o_bars, turn & 1)

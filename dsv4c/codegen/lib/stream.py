@@ -46,8 +46,8 @@ def produce(
 ):
     """Copy steps `first` to `last` of the stream into the ring as its slots fall free, `r.ahead` in flight.
 
-    Lane i of `g_lane` holds where round i's tiles start, modulo 32; a second matrix lies `apart` bytes behind. Whole
-    warp.
+    Lane i of `g_lane` holds where the tiles of round i, modulo 32, start; a second matrix lies `apart` bytes
+    behind. Whole warp.
     """
     slot = first % r.depth
     turn = first // r.depth & 1  # how often the slot was filled, modulo 2

@@ -52,10 +52,10 @@ def operands_of(rotation: Node, around: Neighborhood) -> int | None:
 class Attention(Fused):
     """q[N, h, D] before its norm -> [N, groups, h/groups * D], quantized when there is a `format`.
 
-    Row n sees the `window` tokens up to `last`[n], which is its own position but in a block whose rows all see
-    each other; of the `ring` in ring_slots[n] and of the `entries` in slots[n], which differ where the ring is
-    a copy beside the state. Without `entries`: sliding window alone (SWA). With them: the `chosen` ones (CSA),
-    or else all that are complete, one per `ratio` tokens (HCA).
+    Row n sees the `window` tokens up to last[n], which is its own position but in a block whose rows all see
+    each other, of the `ring` in ring_slots[n]; and the `entries` in slots[n], which differs where the ring is
+    a copy beside the state. Without `entries`: sliding window alone (SWA). With them: the `chosen` ones
+    (CSA), or else all that are complete, one per `ratio` tokens (HCA).
     """
 
     literals = ("concat.axis",)

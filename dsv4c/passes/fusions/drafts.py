@@ -1,4 +1,4 @@
-"""What drafting adds to the layers: features of the model's streams, and drafts chosen one behind the other."""
+"""What drafting adds to layers: features of the model's streams, and drafts chosen one behind the other."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Features(Fused):
 
 @fused
 class PickDraft(Fused):
-    """base f32[B, block, V], bias f32[B, V] -> of row `step`: logits f32[B, V] and the likeliest token i32[B].
+    """base f32[B, block, V], bias f32[B, V] -> logits f32[B, V] of row `step`, the likeliest token i32[B].
 
     With a table[V, R], also what it has for that token, [B, R]: what biases the next draft is made of it.
     """
