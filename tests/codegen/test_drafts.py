@@ -32,7 +32,7 @@ def plan() -> Plan:
         dspark_target_layers=(1, 2, 3),
         dspark_markov_rank=256,
     )
-    return gpu_plan(config, batch=1, chunk=8, draft="dspark", certify=False)  # type: ignore[arg-type]
+    return gpu_plan(config, batch=1, chunk=8, draft="dspark", draft_tokens=5, certify=False)  # type: ignore[arg-type]
 
 
 def kernels(plan: Plan, bucket: str) -> list[str]:
