@@ -135,10 +135,13 @@ def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch) -> tuple[UpPart, 
                 return UpPart(name, ring, jobs, ctas)
             scores = 8 * padded(spec.experts) if routing.source == "scores" else 0
             sums = 4 * ring.warps * spec.top_k if routing.source == "rows" else 0
-            chosen = turns if routing.source == "scores" else 1  # rows whose choice is kept
-            return UpPart(name, ring, jobs, ctas, scores, sums, chosen * 8 * spec.top_k)
+            # The choice of every turn's row is kept.
+            return UpPart(name, ring, jobs, ctas, scores, sums, turns * 8 * spec.top_k)
 
         return planned(most_stages(spec.name, lambda stages: planned(stages).layout, arch))
+
+    def shared_of(rounds: int) -> UpPart:
+        return part("shared", spec.shared, tiles, turns, 1, -(-tiles // rounds))
 
     def split(rounds: tuple[int, ...]) -> tuple[int, int]:
         return -(-tiles // rounds[0]), -(-spec.top_k * tiles * turns // rounds[1])
@@ -148,13 +151,12 @@ def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch) -> tuple[UpPart, 
             return math.inf
         return max(rounds[0] * BITS[spec.shared], rounds[1] * BITS[spec.routed])
 
-    # The rounds of a token are in a warp's lanes, the sums of all tokens' in shared memory.
-    choices = itertools.product(range(1, 32 // turns + 1), range(1, 32 * turns + 1))
-    shared, routed = split(min(choices, key=longest))
-    return (
-        part("shared", spec.shared, tiles, turns, 1, shared),
-        part("routed", spec.routed, spec.top_k * tiles, 1, turns, min(routed, spec.top_k * tiles)),
-    )
+    # The rounds of a token are in a warp's lanes, the sums of all tokens' in shared memory that two CTAs have.
+    lanes = range(1, 33)
+    fit = list(itertools.takewhile(lambda n: shared_of(n).layout.end <= arch.shared_of(2), lanes))
+    rounds = min(itertools.product(fit or lanes, range(1, 32 * turns + 1)), key=longest)
+    routed = min(split(rounds)[1], spec.top_k * tiles)
+    return shared_of(rounds[0]), part("routed", spec.routed, spec.top_k * tiles, 1, turns, routed)
 
 
 def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch) -> Emission:

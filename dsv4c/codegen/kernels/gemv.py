@@ -321,14 +321,16 @@ def _part(
     nbytes = int(sum(m.rows * spec.k * BITS[m.format] / 8 for m in matrices))
     name = f"{format}_{x.name}_{out_dtype}"
 
-    def planned(splits: int, stages: int) -> Part:
+    def planned(splits: int, stages: int, resident: int) -> Part:
         product = Product(format, x.kind, -(-spec.batch // splits), spec.k)
-        ring = Ring(product, tile_warps, k_warps, span_of(product, k_warps, rounds), stages, rounds)
+        span = span_of(product, k_warps, rounds)
+        ring = Ring(product, tile_warps, k_warps, span, stages, rounds, resident=resident)
         return Part(name, ring, splits, x, out_dtype, tuple(slots), first, at * splits, nbytes)
 
     for splits in range(-(-spec.batch // MMA_ROWS), spec.batch + 1):
         for resident in (2, 1):
             for stages in range(STAGES, 1, -1):
-                if planned(splits, stages).layout.end <= arch.shared_of(resident):
-                    return planned(splits, stages)
+                part = planned(splits, stages, resident)
+                if part.layout.end <= arch.shared_of(resident):
+                    return part
     raise BuildError(f"{spec.name}: a row of {spec.k} leaves no shared memory for two stages of weights")

@@ -130,6 +130,17 @@ def load_blocks(
 
 
 @cute.jit
+def load_run(g_x: Int64, number: Constexpr[int], thread: Int32, threads: Constexpr[int]):
+    """`load_blocks` of rows behind each other, whole rounds of them: one address for all."""
+    w = cute.make_rmem_tensor((4 * number,), Uint32)
+    for n in range_constexpr(number):
+        v = ptx.ldg128(g_x + Int64(thread * 16) + n * threads * 16)
+        for j in range_constexpr(4):
+            w[4 * n + j] = v[j]
+    return w
+
+
+@cute.jit
 def block_of(p: Constexpr[Product], n: Constexpr[int], thread: Int32, threads: Constexpr[int]):
     """Block of 128 that the thread's half-warp has in round `n`; the last round repeats the last block."""
     return cutlass.min(thread // 16 + n * (threads // 16), Int32(p.rows * p.blocks - 1))
