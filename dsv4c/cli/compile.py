@@ -28,6 +28,7 @@ from dsv4c.cli.options import (
     RecipeOption,
     TargetOption,
     first_given,
+    no_drafts,
     sizes,
 )
 from dsv4c.compiler.compile import compile
@@ -300,6 +301,8 @@ def compile_command(
         note(f"warning: {warning}")
     for remark in (*job.config.notes, *plan.report.get("notes", ())):
         note(f"note: {remark}")
+    if draft is Draft.AUTO and not job.deployment.drafts:
+        note(f"note: {no_drafts(job.config)}")
     if json:
         print_json({"plan": str(folder)} | figures(plan))
     else:

@@ -16,7 +16,7 @@ import typer
 
 from dsv4c.cli.chat import chat
 from dsv4c.cli.console import note, progress_bar
-from dsv4c.cli.options import Draft, EncodingOption, JsonOption
+from dsv4c.cli.options import Draft, EncodingOption, JsonOption, no_drafts
 from dsv4c.cli.run import token_ids
 from dsv4c.cli.subject import is_plan
 from dsv4c.compiler.kept import kept_plan
@@ -244,10 +244,11 @@ def _plan(
 def _check_drafts(plan: Plan, draft: Draft, tokens: int | None) -> None:
     """Say where nothing drafts; ConfigError where something else does than is asked for."""
     rounds = [program.shape for program in plan.buckets.values() if program.shape.kind == "round"]
-    if not rounds and draft is Draft.AUTO and tokens is None:
-        note(f"{plan.name}: nothing drafts; every step says one token")
+    config = ModelConfig.from_dict(plan.config)
+    if not rounds and draft is Draft.AUTO and (tokens is None or config.drafts_with):
+        note(no_drafts(config))
         return
-    found = ModelConfig.from_dict(plan.config).drafts_with if rounds else "nothing"
+    found = config.drafts_with if rounds else "nothing"
     if draft not in (Draft.AUTO, found):
         raise ConfigError(f"--draft {draft}: plan {plan.name} drafts with {found}; compile one with --draft")
     if tokens is not None and all(shape.tokens != 1 + tokens for shape in rounds):

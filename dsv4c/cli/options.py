@@ -13,7 +13,7 @@ import typer
 
 from dsv4c.arch import ARCHS
 from dsv4c.compiler.job import rules_of
-from dsv4c.config import BUILTIN
+from dsv4c.config import BUILTIN, ModelConfig
 from dsv4c.errors import ConfigError, listed
 from dsv4c.passes.recipes import RECIPES
 
@@ -26,6 +26,16 @@ class Draft(StrEnum):
     MTP = "mtp"
     DSPARK = "dspark"
     GIVEN = "given"
+
+
+def no_drafts(config: ModelConfig) -> str:
+    """Why a plan that was to draft with what there is does not."""
+    if not config.drafts_with:
+        return f"{config.name}: nothing drafts; every step says one token"
+    return (
+        f"{config.name}: every step says one token: rounds of so many sequences have more rows than a step "
+        f"takes, or read more than they gain; --draft {config.drafts_with} drafts where rows allow it"
+    )
 
 
 class Logits(StrEnum):

@@ -12,6 +12,7 @@ import typer
 from dsv4c.cli.options import COMPLETE_MODEL, CONFIG_HELP, first_given, sizes
 from dsv4c.compiler.job import Compiled, Job, job_of, rules_of
 from dsv4c.compiler.request import Request
+from dsv4c.config import load_config
 from dsv4c.errors import ConfigError
 from dsv4c.ir.graph import Graph
 from dsv4c.ir.text import parse_graph
@@ -72,7 +73,7 @@ def ask(
         subject,
         batch=sizes("--batch", batch),
         chunk=sizes("--chunk", chunk),
-        draft="auto" if bucket.startswith(("draft", "round")) else "off",
+        draft=load_config(subject).drafts_with or "off" if bucket.startswith(("draft", "round")) else "off",
         rules=rules,
         **options,
     )

@@ -11,6 +11,7 @@ from dsv4c.buckets import ROWS, Bucket, Kind, Logits
 from dsv4c.compiler.job import Job, choose_rules, rules_of
 from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
 from dsv4c.errors import ConfigError
+from dsv4c.models.drafting import gain
 from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, parse_pipeline
 from dsv4c.passes.recipes import Recipe, recipe_for
 
@@ -37,10 +38,11 @@ class Request:
     chunk: tokens of one sequence that prefill calls take, a bucket for each size (64 or the context; on a
     GPU 8). logits: of every token of a chunk, or of its last alone (of every one; on a GPU of the last alone
     in chunks of more than 8). draft: adds rounds, which draft tokens and judge them, by the MTP block
-    ("mtp"), by DSpark's stages ("dspark"), or by what the checkpoint has, if anything ("auto"); "given" adds
-    steps that judge the caller's. draft_tokens: drafts of a round (of MTP 1, else 3, or as many as the
-    model's block has rows). sampled: steps draw the next token as their slots say (temperature, top-p, ...),
-    in place of taking the likeliest. pipeline: passes (or their spec) in place of the default ones, whose
+    ("mtp"), by DSpark's stages ("dspark"), or by what the checkpoint has, if anything ("auto": for as
+    many sequences as rows allow, on a GPU only where `models.drafting.gain` says that it pays); "given"
+    adds steps that judge the caller's. draft_tokens: drafts of a round (of MTP 1, else 3, or as many as
+    the model's block has rows). sampled: steps draw the next token as their slots say (temperature,
+    top-p, ...), in place of taking the likeliest. pipeline: passes (or their spec) in place of the default ones, whose
     recipe is `recipe`. rules: what may fold, by default the built-in ones and those of installed packages,
     without those of `disable` ("all": every one) that `enable` does not take back. expected: applications by
     rule that must hold for the smallest decode bucket. require_fused: rules whose ops must find a kernel
@@ -131,14 +133,17 @@ class Request:
         if draft == "dspark" and self.target != "cpu":
             rows = max(rows, block)  # all of the block's are run
         fitting = [n for n in batches if n * rows <= ROWS]
-        if not fitting:
+        if self.draft == "auto":
+            on_gpu = self.target != "cpu"  # where time is bytes
+            fitting = [n for n in fitting if not on_gpu or gain(config, count, n) > 1]
+        elif not fitting:
             raise ConfigError(
                 f"draft_tokens: {count} behind a token of {min(batches)} sequences are "
                 f"{min(batches) * rows} rows; a step takes {ROWS}: give fewer, or a smaller batch"
             )
         kind: Kind = "accept" if draft == "given" else "round"
         steps = [Bucket(kind, n, 1 + count, sampled=self.sampled) for n in fitting]
-        return steps if draft == "given" else [Bucket("draft", tokens=count), *steps]
+        return [Bucket("draft", tokens=count), *steps] if steps and draft != "given" else steps
 
 
 DRAFTS_WITH = {

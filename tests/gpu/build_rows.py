@@ -154,7 +154,12 @@ def plans(folder: Path, target: str, only: str) -> list[dict[str, Any]]:
         if only not in name:
             continue
         for kind in (target, "cpu"):
-            options = {**SMALL, "chunk": 8, "recipe": recipe, "draft": "auto"}
+            options = {
+                **SMALL,
+                "chunk": 8,
+                "recipe": recipe,
+                "draft": load_config(golden_case(model)).drafts_with,
+            }
             plan = compile(golden_case(model), target=kind, certify=False, **options)
             path = folder / (name if kind == target else f"{name}-cpu")
             print(plan.save(path, overwrite=True), flush=True)

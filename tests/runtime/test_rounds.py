@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dsv4c.errors import PlanError, SessionError
+from dsv4c.runtime.answer import Done
 from dsv4c.runtime.sampling import Sampling
 from dsv4c.runtime.session import Session
 from tests.drafting import (
@@ -135,6 +136,20 @@ def test_two_sequences_draft_together(drafting: dict[Head, Session]) -> None:
     drafts = session.draft({0: anchor, 1: anchor})
     assert drafts[0].tokens == drafts[1].tokens
     assert torch.equal(drafts[0].logits, drafts[1].logits)
+
+
+def test_several_answers_draft_together(drafting: dict[Head, Session]) -> None:
+    """Two sequences, one of which ends first: tokens are those without drafts, and both said some in rounds."""
+    session = drafting["mtp"]
+    asked = list(prompts(2, 31))
+    how = {"sampling": Sampling(), "max_new_tokens": 18}
+    drafted, plain = (
+        [event for event in session.generate(asked, drafting=on, **how) if isinstance(event, Done)]
+        for on in (True, False)
+    )
+    assert {done.sequence: done.ids for done in drafted} == {done.sequence: done.ids for done in plain}
+    assert all(sum(done.accepted) > 0 for done in drafted)
+    assert not any(done.accepted for done in plain)
 
 
 def test_confidence_is_dsparks_alone(drafting: dict[Head, Session]) -> None:

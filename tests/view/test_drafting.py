@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 
 from dsv4c.arch import SM_90A
 from dsv4c.cli.roofline import drafting_of
-from dsv4c.compiler.request import DSPARK_TOKENS, MTP_TOKENS, Request
+from dsv4c.compiler.request import DSPARK_TOKENS, MTP_TOKENS, Draft, Request
 from dsv4c.config import ModelConfig, load_config
+from dsv4c.models.drafting import HELD, gain
 from dsv4c.view.drafting import Drafting, Round, text, tokens_per_round
 from tests.commands import command
 from tests.goldens import golden_case
@@ -44,34 +44,51 @@ def test_the_table_of_a_model() -> None:
     assert "has nothing that drafts" in refused.err
 
 
-MTP_HELD = [0.7**n for n in range(1, 8)]
-DSPARK_HELD = [0.83, 0.64, 0.46, 0.32, 0.23]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("head", "usual", "held"), [("mtp", MTP_TOKENS, MTP_HELD), ("dspark", DSPARK_TOKENS, DSPARK_HELD)]
-)
-def test_what_is_drafted_by_default_gains_most(head: str, usual: int, held: Sequence[float]) -> None:
-    """By bytes, for the share of rounds in which so many drafts hold."""
+@pytest.mark.parametrize(("head", "usual"), [("mtp", MTP_TOKENS), ("dspark", DSPARK_TOKENS)])
+def test_what_is_drafted_by_default_gains_most(head: str, usual: int) -> None:
     config = load_config("deepseek-v4-flash")
-    found = drafting_of(
-        Request(config if head == "mtp" else with_dspark(config), max_context=8192).job(), SM_90A
-    )
-    gains = {
-        each.drafts: (1 + sum(held[: each.drafts])) * found.step_us / each.floor_us for each in found.rounds
-    }
+    config = config if head == "mtp" else with_dspark(config)
+    gains = {drafts: gain(config, drafts, 1) for drafts in range(1, len(HELD[head]) + 1)}
     assert max(gains, key=lambda drafts: gains[drafts]) == usual, gains
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["mtp", "dspark"])
+def test_gains_by_weights_are_those_of_the_launches(head: str) -> None:
+    """Within 3 %, where a launch's floor has all that it moves."""
+    config = load_config("deepseek-v4-flash")
+    config = config if head == "mtp" else with_dspark(config)
+    found = drafting_of(Request(config, max_context=8192).job(), SM_90A)
+    for each in found.rounds:
+        said = 1 + sum(HELD[head][: each.drafts])
+        assert gain(config, each.drafts, 1) == pytest.approx(said * found.step_us / each.floor_us, rel=0.03)
+
+
+def test_drafts_that_do_not_pay_are_left_out() -> None:
+    """On a GPU "auto" has rounds where their bytes gain; what is asked for by name is had."""
+    flash = load_config("deepseek-v4-flash")
+
+    def rounds(config: ModelConfig, draft: Draft) -> list[str]:
+        deployment = Request(config, target="sm_90a", draft=draft).job().deployment
+        return [b.name for b in deployment.buckets if b.kind == "round"]
+
+    assert rounds(flash, "auto") == ["round-1x2", "round-2x2"]
+    assert rounds(flash, "mtp") == ["round-1x2", "round-2x2", "round-4x2"]
+    assert rounds(with_dspark(flash), "auto") == ["round-1x4"]
+    shallow = replace(flash, num_layers=4, compress_ratios=flash.compress_ratios[:4])
+    assert rounds(with_dspark(shallow), "auto") == []
+    assert rounds(with_dspark(shallow), "dspark") == ["round-1x4"]
+
+
 def with_dspark(config: ModelConfig) -> ModelConfig:
-    """With stages as the 0731 release has them."""
+    """With stages as the 0731 release has them, behind its last layers."""
+    last = config.num_layers
     return replace(
         config,
         mtp_layers=0,
         dspark_stages=3,
         dspark_block_size=5,
         dspark_noise_token_id=128_799,
-        dspark_target_layers=(40, 41, 42),
+        dspark_target_layers=(last - 3, last - 2, last - 1),
         dspark_markov_rank=256,
     )
