@@ -1,7 +1,7 @@
 """Rounds against plain steps, token for token: a small model whose drafts hold now and then, drafts that hold
 as often as is wished, and drafts made to mislead.
 
-    python -m tests.drafting [--prompts 200] [--device]
+    python -m tests.drafting [--prompts 200] [--head mtp] [--device]
 
 runs many prompts of every kind and prints how often how many drafts held; `--device` on this machine's GPU.
 """
@@ -245,12 +245,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--new", type=int, default=24)
+    parser.add_argument("--head", choices=COUNTS, help="only that one")
     parser.add_argument("--device", action="store_true")
     asked = parser.parse_args()
     sizes = {"target": machine_target() if asked.device else "cpu", "batch": 1, "chunk": 8}
     wrongs = 0
     with tempfile.TemporaryDirectory() as scratch:
         for head, count in COUNTS.items():
+            if asked.head not in (None, head):
+                continue
             weights = learned(Path(scratch) / head, head)
             drafting, judging = (
                 compile_for(weights, draft=draft, draft_tokens=count, **sizes) for draft in (head, "given")

@@ -337,7 +337,7 @@ class Session:
 
     def rounds(self, slots: int) -> int:
         """The most tokens that each of so many slots says in a round; 0 if no bucket drafts for as many."""
-        return max((b.tokens for b in self._of_kind("round", slots)), default=0)
+        return next((b.tokens for b in self._of_kind("round", slots)), 0)
 
     @_one_at_a_time
     def draft(self, tokens: Mapping[int, int]) -> dict[int, Drafts]:

@@ -1,8 +1,9 @@
-"""Rounds on a GPU against its own steps: python -m tests.gpu.check_rounds FOLDER [--prompts N].
+"""Rounds on a GPU against its own steps: python -m tests.gpu.check_rounds FOLDER [--prompts N] [--head HEAD].
 
 `tests.gpu.build_rounds` made FOLDER. Token for token: drafts of both heads, of an oracle, misleading ones;
 sampled rounds under the seeds of sampled steps; and around the ends of windows what is kept, bit for bit, as
-if rejected rows had never run. Histograms of how many drafts held are printed, and must have every number.
+if rejected rows had never run. Histograms of how many drafts held are printed; together those of a head must
+have every number.
 Needs torch and cuda-bindings, no compiler.
 """
 
@@ -64,9 +65,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--head", choices=COUNTS, help="only that one")
     asked = parser.parse_args()
     wrong = 0
-    heads: tuple[Head, ...] = tuple(COUNTS)
+    heads: tuple[Head, ...] = (asked.head,) if asked.head else tuple(COUNTS)
     for head in heads:
         drafting, drawing, judging = (
             load(asked.folder / f"{head}-{name}").bind(asked.folder / f"{head}-weights")

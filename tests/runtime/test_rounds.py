@@ -139,7 +139,7 @@ def test_two_sequences_draft_together(drafting: dict[Head, Session]) -> None:
 
 
 def test_several_answers_draft_together(drafting: dict[Head, Session]) -> None:
-    """Two sequences, one of which ends first: tokens are those without drafts, and both said some in rounds."""
+    """Two sequences at once: tokens are those without drafts, and both said some in rounds."""
     session = drafting["mtp"]
     asked = list(prompts(2, 31))
     how = {"sampling": Sampling(), "max_new_tokens": 18}
