@@ -21,7 +21,7 @@ from dsv4c.codegen.kernels.experts_up import Routing, emit_experts_up
 from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv, plan_parts
 from dsv4c.codegen.kernels.quantize import QuantizeSpec, emit_quantize
 from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec, Rider, seated
-from dsv4c.codegen.lib.shapes import Layout
+from dsv4c.codegen.lib.shapes import Layout, Product, Ring
 from dsv4c.errors import BuildError
 from dsv4c.numerics.forms import parse_packing
 from tests.conftest import Golden
@@ -276,13 +276,40 @@ def test_the_warps_beside_the_one_that_reads_have_a_barrier_of_their_own() -> No
         assert ("arrive", "OPEN") in sides
 
 
-def test_a_cta_has_at_most_32_kb_in_flight_and_uses_what_it_can() -> None:
+def test_an_sm_has_at_most_64_kb_in_flight_and_uses_what_it_can() -> None:
     for spec in FLASH + SMALL + SPLIT:
         for part in plan_parts(spec, SM_90A):
-            ring = part.ring
+            ring, most = part.ring, 64 * 1024 // part.ring.resident
+            assert part.layout.end <= SM_90A.shared_of(ring.resident)
             assert 1 <= ring.ahead <= ring.depth
-            assert ring.ahead == 1 or ring.ahead * ring.slot_bytes <= 32 * 1024
-            assert ring.ahead == ring.depth or (ring.ahead + 1) * ring.slot_bytes > 32 * 1024
+            assert ring.ahead == 1 or ring.ahead * ring.slot_bytes <= most
+            assert ring.ahead == ring.depth or (ring.ahead + 1) * ring.slot_bytes > most
+
+
+@pytest.mark.parametrize("rows", range(2, 9))
+def test_ctas_whose_rows_take_turns_have_enough_in_flight_and_as_much_to_do(rows: int) -> None:
+    """At least 32 KB each; the longest CTA of the first half reads at most a twentieth more than if all read
+    the same.
+    """
+    spec = ExpertsSpec("experts", rows, 4096, 2048, 256, 6, "mxfp4", "fp8", 10.0)
+    up, down = emit_experts_up(spec, BY_SCORE, SM_90A), emit_experts_down(spec, SM_90A)
+    shared, first = rings_of(up.source, "SHARED", "ROUTED")
+    (second,) = rings_of(down.source, "ROUTED")
+    for ring in (first, second):
+        assert 32 * 1024 <= ring.ahead * ring.slot_bytes <= ring.ring_bytes
+    tiles = spec.intermediate // 16
+    job, of_shared = 2 * first.group_bytes, 2 * shared.group_bytes
+    ctas = up.grid[0] - -(-tiles // shared.rounds)
+    longest = max(-(-tiles * spec.top_k * rows // ctas) * job, shared.rounds * of_shared)
+    everything = tiles * (spec.top_k * rows * job + of_shared)
+    assert longest <= 1.05 * everything / (2 * SM_90A.sms)
+
+
+def rings_of(source: str, *names: str) -> list[Ring]:
+    """The rings of a kernel's text."""
+    known = {"Ring": Ring, "Product": Product}
+    texts = [re.search(rf"^{name} = (Ring\(.*?^\))", source, re.MULTILINE | re.DOTALL) for name in names]
+    return [eval(text[1], known) for text in texts if text is not None]
 
 
 def test_riders_take_the_first_ctas_and_change_no_weight() -> None:
