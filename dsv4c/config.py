@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dsv4c import dialects, strict_json
 from dsv4c.arch import ARCHS
@@ -161,7 +161,7 @@ class ModelConfig:
         return asdict(self) | {name: list(getattr(self, name)) for name in lists}
 
     @property
-    def drafts_with(self) -> str:
+    def drafts_with(self) -> Literal["", "mtp", "dspark"]:
         """What the checkpoint drafts with: "mtp", "dspark", or "" for nothing."""
         return "dspark" if self.dspark_stages else "mtp" if self.mtp_layers else ""
 
