@@ -35,7 +35,7 @@ def emit_sampler(spec: SamplerSpec, arch: Arch) -> Emission:
     if n % 4:
         raise BuildError(f"sampler of {n} tokens: want a multiple of 4, for 16-byte loads")
     ctas = next(c for c in (16, 8, 4, 2) if c == 2 or n >= 512 * c)
-    t = Spread(n, ctas, min(512, -(-n // (4 * ctas * 32)) * 32))
+    t = Spread(n, ctas, min(256, -(-n // (4 * ctas * 32)) * 32))
     if t.each > MOST_EACH:
         raise BuildError(f"sampler of {n} tokens: a CTA of {ctas} has {t.each}, more than {MOST_EACH}")
     types = {

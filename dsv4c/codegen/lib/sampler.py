@@ -111,14 +111,23 @@ def remember(
     g_slots: Int64,
     slot: Int32,
     rows: Int32,
+    lane: Int32,
 ):
     """The step's tokens of a slot to their places of its history. Every row of the slot stores all of them,
-    for its own cluster; of two rows for one place the later one stays. One thread.
+    for its own cluster; of two rows for one place the later one stays. A warp reads, its first lane stores.
     """
-    for row in cutlass.range(rows, unroll=1):
-        position = ptx.ldg32(g_positions + row * 4).bitcast(Int32)
-        if position >= 0 and ptx.ldg32(g_slots + row * 4).bitcast(Int32) == slot:
-            ptx.stg32(g_said + Int64(position % capacity) * 4, ptx.ldg32(g_tokens + row * 4))
+    for first in cutlass.range(0, rows, 32, unroll=1):
+        row, place, token = first + lane, Int32(-1), Uint32(0)
+        if row < rows:
+            position = ptx.ldg32(g_positions + row * 4).bitcast(Int32)
+            of_row = ptx.ldg32(g_slots + row * 4).bitcast(Int32)
+            token = ptx.ldg32(g_tokens + row * 4)
+            if position >= 0 and of_row == slot:
+                place = position % capacity
+        for i in cutlass.range(cutlass.min(rows - first, Int32(32)), unroll=1):
+            at, given = cute.arch.shuffle_sync(place, i), cute.arch.shuffle_sync(token, i)
+            if lane == 0 and at >= 0:
+                ptx.stg32(g_said + Int64(at) * 4, given)
 
 
 @cute.jit
