@@ -285,6 +285,8 @@ def main() -> None:
         environment = {"DSV4C_KNOWN": str(root / "known.json")}
         with serving(root, "plain.plan", *platform, *more, log=root / "oracle.log", **environment):
             asyncio.run(ask([drafts]))
+        with serving(root, "drafting.plan", *platform, "--draft", "mtp", log=root / "drafting.log"):
+            asyncio.run(ask([drafts]))
     print("all is well", flush=True)
 
 

@@ -29,13 +29,15 @@ PORT = 8437
 
 
 def prepare(root: Path) -> Path:
-    """The folder with `weights` and `plain.plan`, made once."""
+    """The folder with `weights`, `drafting.plan`, and `plain.plan`, made once."""
     weights = root / "weights"
     if not (root / "plain.plan").exists():
         root.mkdir(parents=True, exist_ok=True)
         synthesize(load_config("tiny"), weights, 1)
         write_tokenizer(weights)
-        compile(weights, sampled=True, logits="last", **OPTIONS).save(root / "plain.plan")
+        sampled = {**OPTIONS, "sampled": True, "logits": "last"}
+        compile(weights, draft="mtp", draft_tokens=3, **sampled).save(root / "drafting.plan")
+        compile(weights, **sampled).save(root / "plain.plan")
     return root
 
 
