@@ -85,7 +85,7 @@ def serving(root: Path, plan: str, *options: str, log: Path, **environment: str)
                 server.wait()
 
 
-def wait_healthy(server: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
+def wait_healthy(server: subprocess.Popen[bytes], log: Path, seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if server.poll() is not None:

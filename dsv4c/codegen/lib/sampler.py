@@ -359,7 +359,7 @@ def _place_weights(
     for n in range_constexpr(t.quads):
         word = Uint32(0)
         for i in range_constexpr(4):
-            x = unordered((key[4 * n + i] ^ Uint32(0x80000000)).bitcast(Int32))
+            x = unordered((_here(key[4 * n + i]) ^ Uint32(0x80000000)).bitcast(Int32))
             part = cute.arch.fmin(ptx.multiply(largest - x, scale), Float32(t.BINS)).to(Int32)
             word = word | (_bin(t, part.bitcast(Uint32), p[4 * n + i]) << Uint32(8 * i))
         place[n] = word
@@ -407,12 +407,27 @@ def _fill(
     for n in range_constexpr(4 * t.quads):
         bin_ = _bin_of(place, n)
         if bin_ != t.NONE:
-            weight = Int64(1) if counts else whole(_here(p[n]))
-            upper = (weight >> Int64(HALF)).to(Uint32)
+            lower, upper = _parts(p[n])
+            lower, upper = Uint32(1) if counts else lower, Uint32(0) if counts else upper
             at = s + bin_ * (4 * t.COPIES)
-            ptx.count_shared(at, weight.to(Uint32) & Uint32((1 << HALF) - 1))
+            ptx.count_shared(at, lower)
             if upper != Uint32(0):
                 ptx.count_shared(at + (t.o_upper - t.o_lower), upper)
+
+
+@cute.jit
+def _parts(p: Float32):
+    """The lower HALF bits of a weight, and the upper ones. Shifts by too much, or by less than none, give 0."""
+    return _asm(
+        "{ .reg .b32 b, d, l, r, left, right; mov.b32 b, {$r0}; "
+        "and.b32 d, b, 0x7FFFFF; or.b32 d, d, 0x800000; "
+        f"shr.u32 b, b, 23; sub.s32 left, b, {127 + 23 - ONE}; sub.s32 right, {127 + 23 - ONE}, b; "
+        "shl.b32 l, d, left; shr.u32 r, d, right; or.b32 l, l, r; "
+        f"and.b32 {{$w0}}, l, {(1 << HALF) - 1}; "
+        f"add.s32 right, right, {HALF}; shr.u32 {{$w1}}, d, right; }}",
+        write_only_types=[Uint32] * 2,
+        read_only_args=[p],
+    )
 
 
 @cute.jit
@@ -503,23 +518,37 @@ def _collect(
     """What is in a bin, or `all_` in it and in those above it, to all CTAs: key, weight and column. Of those
     that are too many only their number and their range arrive. A barrier of the cluster.
     """
-    least, most = Uint32(0), Uint32(0)
+    lane = thread % 32
     last = Int32(t.BINS - 1) if all_ and bin_ < 0 else bin_
     first = Int32(0) if all_ else bin_
-    for n in range_constexpr(t.quads):
-        for i in range_constexpr(4):
-            of_column = _bin_of(place, 4 * n + i)
-            if of_column >= first and of_column <= last:
-                at = _take_place(sm + t.o_found)
-                if at < t.MOST:
-                    words = key[4 * n + i], p[4 * n + i].bitcast(Uint32)
-                    column = t.column(rank, thread, n) + i
-                    ptx.sts128(sm + t.o_own + at * 16, words[0], words[1], column.bitcast(Uint32), Uint32(0))
-                least = cutlass.max(least, ~key[4 * n + i])
-                most = cutlass.max(most, key[4 * n + i])
+    members = Uint32(0)  # columns, a bit each
+    for n in range_constexpr(4 * t.quads):
+        of_column = _bin_of(place, n)
+        if of_column >= first and of_column <= last:
+            members = members | Uint32(1 << n)
+    own = cute.arch.popc(members).to(Int32)
+    so_far = own
+    for i in range_constexpr(5):
+        other = cute.arch.shuffle_sync_up(so_far, offset=1 << i, mask_and_clamp=0)
+        so_far = so_far + (other if lane >= (1 << i) else Int32(0))
+    before = Int32(0)
+    if lane == 31:
+        before = _take_places(sm + t.o_found, so_far)
+    at = cute.arch.shuffle_sync(before, 31) + so_far - own
+    least, most = Uint32(0), Uint32(0)
+    if members != Uint32(0):
+        for n in range_constexpr(t.quads):
+            for i in range_constexpr(4):
+                if (members & Uint32(1 << (4 * n + i))) != Uint32(0):
+                    k, column = key[4 * n + i], t.column(rank, thread, n) + i
+                    if at < t.MOST:
+                        s = sm + t.o_own + at * 16
+                        ptx.sts128(s, k, p[4 * n + i].bitcast(Uint32), column.bitcast(Uint32), Uint32(0))
+                    at = at + 1
+                    least, most = cutlass.max(least, ~k), cutlass.max(most, k)
     least = cute.arch.warp_redux_sync(least, kind="max")
     most = cute.arch.warp_redux_sync(most, kind="max")
-    if thread % 32 == 0:
+    if lane == 0:
         _raise(sm + t.o_found + 4, least)
         _raise(sm + t.o_found + 8, most)
     cute.arch.sync_threads()
@@ -649,9 +678,9 @@ def draw_of_few(
 
 
 @cute.jit
-def _here(r: Float32):
-    """A number whose uses are computed where they stand: kept over a loop they take too many registers."""
-    return _asm("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[r])
+def _here(r: Uint32):
+    """A number whose uses are computed where they stand: kept from before they take too many registers."""
+    return _asm("mov.b32 {$w0}, {$r0};", write_only_types=[Uint32], read_only_args=[r])
 
 
 @cute.jit
@@ -660,9 +689,9 @@ def _leading_zeros(r: Uint32):
 
 
 @cute.jit
-def _take_place(s: Int32):
-    """The word of shared memory before one was added."""
-    return _asm("atom.shared.add.u32 {$w0}, [{$r0}], 1;", write_only_types=[Int32], read_only_args=[s])
+def _take_places(s: Int32, r: Int32):
+    """The word of shared memory before so many were added."""
+    return _asm("atom.shared.add.u32 {$w0}, [{$r0}], {$r1};", write_only_types=[Int32], read_only_args=[s, r])
 
 
 @cute.jit
