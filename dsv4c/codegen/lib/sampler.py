@@ -570,7 +570,7 @@ def _candidates(t: Constexpr[Spread], sm: Int32, thread: Int32):
     the largest key.
     """
     source, number, least, most, fits = Int32(-1), Int32(0), Uint32(0), Uint32(0), Boolean(True)
-    for rank in range_constexpr(t.ctas):
+    for rank in cutlass.range(t.ctas, unroll=2):
         head = ptx.lds128(sm + t.o_heads + rank * 16)
         own = head[0].bitcast(Int32)
         if thread >= number and thread < number + own:
