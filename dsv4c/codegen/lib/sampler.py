@@ -417,7 +417,7 @@ def _fill(
 
 @cute.jit
 def _parts(p: Float32):
-    """The lower HALF bits of a weight, and the upper ones. Shifts by too much, or by less than none, give 0."""
+    """The lower HALF bits of a weight, and the upper ones. Shifts by too much, or by less than 0, give 0."""
     return _asm(
         "{ .reg .b32 b, d, l, r, left, right; mov.b32 b, {$r0}; "
         "and.b32 d, b, 0x7FFFFF; or.b32 d, d, 0x800000; "
