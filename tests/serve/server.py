@@ -23,7 +23,7 @@ from dsv4c.runtime.generate import generate
 from dsv4c.runtime.session import Session
 from tests.words import write_tokenizer
 
-CONTEXT = 1024
+CONTEXT = 1536
 OPTIONS: dict[str, Any] = {"max_context": CONTEXT, "batch": (1, 2, 4), "chunk": 64, "certify": False}
 PORT = 8437
 
