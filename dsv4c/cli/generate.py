@@ -86,9 +86,7 @@ LogprobsOption = Annotated[
 DraftOption = Annotated[
     Draft, typer.Option(help="Say several tokens a step, drafted by what the checkpoint has (auto), or off.")
 ]
-DraftTokensOption = Annotated[
-    int | None, _optional("Tokens drafted in a round.", "K", "1, or DSpark's block")
-]
+DraftTokensOption = Annotated[int | None, _optional("Tokens drafted in a round.", "K", "1, of DSpark 3")]
 CacheOption = Annotated[
     Path | None, _optional("Folder of kept plans and kernels.", "DIR", "the user's cache")
 ]
