@@ -12,6 +12,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from dsv4c.errors import GraphError
+from dsv4c.exchange import MOST_RANKS
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.op import Op
 from dsv4c.ir.ops.collective import AllGather, AllReduce
@@ -29,7 +30,7 @@ from dsv4c.passes.placement import (
 )
 from dsv4c.types import F32, DType, QuantType, TensorType, Type
 
-MOST_RANKS = 8
+
 
 CUTS: tuple[tuple[str, int], ...] = (
     ("*.attn.wq_a", 0),

@@ -371,7 +371,7 @@ def _files(folder: Path, data: Mapping[str, Any]) -> dict[str, bytes]:
     return {name: _checked(folder, name, digest) for name, digest in named.items()}
 
 
-_DEPLOYMENT = {"target": str, "recipe": str, "max_context": int, "slots": int, "buckets": list}
+_DEPLOYMENT = {"target": str, "recipe": str, "max_context": int, "slots": int, "buckets": list, "ranks": int}
 _CERTIFICATE = frozenset({"rule", "op", "operands", "kind", "worst"})
 _ORIGIN = frozenset({"name", "kind", "source", "at"})
 
