@@ -22,6 +22,8 @@ SITE = 16  # bytes each, a u32 of them the number
 MOST_RANKS = 8
 SITE_BITS = 10  # of a flag; the others are the epoch
 MOST_SITES, MOST_EPOCHS = 1 << SITE_BITS, 1 << (32 - SITE_BITS)
+GIVEN_UP = 1 << 31  # a status: this, the rank waited for (3 bits), and what there is room for of the flag
+STATUS_EPOCHS = 1 << (28 - SITE_BITS)
 TURNS = 4
 WORD, PAYLOAD = 8, 4  # bytes of a word, and those of them that a value has
 
@@ -57,6 +59,6 @@ def layout_of(ranks: int, sites: int, nbytes: int) -> Layout:
     return Layout(ranks, sites, region)
 
 
-def given_up(status: int) -> tuple[int, int]:
-    """(exchange, rank that it waited for) of a status that is not 0."""
-    return (status & 0xFFFF) - 1, status >> 16
+def given_up(status: int) -> tuple[int, int, int]:
+    """(exchange, rank that it waited for, step modulo `STATUS_EPOCHS`) of a status that is not 0."""
+    return status & (MOST_SITES - 1), status >> 28 & (MOST_RANKS - 1), status >> SITE_BITS & STATUS_EPOCHS - 1

@@ -35,6 +35,7 @@ from dsv4c.compiler.job import Compiled, Job, Saved, read_saved, rules_of, stop
 from dsv4c.compiler.limits import least_memory
 from dsv4c.compiler.request import Request
 from dsv4c.errors import ConfigError, GraphError
+from dsv4c.exchange import MOST_RANKS
 from dsv4c.ir.text import print_graph
 from dsv4c.plan.folder import Plan, check_target
 
@@ -84,6 +85,15 @@ SampledOption = Annotated[
     typer.Option(
         "--sampled",
         help="Decode steps draw the next token as each sequence asks, in place of taking the likeliest.",
+    ),
+]
+RanksOption = Annotated[
+    int,
+    typer.Option(
+        help="Devices that hold a part of the model each, and run it together: GPUs of one machine, or on the "
+        "CPU parts of one process.",
+        min=1,
+        max=MOST_RANKS,
     ),
 ]
 RequireOption = Annotated[
@@ -184,6 +194,7 @@ DECIDED = (
     "draft",
     "draft_tokens",
     "sampled",
+    "ranks",
     "pipeline",
     "disable",
     "enable",
@@ -210,6 +221,7 @@ def compile_command(
     draft: DraftOption = Draft.OFF,
     draft_tokens: DraftTokensOption = None,
     sampled: SampledOption = False,
+    ranks: RanksOption = 1,
     disable: DisableOption = None,
     enable: EnableOption = None,
     extra: PassOption = None,
@@ -270,6 +282,7 @@ def compile_command(
             draft=draft.value,
             draft_tokens=draft_tokens,
             sampled=sampled,
+            ranks=ranks,
             pipeline=pipeline,
             rules=rules,
             disable=disable or (),
@@ -403,6 +416,7 @@ def describe(plan: Plan) -> str:
     slots = f"{deployment['slots']} slot" + "s" * (deployment["slots"] != 1)
     lines = [
         f"  {slots} of {deployment['max_context']:,} tokens",
+        *([f"  {plan.ranks} ranks, of which each has:"] if plan.ranks > 1 else []),
         f"  weights {size(blocks['weights'])}, state {size(blocks['state'])}, arena {size(blocks['arena'])}",
     ]
     for name, program in plan.buckets.items():

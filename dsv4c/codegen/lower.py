@@ -15,7 +15,7 @@ from typing import Protocol
 
 from dsv4c.buckets import Bucket
 from dsv4c.errors import BuildError, GraphError
-from dsv4c.exchange import MOST_SITES, SITE, Layout
+from dsv4c.exchange import MOST_SITES, SITE, SITES, Layout
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.text import print_graph
@@ -473,8 +473,8 @@ def _exchange(coded: Iterable[_Coded], ranks: int) -> Layout | None:
 
 
 def _exchanged(exchange: Layout, site: int) -> dict[str, Argument]:
-    """What an exchange takes beside its values: the block, and its own number."""
-    whole = Argument("exchange", 0, "exchange", "data", exchange.nbytes, "rw")
+    """What an exchange takes beside its values: the block's header, and its own number."""
+    whole = Argument("exchange", 0, "exchange", "data", SITES, "rw")
     number = Argument("exchange", exchange.site(site), "exchange.site", "data", SITE, "early")
     return {"exchange": whole, "site": number}
 

@@ -57,7 +57,9 @@ class Kernels:
             waits=emission.waits,
         )
         operands = tuple(
-            Operand(b.component, b.access, None if b.value is None else values[b.value], b.scratch, b.exchange)
+            Operand(
+                b.component, b.access, None if b.value is None else values[b.value], b.scratch, b.exchange
+            )
             for b in launch.bindings
         )
         forms = {values[number]: form for number, form in launch.forms.items()}

@@ -81,9 +81,7 @@ def compile(
     with stages("lower"):
         folded = [job.folded(b, first, compiled[first], again) for b, first in firsts.items()]
         try:
-            lowered = lower(
-                folded, target.coder, target.bodies, job.require_fused, job.deployment.ranks
-            )
+            lowered = lower(folded, target.coder, target.bodies, job.require_fused, job.deployment.ranks)
         except BuildError as error:
             raise refused(job, error) from None
         target.settle(lowered.programs.values(), job.kernels)

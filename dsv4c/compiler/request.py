@@ -103,9 +103,7 @@ class Request:
                 buckets.append(Bucket("prefill", tokens=tokens, logits=logits))
         buckets += self._drafting(config, batches)
         slots = max(batches) if self.slots is None else self.slots
-        deployment = Deployment(
-            self.target, recipe.name, self.max_context, slots, tuple(buckets), self.ranks
-        )
+        deployment = Deployment(self.target, recipe.name, self.max_context, slots, tuple(buckets), self.ranks)
         check_deployment(config, deployment)
         return deployment
 

@@ -87,7 +87,7 @@ def placements(graph: Graph, params: Mapping[str, Placement]) -> dict[Value, Pla
     """Of every value of a sharded graph, whose inputs and states are replicated, as are `params` that are not
     named. Raises GraphError naming the node and both placements where an operand does not fit.
     """
-    found: dict[Value, Placement] = {v: REPLICATED for v in (*graph.inputs, *graph.states)}
+    found: dict[Value, Placement] = dict.fromkeys((*graph.inputs, *graph.states), REPLICATED)
     found |= {v: params.get(v.name, REPLICATED) for v in graph.params}
     for node in graph.nodes:
         given = tuple(found[v] for v in node.inputs)
@@ -95,14 +95,15 @@ def placements(graph: Graph, params: Mapping[str, Placement]) -> dict[Value, Pla
             made = results_of(node.op, given, [v.type for v in node.inputs])
         except MismatchError as error:
             operand = node.inputs[error.operand]
-            raise GraphError(f"at {node.name}: {node.op.name}: %{operand.name}: {operand.type} {error}") from None
+            place = f"at {node.name}: {node.op.name}: %{operand.name}: {operand.type}"
+            raise GraphError(f"{place} {error}") from None
         if len(made) == 1:
             made *= len(node.outputs)
         found.update(zip(node.outputs, made, strict=True))
     for label, value in graph.outputs.items():
         if found[value] != REPLICATED:
-            error = MismatchError(0, found[value], REPLICATED)
-            raise GraphError(f"output {label}: %{value.name}: {value.type} {error}")
+            wrong = MismatchError(0, found[value], REPLICATED)
+            raise GraphError(f"output {label}: %{value.name}: {value.type} {wrong}")
     return found
 
 
@@ -286,7 +287,9 @@ def _in_blocks(x: Placement, format: QuantFormat, type_: Type, alone: bool) -> P
         return x
     from_last = len(type_.shape) - 1 - x.axis
     if from_last == 0 and (alone or format.tail or type_.shape[-1] % format.block[1]):
-        why = "a scale is of a whole row" if alone or format.tail else f"a part is no whole blocks of {format}"
+        why = (
+            "a scale is of a whole row" if alone or format.tail else f"a part is no whole blocks of {format}"
+        )
         _want(0, x, REPLICATED, why)
     if from_last == 1 and type_.shape[-2] % format.block[0]:
         _want(0, x, REPLICATED, f"a part is no whole blocks of {format}")

@@ -30,8 +30,6 @@ from dsv4c.passes.placement import (
 )
 from dsv4c.types import F32, DType, QuantType, TensorType, Type
 
-
-
 CUTS: tuple[tuple[str, int], ...] = (
     ("*.attn.wq_a", 0),
     ("*.attn.wkv", 0),
@@ -122,14 +120,12 @@ class _Sharder:
 
     def _visit(self, node: Node) -> None:
         if isinstance(node.op, Cast) and self.placed[node.inputs[0]] == PARTIAL:
-            op = AllReduce(ranks=self.ranks, out=node.op.to)
-            self._emit(node, op, (self.own[node.inputs[0]],), (REPLICATED,))
+            total = AllReduce(ranks=self.ranks, out=node.op.to)
+            self._emit(node, total, (self.own[node.inputs[0]],), (REPLICATED,))
             return
         exchanged: set[int] = set()
         while True:
-            given = tuple(
-                REPLICATED if i in exchanged else self.placed[v] for i, v in enumerate(node.inputs)
-            )
+            given = tuple(REPLICATED if i in exchanged else self.placed[v] for i, v in enumerate(node.inputs))
             try:
                 op, made = self._placed(node, given)
                 break
@@ -156,7 +152,9 @@ class _Sharder:
         op: Any = node.op
         if isinstance(op, Reshape):
             op = self._reshape(node, op, given[0])
-        types = [self.own[v].type if p != REPLICATED else v.type for v, p in zip(node.inputs, given, strict=True)]
+        types = [
+            self.own[v].type if p != REPLICATED else v.type for v, p in zip(node.inputs, given, strict=True)
+        ]
         made = results_of(op, given, types)
         if PARTIAL in made and hasattr(op, "out"):
             op = replace(op, out=F32)  # rounded once, behind the sum
@@ -198,7 +196,9 @@ class _Sharder:
         found = [value]
         layer = value.node.place.layer if value.node is not None else ""
         for node in self.graph.nodes if layer else ():
-            ready = all(v in self.own and self.placed[v] == REPLICATED or v.kind is Kind.PARAM for v in node.inputs)
+            ready = all(
+                (v in self.own and self.placed[v] == REPLICATED) or v.kind is Kind.PARAM for v in node.inputs
+            )
             if node.place.layer != layer or len(node.outputs) != 1 or not ready:
                 continue
             (made,) = node.outputs

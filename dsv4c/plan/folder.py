@@ -95,6 +95,11 @@ class Plan:
         """What it runs on: cpu, sm_90a or sm_100a."""
         return str(self.deployment["target"])
 
+    @property
+    def ranks(self) -> int:
+        """Devices that hold a part of the model each, and run it together; blocks are the size of each one's."""
+        return int(self.deployment["ranks"])
+
     def program(self, bucket: str = "decode") -> Program:
         """The program of a bucket, by its name or as the smallest of a kind.
 

@@ -152,6 +152,23 @@ class Graph:
         call("destroy graph", cuda.cuGraphDestroy(self._graph))
 
 
+def set_word(address: int, value: int, stream: int) -> None:
+    """Enqueue a u32 to be written to `address`, of the current context's device."""
+    call(f"write {value}", cuda.cuMemsetD32Async(cuda.CUdeviceptr(address), value, 1, cuda.CUstream(stream)))
+
+
+def current_context() -> Any:
+    """The current context (CUcontext)."""
+    return call("ask for the context", cuda.cuCtxGetCurrent())
+
+
+def reach(context: Any, what: str) -> None:
+    """Let the current context's kernels reach the memory of another's. Raises DriverError naming `what`."""
+    result = cuda.cuCtxEnablePeerAccess(context, 0)
+    if result[0] != cuda.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
+        call(what, result)
+
+
 def synchronize(what: str) -> None:
     """Wait for all work of the current context. Raises DriverError naming `what` if any of it failed."""
     call(what, cuda.cuCtxSynchronize())

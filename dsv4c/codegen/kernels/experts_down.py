@@ -138,7 +138,16 @@ def experts_down(request: Request) -> Answer:
         return No(f"takes bf16 and makes bf16 or f32, not {h} and {op.out}")
     experts, hidden, intermediate = routed.shape
     spec = ExpertsSpec(
-        "experts_down", h.shape[0], hidden, intermediate, experts, h.shape[1], *formats, math.inf, packed, str(op.out)
+        "experts_down",
+        h.shape[0],
+        hidden,
+        intermediate,
+        experts,
+        h.shape[1],
+        *formats,
+        math.inf,
+        packed,
+        str(op.out),
     )
     values = {**x, "shared_h": x["h_shared"], "expert_ids": x["experts"], "y": call.outputs[0]}
     if not packed:

@@ -8,8 +8,7 @@ slows the waiting down.
 import cutlass.cute as cute
 from cutlass import Constexpr, Int32, Int64, Uint32, range_constexpr
 
-from dsv4c.codegen.lib import ptx
-from dsv4c.exchange import EPOCH, INBOXES, LIMIT, RANK, REGION, SITE_BITS, STATUS, WORD
+from dsv4c.exchange import EPOCH, GIVEN_UP, INBOXES, LIMIT, RANK, REGION, SITE_BITS, STATUS, WORD
 
 
 @cute.jit
@@ -80,8 +79,7 @@ def receive(m_exchange: cute.Pointer, here: cute.Tensor, flag: Uint32, number: I
                     word = Uint32(0x7FFFFFFF)
                     found = Uint32(1)
                 elif cute.arch.globaltimer() - begun > ldg64_system(g + LIMIT):
-                    site = flag & Uint32((1 << SITE_BITS) - 1)
-                    give_up(g + STATUS, (site + Uint32(1)) | Uint32(peer << 16))
+                    give_up(g + STATUS, (flag & Uint32((1 << 28) - 1)) | Uint32(GIVEN_UP | peer << 28))
     return word
 
 
