@@ -189,7 +189,8 @@ class CudaExecutor:
         try:
             yield
         except (torch.AcceleratorError, driver.DriverError) as error:
-            if self.poison and isinstance(error, driver.DriverError):
+            named = isinstance(error, driver.LostRankError)
+            if named or (self.poison and isinstance(error, driver.DriverError)):
                 raise
             what, _, _ = str(error).partition("\n")
             raise driver.DriverError(

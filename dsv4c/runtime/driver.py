@@ -22,6 +22,10 @@ class DriverError(Dsv4cError):
     """A CUDA driver call failed."""
 
 
+class LostRankError(DriverError):
+    """A rank waited for another in vain."""
+
+
 def call(what: str, result: tuple[Any, ...]) -> Any:
     """The values of a driver call's result tuple. Raises DriverError naming `what`."""
     status, *values = result

@@ -144,7 +144,7 @@ class CudaRanks:
         for number, rank in enumerate(self.ranks):
             status = int(_word(rank.blocks["exchange"], STATUS)) & 0xFFFFFFFF
             if status:
-                raise driver.DriverError(self._lost(number, status))
+                raise driver.LostRankError(self._lost(number, status))
 
     @contextmanager
     def naming(self) -> Iterator[None]:

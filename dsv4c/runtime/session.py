@@ -696,6 +696,7 @@ class Session:
         bad = [s for s, fine in zip(chosen, finite, strict=True) if not fine]
         if bad:
             self._streams = self._next = None
+            self.wait()  # where a step failed, that is why
             raise SessionError(
                 f"the logits of slot {bad[0]} are not finite (NaN or infinity): its weights overflow these "
                 "numerics; compare with the recipe fp32, or find the first such node with `dsv4c bisect`; "
