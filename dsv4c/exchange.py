@@ -1,4 +1,4 @@
-"""The block of memory through which ranks exchange values: what lies where. Known to compiler, kernels, runtime.
+"""The block of memory through which ranks exchange values: what lies where.
 
 A header, a number for each exchange of a step (its site), then the inbox: for each of four turns a region for
 every rank, of words that the rank has put there. A word is 8 bytes, 4 of them a flag that says which exchange

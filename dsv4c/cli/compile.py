@@ -90,8 +90,7 @@ SampledOption = Annotated[
 RanksOption = Annotated[
     int,
     typer.Option(
-        help="Devices that hold a part of the model each, and run it together: GPUs of one machine, or on the "
-        "CPU parts of one process.",
+        help="Devices that hold a part of the model each, and run it together: GPUs of one machine.",
         min=1,
         max=MOST_RANKS,
     ),

@@ -94,8 +94,8 @@ def parts_of(value: Value) -> dict[str, Tensor]:
 
 
 def part_of(value: Value, axis: int, of: int, number: int) -> Value:
-    """Part `number` of `of` equal ones along an axis, a view. A block of scales that several parts share is in
-    each of them; so is a scale of the whole matrix.
+    """Part `number` of `of` equal ones along an axis, a view. A scale of elements of several parts is in each
+    of them; so is a scale of the whole matrix.
     """
     if not isinstance(value, Quantized):
         size = value.shape[axis] // of

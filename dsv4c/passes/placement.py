@@ -1,7 +1,7 @@
 """What each rank holds of a value, and one rule per op of how that passes from operands to results.
 
-A value is replicated (the same bits everywhere), cut along a dimension (equal parts in order of the ranks), or
-partial (an f32 addend of the whole on each). Types are a rank's own: of a cut value those of its part.
+A value is replicated (the same bits everywhere), cut along a dimension (equal parts in order of the ranks),
+or partial (an f32 addend of the whole on each). Types are a rank's own: of a cut value those of its part.
 """
 
 from __future__ import annotations
@@ -224,7 +224,7 @@ def _sum(op: Sum, given: Placements, types: Sequence[Type]) -> Placement:
 def _reshape(op: Reshape, given: Placements, types: Sequence[Type]) -> Placement:
     """A cut dimension may become another that begins where it did."""
     x = given[0]
-    if x == PARTIAL or x == REPLICATED:
+    if x in (PARTIAL, REPLICATED):
         return x
     axis = reshaped_axis(types[0].shape, op.infer(types[0]).shape, x.axis)
     if axis is None:

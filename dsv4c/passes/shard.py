@@ -60,7 +60,7 @@ def placement_of(name: str) -> Placement:
 def local_type(name: str, type_: Type, axis: int, ranks: int) -> Type:
     """A rank's part of a weight. Raises GraphError where ranks do not divide it.
 
-    Ranks may share a block of scales, each with a copy of its own, but a part is not several pieces of blocks.
+    Ranks may share a block of scales, each with a copy of its own, but a part has no pieces of several.
     """
     size = type_.shape[axis]
     part, rest = divmod(size, ranks)
@@ -205,7 +205,7 @@ class _Sharder:
             if made in self.whole or made is value:
                 continue
             try:
-                op, (own,) = self._placed(node, tuple(self.placed[v] for v in node.inputs))
+                _, (own,) = self._placed(node, tuple(self.placed[v] for v in node.inputs))
             except MismatchError:
                 continue
             if own == placed and self._wanted_whole(made, own):

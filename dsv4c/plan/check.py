@@ -486,8 +486,8 @@ def _exchanges(
             yield Violation(
                 "exchange",
                 program.launches[i].name,
-                f"is behind {program.launches[i].after}, between two exchanges: expected {(i - 1,)}, or a rank "
-                "may hold what another waits for",
+                f"is behind {program.launches[i].after}, between two exchanges: expected {(i - 1,)}, or a "
+                "rank may hold what another waits for",
             )
     for number, i in enumerate(found):
         launch = program.launches[i]

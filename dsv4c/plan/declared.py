@@ -85,7 +85,8 @@ def _exchange(text: str) -> str:
     places = [(kernel.find(step), kernel.rfind(step)) for step in steps]
     for (one, (_, last)), (two, (first, _)) in pairwise(zip(steps, places, strict=True)):
         if not 0 <= last < first:
-            return f"its kernel has {two.rstrip('(')} before {one.rstrip('(')}, or lacks one: a rank would wait on"
+            wrong = f"its kernel has {two.rstrip('(')} before {one.rstrip('(')}, or lacks one of them"
+            return f"{wrong}: ranks could wait for each other forever, or slow each other down"
     return ""
 
 

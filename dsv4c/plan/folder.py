@@ -97,7 +97,7 @@ class Plan:
 
     @property
     def ranks(self) -> int:
-        """Devices that hold a part of the model each, and run it together; blocks are the size of each one's."""
+        """Devices that hold a part of the model each and run it together; each has blocks of these sizes."""
         return int(self.deployment["ranks"])
 
     def program(self, bucket: str = "decode") -> Program:

@@ -12,11 +12,11 @@ from dsv4c.reference.registry import meaning
 
 
 @meaning(AllReduce)
-def all_reduce(op: AllReduce, *addends: Tensor) -> Tensor:
+def all_reduce(op: AllReduce, *x: Tensor) -> Tensor:
     """In f32 and in order of the ranks: the same bits on all of them, whoever adds."""
-    _expect_ranks(op, len(addends), op.ranks)
-    total = addends[0].clone()
-    for addend in addends[1:]:
+    _expect_ranks(op, len(x), op.ranks)
+    total = x[0].clone()
+    for addend in x[1:]:
         total += addend
     return total.to(TORCH_DTYPES[op.out])
 

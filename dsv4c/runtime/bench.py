@@ -298,8 +298,8 @@ def layers_alone(plan: Plan, bucket: str, first: int, last: int) -> Plan:
 
 
 def random_executor(plan: Plan) -> CudaExecutor | CudaRanks:
-    """The plan on random weights and caches, those of every rank made on its GPU. Caches, and weights that all
-    ranks have whole, are the same on all. Raises PlanError if the GPUs cannot run it.
+    """The plan on random weights and caches, each rank's made on its GPU. Caches, and weights that all ranks
+    have whole, are the same on all. Raises PlanError if the GPUs cannot run it.
     """
     check_devices(plan)
     experts, residents = int(plan.config["n_routed_experts"]), list(map(Resident.from_json, plan.weights))

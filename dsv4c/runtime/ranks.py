@@ -1,7 +1,7 @@
-"""Runs a plan on several NVIDIA GPUs of this machine: one process, whose one thread launches every rank's graph.
+"""Runs a plan on several NVIDIA GPUs of this machine: one thread of one process launches every rank's graph.
 
-Ranks keep in step by themselves: their kernels wait for each other's words (`dsv4c.exchange`), so the host may
-be as far ahead as it likes. A rank that gets no words gives up after the time limit, and says at which
+Ranks keep in step by themselves: their kernels wait for each other's words (`dsv4c.exchange`), so the host
+may be as far ahead as it likes. A rank that gets no words gives up after the time limit, and says at which
 exchange.
 """
 

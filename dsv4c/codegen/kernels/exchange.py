@@ -34,7 +34,7 @@ class ReduceSpec:
 
 @dataclass(frozen=True)
 class Piece:
-    """One value of a gather: `width` columns of a row on each rank, which are `words` from word `first` on."""
+    """One value of a gather: `width` columns of a row on each rank, as `words` from word `first` on."""
 
     x: str
     y: str

@@ -14,7 +14,7 @@ from dsv4c.types import F32, DType, TensorType, Type
 
 @primitive
 class AllReduce(Op):
-    """The sum of every rank's x in order of the ranks, in f32, rounded once to `out`: f32[...] -> out[...]."""
+    """Every rank's x f32[...] added up, in f32 and in order of the ranks, and rounded once -> out[...]."""
 
     by_row: ClassVar = frozenset({0})
     collective: ClassVar = True
