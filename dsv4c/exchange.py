@@ -20,6 +20,7 @@ SITES = 256
 SITE = 16  # bytes each, a u32 of them the number
 
 MOST_RANKS = 8
+MOST_ROWS = 64  # of a step: half of what crosses is flags, which more rows would not be worth
 SITE_BITS = 10  # of a flag; the others are the epoch
 MOST_SITES, MOST_EPOCHS = 1 << SITE_BITS, 1 << (32 - SITE_BITS)
 GIVEN_UP = 1 << 31  # a status: this, the rank waited for (3 bits), and what there is room for of the flag

@@ -11,13 +11,12 @@ from dataclasses import dataclass, replace
 from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.registry import Answer, Launchable, No, Request, kernel, launchable
-from dsv4c.exchange import PAYLOAD, WORD
+from dsv4c.exchange import MOST_ROWS, PAYLOAD, WORD
 from dsv4c.ir.ops.collective import AllGather, AllReduce
 from dsv4c.types import BF16, F32, I32, TensorType
 
 THREADS = 256
 MOST_CTAS = 32  # for a row: all CTAs of a step's rows are on the device together
-MOST_ROWS = 64
 
 EXCHANGE = (Parameter("exchange"), Parameter("site", early=True))
 
