@@ -25,6 +25,7 @@ from dsv4c.cli.options import (
     Logits,
     OverwriteOption,
     PassOption,
+    RanksOption,
     RecipeOption,
     TargetOption,
     first_given,
@@ -35,7 +36,6 @@ from dsv4c.compiler.job import Compiled, Job, Saved, read_saved, rules_of, stop
 from dsv4c.compiler.limits import least_memory
 from dsv4c.compiler.request import Request
 from dsv4c.errors import ConfigError, GraphError
-from dsv4c.exchange import MOST_RANKS
 from dsv4c.ir.text import print_graph
 from dsv4c.plan.folder import Plan, check_target
 
@@ -85,14 +85,6 @@ SampledOption = Annotated[
     typer.Option(
         "--sampled",
         help="Decode steps draw the next token as each sequence asks, in place of taking the likeliest.",
-    ),
-]
-RanksOption = Annotated[
-    int,
-    typer.Option(
-        help="Devices that hold a part of the model each, and run it together: GPUs of one machine.",
-        min=1,
-        max=MOST_RANKS,
     ),
 ]
 RequireOption = Annotated[
