@@ -177,7 +177,7 @@ class _Sharder:
         if placed == REPLICATED:
             return self.own[value]
         if value not in self.whole:
-            scope = value.place if value.node is None else value.node.scope
+            scope = "" if value.node is None else value.node.scope
             if placed == PARTIAL:
                 op: Op = AllReduce(ranks=self.ranks, out=_dtype(value))
                 together = [value]
@@ -187,7 +187,7 @@ class _Sharder:
             suffix = "sum" if placed == PARTIAL else "whole"
             names = [self.builder.fresh(f"{v.name}_{suffix}") for v in together]
             own = tuple(self.own[v] for v in together)
-            made = self.builder.emit(op, own, names=names, scope=str(scope))
+            made = self.builder.emit(op, own, names=names, scope=scope)
             self.whole.update(zip(together, made, strict=True))
         return self.whole[value]
 
