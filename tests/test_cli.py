@@ -123,6 +123,7 @@ def test_compile_prints_json_alone(weights: Path, tmp_path: Path) -> None:
         "max_context": 4096,
         "slots": 2,
         "buckets": ["decode-2", "verify-1x4", "prefill-64"],
+        "ranks": 1,
     }
     assert data["buckets"]["decode-2"]["launches"] == len(loaded.program().launches)
     assert data["blocks"] == loaded.blocks
