@@ -142,7 +142,7 @@ HOUSE = {
     ),
     # Every command imports what it needs; the package loads a command's module when it is called.
     "cli": Room(
-        3650,
+        3900,
         (
             *(*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "compiler.device"),
             *("plan", "runtime", "view", "vllm"),
