@@ -139,7 +139,7 @@ HOUSE = {
     ),
     # Every command imports what it needs; the package loads a command's module when it is called.
     "cli": Room(
-        3650,
+        3680,
         (
             *(*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "compiler.device"),
             *("plan", "runtime", "view", "vllm"),

@@ -26,8 +26,8 @@ def chat(
     answer: Callable[[Any], Done],
     closing: Callable[[Done], str],
 ) -> None:
-    """Ask and answer until there is no more input. Mistakes are told, and the conversation goes on, as it does
-    after Ctrl-C: whoever stops an answer a moment too late loses the line, not the conversation.
+    """Ask and answer until there is no more input. Mistakes are told, and the conversation goes on, after
+    Ctrl-C too: whoever stops an answer a moment too late loses the line, not the conversation.
     """
     history: list[Message] = []
     note(COMMANDS)
