@@ -172,6 +172,11 @@ def test_a_folder_without_a_tokenizer_answers_in_ids_alone(folder: Path, tmp_pat
     assert (refused.code, refused.out) == (2, "")
     assert f"{tmp_path}: has no tokenizer.json" in refused.err
     assert command("generate", tmp_path, "--tokens", "3", *options).code == 0
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
+    cut = command("generate", tmp_path, "--prompt", "x", *options, "--cache", tmp_path / "none")
+    assert (cut.code, cut.out) == (2, "")
+    assert "is no tokenizer" in cut.err
+    assert not (tmp_path / "none").exists()  # said before anything is compiled
     (tmp_path / "model.safetensors").unlink()
     missing = command("generate", tmp_path, "--tokens", "3", *options)
     assert (missing.code, missing.out) == (4, "")
