@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsv4c.buckets import ROWS
 from dsv4c.errors import PromptError, SessionError
 from dsv4c.models.encoding.marks import DSML, END, THOUGHT
 from dsv4c.models.encoding.rules import PREVIEW
@@ -24,7 +26,7 @@ from dsv4c.runtime.answer import (
     Token,
     ToolCalled,
     asks_of,
-    checked_tokenizer,
+    check_tokenizer,
     generation_defaults,
 )
 from dsv4c.runtime.sampling import Sampling
@@ -209,6 +211,35 @@ def test_a_conversation_goes_on_on_the_ids_that_were_sampled(session: Scripted) 
     assert len(session.read) == second.read - 1
 
 
+class Ahead(Scripted):
+    """The same on a GPU: steps in portions, whose order with what is read of them it keeps."""
+
+    device = torch.device("cuda")
+
+    def say(
+        self, count: int, tokens: Mapping[int, int], slots: Sequence[int], *, best: int | None, rounds: bool
+    ) -> SimpleNamespace:
+        self.order = [*getattr(self, "order", []), f"say {count}"]
+        self.said = getattr(self, "said", 0) + count
+        self.ahead = max(getattr(self, "ahead", 0), self.said)
+        return SimpleNamespace(slots=[*tokens, *slots], chances=[], each=1, count=count)
+
+    def settle(self, said: SimpleNamespace) -> dict[int, list[int]]:
+        self.order.append("read")
+        self.said -= said.count
+        self.positions[0] += said.count
+        return {0: list(islice(self.script[0], said.count))}
+
+
+def test_on_a_gpu_a_portion_is_enqueued_before_the_one_ahead_is_read(tokenizer: Tokenizer) -> None:
+    session = Ahead(tokenizer)
+    session.tell(f"{'abcdefgh' * 3}{END}")
+    events = list(answers(session, "Go", limit=18))
+    assert len(done_of(events).ids) == 18
+    assert session.order == ["say 4", *["say 4", "read"] * 3, "say 2", "read", "read"]
+    assert session.ahead <= ROWS
+
+
 def test_another_conversation_is_read_from_its_start(session: Scripted) -> None:
     session.tell(f"Yes.{END}")
     list(answers(session, "Where?"))
@@ -236,23 +267,20 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_it_is_read(session: Scri
     assert session.read == []
 
 
-def test_a_tokenizer_of_another_model_is_refused(session: Scripted, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"has no tokenizer\.json"):
-        checked_tokenizer(session, tmp_path)  # type: ignore[arg-type]
+        Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(PromptError, match="is no tokenizer"):
-        checked_tokenizer(session, tmp_path)  # type: ignore[arg-type]
+        Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(PromptError, match="a pointer of Git LFS"):
-        checked_tokenizer(session, tmp_path)  # type: ignore[arg-type]
+        Tokenizer.open(tmp_path)
     write_tokenizer(tmp_path)
-    session.vocab_size = 300
     with pytest.raises(PromptError, match=r"has ids up to .*, the model only to 299"):
-        checked_tokenizer(session, tmp_path)  # type: ignore[arg-type]
-    session.vocab_size = 512
-    session.plan = SimpleNamespace(config={"eos_token_id": 2})
+        check_tokenizer(Tokenizer.open(tmp_path), {"vocab_size": 300})
     with pytest.raises(PromptError, match="is 1 there, 2 in the model's config"):
-        checked_tokenizer(session, tmp_path)  # type: ignore[arg-type]
+        check_tokenizer(Tokenizer.open(tmp_path), {"vocab_size": 512, "eos_token_id": 2})
 
 
 @pytest.mark.parametrize(
