@@ -28,6 +28,7 @@ from dsv4c.models.synth import synthesize
 from dsv4c.passes.recipes import RECIPES
 from tests.codegen.lowered import gpu_plan
 from tests.commands import command
+from tests.goldens import golden_case
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -100,6 +101,19 @@ def test_compile_writes_a_plan_and_says_what_it_is(weights: Path, tmp_path: Path
         "draft-1",
         "round-1x2",
     ]
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [("tiny", "more rows than a step takes"), (golden_case("official-quant"), "nothing drafts")],
+)
+def test_a_plan_that_was_to_draft_says_why_it_does_not(model: str | Path, why: str, tmp_path: Path) -> None:
+    args = ("--max-context", 32, "--batch", 8, "--draft", "auto", "--no-certify")
+    done = command("compile", model, "-o", tmp_path / "p", *args)
+    assert done.code == 0
+    (note,) = [line for line in done.err.splitlines() if "every step says one token" in line]
+    assert why in note
+    assert not any("round" in bucket for bucket in dsv4c.load(tmp_path / "p").buckets)
 
 
 def test_compile_takes_sizes_of_buckets(tmp_path: Path) -> None:
