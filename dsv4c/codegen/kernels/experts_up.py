@@ -151,7 +151,7 @@ def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch) -> tuple[UpPart, 
             return math.inf
         return max(rounds[0] * BITS[spec.shared], rounds[1] * BITS[spec.routed])
 
-    # The rounds of a token are in a warp's lanes, the sums of all tokens' in shared memory: of two CTAs' SMs.
+    # A warp's lanes have the rounds of a token, half an SM's shared memory the sums of all tokens'.
     lanes = range(1, 33)
     fit = list(itertools.takewhile(lambda n: shared_of(n).layout.end <= arch.shared_of(2), lanes))
     rounds = min(itertools.product(fit or lanes, range(1, 32 * turns + 1)), key=longest)

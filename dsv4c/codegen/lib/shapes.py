@@ -144,8 +144,8 @@ class Ring:
     @property
     def ahead(self) -> int:
         """Steps in flight at a time, of what the CTAs of an SM should have so: no more, or, of a stream that
-        turns make long, no less. (A step of 17 KB a CTA read 3.1 TB/s from the second turn on, one of 34 KB
-        4.3; H200, 2026-11-30.)
+        turns make long, no less. (With 17 KB a CTA `experts_down` read 3.1 TB/s from the second turn on, with
+        34 KB `experts_up` 4.3; H200, 2026-11-30.)
         """
         wanted = 2 * IN_FLIGHT // self.resident
         steps = -(-wanted // self.slot_bytes) if self.turns > 1 else wanted // self.slot_bytes
