@@ -139,7 +139,7 @@ MISTAKES = {
     ("compile", "tiny", "--stop-after", "fould"): (3, "there are: quantize, fold, prepack, tidy"),
     ("compile", "tiny", "--pipeline", "quantise{recipe=official},fold"): (
         3,
-        "tidy; did you mean 'quantize'?",
+        "tidy, shard; did you mean 'quantize'?",
     ),
     ("why-not", "swiglo", "tiny"): (3, "in_proj; did you mean 'swiglu'?"),
     ("show", "tiny", "--after", "fould"): (3, "did you mean 'fold'?"),
