@@ -17,8 +17,8 @@ from dsv4c.ir.graph import Graph, Kind, Node, Value
 
 @dataclass(frozen=True)
 class Group:
-    """Ops that may share a launch within a layer, in this order. `chained`: the later of them read what the
-    first makes; otherwise none of them waits for another.
+    """Ops that may share a launch, in this order. `chained`: the later of them read what the first makes;
+    otherwise none of them waits for another, and all are of one layer.
     """
 
     ops: tuple[str, ...]
@@ -81,7 +81,8 @@ def _grouped(
         if not layer or not any(name in group.ops for group in groups):
             continue
         hosts = open_.setdefault(layer, [])
-        for host in hosts:
+        before = [host for host in order.predecessors(index) if host not in hosts]  # of another layer
+        for host in (*hosts, *before):
             if (group := joined(host, index)) is not None:
                 kinds[host] = group
                 members[host] += members.pop(index)

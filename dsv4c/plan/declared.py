@@ -80,7 +80,7 @@ def _exchange(text: str) -> str:
     """Waits for predecessors, gives words, gets words, meets, lets the successor begin: in this order, else
     what is not.
     """
-    steps = ("ptx.wait()", "exchange.push(", "exchange.receive(", "sync_threads()", "ptx.launch_dependents()")
+    steps = ("ptx.wait()", "exchange.push(", "exchange.receive", "sync_threads()", "ptx.launch_dependents()")
     kernel = text[text.index("@cute.kernel") :] if "@cute.kernel" in text else ""
     places = [(kernel.find(step), kernel.rfind(step)) for step in steps]
     for (one, (_, last)), (two, (first, _)) in pairwise(zip(steps, places, strict=True)):

@@ -6,8 +6,9 @@ slows the waiting down.
 """
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64, Uint32, range_constexpr
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
+from dsv4c.codegen.lib import ptx
 from dsv4c.exchange import EPOCH, GIVEN_UP, INBOXES, LIMIT, RANK, REGION, SITE_BITS, STATUS, WORD
 
 
@@ -81,6 +82,26 @@ def receive(m_exchange: cute.Pointer, here: cute.Tensor, flag: Uint32, number: I
                 elif cute.arch.globaltimer() - begun > ldg64_system(g + LIMIT):
                     give_up(g + STATUS, (flag & Uint32((1 << 28) - 1)) | Uint32(GIVEN_UP | peer << 28))
     return word
+
+
+@cute.jit
+def receive_sum(
+    m_exchange: cute.Pointer,
+    here: cute.Tensor,
+    rank: Int32,
+    flag: Uint32,
+    number: Int64,
+    own: Float32,
+    ranks: Constexpr[int],
+):
+    """The sum of word `number` of all ranks, in order of the ranks; this rank's is `own`."""
+    total = Float32(0.0)
+    for peer in range_constexpr(ranks):
+        addend = own
+        if rank != peer:
+            addend = receive(m_exchange, here, flag, number, peer).bitcast(Float32)
+        total = addend if const_expr(peer == 0) else ptx.plus(total, addend)
+    return total
 
 
 @cute.jit
