@@ -477,7 +477,12 @@ def _exchanges(
             if _exchanging(launch):
                 yield Violation("exchange", launch.name, f"exchanges values, in a plan for {plan.ranks} rank")
         return
-    found = [i for i, launch in enumerate(program.launches) if _exchanging(launch)]
+    given = {launch.nodes for launch in program.launches if launch.exchanges}
+    found = [
+        i
+        for i, launch in enumerate(program.launches)
+        if launch.exchanges or (_exchanging(launch) and launch.nodes not in given)
+    ]
     if not found:
         yield Violation("exchange", "", f"has no exchange, in a plan for {plan.ranks} ranks")
         return

@@ -142,8 +142,11 @@ def exchanging(
     *,
     stage: str = "",
     scratch: Mapping[str, Scratch] | None = None,
+    forms: Mapping[str, str] | None = None,
 ) -> Launchable:
     """A launch that gives every other rank so many words."""
     assert WORD == 2 * PAYLOAD
-    launch = launchable(request, emission, values, stage=stage, scratch=scratch, exchange=EXCHANGE)
+    launch = launchable(
+        request, emission, values, stage=stage, scratch=scratch, forms=forms, exchange=EXCHANGE
+    )
     return replace(launch, exchanged=words * WORD)
