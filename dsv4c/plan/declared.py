@@ -83,7 +83,9 @@ def _exchange(text: str) -> str:
     if "exchange.gather(" in text:  # gives, takes, meets and lets begin
         stages = len(re.findall(r"\bexchange\.gather\(", text))
         if len(re.findall(r"^ +ptx\.wait\(\)\n +exchange\.gather\(", text, re.MULTILINE)) != stages:
-            return "its kernel has exchange.gather that is not right behind ptx.wait(): others may wait for it"
+            return (
+                "its kernel has exchange.gather that is not right behind ptx.wait(): others may wait for it"
+            )
         if "ptx.launch_dependents()" in text:
             return "its kernel has ptx.launch_dependents() beside exchange.gather: it would slow ranks down"
         return ""

@@ -93,8 +93,8 @@ class Gathered:
 
     def call(self, *wanted: str) -> str:
         """The stage of a CTA that reads these operands."""
-        values = "".join(f"{self.names.index(name)}, " for name in wanted)
-        return f"exchange.gather(GATHER, *given, ({values.strip()}), tid, CONSUMERS)"
+        values = tuple(self.names.index(name) for name in wanted)
+        return f"exchange.gather(GATHER, *given, {values}, tid, CONSUMERS)"
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,10 @@ class HyperNormSpec:
         if self.held is not None:
             return self.held
         threads = self.hidden // ctas
-        return 24 if threads <= 256 else 12 if threads <= 512 else 0
+        if threads > 512:
+            return 0
+        most = 24 if threads <= 256 else 12
+        return most - 2 if self.ranks > 1 else most  # waiting for words takes registers
 
 
 def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:

@@ -209,7 +209,7 @@ def gathered_q_norm_quantize(request: Request) -> Answer:
         (call,) = [c for c in others if isinstance(c.op, QNormQuantize)]
         riding = riding_of(rest, request.types[call.inputs[0]].shape[0])
         assert isinstance(riding, Riding)
-        return _q_projections(rest, call, riding, gathered)
+        return _q_projections(request, call, riding, gathered)
     gather = all_gather.ask(replace(request, calls=(first,)))
     if isinstance(gather, No):
         return gather
