@@ -65,7 +65,8 @@ def test_launches(tmp_path: Path) -> None:
     for kernel in kernels:
         assert kernel.resources.stack == 0
         assert "st.relaxed.sys.global.b64" in kernel.ptx
-        assert "fence.sc" not in kernel.ptx and "fence.acq" not in kernel.ptx
+        assert "fence.sc" not in kernel.ptx
+        assert "fence.acq" not in kernel.ptx
         wait, trigger = (kernel.ptx.index(f"griddepcontrol.{w}") for w in ("wait", "launch_dependents"))
         # The last one has a stage for each kind of CTA: of the first alone, in their order.
         look = "ld.relaxed.sys.global.b64 w"
