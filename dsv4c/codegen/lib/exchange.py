@@ -12,6 +12,8 @@ from dsv4c.codegen.lib import ptx
 from dsv4c.codegen.lib.shapes import Gather
 from dsv4c.exchange import EPOCH, GIVEN_UP, INBOXES, LIMIT, RANK, REGION, SITE_BITS, STATUS, WORD
 
+LOOKS = 4096  # at all words together, a millisecond or more, before each is waited for until the limit
+
 
 @cute.jit
 def ldg32_system(g: Int64):
@@ -86,6 +88,47 @@ def receive(m_exchange: cute.Pointer, here: cute.Tensor, flag: Uint32, number: I
 
 
 @cute.jit
+def receive_all(
+    m_exchange: cute.Pointer,
+    here: cute.Tensor,
+    rank: Int32,
+    flag: Uint32,
+    number: Int64,
+    own: Uint32,
+    ranks: Constexpr[int],
+):
+    """Word `number` of every rank, waited for; this rank's is `own`. Looks at all of several others at once:
+    one after the other, each would take a round trip.
+    """
+    words = cute.make_rmem_tensor((ranks,), Uint32)
+    late, looks = Uint32(1), Int32(0 if const_expr(ranks > 2) else LOOKS)
+    while late != Uint32(0) and looks < LOOKS:
+        late = Uint32(0)
+        for peer in range_constexpr(ranks):
+            word, found = look(here[peer] + number * WORD)
+            words[peer] = word
+            if found != flag and rank != peer:
+                late = Uint32(1)
+        looks = looks + 1
+    for peer in range_constexpr(ranks):
+        if rank == peer:
+            words[peer] = own
+        elif late != Uint32(0):
+            words[peer] = receive(m_exchange, here, flag, number, peer)
+    return words
+
+
+@cute.jit
+def look(g: Int64):
+    """A word and its flag, as they are."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b64 w; ld.relaxed.sys.global.b64 w, [{$r0}]; mov.b64 {{$w0},{$w1}}, w; }",
+        write_only_types=[Uint32] * 2,
+        read_only_args=[g],
+    )
+
+
+@cute.jit
 def receive_sum(
     m_exchange: cute.Pointer,
     here: cute.Tensor,
@@ -96,12 +139,10 @@ def receive_sum(
     ranks: Constexpr[int],
 ):
     """The sum of word `number` of all ranks, in order of the ranks; this rank's is `own`."""
-    total = Float32(0.0)
-    for peer in range_constexpr(ranks):
-        addend = own
-        if rank != peer:
-            addend = receive(m_exchange, here, flag, number, peer).bitcast(Float32)
-        total = addend if const_expr(peer == 0) else ptx.plus(total, addend)
+    words = receive_all(m_exchange, here, rank, flag, number, own.bitcast(Uint32), ranks)
+    total = words[0].bitcast(Float32)
+    for peer in range_constexpr(1, ranks):
+        total = ptx.plus(total, words[peer].bitcast(Float32))
     return total
 
 
@@ -139,12 +180,11 @@ def gather(
             if k < t.rows * n:
                 row, j = k // n, k % n
                 own = ptx.ldg32(pieces[value] + Int64(k) * 4)
+                number = Int64(row) * t.width + t.first(value) + j
+                words = receive_all(m_exchange, here, rank, flag, number, own, t.ranks)
                 for peer in range_constexpr(t.ranks):
-                    word = own
-                    if rank != peer:
-                        number = Int64(row) * t.width + t.first(value) + j
-                        word = receive(m_exchange, here, flag, number, peer)
-                    ptx.stg32(whole[value] + (Int64(row) * (n * t.ranks) + peer * n + j) * 4, word)
+                    at = Int64(row) * (n * t.ranks) + peer * n + j
+                    ptx.stg32(whole[value] + at * 4, words[peer])
     ptx.sync_threads(threads)
     ptx.launch_dependents()
 
