@@ -136,9 +136,12 @@ def mix(f: tuple, x: list, post: Float32, comb: list):
     words = []
     for i in range_constexpr(2):
         fl, fh = ptx.bf16x2_to_f32x2(f[i])
-        lo = post * fl
-        hi = post * fh
-        for j in range_constexpr(STREAMS):
+        xl, xh = ptx.bf16x2_to_f32x2(x[0][i])
+        # Of two products one is rounded: which, must not depend on the code around, or ranks would differ
+        # from one GPU in every stream.
+        lo = ptx.fma(post, fl, comb[0] * xl)
+        hi = ptx.fma(post, fh, comb[0] * xh)
+        for j in range_constexpr(1, STREAMS):
             xl, xh = ptx.bf16x2_to_f32x2(x[j][i])
             lo = lo + comb[j] * xl
             hi = hi + comb[j] * xh
