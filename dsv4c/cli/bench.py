@@ -43,6 +43,14 @@ def bench_command(
             show_default=False,
         ),
     ] = None,
+    alone: Annotated[
+        int | None,
+        typer.Option(
+            help="This rank of a plan for several, by itself: what it waits for is there already.",
+            metavar="RANK",
+            show_default=False,
+        ),
+    ] = None,
     position: Annotated[int, typer.Option(help="Tokens before the step.", min=0)] = 8192,
     replays: Annotated[int, typer.Option(help="Of every part; a time is their median.", min=3)] = 31,
     json: JsonOption = False,
@@ -64,6 +72,8 @@ def bench_command(
     cut = _range(layers)
     if cut is not None and weights is not None:
         raise ConfigError("--layers takes --random-weights: a checkpoint is bound whole")
+    if alone is not None and weights is not None:
+        raise ConfigError("--alone takes --random-weights: a checkpoint is bound whole")
     compiled = load(plan)
     if compiled.target == "cpu":
         raise PlanError(
@@ -75,15 +85,19 @@ def bench_command(
 
     if cut is not None:
         compiled = layers_alone(compiled, bucket, *cut)
-    executor = random_executor(compiled) if weights is None else compiled.bind(weights).executor
+    executor = random_executor(compiled, alone) if weights is None else compiled.bind(weights).executor
     assert isinstance(executor, CudaExecutor | CudaRanks)
     with progress_bar("timing") as progress:
         found = bench(
             compiled, executor, bucket=bucket, position=position, replays=replays, progress=progress
         )
     if json:
-        print_json(found.to_dict())
+        print_json(found.to_dict() | ({} if alone is None else {"alone": alone}))
         return
+    if alone is not None:
+        print(
+            f"rank {alone} of {compiled.ranks} alone, on one GPU: exchanges cost what an answer at once does"
+        )
     print(text(found), end="")
 
 

@@ -151,8 +151,8 @@ Candidate = Callable[[Request], Answer]
 @dataclass(frozen=True)
 class Kernel:
     """A candidate: the ops it covers, any op if none are named; whether one launch may hold several of them,
-    in that order, and whether the later of them then read what the first makes. `package` contributed it, if
-    it is not dsv4c's.
+    in that order, whether the later of them then read what the first makes, and whether the others then read
+    the `lead`'s results and nothing of each other. `package` contributed it, if it is not dsv4c's.
     """
 
     name: str
@@ -161,13 +161,16 @@ class Kernel:
     chained: bool
     ask: Candidate
     package: Package | None = None
+    lead: bool = False
 
 
-def kernel(*ops: type[Op], several: bool = False, chained: bool = False) -> Callable[[Candidate], Kernel]:
+def kernel(
+    *ops: type[Op], several: bool = False, chained: bool = False, lead: bool = False
+) -> Callable[[Candidate], Kernel]:
     """Make a function a candidate for launches of these ops; `several` of them may be one launch, `chained`
-    if the later ones read what the first makes.
+    if the later ones read what the first makes, with a `lead` if all read what an op of the first kind makes.
     """
-    return lambda ask: Kernel(ask.__name__, ops, several or chained, chained, ask)
+    return lambda ask: Kernel(ask.__name__, ops, several or chained or lead, chained, ask, lead=lead)
 
 
 def kernels_in(module: ModuleType) -> tuple[Kernel, ...]:

@@ -31,7 +31,9 @@ class Kernels:
     @cached_property
     def groups(self) -> Sequence[Group]:
         """What families take in one launch."""
-        return tuple(Group(tuple(op.name for op in k.ops), k.chained) for k in self.known if k.several)
+        return tuple(
+            Group(tuple(op.name for op in k.ops), k.chained, k.lead) for k in self.known if k.several
+        )
 
     def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
         params = {p for node in nodes for p in node.inputs if p.kind is Kind.PARAM}

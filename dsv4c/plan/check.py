@@ -474,10 +474,15 @@ def _exchanges(
     """
     if plan.ranks == 1 or program.bucket is None:
         for launch in program.launches:
-            if launch.exchanges or launch.op in ("all_reduce", "all_gather"):
+            if _exchanging(launch):
                 yield Violation("exchange", launch.name, f"exchanges values, in a plan for {plan.ranks} rank")
         return
-    found = [i for i, x in enumerate(program.launches) if x.exchanges or x.op in ("all_reduce", "all_gather")]
+    given = {launch.nodes for launch in program.launches if launch.exchanges}
+    found = [
+        i
+        for i, launch in enumerate(program.launches)
+        if launch.exchanges or (_exchanging(launch) and launch.nodes not in given)
+    ]
     if not found:
         yield Violation("exchange", "", f"has no exchange, in a plan for {plan.ranks} ranks")
         return
@@ -493,6 +498,10 @@ def _exchanges(
         launch = program.launches[i]
         if isinstance(launch.code, KernelCode):
             yield from _exchange(plan, launch, launch.code, number, kernels)
+
+
+def _exchanging(launch: Launch) -> bool:
+    return launch.exchanges or not {"all_reduce", "all_gather"}.isdisjoint(launch.op.split(" + "))
 
 
 def _exchange(

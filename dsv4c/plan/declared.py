@@ -80,7 +80,16 @@ def _exchange(text: str) -> str:
     """Waits for predecessors, gives words, gets words, meets, lets the successor begin: in this order, else
     what is not.
     """
-    steps = ("ptx.wait()", "exchange.push(", "exchange.receive(", "sync_threads()", "ptx.launch_dependents()")
+    if "exchange.gather(" in text:  # gives, takes, meets and lets begin
+        stages = len(re.findall(r"\bexchange\.gather\(", text))
+        if len(re.findall(r"^ +ptx\.wait\(\)\n +exchange\.gather\(", text, re.MULTILINE)) != stages:
+            return (
+                "its kernel has exchange.gather that is not right behind ptx.wait(): others may wait for it"
+            )
+        if "ptx.launch_dependents()" in text:
+            return "its kernel has ptx.launch_dependents() beside exchange.gather: it would slow ranks down"
+        return ""
+    steps = ("ptx.wait()", "exchange.push(", "exchange.receive", "sync_threads()", "ptx.launch_dependents()")
     kernel = text[text.index("@cute.kernel") :] if "@cute.kernel" in text else ""
     places = [(kernel.find(step), kernel.rfind(step)) for step in steps]
     for (one, (_, last)), (two, (first, _)) in pairwise(zip(steps, places, strict=True)):

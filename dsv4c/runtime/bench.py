@@ -19,9 +19,9 @@ from dsv4c.errors import PlanError
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Argument, Launch, Program
 from dsv4c.runtime import driver
-from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, stream
+from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, Device, check_device, stream
 from dsv4c.runtime.random_fill import fill_state, fill_value, fill_weight
-from dsv4c.runtime.ranks import CudaRanks, check_devices, cuda_executor
+from dsv4c.runtime.ranks import CudaRanks, alone, check_devices, cuda_executor
 from dsv4c.runtime.residence import Resident
 from dsv4c.scope import LAYERS, Scope
 
@@ -298,26 +298,35 @@ def layers_alone(plan: Plan, bucket: str, first: int, last: int) -> Plan:
     )
 
 
-def random_executor(plan: Plan) -> CudaExecutor | CudaRanks:
-    """The plan on random weights and caches, each rank's made on its GPU. Caches, and weights that all ranks
-    have whole, are the same on all. Raises PlanError if the GPUs cannot run it.
+def random_executor(plan: Plan, rank: int | None = None) -> CudaExecutor | CudaRanks:
+    """The plan on random weights and caches, each rank's made on its GPU; or one `rank` alone, on the current
+    one. Caches, and weights that all ranks have whole, are the same on all. Raises PlanError if the GPUs
+    cannot run it.
     """
-    check_devices(plan)
-    experts, residents = int(plan.config["n_routed_experts"]), list(map(Resident.from_json, plan.weights))
-    blocks = []
-    for rank in range(plan.ranks):
-        with torch.cuda.device(rank if plan.ranks > 1 else torch.cuda.current_device()):
-            block = torch.empty(-(-plan.blocks["weights"] // 256) * 256, dtype=torch.uint8, device="cuda")
-            for number, resident in enumerate(residents):
-                cut = resident.record.slice is not None
-                torch.cuda.manual_seed(number * plan.ranks + (rank if cut else 0))
-                fill_weight(block, resident, experts)
-            blocks.append(block)
-    executor = cuda_executor(plan, blocks)
+    if rank is None:
+        check_devices(plan)
+    else:
+        check_device(plan, Device.current())
+    here = torch.cuda.current_device()
+    places = {r: r if plan.ranks > 1 else here for r in range(plan.ranks)} if rank is None else {rank: here}
+    blocks = [_random_weights(plan, number, device) for number, device in places.items()]
+    executor = cuda_executor(plan, blocks) if rank is None else alone(plan, blocks[0], rank)
     for slot in plan.state:
         fill_state(executor.blocks["state"], slot.type, slot.offset)
     executor.share(slot.name for slot in plan.state)
     return executor
+
+
+def _random_weights(plan: Plan, rank: int, device: int) -> Tensor:
+    """A rank's block of weights."""
+    experts = int(plan.config["n_routed_experts"])
+    with torch.cuda.device(device):
+        block = torch.empty(-(-plan.blocks["weights"] // 256) * 256, dtype=torch.uint8, device="cuda")
+        for number, resident in enumerate(map(Resident.from_json, plan.weights)):
+            cut = resident.record.slice is not None
+            torch.cuda.manual_seed(number * plan.ranks + (rank if cut else 0))
+            fill_weight(block, resident, experts)
+    return block
 
 
 def bench(

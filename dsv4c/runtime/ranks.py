@@ -7,8 +7,10 @@ exchange.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,6 +23,8 @@ from dsv4c.exchange import (
     MOST_EPOCHS,
     RANK,
     REGION,
+    SITE_BITS,
+    SITES,
     STATUS,
     STATUS_EPOCHS,
     Layout,
@@ -51,6 +55,12 @@ def check_devices(plan: Plan) -> None:
     if plan.ranks == 1:
         check_device(plan, Device.current())
         return
+    processes = os.environ.get("WORLD_SIZE", "1")  # torchrun's
+    if processes != "1":
+        raise PlanError(
+            f"plan {plan.name}: this is one of {processes} processes (WORLD_SIZE), as torchrun starts them; "
+            f"one process runs all {plan.ranks} ranks: start it once, without torchrun"
+        )
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if there < plan.ranks:
         raise PlanError(
@@ -58,8 +68,8 @@ def check_devices(plan: Plan) -> None:
             f"there are as many, or compile with --ranks {max(there, 1)}"
         )
     devices = [Device.number(rank) for rank in range(plan.ranks)]
-    for device in devices:
-        check_device(plan, device)
+    for rank, device in enumerate(devices):
+        check_device(plan, replace(device, name=f"GPU {rank}, {device.name},"))
         if device.name != devices[0].name:
             raise PlanError(
                 f"plan {plan.name}: its ranks would be on {devices[0].name} and {device.name}, which wait "
@@ -80,6 +90,27 @@ def sites_of(plan: Plan) -> dict[str, list[int]]:
         name: [i for i, launch in enumerate(program.launches) if launch.exchanges]
         for name, program in plan.buckets.items()
     }
+
+
+def alone(plan: Plan, weights: Tensor, rank: int) -> CudaExecutor:
+    """One rank of a plan by itself, on one GPU, for timing: what it waits for is there already.
+
+    All exchanges have number 0, and words under its flag are there for all, zeros. What the rank gives others
+    lands where nobody looks. It computes nothing of use. Raises PlanError for a rank that the plan has not.
+    """
+    if plan.ranks == 1 or not 0 <= rank < plan.ranks:
+        raise PlanError(
+            f"plan {plan.name} has {plan.ranks} ranks, from 0 on; there is no rank {rank} to time"
+        )
+    executor = CudaExecutor(plan, weights, device=weights.device)
+    layout = layout_of(plan.ranks, max(map(len, sites_of(plan).values())), plan.blocks["exchange"])
+    block = executor.blocks["exchange"]
+    inbox = block.data_ptr() + layout.inbox
+    block.copy_(_header(layout, rank, [inbox] * plan.ranks, GUARD, executor.blocks))
+    _word(block, EPOCH).fill_(1)
+    block[SITES : layout.inbox].zero_()
+    block[layout.inbox :].view(torch.int64).fill_((1 << SITE_BITS) << 32)
+    return executor
 
 
 class CudaRanks:

@@ -10,7 +10,11 @@ from dsv4c.arch import ARCHS
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels.exchange import GatherSpec, ReduceSpec, emit_all_gather, emit_all_reduce
+from dsv4c.codegen.kernels.gemv import Activations, Gathered, GemvSpec, Matrix, emit_gemv
+from dsv4c.codegen.kernels.hyper_norm import HyperNormSpec, emit_hyper_norm
+from dsv4c.codegen.kernels.riders import KvStoreSpec
 from dsv4c.codegen.kernels.rows import row_program
+from dsv4c.codegen.lib.shapes import Gather
 from dsv4c.codegen.registry import No, request_of
 from dsv4c.ir.graph import Builder
 from dsv4c.ir.ops import all_reduce
@@ -22,23 +26,52 @@ SUM = ReduceSpec(2, 1, 4096, "bf16")
 JOIN = GatherSpec(4, 3, (("bf16", 256), ("f32", 64)))
 
 
+MIXED = HyperNormSpec(1, 4096, 1e-6, 1e-6, 20, ranks=2)
+ROWS = Activations("x", "e4m3", "normalize", gain="gain", eps=1e-6)
+READ = GemvSpec(
+    "q_proj",
+    2,
+    1024,
+    (Matrix("w", 4096, "fp8", ROWS, "y"),),
+    riders=(KvStoreSpec(512, "fp8", 144, 1e-6),),
+    gather=Gathered(Gather(2, 2, (256, 128)), ("x", "kv")),
+)
+
+
+def mixed() -> Emission:
+    return emit_hyper_norm(MIXED, ARCHS["sm_90a"])
+
+
+def read() -> Emission:
+    return emit_gemv(READ, ARCHS["sm_90a"])
+
+
 def test_texts(golden: Golden) -> None:
+    golden(mixed().source, "kernels/hyper_norm_ranks.py.txt")
+    golden(read().source, "kernels/q_proj_ranks.py.txt")
     golden(emit_all_reduce(SUM).source, "kernels/all_reduce.py.txt")
     golden(emit_all_gather(JOIN).source, "kernels/all_gather.py.txt")
 
 
 def test_launches(tmp_path: Path) -> None:
     total, joined = emit_all_reduce(SUM), emit_all_gather(JOIN)
+    assert read().grid == (2 + 128, 1, 1)
     assert total.grid == (16, 1, 1)
     assert joined.grid == (1, 3, 1)  # 128 + 64 words a row
     assert emit_all_gather(GatherSpec(2, 1, (("f32", 64640),))).grid == (32, 1, 1)
-    kernels = build([Source(e.symbol, e.source) for e in (total, joined)], "sm_90a", tmp_path)
+    kernels = build(
+        [Source(e.symbol, e.source) for e in (total, joined, mixed(), read())], "sm_90a", tmp_path
+    )
     for kernel in kernels:
         assert kernel.resources.stack == 0
         assert "st.relaxed.sys.global.b64" in kernel.ptx
-        assert "fence" not in kernel.ptx
+        assert "fence.sc" not in kernel.ptx
+        assert "fence.acq" not in kernel.ptx
         wait, trigger = (kernel.ptx.index(f"griddepcontrol.{w}") for w in ("wait", "launch_dependents"))
-        assert wait < kernel.ptx.index("st.relaxed.sys.global.b64") < kernel.ptx.rindex("AGAIN:") < trigger
+        # The last one has a stage for each kind of CTA: of the first alone, in their order.
+        look = "ld.relaxed.sys.global.b64 w"
+        polls = kernel.ptx.index(look) if kernel is kernels[-1] else kernel.ptx.rindex(look)
+        assert wait < kernel.ptx.index("st.relaxed.sys.global.b64") < polls < trigger
 
 
 EARLY = "    ptx.launch_dependents()\n    thread, _, _"
@@ -51,13 +84,29 @@ EDITS = [  # what a kernel's text is changed to, and what is said of it
 
 
 @pytest.mark.parametrize(("old", "new", "said"), EDITS)
-@pytest.mark.parametrize("emission", [emit_all_reduce(SUM), emit_all_gather(JOIN)], ids=lambda e: e.symbol)
+@pytest.mark.parametrize(
+    "emission", [emit_all_reduce(SUM), emit_all_gather(JOIN), mixed()], ids=lambda e: e.symbol
+)
 def test_a_kernel_that_would_make_ranks_wait_is_found(
     emission: Emission, old: str, new: str, said: str
 ) -> None:
     assert read_source(emission.source).exchange == ""
     assert old in emission.source
     assert said in read_source(emission.source.replace(old, new, 1)).exchange
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("    ptx.wait()\n    exchange.gather(", "    exchange.gather(", "not right behind ptx.wait()"),
+        ("    smem = ptx.", "    ptx.launch_dependents()\n    smem = ptx.", "beside exchange.gather"),
+    ],
+)
+def test_a_launch_that_gathers_as_it_must_not_is_found(old: str, new: str, said: str) -> None:
+    source = read().source
+    assert read_source(source).exchange == ""
+    assert old in source
+    assert said in read_source(source.replace(old, new, 1)).exchange
 
 
 def test_no_generated_kernel_takes_an_exchange() -> None:

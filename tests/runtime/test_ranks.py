@@ -15,7 +15,7 @@ import torch
 
 import dsv4c
 from dsv4c.errors import PlanError, SessionError
-from dsv4c.exchange import GIVEN_UP, Layout, given_up, layout_of
+from dsv4c.exchange import GIVEN_UP, INBOXES, SITE_BITS, SITES, Layout, given_up, layout_of
 from dsv4c.models.synth import synthesize
 from dsv4c.numerics.codec import dequantize, part_of, parts_of, quantize
 from dsv4c.plan.check import check
@@ -229,6 +229,41 @@ def test_gpus_that_do_not_do(
     )
     with pytest.raises(PlanError, match=message):
         ranks.check_devices(executor.plan)
+
+
+def test_a_gpu_with_too_little_memory_is_named(
+    executor: ranks.CudaRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = [1 << 40, 1 << 20]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: True)
+    monkeypatch.setattr(
+        cuda.Device, "number", lambda index: cuda.Device("A", (9, 0), 13000, free[index], 1 << 40)
+    )
+    with pytest.raises(PlanError, match=r"GPU 1, A, has 0\.00 GiB free"):
+        ranks.check_devices(executor.plan)
+    free[1] = 1 << 40
+    ranks.check_devices(executor.plan)
+
+
+def test_several_processes_are_refused(executor: ranks.CudaRanks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(PlanError, match=r"one of 2 processes .* as torchrun starts them"):
+        ranks.check_devices(executor.plan)
+
+
+def test_a_rank_alone_finds_the_words_that_it_waits_for(executor: ranks.CudaRanks) -> None:
+    plan = executor.plan
+    one = ranks.alone(plan, torch.zeros(plan.blocks["weights"], dtype=torch.uint8), 1)
+    block, layout = one.blocks["exchange"], executor._layout
+    assert block[:8].view(torch.int32).tolist() == [1, 1]  # the rank, the step
+    assert not block[SITES : layout.inbox].any()
+    assert block[INBOXES : INBOXES + 16].view(torch.int64).tolist() == [block.data_ptr() + layout.inbox] * 2
+    words = block[layout.inbox :].view(torch.int32).reshape(-1, 2)
+    assert words.unique(dim=0).tolist() == [[0, 1 << SITE_BITS]]
+    with pytest.raises(PlanError, match="there is no rank 2 to time"):
+        ranks.alone(plan, torch.zeros(256, dtype=torch.uint8), 2)
 
 
 def violations(plan: Plan, index: int, **changes: Any) -> list[str]:

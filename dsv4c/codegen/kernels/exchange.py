@@ -1,4 +1,4 @@
-"""Exchanges between ranks, each a launch: words put into the others' inboxes, and theirs waited for.
+"""Exchanges between ranks, as launches: words put into the others' inboxes, and theirs waited for.
 
 For the rows of a step. Every word is stored with its flag, so half of what crosses is flags: chunks of many
 tokens would want plain stores instead.
@@ -6,11 +6,12 @@ tokens would want plain stores instead.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import holds
-from dsv4c.codegen.registry import Answer, Launchable, No, Request, kernel, launchable
+from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable
 from dsv4c.exchange import MOST_ROWS, PAYLOAD, WORD
 from dsv4c.ir.ops.collective import AllGather, AllReduce
 from dsv4c.types import BF16, F32, I32, TensorType
@@ -103,7 +104,7 @@ def all_reduce(request: Request) -> Answer:
         return No(_rows(x.shape[0]))
     spec = ReduceSpec(call.op.ranks, *x.shape, str(call.op.out))
     values = {"x": call.inputs[0], "y": call.outputs[0]}
-    return [_exchanged(request, emit_all_reduce(spec), values, x.shape[0] * x.shape[1])]
+    return [exchanging(request, emit_all_reduce(spec), values, x.shape[0] * x.shape[1])]
 
 
 @kernel(AllGather)
@@ -126,13 +127,26 @@ def all_gather(request: Request) -> Answer:
     spec = GatherSpec(call.op.ranks, rows, tuple(values))
     names = {p.x: call.inputs[i] for i, p in enumerate(spec.pieces)}
     names |= {p.y: call.outputs[i] for i, p in enumerate(spec.pieces)}
-    return [_exchanged(request, emit_all_gather(spec), names, rows * sum(p.words for p in spec.pieces))]
+    return [exchanging(request, emit_all_gather(spec), names, rows * sum(p.words for p in spec.pieces))]
 
 
 def _rows(rows: int) -> str:
     return f"exchanges at most {MOST_ROWS} rows, not {rows}: compile with smaller chunks"
 
 
-def _exchanged(request: Request, emission: Emission, values: dict[str, int], words: int) -> Launchable:
+def exchanging(
+    request: Request,
+    emission: Emission,
+    values: Mapping[str, int],
+    words: int,
+    *,
+    stage: str = "",
+    scratch: Mapping[str, Scratch] | None = None,
+    forms: Mapping[str, str] | None = None,
+) -> Launchable:
+    """A launch that gives every other rank so many words."""
     assert WORD == 2 * PAYLOAD
-    return replace(launchable(request, emission, values, exchange=EXCHANGE), exchanged=words * WORD)
+    launch = launchable(
+        request, emission, values, stage=stage, scratch=scratch, forms=forms, exchange=EXCHANGE
+    )
+    return replace(launch, exchanged=words * WORD)

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.kernels.exchange import EXCHANGE
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
 from dsv4c.codegen.kernels.riders import CompressSpec, Rider, lanes, seated
-from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Layout, Product, Ring
+from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Gather, Layout, Product, Ring
 from dsv4c.errors import BuildError
 
 CTA_BYTES = 32 << 10  # what a CTA could have read in the time that it takes to start and to end
@@ -77,6 +78,26 @@ class Matrix:
 
 
 @dataclass(frozen=True)
+class Gathered:
+    """Operands of a launch that ranks join before it reads them: this rank's piece of `name` is
+    `name`_piece.
+    """
+
+    gather: Gather
+    names: tuple[str, ...]
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """In ABI order."""
+        return (*EXCHANGE, *(Parameter(name) for n in self.names for name in (f"{n}_piece", n)))
+
+    def call(self, *wanted: str) -> str:
+        """The stage of a CTA that reads these operands."""
+        values = tuple(self.names.index(name) for name in wanted)
+        return f"exchange.gather(GATHER, *given, {values}, tid, CONSUMERS)"
+
+
+@dataclass(frozen=True)
 class GemvSpec:
     """`batch` activation rows times `matrices` of `k` columns. With `groups` g > 1 (block-diagonal weights)
     the rows are [M, g, k] and matrix rows r * (rows / g) .. belong to group r. `riders` take a CTA each per
@@ -93,6 +114,7 @@ class GemvSpec:
     rounds: int = 0
     lanes: int = 0
     riders: tuple[Rider, ...] = ()
+    gather: Gathered | None = None
 
 
 @dataclass(frozen=True)
@@ -170,7 +192,9 @@ def emit_gemv(spec: GemvSpec, arch: Arch) -> Emission:
     parts = plan_parts(spec, arch)
     warps = parts[0].ring.warps
     riders = seated(spec.name, spec.riders, warps * 32)
-    parameters = tuple(dict.fromkeys(p for seat in (*parts, *riders) for p in seat.parameters))
+    gather = spec.gather
+    seats = (*parts, *riders, *([gather] if gather else []))
+    parameters = tuple(dict.fromkeys(p for seat in seats for p in seat.parameters))
     shared = max([part.layout.end for part in parts] + [rider.shared for rider in riders])
     grid = parts[-1].last
     nbytes = sum(part.nbytes for part in parts)
@@ -179,6 +203,7 @@ def emit_gemv(spec: GemvSpec, arch: Arch) -> Emission:
         spec=spec,
         parts=parts,
         riders=riders,
+        gather=gather,
         parameters=parameters,
         grid=grid,
         warps=warps,
@@ -186,7 +211,7 @@ def emit_gemv(spec: GemvSpec, arch: Arch) -> Emission:
         nbytes=nbytes,
         arch=arch,
         formats=WEIGHT_FORMATS,
-        libs=libs_of((part.x.prologue for part in parts), riders),
+        libs=libs_of((part.x.prologue for part in parts), riders, gather is not None),
     )
     packing = {
         slot.matrix.name: f"{slot.matrix.format}/{part.ring.tile_warps}x{part.ring.span}"
@@ -204,10 +229,10 @@ def emit_gemv(spec: GemvSpec, arch: Arch) -> Emission:
     )
 
 
-def libs_of(prologues: Iterable[str], riders: Iterable[Rider] = ()) -> str:
+def libs_of(prologues: Iterable[str], riders: Iterable[Rider] = (), exchanges: bool = False) -> str:
     """Modules that a kernel with these prologues and riders imports."""
     used = set(prologues)
-    names = {"ptx", "stream", *(["nvfp4"] if "unpack" in used else [])}
+    names = {"ptx", "stream", *(["nvfp4"] if "unpack" in used else []), *(["exchange"] if exchanges else [])}
     names |= {"compress" if isinstance(rider, CompressSpec) else "cache" for rider in riders}
     return ", ".join(sorted(names | ({"activations"} if used - {"unpack"} else set())))
 

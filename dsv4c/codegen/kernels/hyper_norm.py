@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.kernels.exchange import EXCHANGE, exchanging
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.slices import STREAMS, TOGETHER, Batch, Slice
-from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
+from dsv4c.codegen.registry import Answer, Call, No, Request, kernel
 from dsv4c.errors import BuildError
+from dsv4c.ir.ops.collective import AllReduce
 from dsv4c.passes.fusions.head import Head
 from dsv4c.passes.fusions.hyper_norm import HyperNorm, HyperNormFirst
 from dsv4c.types import BF16, FP8_ROW, NVFP4_ROW, TensorType
@@ -34,6 +36,7 @@ class HyperNormSpec:
     4, 4] of the previous boundary; fn f32[24, 4 hidden], base f32[24], scale f32[3] (head: 4, 4 and 1); gain
     bf16[hidden]. Results: keep: x_out like x (may be x itself); unless head: post_out, comb_out; bf16: normed
     bf16[rows, hidden]; fp8: q, the same row quantized (1x128, ue8m0); plain: the row before its norm.
+    With `ranks` above 1, f is f32 and this rank's addends: what is mixed is the sum of all, rounded.
     """
 
     rows: int
@@ -47,6 +50,7 @@ class HyperNormSpec:
     bf16: bool = True
     fp8: bool = True
     plain: bool = False
+    ranks: int = 1
     ctas: int | None = None  # per token; None: as many as fit a cluster
     held: int | None = None  # rows of fn in registers; None: as many as leave room for a predecessor
 
@@ -54,7 +58,7 @@ class HyperNormSpec:
         """The cut of a row. Raises BuildError when no cluster can hold `fn`."""
         projected = STREAMS if self.head else STREAMS * (STREAMS + 2)
         for ctas in [self.ctas] if self.ctas else range(CLUSTER_LIMIT, 1, -1):
-            cut = Slice(self.hidden, ctas, projected, min(projected, self._held(ctas)))
+            cut = Slice(self.hidden, ctas, projected, min(projected, self._held(ctas)), self.ranks)
             if self.hidden % (128 * ctas) == 0 and cut.width <= 1024 and cut.shared <= arch.shared_per_cta:
                 return cut
         raise BuildError(
@@ -68,7 +72,8 @@ class HyperNormSpec:
         """
         clusters = WAVES * 2 * arch.sms // cut.ctas
         tokens = min(MOST_TOKENS, -(-self.rows // clusters // TOGETHER) * TOGETHER)
-        return Batch(cut.hidden, cut.ctas, cut.rows, min(cut.rows, HELD), tokens, self.rows)
+        held = min(cut.rows, HELD)
+        return Batch(cut.hidden, cut.ctas, cut.rows, held, tokens=tokens, count=self.rows)
 
     def _held(self, ctas: int) -> int:
         """Registers leave shared memory to the predecessor's weights: fn arrives while those still stream.
@@ -79,7 +84,10 @@ class HyperNormSpec:
         if self.held is not None:
             return self.held
         threads = self.hidden // ctas
-        return 24 if threads <= 256 else 12 if threads <= 512 else 0
+        if threads > 512:
+            return 0
+        most = 24 if threads <= 256 else 12
+        return most - 2 if self.ranks > 1 else most  # waiting for words takes registers
 
 
 def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
@@ -90,7 +98,7 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
     symbol = "hyper_head" if spec.head else "hyper_norm" if spec.mix else "hyper_norm_first"
     parameters = _parameters(spec)
     nbytes = cut.rows * (STREAMS * spec.hidden + 2) * 4 + spec.hidden * 2
-    nbytes += spec.hidden * 2 * (STREAMS + spec.mix)
+    nbytes += spec.hidden * 2 * (STREAMS + spec.mix * (1 if spec.ranks == 1 else 2))
     grid = -(-spec.rows // cut.tokens) * cut.ctas if isinstance(cut, Batch) else spec.rows * cut.ctas
     source = render(
         "hyper_norm_batch.py.jinja" if isinstance(cut, Batch) else "hyper_norm.py.jinja",
@@ -110,6 +118,7 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
         bf16=spec.bf16,
         fp8=spec.fp8,
         plain=spec.plain,
+        ranks=spec.ranks,
         nbytes=nbytes,
         arch=arch,
     )
@@ -125,11 +134,13 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
 
 
 def _parameters(spec: HyperNormSpec) -> tuple[Parameter, ...]:
-    names = ["x", *(["f", "post", "comb"] if spec.mix else []), "fn", "base", "scale", "gain"]
+    mixed = [Parameter(name) for name in ("f", "post", "comb")] if spec.mix else []
+    mixed[1:1] = EXCHANGE if spec.ranks > 1 else ()
+    names = ["fn", "base", "scale", "gain"]
     names += [*(["x_out"] if spec.keep else []), *([] if spec.head else ["post_out", "comb_out"])]
     names += ["normed"] * spec.bf16 + ["plain"] * spec.plain
     quantized = (Parameter("q"), Parameter("q", "scale")) if spec.fp8 else ()
-    return (*map(Parameter, names), *quantized)
+    return (Parameter("x"), *mixed, *map(Parameter, names), *quantized)
 
 
 def _signature(spec: HyperNormSpec, cut: Slice) -> str:
@@ -137,7 +148,7 @@ def _signature(spec: HyperNormSpec, cut: Slice) -> str:
     h, p = spec.hidden, cut.rows
     types = {
         "x": f"bf16[N,4,{h}]",
-        "f": f"bf16[N,{h}]",
+        "f": f"bf16[N,{h}]" if spec.ranks == 1 else f"f32[N,{h}], this rank's addends",
         "post": "f32[N,4]",
         "comb": "f32[N,4,4]",
         "fn": f"f32[{p},{4 * h}]",
@@ -152,7 +163,8 @@ def _signature(spec: HyperNormSpec, cut: Slice) -> str:
         "q": f"e4m3[N,{h}]",
         "q_scale": f"ue8m0[N,{h // 128}]",
     }
-    return "\n".join(f"{p.name}: {types[p.name.removeprefix('m_')]}" for p in _parameters(spec))
+    named = [p for p in _parameters(spec) if p not in EXCHANGE]
+    return "\n".join(f"{p.name}: {types[p.name.removeprefix('m_')]}" for p in named)
 
 
 # Binding ----------------------------------------------------------------------------------------------------
@@ -160,7 +172,25 @@ def _signature(spec: HyperNormSpec, cut: Slice) -> str:
 
 @kernel(HyperNorm, HyperNormFirst, Head)
 def hyper_norm(request: Request) -> Answer:
-    call = request.call
+    return _boundary(request, request.call, None)
+
+
+@kernel(AllReduce, HyperNorm, Head, chained=True)
+def summed_hyper_norm(request: Request) -> Answer:
+    if len(request.calls) != 2 or not isinstance(request.calls[0].op, AllReduce):
+        return No("takes a sum over ranks, and the boundary that mixes it")
+    total, boundary = request.calls
+    assert isinstance(total.op, AllReduce)
+    if boundary.operands.get("f") != total.outputs[0] or request.readers[total.outputs[0]]:
+        return No("adds up what the boundary mixes and nobody else reads")
+    rows = request.types[total.inputs[0]].shape[0]
+    if total.op.out != BF16 or rows > FEW_ROWS:
+        return No(f"adds up at most {FEW_ROWS} rows, to {BF16}; here {rows} to {total.op.out}")
+    return _boundary(request, boundary, total)
+
+
+def _boundary(request: Request, call: Call, total: Call | None) -> Answer:
+    """A boundary, and the sum over ranks of what it mixes."""
     op, x = call.op, call.operands
     assert isinstance(op, HyperNormFirst | Head)
     streams = request.types[x["streams"]]
@@ -188,14 +218,18 @@ def hyper_norm(request: Request) -> Answer:
         bf16="normed" in made or packed,
         fp8="q" in made and not packed,
         plain="plain" in made,
+        ranks=total.op.ranks if total is not None and isinstance(total.op, AllReduce) else 1,
     )
     values = {**x, "x": x["streams"], "scale": x["scales"], **made}
+    if total is not None:
+        values["f"] = total.inputs[0]
+    words = spec.rows * spec.hidden if total is not None else 0
     if not packed:
-        return [launchable(request, emit_hyper_norm(spec, request.arch), values)]
+        return [exchanging(request, emit_hyper_norm(spec, request.arch), values, words)]
     shape = request.types[made["q"]].shape
     row = {} if "normed" in made else {"normed": scratch_for("row", TensorType(BF16, shape), "w")["row"]}
     operands = {"x": made["normed"], "q": made["q"]} if "normed" in made else {"q": made["q"]}
     return [
-        launchable(request, emit_hyper_norm(spec, request.arch), values, stage="norm", scratch=row),
+        exchanging(request, emit_hyper_norm(spec, request.arch), values, words, stage="norm", scratch=row),
         quantize_rows(request, operands, shape),
     ]

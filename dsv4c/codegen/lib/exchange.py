@@ -6,9 +6,13 @@ slows the waiting down.
 """
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64, Uint32, range_constexpr
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
+from dsv4c.codegen.lib import ptx
+from dsv4c.codegen.lib.shapes import Gather
 from dsv4c.exchange import EPOCH, GIVEN_UP, INBOXES, LIMIT, RANK, REGION, SITE_BITS, STATUS, WORD
+
+LOOKS = 4096  # at all words together, a millisecond or more, before each is waited for until the limit
 
 
 @cute.jit
@@ -81,6 +85,108 @@ def receive(m_exchange: cute.Pointer, here: cute.Tensor, flag: Uint32, number: I
                 elif cute.arch.globaltimer() - begun > ldg64_system(g + LIMIT):
                     give_up(g + STATUS, (flag & Uint32((1 << 28) - 1)) | Uint32(GIVEN_UP | peer << 28))
     return word
+
+
+@cute.jit
+def receive_all(
+    m_exchange: cute.Pointer,
+    here: cute.Tensor,
+    rank: Int32,
+    flag: Uint32,
+    number: Int64,
+    own: Uint32,
+    ranks: Constexpr[int],
+):
+    """Word `number` of every rank, waited for; this rank's is `own`. Looks at all of several others at once:
+    one after the other, each would take a round trip.
+    """
+    words = cute.make_rmem_tensor((ranks,), Uint32)
+    late, looks = Uint32(1), Int32(0 if const_expr(ranks > 2) else LOOKS)
+    while late != Uint32(0) and looks < LOOKS:
+        late = Uint32(0)
+        for peer in range_constexpr(ranks):
+            word, found = look(here[peer] + number * WORD)
+            words[peer] = word
+            if found != flag and rank != peer:
+                late = Uint32(1)
+        looks = looks + 1
+    for peer in range_constexpr(ranks):
+        if rank == peer:
+            words[peer] = own
+        elif late != Uint32(0):
+            words[peer] = receive(m_exchange, here, flag, number, peer)
+    return words
+
+
+@cute.jit
+def look(g: Int64):
+    """A word and its flag, as they are."""
+    return cute.arch.inline_ptx(
+        "{ .reg .b64 w; ld.relaxed.sys.global.b64 w, [{$r0}]; mov.b64 {{$w0},{$w1}}, w; }",
+        write_only_types=[Uint32] * 2,
+        read_only_args=[g],
+    )
+
+
+@cute.jit
+def receive_sum(
+    m_exchange: cute.Pointer,
+    here: cute.Tensor,
+    rank: Int32,
+    flag: Uint32,
+    number: Int64,
+    own: Float32,
+    ranks: Constexpr[int],
+):
+    """The sum of word `number` of all ranks, in order of the ranks; this rank's is `own`."""
+    words = receive_all(m_exchange, here, rank, flag, number, own.bitcast(Uint32), ranks)
+    total = words[0].bitcast(Float32)
+    for peer in range_constexpr(1, ranks):
+        total = ptx.plus(total, words[peer].bitcast(Float32))
+    return total
+
+
+@cute.jit
+def gather(
+    t: Constexpr[Gather],
+    site: tuple,
+    m_exchange: cute.Pointer,
+    pieces: tuple,
+    whole: tuple,
+    block: Int32,
+    wanted: Constexpr[tuple],
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """Give this CTA's share of all values, take the `wanted` ones, then let the successor start.
+
+    Behind the wait, by `threads` threads, which find those values in memory after it: other CTAs store the
+    same bytes there. Who gives waits for nobody, and low numbers are resident first.
+    """
+    rank, flag, to, here = site
+    mine = block * threads + thread
+    if mine < t.rows * t.width:
+        row, i = mine // t.width, mine % t.width
+        for value in range_constexpr(len(t.words)):
+            n = const_expr(t.words[value])
+            j = i - t.first(value)
+            if j >= 0 and j < n:
+                word = ptx.ldg32(pieces[value] + (Int64(row) * n + j) * 4)
+                push(to, rank, flag, Int64(mine), word, t.ranks)
+    for value in wanted:
+        n = const_expr(t.words[value])
+        for turn in range_constexpr(-(-t.rows * n // threads)):
+            k = turn * threads + thread
+            if k < t.rows * n:
+                row, j = k // n, k % n
+                own = ptx.ldg32(pieces[value] + Int64(k) * 4)
+                number = Int64(row) * t.width + t.first(value) + j
+                words = receive_all(m_exchange, here, rank, flag, number, own, t.ranks)
+                for peer in range_constexpr(t.ranks):
+                    at = Int64(row) * (n * t.ranks) + peer * n + j
+                    ptx.stg32(whole[value] + at * 4, words[peer])
+    ptx.sync_threads(threads)
+    ptx.launch_dependents()
 
 
 @cute.jit

@@ -100,7 +100,7 @@ def mix_streams(
     column: Int32,
 ):
     """Four columns of post_k f + sum_j comb[j, k] x_j for stream k, rounded once to bf16, as two words."""
-    return mix(read_mix(t, g_x, g_f, g_post, g_comb, token, stream, column))
+    return mix(*read_mix(t, g_x, g_f, g_post, g_comb, token, stream, column))
 
 
 @cute.jit
@@ -116,22 +116,32 @@ def read_mix(
 ):
     """What `mix` takes, in flight."""
     f = ptx.ldg64(g_f + (Int64(token) * t.hidden + column) * 2)
-    x = [load_stream(t, g_x, token, Int32(j), column) for j in range(STREAMS)]
-    post = ptx.ldg_f32(g_post + (token * STREAMS + stream) * 4)
-    comb = [ptx.ldg_f32(g_comb + ((token * STREAMS + j) * STREAMS + stream) * 4) for j in range(STREAMS)]
-    return f, x, post, comb
+    return f, *read_streams(t, g_x, g_post, g_comb, token, stream, column)
 
 
 @cute.jit
-def mix(read: tuple):
+def read_streams(
+    t: Constexpr[Slice], g_x: Int64, g_post: Int64, g_comb: Int64, token: Int32, stream: Int32, column: Int32
+):
+    """What `mix` takes beside f, in flight."""
+    x = [load_stream(t, g_x, token, Int32(j), column) for j in range(STREAMS)]
+    post = ptx.ldg_f32(g_post + (token * STREAMS + stream) * 4)
+    comb = [ptx.ldg_f32(g_comb + ((token * STREAMS + j) * STREAMS + stream) * 4) for j in range(STREAMS)]
+    return x, post, comb
+
+
+@cute.jit
+def mix(f: tuple, x: list, post: Float32, comb: list):
     """post f + sum_j comb_j x_j of four columns, rounded once to bf16, as two words."""
-    f, x, post, comb = read
     words = []
     for i in range_constexpr(2):
         fl, fh = ptx.bf16x2_to_f32x2(f[i])
-        lo = post * fl
-        hi = post * fh
-        for j in range_constexpr(STREAMS):
+        xl, xh = ptx.bf16x2_to_f32x2(x[0][i])
+        # Of two products one is rounded: which, must not depend on the code around, or ranks would differ
+        # from one GPU in every stream.
+        lo = ptx.fma(post, fl, comb[0] * xl)
+        hi = ptx.fma(post, fh, comb[0] * xh)
+        for j in range_constexpr(1, STREAMS):
             xl, xh = ptx.bf16x2_to_f32x2(x[j][i])
             lo = lo + comb[j] * xl
             hi = hi + comb[j] * xh
@@ -468,7 +478,7 @@ def project_batch(
         now = read
         if const_expr(b + 1 < TOGETHER):
             read = _read_token(t, mixes, addresses, cutlass.min(first + b + 1, last), stream, column)
-        x0, x1 = mix(now) if const_expr(mixes) else now
+        x0, x1 = mix(*now) if const_expr(mixes) else now
         ptx.sts64(sm + t.o_x + b * t.x_bytes + (stream * t.width + quad * 4) * 2, x0, x1)
         r = project(t, sm, rF, x0, x1, stream, quad, lane)
         if own < t.sums:

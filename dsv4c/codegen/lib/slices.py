@@ -11,7 +11,7 @@ TOGETHER = 8  # tokens that a cluster takes at a time where it takes many
 @dataclass(frozen=True)
 class Slice:
     """How a hidden row of `hidden` columns is cut: over `ctas` CTAs; `rows` of `fn` are projected (24, or 4
-    in the head).
+    in the head), and what is mixed in is a sum over `ranks`.
 
     A thread keeps its four columns of `held` rows of fn in registers; the other rows wait in shared memory.
     """
@@ -20,6 +20,7 @@ class Slice:
     ctas: int
     rows: int
     held: int
+    ranks: int = 1
 
     @property
     def width(self) -> int:
@@ -89,12 +90,17 @@ class Slice:
         return self.o_squares + -(-self.hidden // 1024) * 32
 
     @property
-    def shared(self) -> int:
-        """Bytes of dynamic shared memory."""
+    def o_f(self) -> int:
+        """The sum over ranks bf16 [width]."""
         return self.o_bars + 16
 
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return self.o_f + (self.width * 2 if self.ranks > 1 else 0)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class Batch(Slice):
     """The same cut for `tokens` of `count` tokens, of which a cluster takes `TOGETHER` at a time. It keeps
     fn, and what each reduction adds up travels for all of them at once.
