@@ -29,19 +29,19 @@ def test_a_step_draws_in_one_launch(target: str) -> None:
     graph = sampler_on(129280, 8)
     (launch,) = choose(request_of(graph.nodes, ARCHS[target], {}, {})[0], KERNELS)
     emission = launch.emission
-    assert (emission.grid, emission.cluster, emission.block) == ((8 * 16, 1, 1), (16, 1, 1), 512)
+    assert (emission.grid, emission.cluster, emission.block) == ((8 * 8, 1, 1), (8, 1, 1), 512)
     assert emission.shared <= ARCHS[target].shared_per_cta // 3  # two CTAs to an SM, and a predecessor's
     access = {p.operand: b.access for p, b in zip(emission.parameters, launch.bindings, strict=True)}
     assert {name for name, how in access.items() if how == "w"} == {"chosen", "said", "going"}
     assert {name for name, how in access.items() if how == "rw"} == {"history"}
     cubin, _ = compile_source(Source(emission.symbol, emission.source), target)
-    assert read_resources(cubin, emission.symbol).stack == 0
+    assert read_resources(cubin, emission.symbol).stack <= 96  # bytes of a thread; without, fewer columns fit
 
 
-@pytest.mark.parametrize(("vocabulary", "ctas", "each"), [(512, 2, 256), (1000, 2, 500), (131056, 16, 8192)])
+@pytest.mark.parametrize(("vocabulary", "ctas", "each"), [(512, 2, 256), (1000, 2, 500), (259600, 16, 16225)])
 def test_a_cluster_shares_the_vocabulary(vocabulary: int, ctas: int, each: int) -> None:
-    if each > 8191:
-        with pytest.raises(BuildError, match=f"a CTA of {ctas} has {each}, more than 8191"):
+    if each > 16224:
+        with pytest.raises(BuildError, match=f"a CTA of {ctas} has {each}, more than 16224"):
             emit_sampler(SamplerSpec(1, vocabulary, 64), SM_90A)
         return
     emission = emit_sampler(SamplerSpec(1, vocabulary, 64), SM_90A)

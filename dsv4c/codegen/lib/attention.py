@@ -34,20 +34,8 @@ def _copy16(s: Int32, g: Int64, present: Int32):
 
 
 @cute.jit
-def _send4(s: Int32, s_bar: Int32, rank: Int32, a: Uint32, b: Uint32, c: Uint32, d: Uint32):
-    """Store four words at shared address `s` of CTA `rank`, counted on the barrier at `s_bar` there."""
-    _asm(
-        "{ .reg .b32 x, y; "
-        "mapa.shared::cluster.u32 x, {$r0}, {$r2}; mapa.shared::cluster.u32 y, {$r1}, {$r2}; "
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
-        "[x], {{$r3},{$r4},{$r5},{$r6}}, [y]; }",
-        read_only_args=[s, s_bar, rank, a, b, c, d],
-    )
-
-
-@cute.jit
 def _send2(s: Int32, s_bar: Int32, rank: Int32, a: Float32, b: Float32):
-    """The same for two floats."""
+    """Store two floats at shared address `s` of CTA `rank`, counted on the barrier at `s_bar` there."""
     _asm(
         "{ .reg .b32 x, y; "
         "mapa.shared::cluster.u32 x, {$r0}, {$r2}; mapa.shared::cluster.u32 y, {$r1}, {$r2}; "
@@ -556,7 +544,7 @@ def exchange(
             for c, n in ((0, 0), (0, 2), (1, 0), (1, 2))  # dimensions 8q + 4c + n
         ]
         at = ((rank * HEADS + lane // 4 + 8 * i) * a.slice + dimension % a.slice) * 2
-        _send4(sm + a.o_inbox + at, bar, dimension // a.slice, *words)
+        cluster.send_128(sm + a.o_inbox + at, bar, dimension // a.slice, *words)
     for n in range_constexpr(HEADS // a.warps):
         weight = ptx.lanes_sum(stats[n, 1], 32)
         if lane < a.splits:

@@ -6,7 +6,7 @@ its bytes. Nobody leaves before its own inboxes are full, so no CTA writes into 
 """
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, range_constexpr
+from cutlass import Constexpr, Float32, Int32, Int64, Uint32, range_constexpr
 
 from dsv4c.codegen.lib import ptx
 
@@ -19,6 +19,29 @@ def send_f32(s: Int32, s_bar: Int32, rank: Int32, r: Float32):
         "mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [a], {$r3}, [b]; }",
         read_only_args=[s, s_bar, rank, r],
+    )
+
+
+@cute.jit
+def send_i64(s: Int32, s_bar: Int32, rank: Int32, r: Int64):
+    """The same for an integer of 64 bits."""
+    cute.arch.inline_ptx(
+        "{ .reg .b32 a, b; "
+        "mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [a], {$r3}, [b]; }",
+        read_only_args=[s, s_bar, rank, r],
+    )
+
+
+@cute.jit
+def send_128(s: Int32, s_bar: Int32, rank: Int32, r0: Uint32, r1: Uint32, r2: Uint32, r3: Uint32):
+    """The same for four words, 16-byte aligned."""
+    cute.arch.inline_ptx(
+        "{ .reg .b32 a, b; "
+        "mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+        "[a], {{$r3},{$r4},{$r5},{$r6}}, [b]; }",
+        read_only_args=[s, s_bar, rank, r0, r1, r2, r3],
     )
 
 
@@ -39,7 +62,7 @@ def arrive():
 
 @cute.jit
 def meet():
-    """Wait until every CTA of the cluster has arrived. All threads, before the first `send_f32`."""
+    """Wait until every CTA of the cluster has arrived. All threads, before anything is sent."""
     cute.arch.cluster_wait()
 
 

@@ -425,7 +425,7 @@ class Spread:
     STEPS: ClassVar = 7  # a bin of the first, then of keys of 32, 25, 18, 11, 4 bits, and one key
     COPIES: ClassVar = 8
     MOST: ClassVar = 64
-    NONE: ClassVar = 255  # no bin
+    NONE: ClassVar = BINS  # no bin
 
     columns: int
     ctas: int
@@ -445,7 +445,7 @@ class Spread:
         """The first column of a thread's quad."""
         return rank * self.each + (thread * self.quads + quad) * 4
 
-    o_choice: ClassVar = 256  # behind a number of each warp: a key
+    o_bars: ClassVar = 256  # behind a number of each warp: barriers of what is sent
     o_tops: ClassVar = 320  # the largest key of each CTA
     o_totals: ClassVar = 384  # the sum of each CTA, i64
     o_found: ClassVar = (
@@ -465,13 +465,18 @@ class Spread:
 
     @property
     def o_list(self) -> int:
-        """A candidate of each thread: key, column, weight i64."""
+        """A candidate's key of each thread."""
         return self.o_candidates + self.ctas * self.MOST * 16
+
+    @property
+    def o_ranked(self) -> int:
+        """By place in falling order of keys: lower and upper parts of weights, and keys."""
+        return self.o_list + self.threads * 4
 
     @property
     def o_counts(self) -> int:
         """Of what was said, by column, until the logits are lowered."""
-        return self.o_list + self.threads * 16
+        return self.o_ranked + self.FEW * 12
 
     @property
     def o_inbox(self) -> int:

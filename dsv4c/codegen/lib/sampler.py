@@ -10,14 +10,16 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Float32, Float64, Int32, Int64, Uint32, range_constexpr
 
-from dsv4c.codegen.lib import ptx, scan
+from dsv4c.codegen.lib import cluster, ptx, scan
 from dsv4c.codegen.lib.geometry import Spread
 
+TOPS, SUMS, HEADS, CANDIDATES, TOTALS = range(0, 40, 8)  # barriers
 TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(7)  # columns of the knobs
 HALF = 19  # bits of a weight's lower part: 2^13 of either part add up in 32 bits
 ONE = 2 * HALF  # a weight of 1 is 2^38
 LOG2_E = 1.4426950408889634
-EXP2 = tuple(0.6931471805599453**i / n for i, n in enumerate((1, 1, 2, 6, 24, 120, 720, 5040)))
+LN_2 = 0.6931471805599453
+UPPER, LOWER = 16.0, 2.0**-15  # numbers whose last bits are 2^-19 and 2^-38
 
 _asm = cute.arch.inline_ptx
 
@@ -32,13 +34,6 @@ def order(x: Float32):
     magnitude = bits & Int32(0x7FFFFFFF)
     key = -magnitude if bits < 0 else magnitude
     return Int32(0x7FFFFFFF) if x != x else key
-
-
-@cute.jit
-def unordered(key: Int32):
-    """The number that has a key."""
-    bits = (-key) | Int32(-0x80000000) if key < 0 else key
-    return bits.bitcast(Float32)
 
 
 @cute.jit
@@ -93,13 +88,22 @@ def load_knobs(g_knobs: Int64):
 
 
 @cute.jit
-def clear(t: Constexpr[Spread], sm: Int32, thread: Int32):
-    """Zero counts, histograms and all."""
+def open_inboxes(t: Constexpr[Spread], sm: Int32, thread: Int32):
+    """Zero counts, histograms and all, and open what others send to. `meet` before anything is sent."""
     pieces = t.shared // 16
     for n in range_constexpr(-(-pieces // t.threads)):
         i = thread + n * t.threads
         if i < pieces:
             ptx.sts128(sm + i * 16, Uint32(0), Uint32(0), Uint32(0), Uint32(0))
+    cute.arch.sync_threads()
+    s_bars = sm + t.o_bars
+    cluster.open_inbox(s_bars + TOPS, 4 * t.ctas, thread)
+    cluster.open_inbox(s_bars + SUMS, 8 * t.BINS * t.ctas, thread)
+    cluster.open_inbox(s_bars + HEADS, 16 * t.ctas, thread)
+    ptx.open_barrier(s_bars + CANDIDATES, thread)
+    cluster.open_inbox(s_bars + TOTALS, 8 * t.ctas, thread)
+    cute.arch.sync_threads()
+    cluster.arrive()
 
 
 @cute.jit
@@ -177,34 +181,37 @@ def lower(
     frequency: Float32,
     thread: Int32,
 ):
-    """Penalties of what was counted, in place."""
+    """Penalties of what was counted, in place. Few columns were said: the others are passed by, four at once."""
     for n in range_constexpr(t.quads):
         if t.column(0, thread, n) < t.each:
             counts = ptx.lds128(sm + t.o_counts + t.column(0, thread, n) * 4)
-            for i in range_constexpr(4):
-                said = counts[i].bitcast(Int32)
-                x[4 * n + i] = lowered(x[4 * n + i], said, said >> 1, repetition, presence, frequency)
+            if (counts[0] | counts[1] | counts[2] | counts[3]) != Uint32(0):
+                for i in range_constexpr(4):
+                    said = counts[i].bitcast(Int32)
+                    x[4 * n + i] = lowered(x[4 * n + i], said, said >> 1, repetition, presence, frequency)
 
 
 @cute.jit
-def keys(t: Constexpr[Spread], x: cute.Tensor, rank: Int32, thread: Int32):
-    """The thread's keys [4 * quads], unsigned and of the logits' order; 0 where it has no column."""
-    key = cute.make_rmem_tensor((4 * t.quads,), Uint32)
-    for n in range_constexpr(t.quads):
-        there = t.column(rank, thread, n) < _end(t, rank)
-        for i in range_constexpr(4):
-            k = order(x[4 * n + i]).bitcast(Uint32) ^ Uint32(0x80000000)
-            key[4 * n + i] = k if there else Uint32(0)
-    return key
+def key_of(x: Float32):
+    """A number's key: unsigned and of the same order."""
+    return order(x).bitcast(Uint32) ^ Uint32(0x80000000)
 
 
 @cute.jit
-def highest(t: Constexpr[Spread], sm: Int32, key: cute.Tensor, rank: Int32, thread: Int32):
-    """The largest key of the cluster, in all threads. A barrier of the cluster."""
-    best = key[0]
+def number_of(key: Uint32):
+    """The number that has a key."""
+    k = (key ^ Uint32(0x80000000)).bitcast(Int32)
+    bits = (-k) | Int32(-0x80000000) if k < 0 else k
+    return bits.bitcast(Float32)
+
+
+@cute.jit
+def highest(t: Constexpr[Spread], sm: Int32, x: cute.Tensor, rank: Int32, thread: Int32):
+    """The largest number of the cluster, NaN above all, in all threads."""
+    most = x[0]
     for n in range_constexpr(1, 4 * t.quads):
-        best = cutlass.max(best, key[n])
-    best = cute.arch.warp_redux_sync(best, kind="max")
+        most = _larger(most, x[n])
+    best = cute.arch.warp_redux_sync(key_of(most), kind="max")
     warp, lane = thread // 32, thread % 32
     if lane == 0:
         ptx.sts32(sm + warp * 4, best)
@@ -213,17 +220,23 @@ def highest(t: Constexpr[Spread], sm: Int32, key: cute.Tensor, rank: Int32, thre
         best = ptx.lds32(sm + cutlass.min(lane, Int32(t.threads // 32 - 1)) * 4)
         best = cute.arch.warp_redux_sync(best, kind="max")
         if lane < t.ctas:
-            ptx.store_remote_f32(sm + t.o_tops + rank * 4, lane, best.bitcast(Float32))
-    meet()
+            cluster.send_f32(sm + t.o_tops + rank * 4, sm + t.o_bars + TOPS, lane, best.bitcast(Float32))
+    ptx.mbarrier_wait(sm + t.o_bars + TOPS, Int32(0))
     best = ptx.lds32(sm + t.o_tops)
     for n in range_constexpr(1, t.ctas):
         best = cutlass.max(best, ptx.lds32(sm + t.o_tops + n * 4))
-    return best
+    return number_of(best)
+
+
+@cute.jit
+def _larger(a: Float32, b: Float32):
+    """The larger number, NaN if either is."""
+    return _asm("max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
 
 
 @cute.jit
 def meet():
-    """Everybody in the cluster has come here, and what they wrote is visible."""
+    """Everybody in the cluster has come here, and what they wrote is visible, in all memory: a wait for it."""
     cute.arch.cluster_arrive()
     cute.arch.cluster_wait()
 
@@ -232,24 +245,27 @@ def meet():
 
 
 @cute.jit
-def weights(t: Constexpr[Spread], key: cute.Tensor, top: Uint32, temperature: Float32):
-    """exp((x - top) / temperature) of the thread's keys, f32 [4 * quads], within 3e-8; without a temperature
-    1 for the largest, 0 for others.
+def weights(t: Constexpr[Spread], x: cute.Tensor, top: Float32, temperature: Float32):
+    """exp((x - top) / temperature) of the thread's numbers, f32 [4 * quads], within 3e-7 of themselves; without
+    a temperature 1 for those as large as the largest, 0 for others. -inf weighs nothing.
 
     2^y for a y in two floats: what rounding the product by log2(e) / temperature leaves over is kept.
     """
-    scale = Float64(LOG2_E) / temperature.to(Float64)
-    coarse = scale.to(Float32)
-    fine = (scale - coarse.to(Float64)).to(Float32)
-    largest = unordered((top ^ Uint32(0x80000000)).bitcast(Int32))
     p = cute.make_rmem_tensor((4 * t.quads,), Float32)
-    for n in range_constexpr(4 * t.quads):
-        d = unordered((key[n] ^ Uint32(0x80000000)).bitcast(Int32)) - largest
-        p[n] = _exp2(cute.arch.fmax(ptx.multiply(d, coarse), Float32(-64.0)), d, coarse, fine)
-        if not (temperature > Float32(0.0)):
-            p[n] = Float32(1.0) if key[n] == top else Float32(0.0)
-        if key[n] == Uint32(0):
-            p[n] = Float32(0.0)
+    if temperature > Float32(0.0):
+        scale = Float64(LOG2_E) / temperature.to(Float64)
+        coarse = scale.to(Float32)
+        fine = (scale - coarse.to(Float64)).to(Float32)
+        for n in range_constexpr(4 * t.quads):
+            d = x[n] - top
+            y = cute.arch.fmax(ptx.multiply(d, coarse), Float32(-64.0))
+            rest = ptx.fma(d, fine, ptx.fma(d, coarse, -y))
+            value = ptx.ex2(y)
+            value = ptx.fma(value, ptx.multiply(rest, Float32(LN_2)), value)
+            p[n] = value if y > Float32(-63.0) else Float32(0.0)
+    else:
+        for n in range_constexpr(4 * t.quads):
+            p[n] = Float32(1.0) if order(x[n]) == order(top) else Float32(0.0)
     return p
 
 
@@ -262,25 +278,35 @@ def keep_likely(p: cute.Tensor, least: Float32):
 
 
 @cute.jit
-def _exp2(y: Float32, d: Float32, coarse: Float32, fine: Float32):
-    """2^(d (coarse + fine)) for y = d coarse rounded, -64 or more; 0 below 2^-63."""
-    whole = ptx.nearest(y)
-    rest = (y - whole) + ptx.fma(d, fine, ptx.fma(d, coarse, -y))
-    value = Float32(EXP2[-1])
-    for i in range_constexpr(1, len(EXP2)):
-        value = ptx.fma(value, rest, Float32(EXP2[-1 - i]))
-    bits = value.bitcast(Int32) + (whole.to(Int32) << Int32(23))
-    return bits.bitcast(Float32) if y > Float32(-63.0) else Float32(0.0)
+def _parts(p: Float32):
+    """A weight of 0 to 1 in whole 2^-38: the lower HALF bits, and the upper ones."""
+    upper = _plus_cut(p, Float32(UPPER))
+    rest = ptx.plus(p, -ptx.plus(upper, Float32(-UPPER)))
+    return _digits(_plus_cut(rest, Float32(LOWER)), LOWER), _digits(upper, UPPER)
+
+
+@cute.jit
+def _digits(r: Float32, zero: Constexpr[float]):
+    """In units of the last bit of `zero`, how much more r is."""
+    return r.bitcast(Uint32) - Float32(zero).bitcast(Uint32)
+
+
+@cute.jit
+def _plus_cut(a: Float32, b: Float32):
+    """A sum, without the bits that do not fit."""
+    return _asm("add.rz.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
 
 
 @cute.jit
 def whole(p: Float32):
     """A weight of 0 to 1 in whole 2^-38, Int64."""
-    bits = p.bitcast(Int32)
-    shift = (bits >> Int32(23)) - Int32(127 + 23 - ONE)
-    digits = Int64((bits & Int32(0x7FFFFF)) | Int32(0x800000))
-    left, right = cutlass.max(shift, Int32(0)), cutlass.min(cutlass.max(-shift, Int32(0)), Int32(32))
-    return (digits << Int64(left)) >> Int64(right)
+    return _joined(*_parts(p))
+
+
+@cute.jit
+def _joined(lower: Uint32, upper: Uint32):
+    """The whole of two parts, or of sums of them."""
+    return lower.to(Int64) + (upper.to(Int64) << Int64(HALF))
 
 
 # Bounds -----------------------------------------------------------------------------------------------------
@@ -291,104 +317,88 @@ def keep_largest(
     t: Constexpr[Spread],
     sm: Int32,
     p: cute.Tensor,
-    key: cute.Tensor,
-    top: Uint32,
+    x: cute.Tensor,
+    top: Float32,
     temperature: Float32,
     many: Int32,
     share: Float32,
     rank: Int32,
     thread: Int32,
 ):
-    """Only the weights of the `many` largest keys, and of these only those that are a `share` of the sum,
-    with the one that crosses it. Equal keys stay or go together. 0 is off, as are all columns and all of the
-    sum. Returns whether the `many` are few: then they are candidates, nothing is left out yet, and
+    """Only the weights of the `many` largest numbers, and of these only those that are a `share` of the sum,
+    with the one that crosses it. Equal numbers stay or go together. 0 is off, as are all columns and all of
+    the sum. Returns whether the `many` are few: then they are candidates, nothing is left out yet, and
     `draw_of_few` does all the rest.
     """
     scale = (Float64(LOG2_E * t.BINS / ONE) / temperature.to(Float64)).to(Float32)
-    largest = unordered((top ^ Uint32(0x80000000)).bitcast(Int32))
     place = cute.make_rmem_tensor((t.quads,), Uint32)
-    few = Boolean(False)
+    few, step_of_all = Boolean(False), Int32(0)
     for turn in cutlass.range(2, unroll=1):  # one text for both: what is fetched once is not waited for again
         counts = turn == 0 and many > 0 and many < t.columns
         if not few and (counts or (turn == 1 and share > Float32(0.0) and share < Float32(1.0))):
             low, high, shift = Uint32(0), Uint32(0xFFFFFFFF), Uint32(0)
             bound, need, searching = Uint32(0), Int64(many), Boolean(True)
-            _place_weights(t, p, key, place, largest, scale)
+            _place_weights(t, x, place, top, scale)
             for step in cutlass.range(t.STEPS, unroll=1):
                 if searching:
                     _fill(t, sm, p, place, counts, thread)
-                    _add_up(t, sm, rank, thread)
+                    _add_up(t, sm, step_of_all, rank, thread)
                     bin_, rest, through = _reach(t, sm, need, share, step == 0 and not counts, thread)
                     all_ = counts and step == 0 and through <= Int64(t.FEW)
-                    if bin_ < 0 and not all_:
-                        searching = Boolean(False)  # everything stays
-                    else:
-                        _collect(t, sm, p, key, place, bin_, all_, rank, thread)
+                    _collect(t, sm, p, x, place, bin_, all_, step_of_all, rank, thread)
+                    step_of_all = step_of_all + 1
+                    searching = Boolean(False)
+                    if bin_ >= 0 or all_:  # else everything stays
                         source, found, low, high = _candidates(t, sm, thread)
-                        searching = Boolean(False)
                         bound = high
                         if found >= 0:
                             few = all_
                             if not all_:
-                                bound = _crossing(t, sm, source, found, rest, counts, thread)
+                                key, weight, _ = _candidate(t, sm, source)
+                                if counts:
+                                    weight = Float32(2.0**-ONE)
+                                _rank(t, sm, source, found, key, weight, thread)
+                                bound = _crossing(t, sm, rest, thread)
                         elif low != high:
                             searching = Boolean(True)
                             width = Int32(32) - _leading_zeros(high - low)
                             shift = cutlass.max(width - t.BIN_BITS, Int32(0)).bitcast(Uint32)
                             need = need if all_ else rest
-                            _place_keys(t, p, key, place, low, high, shift)
-            if not few:
+                            _place_keys(t, x, place, low, high, shift)
+            if not few and bound != Uint32(0):
+                least = number_of(bound)
                 for n in range_constexpr(4 * t.quads):
-                    if key[n] < bound:
+                    if x[n] < least:
+                        x[n] = -Float32.inf
                         p[n] = Float32(0.0)
     return few
 
 
 @cute.jit
-def _place_weights(
-    t: Constexpr[Spread],
-    p: cute.Tensor,
-    key: cute.Tensor,
-    place: cute.Tensor,
-    largest: Float32,
-    scale: Float32,
-):
+def _place_weights(t: Constexpr[Spread], x: cute.Tensor, place: cute.Tensor, top: Float32, scale: Float32):
     """The bin of every column, a byte each, from the largest weight down: equal parts of its logarithm.
     Weights below 2^-38 have none.
     """
     for n in range_constexpr(t.quads):
         word = Uint32(0)
         for i in range_constexpr(4):
-            x = unordered((_here(key[4 * n + i]) ^ Uint32(0x80000000)).bitcast(Int32))
-            part = cute.arch.fmin(ptx.multiply(largest - x, scale), Float32(t.BINS)).to(Int32)
-            word = word | (_bin(t, part.bitcast(Uint32), p[4 * n + i]) << Uint32(8 * i))
+            part = cute.arch.fmin(ptx.multiply(top - x[4 * n + i], scale), Float32(t.NONE)).to(Int32)
+            word = word | (part.bitcast(Uint32) << Uint32(8 * i))
         place[n] = word
 
 
 @cute.jit
 def _place_keys(
-    t: Constexpr[Spread],
-    p: cute.Tensor,
-    key: cute.Tensor,
-    place: cute.Tensor,
-    low: Uint32,
-    high: Uint32,
-    shift: Uint32,
+    t: Constexpr[Spread], x: cute.Tensor, place: cute.Tensor, low: Uint32, high: Uint32, shift: Uint32
 ):
     """The same, of the keys from `high` down to `low`: equal parts of these."""
     for n in range_constexpr(t.quads):
         word = Uint32(0)
         for i in range_constexpr(4):
-            k = key[4 * n + i]
-            part = (high - k) >> shift if k >= low and k <= high else Uint32(t.BINS)
-            word = word | (_bin(t, part, p[4 * n + i]) << Uint32(8 * i))
+            key = key_of(_here(x[4 * n + i]))
+            part = (high - key) >> shift if key >= low and key <= high else Uint32(t.NONE)
+            word = word | (cutlass.min(part, Uint32(t.NONE)) << Uint32(8 * i))
         place[n] = word
-
-
-@cute.jit
-def _bin(t: Constexpr[Spread], part: Uint32, p: Float32):
-    """A bin, or NONE."""
-    return part if part < Uint32(t.BINS) and p > Float32(0.0) else Uint32(t.NONE)
 
 
 @cute.jit
@@ -400,55 +410,53 @@ def _bin_of(place: cute.Tensor, column: Constexpr[int]):
 def _fill(
     t: Constexpr[Spread], sm: Int32, p: cute.Tensor, place: cute.Tensor, counts: Boolean, thread: Int32
 ):
-    """The CTA's sums by bin, of weights or of their number: a copy for every eighth lane, as neighbors often
-    meet in a bin.
+    """The CTA's sums by bin, of weights or of their number: a copy for every lane of COPIES, as neighbors
+    often meet in a bin.
     """
     s = sm + t.o_lower + thread % t.COPIES * 4
-    for n in range_constexpr(4 * t.quads):
-        bin_ = _bin_of(place, n)
-        if bin_ != t.NONE:
-            lower, upper = _parts(p[n])
-            lower, upper = Uint32(1) if counts else lower, Uint32(0) if counts else upper
-            at = s + bin_ * (4 * t.COPIES)
-            ptx.count_shared(at, lower)
-            if upper != Uint32(0):
-                ptx.count_shared(at + (t.o_upper - t.o_lower), upper)
+    if counts:
+        for n in range_constexpr(4 * t.quads):
+            if _bin_of(place, n) != t.NONE:
+                ptx.count_shared(s + _bin_of(place, n) * (4 * t.COPIES), Uint32(1))
+    else:
+        for n in range_constexpr(4 * t.quads):
+            if _bin_of(place, n) != t.NONE:
+                at = s + _bin_of(place, n) * (4 * t.COPIES)
+                lower, upper = _parts(p[n])
+                ptx.count_shared(at, lower)
+                if upper != Uint32(0):
+                    ptx.count_shared(at + (t.o_upper - t.o_lower), upper)
 
 
 @cute.jit
-def _parts(p: Float32):
-    """The lower HALF bits of a weight, and the upper ones. Shifts by too much, or by less than 0, give 0."""
-    return _asm(
-        "{ .reg .b32 b, d, l, r, left, right; mov.b32 b, {$r0}; "
-        "and.b32 d, b, 0x7FFFFF; or.b32 d, d, 0x800000; "
-        f"shr.u32 b, b, 23; sub.s32 left, b, {127 + 23 - ONE}; sub.s32 right, {127 + 23 - ONE}, b; "
-        "shl.b32 l, d, left; shr.u32 r, d, right; or.b32 l, l, r; "
-        f"and.b32 {{$w0}}, l, {(1 << HALF) - 1}; "
-        f"add.s32 right, right, {HALF}; shr.u32 {{$w1}}, d, right; }}",
-        write_only_types=[Uint32] * 2,
-        read_only_args=[p],
-    )
-
-
-@cute.jit
-def _add_up(t: Constexpr[Spread], sm: Int32, rank: Int32, thread: Int32):
+def _add_up(t: Constexpr[Spread], sm: Int32, step: Int32, rank: Int32, thread: Int32):
     """The cluster's sums by bin, in every CTA: two threads to a bin. The CTA's own are zero again."""
+    s_bar = sm + t.o_bars + SUMS
     half, others = thread % 2, t.ctas // 2
     cute.arch.sync_threads()
     for n in range_constexpr(-(-2 * t.BINS // t.threads)):
         i = thread + n * t.threads
         if i < 2 * t.BINS:
-            s = sm + t.o_lower + i * (2 * t.COPIES)
-            a, b = ptx.lds128(s), ptx.lds128(s + (t.o_upper - t.o_lower))
-            ptx.sts128(s, Uint32(0), Uint32(0), Uint32(0), Uint32(0))
-            ptx.sts128(s + (t.o_upper - t.o_lower), Uint32(0), Uint32(0), Uint32(0), Uint32(0))
-            lower, upper = (a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3])
-            sum_ = lower.to(Int64) + (upper.to(Int64) << Int64(HALF))
+            lower, upper = Uint32(0), Uint32(0)
+            for j in range_constexpr(t.COPIES // 8):
+                s = sm + t.o_lower + i * (2 * t.COPIES) + 16 * j
+                a, b = ptx.lds128(s), ptx.lds128(s + (t.o_upper - t.o_lower))
+                ptx.sts128(s, Uint32(0), Uint32(0), Uint32(0), Uint32(0))
+                ptx.sts128(s + (t.o_upper - t.o_lower), Uint32(0), Uint32(0), Uint32(0), Uint32(0))
+                lower = lower + ((a[0] + a[1]) + (a[2] + a[3]))
+                upper = upper + ((b[0] + b[1]) + (b[2] + b[3]))
+            sum_ = _joined(lower, upper)
             sum_ = sum_ + cute.arch.shuffle_sync_bfly(sum_, offset=1)
-            for other in range_constexpr(others):
-                s = sm + t.o_inbox + (rank * t.BINS + i // 2) * 8
-                ptx.store_remote_i64(s, half * others + other, sum_)
-    meet()
+            beside = cute.arch.shuffle_sync_bfly(sum_, offset=2)
+            first = sum_ if i % 4 < 2 else beside
+            second = beside if i % 4 < 2 else sum_
+            s = sm + t.o_inbox + (rank * t.BINS + i // 4 * 2) * 8
+            for other in range_constexpr(-(-t.ctas // 4)):
+                if i % 4 + 4 * other < t.ctas:
+                    cluster.send_128(s, s_bar, i % 4 + 4 * other, *_words(first), *_words(second))
+    ptx.mbarrier_wait(s_bar, step % 2)
+    if thread == 0:
+        ptx.mbarrier_expect(s_bar, Int32(8 * t.BINS * t.ctas))
     for n in range_constexpr(-(-2 * t.BINS // t.threads)):
         i = thread + n * t.threads
         if i < 2 * t.BINS:
@@ -460,6 +468,12 @@ def _add_up(t: Constexpr[Spread], sm: Int32, rank: Int32, thread: Int32):
             if half == 0:
                 ptx.sts_i64(sm + t.o_sums + i // 2 * 8, sum_)
     cute.arch.sync_threads()
+
+
+@cute.jit
+def _words(r: Int64):
+    """The lower and the upper 32 bits."""
+    return r.to(Uint32), (r >> Int64(32)).to(Uint32)
 
 
 @cute.jit
@@ -508,15 +522,16 @@ def _collect(
     t: Constexpr[Spread],
     sm: Int32,
     p: cute.Tensor,
-    key: cute.Tensor,
+    x: cute.Tensor,
     place: cute.Tensor,
     bin_: Int32,
     all_: Boolean,
+    step: Int32,
     rank: Int32,
     thread: Int32,
 ):
-    """What is in a bin, or `all_` in it and in those above it, to all CTAs: key, weight and column. Of those
-    that are too many only their number and their range arrive. A barrier of the cluster.
+    """What is in a bin, or `all_` in it and in those above it, to all CTAs, by column: key, weight and column.
+    Of those that are too many only their number and their range arrive.
     """
     lane = thread % 32
     last = Int32(t.BINS - 1) if all_ and bin_ < 0 else bin_
@@ -527,20 +542,13 @@ def _collect(
         if of_column >= first and of_column <= last:
             members = members | Uint32(1 << n)
     own = cute.arch.popc(members).to(Int32)
-    so_far = own
-    for i in range_constexpr(5):
-        other = cute.arch.shuffle_sync_up(so_far, offset=1 << i, mask_and_clamp=0)
-        so_far = so_far + (other if lane >= (1 << i) else Int32(0))
-    before = Int32(0)
-    if lane == 31:
-        before = _take_places(sm + t.o_found, so_far)
-    at = cute.arch.shuffle_sync(before, 31) + so_far - own
+    at, all_of_cta = scan.sums_before(own, Int32, sm, thread, t.threads)
     least, most = Uint32(0), Uint32(0)
     if members != Uint32(0):
         for n in range_constexpr(t.quads):
             for i in range_constexpr(4):
                 if (members & Uint32(1 << (4 * n + i))) != Uint32(0):
-                    k, column = key[4 * n + i], t.column(rank, thread, n) + i
+                    k, column = key_of(_here(x[4 * n + i])), t.column(rank, thread, n) + i
                     if at < t.MOST:
                         s = sm + t.o_own + at * 16
                         ptx.sts128(s, k, p[4 * n + i].bitcast(Uint32), column.bitcast(Uint32), Uint32(0))
@@ -552,16 +560,25 @@ def _collect(
         _raise(sm + t.o_found + 4, least)
         _raise(sm + t.o_found + 8, most)
     cute.arch.sync_threads()
-    head = ptx.lds128(sm + t.o_found)
-    number = cutlass.min(head[0].bitcast(Int32), Int32(t.MOST))
-    for at in cutlass.range(thread // t.ctas, number, t.threads // t.ctas, unroll=1):
-        words = ptx.lds128(sm + t.o_own + at * 16)
-        _send(sm + t.o_candidates + (rank * t.MOST + at) * 16, thread % t.ctas, words)
+    s_heads, s_candidates = sm + t.o_bars + HEADS, sm + t.o_bars + CANDIDATES
     if thread < t.ctas:
-        _send(sm + t.o_heads + rank * 16, thread, head)
-    meet()
+        head = ptx.lds128(sm + t.o_found)
+        number = all_of_cta.bitcast(Uint32)
+        cluster.send_128(sm + t.o_heads + rank * 16, s_heads, thread, number, head[1], head[2], Uint32(0))
+    for i in cutlass.range(
+        thread // t.ctas, cutlass.min(all_of_cta, Int32(t.MOST)), t.threads // t.ctas, unroll=1
+    ):
+        words = ptx.lds128(sm + t.o_own + i * 16)
+        cluster.send_128(sm + t.o_candidates + (rank * t.MOST + i) * 16, s_candidates, thread % t.ctas, *words)
+    ptx.mbarrier_wait(s_heads, step % 2)
     if thread == 0:
         ptx.sts128(sm + t.o_found, Uint32(0), Uint32(0), Uint32(0), Uint32(0))
+        ptx.mbarrier_expect(s_heads, Int32(16 * t.ctas))
+        sent = Int32(0)
+        for n in range_constexpr(t.ctas):
+            sent = sent + cutlass.min(ptx.lds32(sm + t.o_heads + n * 16).bitcast(Int32), Int32(t.MOST))
+        ptx.mbarrier_expect(s_candidates, sent * 16)
+    ptx.mbarrier_wait(s_candidates, step % 2)
 
 
 @cute.jit
@@ -593,44 +610,65 @@ def _candidate(t: Constexpr[Spread], sm: Int32, source: Int32):
 
 
 @cute.jit
-def _crossing(
-    t: Constexpr[Spread],
-    sm: Int32,
-    source: Int32,
-    number: Int32,
-    need: Int64,
-    counts: Boolean,
-    thread: Int32,
+def _rank(
+    t: Constexpr[Spread], sm: Int32, source: Int32, number: Int32, key: Uint32, p: Float32, thread: Int32
 ):
-    """The key of the candidate where sums from the largest key down reach `need`."""
-    key, p, column = _candidate(t, sm, source)
-    _list(t, sm, key, column, Int64(1) if counts else whole(p), thread)
-    above, same = Int64(0), Int64(0)
-    for i in cutlass.range(number if thread // 32 * 32 < number else Int32(0), unroll=4):
-        words = ptx.lds128(sm + t.o_list + i * 16)
-        weight = _joined(words)
-        if words[0] > key:
-            above = above + weight
-        if words[0] == key:
-            same = same + weight
-    if source >= 0 and above < need and need <= above + same:
-        ptx.sts32(sm + t.o_choice, key)
+    """Weights of the candidates in falling order of their keys, equal ones at one place, and what is said of a
+    place: its key. Returns the thread's place. Two barriers.
+    """
+    ptx.sts32(sm + t.o_list + thread * 4, key)
+    if thread < t.FEW:
+        ptx.sts32(sm + t.o_ranked + thread * 4, Uint32(0))
+        ptx.sts32(sm + t.o_ranked + (t.FEW + thread) * 4, Uint32(0))
     cute.arch.sync_threads()
-    return ptx.lds32(sm + t.o_choice)
+    place = Int32(0)
+    if thread // 32 * 32 < number:
+        for i in cutlass.range((number + 3) // 4, unroll=4):
+            keys = ptx.lds128(sm + t.o_list + i * 16)
+            for j in range_constexpr(4):
+                place = place + (Int32(1) if keys[j] > key else Int32(0))
+    if source >= 0:
+        lower, upper = _parts(p)
+        s = sm + t.o_ranked + place * 4
+        ptx.count_shared(s, lower)
+        ptx.count_shared(s + t.FEW * 4, upper)
+        ptx.sts32(s + t.FEW * 8, key)
+    cute.arch.sync_threads()
+    return place
 
 
 @cute.jit
-def _list(t: Constexpr[Spread], sm: Int32, key: Uint32, column: Int32, weight: Int64, thread: Int32):
-    """A thread's candidate where all threads read it. A barrier."""
-    lower, upper = weight.to(Uint32), (weight >> Int64(32)).to(Uint32)
-    ptx.sts128(sm + t.o_list + thread * 16, key, column.bitcast(Uint32), lower, upper)
-    cute.arch.sync_threads()
+def _crossing(t: Constexpr[Spread], sm: Int32, need: Int64, thread: Int32):
+    """The key of the place where the ranked weights, summed from the first on, reach `need`. Every warp by
+    itself.
+    """
+    run = t.FEW // 32
+    sums, so_far = _run(t, sm, Int32(t.FEW), thread)
+    before = so_far
+    for i in range_constexpr(5):
+        other = cute.arch.shuffle_sync_up(before, offset=1 << i, mask_and_clamp=0)
+        before = before + (other if thread % 32 >= (1 << i) else Int64(0))
+    before = before - so_far
+    key = Uint32(0)
+    for i in range_constexpr(run):
+        if before < need and need <= before + sums[i]:
+            key = ptx.lds32(sm + t.o_ranked + (2 * t.FEW + thread % 32 * run + i) * 4)
+        before = before + sums[i]
+    return cute.arch.warp_redux_sync(key, kind="max")
 
 
 @cute.jit
-def _joined(words):
-    """The weight of a listed candidate."""
-    return words[2].to(Int64) | (words[3].to(Int64) << Int64(32))
+def _run(t: Constexpr[Spread], sm: Int32, many: Int32, thread: Int32):
+    """A lane's ranked weights, of the first `many` places, and their sum."""
+    run = t.FEW // 32
+    sums, all_ = cute.make_rmem_tensor((run,), Int64), Int64(0)
+    for i in range_constexpr(run):
+        place = thread % 32 * run + i
+        s = sm + t.o_ranked + place * 4
+        sum_ = _joined(ptx.lds32(s), ptx.lds32(s + t.FEW * 4))
+        sums[i] = sum_ if place < many else Int64(0)
+        all_ = all_ + sums[i]
+    return sums, all_
 
 
 @cute.jit
@@ -648,28 +686,15 @@ def draw_of_few(
     """
     source, candidates, _, _ = _candidates(t, sm, thread)
     key, p, column = _candidate(t, sm, source)
-    weight = whole(p) if source >= 0 else Int64(0)
-    _list(t, sm, key, column, weight, thread)
-    candidates = candidates if thread // 32 * 32 < candidates else Int32(0)  # of a warp that has one
-    above, ahead = Int64(0), Int32(0)
-    for i in cutlass.range(candidates, unroll=4):
-        words = ptx.lds128(sm + t.o_list + i * 16)
-        if words[0] > key:
-            above, ahead = above + _joined(words), ahead + 1
-    if ahead >= many:
-        weight = Int64(0)
-    _, all_ = scan.sums_before(weight, Int64, sm, thread, t.threads)
-    crossed = share > Float32(0.0) and share < Float32(1.0) and above >= share_of(all_, share)
-    if crossed or p < least:
-        weight = Int64(0)
-    _list(t, sm, key, column, weight, thread)
-    before, all_ = Int64(0), Int64(0)
-    for i in cutlass.range(candidates, unroll=4):
-        words = ptx.lds128(sm + t.o_list + i * 16)
-        other = _joined(words)
-        all_ = all_ + other
-        if words[1].bitcast(Int32) < column:
-            before = before + other
+    place = _rank(t, sm, source, candidates, key, p, thread)
+    if share > Float32(0.0) and share < Float32(1.0):
+        _, all_ = _run(t, sm, many, thread)
+        for i in range_constexpr(5):
+            all_ = all_ + cute.arch.shuffle_sync_bfly(all_, offset=1 << i)
+        if key < _crossing(t, sm, share_of(all_, share), thread):
+            source = Int32(-1)
+    weight = whole(p) if source >= 0 and place < many and p >= least else Int64(0)
+    before, all_ = scan.sums_before(weight, Int64, sm, thread, t.threads)
     wanted = (number * all_.to(Float64)).to(Int64)
     found = column if before <= wanted and wanted < before + weight else Int32(-1)
     if all_ == Int64(0) and thread == 0:
@@ -678,9 +703,9 @@ def draw_of_few(
 
 
 @cute.jit
-def _here(r: Uint32):
+def _here(r: Float32):
     """A number whose uses are computed where they stand: kept from before they take too many registers."""
-    return _asm("mov.b32 {$w0}, {$r0};", write_only_types=[Uint32], read_only_args=[r])
+    return _asm("mov.b32 {$w0}, {$r0};", write_only_types=[Float32], read_only_args=[r])
 
 
 @cute.jit
@@ -689,21 +714,9 @@ def _leading_zeros(r: Uint32):
 
 
 @cute.jit
-def _take_places(s: Int32, r: Int32):
-    """The word of shared memory before so many were added."""
-    return _asm("atom.shared.add.u32 {$w0}, [{$r0}], {$r1};", write_only_types=[Int32], read_only_args=[s, r])
-
-
-@cute.jit
 def _raise(s: Int32, r: Uint32):
     """A word of shared memory becomes the larger one."""
     _asm("red.shared.max.u32 [{$r0}], {$r1};", read_only_args=[s, r])
-
-
-@cute.jit
-def _send(s: Int32, rank: Int32, words):
-    """Four words to the same shared address of CTA `rank`."""
-    ptx.store_remote_128(s, rank, words[0], words[1], words[2], words[3])
 
 
 # The token --------------------------------------------------------------------------------------------------
@@ -712,15 +725,17 @@ def _send(s: Int32, rank: Int32, words):
 @cute.jit
 def draw(t: Constexpr[Spread], sm: Int32, p: cute.Tensor, number: Float64, rank: Int32, thread: Int32):
     """In one thread of the cluster the first column whose weights, summed from column 0 on, exceed `number`
-    of all of them; in all others -1. Column 0 where nothing weighs. A barrier of the cluster, the last.
+    of all of them; in all others -1. Column 0 where nothing weighs.
     """
-    own = Int64(0)
+    lower, upper = Uint32(0), Uint32(0)
     for n in range_constexpr(4 * t.quads):
-        own = own + whole(p[n])
+        parts = _parts(p[n])
+        lower, upper = lower + parts[0], upper + parts[1]
+    own = _joined(lower, upper)
     before, of_cta = scan.sums_before(own, Int64, sm, thread, t.threads)
     if thread < t.ctas:
-        ptx.store_remote_i64(sm + t.o_totals + rank * 8, thread, of_cta)
-    meet()
+        cluster.send_i64(sm + t.o_totals + rank * 8, sm + t.o_bars + TOTALS, thread, of_cta)
+    ptx.mbarrier_wait(sm + t.o_bars + TOTALS, Int32(0))
     all_ = Int64(0)
     for n in range_constexpr(t.ctas):
         total = ptx.lds_i64(sm + t.o_totals + n * 8)
