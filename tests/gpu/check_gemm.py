@@ -45,12 +45,15 @@ def i32(*values: int) -> Tensor:
     return torch.tensor(values, dtype=torch.int32, device="cuda")
 
 
-def random_rows(rows: int, k: int, scaled: bool, style: str) -> tuple[dict[str, Tensor], Tensor]:
-    """Rows by component, and what they are in float64."""
+def random_rows(
+    rows: int, k: int, scaled: bool, style: str, small: bool = False
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Rows by component, and what they are in float64; `small`, so that sums are about 1."""
     if not scaled:
         x = styled(torch.randn(rows, k, device="cuda").to(torch.bfloat16), style)
         return {"data": x}, x.double()
-    scale = torch.randint(115, 128, (rows, k // 128), device="cuda").to(torch.uint8)
+    scale = torch.randint(115, 128, (rows, k // 128), device="cuda") - 20 * small
+    scale = scale.to(torch.uint8)
     data = styled(random_e4m3(rows, k), style)
     q = codec.Quantized(FP8_ROW, data, scale)
     return {"data": data, "scale": scale}, codec.dequantize(q, torch.float64)
@@ -122,7 +125,7 @@ def check(case: dict[str, Any], kernel: Kernel) -> tuple[Operands, float]:
     kind = kind_of(spec)
     for style in reversed(STYLES):
         most = spec["rows"]
-        x, x64 = random_rows(most, spec["groups"] * spec["k"], spec["scaled"], style)
+        x, x64 = random_rows(most, spec["groups"] * spec["k"], spec["scaled"], style, spec["limit"] is not None)
         operands |= {("x", c): part for c, part in x.items()}
         wanted_rows = [product(x64, w, spec["groups"], spec["limit"], kind) for w in weights]
         for rows in [n for n in ROWS if n <= most] if style == "random" else [most]:
@@ -234,7 +237,7 @@ def check_layer(layer: dict[str, Any], folder: Path, timed: bool) -> tuple[float
     sizes = sorted({1, 9, rows - 1, rows})
     for style in ("skewed", "random"):
         chosen = choices(rows, top_k, count, style)
-        x, x64 = random_rows(rows, k, True, "random")
+        x, x64 = random_rows(rows, k, True, "random", small=True)
         h_rows, h64 = random_rows(rows * top_k, middle, True, "random")
         operands["weights", "data"] = torch.rand(rows, top_k, device="cuda")
         operands["shared", "data"] = torch.randn(rows, k, device="cuda").to(torch.bfloat16)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from dsv4c.buckets import ROWS
 from dsv4c.errors import PromptError, SessionError
 from dsv4c.models.encoding.marks import DSML, END, THOUGHT
 from dsv4c.models.encoding.rules import PREVIEW
@@ -207,6 +209,35 @@ def test_a_conversation_goes_on_on_the_ids_that_were_sampled(session: Scripted) 
     assert session.memories[0].ids[first.prompt_tokens :][: len(first.ids)] == list(first.ids)
     assert second.prompt_tokens - second.read == first.prompt_tokens + len(first.ids) - 1
     assert len(session.read) == second.read - 1
+
+
+class Ahead(Scripted):
+    """The same on a GPU: steps in portions, whose order with what is read of them it keeps."""
+
+    device = torch.device("cuda")
+
+    def say(
+        self, count: int, tokens: Mapping[int, int], slots: Sequence[int], *, best: int | None, rounds: bool
+    ) -> SimpleNamespace:
+        self.order = [*getattr(self, "order", []), f"say {count}"]
+        self.said = getattr(self, "said", 0) + count
+        self.ahead = max(getattr(self, "ahead", 0), self.said)
+        return SimpleNamespace(slots=[*tokens, *slots], chances=[], each=1, count=count)
+
+    def settle(self, said: SimpleNamespace) -> dict[int, list[int]]:
+        self.order.append("read")
+        self.said -= said.count
+        self.positions[0] += said.count
+        return {0: list(islice(self.script[0], said.count))}
+
+
+def test_on_a_gpu_a_portion_is_enqueued_before_the_one_ahead_is_read(tokenizer: Tokenizer) -> None:
+    session = Ahead(tokenizer)
+    session.tell(f"{'abcdefgh' * 3}{END}")
+    events = list(answers(session, "Go", limit=18))
+    assert text_of(events, Token) == "abcdefgh" * 2 + "ab"
+    assert session.order == ["say 4", *["say 4", "read"] * 3, "say 2", "read", "read"]
+    assert session.ahead <= ROWS
 
 
 def test_another_conversation_is_read_from_its_start(session: Scripted) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dsv4c.buckets import Bucket
 from dsv4c.config import load_config
@@ -320,6 +321,32 @@ def test_tokens_are_fed_back_without_the_host(poison: bool) -> None:
     assert chosen[:, 1].tolist() == [-1] * 4
     assert int(chosen[0, 2]) == expected_next(expected_next(5, 0), 1)
     assert s.positions == [6, 0, 5]
+
+
+class Watch(TorchDispatchMode):
+    """Names of the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.ran.append(op._schema.name)
+        return op(*args, **kwargs or {})
+
+
+def test_portions_of_steps_bring_nothing_from_the_host_and_wait_for_nothing() -> None:
+    """Indexing by a list, a tensor made of numbers and a number read are what makes torch wait for a GPU."""
+    s = session()
+    s.prefill([3, 1], slot=0)
+    s.prefill([5], slot=2)
+    s.settle(s.say(2, {2: 4, 0: 7}))
+    with Watch() as watch:
+        said = [s.say(4, slots=[2, 0]) for _ in range(3)]
+    waits = {"index", "index_put_", "_local_scalar_dense", "item", "nonzero", "lift_fresh", "_to_copy"}
+    assert not {f"aten::{name}" for name in waits} & set(watch.ran)
+    assert len(watch.ran) <= 3 * (4 * 4 + 28)
+    assert [len(s.settle(one)[0]) for one in said] == [4, 4, 4]
 
 
 def test_enqueue_continues_and_launches_one_graph_per_step() -> None:

@@ -7,16 +7,21 @@ is read on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.kernels.chunk_rows import emit_norm_quantize_fp8, emit_quantize_fp8
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
+from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, plan_parts
+from dsv4c.codegen.kernels.quantize import scratch_for
 from dsv4c.codegen.lib.tiles import PIECES, Tiles
+from dsv4c.codegen.registry import Launchable, Request, Scratch, launchable
 from dsv4c.errors import BuildError
 from dsv4c.numerics.forms import Packing, parse_packing
 from dsv4c.numerics.resident import PLAIN
+from dsv4c.types import FP8_ROW, QuantType
 
 FEWEST_ROWS = 9  # a GEMV serves fewer
 FEW = 2  # an expert may have as many times its share of the rows, before tiles of 128 serve it better
@@ -176,9 +181,91 @@ def _literal(value: object) -> str:
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
-def packings_of(names: Sequence[str], packing: dict[str, str]) -> str:
-    """The one packing of several matrices. Raises BuildError where they differ."""
-    found = {packing[name] for name in names}
-    if len(found) > 1:
-        raise BuildError(f"{', '.join(names)} are packed as {', '.join(sorted(found))}: want one packing")
-    return found.pop()
+# Binding ----------------------------------------------------------------------------------------------------
+
+
+def takes_gemm(spec: GemvSpec, arch: Arch) -> bool:
+    """Whether the products of a GEMV's spec are ones of many rows that this family covers."""
+    if spec.batch < FEWEST_ROWS or arch.tensor_memory:
+        return False
+    wide = spec.k % 128 == 0 and (spec.groups == 1 or all(m.rows // spec.groups % 128 == 0 for m in spec.matrices))
+    return wide and all(
+        (m.x.kind, m.x.prologue) in STAGED
+        and (m.x.kind != "f16" or m.format == "fp8")
+        and not (m.x.prologue == "normalize" and spec.k % 256)
+        for m in spec.matrices
+    )
+
+
+STAGED = {
+    ("e4m3", "copy"): True,
+    ("e4m3", "quantize"): True,
+    ("e4m3", "normalize"): True,
+    ("bf16", "copy"): False,
+    ("f16", "quantize"): False,  # FP8 weights widened to bf16
+}
+"""How rows come to a GEMV that has a GEMM, and whether they meet the weights as FP8."""
+
+
+def gemm_launches(request: Request, spec: GemvSpec, values: Mapping[str, int]) -> list[Launchable]:
+    """A GEMV's products for many rows: rows to FP8 first where the GEMV does that, then a launch for each
+    kind of rows and weights. `values` are what its operands are.
+    """
+    launches: list[Launchable] = []
+    lengths = counted(request)
+    quantized: dict[Activations, dict[str, Scratch]] = {}
+    for part in plan_parts(replace(spec, batch=1), request.arch):
+        x = part.x
+        if x.prologue in ("quantize", "normalize") and x.kind == "e4m3" and x not in quantized:
+            scratch, launch = quantized_rows(request, x, spec, values, lengths)
+            quantized[x] = scratch
+            launches.append(launch)
+        matrices = tuple(GemmMatrix((s.matrix.name,), s.matrix.rows, s.matrix.out) for s in part.slots)
+        packing = f"{part.ring.product.weight}/{part.ring.tile_warps}x{part.ring.span}"
+        gemm = GemmSpec(
+            f"{spec.name}_{part.ring.product.weight}" if launches else spec.name,
+            spec.batch,
+            spec.k,
+            matrices,
+            packing,
+            STAGED[x.kind, x.prologue],
+            part.out_dtype,
+            spec.groups,
+            bool(lengths),
+        )
+        bound = {**values, **lengths}
+        bound.pop("x", None)
+        if x not in quantized:
+            bound["x"] = values[x.name]
+        launches.append(
+            launchable(
+                request,
+                emit_gemm(gemm, request.arch),
+                bound,
+                stage=f"product{len(launches)}",
+                scratch={n: replace(a, access="r") for n, a in quantized.get(x, {}).items()},
+            )
+        )
+    return launches
+
+
+def counted(request: Request) -> dict[str, int]:
+    """The operand that says how many rows there are, if the request has it."""
+    return {} if request.lengths is None else {"lengths": request.lengths}
+
+
+def quantized_rows(
+    request: Request, x: Activations, spec: GemvSpec, values: Mapping[str, int], lengths: dict[str, int]
+) -> tuple[dict[str, Scratch], Launchable]:
+    """Rows to FP8 in scratch, under a norm where the GEMV has one: the scratch of operand x, and the launch."""
+    width = spec.groups * spec.k
+    arrays = scratch_for("q", QuantType(FP8_ROW, (spec.batch, width)), "w")
+    forms = {}
+    if x.gain:
+        emission = emit_norm_quantize_fp8("norm_quantize", spec.batch, width, x.eps, counted=bool(lengths))
+        forms = {"gain": "f32"}
+    else:
+        emission = emit_quantize_fp8("quantize", spec.batch, width, counted=bool(lengths))
+    bound = {"x": values[x.name], **({"gain": values[x.gain]} if x.gain else {}), **lengths}
+    launch = launchable(request, emission, bound, stage="quantize", scratch=arrays, forms=forms)
+    return {f"x{name.removeprefix('q')}": array for name, array in arrays.items()}, launch
