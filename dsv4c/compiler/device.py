@@ -166,6 +166,10 @@ class Alone:
         for variable in dict.fromkeys(v for node in self.turn.nodes for v in node.inputs):
             if variable not in self._made:
                 given[variable] = self._value(variable, pattern, given, chosen=variable in chosen)
+        for name in {a.value for launch in self.turn.launches for a in launch.arguments}:
+            variable = self.graph.by_name.get(name)
+            if name == "lengths" and variable is not None and variable not in given:
+                given[variable] = torch.full(variable.type.shape, self.program.shape.tokens, dtype=torch.int32)
         self.bound.blocks["arena"].fill_(POISON)
         for variable, value in given.items():
             self._store(variable, value)

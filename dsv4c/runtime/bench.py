@@ -95,6 +95,10 @@ class Clock:
 
     def __init__(self, step: BoundProgram, position: int, replays: int) -> None:
         self.step, self.position, self.replays = step, position, replays
+        tokens = step.inputs["tokens"]
+        self._tokens = (17 + 7919 * torch.arange(len(tokens), device=tokens.device)) % int(
+            step.plan.config["vocab_size"]
+        )
         self._given = [step.value(name) for name in given(step.program)]
         self._flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
 
@@ -123,7 +127,7 @@ class Clock:
         position, slots = self.step.value("position"), self.step.inputs["slots"]
         assert isinstance(position, Tensor)
         position.fill_(self.position)
-        self.step.inputs["tokens"].fill_(17)
+        self.step.inputs["tokens"].copy_(self._tokens)
         self.step.inputs["lengths"].fill_(self.step.program.shape.tokens)
         torch.arange(len(slots), out=slots)
         for value in self._given:
@@ -310,7 +314,7 @@ def bench(
     """
     program = plan.program(bucket)
     step = executor.programs[program.shape.name]
-    position = min(position, int(plan.deployment["max_context"]) - 8)
+    position = min(position, int(plan.deployment["max_context"]) - max(8, program.shape.tokens))
     copied, read = bandwidths()
     machine = Machine(torch.cuda.get_device_name(), copied, read, node_us(step))
     torch.cuda.empty_cache()

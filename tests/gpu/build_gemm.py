@@ -70,11 +70,10 @@ def experts() -> Iterator[tuple[str, list[Emission], list[GemmSpec], int, bool]]
     ):
         name = f"{format}_{count}_{rows}"
         packing = f"{format}/1x{1 if format == 'fp8' else 2}"
-        numbers = {"counted": False, "experts": count, "top_k": top_k}
         every = rows * top_k
         pair = (matrix(wide, "w1", "w3", out="h"),)
-        up = GemmSpec(f"up_{name}", every, k, pair, packing, True, limit=10.0, divide=top_k, **numbers)
-        down = GemmSpec(f"down_{name}", every, wide, (matrix(k, "w2"),), packing, True, **numbers)
+        up = GemmSpec(f"up_{name}", every, k, pair, packing, True, limit=10.0, experts=count, divide=top_k)
+        down = GemmSpec(f"down_{name}", every, wide, (matrix(k, "w2"),), packing, True, experts=count)
         arch = ARCHS["sm_90a"]
         emissions = [
             emit_list_rows(f"list_{name}", rows, top_k, count, counted=True),
@@ -130,6 +129,7 @@ def main() -> None:
         {
             "name": name,
             "rows": count,
+            "top_k": specs[0].divide,
             "timed": timed,
             "specs": [asdict(s) for s in specs],
             "kernels": [describe(e) for e in es],

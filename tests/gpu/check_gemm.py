@@ -216,7 +216,7 @@ def choices(rows: int, top_k: int, experts: int, style: str) -> Tensor:
 def check_layer(layer: dict[str, Any], folder: Path, timed: bool) -> tuple[float, str]:
     """A MoE layer's launches: worst error over the allowed one, and a line of times."""
     up, down = layer["specs"]
-    rows, count, top_k = layer["rows"], up["experts"], up["top_k"]
+    rows, count, top_k = layer["rows"], up["experts"], layer["top_k"]
     libraries = {k["symbol"]: Library((folder / f"{k['symbol']}.cubin").read_bytes(), k["symbol"]) for k in layer["kernels"]}
     kernels = [libraries[k["symbol"]].kernel(k["symbol"], shared=k["shared"]) for k in layer["kernels"]]
     format, distinct = format_of(up), min(count, 8)
@@ -244,7 +244,7 @@ def check_layer(layer: dict[str, Any], folder: Path, timed: bool) -> tuple[float
         for live in sizes:
             operands["experts", "data"] = chosen
             operands["lengths", "data"] = i32(live)
-            operands["order", "data"] = torch.full((count, rows), 1 << 30, dtype=torch.int32, device="cuda")
+            operands["order", "data"] = torch.full((count, rows * top_k), 1 << 30, dtype=torch.int32, device="cuda")
             operands["counts", "data"] = i32(*[-1] * count)
             h = torch.full((rows * top_k, middle), math.nan, dtype=torch.bfloat16, device="cuda")
             y = torch.full((rows * top_k, k), math.nan, dtype=torch.bfloat16, device="cuda")

@@ -76,7 +76,7 @@ class Launches:
     def list_rows(self, experts: str) -> None:
         """Scratch order and counts: the rows of each expert."""
         spec = self.spec
-        self.numbers("order", spec.experts * spec.batch * 4)
+        self.numbers("order", spec.experts * self.listed * 4)
         self.numbers("counts", spec.experts * 4)
         lister = emit_list_rows("list_rows", spec.batch, spec.top_k, spec.experts, bool(self.counted))
         self.add(lister, {"experts": experts, "order": "order", "counts": "counts"})
@@ -119,7 +119,7 @@ def up_launches(
     launches.list_rows("experts")
     for prefix, format, rows in (("", spec.routed, launches.listed), ("shared_", spec.shared, spec.batch)):
         pair = GemmMatrix((f"{prefix}w1", f"{prefix}w3"), spec.intermediate, f"{prefix}h")
-        routed = {"experts": spec.experts, "top_k": spec.top_k, "divide": spec.top_k} if not prefix else {}
+        routed = {"experts": spec.experts, "divide": spec.top_k} if not prefix else {}
         product = GemmSpec(
             f"{prefix}up",
             rows,
@@ -165,7 +165,7 @@ def down_launches(
             packings[f"{prefix}w2"],
             spec.quantized,
             counted=counts and bool(prefix),
-            **({} if prefix else {"experts": spec.experts, "top_k": spec.top_k}),
+            **({} if prefix else {"experts": spec.experts}),
         )
         lists = () if prefix else ("order", "counts")
         operands = {"x": name, f"{prefix}w2": f"{prefix}w2", out: out, **{n: n for n in lists}}

@@ -103,17 +103,20 @@ def emit_norm_quantize_fp8(name: str, rows: int, k: int, eps: float, counted: bo
 
 
 def emit_list_rows(name: str, rows: int, top_k: int, experts: int, counted: bool = False) -> Emission:
-    """experts i32[rows, top_k] -> order i32[experts, rows], counts i32[experts]: a CTA per expert."""
+    """experts i32[rows, top_k] -> order i32[experts, rows * top_k], counts i32[experts]: a CTA per expert.
+
+    An expert has room for all numbers: a table may name it twice in a row.
+    """
     limit = f"Int32(ptx.ldg32(m_lengths.toint())) * {top_k}" if counted else f"Int32({rows * top_k})"
     body = f"""
     s = ptx.shared({LISTERS // 32 * 4})
     ptx.wait()
-    g_order = m_order.toint() + Int64(block) * {rows * 4}
+    g_order = m_order.toint() + Int64(block) * {rows * top_k * 4}
     gemm.list_rows(m_experts.toint(), g_order, m_counts.toint(), s, block, {limit}, thread, THREADS)
     """
     operands = {
         "experts": f"i32[{rows},{top_k}]",
-        "order": f"i32[{experts},{rows}], numbers of (row, choice) of each expert, ascending",
+        "order": f"i32[{experts},{rows * top_k}], numbers of (row, choice) of each expert, ascending",
         "counts": f"i32[{experts}], how many",
     }
     what = "rows by the experts that they chose."

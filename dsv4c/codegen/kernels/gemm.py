@@ -43,8 +43,8 @@ class GemmSpec:
     x is e4m3 with scales per 128 (`scaled`) or bf16. `groups` g > 1: rows are [M, g, k], and matrix rows
     r * (rows / g) .. belong to group r. `counted`: an operand `lengths` says how many rows there are. Of
     paired matrices results are SwiGLU with `limit`. `experts` matrices lie one behind the other: then there
-    are `rows` rows of results, which operands `order` and `counts` list by expert; an expert has at most
-    rows / `top_k`. Row n of them is that of row n / `divide` of x; of paired ones `weights` are factors.
+    are `rows` rows of results, which operands `order` and `counts` list by expert, and row n of them is that
+    of row n / `divide` of x; of paired ones `weights` are factors.
     """
 
     name: str
@@ -58,7 +58,6 @@ class GemmSpec:
     counted: bool = False
     limit: float | None = None
     experts: int = 0
-    top_k: int = 1
     divide: int = 1
 
     @property
@@ -162,7 +161,6 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
         out_rows="N",
         formula="silu(min(x w1, limit)) * clamp(x w3)" if spec.paired else "x w",
         expert_bytes=parse_packing(spec.packing).nbytes(matrices[0].rows, t.k) if spec.experts else 0,
-        listed=spec.rows // spec.top_k,
         expert_scales=-(-matrices[0].rows // 128) * t.blocks,
         group_rows=matrices[0].rows // spec.groups,
         group_bytes=t.k * (1 if spec.scaled else 2),
