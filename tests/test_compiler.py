@@ -141,7 +141,16 @@ def test_what_a_plan_is_compiled_from() -> None:
             "decode-2 decode-4 verify-1x4 prefill-64 draft-3 round-2x4",
         ),
         ({"draft": "given", "sampled": True}, "decode-1.sampled verify-1x4 prefill-64 accept-1x4.sampled"),
-        ({"target": "sm_90a"}, "decode-1 decode-2 decode-4 decode-8 verify-1x4 prefill-8"),
+        (
+            {"target": "sm_90a"},
+            "decode-1 decode-2 decode-4 decode-8 verify-1x4 "
+            "prefill-64.last prefill-512.last prefill-4096.last",
+        ),
+        (
+            {"target": "sm_90a", "batch": 1, "max_context": 96},
+            "decode-1 verify-1x4 prefill-64.last prefill-96.last",
+        ),
+        ({"target": "sm_100a", "batch": 1}, "decode-1 verify-1x4 prefill-8"),
         ({"target": "sm_90a", "chunk": 1, "batch": 1}, "decode-1 verify-1x4"),
     ],
 )

@@ -166,10 +166,8 @@ class Alone:
         for variable in dict.fromkeys(v for node in self.turn.nodes for v in node.inputs):
             if variable not in self._made:
                 given[variable] = self._value(variable, pattern, given, chosen=variable in chosen)
-        for name in {a.value for launch in self.turn.launches for a in launch.arguments}:
-            variable = self.graph.by_name.get(name)
-            if name == "lengths" and variable is not None and variable not in given:
-                given[variable] = torch.full(variable.type.shape, self.program.shape.tokens, dtype=torch.int32)
+        if (lengths := self._counts()) is not None and lengths not in given:  # no rows are padding
+            given[lengths] = torch.full(lengths.type.shape, self.program.shape.tokens, dtype=torch.int32)
         self.bound.blocks["arena"].fill_(POISON)
         for variable, value in given.items():
             self._store(variable, value)
@@ -183,6 +181,11 @@ class Alone:
         found = {v: clone(self.bound.value(v.name)) for v in in_memory}
         expected = self._meant(given, found)
         return [a for node in self.turn.nodes for a in self._apart(node, given, expected, found)]
+
+    def _counts(self) -> Variable | None:
+        """How many rows a call has, if the launches read that."""
+        read = {a.value for launch in self.turn.launches for a in launch.arguments}
+        return next((v for v in self.graph.inputs if v.name == "lengths" and v.name in read), None)
 
     # --- operands ---
 

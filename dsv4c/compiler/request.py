@@ -14,7 +14,8 @@ from dsv4c.errors import ConfigError
 from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, parse_pipeline
 from dsv4c.passes.recipes import Recipe, recipe_for
 
-CHUNK = 64  # tokens per prefill call on the CPU, unless the context is shorter
+CHUNKS = {"cpu": (64,), "sm_90a": (64, 512, 4096)}
+"""Tokens of prefill calls, unless the context is shorter; elsewhere as many as a step takes back."""
 BATCHES = (1, 2, 4, 8)  # sequences that decode together on a GPU
 VERIFY = 4  # tokens of a sequence that one step can verify
 
@@ -31,8 +32,8 @@ class Request:
     target: cpu, sm_90a or sm_100a. batch: sequences that decode together, a bucket for each number (1; on a
     GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens
     that each has room for. verify: tokens of one sequence that a verify step takes, 1 for no such bucket.
-    chunk: tokens of one sequence that prefill calls take, a bucket for each size (64 or the context; on a
-    GPU 8). logits: of every token of a chunk, or of its last alone (of every one; on a GPU of the last alone
+    chunk: tokens of one sequence that prefill calls take, a bucket for each size (64 or the context; on
+    sm_90a 64, 512 and 4,096; on sm_100a, which has no GEMM for them, 8). logits: of every token of a chunk, or of its last alone (of every one; on a GPU of the last alone
     in chunks of more than 8). draft: adds rounds, which draft tokens and judge them, by the MTP block
     ("mtp"), by DSpark's stages ("dspark"), or by what the checkpoint has, if anything ("auto"); "given" adds
     steps that judge the caller's. draft_tokens: drafts of a round (of MTP 1, else as many as the model's
@@ -87,7 +88,8 @@ class Request:
                 raise ConfigError(f"{name}: {given!r} is unknown; expected {choices}")
         on_cpu = self.target == "cpu"
         batches = _numbers("batch", self.batch, (1,) if on_cpu else BATCHES)
-        chunks = _numbers("chunk", self.chunk, (min(CHUNK if on_cpu else ROWS, self.max_context),))
+        usual = sorted({min(n, self.max_context) for n in CHUNKS.get(self.target, (ROWS,))})
+        chunks = _numbers("chunk", self.chunk, tuple(usual))
         verify = self.verify if self.verify is not None else min(VERIFY, self.max_context)
         if not 1 <= verify <= ROWS:
             raise ConfigError(f"verify: {verify} tokens, expected 1 (no such bucket) to {ROWS}")

@@ -53,9 +53,17 @@ def dense() -> Iterator[tuple[GemmSpec, bool]]:
         gate = GemmSpec(f"gate_{rows}", rows, 4096, (matrix(256),), "plain", False, "f32", counted=True)
         yield gate, True
         shared = matrix(2048, "w1", "w3", out="h")
-        yield GemmSpec(f"shared_{rows}", rows, 4096, (shared,), "fp8/1x1", True, counted=True, limit=10.0), True
+        yield (
+            GemmSpec(f"shared_{rows}", rows, 4096, (shared,), "fp8/1x1", True, counted=True, limit=10.0),
+            True,
+        )
     for k in (128, 256, 384, 640):  # steps that do not split evenly
-        for packing, scaled in (("fp8/1x1", True), ("bf16/1x1", False), ("mxfp4/1x1", True), ("nvfp4/1x1", True)):
+        for packing, scaled in (
+            ("fp8/1x1", True),
+            ("bf16/1x1", False),
+            ("mxfp4/1x1", True),
+            ("nvfp4/1x1", True),
+        ):
             name = f"odd_{packing.partition('/')[0]}_{k}"
             yield GemmSpec(name, 150, k, (matrix(136),), packing, scaled, "f32", counted=True), False
 
@@ -122,7 +130,9 @@ def main() -> None:
     for emission, kernel in zip(emissions, built, strict=True):
         (folder / f"{emission.symbol}.cubin").write_bytes(kernel.cubin)
         r = kernel.resources
-        print(f"{emission.symbol:26} grid {emission.grid[0]:5} {emission.shared:6} B {r.registers:3} {r.stack}")
+        print(
+            f"{emission.symbol:26} grid {emission.grid[0]:5} {emission.shared:6} B {r.registers:3} {r.stack}"
+        )
     described = [{**describe(e), "spec": asdict(spec), "timed": timed} for spec, timed, e in cases]
     (folder / "cases.json").write_text(json.dumps(described, indent=1))
     described = [

@@ -1,16 +1,17 @@
 """Products of many rows on a GPU, against float64, then timed: python -m tests.gpu.check_gemm.
 
-Needs torch and cuda-bindings. Random codes and scales, then rows of `check_gemv.STYLES`; every number of rows
-of `ROWS` that a bucket holds, the others' results untouched (all results start as NaN); two runs with the same
-bits. A sum may differ by `SLACK` times the sum of its terms' magnitudes: FP8 tensor cores keep about 13 bits
-inside one instruction. Experts: rows by list, skewed ones too. Times are medians of graphs that cycle over
-weights beyond the L2, beside torch._scaled_mm (cuBLAS, 1x128 by 128x128 blocks) and bf16 matmul.
+Needs torch and cuda-bindings. Random codes and scales, then rows of `check_gemv.STYLES`; every number of
+rows of `ROWS` that a bucket holds, the others' results untouched (all results start as NaN); two runs with
+the same bits. A sum may differ by `SLACK` times the sum of its terms' magnitudes: FP8 tensor cores keep about
+13 bits inside one instruction. Experts: rows by list, skewed ones too. Times are medians of graphs that cycle
+over weights beyond the L2, beside torch._scaled_mm (cuBLAS, 1x128 by 128x128 blocks) and bf16 matmul.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from torch import Tensor
 from dsv4c.numerics import codec
 from dsv4c.numerics.forms import parse_packing
 from dsv4c.numerics.packing import pack
-from dsv4c.runtime.driver import Kernel, Launch, Library
+from dsv4c.runtime.bench import microseconds
+from dsv4c.runtime.driver import Kernel, Library
 from dsv4c.types import FP8_ROW
 from tests.gpu.check_gemv import (
     OUT,
@@ -92,15 +94,18 @@ def product(
 ) -> tuple[Tensor, Tensor]:
     """(What a matrix or a pair gives, how far off it may be before rounding.)"""
     rows = x.view(len(x), groups, -1)
-    sums = [torch.einsum("mgk,grk->mgr", rows, w.view(groups, -1, rows.shape[-1])).flatten(1) for w in weights]
+    sums = [
+        torch.einsum("mgk,grk->mgr", rows, w.view(groups, -1, rows.shape[-1])).flatten(1) for w in weights
+    ]
     small = rows.abs().float()
     slacks = [
-        SLACK[kind] * torch.einsum("mgk,grk->mgr", small, w.abs().float().view(groups, -1, rows.shape[-1])).flatten(1)
+        SLACK[kind]
+        * torch.einsum("mgk,grk->mgr", small, w.abs().float().view(groups, -1, rows.shape[-1])).flatten(1)
         for w in weights
     ]
     if limit is None:
         return sums[0], slacks[0].double()
-    made = silu_pair(*sums, limit)
+    made = silu_pair(sums[0], sums[1], limit)
     steep = 1.1 * slacks[0] * sums[1].abs().clamp(max=limit) + slacks[1] * sums[0].abs().clamp(max=limit)
     return made, steep.double()
 
@@ -125,7 +130,9 @@ def check(case: dict[str, Any], kernel: Kernel) -> tuple[Operands, float]:
     kind = kind_of(spec)
     for style in reversed(STYLES):
         most = spec["rows"]
-        x, x64 = random_rows(most, spec["groups"] * spec["k"], spec["scaled"], style, spec["limit"] is not None)
+        x, x64 = random_rows(
+            most, spec["groups"] * spec["k"], spec["scaled"], style, spec["limit"] is not None
+        )
         operands |= {("x", c): part for c, part in x.items()}
         wanted_rows = [product(x64, w, spec["groups"], spec["limit"], kind) for w in weights]
         for rows in [n for n in ROWS if n <= most] if style == "random" else [most]:
@@ -145,6 +152,13 @@ def check(case: dict[str, Any], kernel: Kernel) -> tuple[Operands, float]:
                     print(f"  {style} {rows} rows: {found:.3g}, same bits {same}, others alone {alone}")
                 worst = max(worst, found if same and alone else math.inf)
     return operands, worst
+
+
+def random_matrix(format: str, rows: int, k: int) -> codec.Quantized:
+    """A quantized one."""
+    weight = random_weight(format, rows, k)
+    assert isinstance(weight, codec.Quantized)
+    return weight
 
 
 def format_of(spec: dict[str, Any]) -> str:
@@ -175,15 +189,8 @@ def peers(spec: dict[str, Any]) -> dict[str, float]:
         with torch.cuda.graph(graph):
             for i in range(2 * copies):
                 call(i % copies)
-        times = []
-        for _ in range(8):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            graph.replay()
-            end.record()
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) * 1e3)
-        return sorted(times[1:])[3] / (2 * copies)
+        times: list[float] = [microseconds(graph.replay) for _ in range(8)]
+        return statistics.median(times[1:]) / (2 * copies)
 
     if spec["scaled"] and columns % 16 == 0:
         x = random_e4m3(rows, k)
@@ -217,21 +224,25 @@ def check_layer(layer: dict[str, Any], folder: Path, timed: bool) -> tuple[float
     """A MoE layer's launches: worst error over the allowed one, and a line of times."""
     up, down = layer["specs"]
     rows, count, top_k = layer["rows"], up["experts"], layer["top_k"]
-    libraries = {k["symbol"]: Library((folder / f"{k['symbol']}.cubin").read_bytes(), k["symbol"]) for k in layer["kernels"]}
+    libraries = {
+        k["symbol"]: Library((folder / f"{k['symbol']}.cubin").read_bytes(), k["symbol"])
+        for k in layer["kernels"]
+    }
     kernels = [libraries[k["symbol"]].kernel(k["symbol"], shared=k["shared"]) for k in layer["kernels"]]
     format, distinct = format_of(up), min(count, 8)
     k, middle = up["k"], down["k"]
     weights: dict[str, Tensor] = {}
     operands: Operands = {}
     for name, shape in (("w1", (middle, k)), ("w3", (middle, k)), ("w2", (k, middle))):
-        own = [random_weight(format, *shape) for _ in range(distinct)]
+        own = [random_matrix(format, *shape) for _ in range(distinct)]
         packing = parse_packing((down if name == "w2" else up)["packing"])
         data = [pack(packing, w.data, w.scale if packing.holds_scales else None) for w in own]
         operands[name, "data"] = torch.stack(data).repeat(count // distinct, 1)
         if not packing.holds_scales:
             operands[name, "scale"] = torch.stack([w.scale for w in own]).repeat(count // distinct, 1, 1)
-        if own[0].global_scale is not None:
-            operands[name, "global_scale"] = torch.stack([w.global_scale for w in own]).repeat(count // distinct)
+        factors = [w.global_scale for w in own if w.global_scale is not None]
+        if factors:
+            operands[name, "global_scale"] = torch.stack(factors).repeat(count // distinct)
         weights[name] = torch.stack([wide(w).float() for w in own])
     worst, line = 0.0, ""
     sizes = sorted({1, 9, rows - 1, rows})
@@ -244,7 +255,9 @@ def check_layer(layer: dict[str, Any], folder: Path, timed: bool) -> tuple[float
         for live in sizes:
             operands["experts", "data"] = chosen
             operands["lengths", "data"] = i32(live)
-            operands["order", "data"] = torch.full((count, rows * top_k), 1 << 30, dtype=torch.int32, device="cuda")
+            operands["order", "data"] = torch.full(
+                (count, rows * top_k), 1 << 30, dtype=torch.int32, device="cuda"
+            )
             operands["counts", "data"] = i32(*[-1] * count)
             h = torch.full((rows * top_k, middle), math.nan, dtype=torch.bfloat16, device="cuda")
             y = torch.full((rows * top_k, k), math.nan, dtype=torch.bfloat16, device="cuda")
@@ -254,7 +267,9 @@ def check_layer(layer: dict[str, Any], folder: Path, timed: bool) -> tuple[float
             third = operands | {("routed", "data"): y, ("y", "data"): total}
             launches = [
                 launch_of(kernel, loaded, bound)
-                for kernel, loaded, bound in zip(layer["kernels"], kernels, (operands, first, second, third), strict=True)
+                for kernel, loaded, bound in zip(
+                    layer["kernels"], kernels, (operands, first, second, third), strict=True
+                )
             ]
             run_once(*launches)
             n = live * top_k
@@ -297,7 +312,9 @@ def check_layer(layer: dict[str, Any], folder: Path, timed: bool) -> tuple[float
         if timed and layer["timed"]:
             times = [measure([launch] * 4, True, replays=7) / 4 for launch in launches]
             read = [operands[w, "data"].nbytes for w in ("w1", "w2")]
-            line += f"  {style}: list {times[0]:.1f} up {times[1]:.1f} down {times[2]:.1f} sum {times[3]:.1f} us"
+            line += (
+                f"  {style}: list {times[0]:.1f} up {times[1]:.1f} down {times[2]:.1f} sum {times[3]:.1f} us"
+            )
             if style == "random":
                 flops = 2 * rows * top_k * k * middle
                 line += (
@@ -374,7 +391,9 @@ def main() -> int:
             continue
         worst, line = check_layer(layer, folder, not options.no_time)
         wrong, count = wrong + (not worst <= 1), count + 1
-        print(f"experts_{layer['name']:20} {'ok' if worst <= 1 else 'WRONG':5} {worst:8.3g}{line}", flush=True)
+        print(
+            f"experts_{layer['name']:20} {'ok' if worst <= 1 else 'WRONG':5} {worst:8.3g}{line}", flush=True
+        )
         torch.cuda.empty_cache()
     print(f"{count} cases, {wrong} wrong")
     return int(wrong > 0)

@@ -57,9 +57,7 @@ class Launches:
                 for part, array in parts.items():
                     scratch[operand + part.removeprefix(name)] = array
         stage = emission.symbol.removesuffix("_0")
-        self.made.append(
-            launchable(self.request, emission, bound, stage=stage, scratch=scratch)
-        )
+        self.made.append(launchable(self.request, emission, bound, stage=stage, scratch=scratch))
         read = {a.name for a in scratch.values() if a.access == "w"}
         for name, array in self.arrays.items():
             if array.name in read:
@@ -117,9 +115,8 @@ def up_launches(
     asked = ("table", "tokens") if table else ("bias",)
     launches.add(chooser, {n: n for n in ("logits", *asked, "experts", "weights")})
     launches.list_rows("experts")
-    for prefix, format, rows in (("", spec.routed, launches.listed), ("shared_", spec.shared, spec.batch)):
+    for prefix, rows in (("", launches.listed), ("shared_", spec.batch)):
         pair = GemmMatrix((f"{prefix}w1", f"{prefix}w3"), spec.intermediate, f"{prefix}h")
-        routed = {"experts": spec.experts, "divide": spec.top_k} if not prefix else {}
         product = GemmSpec(
             f"{prefix}up",
             rows,
@@ -129,12 +126,11 @@ def up_launches(
             spec.quantized,
             counted=counts and bool(prefix),
             limit=spec.limit,
-            **routed,
+            experts=0 if prefix else spec.experts,
+            divide=1 if prefix else spec.top_k,
         )
         lists = () if prefix else ("order", "counts", "weights")
-        launches.add(
-            emit_gemm(product, request.arch), {n: n for n in ("x", *pair.names, pair.out, *lists)}
-        )
+        launches.add(emit_gemm(product, request.arch), {n: n for n in ("x", *pair.names, pair.out, *lists)})
     return launches.made
 
 
@@ -165,7 +161,7 @@ def down_launches(
             packings[f"{prefix}w2"],
             spec.quantized,
             counted=counts and bool(prefix),
-            **({} if prefix else {"experts": spec.experts}),
+            experts=0 if prefix else spec.experts,
         )
         lists = () if prefix else ("order", "counts")
         operands = {"x": name, f"{prefix}w2": f"{prefix}w2", out: out, **{n: n for n in lists}}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.errors import BuildError
@@ -18,14 +18,15 @@ def _emit(
     name: str,
     what: str,
     operands: Mapping[str, str],
-    grid: Sequence[int],
+    grid: int,
     threads: int,
     body: str,
     each: int = 1,
     shared: int = 0,
 ) -> Emission:
     """A kernel whose `body` is given; operands "x.scale" are components."""
-    parameters = tuple(Parameter(*operand.split(".")) for operand in operands)
+    split = (operand.partition(".") for operand in operands)
+    parameters = tuple(Parameter(name, component or "data") for name, _, component in split)
     counted = "lengths" in operands
     text = textwrap.indent(textwrap.dedent(body).strip("\n"), "    ")
     numbers = [n for n in ("Int32", "Int64", "Uint32") if re.search(rf"\b{n}\b", text)]
@@ -37,15 +38,14 @@ def _emit(
         signature="\n".join(f"m_{o.replace('.', '_')}: {t}" for o, t in operands.items()),
         counted=counted,
         each=each,
-        grid=list(grid),
+        grid=grid,
         threads=threads,
         body=text,
         numbers=numbers,
         libs=libs,
         pointers=[p.name for p in parameters],
     )
-    whole = (*grid, 1, 1)[:3]
-    return Emission(f"{name}_0", source, whole, threads, shared, parameters)
+    return Emission(f"{name}_0", source, (grid, 1, 1), threads, shared, parameters)
 
 
 def _counted(counted: bool) -> dict[str, str]:
@@ -67,7 +67,7 @@ def emit_quantize_fp8(name: str, rows: int, k: int, each: int = 1, counted: bool
     """
     operands = {"x": f"bf16[{rows},{k}]", "q": f"q[e4m3,ue8m0,1x128][{rows},{k}]", "q.scale": "its scales"}
     what = "rows to FP8, a half-warp to a block of 128."
-    return _emit(name, what, operands | _counted(counted), (-(-blocks // per),), QUANTIZERS, body, each)
+    return _emit(name, what, operands | _counted(counted), -(-blocks // per), QUANTIZERS, body, each)
 
 
 def emit_norm_quantize_fp8(name: str, rows: int, k: int, eps: float, counted: bool = False) -> Emission:
@@ -99,7 +99,7 @@ def emit_norm_quantize_fp8(name: str, rows: int, k: int, eps: float, counted: bo
     }
     what = f"fp8(bf16(x * rsqrt(mean(x^2) + {eps}) * gain))."
     shared = k // 128 * 4
-    return _emit(name, what, operands | _counted(counted), (rows,), k // 8, body, shared=shared)
+    return _emit(name, what, operands | _counted(counted), rows, k // 8, body, shared=shared)
 
 
 def emit_list_rows(name: str, rows: int, top_k: int, experts: int, counted: bool = False) -> Emission:
@@ -121,7 +121,7 @@ def emit_list_rows(name: str, rows: int, top_k: int, experts: int, counted: bool
     }
     what = "rows by the experts that they chose."
     shared = LISTERS // 32 * 4
-    return _emit(name, what, operands | _counted(counted), (experts,), LISTERS, body, shared=shared)
+    return _emit(name, what, operands | _counted(counted), experts, LISTERS, body, shared=shared)
 
 
 def emit_sum_experts(name: str, rows: int, top_k: int, hidden: int, counted: bool = False) -> Emission:
@@ -143,7 +143,7 @@ def emit_sum_experts(name: str, rows: int, top_k: int, hidden: int, counted: boo
         "y": f"bf16[{rows},{hidden}]",
     }
     what = "the sum over a row's experts, in f32."
-    return _emit(name, what, operands | _counted(counted), (rows * ctas,), SUMMERS, body)
+    return _emit(name, what, operands | _counted(counted), rows * ctas, SUMMERS, body)
 
 
 def emit_choose_experts(
@@ -170,12 +170,15 @@ def emit_choose_experts(
         router.stage_scores(s, logits, {experts}, {padded}, thread, THREADS)
         cute.arch.sync_threads()
         """
-    body = f"""
+    body = (
+        f"""
     s = ptx.shared({8 * padded + 8 * top_k})
     ptx.wait()
     if block < {limit}:
         g_logits = m_logits.toint() + Int64(block) * {4 * experts}
-""" + textwrap.indent(textwrap.dedent(stage).strip("\n"), "        ") + f"""
+"""
+        + textwrap.indent(textwrap.dedent(stage).strip("\n"), "        ")
+        + f"""
         if thread < 32:
 {textwrap.indent(textwrap.dedent(choose).strip(chr(10)), "            ")}
             weight = router.keep_weights(s + {8 * padded}, chosen, {top_k}, {factor}, thread)
@@ -184,6 +187,7 @@ def emit_choose_experts(
                 ptx.stg32(m_experts.toint() + at, expert.bitcast(Uint32))
                 ptx.stg_f32(m_weights.toint() + at, weight)
     """
+    )
     whole = {
         "logits": f"f32[{rows},{experts}]",
         **operands,
@@ -192,4 +196,4 @@ def emit_choose_experts(
     }
     what = "experts and their weights, a CTA per row; score = sqrt(softplus(logit))."
     shared = 8 * padded + 8 * top_k
-    return _emit(name, what, whole | _counted(counted), (rows,), threads, body, shared=shared)
+    return _emit(name, what, whole | _counted(counted), rows, threads, body, shared=shared)

@@ -92,8 +92,8 @@ class Place:
     first: int
 
 
-def tiles_of(spec: GemmSpec) -> Tiles:
-    """How a launch is cut. Raises BuildError for what the family does not cover."""
+def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
+    """How a launch is cut for a GPU of so many SMs. Raises BuildError for what the family does not cover."""
     packing = Packing("plain", 1, 1) if spec.packing == PLAIN else parse_packing(spec.packing)
     kind = "bf16" if not spec.scaled else "f16" if packing.format == "nvfp4" else "e4m3"
     if (packing.format, kind) not in PIECES:
@@ -102,7 +102,8 @@ def tiles_of(spec: GemmSpec) -> Tiles:
     if spec.k % 128:
         raise BuildError(f"{spec.name}: rows of {spec.k} columns: want a multiple of 128")
     height = 64 if spec.rows // max(1, spec.experts // FEW) <= 64 else 128
-    steps = spec.k // (128 if kind == "e4m3" else 64)
+    splits = _splits(spec, height, kind, sms)
+    steps = spec.k // (128 if kind == "e4m3" else 64) // splits
     loaders = 2 if packing.format in ("mxfp4", "nvfp4") and steps % 2 == 0 else 1
     ahead = 2 if steps % (2 * loaders) == 0 else 1
     return Tiles(
@@ -119,7 +120,19 @@ def tiles_of(spec: GemmSpec) -> Tiles:
         scaled=spec.scaled,
         paired=spec.paired,
         experts=spec.experts,
+        splits=splits,
     )
+
+
+def _splits(spec: GemmSpec, height: int, kind: str, sms: int) -> int:
+    """CTAs that share a tile's k: as many as SMs would have nothing to do otherwise, four steps each."""
+    made = 64 if spec.paired else 128
+    tiles = -(-spec.rows // height) * sum(-(-m.rows // made) for m in spec.matrices)
+    steps = spec.k // (128 if kind == "e4m3" else 64)
+    least = 4 if spec.paired else 1  # groups of 8 columns of a warpgroup
+    groups = (16 if height == 128 else 8) // least
+    fitting = [n for n in (2, 4, 8) if n * tiles <= sms and n <= groups and steps % (4 * n) == 0]
+    return max(fitting, default=1) if not spec.experts else 1
 
 
 def _places(spec: GemmSpec, t: Tiles) -> tuple[Place, ...]:
@@ -137,11 +150,12 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes and architectures that the family does not cover."""
     if arch.tensor_memory:
         raise BuildError(f"{spec.name}: is written in wgmma, which {arch.name} has not")
-    t = tiles_of(spec)
+    t = tiles_of(spec, arch.sms)
     matrices = _places(spec, t)
     column_tiles = matrices[-1].first + -(-matrices[-1].rows // t.made)
     row_tiles = -(-spec.rows // t.height) + spec.experts
-    ctas = min(arch.sms, row_tiles * column_tiles)
+    ctas = min(arch.sms // t.splits, row_tiles * column_tiles) * t.splits
+    cluster = (t.splits, 1, 1)
     parameters = spec.parameters
     pointers = [p.name for p in parameters]
     source = render(
@@ -152,6 +166,7 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
         matrices=matrices,
         column_tiles=column_tiles,
         ctas=ctas,
+        cluster=cluster if t.splits > 1 else None,
         pointers=pointers,
         experts=bool(spec.experts),
         format=WEIGHT_FORMATS.get(t.weight, "bf16"),
@@ -167,7 +182,9 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
     )
     packed = spec.packing != PLAIN
     packing = {name: spec.packing for m in matrices for name in m.names} if packed else {}
-    return Emission(f"{spec.name}_0", source, (ctas, 1, 1), t.threads, t.shared, parameters, packing=packing)
+    return Emission(
+        f"{spec.name}_0", source, (ctas, 1, 1), t.threads, t.shared, parameters, cluster, packing=packing
+    )
 
 
 def _x_text(spec: GemmSpec) -> str:
@@ -186,7 +203,9 @@ def takes_gemm(spec: GemvSpec, arch: Arch) -> bool:
     """Whether the products of a GEMV's spec are ones of many rows that this family covers."""
     if spec.batch < FEWEST_ROWS or arch.tensor_memory:
         return False
-    wide = spec.k % 128 == 0 and (spec.groups == 1 or all(m.rows // spec.groups % 128 == 0 for m in spec.matrices))
+    wide = spec.k % 128 == 0 and (
+        spec.groups == 1 or all(m.rows // spec.groups % 128 == 0 for m in spec.matrices)
+    )
     return wide and all(
         (m.x.kind, m.x.prologue) in STAGED
         and (m.x.kind != "f16" or m.format == "fp8")
@@ -255,7 +274,7 @@ def counted(request: Request) -> dict[str, int]:
 def quantized_rows(
     request: Request, x: Activations, spec: GemvSpec, values: Mapping[str, int], lengths: dict[str, int]
 ) -> tuple[dict[str, Scratch], Launchable]:
-    """Rows to FP8 in scratch, under a norm where the GEMV has one: the scratch of operand x, and the launch."""
+    """Rows to FP8, under a norm where the GEMV has one: the scratch of operand x, and the launch."""
     width = spec.groups * spec.k
     arrays = scratch_for("q", QuantType(FP8_ROW, (spec.batch, width)), "w")
     forms = {}

@@ -1,6 +1,5 @@
 """What happens to many rows between products: their FP8 codes, under a norm or not, and sums over experts."""
 
-import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
@@ -69,7 +68,15 @@ def normalize_quantize(
 
 
 @cute.jit
-def sum_rows(g_rows: Int64, g_shared: Int64, g_y: Int64, row: Int64, piece: Int32, k: Constexpr[int], count: Constexpr[int]):
+def sum_rows(
+    g_rows: Int64,
+    g_shared: Int64,
+    g_y: Int64,
+    row: Int64,
+    piece: Int32,
+    k: Constexpr[int],
+    count: Constexpr[int],
+):
     """Eight columns of bf16(sum over `count` rows, in order, plus the shared row)."""
     total = cute.make_rmem_tensor((8,), Float32)
     total.fill(0.0)

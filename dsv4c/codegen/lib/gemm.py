@@ -11,7 +11,6 @@ import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
 from cutlass import (
     BFloat16,
-    Boolean,
     Constexpr,
     Float8E4M3FN,
     Float16,
@@ -159,10 +158,12 @@ def load(
     g_fw: tuple,
     first: Int32,
     last: Int32,
+    begin: Int32,
     team: Int32,
     thread: Int32,
 ):
-    """A tile's steps into the ring; `at` steps were laid down before. Thread of `team`, four warps.
+    """A tile's steps from `begin` on into the ring; `at` steps were laid down before. Thread of `team`, four
+    warps.
 
     `rows` are the thread's rows of x, `scaled_row` the one whose scale it loads. Of each matrix, one or two,
     the tile has the 16-row tiles from `first` on, none after `last`; `g_fw` is where FP8 block scales of
@@ -173,7 +174,7 @@ def load(
     held = cute.make_rmem_tensor((t.ahead, max(t.words, 1)), Uint32)
     scales = cute.make_rmem_tensor((t.ahead, 2), Int32)
     for i in range_constexpr(t.ahead):
-        step = i * t.loaders + team
+        step = begin + i * t.loaders + team
         fetch(t, held, scales, i, g_x, g_fx, rows, scaled_row, g_units, g_fw, step, lane, warp)
     for group in cutlass.range(t.steps // (t.ahead * t.loaders), unroll=1):
         for i in range_constexpr(t.ahead):
@@ -185,13 +186,13 @@ def load(
             if const_expr(t.kind == "f16"):
                 lay_x(t, s_x, held, i, thread)
             else:
-                copy_x(t, s_x, g_x, rows, step, thread)
+                copy_x(t, s_x, g_x, rows, begin + step, thread)
             if const_expr(t.weight == "plain"):
-                copy_weights(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, step, thread)
+                copy_weights(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, begin + step, thread)
             ptx.cp_async_commit()
             lay_factors(t, s + t.o_factors + stage * 1024, scales, i, thread)
             lay_weights(t, s, stage, held, i, lane, warp)
-            following = cutlass.min(step + t.ahead * t.loaders, Int32(t.steps - 1))
+            following = begin + cutlass.min(step + t.ahead * t.loaders, Int32(t.steps - 1))
             fetch(t, held, scales, i, g_x, g_fx, rows, scaled_row, g_units, g_fw, following, lane, warp)
             if now >= t.late * t.loaders:
                 ptx.cp_async_wait(t.late)
@@ -563,6 +564,7 @@ def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group:
         tops = []
         if const_expr(t.column_factors):
             tops = [ptx.lds64(s_f + 512 + (column + 8 * j) * 4) for j in range(t.wide // 8)]
+        cute.arch.sync_warp()
         if thread % 32 == 0:
             ptx.mbarrier_arrive(full + 8 * t.stages)
         for j in range_constexpr(t.wide // 8):
@@ -585,25 +587,63 @@ def _operand(number: Constexpr[type], s: Int32, layout: cute.ComposedLayout) -> 
     return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=number), layout.outer)
 
 
+@cute.jit
+def add_splits(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, rank: Int32, thread: Int32):
+    """This CTA's part of the sums of all of the cluster's, added up in order of rank. Its columns are every
+    warpgroup's from number rank * 8 * `t.summed` on. The stages are free; all consumers.
+    """
+    ptx.sync_threads(t.CONSUMERS)
+    for j in range_constexpr(t.wide // 8):
+        words = [sums[4 * j + i].bitcast(Uint32) for i in range(4)]
+        ptx.sts128(s + (j * t.CONSUMERS + thread) * 16, *words)
+    meet()
+    own = cute.make_rmem_tensor((4 * t.summed,), Float32)
+    own.fill(0.0)
+    for other in range_constexpr(t.splits):
+        for j in range_constexpr(t.summed):
+            s_part = s + ((rank * t.summed + j) * t.CONSUMERS + thread) * 16
+            words = lds128_remote(s_part, Int32(other))
+            for i in range_constexpr(4):
+                own[4 * j + i] = own[4 * j + i] + words[i].bitcast(Float32)
+    meet()
+    return own
+
+
+@cute.jit
+def meet():
+    """All threads of the cluster; what they wrote to shared memory becomes visible to each other."""
+    cute.arch.cluster_arrive()
+    cute.arch.cluster_wait()
+
+
+@cute.jit
+def lds128_remote(s: Int32, rank: Int32):
+    """Four words at shared address `s` of the cluster's CTA `rank`."""
+    return _asm(
+        "{ .reg .b32 a; mapa.shared::cluster.u32 a, {$r0}, {$r1}; "
+        "ld.shared::cluster.v4.b32 {{$w0},{$w1},{$w2},{$w3}}, [a]; }",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[s, rank],
+    )
+
+
 # Results ----------------------------------------------------------------------------------------------------
 
 
 @cute.jit
 def scale_sums(t: Constexpr[Tiles], sums: cute.Tensor, f: tuple):
     """Sums times what they lack and their matrix's factor."""
-    for j in range_constexpr(t.wide // 8):
+    for j in range_constexpr(t.summed):
         own = f[j // 2 % len(f)] * Float32(t.finish)
         for i in range_constexpr(4):
             sums[4 * j + i] = sums[4 * j + i] * own
 
 
 @cute.jit
-def activate(
-    t: Constexpr[Tiles], sums: cute.Tensor, limit: Constexpr[float], weights: tuple
-):
-    """SwiGLU of paired columns under the weights of the lane's rows g and g + 8: fragments of half as many."""
-    made = cute.make_rmem_tensor((t.wide // 4,), Float32)
-    for p in range_constexpr(t.wide // 32):
+def activate(t: Constexpr[Tiles], sums: cute.Tensor, limit: Constexpr[float], weights: tuple):
+    """SwiGLU of paired columns under weights of the lane's rows g and g + 8: fragments of half as many."""
+    made = cute.make_rmem_tensor((2 * t.summed,), Float32)
+    for p in range_constexpr(t.summed // 4):
         for b in range_constexpr(2):
             for i in range_constexpr(4):
                 gate, up = sums[16 * p + 4 * b + i], sums[16 * p + 8 + 4 * b + i]
@@ -627,8 +667,8 @@ def store(
 ):
     """A warp's fragments of 16 rows as numbers of `size` bytes, 2 for bf16 or 4 for f32.
 
-    Lanes n and n + 16 know `row` of y that row n goes to, `stride` bytes apart, -1 for none; columns are those
-    from `column` on, of which the ones below `columns` exist.
+    Lanes n and n + 16 know which `row` of y row n goes to, -1 for none; rows lie `stride` bytes apart.
+    Columns are those from `column` on, of which the ones below `columns` exist.
     """
     tiles = const_expr(cute.size(values) // 4)
     each = const_expr(min(tiles, 32 // size))  # n8 tiles that go through shared memory together

@@ -28,7 +28,8 @@ class Tiles:
     scale per 128 (`scaled`) or bf16, rows `stride` bytes apart. `tiles` x `span`: how w is packed. `paired`:
     the tile's rows are 16 of one matrix and 16 of another in turn. Eight warps multiply; `loaders` times four
     lay down steps, `stages` of which shared memory holds, and each four hold `ahead` of their own in
-    registers. Rows of `experts` take tiles of their own.
+    registers. Rows of `experts` take tiles of their own. `splits` CTAs of a cluster share a tile's k, and
+    each adds up all of their sums for its part of the columns.
     """
 
     weight: str
@@ -44,6 +45,7 @@ class Tiles:
     scaled: bool = True
     paired: bool = False
     experts: int = 0
+    splits: int = 1
 
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
@@ -61,8 +63,13 @@ class Tiles:
 
     @property
     def steps(self) -> int:
-        """Steps of a tile."""
-        return self.k // self.each
+        """Steps of a tile that a CTA takes."""
+        return self.k // self.each // self.splits
+
+    @property
+    def summed(self) -> int:
+        """Groups of 8 columns of a warpgroup that a CTA adds up."""
+        return self.wide // 8 // self.splits
 
     @property
     def blocks(self) -> int:
@@ -112,7 +119,7 @@ class Tiles:
 
     @property
     def row_step(self) -> int:
-        """How far apart the rows are that a loading thread lays pieces of: 128 threads, 16 bytes of x each."""
+        """How far apart the rows are that a loading thread lays pieces of 16 bytes of."""
         return 32 if self.kind == "f16" else 16
 
     @property
