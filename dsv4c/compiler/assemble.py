@@ -107,8 +107,8 @@ def _report(
     many = [b.name for b in job.deployment.buckets if b.rows > ROWS]
     if arch is not None and arch.tensor_memory and many:
         notes.append(
-            f"{', '.join(many)}: {arch.name} has no products of many rows yet; they go through those of steps, "
-            f"{ROWS} rows at a time"
+            f"{', '.join(many)}: no GEMM for {arch.name} yet; rows go through what steps multiply with, "
+            f"{ROWS} at a time"
         )
     if job.saved is not None:
         after = job.saved.after

@@ -33,17 +33,17 @@ class Request:
     GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens
     that each has room for. verify: tokens of one sequence that a verify step takes, 1 for no such bucket.
     chunk: tokens of one sequence that prefill calls take, a bucket for each size (64 or the context; on
-    sm_90a 64, 512 and 4,096; on sm_100a, which has no GEMM for them, 8). logits: of every token of a chunk, or of its last alone (of every one; on a GPU of the last alone
-    in chunks of more than 8). draft: adds rounds, which draft tokens and judge them, by the MTP block
-    ("mtp"), by DSpark's stages ("dspark"), or by what the checkpoint has, if anything ("auto"); "given" adds
-    steps that judge the caller's. draft_tokens: drafts of a round (of MTP 1, else as many as the model's
-    block has rows). sampled: steps draw the next token as their slots say (temperature, top-p, ...), in place
-    of taking the likeliest. pipeline: passes (or their spec) in place of the default ones, whose recipe is
-    `recipe`. rules: what may fold, by default the built-in ones and those of installed packages, without
-    those of `disable` ("all": every one) that `enable` does not take back. expected: applications by rule
-    that must hold for the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever
-    they apply. kernels: a folder of edited kernel files, which take the place of generated ones of the same
-    names.
+    sm_90a 64, 512 and 4,096; on sm_100a, which has no GEMM for them, 8). logits: of every token of a chunk,
+    or of its last alone (of every one; on a GPU of the last alone in chunks of more than 8). draft: adds
+    rounds, which draft tokens and judge them, by the MTP block ("mtp"), by DSpark's stages ("dspark"), or by
+    what the checkpoint has, if anything ("auto"); "given" adds steps that judge the caller's. draft_tokens:
+    drafts of a round (of MTP 1, else as many as the model's block has rows). sampled: steps draw the next
+    token as their slots say (temperature, top-p, ...), in place of taking the likeliest. pipeline: passes (or
+    their spec) in place of the default ones, whose recipe is `recipe`. rules: what may fold, by default the
+    built-in ones and those of installed packages, without those of `disable` ("all": every one) that `enable`
+    does not take back. expected: applications by rule that must hold for the smallest decode bucket.
+    require_fused: rules whose ops must find a kernel wherever they apply. kernels: a folder of edited kernel
+    files, which take the place of generated ones of the same names.
     """
 
     model: ModelConfig | str | Path | Mapping[str, Any]

@@ -1,4 +1,4 @@
-"""Products of many rows without a device: text, cubins, plans that cover every tile, which requests they take."""
+"""Products of many rows without a device: text, cubins, plans that cover every tile, what is refused."""
 
 from __future__ import annotations
 

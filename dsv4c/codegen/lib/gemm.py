@@ -262,16 +262,17 @@ def lay_x(t: Constexpr[Tiles], s_x: Int32, held: cute.Tensor, i: Constexpr[int],
 @cute.jit
 def lay_factors(t: Constexpr[Tiles], s_f: Int32, scales: cute.Tensor, i: Constexpr[int], thread: Int32):
     """What each row's products of the step are multiplied by: the scales of x, and of FP8 weights."""
-    if const_expr(t.promotes):
-        if thread < t.height:
-            x = Float32(1.0)
-            if const_expr(t.scaled):
-                x = ptx.ue8m0_to_f32(Uint32(scales[i, 0]))
-            for m in range_constexpr(t.row_factors):
-                f = x
-                if const_expr(t.weight == "fp8"):
-                    f = x * ptx.ue8m0_to_f32(Uint32(scales[i, 1] >> Int32(8 * m) & Int32(255)))
-                ptx.sts_f32(s_f + 512 * m + thread * 4, f)
+    if const_expr(not t.promotes):
+        return
+    if thread < t.height:
+        x = Float32(1.0)
+        if const_expr(t.scaled):
+            x = ptx.ue8m0_to_f32(Uint32(scales[i, 0]))
+        for m in range_constexpr(t.row_factors):
+            f = x
+            if const_expr(t.weight == "fp8"):
+                f = x * ptx.ue8m0_to_f32(Uint32(scales[i, 1] >> Int32(8 * m) & Int32(255)))
+            ptx.sts_f32(s_f + 512 * m + thread * 4, f)
 
 
 @cute.jit
