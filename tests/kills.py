@@ -165,7 +165,7 @@ def run(operation: Operation, i: int, killed_after: float | None = None) -> tupl
 
 def kills(name: str, count: int, seed: int) -> dict[str, int]:
     """`count` kills of one operation. Raises AssertionError, or what reading raises, if something is lost."""
-    choose, found = random.Random(f"{seed} {name}"), Counter[str]()
+    choose, found = random.Random(f"{seed} {name}"), Counter(killed=0, new=0, old=0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         operation = OPERATIONS[name](folder)

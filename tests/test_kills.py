@@ -19,9 +19,7 @@ def killed(names: tuple[str, ...], count: int) -> dict[str, dict[str, int]]:
     ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     found: dict[str, dict[str, int]] = json.loads(ended.stdout)
-    assert {name: each.get("old", 0) + each.get("new", 0) for name, each in found.items()} == dict.fromkeys(
-        names, count
-    )
+    assert {name: each["old"] + each["new"] for name, each in found.items()} == dict.fromkeys(names, count)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 import pytest
@@ -84,6 +85,20 @@ def test_buckets_of_many_rows_lower_in_every_recipe(recipe: str) -> None:
     assert counts["prefill-63.last"] == counts["prefill-256.last"]
     if recipe != "fp32":
         assert plan.report["unfolded"] == []
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "nvfp4"])
+def test_a_compressor_pools_in_one_order_in_every_bucket(recipe: str) -> None:
+    """Where it rides beside a product, and in a chunk's launch of its own."""
+    plan = gpu_plan(recipe=recipe, batch=(1, 64), chunk=(63, 256), verify=4)
+    threads = dict[str, set[str]]()
+    for name, text in plan.files.items():
+        if name.endswith(".py"):
+            found = re.finditer(r"^(\w+) = Pool\(.*?threads=(\d+),", text.decode(), re.MULTILINE | re.DOTALL)
+            for pool in found:
+                threads.setdefault(pool[1], set()).add(pool[2])
+    assert len(threads) == 2
+    assert {len(counts) for counts in threads.values()} == {1}, threads
 
 
 def test_slots_are_bound_wherever_state_is(flash: Plan) -> None:

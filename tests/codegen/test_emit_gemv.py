@@ -256,12 +256,10 @@ def test_the_warps_beside_the_one_that_reads_have_a_barrier_of_their_own() -> No
         (threads,) = map(int, re.findall(r"^THREADS = (\d+)$", emission.source, re.MULTILINE))
         (consumers,) = map(int, re.findall(r"^CONSUMERS = (\d+)", emission.source, re.MULTILINE))
         assert (emission.block, threads) == (consumers + 32, consumers + 32)
-        meetings = [
-            path.count("ptx.meet(THREADS)")
-            for path in re.split(r"\n@cute\.(?:jit|kernel)\n", emission.source)[1:]
-        ]
-        assert sum(meetings) % 2 == 0  # as many of one side as of the other
-        assert sum(meetings) >= 2
+        sides = re.findall(r"ptx\.(meet|arrive)\(ptx\.(\w+), THREADS\)", emission.source)
+        for barrier in {barrier for _, barrier in sides}:  # as many that wait as that do not
+            assert sides.count(("meet", barrier)) == sides.count(("arrive", barrier))
+        assert ("arrive", "OPEN") in sides
 
 
 def test_a_cta_has_at_most_32_kb_in_flight_and_uses_what_it_can() -> None:
@@ -341,7 +339,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_small_kernel_assembles(store: Path, arch: Arch) -> None:
     kernels = small_kernels(arch)
     built = build([Source(k.symbol, k.source) for k in kernels], arch.name, store)
+    refilled = False
     for kernel, result in zip(kernels, built, strict=True):
+        lines = result.ptx.splitlines()
         assert result.resources.stack == 0, kernel.symbol
         allotted = -(-result.resources.registers // 8) * 8  # to a thread
         assert 2 * kernel.block * allotted <= 64 * 1024, kernel.symbol  # for two CTAs per SM
@@ -351,7 +351,14 @@ def test_every_small_kernel_assembles(store: Path, arch: Arch) -> None:
         first, *rest = re.findall(r"griddepcontrol\.(\w+)", result.ptx)
         assert first == "launch_dependents"
         assert set(rest) == {"wait"}
+        # What frees a slot of the ring stands behind a fence for the loads from it.
+        frees = [i for i, line in enumerate(lines) if "mbarrier.arrive.shared" in line]
+        assert all(any("fence.proxy.async" in line for line in lines[i - 25 : i]) for i in frees), (
+            kernel.symbol
+        )
+        refilled |= bool(frees)
         assert "cp.async.bulk.shared::cluster.global" in result.ptx
+    assert refilled
 
 
 @pytest.mark.parametrize(

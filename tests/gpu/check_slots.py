@@ -1,8 +1,8 @@
 """What buckets and slots promise, on a GPU: python -m tests.gpu.check_slots PLAN [--weights DIR].
 
-Up to eight rows per call, a sequence's logits are bit for bit the same whatever the bucket, the slot and the
-neighbors; and tokens that are taken back leave no trace. Without --weights the plan's are random, in the
-forms that kernels read, which is enough for both.
+Up to eight rows per call, a sequence's logits are bit for bit the same whenever it runs, whatever the bucket,
+the slot and the neighbors; and tokens that are taken back leave no trace. Without --weights the plan's are
+random, in the forms that kernels read, which is enough for both.
 """
 
 from __future__ import annotations
@@ -51,6 +51,14 @@ def alone(session: Session, ids: list[int]) -> Tensor:
     """Logits of a sequence that goes in token by token, in slot 0."""
     session.reset()
     return torch.cat([session.decode({0: token})[:1] for token in ids])
+
+
+def again(session: Session, chance: random.Random, length: int) -> None:
+    """The same sequence twenty times: what a launch leaves is no matter of who came first."""
+    ids = [chance.randrange(session.vocab_size) for _ in range(length)]
+    expected = alone(session, ids)
+    for i in range(2, 21):
+        same(alone(session, ids), expected, f"token by token, turn {i}")
 
 
 def in_any_bucket(session: Session, chance: random.Random, length: int) -> None:
@@ -118,6 +126,7 @@ def taken_back(session: Session, chance: random.Random, length: int) -> None:
 
 
 CHECKS: tuple[Callable[[Session, random.Random, int], None], ...] = (
+    again,
     in_any_bucket,
     among_neighbors,
     taken_back,

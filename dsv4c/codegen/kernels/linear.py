@@ -173,7 +173,12 @@ def q_norm_quantize(request: Request) -> Answer:
         return riding
     if riding.apart:
         product = _q_projections(request, call, Riding(lanes=lanes(riding.riders)))
-        return product if isinstance(product, No) else [*state_launches(request, riding), *product]
+        if isinstance(product, No):
+            return product
+        threads = (
+            product[-1].emission.block - 32
+        )  # as of CTAs where they ride, without the warp for the weights
+        return [*state_launches(request, riding, threads), *product]
     return _q_projections(request, call, riding)
 
 

@@ -19,16 +19,17 @@ from dsv4c.passes.fusions.kv_norm_rope_store import KvNormRopeStore
 
 @dataclass(frozen=True)
 class StateSpec:
-    """State of `rows` rows, by stages that each get CTAs of their own."""
+    """State of `rows` rows, by stages that each get CTAs of their own, of `threads` threads."""
 
     name: str
     rows: int
     riders: tuple[Rider, ...]
+    threads: int = THREADS
 
 
 def emit_state(spec: StateSpec) -> Emission:
     """The kernel of a spec. Raises BuildError for rows that a CTA cannot hold."""
-    riders = seated(spec.name, spec.riders, THREADS)
+    riders = seated(spec.name, spec.riders, spec.threads)
     parameters = tuple(dict.fromkeys(p for rider in riders for p in rider.parameters))
     firsts = tuple(accumulate((rider.ctas(spec.rows) for rider in riders), initial=0))
     shared = max(rider.shared for rider in riders)
@@ -41,26 +42,30 @@ def emit_state(spec: StateSpec) -> Emission:
         pointers=[p.name for p in parameters],
         firsts=firsts,
         grid=firsts[-1],
-        threads=THREADS,
+        threads=spec.threads,
         shared=shared,
         libs=", ".join([*(["cache"] * store), *(["compress"] * compress), "ptx"]),
         shapes="Pool, Row" if compress else "Row",
     )
-    return Emission(f"{spec.name}_0", source, (firsts[-1], 1, 1), THREADS, shared, parameters)
+    return Emission(f"{spec.name}_0", source, (firsts[-1], 1, 1), spec.threads, shared, parameters)
 
 
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-def state_launches(request: Request, riding: Riding) -> list[Launchable]:
-    """The launches of a request's state writes: first what reads rings, then what compressors leave there."""
+def state_launches(request: Request, riding: Riding, threads: int = THREADS) -> list[Launchable]:
+    """The launches of a request's state writes: first what reads rings, then what compressors leave there.
+
+    A compressor's sums have the order that a CTA's `threads` give them.
+    """
     rows = request.types[riding.values["positions"]].shape[0]
     halves = [r for r in riding.riders if isinstance(r, CompressSpec) and r.half == "entries"]
     rings = {ring for r in halves for ring in (r.kv_ring, r.score_ring)}
-    first = emit_state(StateSpec("state", rows, riding.riders))
+    first = emit_state(StateSpec("state", rows, riding.riders, threads))
     launches = [launchable(request, first, riding.values, stage="state", read=rings)]
     if halves:
-        later = emit_state(StateSpec("rings", rows, tuple(replace(r, half="rings") for r in halves)))
+        writes = tuple(replace(r, half="rings") for r in halves)
+        later = emit_state(StateSpec("rings", rows, writes, threads))
         launches.append(launchable(request, later, riding.values, stage="rings"))
     return launches
 

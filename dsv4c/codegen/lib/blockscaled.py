@@ -114,12 +114,6 @@ def before_barrier():
 
 
 @cute.jit
-def to_async_proxy():
-    """What this thread wrote to shared memory becomes visible to MMAs, behind a barrier."""
-    _asm("fence.proxy.async.shared::cta;")
-
-
-@cute.jit
 def load32(tensor: Uint32):
     """32 columns of the lane's row. Whole warp."""
     return _asm(
@@ -221,7 +215,7 @@ def gemm(
                 start_weights(x, s, g_w, ahead, column_tile)
         ptx.cp_async_commit()
         ptx.cp_async_wait(x.stages - 1)
-        to_async_proxy()
+        ptx.fence_async()
         cute.arch.sync_threads()
         if tid == 0:
             slot = step % x.stages

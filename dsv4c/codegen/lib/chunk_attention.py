@@ -25,12 +25,6 @@ _asm = cute.arch.inline_ptx
 
 
 @cute.jit
-def _to_tensor_cores():
-    """What this thread wrote to shared memory becomes visible to wgmma."""
-    _asm("fence.proxy.async.shared::cta;")
-
-
-@cute.jit
 def open_ring(a: Constexpr[Chunk], s: Int32, tid: Int32):
     """The barriers of every stage: filled, and free. All threads."""
     if tid == 0:
@@ -99,7 +93,7 @@ def gather(
             lay_row(a, s_tile, first, lane, place0 >= 0, rows)
             rows = read_row(a, window, entries, ring_slot, slot, place8, lane)
             lay_row(a, s_tile, first + 8, lane, place8 >= 0, rows)
-            _to_tensor_cores()
+            ptx.fence_async()
             cute.arch.sync_warp()
             if lane == 0:
                 ptx.mbarrier_arrive(full)
@@ -226,7 +220,7 @@ def lay_queries(
             for half in range_constexpr(2):
                 s_piece = s + a.o_q + (lane // 8 + 4 * half) * 8192 + row * 128 + (lane % 8 ^ row % 8) * 16
                 ptx.sts128(s_piece, *[words[r, half, n] for n in range(4)])
-    _to_tensor_cores()
+    ptx.fence_async()
     ptx.sync_threads(CONSUMERS)
 
 

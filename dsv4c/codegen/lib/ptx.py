@@ -242,6 +242,15 @@ def mbarrier_arrive(s: Int32):
 
 
 @cute.jit
+def fence_async():
+    """What this thread wrote to shared memory, or loaded from it, comes before what bulk copies and tensor
+    cores do there. An arrival alone does not do: it overtakes loads whose results nothing has asked for yet
+    (seen on H200s: one step in 160 had a tile with bytes of the next copy).
+    """
+    _asm("fence.proxy.async.shared::cta;")
+
+
+@cute.jit
 def mbarrier_wait(s: Int32, phase: Int32):
     """Spin until the phase of parity `phase` has completed."""
     _asm(
@@ -305,12 +314,22 @@ def sync_threads(threads: Constexpr[int]):
     cute.arch.barrier(barrier_id=1, number_of_threads=threads)
 
 
+OPEN, SCORED, CHOSEN = 2, 3, 4
+"""Barriers between the warp that reads the weights and the others: its ring is open; the router's scores are
+there; it has chosen experts. Whoever does not wait may be ahead by one, so each has a number of its own.
+"""
+
+
 @cute.jit
-def meet(threads: Constexpr[int]):
-    """A barrier of all `threads` of the CTA that its warps may reach at different places of the code, which
-    the CTA's own barrier is not for.
-    """
-    cute.arch.barrier(barrier_id=2, number_of_threads=threads)
+def meet(barrier: Constexpr[int], threads: Constexpr[int]):
+    """Wait at `barrier` for all `threads` of the CTA, whole warps that may be at other places of the code."""
+    cute.arch.barrier(barrier_id=barrier, number_of_threads=threads)
+
+
+@cute.jit
+def arrive(barrier: Constexpr[int], threads: Constexpr[int]):
+    """Let those that `meet` at `barrier` see what this warp has written, and go on."""
+    cute.arch.barrier_arrive(barrier_id=barrier, number_of_threads=threads)
 
 
 # Conversions ------------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ def consume(
                 s_unit = s_step + j * BYTES[p.weight]
                 units.accumulate(p, rC, s_unit, s_x + i * x_round, s_fx + i * fx_round, unit, scale, lane)
             if const_expr(r.depth < r.steps * r.rounds):
+                ptx.fence_async()
                 cute.arch.sync_warp()
                 if lane == 0:
                     ptx.mbarrier_arrive(s_bars + (r.depth + slot) * 8)
