@@ -5,12 +5,14 @@
 compiles PLAN where there is no GPU: a model's first layers in full width, with DSpark's three stages, steps
 that judge 2, 3, 4 and 6 rows, drafts of 3 and 5, and rounds of both. Times are medians of replays of a whole
 call from a flushed L2, on random weights; floors are bytes over the bandwidth that the same run reads with,
-every chosen expert counted once.
+every row with experts of its own. A call of several rows should take at most 1.05 times its floor and what a
+step takes above its own. `--launches BUCKET` says what each launch of a bucket adds.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,24 +55,35 @@ def build(path: Path, model: str, layers: int, target: str) -> None:
     print(compile(job, certify=False).save(path, overwrite=True))
 
 
-def measure(path: Path, replays: int) -> None:
-    """Print a line per bucket."""
+def measure(path: Path, replays: int, opened: Sequence[str]) -> None:
+    """Print a line per bucket, and a line per launch of those that are opened."""
     from dsv4c.runtime.bench import Clock, bandwidths, moved_bytes, random_executor
 
     plan = load(path)
     executor = random_executor(plan)
     _, read = bandwidths()
     print(f"{plan.name}: reads {read / 1e12:.2f} TB/s", flush=True)
+    above = 0.0  # what a step takes above its floor
     for name, program in plan.buckets.items():
-        ends = [len(program.launches)]
-        (spent,) = (Clock(executor.programs[name], POSITION, replays).prefixes(ends)[end] for end in ends)
-        size = sum(moved_bytes(plan, program, launch, POSITION) for launch in program.launches)
-        floor = 1e6 * size / read
+        launches = program.launches
+        sizes = [moved_bytes(plan, program, launch, POSITION) / 1e6 for launch in launches]
+        ends = range(len(launches) + 1) if name in opened else [len(launches)]
+        times = Clock(executor.programs[name], POSITION, replays).prefixes(ends)
+        spent, size = times[len(launches)], sum(sizes)
+        floor = 1e12 * size / read
+        above = above or spent - floor
         print(
-            f"{name:12} {ends[0]:4} launches {spent:8.1f} us, {size / 1e6:9.1f} MB, floor {floor:7.1f} us, "
-            f"{spent / floor:.2f} times it",
+            f"{name:12} {len(launches):4} launches {spent:8.1f} us, {size:9.1f} MB, floor {floor:7.1f} us, "
+            f"{spent / floor:.3f} times it, {spent / (floor + above):.3f} times it and what a step adds",
             flush=True,
         )
+        for i in range(len(launches) if name in opened else 0):
+            own = times[i + 1] - times[i]
+            print(
+                f"  {launches[i].name:44} {launches[i].kernel.kernel:28} {own:7.1f} us {sizes[i]:8.2f} MB, "
+                f"floor {1e12 * sizes[i] / read:6.1f}",
+                flush=True,
+            )
 
 
 def main() -> None:
@@ -82,11 +95,12 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--target", default="sm_90a")
     parser.add_argument("--replays", type=int, default=31)
+    parser.add_argument("--launches", action="append", default=[], metavar="BUCKET")
     asked = parser.parse_args()
     if asked.build:
         build(asked.plan, asked.model, asked.layers, asked.target)
     else:
-        measure(asked.plan, asked.replays)
+        measure(asked.plan, asked.replays, asked.launches)
 
 
 if __name__ == "__main__":

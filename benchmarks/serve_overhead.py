@@ -34,8 +34,8 @@ class StandIn(Session):
 
     _until = 0.0
 
-    def prefill(self, tokens: Any, slot: int = 0, *, logits: Any = "all") -> Any:
-        self._counters["main"].advance(slot, len(tokens))
+    def prefill(self, tokens: Any, slot: int = 0, *, logits: Any = "all", progress: Any = None) -> Any:
+        self._counter.advance(slot, len(tokens))
         return torch.empty(0)
 
     def say(
@@ -45,13 +45,13 @@ class StandIn(Session):
         slots: Sequence[int] = (),
         *,
         best: int | None = None,
+        rounds: bool = False,
     ) -> Said:
         work = [*(tokens or {}), *slots]
         for slot in work:
-            self._counters["main"].advance(slot, count)
+            self._counter.enqueue(slot, count)
         self._until = max(self._until, time.perf_counter()) + STEP
-        finite = torch.ones(len(work), dtype=torch.bool)
-        said = Timed(work, torch.full((count, len(work)), 7, dtype=torch.int32), finite)
+        said = Timed(work, torch.full((count, len(work)), 7, dtype=torch.int32), torch.zeros(len(work)))
         said.until = self._until
         return said
 

@@ -272,10 +272,18 @@ def test_dspark_takes_the_place_of_mtp(load: Callable[[Raw], ModelConfig], tmp_p
     assert load(raw | {"compress_ratios": flash["compress_ratios"]}).dspark_stages == 1
 
 
+def test_dspark_described_in_part_is_left_out(load: Callable[[Raw], ModelConfig]) -> None:
+    flash = release("deepseek-v4-flash")
+    stages = {"compress_ratios": [*flash["compress_ratios"], 0, 0]}
+    config = load(flash | DSPARK | stages | {"dspark_markov_rank": None})
+    assert config == dataclasses.replace(load_config("deepseek-v4-flash"), mtp_layers=0)
+    assert config.drafts_with == ""
+    assert config.notes[0] == "DSpark's stages are left out: dspark_markov_rank is missing"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dspark_markov_rank": None}, "dspark_markov_rank is missing; expected all of the dspark_* keys"),
         ({"dspark_markov_rank": 0}, "dspark_markov_rank is 0; expected a positive integer"),
         ({"dspark_block_size": 0}, "dspark_block_size is 0; expected a positive integer"),
         ({"dspark_noise_token_id": 129280}, "dspark_noise_token_id is 129280; expected a token id below"),

@@ -77,7 +77,7 @@ DraftOption = Annotated[
 ]
 DraftTokensOption = Annotated[
     int | None,
-    typer.Option(help="Tokens drafted in a round.", metavar="K", show_default="1, or DSpark's block"),
+    typer.Option(help="Tokens drafted in a round.", metavar="K", show_default="1, of DSpark 3"),
 ]
 SampledOption = Annotated[
     bool,

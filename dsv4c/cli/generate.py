@@ -86,9 +86,7 @@ LogprobsOption = Annotated[
 DraftOption = Annotated[
     Draft, typer.Option(help="Say several tokens a step, drafted by what the checkpoint has (auto), or off.")
 ]
-DraftTokensOption = Annotated[
-    int | None, _optional("Tokens drafted in a round.", "K", "1, or DSpark's block")
-]
+DraftTokensOption = Annotated[int | None, _optional("Tokens drafted in a round.", "K", "1, of DSpark 3")]
 CacheOption = Annotated[
     Path | None, _optional("Folder of kept plans and kernels.", "DIR", "the user's cache")
 ]
@@ -163,12 +161,11 @@ def generate_command(
         | {name: value for name, value in chosen.items() if value is not None}
         | {"presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty, "seed": seed}
     )
-    if draft is Draft.GIVEN:
-        raise ConfigError("--draft given: nobody gives drafts here; expected auto, off, mtp or dspark")
+    refuse_given(draft)
     target = target or machine_target()
     plan = _plan(subject, target, recipe, max_context, draft.value, draft_tokens, cache)
     if draft is not Draft.OFF:
-        _check_drafts(plan, draft, draft_tokens)
+        check_drafts(plan, draft, draft_tokens)
     if temperature is None and not any(program.shape.sampled for program in plan.buckets.values()):
         note("this plan always takes the likeliest token; one of `dsv4c compile --sampled` would draw it")
         sampling = Sampling(seed=seed)
@@ -243,7 +240,13 @@ def _plan(
         return kept_plan(request, cache=cache, progress=progress, note=note)
 
 
-def _check_drafts(plan: Plan, draft: Draft, tokens: int | None) -> None:
+def refuse_given(draft: Draft) -> None:
+    """Raise ConfigError for drafts of the caller's."""
+    if draft is Draft.GIVEN:
+        raise ConfigError("--draft given: nobody gives drafts here; expected auto, off, mtp or dspark")
+
+
+def check_drafts(plan: Plan, draft: Draft, tokens: int | None) -> None:
     """Say where nothing drafts; ConfigError where something else does than is asked for."""
     rounds = [program.shape for program in plan.buckets.values() if program.shape.kind == "round"]
     if not rounds and draft is Draft.AUTO and tokens is None:

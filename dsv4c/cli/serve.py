@@ -7,23 +7,29 @@ import os
 import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from dsv4c.buckets import ROWS
 from dsv4c.cache import cache_folder
 from dsv4c.cli.console import note, progress_bar
 from dsv4c.cli.generate import (
     CacheOption,
+    DraftOption,
+    DraftTokensOption,
     RecipeOption,
     SubjectArgument,
     TargetOption,
     WeightsOption,
+    check_drafts,
+    refuse_given,
     weights_of,
 )
-from dsv4c.cli.options import JsonOption
+from dsv4c.cli.options import Draft, JsonOption
 from dsv4c.cli.subject import is_plan
 from dsv4c.compiler.kept import kept_plan, kept_plan_folder
 from dsv4c.compiler.request import Request
@@ -32,7 +38,7 @@ from dsv4c.models.encoding.tokenizer import tokenizer_file
 from dsv4c.plan.folder import Plan, load
 from dsv4c.runtime.bind import check, machine_target
 from dsv4c.vllm import PLATFORM
-from dsv4c.vllm.options import NEWEST, OLDEST, refuse_given, refuse_parallel, server_options
+from dsv4c.vllm.options import NEWEST, OLDEST, refuse_decided, refuse_parallel, server_options
 
 SlotsOption = Annotated[int, typer.Option(help="Sequences at a time, of a plan compiled here.", min=1)]
 ContextOption = Annotated[
@@ -71,6 +77,8 @@ def serve(
     target: TargetOption = None,
     recipe: RecipeOption = "official",
     ahead: AheadOption = True,
+    draft: DraftOption = Draft.OFF,
+    draft_tokens: DraftTokensOption = None,
     tensor_parallel_size: TensorOption = 1,
     host_platform: HostPlatformOption = False,
     dry_run: DryOption = False,
@@ -88,13 +96,19 @@ def serve(
       dsv4c serve flash.plan --weights ./DeepSeek-V4-Flash -- --api-key secret
     """
     refuse_parallel(tensor_parallel_size, 1, 1)
+    refuse_given(draft)
     folder = weights_of(subject, weights)
     tokenizer_file(folder)
-    plan, place = _plan(subject, target or machine_target(), recipe, slots, max_context, cache)
+    drafting = {"draft": draft.value, "draft_tokens": draft_tokens}
+    plan, place = _plan(subject, target or machine_target(), recipe, slots, max_context, drafting, cache)
     check(plan, folder)
+    drafts = 0
+    if draft is not Draft.OFF:
+        check_drafts(plan, draft, draft_tokens)
+        drafts = max((p.shape.tokens for p in plan.buckets.values() if p.shape.kind == "draft"), default=0)
     name = name or folder.resolve().name
-    ours = server_options(plan, place, folder, name=name, ahead=ahead)
-    refuse_given(context.args, ours)
+    ours = server_options(plan, place, folder, name=name, ahead=ahead, drafts=drafts)
+    refuse_decided(context.args, ours)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *ours]
     command += ["--host", host, "--port", str(port), *context.args]
     url = f"http://{host}:{port}/v1"
@@ -124,7 +138,13 @@ def serve(
 
 
 def _plan(
-    subject: str, target: str, recipe: str, slots: int, max_context: int, cache: Path | None
+    subject: str,
+    target: str,
+    recipe: str,
+    slots: int,
+    max_context: int,
+    drafting: Mapping[str, Any],
+    cache: Path | None,
 ) -> tuple[Plan, Path]:
     """The plan, and the folder that it is in."""
     if is_plan(subject):
@@ -138,6 +158,8 @@ def _plan(
         max_context=max_context,
         logits="last",
         sampled=True,
+        verify=None if drafting["draft"] == Draft.OFF else ROWS,
+        **drafting,
     )
     with progress_bar("compile") as progress:
         plan = kept_plan(request, cache=cache, progress=progress, note=note)

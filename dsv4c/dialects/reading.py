@@ -108,16 +108,18 @@ DSPARK = {
 
 def drafts_with_dspark(reading: Reading) -> bool:
     """Does the release draft with DSpark stages? They take the place of MTP blocks, under the same names,
-    whatever its number of MTP blocks says.
+    whatever its number of MTP blocks says. Described in part they are left out: the fields are all there, or
+    none.
     """
     if not any(key in reading.raw for key in DSPARK.values()):
         return False
     reading.spelling |= DSPARK
-    for name, key in DSPARK.items():
-        if reading.get(key) is not None:
-            reading.fields[name] = reading.raw[key]
-        else:
-            reading.refuse(key, "is missing", "all of the dspark_* keys, or none", name)
+    missing = [key for key in DSPARK.values() if reading.get(key) is None]
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        reading.notes.append(f"DSpark's stages are left out: {' and '.join(missing)} {are} missing")
+    else:
+        reading.fields |= {name: reading.raw[key] for name, key in DSPARK.items()}
     stated = reading.fields.get("mtp_layers")
     reading.fields["mtp_layers"] = 0
     if stated:

@@ -121,7 +121,7 @@ def schedule(reading: Reading) -> None:
     extra, extra_key = (mtp, mtp_key)
     if dspark:
         extra, extra_key = max(1, len(ratios) - layers), "DSpark stages, at least"
-        reading.fields["dspark_stages"] = extra
+        reading.fields["dspark_stages"] = extra if "dspark_block_size" in reading.fields else 0
     if len(ratios) != layers + extra:
         expected = f"{layers + extra}: {layers} ({layers_key}) + {extra} ({extra_key})"
         reading.refuse("compress_ratios", f"has {len(ratios)} entries", expected, "compress_ratios")

@@ -228,10 +228,13 @@ class Dspark:
         """Drafts one behind the other: the logits of each row are biased by the token before it."""
         m, block = self.model, self.model.config.dspark_block_size
         token, steps, logits, embedded = m.tokens, list[Value](), list[Value](), list[Value]()
+        vocabulary = base.type.shape[1]
+        rows = reshape(base, shape=(-1, block, vocabulary))
         for step in range(count):
             e = embedding(m.weight(f"{end}markov_head.markov_w1"), token, name="markov_embed")
             bias = linear(e, m.weight(f"{end}markov_head.markov_w2"), out=F32, name="bias")
-            biased = add(_row(base, block, step), bias, name="logits")
+            row = slice_(rows, axis=1, start=step, stop=step + 1)
+            biased = add(reshape(row, shape=(-1, vocabulary)), bias, name="logits")
             token = argmax(biased, name="next")
             embedded.append(e)
             logits.append(biased)
@@ -250,14 +253,6 @@ def _keep_window(model: Model, plan: LayerPlan, values: Value, places: Value, sl
     name, reach = f"{plan.prefix}.attn.window", model.config.sliding_window + DRAFT_REACH
     model.ring(name, model.activation, values.type.shape[1], reach, WINDOW_TILE)
     model.write(name, values, places, slots, "window_written")
-
-
-def _row(values: Value, block: int, step: int) -> Value:
-    """Row `step` of each sequence's block: [B·block, D] -> [B, D]."""
-    width = values.type.shape[1]
-    row = slice_(reshape(values, shape=(-1, block, width)), axis=1, start=step, stop=step + 1)
-    found: Value = reshape(row, shape=(-1, width))
-    return found
 
 
 def _flat(streams: Value) -> Value:

@@ -451,8 +451,10 @@ class Answers:
         session.memories[slot] = Memory(text if sequence.text else "", ids, held)
 
 
-STEPS, AHEAD = 2, 2
-"""Steps enqueued at a time on a GPU, and portions of them: together no more than can be taken back."""
+STEPS, AHEAD = 4, 2
+"""Steps enqueued at a time on a GPU, and portions of them: together no more than can be taken back. While the
+host reads one portion and puts it into words, the device runs the next.
+"""
 
 
 def checked_tokenizer(session: Session, folder: Path) -> Tokenizer:

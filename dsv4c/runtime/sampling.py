@@ -134,7 +134,7 @@ class Said:
         self,
         slots: Sequence[int],
         kept: Tensor,
-        finite: Tensor,
+        tainted: Tensor,
         logits: Tensor | None = None,
         best: int = 0,
         each: int = 1,
@@ -147,7 +147,7 @@ class Said:
         self._best = best
         self._through: torch.cuda.Event | None = None
         by_slot = kept.reshape(len(kept), len(self.slots), each).transpose(0, 1).flatten(1)
-        rows = [finite.to(torch.int32)[:, None], by_slot]
+        rows = [tainted.view(torch.int32)[:, None], by_slot]
         if logits is not None:
             known = logits.log_softmax(1)
             most = known.topk(best, dim=1)
@@ -175,7 +175,7 @@ class Said:
             chances = self._rows[:, at + self._best :].contiguous().view(torch.float32).tolist()
             pairs = zip(ids, chances, strict=True)
             self.chances = [Chances(c[0], tuple(zip(i, c[1:], strict=True))) for i, c in pairs]
-        self.finite = [bool(row[0]) for row in rows]
+        self.finite = [row[0] == 0 for row in rows]  # bits of a float that is 0 or NaN
         said = [row[1:] for row in rows]
         steps = range(0, self._steps, self.each)
         self.counts = [[sum(t >= 0 for t in row[at : at + self.each]) for at in steps] for row in said]

@@ -91,6 +91,17 @@ class _Counter:
 
 
 @dataclass(frozen=True)
+class _Seats:
+    """Some slots in a bucket's sequences, on the device: index i64 [slots], and what a step is given, i32
+    [sequences]: slots, -1 for none, and a length of 1 for each.
+    """
+
+    index: Tensor
+    slots: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
 class Drafts:
     """Tokens drafted behind one, the logits f32 [k, vocab] that each is the likeliest of, and where the model
     says so, f32 [k] the logit of each to hold.
@@ -126,10 +137,11 @@ class Session:
         self._counter = _Counter(self.slots)
         self._following = torch.zeros(self.slots, dtype=torch.int32, device=self.device)
         self._followed = [False] * self.slots  # slots whose likeliest next token `_following` holds
-        self._finite = torch.ones(self.slots, dtype=torch.bool, device=self.device)  # all logits so far
+        self._tainted = torch.zeros(self.slots, device=self.device)  # NaN once logits were not finite
         self._going = torch.ones(self.slots, dtype=torch.int32, device=self.device)  # 0 where one has stopped
         samples = any(program.shape.sampled for program in plan.buckets.values())
         self._sampling = SamplingState(self._states) if samples else None
+        self._seated: dict[tuple[str, tuple[int, ...]], _Seats] = {}
         self.memories = [Memory() for _ in range(self.slots)]
         self._streams: Tensor | None = None
         self._next: Tensor | None = None
@@ -312,12 +324,12 @@ class Session:
                 raise SessionError(f"slot {s} has no next token yet; give it one")
         for s, token in fresh.items():
             self._following[s], self._going[s] = token, 1
-        kept, logits = self._repeat(count, work, keep=True, rounds=rounds)
+        kept, logits, taints = self._repeat(count, work, keep=True, rounds=rounds)
         assert kept is not None
         for s in work:
             self._counter.enqueue(s, count * each)
             self._followed[s] = True
-        return Said(work, kept, self._finite[work], None if best is None else logits, best or 0, each)
+        return Said(work, kept, taints, None if best is None else logits, best or 0, each)
 
     @_one_at_a_time
     def settle(self, said: Said) -> dict[int, list[int]]:
@@ -401,9 +413,9 @@ class Session:
         with self.executor.naming(), torch.inference_mode():
             self._broken = True
             made = self.executor.run(bucket.name, self._inputs(bucket, work))
-            rows = made["logits"].isfinite().all(1).reshape(bucket.sequences, bucket.tokens)
+            taints = _taints(made["logits"]).reshape(bucket.sequences, bucket.tokens)
             for i, (slot, ids) in enumerate(work.items()):
-                self._finite[slot] &= rows[i, : bucket.tokens if bucket.drafts else len(ids)].all()
+                self._tainted[slot] += taints[i, : bucket.tokens if bucket.drafts else len(ids)].sum()
             self._broken = False
         return made
 
@@ -424,7 +436,7 @@ class Session:
                 self._sampling.set(s, Sampling(), (), 1)
             self.memories[s] = Memory()
             self._followed[s] = False
-            self._finite[s] = True
+            self._tainted[s] = 0
         self._streams = self._next = None
 
     def wait(self) -> None:
@@ -550,7 +562,7 @@ class Session:
             self._following[target] = self._following[source]
             self._followed[target] = self._followed[source]
             self._counter.put(target, self._counter.held[source], self._counter.furthest(source))
-            self._finite[target] = self._finite[source]
+            self._tainted[target] = self._tainted[source]
             self.memories[target] = self.memories[source]
 
     @_one_at_a_time
@@ -606,7 +618,7 @@ class Session:
             self._counter.put(slot, *counts)
         for slot in slots:
             self._followed[slot] = False
-            self._finite[slot] = True
+            self._tainted[slot] = 0
             self.memories[slot] = Memory()
         self._streams = self._next = None
 
@@ -684,7 +696,7 @@ class Session:
     def _check_finite(self, slots: Iterable[int], known: Sequence[bool] | None = None) -> None:
         """Refuse what would come of logits that are not finite. Waits for the device, unless it is known."""
         chosen = list(slots)
-        finite = self._finite[chosen].tolist() if known is None else known
+        finite = (self._tainted[chosen] == 0).tolist() if known is None else known
         bad = [s for s, fine in zip(chosen, finite, strict=True) if not fine]
         if bad:
             self._streams = self._next = None
@@ -758,7 +770,7 @@ class Session:
                 at, count = (i, 1) if last else (row, len(ids))
                 rows |= {n: v[at : at + count].clone() for n, v in outputs.items() if n != "streams"}
                 made[slot] = rows
-                self._finite[slot] &= rows["logits"].isfinite().all()
+                self._tainted[slot] += _taints(rows["logits"]).sum()
                 self._following[slot] = rows["next"][-1]
             self._broken = False
         for slot, ids in work.items():
@@ -791,8 +803,9 @@ class Session:
         unknown = [s for s in slots if not self._followed[s]]
         if unknown:
             raise SessionError(f"slot {unknown[0]} has no likeliest token yet; call prefill or decode first")
-        self._going[list(slots)] = 1
-        kept, _ = self._repeat(count, slots, keep=keep)
+        for s in slots:
+            self._going[s] = 1
+        kept, _, _ = self._repeat(count, slots, keep=keep)
         for s in slots:
             self._counter.advance(s, count)
         self._look(slots)
@@ -809,9 +822,12 @@ class Session:
 
     def _repeat(
         self, count: int, slots: Sequence[int], *, keep: bool, rounds: bool = False
-    ) -> tuple[Tensor | None, Tensor]:
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Steps or rounds of these slots, from what they come to say and whether they go on. Returns what
-        they said, if asked to keep it, and the logits of the last one.
+        they said, if asked to keep it, the logits of the last one, and what is tainted.
+
+        Nothing here makes the host wait: a list that indexes a tensor on the device, or a copy from memory
+        that is not pinned, would, and the device would stand still between portions.
         """
         bucket = self._of_kind("round", len(slots))[0] if rounds else self._fitting(len(slots), 1)
         if bucket.sequences < len(slots):
@@ -820,26 +836,60 @@ class Session:
                 f"{', '.join(self.plan.buckets)}; move fewer on at a time, or compile with another --batch"
             )
         kept = torch.empty(count, bucket.rows, dtype=torch.int32, device=self.device) if keep else None
-        inputs = self._inputs(bucket, {s: [0] for s in slots})
-        idle = self._following.new_zeros(bucket.sequences - len(slots))
-        inputs["tokens"] = torch.cat([self._following[list(slots)], idle])
-        if bucket.sampled:
-            inputs["lengths"] = torch.cat([self._going[list(slots)], idle])
+        seats = self._seats(bucket, slots)
         with self.executor.naming(), torch.inference_mode():
+            inputs = {"tokens": _seated(self._following, seats), "slots": seats.slots}
+            inputs["lengths"] = _seated(self._going, seats) if bucket.sampled else seats.lengths
             self._broken = True
             outputs = self.executor.repeat(bucket.name, inputs, count, kept)
-            self._following[list(slots)] = outputs["next"][: len(slots)]
-            self._going[list(slots)] = outputs["going"][: len(slots)] if bucket.sampled else 1
-            finite = outputs["logits"].isfinite().all(1).reshape(bucket.sequences, bucket.tokens).all(1)
-            self._finite[list(slots)] &= finite[: len(slots)]
+            self._following.index_copy_(0, seats.index, outputs["next"][: len(slots)])
+            if bucket.sampled:
+                self._going.index_copy_(0, seats.index, outputs["going"][: len(slots)])
+            taints = _taints(outputs["logits"][: len(slots) * bucket.tokens].reshape(len(slots), -1))
+            self._tainted.index_add_(0, seats.index, taints)
+            tainted = self._tainted.index_select(0, seats.index)
             self._broken = False
         for s in slots:
             self.memories[s] = Memory()
         said = None if kept is None else kept[:, : len(slots) * bucket.tokens]
-        return said, outputs["logits"][: len(slots)]
+        return said, outputs["logits"][: len(slots)], tainted
+
+    def _seats(self, bucket: Bucket, slots: Sequence[int]) -> _Seats:
+        """Made once for some slots: a sequence that goes on sits where it sat."""
+        key = bucket.name, tuple(slots)
+        if key not in self._seated:
+            if len(self._seated) >= SEATS:
+                self._seated.clear()
+            idle = [-1] * (bucket.sequences - len(slots))
+            index = self._moved(torch.tensor(slots))
+            given = self._moved(torch.tensor([[*slots, *idle], [1] * len(slots) + [0] * len(idle)]).int())
+            self._seated[key] = _Seats(index, given[0], given[1])
+        return self._seated[key]
+
+    def _moved(self, value: Tensor) -> Tensor:
+        """A value of the host on the device, which nobody waits for."""
+        if self.device.type == "cpu":
+            return value
+        return value.pin_memory().to(self.device, non_blocking=True)
 
     def _set_position(self, slot: int, held: int, reached: int) -> None:
         value = self._states[POSITION]
         assert isinstance(value, Tensor)
         value[slot] = held
         self._counter.put(slot, held, reached)
+
+
+SEATS = 256
+"""Ways in which slots sit in buckets that a session remembers."""
+
+
+def _seated(values: Tensor, seats: _Seats) -> Tensor:
+    """Those of the slots, one to a sequence; 0 where there is none."""
+    given = values.index_select(0, seats.index)
+    idle = len(seats.slots) - len(given)
+    return torch.cat([given, given.new_zeros(idle)]) if idle else given
+
+
+def _taints(logits: Tensor) -> Tensor:
+    """By row: 0, or NaN where a number is not finite."""
+    return logits.mul(0.0).sum(1)

@@ -15,6 +15,7 @@ OLDEST, NEWEST = "0.23", "0.33"
 """The versions of vLLM that this is tested with, and those between."""
 
 WORKER = "dsv4c.vllm.worker.PlanWorker"
+DRAFTER = "dsv4c.vllm.drafts.PlanDrafter"
 OPEN = {"--max-num-batched-tokens", "--worker-cls", "--served-model-name"}
 """Options that are given to vLLM here, and may be given again."""
 
@@ -22,9 +23,11 @@ PROMPT_TOKENS = 512
 """Tokens of prompts that vLLM schedules beside a step's: others' next tokens wait for no more than these."""
 
 
-def server_options(plan: Plan, folder: Path, weights: Path, *, name: str, ahead: bool = True) -> list[str]:
-    """The arguments of `vllm serve` for a plan in `folder`. ahead: schedule a step while the one before runs;
-    not with drafts, which are known only after it.
+def server_options(
+    plan: Plan, folder: Path, weights: Path, *, name: str, ahead: bool = True, drafts: int = 0
+) -> list[str]:
+    """The arguments of `vllm serve` for a plan in `folder`. drafts: of the plan's own, at a time. ahead:
+    schedule a step while the one before runs; not with drafts, which are known only after it.
     """
     slots, context = int(plan.deployment["slots"]), int(plan.deployment["max_context"])
     options = {
@@ -41,8 +44,11 @@ def server_options(plan: Plan, folder: Path, weights: Path, *, name: str, ahead:
         "reasoning-parser": "deepseek_v4",
         "tool-call-parser": "deepseek_v4",
     }
+    if drafts:
+        speculates = {"method": "custom_class", "model": DRAFTER, "num_speculative_tokens": drafts}
+        options["speculative-config"] = json.dumps(speculates)
     flags = ["enable-auto-tool-choice", "enforce-eager", "no-enable-prefix-caching"]
-    flags.append("async-scheduling" if ahead else "no-async-scheduling")
+    flags.append("async-scheduling" if ahead and not drafts else "no-async-scheduling")
     pairs = [part for name, value in options.items() for part in (f"--{name}", value)]
     return ["serve", str(weights), *pairs, *(f"--{flag}" for flag in flags)]
 
@@ -96,7 +102,7 @@ def refuse_parallel(tensor: int, pipeline: int, data: int) -> None:
             )
 
 
-def refuse_given(given: Sequence[str], ours: Sequence[str]) -> None:
+def refuse_decided(given: Sequence[str], ours: Sequence[str]) -> None:
     """Raise ConfigError for options of vLLM that a plan has decided."""
     decided = {part.partition("=")[0] for part in ours if part.startswith("--")}
     for part in given:

@@ -215,14 +215,28 @@ def test_sums_do_not_depend_on_the_batch() -> None:
         assert all(order(replace(spec, batch=b)) == order(spec) for b in range(1, 9))
 
 
-def test_experts_are_one_kernel_for_any_batch() -> None:
-    spec = experts("mxfp4", "fp8")
-    for b in (1, 2, 8):
-        other = replace(spec, batch=b)
-        up, down = emit_experts_up(other, BY_SCORE, SM_90A), emit_experts_down(other, SM_90A)
-        assert up.source == emit_experts_up(spec, BY_SCORE, SM_90A).source
-        assert down.source == emit_experts_down(spec, SM_90A).source
-        assert up.grid[1] == down.grid[1] == b
+def test_experts_of_many_rows_or_formats_are_one_kernel_for_any_batch() -> None:
+    for formats, batches in ((("mxfp4", "fp8"), (1, 9, 64)), (("fp8", "fp8"), (1, 2, 8))):
+        spec = replace(experts(*formats), batch=batches[0])
+        for b in batches:
+            other = replace(spec, batch=b)
+            up, down = emit_experts_up(other, BY_SCORE, SM_90A), emit_experts_down(other, SM_90A)
+            assert up.source == emit_experts_up(spec, BY_SCORE, SM_90A).source
+            assert down.source == emit_experts_down(spec, SM_90A).source
+            assert up.grid[1] == down.grid[1] == b
+
+
+def test_the_rows_of_a_step_take_turns_on_the_same_ctas() -> None:
+    """At most two CTAs an SM in all, and the shared expert's weights are read once for all rows."""
+    for rows in range(2, 9):
+        spec = replace(experts("mxfp4", "fp8"), batch=rows, hidden=4096, intermediate=2048)
+        up, down = emit_experts_up(spec, BY_SCORE, SM_90A), emit_experts_down(spec, SM_90A)
+        assert up.grid[1] == down.grid[1] == 1
+        assert max(up.grid[0], down.grid[0]) <= 2 * SM_90A.sms
+        assert max(up.shared, down.shared) <= SM_90A.shared_of(2)
+        for emission in (up, down):
+            assert f"rows={rows}, k=" in emission.source
+            assert f"    turns={rows},\n" in emission.source
 
 
 def test_shared_arrays_do_not_overlap() -> None:

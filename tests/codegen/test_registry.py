@@ -322,7 +322,7 @@ def test_rows_are_quantized_to_nvfp4_once_for_all_their_readers() -> None:
                 eps=1e-6, precision=BF16, window=128, scale=0.5, groups=2, format=None
             )(
                 p("q", "bf16[1,4,128]"),
-                p("at", "i32[1]"),
+                *(p("at", "i32[1]"), p("last", "i32[1]")),
                 p("f", "f32[32]"),
                 p("sink", "f32[4]"),
                 state("ring", "bf16[3,144,128]"),
@@ -374,7 +374,8 @@ def test_attention_reads_copies_beside_rings_in_slots_of_their_own() -> None:
         op = Attention(
             eps=1e-6, precision=BF16, window=128, scale=128**-0.5, groups=2, format=None, ratio=128
         )
-        q = (p("q", "bf16[2,4,128]"), p("at", "i32[2]"), p("f", "f32[32]"), p("sink", "f32[4]"))
+        at = p("at", "i32[2]")
+        q = (p("q", "bf16[2,4,128]"), at, at, p("f", "f32[32]"), p("sink", "f32[4]"))
         ring, entries = p("beside", "bf16[1,256,128]"), state("entries", "bf16[3,4,128]")
         return op(*q, ring, p("owners", "i32[2]"), entries, p("slots", "i32[2]"))
 

@@ -173,13 +173,18 @@ def experts() -> list[tuple[ExpertsSpec, Routing, bool]]:
             f"flash_{routed}_{shared}_b{batch}", batch, 4096, 2048, 256, 6, routed, shared, 10.0
         )
 
-    pro = ExpertsSpec("pro_mxfp4_fp8_b1", 1, 7168, 3072, 384, 6, "mxfp4", "fp8", 10.0)
-    timed = [flash("mxfp4", "fp8"), flash("nvfp4", "fp8"), flash("fp8", "fp8"), pro, flash("mxfp4", "fp8", 8)]
+    def pro_of(batch: int) -> ExpertsSpec:
+        return ExpertsSpec(f"pro_mxfp4_fp8_b{batch}", batch, 7168, 3072, 384, 6, "mxfp4", "fp8", 10.0)
+
+    pro = pro_of(1)
+    timed = [flash("mxfp4", "fp8"), flash("nvfp4", "fp8"), flash("fp8", "fp8"), pro]
+    timed += [flash("mxfp4", "fp8", batch) for batch in (2, 4, 5, 6, 8)] + [pro_of(6)]
     layers = [(spec, scores, True) for spec in timed]
     layers += [(spec, rows, True) for spec in (timed[0], pro)]
     layers += [(flash(*spec), scores, False) for spec in (("bf16", "bf16"), ("nvfp4", "nvfp4", 3))]
-    layers += [(flash("mxfp4", "fp8", 2), routing, False) for routing in (scores, table, rows)]
+    layers += [(flash("mxfp4", "fp8", 2), routing, False) for routing in (table, rows)]
     layers += [(flash("mxfp4", "fp8", 8), rows, False), (flash("bf16", "bf16", 3), rows, False)]
+    layers += [(pro_of(6), rows, False), (flash("nvfp4", "fp8", 5), scores, False)]
     for batch in (1, 3):
         tiny = [
             ExpertsSpec(f"tiny_{r}_{s}_b{batch}", batch, 256, 128, 8, 2, r, s, 1.0)

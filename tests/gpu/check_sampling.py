@@ -8,7 +8,9 @@ stop; then answers of Flash's first layers, timed beside bare steps. Needs torch
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -18,13 +20,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Generator, Tensor
 
+from dsv4c.cli.generate import answer
 from dsv4c.config import load_config
 from dsv4c.models.synth import synthesize
 from dsv4c.plan.folder import load
 from dsv4c.reference.interpret import interpret
 from dsv4c.reference.sample import philox
 from dsv4c.runtime.answer import Done
+from dsv4c.runtime.bench import Clock, random_executor
 from dsv4c.runtime.sampling import Sampling
+from dsv4c.runtime.session import Session
 from tests.goldens import golden_case
 from tests.gpu.check_rows import Kernel
 from tests.gpu.kernels import measure
@@ -33,6 +38,7 @@ from tests.words import write_tokenizer
 FOLDER = Path("build/gpu/sampling")
 DRAWS = 4000  # rows of a call
 ANSWER = 2000
+CHUNK = 64
 ROUNDS = 9
 CHAIN = 50
 
@@ -207,34 +213,64 @@ def check_flash(folder: Path, weights: Path) -> None:
     if not weights.exists():
         started = time.perf_counter()
         synthesize(load_config(folder / "config.json"), weights, 1)
-        print(f"synth: {time.perf_counter() - started:.0f} s")
+        print(f"synth: {time.perf_counter() - started:.0f} s", flush=True)
     write_tokenizer(weights)
-    session = load(folder / "flash.plan").bind(weights)
-    print(f"flash: weights {session.loaded}")
-    warm = Sampling(temperature=1.0, top_p=0.95, seed=1)
-    answer = session.generate("Hello", sampling=warm, max_new_tokens=ANSWER)
-    done = next(event for event in answer if isinstance(event, Done))
+    plan = load(folder / "flash.plan")
+    session = plan.bind(weights)
+    print(f"flash: weights {session.loaded}", flush=True)
+    clock = Clock(random_executor(plan).programs[plan.program("decode").shape.name], ANSWER // 2, 31)
+    whole = len(clock.step.launches)
+
+    def step() -> float:
+        return clock.prefixes([whole])[whole]
+
+    answered(session, 0)
+    made = [(answered(session, seed), step()) for seed in range(ROUNDS)]
+    ratios = [1e6 / done.tokens_per_second / us for done, us in made]
+    done, us = sorted(made, key=lambda pair: pair[0].tokens_per_second)[ROUNDS // 2]
     print(
-        f"flash: {len(done.ids)} tokens, {done.reason}, first after {done.seconds_to_first:.3f} s, "
-        f"{done.tokens_per_second:.1f} tokens/s"
+        f"flash: {len(done.ids)} tokens, first after {done.seconds_to_first:.3f} s, "
+        f"{done.tokens_per_second:.1f} tokens/s; a token of `generate` takes {statistics.median(ratios):.3f} "
+        f"of a step of `bench` ({us:.1f} us), {ROUNDS} rounds, {min(ratios):.3f} to {max(ratios):.3f}"
     )
-    ratios = []
-    for round_ in range(ROUNDS):
-        how = Sampling(temperature=1.0, seed=round_)
-        (made,) = (
-            e for e in session.generate("Hello", sampling=how, max_new_tokens=256) if isinstance(e, Done)
-        )
-        each = 1 / made.tokens_per_second
-        session.reset(0)
-        session.prefill([3], 0)
-        session.wait()
+    each = check_chunks(session)
+    print(f"flash: in chunks of {CHUNK} without a wait {each:.1f} us a token, {each / us:.3f} of a step")
+    session.wait()
+    started = time.perf_counter()
+    session.enqueue(256, [0])
+    session.wait()
+    print(f"flash: steps that nobody listens to {(time.perf_counter() - started) / 256e-6:.1f} us each")
+
+
+def answered(session: Session, seed: int) -> Done:
+    """An answer as the command gives it, to nowhere."""
+    how = Sampling(temperature=1.0, top_p=0.95, seed=seed)
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        return answer(session.generate("Hello", sampling=how, max_new_tokens=ANSWER), json=False, ids=False)
+
+
+def check_chunks(session: Session) -> float:
+    """Microseconds a token of 2,048, each chunk enqueued before the one ahead is read, where torch raises at
+    whatever would make the host wait.
+    """
+    session.reset(0)
+    session.prefill([3, 17], 0)
+    session.choose(0, Sampling(temperature=1.0, top_p=0.95, seed=1))
+    session.settle(session.say(CHUNK, {0: 5}))
+    said: list[int] = []
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         started = time.perf_counter()
-        session.enqueue(256, [0])
-        session.wait()
-        ratios.append(each / ((time.perf_counter() - started) / 256))
-    print(
-        f"flash: a token of `generate` takes {statistics.median(ratios):.3f} of a bare step, {ROUNDS} rounds"
-    )
+        ahead = session.say(CHUNK, slots=[0])
+        for _ in range(ANSWER // CHUNK):
+            ahead, before = session.say(CHUNK, slots=[0]), ahead
+            said += session.settle(before)[0]
+        said += session.settle(ahead)[0]
+        spent = time.perf_counter() - started
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(said) == (ANSWER // CHUNK + 1) * CHUNK
+    return 1e6 * spent / len(said)
 
 
 def main() -> None:

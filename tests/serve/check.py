@@ -81,6 +81,7 @@ async def abort_frees() -> str:
             break
         await asyncio.sleep(0.2)
         await ids([4], 1)  # a step, after which figures are as they are
+    assert metric("dsv4c:slots_free") == 4
     assert metric("vllm:num_requests_running") == 0
     return f"four streams closed, four slots free again, four answers in {waited:.1f} s"
 
@@ -241,11 +242,9 @@ def refusals() -> None:
         ([plan, "--weights", weights, "--", "--block-size", "16"], 2, "--block-size: is decided"),
     ]
     for arguments, code, message in cases:
-        started = time.monotonic()
         found = dsv4c("serve", *arguments)
         assert found.returncode == code, (arguments, found.returncode, found.stderr)
         assert message in found.stderr, (message, found.stderr)
-        assert time.monotonic() - started < 30
     print(f"{len(cases)} mistakes are said before anything is loaded", flush=True)
 
 
@@ -285,6 +284,8 @@ def main() -> None:
         (root / "known.json").write_text(json.dumps(known))
         environment = {"DSV4C_KNOWN": str(root / "known.json")}
         with serving(root, "plain.plan", *platform, *more, log=root / "oracle.log", **environment):
+            asyncio.run(ask([drafts]))
+        with serving(root, "drafting.plan", *platform, "--draft", "mtp", log=root / "drafting.log"):
             asyncio.run(ask([drafts]))
     print("all is well", flush=True)
 

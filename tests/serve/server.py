@@ -23,19 +23,21 @@ from dsv4c.runtime.generate import generate
 from dsv4c.runtime.session import Session
 from tests.words import write_tokenizer
 
-CONTEXT = 1024
+CONTEXT = 1536
 OPTIONS: dict[str, Any] = {"max_context": CONTEXT, "batch": (1, 2, 4), "chunk": 64, "certify": False}
 PORT = 8437
 
 
 def prepare(root: Path) -> Path:
-    """The folder with `weights` and `plain.plan`, made once."""
+    """The folder with `weights`, `drafting.plan`, and `plain.plan`, made once."""
     weights = root / "weights"
     if not (root / "plain.plan").exists():
         root.mkdir(parents=True, exist_ok=True)
         synthesize(load_config("tiny"), weights, 1)
         write_tokenizer(weights)
-        compile(weights, sampled=True, logits="last", **OPTIONS).save(root / "plain.plan")
+        sampled = {**OPTIONS, "sampled": True, "logits": "last"}
+        compile(weights, draft="mtp", draft_tokens=3, **sampled).save(root / "drafting.plan")
+        compile(weights, **sampled).save(root / "plain.plan")
     return root
 
 
@@ -83,7 +85,7 @@ def serving(root: Path, plan: str, *options: str, log: Path, **environment: str)
                 server.wait()
 
 
-def wait_healthy(server: subprocess.Popen[bytes], log: Path, seconds: float = 300) -> None:
+def wait_healthy(server: subprocess.Popen[bytes], log: Path, seconds: float = 900) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         if server.poll() is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from dsv4c.compiler.compile import compile
+from dsv4c.vllm.options import DRAFTER
 from tests.commands import command
 from tests.words import small_checkpoint
 
@@ -42,10 +43,22 @@ def test_a_checkpoint_is_compiled_for_as_many_as_are_served(weights: Path, tmp_p
     assert kept["deployment"]["slots"] == 3
 
 
+def test_a_checkpoint_drafts_for_itself(weights: Path, tmp_path: Path) -> None:
+    given = ("--target", "cpu", "--slots", 1, "--max-context", 64, "--cache", tmp_path, "--dry-run", "--json")
+    made = command("serve", weights, *given, "--draft", "mtp", "--draft-tokens", 2)
+    assert made.code == 0
+    started = made.json["command"]
+    speculates = json.loads(started[started.index("--speculative-config") + 1])
+    assert (speculates["model"], speculates["num_speculative_tokens"]) == (DRAFTER, 2)
+    assert "--no-async-scheduling" in started
+
+
 @pytest.mark.parametrize(
     ("options", "code", "message"),
     [
         (("-tp", 2), 2, "--tensor-parallel-size 2: a plan spans one GPU"),
+        (("--draft", "given"), 2, "--draft given: nobody gives drafts here"),
+        (("--draft", "mtp"), 2, "drafts with nothing; compile one with --draft"),
         (("--", "--max-model-len", 9), 2, "--max-model-len: is decided by the plan"),
         (("--dry-run",), 4, "is the checkpoint of another model: vocab_size"),
     ],

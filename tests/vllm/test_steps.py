@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from dsv4c.compiler.compile import compile
-from dsv4c.errors import ConfigError, SessionError
+from dsv4c.errors import ConfigError, PlanError, SessionError
 from dsv4c.runtime.sampling import Sampling
 from dsv4c.runtime.session import Session
-from dsv4c.vllm.options import check_config, refuse_given, server_options
+from dsv4c.vllm.drafts import PlanDrafter
+from dsv4c.vllm.options import check_config, refuse_decided, server_options
 from dsv4c.vllm.requests import sampling_of
 from dsv4c.vllm.steps import Step, Steps, allow
 from tests.words import small_checkpoint
@@ -215,6 +216,32 @@ def test_drafts_change_nothing(session: Session, right: int) -> None:
     assert said[:9] == wanted[: len(said)]
 
 
+def test_a_plan_drafts_for_itself(tmp_path: Path) -> None:
+    weights, prompt = small_checkpoint(tmp_path), [3, 17, 5, 9]
+    options: dict[str, Any] = {"max_context": 64, "batch": 1, "chunk": 8, "certify": False, "draft": "mtp"}
+    session = compile(weights, sampled=True, draft_tokens=2, **options).bind(weights)
+    wanted = alone(session, prompt, 8)
+    session.reset()
+    steps = Steps(session, drafter=PlanDrafter(session, 2))
+    step = steps.step(asked({"a": 4}, {"a": prompt}))
+    assert step is not None
+    said = take(steps, step)["a"]
+    while len(said) < 8:
+        drafts = steps.drafts(step)
+        assert drafts["a"] == session.draft({0: said[-1]})[0].tokens
+        step = steps.step(asked({"a": 3}, drafts=drafts))
+        assert step is not None
+        said += take(steps, step)["a"]
+    assert said[:8] == wanted
+    with pytest.raises(ConfigError, match=r"num_speculative_tokens is 3: plan .* drafts 2"):
+        PlanDrafter(session, 3)
+
+
+def test_a_plan_that_drafts_nothing_is_said_to(session: Session) -> None:
+    with pytest.raises(PlanError, match="draft"):
+        PlanDrafter(session, 1)
+
+
 def test_a_grammar_lets_only_its_tokens_through() -> None:
     logits = torch.zeros(2, 40)
     allowed = np.array([[1 << 5, 1 << 2], [-1, -1]], dtype=np.int32)
@@ -311,6 +338,6 @@ def test_the_servers_options(session: Session, tmp_path: Path) -> None:
     assert json.loads(options["--additional-config"]) == {"plan": str(tmp_path)}
     assert "--async-scheduling" in made
     assert "--no-async-scheduling" in server_options(session.plan, tmp_path, tmp_path, name="a", ahead=False)
-    refuse_given(["--api-key", "secret", "--max-num-batched-tokens=64"], made)
+    refuse_decided(["--api-key", "secret", "--max-num-batched-tokens=64"], made)
     with pytest.raises(ConfigError, match="--max-num-seqs: is decided by the plan"):
-        refuse_given(["--max-num-seqs=9"], made)
+        refuse_decided(["--max-num-seqs=9"], made)

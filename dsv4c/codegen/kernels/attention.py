@@ -26,12 +26,12 @@ KEYS = ("fp8", "bf16")
 class AttentionSpec:
     """q bf16[rows, heads, width] before norm and RoPE -> out bf16[rows, heads, width], of tokens anywhere.
 
-    Keys of a slot: the last `window` tokens in a ring of `ring` rows, and of a cache of `capacity` entries,
-    one per `ratio` tokens, those that `entries` says: "none", "all" complete ones, or the `selected_count`
-    numbers of i32 `selected` (-1 for none; what the token may see comes first). A ring may hold later tokens
-    too, of other rows; where it is a copy beside the state, its `ring_slots` are not the entries' `slots`.
-    `exact_norm` rounds the per-head norm's steps to bf16, as the release does. `splits` and `tile` override
-    how keys are spread over CTAs.
+    Keys of a slot: the `window` tokens up to `last` in a ring of `ring` rows, and of a cache of `capacity`
+    entries, one per `ratio` tokens, those that `entries` says: "none", "all" complete ones, or the
+    `selected_count` numbers of i32 `selected` (-1 for none; what the token may see comes first). A ring may
+    hold later tokens too, of other rows; where it is a copy beside the state, its `ring_slots` are not the
+    entries' `slots`. `exact_norm` rounds the per-head norm's steps to bf16, as the release does. `splits` and
+    `tile` override how keys are spread over CTAs.
     """
 
     name: str
@@ -56,6 +56,7 @@ class AttentionSpec:
     sink: str = "sink"
     frequencies: str = "frequencies"
     positions: str = "positions"
+    last: str = "positions"
     ring_slots: str = "slots"
     slots: str = "slots"
     out: str = "out"
@@ -73,8 +74,8 @@ class AttentionSpec:
         if self.entries != "none":
             caches += [Parameter(self.entries_operand, c) for c in row.components]
         chosen = [Parameter(self.selected)] if self.entries == "selected" else []
-        slots = dict.fromkeys((self.ring_slots, self.slots))
-        rest = (self.sink, self.frequencies, self.positions, *slots, self.out)
+        places = dict.fromkeys((self.positions, self.last, self.ring_slots, self.slots))
+        rest = (self.sink, self.frequencies, *places, self.out)
         return (Parameter(self.q), *caches, *chosen, *map(Parameter, rest))
 
 
@@ -136,7 +137,7 @@ def emit_chunk_attention(spec: AttentionSpec, arch: Arch) -> Emission:
 
 def takes_chunk(spec: AttentionSpec, arch: Arch) -> bool:
     """Whether the kernel for many rows takes a spec: where a CTA for 64 heads of a token keeps SMs busy."""
-    shapes = spec.width == Chunk.width and spec.heads % Chunk.tile == 0
+    shapes = spec.width == Chunk.width and spec.heads % Chunk.tile == 0 and spec.last == spec.positions
     return shapes and not arch.tensor_memory and 2 * spec.rows * spec.heads // Chunk.tile > arch.sms
 
 
@@ -209,10 +210,11 @@ def _keys_text(spec: AttentionSpec) -> str:
 def _signature(spec: AttentionSpec) -> str:
     keys = CACHE_FORMATS[spec.format]
     slots = ", ".join(dict.fromkeys((spec.ring_slots, spec.slots)))
+    places = ", ".join(dict.fromkeys((spec.positions, spec.last)))
     lines = [
         f"q, out: bf16[N,{spec.heads},{spec.width}]; window: {keys}[S,{spec.ring},{spec.width}];",
         f"sink: f32[{spec.heads}]; frequencies: f32[32]; "
-        f"positions: i32[N], -1 for none (gives zeros); {slots}: i32[N]",
+        f"{places}: i32[N], -1 for none (gives zeros); {slots}: i32[N]",
     ]
     if spec.entries != "none":
         lines[0] += f"\nentries: {keys}[S,{spec.capacity},{spec.width}];"
@@ -256,6 +258,7 @@ def attention(request: Request) -> Answer:
         ratio=max(1, op.ratio),
         capacity=entries.shape[1] if entries is not None else 0,
         exact_norm=op.precision is BF16,
+        last="positions" if x["last"] == x["positions"] else "last",
         ring_slots="slots" if x.get("slots", x["ring_slots"]) == x["ring_slots"] else "ring_slots",
     )
     emit = emit_chunk_attention if takes_chunk(spec, request.arch) else emit_attention

@@ -13,6 +13,7 @@ from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
 from dsv4c.ir.ops.sample import Argmax, LastRows
 from dsv4c.ir.ops.state import Advance, Positions
+from dsv4c.passes.fusions.drafts import PickDraft
 from dsv4c.passes.fusions.embed import Embed
 from dsv4c.types import BF16, F32
 
@@ -40,6 +41,21 @@ class ArgmaxSpec:
 
     rows: int
     vocabulary: int
+
+
+@dataclass(frozen=True)
+class PickDraftSpec:
+    """base f32[sequences, block, vocabulary], bias f32[sequences, vocabulary] -> token i32[sequences], of the
+    largest sum with row `step`. By flag: the sums as `logits`; known bf16[sequences, width], the rows of
+    `table` that the tokens name, where it has a `width`.
+    """
+
+    sequences: int
+    block: int
+    step: int
+    vocabulary: int
+    width: int = 0
+    logits: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,21 +130,62 @@ def emit_last_rows(spec: LastRowsSpec) -> Emission:
 
 def emit_argmax(spec: ArgmaxSpec, arch: Arch) -> Emission:
     """The argmax: a cluster per row."""
-    vector = 1 if spec.vocabulary % 4 else 4
-    pieces = spec.vocabulary // vector
+    types = {"logits": f"f32[N,{spec.vocabulary}]", "token": "i32[N]"}
+    nbytes = spec.vocabulary * 4
+    return _largest("head_argmax.py.jinja", "argmax", types, spec.rows, spec.vocabulary, nbytes, arch)
+
+
+def emit_pick_draft(spec: PickDraftSpec, arch: Arch) -> Emission:
+    """The choice of a draft: a cluster per sequence. Raises BuildError unless rows of the table are whole
+    16-byte pieces.
+    """
+    if spec.width % 8:
+        raise BuildError(f"a table of {spec.width} columns: want a multiple of 8, for 16-byte copies")
+    types = {"base": f"f32[N,{spec.block},{spec.vocabulary}]", "bias": f"f32[N,{spec.vocabulary}]"}
+    types |= {"table": f"bf16[*,{spec.width}]"} if spec.width else {}
+    types |= {"logits": f"f32[N,{spec.vocabulary}]"} if spec.logits else {}
+    types |= {"token": "i32[N]"} | ({"known": f"bf16[N,{spec.width}]"} if spec.width else {})
+    return _largest(
+        "pick_draft.py.jinja",
+        "pick_draft",
+        types,
+        spec.sequences,
+        spec.vocabulary,
+        spec.vocabulary * 8,
+        arch,
+        block=spec.block,
+        step=spec.step,
+        width=spec.width,
+        known=bool(spec.width),
+        logits=spec.logits,
+    )
+
+
+def _largest(
+    template: str,
+    symbol: str,
+    types: Mapping[str, str],
+    rows: int,
+    vocabulary: int,
+    nbytes: int,
+    arch: Arch,
+    **more: int,
+) -> Emission:
+    """A kernel that finds the largest of a row of logits: a cluster per row."""
+    vector = 1 if vocabulary % 4 else 4
+    pieces = vocabulary // vector
     ctas = next(c for c in (16, 8, 4, 2) if c == 2 or pieces >= 128 * c)
     each = -(-pieces // ctas)
     threads = min(512, -(-each // 32) * 32)
     inbox = threads // 32 * 8
-    types = {"logits": f"f32[N,{spec.vocabulary}]", "token": "i32[N]"}
+    shared = inbox + ctas * 8 + 8
     parameters = tuple(map(Parameter, types))
-    nbytes = spec.vocabulary * 4
     source = render(
-        "head_argmax.py.jinja",
-        symbol="argmax",
+        template,
+        symbol=symbol,
         parameters=[p.name for p in parameters],
         signature=_signature(types, parameters),
-        vocabulary=spec.vocabulary,
+        vocabulary=vocabulary,
         ctas=ctas,
         threads=threads,
         columns=each * vector,
@@ -136,18 +193,13 @@ def emit_argmax(spec: ArgmaxSpec, arch: Arch) -> Emission:
         steps=-(-each // threads),
         inbox=inbox,
         bar=inbox + ctas * 8,
-        shared=inbox + ctas * 8 + 8,
+        shared=shared,
         nbytes=nbytes,
         arch=arch,
+        **more,
     )
     return Emission(
-        "argmax_0",
-        source,
-        (spec.rows * ctas, 1, 1),
-        threads,
-        inbox + ctas * 8 + 8,
-        parameters,
-        cluster=(ctas, 1, 1),
+        f"{symbol}_0", source, (rows * ctas, 1, 1), threads, shared, parameters, cluster=(ctas, 1, 1)
     )
 
 
@@ -226,6 +278,24 @@ def argmax(request: Request) -> Answer:
         return No(f"takes logits f32[N,V], not {logits}")
     values = {"logits": call.inputs[0], "token": call.outputs[0]}
     return [launchable(request, emit_argmax(ArgmaxSpec(*logits.shape), request.arch), values)]
+
+
+@kernel(PickDraft)
+def pick_draft(request: Request) -> Answer:
+    call = request.call
+    assert isinstance(call.op, PickDraft)
+    x, made = call.operands, call.made
+    base, bias = request.types[x["base"]], request.types[x["bias"]]
+    if not holds(base, F32) or not holds(bias, F32):
+        return No(f"adds logits f32, not {base} and {bias}")
+    table = request.types[x["table"]] if "table" in x else None
+    if table is not None and not holds(table, BF16):
+        return No(f"copies rows of bf16, the table is {table}")
+    sequences, block, vocabulary = base.shape
+    width = 0 if table is None or 2 not in made else table.shape[1]
+    spec = PickDraftSpec(sequences, block, call.op.step, vocabulary, width, 0 in made)
+    values = {**x, **{name: made[i] for i, name in enumerate(("logits", "token", "known")) if i in made}}
+    return [launchable(request, emit_pick_draft(spec, request.arch), values)]
 
 
 @kernel(Advance)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Parameter
-from dsv4c.codegen.kernels.gemv import BITS, STAGES
+from dsv4c.codegen.kernels.gemv import BITS, MMA_ROWS, STAGES
 from dsv4c.codegen.lib.shapes import BYTES, Layout
 from dsv4c.errors import BuildError
 
@@ -41,6 +41,14 @@ class ExpertsSpec:
     def quantized(self) -> bool:
         """Whether activations meet the weights as FP8 or NVFP4."""
         return self.routed != "bf16"
+
+    @property
+    def turns(self) -> int:
+        """Rows that a CTA takes, one after the other: all of a step's, so that they cost what their weights
+        take to read and not a start each. FP8 and BF16 experts, and NVFP4 rows, have one.
+        """
+        several = self.routed in ("mxfp4", "nvfp4") and self.shared == "fp8"
+        return self.batch if several and self.batch <= MMA_ROWS else 1
 
     @property
     def weight_bytes(self) -> int:

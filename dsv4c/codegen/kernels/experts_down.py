@@ -1,6 +1,7 @@
 """The second launch of the experts of one MoE layer at decode: hidden rows quantized, w2, and the sum.
 
-A CTA works on one token and one tile of columns, of every expert that the token chose.
+A CTA works on one tile of columns, of every expert that a token chose; the tokens of a step take turns on it,
+and the stream of weights goes on from one to the next.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from dsv4c.types import BF16, FP8_ROW, NVFP4_ROW, QuantType
 
 @dataclass(frozen=True)
 class DownRings:
-    """Both streams of a `down` CTA: the shared expert's tile, then the tile of every routed expert, a round
-    each.
+    """Both streams of a `down` CTA: the shared expert's tile for all tokens, then for each token the tile of
+    every routed expert, a round each.
     """
 
     shared: Ring
     routed: Ring
-    rows: Product  # the routed experts' hidden rows, together
+    rows: Product  # the routed experts' hidden rows of a token, together
 
     @property
     def packing(self) -> dict[str, str]:
@@ -69,17 +70,24 @@ def _down_rings(spec: ExpertsSpec, arch: Arch) -> DownRings:
     k_warps = k_warps_of(spec.intermediate, WARPS // tile_warps)
     kind = "bf16" if not spec.quantized else "f16" if spec.packed else "e4m3"
     routed = Product(spec.routed, kind, 1, spec.intermediate)
-    shared = Product(spec.shared, kind, 1, spec.intermediate)
+    shared = Product(spec.shared, kind, spec.turns, spec.intermediate)
     rows = Product(spec.routed, kind, spec.top_k, spec.intermediate)
 
-    def planned(stages: int) -> DownRings:
+    def planned(stages: int, early: int) -> DownRings:
+        span = span_of(routed, k_warps)
         return DownRings(
-            Ring(shared, tile_warps, k_warps, span_of(shared, k_warps), 2),
-            Ring(routed, tile_warps, k_warps, span_of(routed, k_warps), stages, rounds=spec.top_k),
+            Ring(shared, tile_warps, k_warps, span_of(shared, k_warps), early),
+            Ring(routed, tile_warps, k_warps, span, stages, rounds=spec.top_k, turns=spec.turns),
             rows,
         )
 
-    return planned(most_stages(spec.name, lambda stages: planned(stages).layout, arch))
+    def most(early: int) -> DownRings:
+        return planned(most_stages(spec.name, lambda stages: planned(stages, early).layout, arch), early)
+
+    def worth(rings: DownRings) -> tuple[bool, int]:
+        return rings.layout.end <= arch.shared_of(2), min(rings.routed.stages, 3)
+
+    return max(most(2), most(1), key=worth)  # many rows leave less room for what comes early
 
 
 def emit_experts_down(spec: ExpertsSpec, arch: Arch) -> Emission:
@@ -97,7 +105,7 @@ def emit_experts_down(spec: ExpertsSpec, arch: Arch) -> Emission:
         Parameter("y"),
     )
     groups = -(-spec.hidden // (16 * rings.routed.tile_warps))
-    grid = (groups, spec.batch, 1)
+    grid = (groups, spec.batch // spec.turns, 1)
     source = render(
         "experts_down.py.jinja",
         spec=spec,

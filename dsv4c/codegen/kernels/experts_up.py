@@ -1,8 +1,8 @@
 """The first launch of the experts of one MoE layer at decode: their choice, w1, w3 and SwiGLU.
 
-Each (token, expert) pair is its own job: a CTA has one activation row, and chooses that token's experts for
-itself. Chosen by score, their weights start after the wait; named by a table, before it, as the shared
-expert's do.
+A job is a tile of one expert and one token that chose it. A CTA chooses experts for itself. Chosen by score,
+their weights start after the wait; named by a table, before it, as the shared expert's do. The tokens of a
+step take turns on the same CTAs, and the stream of weights goes on from one to the next.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Routing:
 
 @dataclass(frozen=True)
 class UpPart:
-    """Routed or shared half of `up`. A job is a tile of w1 and the same of w3; CTAs take them in turn.
+    """Routed or shared half of `up`. A job is a tile of w1 and the same of w3; CTAs take them in turn, `jobs`
+    of each token.
 
     `scores`, `sums` and `choice` are bytes of what the router keeps: before the stream, beside it, and to the
     end.
@@ -89,14 +90,10 @@ class UpPart:
     name: str
     ring: Ring
     jobs: int
+    ctas: int
     scores: int = 0
     sums: int = 0
     choice: int = 0
-
-    @property
-    def ctas(self) -> int:
-        """CTAs of the part."""
-        return -(-self.jobs // self.ring.rounds)
 
     @property
     def packing(self) -> str:
@@ -129,33 +126,40 @@ def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch) -> tuple[UpPart, 
     """Shared and routed part. Rounds are chosen so that all CTAs fit the machine at once and read about the
     same.
     """
-    tiles = -(-spec.intermediate // 16)
+    tiles, turns = -(-spec.intermediate // 16), spec.turns
     kind = "f16" if spec.quantized else "bf16"
     k_warps = k_warps_of(spec.hidden, WARPS // 2)
 
-    def part(name: str, format: str, jobs: int, rounds: int) -> UpPart:
-        product = Product(format, kind, 1, spec.hidden)
+    def part(name: str, format: str, jobs: int, rows: int, turns: int, ctas: int) -> UpPart:
+        # As codes, many rows leave room for weights.
+        product = Product(format, "e4m3" if rows > 1 else kind, rows, spec.hidden)
+        rounds = -(-jobs // ctas)
 
         def planned(stages: int) -> UpPart:
-            ring = Ring(product, 1, k_warps, span_of(product, k_warps), stages, rounds, matrices=2)
+            ring = Ring(product, 1, k_warps, span_of(product, k_warps), stages, rounds, 2, turns)
             if name == "shared":
-                return UpPart(name, ring, jobs)
+                return UpPart(name, ring, jobs, ctas)
             scores = 8 * padded(spec.experts) if routing.source == "scores" else 0
             sums = 4 * ring.warps * spec.top_k if routing.source == "rows" else 0
-            return UpPart(name, ring, jobs, scores, sums, 8 * spec.top_k)
+            chosen = turns if routing.source == "scores" else 1  # rows whose choice is kept
+            return UpPart(name, ring, jobs, ctas, scores, sums, chosen * 8 * spec.top_k)
 
         return planned(most_stages(spec.name, lambda stages: planned(stages).layout, arch))
 
+    def split(rounds: tuple[int, ...]) -> tuple[int, int]:
+        return -(-tiles // rounds[0]), -(-spec.top_k * tiles * turns // rounds[1])
+
     def longest(rounds: tuple[int, ...]) -> float:
-        ctas = -(-tiles // rounds[0]) - (-spec.top_k * tiles // rounds[1])
-        if ctas > 2 * arch.sms:
+        if sum(split(rounds)) > 2 * arch.sms:
             return math.inf
         return max(rounds[0] * BITS[spec.shared], rounds[1] * BITS[spec.routed])
 
-    shared_rounds, routed_rounds = min(itertools.product(range(1, 33), repeat=2), key=longest)
+    # The rounds of a token are in a warp's lanes, the sums of all tokens' in shared memory.
+    choices = itertools.product(range(1, 32 // turns + 1), range(1, 32 * turns + 1))
+    shared, routed = split(min(choices, key=longest))
     return (
-        part("shared", spec.shared, tiles, shared_rounds),
-        part("routed", spec.routed, spec.top_k * tiles, routed_rounds),
+        part("shared", spec.shared, tiles, turns, 1, shared),
+        part("routed", spec.routed, spec.top_k * tiles, 1, turns, min(routed, spec.top_k * tiles)),
     )
 
 
@@ -177,7 +181,7 @@ def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch) -> Emission
         Parameter("h"),
         Parameter("shared_h"),
     )
-    grid = (sum(part.ctas for part in parts), spec.batch, 1)
+    grid = (sum(part.ctas for part in parts), spec.batch // spec.turns, 1)
     shared = max(part.layout.end for part in parts)
     nbytes = 2 * spec.weight_bytes
     names = [p.name for p in parameters]

@@ -33,7 +33,7 @@ class HyperNormSpec:
     Operands, by flag: x bf16[rows, 4, hidden]; mix: f bf16[rows, hidden], post f32[rows, 4], comb f32[rows,
     4, 4] of the previous boundary; fn f32[24, 4 hidden], base f32[24], scale f32[3] (head: 4, 4 and 1); gain
     bf16[hidden]. Results: keep: x_out like x (may be x itself); unless head: post_out, comb_out; bf16: normed
-    bf16[rows, hidden]; fp8: q, the same row quantized (1x128, ue8m0).
+    bf16[rows, hidden]; fp8: q, the same row quantized (1x128, ue8m0); plain: the row before its norm.
     """
 
     rows: int
@@ -46,6 +46,7 @@ class HyperNormSpec:
     head: bool = False
     bf16: bool = True
     fp8: bool = True
+    plain: bool = False
     ctas: int | None = None  # per token; None: as many as fit a cluster
     held: int | None = None  # rows of fn in registers; None: as many as leave room for a predecessor
 
@@ -108,6 +109,7 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
         weights=not spec.head,
         bf16=spec.bf16,
         fp8=spec.fp8,
+        plain=spec.plain,
         nbytes=nbytes,
         arch=arch,
     )
@@ -125,7 +127,7 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
 def _parameters(spec: HyperNormSpec) -> tuple[Parameter, ...]:
     names = ["x", *(["f", "post", "comb"] if spec.mix else []), "fn", "base", "scale", "gain"]
     names += [*(["x_out"] if spec.keep else []), *([] if spec.head else ["post_out", "comb_out"])]
-    names += ["normed"] if spec.bf16 else []
+    names += ["normed"] * spec.bf16 + ["plain"] * spec.plain
     quantized = (Parameter("q"), Parameter("q", "scale")) if spec.fp8 else ()
     return (*map(Parameter, names), *quantized)
 
@@ -146,6 +148,7 @@ def _signature(spec: HyperNormSpec, cut: Slice) -> str:
         "post_out": "f32[N,4]",
         "comb_out": "f32[N,4,4]",
         "normed": f"bf16[N,{h}]",
+        "plain": f"bf16[N,{h}]",
         "q": f"e4m3[N,{h}]",
         "q_scale": f"ue8m0[N,{h // 128}]",
     }
@@ -163,7 +166,7 @@ def hyper_norm(request: Request) -> Answer:
     streams = request.types[x["streams"]]
     if not holds(streams, BF16) or streams.shape[1] != STREAMS:
         return No(f"mixes {STREAMS} streams of bf16, not {streams}")
-    names = ["normed", "post_out", "comb_out", "q"] if isinstance(op, HyperNormFirst) else ["normed"]
+    names = ["normed", *(["post_out", "comb_out", "q"] if isinstance(op, HyperNormFirst) else ["plain"])]
     if not isinstance(op, HyperNormFirst) or isinstance(op, HyperNorm):
         names = ["x_out", *names]
     made = {names[place]: number for place, number in call.made.items()}
@@ -184,6 +187,7 @@ def hyper_norm(request: Request) -> Answer:
         head=isinstance(op, Head),
         bf16="normed" in made or packed,
         fp8="q" in made and not packed,
+        plain="plain" in made,
     )
     values = {**x, "x": x["streams"], "scale": x["scales"], **made}
     if not packed:

@@ -15,6 +15,7 @@ from dsv4c.passes.fusions.sampler import Sampler
 from dsv4c.types import F32
 
 RESULTS = ("chosen", "said", "going", "history")
+THREADS = 256  # of a CTA
 MOST_EACH = 8191  # columns of a CTA whose parts of weights add up in 32 bits
 
 
@@ -35,7 +36,7 @@ def emit_sampler(spec: SamplerSpec, arch: Arch) -> Emission:
     if n % 4:
         raise BuildError(f"sampler of {n} tokens: want a multiple of 4, for 16-byte loads")
     ctas = next(c for c in (16, 8, 4, 2) if c == 2 or n >= 512 * c)
-    t = Spread(n, ctas, min(512, -(-n // (4 * ctas * 32)) * 32))
+    t = Spread(n, ctas, min(THREADS, -(-n // (4 * ctas * 32)) * 32))
     if t.each > MOST_EACH:
         raise BuildError(f"sampler of {n} tokens: a CTA of {ctas} has {t.each}, more than {MOST_EACH}")
     types = {

@@ -191,12 +191,12 @@ def read_selection(a: Constexpr[Attention | Chunk], g_selected: Int64, token: In
 
 
 @cute.jit
-def find_key(a: Constexpr[Attention | Chunk], key: Int32, entry: Int32, position: Int32, visible: Int32):
-    """Where key `key` lies: ring row (newest token first), ring + entry, or -1. Selected means visible."""
+def find_key(a: Constexpr[Attention | Chunk], key: Int32, entry: Int32, last: Int32, visible: Int32):
+    """Where key `key` lies: ring row (`last` first), ring + entry, or -1. Selected means visible."""
     place = Int32(-1)
     if key < a.window:
-        if key <= position:
-            place = (position - key) % a.ring
+        if key <= last:
+            place = (last - key) % a.ring
     elif const_expr(a.entries == "selected"):
         if entry >= 0 and key < a.window + a.extra:
             place = a.ring + entry

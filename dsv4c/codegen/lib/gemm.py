@@ -226,12 +226,15 @@ def x_row(t: Constexpr[Tiles], i: Constexpr[int], thread: Int32):
 
 @cute.jit
 def copy_x(t: Constexpr[Tiles], s_x: Int32, g_x: Int64, rows: cute.Tensor, step: Int32, thread: Int32):
-    """A step of the tile's rows of x, as they lie in memory, in flight."""
+    """A step of the tile's rows of x, as they lie in memory, in flight. Where there is none, whatever the stage
+    holds is multiplied, and not stored.
+    """
     piece = thread % 8
     for i in range_constexpr(t.own_rows):
-        row = x_row(t, i, thread)
-        g = g_x + Int64(rows[i]) * t.stride + step * 128 + piece * 16
-        ptx.cp_async16(s_x + row * 128 + (piece ^ row % 8) * 16, g)
+        if rows[i] >= 0:
+            row = x_row(t, i, thread)
+            g = g_x + Int64(rows[i]) * t.stride + step * 128 + piece * 16
+            ptx.cp_async16(s_x + row * 128 + (piece ^ row % 8) * 16, g)
 
 
 @cute.jit
@@ -686,11 +689,11 @@ def store(
                 else:
                     ptx.sts64(s_pair, values[at].bitcast(Uint32), values[at + 1].bitcast(Uint32))
         cute.arch.sync_warp()
-        for n in range_constexpr(pieces // 2):
-            own = n * (32 // pieces) + lane // pieces
+        for n in range_constexpr(-(-pieces // 2)):
+            own = n * (32 // pieces) + lane // pieces  # half of the warp has none if rows are one piece
             to = cute.arch.shuffle_sync(row, own)
             first = column + part * (8 * each) + lane % pieces * (16 // size)
-            if to >= 0 and first < columns:
+            if own < 16 and to >= 0 and first < columns:
                 v = ptx.lds128(s_rows + own * t.pitch + lane % pieces * 16)
                 ptx.stg128(g_y + Int64(to) * stride + first * size, *v)
         cute.arch.sync_warp()

@@ -416,13 +416,16 @@ class Selection:
 class Spread:
     """A row of logits over a cluster: `each` of its `columns` in a CTA, a run of 4 * `quads` in a thread.
 
-    Bounds are found digit by digit of 32-bit keys with a zero behind; of each digit a CTA has sums of the
-    lower and the upper parts of weights.
+    Weights are added up by bins, their lower and their upper parts apart, in several copies. A CTA collects
+    at most `MOST` candidates, all CTAs together `FEW`, a thread each.
     """
 
-    WIDTH: ClassVar = 11  # bits of a digit
-    STEPS: ClassVar = 3
-    BINS: ClassVar = 1 << WIDTH
+    BIN_BITS: ClassVar = 7
+    BINS: ClassVar = 1 << BIN_BITS
+    STEPS: ClassVar = 7  # a bin of the first, then of keys of 32, 25, 18, 11, 4 bits, and one key
+    COPIES: ClassVar = 8
+    MOST: ClassVar = 64
+    NONE: ClassVar = 255  # no bin
 
     columns: int
     ctas: int
@@ -442,18 +445,43 @@ class Spread:
         """The first column of a thread's quad."""
         return rank * self.each + (thread * self.quads + quad) * 4
 
-    o_choice: ClassVar = 256  # behind a number of each warp: a digit and what is left, i64 each
+    o_choice: ClassVar = 256  # behind a number of each warp: a key
     o_tops: ClassVar = 320  # the largest key of each CTA
     o_totals: ClassVar = 384  # the sum of each CTA, i64
-    o_lower: ClassVar = 512  # by digit, u32
-    o_upper: ClassVar = o_lower + 4 * BINS
-    o_sums: ClassVar = o_upper + 4 * BINS  # of the cluster, by digit, i64
-    o_counts: ClassVar = o_sums + 8 * BINS  # by column
+    o_found: ClassVar = (
+        512  # the CTA's candidates: their number, the largest inverse of a key, the largest key
+    )
+    o_heads: ClassVar = o_found + 16  # the same of each CTA
+    o_sums: ClassVar = o_heads + 256  # of the cluster, by bin, i64
+    o_lower: ClassVar = o_sums + 8 * BINS  # of the CTA, by bin and copy, u32
+    o_upper: ClassVar = o_lower + 4 * BINS * COPIES
+    o_own: ClassVar = o_upper + 4 * BINS * COPIES  # the CTA's candidates: key, weight, column
+    o_candidates: ClassVar = o_own + 16 * MOST  # those of each CTA
+
+    @property
+    def FEW(self) -> int:
+        """Candidates that are compared one by one."""
+        return min(256, self.threads)
+
+    @property
+    def o_list(self) -> int:
+        """A candidate of each thread: key, column, weight i64."""
+        return self.o_candidates + self.ctas * self.MOST * 16
+
+    @property
+    def o_counts(self) -> int:
+        """Of what was said, by column, until the logits are lowered."""
+        return self.o_list + self.threads * 16
+
+    @property
+    def o_inbox(self) -> int:
+        """Then sums of each CTA by bin, i64."""
+        return self.o_counts
 
     @property
     def shared(self) -> int:
         """Bytes."""
-        return self.o_counts + -(-self.each // 4) * 16
+        return self.o_counts + max(-(-self.each // 4) * 16, self.ctas * self.BINS * 8)
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,44 @@ def column_max(
 
 
 @cute.jit
+def biased_max(
+    g_base: Int64,
+    g_bias: Int64,
+    g_sums: Int64,
+    stored: Constexpr[bool],
+    first: Int32,
+    count: Int32,
+    vector: Constexpr[int],
+    steps: Constexpr[int],
+    thread: Int32,
+    threads: Constexpr[int],
+):
+    """`column_max` of the sums of two rows, which go to a third one if they are `stored`."""
+    r = cute.make_rmem_tensor((steps, 2, vector), Float32)
+    for n in range_constexpr(steps):  # all on their way before one is used
+        at = (thread + n * threads) * vector
+        if at < count:
+            for i, g in enumerate((g_base, g_bias)):
+                if const_expr(vector == 4):
+                    w = ptx.ldg128(g + (first + at) * 4)
+                    for j in range_constexpr(4):
+                        r[n, i, j] = w[j].bitcast(Float32)
+                else:
+                    r[n, i, 0] = ptx.ldg_f32(g + (first + at) * 4)
+    high = Uint32(0)
+    low = Uint32(0)
+    for n in range_constexpr(steps):
+        at = (thread + n * threads) * vector
+        if at < count:
+            sums = [r[n, 0, j] + r[n, 1, j] for j in range(vector)]
+            for j in range_constexpr(vector):
+                high, low = larger(high, low, logit_order(sums[j]), ~Uint32(first + at + j))
+                if const_expr(stored):
+                    ptx.stg_f32(g_sums + (first + at + j) * 4, sums[j])
+    return high, low
+
+
+@cute.jit
 def warp_max(high: Uint32, low: Uint32):
     """The warp's best key, in every lane."""
     for i in range_constexpr(5):

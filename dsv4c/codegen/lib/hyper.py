@@ -318,6 +318,12 @@ def normalized(
 
 
 @cute.jit
+def as_words(rA: cute.Tensor):
+    """Four columns of a row, which are bf16 values, as two words."""
+    return ptx.f32x2_to_bf16x2(rA[0], rA[1]), ptx.f32x2_to_bf16x2(rA[2], rA[3])
+
+
+@cute.jit
 def store_fp8(
     t: Constexpr[Slice],
     g_codes: Int64,
@@ -512,8 +518,9 @@ def collapse_pair(
     warp: Int32,
     lane: Int32,
 ):
-    """Collapse a warp's columns of two tokens and normalize them, as two words each. What the next mixing of
-    a token is worked out from goes to the CTA's own memory. Waits for all CTAs twice.
+    """Collapse a warp's columns of two tokens and normalize them, as two words each; also as they were
+    before. What the next mixing of a token is worked out from goes to the CTA's own memory. Waits for all
+    CTAs twice.
     """
     group, pair = warp % t.groups, warp // t.groups
     ptx.mbarrier_wait(sm + t.o_bars, turn & 1)
@@ -530,7 +537,8 @@ def collapse_pair(
     gain = ptx.lds64(sm + t.o_gain + (group * 128 + lane * 4) * 2)
     ptx.mbarrier_wait(sm + t.o_bars + 8, turn & 1)
     s_squares = sm + t.o_squares + 2 * pair * t.squares_bytes
-    return [normalized(t, rows[n], gain, s_squares + n * t.squares_bytes, norm_eps, lane) for n in range(2)]
+    words = [normalized(t, rows[n], gain, s_squares + n * t.squares_bytes, norm_eps, lane) for n in range(2)]
+    return words, rows
 
 
 @cute.jit

@@ -566,6 +566,16 @@ def store_remote_i64(s: Int32, rank: Int32, r: Int64):
 
 
 @cute.jit
+def store_remote_128(s: Int32, rank: Int32, r0: Uint32, r1: Uint32, r2: Uint32, r3: Uint32):
+    """Store four words at the same shared address `s`, 16-byte aligned, of the cluster's CTA `rank`."""
+    _asm(
+        "{ .reg .b32 a; mapa.shared::cluster.u32 a, {$r0}, {$r1}; "
+        "st.shared::cluster.v4.b32 [a], {{$r2},{$r3},{$r4},{$r5}}; }",
+        read_only_args=[s, rank, r0, r1, r2, r3],
+    )
+
+
+@cute.jit
 def count_remote(s: Int32, rank: Int32, r: Uint32):
     """Add to the word at shared address `s` of CTA `rank`, whoever else does."""
     _asm(

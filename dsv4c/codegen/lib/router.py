@@ -169,25 +169,71 @@ def top_experts(s: Int32, padded: Constexpr[int], k: Constexpr[int], lane: Int32
             rK[i] = Int32(ptx.lds32(s_keys + i * 4))
     expert = Int32(0)
     for n in range_constexpr(k):
-        best = largest(rK, 0, each)
-        top = cute.arch.warp_redux_sync(best, kind="max")
-        first = Int32(0)  # of the lane's keys like its best; found while the warp compares
-        for i in range_constexpr(each):
-            if rK[each - 1 - i] == best:
-                first = Int32(each - 1 - i)
-        winner = Int32(32 * each)
-        if best == top:
-            winner = lane * each + first
-        winner = cute.arch.warp_redux_sync(winner, kind="min")
+        winner = take_largest(rK, each, lane)
         if lane == n:
             expert = winner
-        for i in range_constexpr(each):
-            if winner == lane * each + i:
-                rK[i] = Int32(LOWEST)
     chosen = Float32(0.0)
     if lane < k:
         chosen = ptx.lds_f32(s + expert * 4)
     return expert, chosen
+
+
+@cute.jit
+def choose_experts(
+    g_logits: Int64,
+    g_bias: Int64,
+    experts: Constexpr[int],
+    padded: Constexpr[int],
+    k: Constexpr[int],
+    lane: Int32,
+):
+    """`top_experts` of a token whose logits nobody staged. One warp."""
+    each = const_expr(padded // 32)  # neighbors
+    rV = cute.make_rmem_tensor((each,), Float32)
+    rK = cute.make_rmem_tensor((each,), Int32)
+    for i in range_constexpr(each):
+        at = cutlass.min(lane * each + i, Int32(experts - 1)) * 4
+        rV[i] = ptx.ldg_f32(g_logits + at)
+        rK[i] = ptx.ldg_f32_constant(g_bias + at).bitcast(Int32)
+    for i in range_constexpr(each):
+        rV[i] = score(rV[i])
+        rK[i] = ordered(rV[i] + rK[i].bitcast(Float32))
+        if lane * each + i >= experts:
+            rK[i] = Int32(LOWEST)
+    expert = Int32(0)
+    chosen = Float32(0.0)
+    for n in range_constexpr(k):
+        winner = take_largest(rK, each, lane)
+        mine = rV[0]  # of the winner's lane its score; which lane that is, all know
+        for i in range_constexpr(1, each):
+            if winner % each == i:
+                mine = rV[i]
+        mine = cute.arch.shuffle_sync(mine, winner // each)
+        if lane == n:
+            expert = winner
+            chosen = mine
+    return expert, chosen
+
+
+@cute.jit
+def take_largest(rK: cute.Tensor, each: Constexpr[int], lane: Int32):
+    """The place of the largest key of all lanes, `each` neighbors a lane, the lowest of equals; it is none
+    any more. One warp.
+    """
+    best = largest(rK, 0, each)
+    top = cute.arch.warp_redux_sync(best, kind="max")
+    first = Int32(0)  # of the lane's keys like its best; found while the warp compares
+    for i in range_constexpr(each):
+        if rK[each - 1 - i] == best:
+            first = Int32(each - 1 - i)
+    winner = Int32(32 * each)
+    if best == top:
+        winner = lane * each + first
+    winner = cute.arch.warp_redux_sync(winner, kind="min")
+    for i in range_constexpr(each):
+        if winner == lane * each + i:
+            rK[i] = Int32(LOWEST)
+    return winner
 
 
 @cute.jit

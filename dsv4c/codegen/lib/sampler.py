@@ -2,8 +2,8 @@
 
 Every thread holds a run of neighboring columns in registers. A column weighs exp((x - top) / temperature),
 which is at most 1, in whole 2^-38: sums are exact, whoever adds them up and in which order. A bound is the
-largest key that enough of the row's keys reach; for each of its digits the CTAs fill histograms of their own,
-and every CTA adds up its share of the cluster's digits for all.
+largest key that enough of the row's keys reach: CTAs add up their weights by bins, of which the one where the
+sum is reached is looked at again, until what is in it is few enough to be compared one by one.
 """
 
 import cutlass
@@ -111,14 +111,23 @@ def remember(
     g_slots: Int64,
     slot: Int32,
     rows: Int32,
+    lane: Int32,
 ):
     """The step's tokens of a slot to their places of its history. Every row of the slot stores all of them,
-    for its own cluster; of two rows for one place the later one stays. One thread.
+    for its own cluster; of two rows for one place the later one stays. A warp reads, its first lane stores.
     """
-    for row in cutlass.range(rows, unroll=1):
-        position = ptx.ldg32(g_positions + row * 4).bitcast(Int32)
-        if position >= 0 and ptx.ldg32(g_slots + row * 4).bitcast(Int32) == slot:
-            ptx.stg32(g_said + Int64(position % capacity) * 4, ptx.ldg32(g_tokens + row * 4))
+    for first in cutlass.range(0, rows, 32, unroll=1):
+        row, place, token = first + lane, Int32(-1), Uint32(0)
+        if row < rows:
+            position = ptx.ldg32(g_positions + row * 4).bitcast(Int32)
+            of_row = ptx.ldg32(g_slots + row * 4).bitcast(Int32)
+            token = ptx.ldg32(g_tokens + row * 4)
+            if position >= 0 and of_row == slot:
+                place = position % capacity
+        for i in cutlass.range(cutlass.min(rows - first, Int32(32)), unroll=1):
+            at, given = cute.arch.shuffle_sync(place, i), cute.arch.shuffle_sync(token, i)
+            if lane == 0 and at >= 0:
+                ptx.stg32(g_said + Int64(at) * 4, given)
 
 
 @cute.jit
@@ -283,6 +292,8 @@ def keep_largest(
     sm: Int32,
     p: cute.Tensor,
     key: cute.Tensor,
+    top: Uint32,
+    temperature: Float32,
     many: Int32,
     share: Float32,
     rank: Int32,
@@ -290,104 +301,409 @@ def keep_largest(
 ):
     """Only the weights of the `many` largest keys, and of these only those that are a `share` of the sum,
     with the one that crosses it. Equal keys stay or go together. 0 is off, as are all columns and all of the
-    sum.
+    sum. Returns whether the `many` are few: then they are candidates, nothing is left out yet, and
+    `draw_of_few` does all the rest.
     """
+    scale = (Float64(LOG2_E * t.BINS / ONE) / temperature.to(Float64)).to(Float32)
+    largest = unordered((top ^ Uint32(0x80000000)).bitcast(Int32))
+    place = cute.make_rmem_tensor((t.quads,), Uint32)
+    few = Boolean(False)
     for turn in cutlass.range(2, unroll=1):  # one text for both: what is fetched once is not waited for again
         counts = turn == 0 and many > 0 and many < t.columns
-        if counts or (turn == 1 and share > Float32(0.0) and share < Float32(1.0)):
-            bound = _bound(t, sm, p, key, counts, many, share, rank, thread)
-            for n in range_constexpr(4 * t.quads):
-                if key[n] < bound:
-                    p[n] = Float32(0.0)
+        if not few and (counts or (turn == 1 and share > Float32(0.0) and share < Float32(1.0))):
+            low, high, shift = Uint32(0), Uint32(0xFFFFFFFF), Uint32(0)
+            bound, need, searching = Uint32(0), Int64(many), Boolean(True)
+            _place_weights(t, p, key, place, largest, scale)
+            for step in cutlass.range(t.STEPS, unroll=1):
+                if searching:
+                    _fill(t, sm, p, place, counts, thread)
+                    _add_up(t, sm, rank, thread)
+                    bin_, rest, through = _reach(t, sm, need, share, step == 0 and not counts, thread)
+                    all_ = counts and step == 0 and through <= Int64(t.FEW)
+                    if bin_ < 0 and not all_:
+                        searching = Boolean(False)  # everything stays
+                    else:
+                        _collect(t, sm, p, key, place, bin_, all_, rank, thread)
+                        source, found, low, high = _candidates(t, sm, thread)
+                        searching = Boolean(False)
+                        bound = high
+                        if found >= 0:
+                            few = all_
+                            if not all_:
+                                bound = _crossing(t, sm, source, found, rest, counts, thread)
+                        elif low != high:
+                            searching = Boolean(True)
+                            width = Int32(32) - _leading_zeros(high - low)
+                            shift = cutlass.max(width - t.BIN_BITS, Int32(0)).bitcast(Uint32)
+                            need = need if all_ else rest
+                            _place_keys(t, p, key, place, low, high, shift)
+            if not few:
+                for n in range_constexpr(4 * t.quads):
+                    if key[n] < bound:
+                        p[n] = Float32(0.0)
+    return few
 
 
 @cute.jit
-def _bound(
+def _place_weights(
     t: Constexpr[Spread],
-    sm: Int32,
     p: cute.Tensor,
     key: cute.Tensor,
-    counts: Boolean,
-    many: Int32,
-    share: Float32,
-    rank: Int32,
-    thread: Int32,
+    place: cute.Tensor,
+    largest: Float32,
+    scale: Float32,
 ):
-    """The largest key that `many` keys reach if it `counts`, else a `share` of all weights."""
-    prefix, need = Int64(0), Int64(many)
-    for step in cutlass.range(t.STEPS, unroll=1):
-        shift = Int64(t.WIDTH * (t.STEPS - 1)) - Int64(t.WIDTH) * Int64(step)
-        for n in range_constexpr(4 * t.quads):
-            digits = key[n].to(Int64) << Int64(t.WIDTH * t.STEPS - 32)
-            weight = whole(p[n])
-            if counts:
-                weight = Int64(1) if key[n] != Uint32(0) else Int64(0)
-            if weight > Int64(0) and (digits >> (shift + Int64(t.WIDTH))) == prefix:
-                digit = (digits >> shift).to(Int32) & Int32(t.BINS - 1)
-                upper = (weight >> Int64(HALF)).to(Uint32)
-                ptx.count_shared(sm + t.o_lower + digit * 4, weight.to(Uint32) & Uint32((1 << HALF) - 1))
-                if upper != Uint32(0):
-                    ptx.count_shared(sm + t.o_upper + digit * 4, upper)
-        meet()
-        _add_up(t, sm, rank, thread)
-        meet()
-        digit, need = _choose(t, sm, need, share, step == 0 and not counts, thread)
-        prefix = (prefix << Int64(t.WIDTH)) | digit
-    return (prefix >> Int64(t.WIDTH * t.STEPS - 32)).to(Uint32)
+    """The bin of every column, a byte each, from the largest weight down: equal parts of its logarithm.
+    Weights below 2^-38 have none.
+    """
+    for n in range_constexpr(t.quads):
+        word = Uint32(0)
+        for i in range_constexpr(4):
+            x = unordered((_here(key[4 * n + i]) ^ Uint32(0x80000000)).bitcast(Int32))
+            part = cute.arch.fmin(ptx.multiply(largest - x, scale), Float32(t.BINS)).to(Int32)
+            word = word | (_bin(t, part.bitcast(Uint32), p[4 * n + i]) << Uint32(8 * i))
+        place[n] = word
+
+
+@cute.jit
+def _place_keys(
+    t: Constexpr[Spread],
+    p: cute.Tensor,
+    key: cute.Tensor,
+    place: cute.Tensor,
+    low: Uint32,
+    high: Uint32,
+    shift: Uint32,
+):
+    """The same, of the keys from `high` down to `low`: equal parts of these."""
+    for n in range_constexpr(t.quads):
+        word = Uint32(0)
+        for i in range_constexpr(4):
+            k = key[4 * n + i]
+            part = (high - k) >> shift if k >= low and k <= high else Uint32(t.BINS)
+            word = word | (_bin(t, part, p[4 * n + i]) << Uint32(8 * i))
+        place[n] = word
+
+
+@cute.jit
+def _bin(t: Constexpr[Spread], part: Uint32, p: Float32):
+    """A bin, or NONE."""
+    return part if part < Uint32(t.BINS) and p > Float32(0.0) else Uint32(t.NONE)
+
+
+@cute.jit
+def _bin_of(place: cute.Tensor, column: Constexpr[int]):
+    return ((place[column // 4] >> Uint32(column % 4 * 8)) & Uint32(0xFF)).bitcast(Int32)
+
+
+@cute.jit
+def _fill(
+    t: Constexpr[Spread], sm: Int32, p: cute.Tensor, place: cute.Tensor, counts: Boolean, thread: Int32
+):
+    """The CTA's sums by bin, of weights or of their number: a copy for every eighth lane, as neighbors often
+    meet in a bin.
+    """
+    s = sm + t.o_lower + thread % t.COPIES * 4
+    for n in range_constexpr(4 * t.quads):
+        bin_ = _bin_of(place, n)
+        if bin_ != t.NONE:
+            lower, upper = _parts(p[n])
+            lower, upper = Uint32(1) if counts else lower, Uint32(0) if counts else upper
+            at = s + bin_ * (4 * t.COPIES)
+            ptx.count_shared(at, lower)
+            if upper != Uint32(0):
+                ptx.count_shared(at + (t.o_upper - t.o_lower), upper)
+
+
+@cute.jit
+def _parts(p: Float32):
+    """The lower HALF bits of a weight, and the upper ones. Shifts by too much, or by less than 0, give 0."""
+    return _asm(
+        "{ .reg .b32 b, d, l, r, left, right; mov.b32 b, {$r0}; "
+        "and.b32 d, b, 0x7FFFFF; or.b32 d, d, 0x800000; "
+        f"shr.u32 b, b, 23; sub.s32 left, b, {127 + 23 - ONE}; sub.s32 right, {127 + 23 - ONE}, b; "
+        "shl.b32 l, d, left; shr.u32 r, d, right; or.b32 l, l, r; "
+        f"and.b32 {{$w0}}, l, {(1 << HALF) - 1}; "
+        f"add.s32 right, right, {HALF}; shr.u32 {{$w1}}, d, right; }}",
+        write_only_types=[Uint32] * 2,
+        read_only_args=[p],
+    )
 
 
 @cute.jit
 def _add_up(t: Constexpr[Spread], sm: Int32, rank: Int32, thread: Int32):
-    """The CTA's share of the digits: the cluster's sums, to all of it."""
-    share = t.BINS // t.ctas
-    for n in cutlass.range(-(-share // t.threads), unroll=1):
+    """The cluster's sums by bin, in every CTA: two threads to a bin. The CTA's own are zero again."""
+    half, others = thread % 2, t.ctas // 2
+    cute.arch.sync_threads()
+    for n in range_constexpr(-(-2 * t.BINS // t.threads)):
         i = thread + n * t.threads
-        if i < share:
-            digit = rank * share + i
-            lower = [_remote(sm + t.o_lower + digit * 4, r) for r in range(t.ctas)]
-            upper = [_remote(sm + t.o_upper + digit * 4, r) for r in range(t.ctas)]
+        if i < 2 * t.BINS:
+            s = sm + t.o_lower + i * (2 * t.COPIES)
+            a, b = ptx.lds128(s), ptx.lds128(s + (t.o_upper - t.o_lower))
+            ptx.sts128(s, Uint32(0), Uint32(0), Uint32(0), Uint32(0))
+            ptx.sts128(s + (t.o_upper - t.o_lower), Uint32(0), Uint32(0), Uint32(0), Uint32(0))
+            lower, upper = (a[0] + a[1]) + (a[2] + a[3]), (b[0] + b[1]) + (b[2] + b[3])
+            sum_ = lower.to(Int64) + (upper.to(Int64) << Int64(HALF))
+            sum_ = sum_ + cute.arch.shuffle_sync_bfly(sum_, offset=1)
+            for other in range_constexpr(others):
+                s = sm + t.o_inbox + (rank * t.BINS + i // 2) * 8
+                ptx.store_remote_i64(s, half * others + other, sum_)
+    meet()
+    for n in range_constexpr(-(-2 * t.BINS // t.threads)):
+        i = thread + n * t.threads
+        if i < 2 * t.BINS:
             sum_ = Int64(0)
-            for other in range_constexpr(t.ctas):
-                sum_ = sum_ + lower[other] + (upper[other] << Int64(HALF))
-            for other in range_constexpr(t.ctas):
-                ptx.store_remote_i64(sm + t.o_sums + digit * 8, Int32(other), sum_)
+            for other in range_constexpr(others):
+                s = sm + t.o_inbox + ((half * others + other) * t.BINS + i // 2) * 8
+                sum_ = sum_ + ptx.lds_i64(s)
+            sum_ = sum_ + cute.arch.shuffle_sync_bfly(sum_, offset=1)
+            if half == 0:
+                ptx.sts_i64(sm + t.o_sums + i // 2 * 8, sum_)
+    cute.arch.sync_threads()
 
 
 @cute.jit
-def _remote(s: Int32, rank: Constexpr[int]):
-    """The word at shared address `s` of CTA `rank`."""
-    return ptx.load_remote_f32(s, Int32(rank)).bitcast(Uint32).to(Int64)
-
-
-@cute.jit
-def _choose(t: Constexpr[Spread], sm: Int32, need: Int64, share: Float32, shares: Boolean, thread: Int32):
-    """The digit where sums from the top reach `need`, or a `share` of all if it `shares`, and what is left to
-    reach inside it. The histograms are empty again.
+def _reach(t: Constexpr[Spread], sm: Int32, need: Int64, share: Float32, shares: Boolean, thread: Int32):
+    """The bin where sums from the first on reach `need`, or a `share` of all if it `shares`; what is left to
+    reach inside it; and the sum with it. -1 where all do not reach it, and their sum. Every warp by itself.
     """
-    run = -(-t.BINS // t.threads)
-    top = Int32(t.BINS - 1) - thread * run
+    lane = thread % 32
+    run = t.BINS // 32
     sums = cute.make_rmem_tensor((run,), Int64)
-    own = Int64(0)
+    so_far = Int64(0)
     for i in range_constexpr(run):
-        sums[i] = Int64(0)
-        if top - i >= 0:
-            sums[i] = ptx.lds_i64(sm + t.o_sums + (top - i) * 8)
-            ptx.sts32(sm + t.o_lower + (top - i) * 4, Uint32(0))
-            ptx.sts32(sm + t.o_upper + (top - i) * 4, Uint32(0))
-        own = own + sums[i]
-    before, all_ = scan.sums_before(own, Int64, sm, thread, t.threads)
+        sums[i] = ptx.lds_i64(sm + t.o_sums + (lane * run + i) * 8)
+        so_far = so_far + sums[i]
+    own = so_far
+    for i in range_constexpr(5):
+        other = cute.arch.shuffle_sync_up(so_far, offset=1 << i, mask_and_clamp=0)
+        so_far = so_far + (other if lane >= (1 << i) else Int64(0))
+    all_ = cute.arch.shuffle_sync(so_far, 31)
     if shares:
-        wanted = share.to(Float64) * all_.to(Float64)
-        need = wanted.to(Int64)
-        if need.to(Float64) < wanted:
-            need = need + Int64(1)
+        need = share_of(all_, share)
+    before = so_far - own
+    bin_, rest, through = Int32(-1), Int64(0), all_
     for i in range_constexpr(run):
         if before < need and need <= before + sums[i]:
-            ptx.sts_i64(sm + t.o_choice, Int64(top - i))
-            ptx.sts_i64(sm + t.o_choice + 8, need - before)
+            bin_, rest, through = lane * run + i, need - before, before + sums[i]
         before = before + sums[i]
+    bin_ = cute.arch.warp_redux_sync((bin_ + 1).bitcast(Uint32), kind="max").bitcast(Int32) - 1
+    owner = cutlass.max(bin_, Int32(0)) // run
+    return bin_, cute.arch.shuffle_sync(rest, owner), cute.arch.shuffle_sync(through, owner)
+
+
+@cute.jit
+def share_of(all_: Int64, share: Float32):
+    """The least whole number that is a `share` of all."""
+    wanted = share.to(Float64) * all_.to(Float64)
+    need = wanted.to(Int64)
+    return need + Int64(1) if need.to(Float64) < wanted else need
+
+
+# Candidates -------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def _collect(
+    t: Constexpr[Spread],
+    sm: Int32,
+    p: cute.Tensor,
+    key: cute.Tensor,
+    place: cute.Tensor,
+    bin_: Int32,
+    all_: Boolean,
+    rank: Int32,
+    thread: Int32,
+):
+    """What is in a bin, or `all_` in it and in those above it, to all CTAs: key, weight and column. Of those
+    that are too many only their number and their range arrive. A barrier of the cluster.
+    """
+    lane = thread % 32
+    last = Int32(t.BINS - 1) if all_ and bin_ < 0 else bin_
+    first = Int32(0) if all_ else bin_
+    members = Uint32(0)  # columns, a bit each
+    for n in range_constexpr(4 * t.quads):
+        of_column = _bin_of(place, n)
+        if of_column >= first and of_column <= last:
+            members = members | Uint32(1 << n)
+    own = cute.arch.popc(members).to(Int32)
+    so_far = own
+    for i in range_constexpr(5):
+        other = cute.arch.shuffle_sync_up(so_far, offset=1 << i, mask_and_clamp=0)
+        so_far = so_far + (other if lane >= (1 << i) else Int32(0))
+    before = Int32(0)
+    if lane == 31:
+        before = _take_places(sm + t.o_found, so_far)
+    at = cute.arch.shuffle_sync(before, 31) + so_far - own
+    least, most = Uint32(0), Uint32(0)
+    if members != Uint32(0):
+        for n in range_constexpr(t.quads):
+            for i in range_constexpr(4):
+                if (members & Uint32(1 << (4 * n + i))) != Uint32(0):
+                    k, column = key[4 * n + i], t.column(rank, thread, n) + i
+                    if at < t.MOST:
+                        s = sm + t.o_own + at * 16
+                        ptx.sts128(s, k, p[4 * n + i].bitcast(Uint32), column.bitcast(Uint32), Uint32(0))
+                    at = at + 1
+                    least, most = cutlass.max(least, ~k), cutlass.max(most, k)
+    least = cute.arch.warp_redux_sync(least, kind="max")
+    most = cute.arch.warp_redux_sync(most, kind="max")
+    if lane == 0:
+        _raise(sm + t.o_found + 4, least)
+        _raise(sm + t.o_found + 8, most)
     cute.arch.sync_threads()
-    return ptx.lds_i64(sm + t.o_choice), ptx.lds_i64(sm + t.o_choice + 8)
+    head = ptx.lds128(sm + t.o_found)
+    number = cutlass.min(head[0].bitcast(Int32), Int32(t.MOST))
+    for at in cutlass.range(thread // t.ctas, number, t.threads // t.ctas, unroll=1):
+        words = ptx.lds128(sm + t.o_own + at * 16)
+        _send(sm + t.o_candidates + (rank * t.MOST + at) * 16, thread % t.ctas, words)
+    if thread < t.ctas:
+        _send(sm + t.o_heads + rank * 16, thread, head)
+    meet()
+    if thread == 0:
+        ptx.sts128(sm + t.o_found, Uint32(0), Uint32(0), Uint32(0), Uint32(0))
+
+
+@cute.jit
+def _candidates(t: Constexpr[Spread], sm: Int32, thread: Int32):
+    """Which candidate is the thread's, -1 for none; how many there are, -1 if too many; and the smallest and
+    the largest key.
+    """
+    source, number, least, most, fits = Int32(-1), Int32(0), Uint32(0), Uint32(0), Boolean(True)
+    for rank in cutlass.range(t.ctas, unroll=2):
+        head = ptx.lds128(sm + t.o_heads + rank * 16)
+        own = head[0].bitcast(Int32)
+        if thread >= number and thread < number + own:
+            source = rank * t.MOST + thread - number
+        number = number + own
+        fits = fits and own <= t.MOST
+        least, most = cutlass.max(least, head[1]), cutlass.max(most, head[2])
+    number = number if fits and number <= t.FEW else Int32(-1)
+    return source, number, ~least, most
+
+
+@cute.jit
+def _candidate(t: Constexpr[Spread], sm: Int32, source: Int32):
+    """Its key, weight and column; nothing for none."""
+    key, p, column = Uint32(0), Float32(0.0), Int32(0)
+    if source >= 0:
+        words = ptx.lds128(sm + t.o_candidates + source * 16)
+        key, p, column = words[0], words[1].bitcast(Float32), words[2].bitcast(Int32)
+    return key, p, column
+
+
+@cute.jit
+def _crossing(
+    t: Constexpr[Spread],
+    sm: Int32,
+    source: Int32,
+    number: Int32,
+    need: Int64,
+    counts: Boolean,
+    thread: Int32,
+):
+    """The key of the candidate where sums from the largest key down reach `need`."""
+    key, p, column = _candidate(t, sm, source)
+    _list(t, sm, key, column, Int64(1) if counts else whole(p), thread)
+    above, same = Int64(0), Int64(0)
+    for i in cutlass.range(number if thread // 32 * 32 < number else Int32(0), unroll=4):
+        words = ptx.lds128(sm + t.o_list + i * 16)
+        weight = _joined(words)
+        if words[0] > key:
+            above = above + weight
+        if words[0] == key:
+            same = same + weight
+    if source >= 0 and above < need and need <= above + same:
+        ptx.sts32(sm + t.o_choice, key)
+    cute.arch.sync_threads()
+    return ptx.lds32(sm + t.o_choice)
+
+
+@cute.jit
+def _list(t: Constexpr[Spread], sm: Int32, key: Uint32, column: Int32, weight: Int64, thread: Int32):
+    """A thread's candidate where all threads read it. A barrier."""
+    lower, upper = weight.to(Uint32), (weight >> Int64(32)).to(Uint32)
+    ptx.sts128(sm + t.o_list + thread * 16, key, column.bitcast(Uint32), lower, upper)
+    cute.arch.sync_threads()
+
+
+@cute.jit
+def _joined(words):
+    """The weight of a listed candidate."""
+    return words[2].to(Int64) | (words[3].to(Int64) << Int64(32))
+
+
+@cute.jit
+def draw_of_few(
+    t: Constexpr[Spread],
+    sm: Int32,
+    many: Int32,
+    share: Float32,
+    least: Float32,
+    number: Float64,
+    thread: Int32,
+):
+    """`draw` from the candidates, of which only the `many` largest keys weigh, of these those that are a
+    `share` of the sum, of these weights of `least` on. A CTA by itself.
+    """
+    source, candidates, _, _ = _candidates(t, sm, thread)
+    key, p, column = _candidate(t, sm, source)
+    weight = whole(p) if source >= 0 else Int64(0)
+    _list(t, sm, key, column, weight, thread)
+    candidates = candidates if thread // 32 * 32 < candidates else Int32(0)  # of a warp that has one
+    above, ahead = Int64(0), Int32(0)
+    for i in cutlass.range(candidates, unroll=4):
+        words = ptx.lds128(sm + t.o_list + i * 16)
+        if words[0] > key:
+            above, ahead = above + _joined(words), ahead + 1
+    if ahead >= many:
+        weight = Int64(0)
+    _, all_ = scan.sums_before(weight, Int64, sm, thread, t.threads)
+    crossed = share > Float32(0.0) and share < Float32(1.0) and above >= share_of(all_, share)
+    if crossed or p < least:
+        weight = Int64(0)
+    _list(t, sm, key, column, weight, thread)
+    before, all_ = Int64(0), Int64(0)
+    for i in cutlass.range(candidates, unroll=4):
+        words = ptx.lds128(sm + t.o_list + i * 16)
+        other = _joined(words)
+        all_ = all_ + other
+        if words[1].bitcast(Int32) < column:
+            before = before + other
+    wanted = (number * all_.to(Float64)).to(Int64)
+    found = column if before <= wanted and wanted < before + weight else Int32(-1)
+    if all_ == Int64(0) and thread == 0:
+        found = Int32(0)  # the logits were no numbers
+    return found
+
+
+@cute.jit
+def _here(r: Uint32):
+    """A number whose uses are computed where they stand: kept from before they take too many registers."""
+    return _asm("mov.b32 {$w0}, {$r0};", write_only_types=[Uint32], read_only_args=[r])
+
+
+@cute.jit
+def _leading_zeros(r: Uint32):
+    return _asm("clz.b32 {$w0}, {$r0};", write_only_types=[Int32], read_only_args=[r])
+
+
+@cute.jit
+def _take_places(s: Int32, r: Int32):
+    """The word of shared memory before so many were added."""
+    return _asm("atom.shared.add.u32 {$w0}, [{$r0}], {$r1};", write_only_types=[Int32], read_only_args=[s, r])
+
+
+@cute.jit
+def _raise(s: Int32, r: Uint32):
+    """A word of shared memory becomes the larger one."""
+    _asm("red.shared.max.u32 [{$r0}], {$r1};", read_only_args=[s, r])
+
+
+@cute.jit
+def _send(s: Int32, rank: Int32, words):
+    """Four words to the same shared address of CTA `rank`."""
+    ptx.store_remote_128(s, rank, words[0], words[1], words[2], words[3])
 
 
 # The token --------------------------------------------------------------------------------------------------

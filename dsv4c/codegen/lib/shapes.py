@@ -92,7 +92,8 @@ class Product:
 @dataclass(frozen=True)
 class Ring:
     """How the CTA's warps walk one packed weight format. The ring holds `stages` steps of all warps; one more
-    warp keeps it full.
+    warp keeps it full. `turns` is how often a CTA goes over up to `rounds` rounds, with activations of their
+    own: the stream goes on meanwhile.
     """
 
     product: Product
@@ -102,6 +103,7 @@ class Ring:
     stages: int
     rounds: int = 1
     matrices: int = 1
+    turns: int = 1
 
     @property
     def warps(self) -> int:
@@ -131,7 +133,7 @@ class Ring:
     @property
     def depth(self) -> int:
         """Stages that the stream can use."""
-        return min(self.stages, self.steps * self.rounds)
+        return min(self.stages, self.steps * self.rounds * self.turns)
 
     @property
     def slot_bytes(self) -> int:

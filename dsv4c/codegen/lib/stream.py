@@ -46,8 +46,8 @@ def produce(
 ):
     """Copy steps `first` to `last` of the stream into the ring as its slots fall free, `r.ahead` in flight.
 
-    Lane i of `g_lane` holds where round i's tiles start; a second matrix lies `apart` bytes behind. Whole
-    warp.
+    Lane i of `g_lane` holds where the tiles of round i, modulo 32, start; a second matrix lies `apart` bytes
+    behind. Whole warp.
     """
     slot = first % r.depth
     turn = first // r.depth & 1  # how often the slot was filled, modulo 2
@@ -83,8 +83,10 @@ def consume(
     rounds: Int32,
     x_round: Constexpr[int] = 0,
     fx_round: Constexpr[int] = 0,
+    first: Int32 = 0,
 ):
-    """Multiply the warp's part of the stream with the staged activations, and free the slots behind it.
+    """Multiply the warp's part of the stream with the staged activations, and free the slots behind it: of
+    so many rounds from step `first` on.
 
     `s_scale` holds the FP8 block scales of the warp's matrix; round i reads activations `x_round` and
     `fx_round` bytes after round i-1's. Leaves the warp's sums at s_part as f32 [round][warp][rows][16].
@@ -92,8 +94,8 @@ def consume(
     p = r.product
     tile = warp % r.tile_warps
     part = (warp // r.tile_warps) % r.k_warps
-    slot = Int32(0)
-    phase = Int32(0)
+    slot = Int32(first) % r.depth
+    phase = Int32(first) // r.depth & 1
     for i in cutlass.range(rounds, unroll=1):
         rC = cute.make_rmem_tensor((4,), Float32)
         rC.fill(0.0)
@@ -107,7 +109,7 @@ def consume(
                     scale = ptx.lds_f32(s_scale + ((i * r.tile_warps + tile) * p.units + unit) * 4)
                 s_unit = s_step + j * BYTES[p.weight]
                 units.accumulate(p, rC, s_unit, s_x + i * x_round, s_fx + i * fx_round, unit, scale, lane)
-            if const_expr(r.depth < r.steps * r.rounds):
+            if const_expr(r.depth < r.steps * r.rounds * r.turns):
                 ptx.fence_async()
                 cute.arch.sync_warp()
                 if lane == 0:

@@ -3,6 +3,7 @@
 from dsv4c.ir.fused import Fused
 from dsv4c.passes.fusions.attention import Attention
 from dsv4c.passes.fusions.compressor import Compressor
+from dsv4c.passes.fusions.drafts import Features, PickDraft
 from dsv4c.passes.fusions.embed import Embed
 from dsv4c.passes.fusions.experts_down import ExpertsDown, ScaledExpertsDown
 from dsv4c.passes.fusions.head import Head
@@ -27,6 +28,8 @@ FUSIONS: tuple[type[Fused], ...] = (
     HyperNorm,
     HyperNormFirst,
     Head,
+    Features,
+    PickDraft,
     Router,
     HashRouter,
     Swiglu,

@@ -34,35 +34,37 @@ def keys_of(cache: Value, index: Value, slots: Value, out: DType) -> Value:
 
 
 def operands_of(rotation: Node, around: Neighborhood) -> int | None:
-    """How many operands the attention that ends in this rotation has: 6 SWA, 8 HCA, 9 CSA."""
+    """How many operands the attention that ends in this rotation has: 7 SWA, 9 HCA, 10 CSA."""
     values = around.producer(rotation.inputs[0])
     if values is None or not isinstance(values.op, AttentionValues):
         return None
     keys = around.producer(values.inputs[2])
     if keys is None or not isinstance(keys.op, Concat):
-        return 6
+        return 7
     rows = around.producer(keys.inputs[1])
     while rows is not None and not isinstance(rows.op, Gather):
         rows = around.producer(rows.inputs[0])
     chosen = rows and around.producer(rows.inputs[1])
-    return 8 if chosen is not None and isinstance(chosen.op, VisibleEntries) else 9
+    return 9 if chosen is not None and isinstance(chosen.op, VisibleEntries) else 10
 
 
 @fused
 class Attention(Fused):
     """q[N, h, D] before its norm -> [N, groups, h/groups * D], quantized when there is a `format`.
 
-    Row n sees the `ring` in ring_slots[n] and the `entries` in slots[n]; they differ where the ring is a
-    copy beside the state. Without `entries`: sliding window alone (SWA). With them: the `chosen` ones (CSA),
-    or else all that are complete, one per `ratio` tokens (HCA).
+    Row n sees the `window` tokens up to last[n], which is its own position but in a block whose rows all see
+    each other, of the `ring` in ring_slots[n]; and the `entries` in slots[n], which differs where the ring is
+    a copy beside the state. Without `entries`: sliding window alone (SWA). With them: the `chosen` ones
+    (CSA), or else all that are complete, one per `ratio` tokens (HCA).
     """
 
     literals = ("concat.axis",)
     anchor = InverseRope
-    counts = (9, 8, 6)
+    counts = (10, 9, 7)
     example: ClassVar[Mapping[str, Any]] = {
         "q": "bf16[1,4,128]",
         "positions": "i32[1]",
+        "last": "i32[1]",
         "frequencies": "f32[32]",
         "sink": "f32[4]",
         "chosen": "i32[1,8]",
@@ -95,6 +97,7 @@ class Attention(Fused):
         self,
         q: Value,
         positions: Value,
+        last: Value,
         frequencies: Value,
         sink: Value,
         ring: Value,
@@ -105,7 +108,7 @@ class Attention(Fused):
     ) -> Value:
         act = dtype_of(q)
         q = q_norm_rope(q, positions, frequencies, eps=self.eps, precision=self.precision)
-        index = window_index(positions, window=self.window)
+        index = window_index(last, window=self.window)
         keys = keys_of(ring, index, ring_slots, act)
         if entries is not None and slots is not None:
             if chosen is None:

@@ -17,7 +17,7 @@ from dsv4c.passes.fusions.hyper_norm import EXAMPLE, mixes_of, post_mix
 
 @fused
 class Head(Fused):
-    """Results: the mixed streams, and the normed row that lm_head reads."""
+    """Results: the mixed streams, the normed row that lm_head reads, and the row before its norm."""
 
     literals = ("linear.out", "rms_norm.precision")
     home = 1
@@ -39,4 +39,4 @@ class Head(Fused):
         mixed = post_mix(f, streams, post, comb)
         weights = sigmoid(add(mul(mixes_of(mixed, fn, self.norm_eps), scales), base))
         x = collapse_streams(mixed, shift(weights, offset=self.hc_eps), out=dtype_of(streams))
-        return mixed, rms_norm(x, gain, eps=self.norm_eps)
+        return mixed, rms_norm(x, gain, eps=self.norm_eps), x

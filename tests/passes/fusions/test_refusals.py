@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from dsv4c.buckets import Bucket
 from dsv4c.errors import GraphError
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Node, Value
@@ -24,19 +25,22 @@ from dsv4c.passes.fusions import FUSIONS
 from dsv4c.passes.fusions.rmsnorm_quantize import RmsnormQuantize
 from dsv4c.passes.work import Match, Work
 from dsv4c.types import BF16, F32, DType
+from tests.goldens import RECORDED
 from tests.passes.fusions.cases import DECODE, RULES, folded, one_layer, unfolded, wiring
 
+DRAFTS = ("features", "pick_draft")  # of DSpark
+MODEL = dict.fromkeys(DRAFTS, str(RECORDED / "dspark-fp32"))
 RECIPE = {"scaled_experts_down": "nvfp4-experts-w4a4"}
-BUCKET = {"sampler": replace(DECODE, sampled=True)}
+BUCKET = {"sampler": replace(DECODE, sampled=True), **dict.fromkeys(DRAFTS, Bucket("round", tokens=6))}
 NO_INNER_VALUE = {"index_topk", "in_proj", "rmsnorm_quantize"}  # every value of the body is a result
 
 
 def match_of(rule: str) -> tuple[Graph, Match]:
     """The unfolded graph of tiny's decode step, and the rule's first occurrence in it."""
-    recipe = RECIPE.get(rule, "official")
+    model, recipe = MODEL.get(rule, "tiny"), RECIPE.get(rule, "official")
     bucket = BUCKET.get(rule, DECODE)
-    _, report = folded("tiny", recipe, bucket)
-    return unfolded("tiny", recipe, bucket), next(m for m in report.matches if m.op.name == rule)
+    _, report = folded(model, recipe, bucket)
+    return unfolded(model, recipe, bucket), next(m for m in report.matches if m.op.name == rule)
 
 
 def inner_values(match: Match) -> list[Value]:
@@ -55,7 +59,7 @@ def refusals(report: FoldReport, rule: str) -> list[Refusal]:
 @pytest.mark.parametrize("rule", [op.name for op in FUSIONS if op.name not in NO_INNER_VALUE])
 def test_an_inner_value_that_escapes_is_a_refusal(rule: str) -> None:
     graph, match = match_of(rule)
-    _, whole = folded("tiny", RECIPE.get(rule, "official"), BUCKET.get(rule, DECODE))
+    _, whole = folded(MODEL.get(rule, "tiny"), RECIPE.get(rule, "official"), BUCKET.get(rule, DECODE))
     before = sum(m.op.name == rule for m in whole.matches)
     value = inner_values(match)[-1]
     kept, report = fold(leaking(graph, value), RULES)
