@@ -280,7 +280,7 @@ class Alone:
         )
 
     def _live(self, variable: Variable, value: Value, given: Mapping[Variable, Value]) -> Value:
-        """A result without rows of padding, which launches that read how many rows a chunk has leave alone."""
+        """A result without padding: launches that read how many rows a chunk has leave the others alone."""
         lengths = next((v for v in given if v.name == "lengths" and v.type.shape == (1,)), None)
         tokens = self.program.shape.tokens
         if lengths is None or variable in self.graph.root_of or variable.type.shape[:1] != (tokens,):

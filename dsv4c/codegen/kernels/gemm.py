@@ -16,7 +16,7 @@ from dsv4c.codegen.kernels.chunk_rows import emit_norm_quantize_fp8, emit_quanti
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
 from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, plan_parts
 from dsv4c.codegen.kernels.quantize import scratch_for
-from dsv4c.codegen.lib.tiles import PIECES, Tiles
+from dsv4c.codegen.lib.tiles import PIECES, Few, Tiles
 from dsv4c.codegen.registry import Launchable, Request, Scratch, launchable
 from dsv4c.errors import BuildError
 from dsv4c.numerics.forms import Packing, parse_packing
@@ -24,6 +24,7 @@ from dsv4c.numerics.resident import PLAIN
 from dsv4c.types import FP8_ROW, QuantType
 
 FEWEST_ROWS = 9  # a GEMV serves fewer
+MOST_OF_FEW = 24  # rows of each expert, on the average, whose time is that of its weights
 FEW = 2  # an expert may have as many times its share of the rows, before tiles of 128 serve it better
 
 
@@ -135,7 +136,7 @@ def _splits(spec: GemmSpec, height: int, kind: str, sms: int) -> int:
     return max(fitting, default=1) if not spec.experts else 1
 
 
-def _places(spec: GemmSpec, t: Tiles) -> tuple[Place, ...]:
+def _places(spec: GemmSpec, t: Tiles | Few) -> tuple[Place, ...]:
     found: list[Place] = []
     first = 0
     for m in spec.matrices:
@@ -150,6 +151,8 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes and architectures that the family does not cover."""
     if arch.tensor_memory:
         raise BuildError(f"{spec.name}: is written in wgmma, which {arch.name} has not")
+    if (few := few_of(spec)) is not None:
+        return _emit_few(spec, few, arch)
     t = tiles_of(spec, arch.sms)
     matrices = _places(spec, t)
     column_tiles = matrices[-1].first + -(-matrices[-1].rows // t.made)
@@ -174,7 +177,7 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
         size=2 if spec.out_dtype == "bf16" else 4,
         x_text=_x_text(spec),
         out_rows="N",
-        formula="silu(min(x w1, limit)) * clamp(x w3)" if spec.paired else "x w",
+        formula=_formula(spec),
         expert_bytes=parse_packing(spec.packing).nbytes(matrices[0].rows, t.k) if spec.experts else 0,
         expert_scales=-(-matrices[0].rows // 128) * t.blocks,
         group_rows=matrices[0].rows // spec.groups,
@@ -185,6 +188,54 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
     return Emission(
         f"{spec.name}_0", source, (ctas, 1, 1), t.threads, t.shared, parameters, cluster, packing=packing
     )
+
+
+def few_of(spec: GemmSpec) -> Few | None:
+    """How a launch is cut whose experts have few rows each, if the spec is one of those."""
+    if not spec.experts or not spec.scaled or spec.out_dtype != "bf16":
+        return None
+    packing = parse_packing(spec.packing)
+    share, steps = spec.rows / spec.experts, spec.k // 128
+    if packing.format != "mxfp4" or share > MOST_OF_FEW or spec.k % 256 or steps % packing.span:
+        return None
+    height = 16 if share <= MOST_OF_FEW / 2 else 32
+    return Few(
+        k=spec.k,
+        stride=spec.k,
+        height=height,
+        tiles=packing.tiles,
+        span=packing.span,
+        stages=min(6, steps),
+        experts=spec.experts,
+        paired=spec.paired,
+    )
+
+
+def _emit_few(spec: GemmSpec, t: Few, arch: Arch) -> Emission:
+    """The kernel of experts who have few rows each; two CTAs fit an SM."""
+    (m,) = _places(spec, t)
+    column_tiles = -(-m.rows // t.made)
+    ctas = min(2 * arch.sms, (-(-spec.rows // t.height) + spec.experts) * column_tiles)
+    parameters = spec.parameters
+    source = render(
+        "few_rows.py.jinja",
+        spec=spec,
+        t=t,
+        fields=[(f.name, _literal(getattr(t, f.name))) for f in fields(t)],
+        matrix=m,
+        column_tiles=column_tiles,
+        ctas=ctas,
+        pointers=[p.name for p in parameters],
+        format=WEIGHT_FORMATS["mxfp4"],
+        formula=_formula(spec),
+        expert_bytes=parse_packing(spec.packing).nbytes(m.rows, t.k),
+    )
+    packing = dict.fromkeys(m.names, spec.packing)
+    return Emission(f"{spec.name}_0", source, (ctas, 1, 1), t.threads, t.shared, parameters, packing=packing)
+
+
+def _formula(spec: GemmSpec) -> str:
+    return "silu(min(x w1, limit)) * clamp(x w3)" if spec.paired else "x w"
 
 
 def _x_text(spec: GemmSpec) -> str:

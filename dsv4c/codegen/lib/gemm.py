@@ -226,8 +226,8 @@ def x_row(t: Constexpr[Tiles], i: Constexpr[int], thread: Int32):
 
 @cute.jit
 def copy_x(t: Constexpr[Tiles], s_x: Int32, g_x: Int64, rows: cute.Tensor, step: Int32, thread: Int32):
-    """A step of the tile's rows of x, as they lie in memory, in flight. Where there is none, whatever the stage
-    holds is multiplied, and not stored.
+    """A step of the tile's rows of x, as they lie in memory, in flight. Where there is none, whatever the
+    stage holds is multiplied, and not stored.
     """
     piece = thread % 8
     for i in range_constexpr(t.own_rows):
@@ -534,10 +534,8 @@ def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group:
     shape = const_expr((64, t.wide, t.each))
     mma = sm90.make_trivial_tiled_mma(number, number, k_major, k_major, Float32, (1, 1, 1), (64, t.wide))
     x_parts, w_parts = const_expr(t.height // 64), const_expr(128 // t.wide)
-    s_x = _operand(
-        number, s, sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, shape, number, t.stages * x_parts)
-    )
-    s_w = _operand(
+    s_x = operand(number, s, sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, shape, number, t.stages * x_parts))
+    s_w = operand(
         number, s + t.o_w, sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, shape, number, t.stages * w_parts)
     )
     own = mma.get_slice(thread % 128)
@@ -585,7 +583,7 @@ def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group:
 
 
 @cute.jit
-def _operand(number: Constexpr[type], s: Int32, layout: cute.ComposedLayout) -> cute.Tensor:
+def operand(number: Constexpr[type], s: Int32, layout: cute.ComposedLayout) -> cute.Tensor:
     """Swizzled stages of an operand from `s` on."""
     pointer = cute.make_ptr(number, s, cute.AddressSpace.smem, assumed_align=1024)
     return cute.make_tensor(cute.recast_ptr(pointer, layout.inner, dtype=number), layout.outer)

@@ -204,3 +204,85 @@ class Tiles:
     def registers(self) -> tuple[int, int]:
         """Of a thread that multiplies, and of one that loads."""
         return (192, 120) if self.loaders == 1 else (160, 96)
+
+
+@dataclass(frozen=True)
+class Few:
+    """Rows of experts who have few: tiles of 128 rows of MXFP4 w, which tensor cores multiply out of
+    registers, and of `height` rows of x, e4m3 with a ue8m0 scale per 128, rows `stride` bytes apart.
+
+    Eight warps multiply, a warp copies weights, two copy x; shared memory holds `stages` steps of 128
+    columns. `tiles` x `span`: how w is packed. `paired`: of the tile's rows 64 are of one matrix and 64 of
+    another.
+    """
+
+    k: int
+    stride: int
+    height: int
+    tiles: int
+    span: int
+    stages: int
+    experts: int
+    paired: bool = False
+
+    CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
+    COPIERS: ClassVar[int] = 64  # threads that copy x; the last
+    COLUMNS: ClassVar[int] = 128  # rows of w in a tile
+    UNIT: ClassVar[int] = BYTES["mxfp4"]
+    PITCH: ClassVar[int] = 4 * (
+        128 + 4
+    )  # bytes between rows of sums; the pad keeps them off each other's banks
+    LATE: ClassVar[int] = 2  # steps whose rows of x a thread leaves in flight
+
+    @property
+    def threads(self) -> int:
+        """Of a CTA: a warp between those that multiply and those that copy x copies weights."""
+        return self.CONSUMERS + 32 + self.COPIERS
+
+    @property
+    def steps(self) -> int:
+        """Steps of a tile."""
+        return self.k // 128
+
+    @property
+    def made(self) -> int:
+        """Columns of results of a tile."""
+        return self.COLUMNS // 2 if self.paired else self.COLUMNS
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one group of `tiles` tiles of 16 rows of w."""
+        return self.steps * self.tiles * self.UNIT
+
+    @property
+    def w_stage(self) -> int:
+        return 8 * self.UNIT
+
+    @property
+    def o_w(self) -> int:
+        return self.stages * self.height * 128
+
+    @property
+    def o_factors(self) -> int:
+        """Per stage f32 [height]: scales of rows of x."""
+        return self.o_w + self.stages * self.w_stage
+
+    @property
+    def o_sums(self) -> int:
+        """f32 [height][128], what results are made of."""
+        return self.o_factors + self.stages * self.height * 4
+
+    @property
+    def o_bars(self) -> int:
+        """Stage i is full, then stage i is free."""
+        return self.o_sums + self.height * self.PITCH
+
+    @property
+    def o_tiles(self) -> int:
+        """Per expert how many tiles of rows it and those before it have."""
+        return self.o_bars + 16 * self.stages
+
+    @property
+    def shared(self) -> int:
+        """Bytes; the stages start at a multiple of 1024."""
+        return 1024 + self.o_tiles + 4 * self.experts
