@@ -24,7 +24,7 @@ from dsv4c.numerics.resident import PLAIN
 from dsv4c.types import FP8_ROW, QuantType
 
 FEWEST_ROWS = 9  # a GEMV serves fewer
-MOST_OF_FEW = 24  # rows of each expert, on the average, whose time is that of its weights
+MOST_OF_FEW = 16  # rows of each expert, on the average, whose time is that of its weights
 FEW = 2  # an expert may have as many times its share of the rows, before tiles of 128 serve it better
 
 
@@ -105,8 +105,10 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     height = 64 if spec.rows // max(1, spec.experts // FEW) <= 64 else 128
     splits = _splits(spec, height, kind, sms)
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
-    loaders = 2 if packing.format in ("mxfp4", "nvfp4") and steps % 2 == 0 else 1
-    ahead = 2 if steps % (2 * loaders) == 0 else 1
+    narrow = packing.format in ("mxfp4", "nvfp4") or (kind == "e4m3" and height == 64)
+    loaders = 2 if narrow and steps % 2 == 0 else 1
+    most = 4 if packing.format == "fp8" and kind == "e4m3" and loaders == 1 else 2
+    ahead = next(n for n in (most, 2, 1) if steps % (n * loaders) == 0)
     return Tiles(
         weight=packing.format,
         kind=kind,
@@ -198,14 +200,13 @@ def few_of(spec: GemmSpec) -> Few | None:
     share, steps = spec.rows / spec.experts, spec.k // 128
     if packing.format != "mxfp4" or share > MOST_OF_FEW or spec.k % 256 or steps % packing.span:
         return None
-    height = 16 if share <= MOST_OF_FEW / 2 else 32
     return Few(
         k=spec.k,
         stride=spec.k,
-        height=height,
         tiles=packing.tiles,
         span=packing.span,
         stages=min(6, steps),
+        ahead=4 if steps % 4 == 0 else 2,
         experts=spec.experts,
         paired=spec.paired,
     )

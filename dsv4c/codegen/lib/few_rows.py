@@ -1,9 +1,10 @@
 """Products of few rows of each expert with MXFP4 weights on wgmma (sm_90a): what it takes is to read the
-weights. They come by bulk copies as the GEMVs read them, and go through registers, widened to e4m3, to tensor
-cores; rows of x are the other operand, in shared memory.
+weights. They come by bulk copies as the GEMVs read them, and go through registers to tensor cores; rows of x
+are the other operand, in shared memory. Exact up to the sums: an instruction's 32 columns are a block, whose
+scale its sums are multiplied by.
 
-A lane's eight codes in a row are what an instruction wants of columns 4q.. and 16 + 4q.. of 32: so words of x
-are laid down in that order.
+Moved bits make e4m3 of e2m1, in an order of columns that rows of x are laid down in, too: of 32, the words
+0 2 4 6 1 3 5 7, of a word the bytes 2 0 3 1.
 """
 
 import cutlass
@@ -74,44 +75,46 @@ def copy_rows(
     thread: Int32,
 ):
     """A tile's rows of x and their scales into the ring: those that `g_order` lists, of which there are
-    `rows`; `at` steps were laid down before. What lies where no row is is multiplied, and not stored.
+    `rows`; `at` steps were laid down before. Rows that are not there are the last one again.
     """
-    each = const_expr(t.height // (t.COPIERS // 8))
-    listed = cute.make_rmem_tensor((each,), Int64)
-    for i in range_constexpr(each):
-        own = thread // 8 + i * (t.COPIERS // 8)
-        number = Int32(ptx.ldg32(g_order + Int64(cutlass.min(own, rows - 1)) * 4)) // divide
-        listed[i] = g_x + Int64(number) * t.stride + thread % 8 // 2 * 32 + thread % 2 * 4
-    g_scales = (
-        g_fx + Int64(Int32(ptx.ldg32(g_order + Int64(cutlass.min(thread, rows - 1)) * 4)) // divide) * t.steps
-    )
-    scales = cute.make_rmem_tensor((2,), Int32)
-    for i in range_constexpr(2):
-        scales[i] = Int32(ptx.ldg_u8(g_scales + i))
-    for pair in cutlass.range(t.steps // 2, unroll=1):
-        for part in range_constexpr(2):
-            step = 2 * pair + part
+    row = thread // 4
+    number = Int32(ptx.ldg32(g_order + Int64(cutlass.min(row, rows - 1)) * 4)) // divide
+    g_row = g_x + Int64(number) * t.stride + thread % 4 * 32
+    g_scales = g_fx + Int64(number) * t.steps
+    held = cute.make_rmem_tensor((t.ahead, 9), Uint32)
+    for i in range_constexpr(t.ahead):
+        _fetch(held, i, g_row, g_scales, Int32(i))
+    for group in cutlass.range(t.steps // t.ahead, unroll=1):
+        for i in range_constexpr(t.ahead):
+            step = t.ahead * group + i
             now = at + step
             stage = now % t.stages
             wait_free(t, s, now)
-            s_x = s + stage * (t.height * 128)
-            for i in range_constexpr(each):
-                row = thread // 8 + i * (t.COPIERS // 8)
-                if row < rows:
-                    s_piece = s_x + row * 128 + (thread % 8 ^ row % 8) * 16
-                    for j in range_constexpr(4):
-                        cp_async4(s_piece + 4 * j, listed[i] + Int64(step * 128 + 8 * j))
-            ptx.cp_async_commit()
-            if thread < t.height:
-                f = ptx.ue8m0_to_f32(Uint32(scales[part]))
-                ptx.sts_f32(s + t.o_factors + (stage * t.height + thread) * 4, f)
-                scales[part] = Int32(ptx.ldg_u8(g_scales + cutlass.min(step + 2, Int32(t.steps - 1))))
-            if step >= t.LATE:
-                ptx.cp_async_wait(t.LATE)
-                _announce(t, s, now - t.LATE, thread)
-    ptx.cp_async_wait(0)
-    for i in range_constexpr(t.LATE):
-        _announce(t, s, at + (t.steps - t.LATE + i), thread)
+            for half in range_constexpr(2):
+                s_piece = s + stage * (t.ROWS * 128) + row * 128 + ((thread % 4 * 2 + half) ^ row % 8) * 16
+                ptx.sts128(s_piece, *[_ordered(held[i, 2 * j + half]) for j in range(4)])
+            if thread % 4 == 0:
+                ptx.sts_f32(s + t.o_factors + (stage * t.ROWS + row) * 4, ptx.ue8m0_to_f32(held[i, 8]))
+            _announce(t, s, now, thread)
+            _fetch(held, i, g_row, g_scales, cutlass.min(step + t.ahead, Int32(t.steps - 1)))
+
+
+@cute.jit
+def _fetch(held: cute.Tensor, i: Constexpr[int], g_row: Int64, g_scales: Int64, step: Int32):
+    """32 bytes of a row in step `step` and its scale, in flight to registers `i`."""
+    for half in range_constexpr(2):
+        w = ptx.ldg128(g_row + Int64(step * 128 + half * 16))
+        for j in range_constexpr(4):
+            held[i, 4 * half + j] = w[j]
+    held[i, 8] = ptx.ldg_u8(g_scales + step)
+
+
+@cute.jit
+def _ordered(r: Uint32):
+    """Bytes 2 0 3 1 of a word."""
+    return cute.arch.inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, 0, 0x1302;", write_only_types=[Uint32], read_only_args=[r]
+    )
 
 
 @cute.jit
@@ -124,75 +127,89 @@ def _announce(t: Constexpr[Few], s: Int32, step: Int32, thread: Int32):
 
 
 @cute.jit
-def cp_async4(s: Int32, g: Int64):
-    """Asynchronous copy of 4 bytes to shared memory."""
-    cute.arch.inline_ptx("cp.async.ca.shared.global [{$r0}], [{$r1}], 4;", read_only_args=[s, g])
+def e2m1x8_to_e4m3x4x2(r: Uint32):
+    """A word of MXFP4 codes as placed -> four e4m3 of row g, four of row g + 8: all times 2^-6, exact.
+
+    Of row g signs are bits 15 31 8 24, magnitudes from bits 9 25 4 20 up; of row g + 8 7 23 0 16, 1 17 12 28.
+    """
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 t; "
+        "and.b32 {$w0}, {$r0}, 0x80008000; "
+        "shl.b32 t, {$r0}, 1; lop3.b32 {$w0}, t, 0x1C001C00, {$w0}, 0xEA; "
+        "shr.u32 t, {$r0}, 1; lop3.b32 {$w0}, t, 0x00800080, {$w0}, 0xEA; "
+        "shr.u32 t, {$r0}, 2; lop3.b32 {$w0}, t, 0x001C001C, {$w0}, 0xEA; "
+        "shl.b32 t, {$r0}, 8; and.b32 {$w1}, t, 0x80008000; "
+        "shl.b32 t, {$r0}, 9; lop3.b32 {$w1}, t, 0x1C001C00, {$w1}, 0xEA; "
+        "shl.b32 t, {$r0}, 7; lop3.b32 {$w1}, t, 0x00800080, {$w1}, 0xEA; "
+        "shr.u32 t, {$r0}, 10; lop3.b32 {$w1}, t, 0x001C001C, {$w1}, 0xEA; }",
+        write_only_types=[Uint32] * 2,
+        read_only_args=[r],
+    )
 
 
 @cute.jit
 def multiply(t: Constexpr[Few], s: Int32, at: Int32, warp: Int32, lane: Int32):
-    """A tile's sums: f32 fragments of the warp's 16 rows of w by `t.height` rows of x; `at` steps were
+    """A tile's sums times 2^-6: f32 fragments of the warp's 16 rows of w by 16 rows of x; `at` steps were
     multiplied before.
     """
     major = OperandMajorMode.K
+    number = Float8E4M3FN
     mma = sm90.make_trivial_tiled_mma(
-        Float8E4M3FN,
-        Float8E4M3FN,
+        number,
+        number,
         major,
         major,
         Float32,
         (1, 1, 1),
-        (64, t.height),
+        (64, t.ROWS),
         a_source=warpgroup.OperandSource.RMEM,
     )
-    shape = const_expr((64, t.height, 128))
-    s_x = gemm.operand(
-        Float8E4M3FN, s, sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, shape, Float8E4M3FN, t.stages)
-    )
+    shape = const_expr((64, t.ROWS, 128))
+    s_x = gemm.operand(number, s, sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, shape, number, t.stages))
     w = mma.make_fragment_A(mma.partition_shape_A((64, 128)))
     x = mma.make_fragment_B(mma.get_slice(warp % 4 * 32 + lane).partition_B(s_x))
     words = cute.recast_tensor(w, Uint32)
-    products = cute.make_rmem_tensor(mma.partition_shape_C((64, t.height)), Float32)
-    sums = cute.make_rmem_tensor((t.height // 2,), Float32)
+    products = [cute.make_rmem_tensor(mma.partition_shape_C((64, t.ROWS)), Float32) for _ in range(4)]
+    sums = cute.make_rmem_tensor((t.ROWS // 2,), Float32)
     sums.fill(0.0)
+    mma.set(warpgroup.Field.ACCUMULATE, False)
     for step in cutlass.range(t.steps, unroll=1):
         stage = (at + step) % t.stages
         full = s + t.o_bars + 8 * stage
         ptx.mbarrier_wait(full, (at + step) // t.stages & 1)
         s_unit = s + t.o_w + stage * t.w_stage + warp * t.UNIT
         scales = ptx.lds64(s_unit + 1024 + lane // 4 * 8)
-        tops = gemm.row_tops(scales[0], scales[1])
         for share in range_constexpr(2):
             r = ptx.lds128(s_unit + 512 * share + lane * 16)
-            for half in range_constexpr(2):
-                tables = []
-                for row in range_constexpr(2):
-                    tables.extend(
-                        gemm.e4m3_table(scales[share] >> Uint32(16 * half + 8 * row) & Uint32(255), tops[row])
-                    )
-                for part in range_constexpr(2):
-                    pair = gemm.e2m1x8_to_e4m3x4x2(r[2 * half + part], *tables)
-                    words[8 * share + 4 * half + 2 * part] = pair[0]
-                    words[8 * share + 4 * half + 2 * part + 1] = pair[1]
+            for i in range_constexpr(4):
+                pair = e2m1x8_to_e4m3x4x2(r[i])
+                words[8 * share + 2 * i] = pair[0]
+                words[8 * share + 2 * i + 1] = pair[1]
         warpgroup.fence()
-        mma.set(warpgroup.Field.ACCUMULATE, False)
         for c in range_constexpr(4):
-            cute.gemm(mma, products, w[None, None, c], x[None, None, c, stage], products)
-            mma.set(warpgroup.Field.ACCUMULATE, True)
+            cute.gemm(mma, products[c], w[None, None, c], x[None, None, c, stage], products[c])
         warpgroup.commit_group()
-        s_f = s + t.o_factors + stage * (t.height * 4) + lane % 4 * 8
-        fx = [ptx.lds64(s_f + 32 * j) for j in range(t.height // 8)]
+        s_f = s + t.o_factors + stage * (t.ROWS * 4) + lane % 4 * 8
+        fx = [ptx.lds64(s_f + 32 * j) for j in range(t.ROWS // 8)]
         warpgroup.wait_group(0)
         ptx.fence_async()
         cute.arch.sync_warp()
         if lane == 0:
             ptx.mbarrier_arrive(full + 8 * t.stages)
-        fw = [gemm.scaled_down(tops[row]) for row in range(2)]
-        for j in range_constexpr(t.height // 8):
+        # Of row g and of row g + 8: bytes 0 and 1 are of the first block's scales, 2 and 3 of the next one's.
+        fw = [
+            ptx.ue8m0_to_f32(scales[c // 2] >> Uint32(16 * (c % 2) + 8 * row) & Uint32(255))
+            for c in range(4)
+            for row in range(2)
+        ]
+        for j in range_constexpr(t.ROWS // 8):
             for row in range_constexpr(2):
                 for i in range_constexpr(2):
                     n = const_expr(4 * j + 2 * row + i)
-                    sums[n] = sums[n] + products[n] * (fx[j][i].bitcast(Float32) * fw[row])
+                    block = products[0][n] * fw[row]
+                    for c in range_constexpr(1, 4):
+                        block = block + products[c][n] * fw[2 * c + row]
+                    sums[n] = sums[n] + block * fx[j][i].bitcast(Float32)
     return sums
 
 
@@ -201,10 +218,12 @@ def meet_sums(t: Constexpr[Few], s: Int32, sums: cute.Tensor, warp: Int32, lane:
     """The tile's sums in shared memory, f32 [height][128]. All that multiply."""
     ptx.sync_threads(t.CONSUMERS)  # all have read the last tile's
     s_own = s + t.o_sums + lane % 4 * 2 * t.PITCH + (warp * 16 + lane // 4) * 4
-    for j in range_constexpr(t.height // 8):
+    for j in range_constexpr(t.ROWS // 8):
         for row in range_constexpr(2):
             for i in range_constexpr(2):
-                ptx.sts_f32(s_own + (8 * j + i) * t.PITCH + 32 * row, sums[4 * j + 2 * row + i])
+                ptx.sts_f32(
+                    s_own + (8 * j + i) * t.PITCH + 32 * row, sums[4 * j + 2 * row + i] * Float32(t.FINISH)
+                )
     ptx.sync_threads(t.CONSUMERS)
 
 
@@ -218,13 +237,12 @@ def store(
     column: Int32,
     weight: Float32,
     limit: Constexpr[float],
-    own: Constexpr[int],
     thread: Int32,
 ):
     """bf16 results from `column` on, of which those below `columns` exist, to `row` of y, -1 for none: row
-    `own` * 16 + thread / 16 of the tile, 16 threads a row. Of paired matrices SwiGLU under `weight`.
+    thread / 16 of the tile. Of paired matrices SwiGLU under `weight`.
     """
-    s_row = s + t.o_sums + (own * 16 + thread // 16) * t.PITCH
+    s_row = s + t.o_sums + thread // 16 * t.PITCH
     first = column + thread % 16 * (t.made // 16)
     if row >= 0 and first < columns:
         g = g_y + (Int64(row) * columns + first) * 2

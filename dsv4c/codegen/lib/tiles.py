@@ -203,25 +203,27 @@ class Tiles:
     @property
     def registers(self) -> tuple[int, int]:
         """Of a thread that multiplies, and of one that loads."""
-        return (192, 120) if self.loaders == 1 else (160, 96)
+        if self.loaders == 2:
+            return 160, 96
+        return (168, 168) if self.ahead > 2 else (192, 120)
 
 
 @dataclass(frozen=True)
 class Few:
     """Rows of experts who have few: tiles of 128 rows of MXFP4 w, which tensor cores multiply out of
-    registers, and of `height` rows of x, e4m3 with a ue8m0 scale per 128, rows `stride` bytes apart.
+    registers, and of 16 rows of x, e4m3 with a ue8m0 scale per 128, rows `stride` bytes apart.
 
-    Eight warps multiply, a warp copies weights, two copy x; shared memory holds `stages` steps of 128
-    columns. `tiles` x `span`: how w is packed. `paired`: of the tile's rows 64 are of one matrix and 64 of
-    another.
+    Eight warps multiply, a warp copies weights, two copy x, of which they hold `ahead` steps in registers;
+    shared memory holds `stages` steps of 128 columns. `tiles` x `span`: how w is packed. `paired`: of the
+    tile's rows 64 are of one matrix and 64 of another.
     """
 
     k: int
     stride: int
-    height: int
     tiles: int
     span: int
     stages: int
+    ahead: int
     experts: int
     paired: bool = False
 
@@ -232,12 +234,18 @@ class Few:
     PITCH: ClassVar[int] = 4 * (
         128 + 4
     )  # bytes between rows of sums; the pad keeps them off each other's banks
-    LATE: ClassVar[int] = 2  # steps whose rows of x a thread leaves in flight
+    ROWS: ClassVar[int] = 16  # of x in a tile
+    FINISH: ClassVar[float] = 2.0**6  # what sums lack in the end
 
     @property
     def threads(self) -> int:
         """Of a CTA: a warp between those that multiply and those that copy x copies weights."""
         return self.CONSUMERS + 32 + self.COPIERS
+
+    @property
+    def height(self) -> int:
+        """Rows of x in a tile."""
+        return self.ROWS
 
     @property
     def steps(self) -> int:
@@ -260,22 +268,22 @@ class Few:
 
     @property
     def o_w(self) -> int:
-        return self.stages * self.height * 128
+        return self.stages * self.ROWS * 128
 
     @property
     def o_factors(self) -> int:
-        """Per stage f32 [height]: scales of rows of x."""
+        """Per stage f32 [16]: scales of rows of x."""
         return self.o_w + self.stages * self.w_stage
 
     @property
     def o_sums(self) -> int:
-        """f32 [height][128], what results are made of."""
-        return self.o_factors + self.stages * self.height * 4
+        """f32 [16][128], what results are made of."""
+        return self.o_factors + self.stages * self.ROWS * 4
 
     @property
     def o_bars(self) -> int:
         """Stage i is full, then stage i is free."""
-        return self.o_sums + self.height * self.PITCH
+        return self.o_sums + self.ROWS * self.PITCH
 
     @property
     def o_tiles(self) -> int:
