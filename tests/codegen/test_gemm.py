@@ -18,8 +18,10 @@ from dsv4c.codegen.kernels.chunk_rows import (
     emit_quantize_fp8,
     emit_sum_experts,
 )
-from dsv4c.codegen.kernels.gemm import GemmMatrix, GemmSpec, emit_gemm, tiles_of
+from dsv4c.codegen.kernels.gemm import GemmMatrix, GemmSpec, emit_gemm, few_of, tiles_of
+from dsv4c.compiler.verify import check
 from dsv4c.errors import BuildError
+from tests.codegen.lowered import gpu_plan
 from tests.codegen.sass import disassemble
 from tests.conftest import Golden
 
@@ -36,10 +38,15 @@ UP = GemmSpec(
     experts=256,
     divide=6,
 )
+UP_FEW = replace(UP, rows=64 * 6)
 KINDS = (
     DENSE,
     FEW,
     UP,
+    UP_FEW,
+    replace(
+        UP_FEW, name="down_few", matrices=(GemmMatrix(("w2",), 4096, "y"),), k=2048, limit=None, divide=1
+    ),
     replace(DENSE, name="wo_a", packing="fp8/8x1", scaled=False, k=4096, groups=8),
     replace(DENSE, name="kv", packing="bf16/1x2", scaled=False, out_dtype="f32"),
     replace(DENSE, name="gate", packing="plain", scaled=False, out_dtype="f32"),
@@ -57,6 +64,7 @@ ROWS = (
 
 def test_texts(golden: Golden) -> None:
     golden(emit_gemm(UP, SM_90A).source, "kernels/gemm_experts.py.txt")
+    golden(emit_gemm(UP_FEW, SM_90A).source, "kernels/gemm_few_rows.py.txt")
     golden(emit_gemm(FEW, SM_90A).source, "kernels/gemm_splits.py.txt")
     golden(ROWS[4].source, "kernels/choose_experts.py.txt")
 
@@ -104,6 +112,35 @@ def test_what_they_do_not_take_is_said() -> None:
         emit_gemm(replace(DENSE, packing="mxfp4/1x1", scaled=False), SM_90A)
     with pytest.raises(BuildError, match="want a multiple of 128"):
         emit_gemm(replace(DENSE, k=1000), SM_90A)
+
+
+@pytest.mark.parametrize(("rows", "each"), [(64, True), (512, True), (4096, False)])
+def test_experts_with_few_rows_multiply_out_of_registers(rows: int, each: bool) -> None:
+    spec = replace(UP, rows=rows * 6)
+    few = few_of(spec)
+    assert (few is not None) == each
+    if few is not None:
+        assert few.steps % few.ahead == 0
+        assert few.shared <= SM_90A.shared_of(2)
+        assert emit_gemm(spec, SM_90A).grid == (2 * SM_90A.sms, 1, 1)
+    for other in (replace(spec, packing="nvfp4/1x2"), replace(spec, k=384), replace(spec, experts=0)):
+        assert few_of(other) is None
+
+
+def test_a_product_ahead_of_what_its_rows_come_from_is_found() -> None:
+    """A chunk's launches in order pass; without its edge each product races with the rows made for it."""
+    plan = gpu_plan(batch=1, verify=1, chunk=64, max_context=128)
+    assert check(plan) == []
+    name = "prefill-64.last"
+    every = list(plan.buckets[name].launches)
+    stages = [launch.name.rpartition(".")[2] for launch in every]
+    for first, product in (("quantize", "product1"), ("list_rows", "up"), ("quantize_h", "down")):
+        index = stages.index(product)
+        assert first in stages[:index]
+        broken = [replace(x, after=()) if i == index else x for i, x in enumerate(every)]
+        program = replace(plan.buckets[name], launches=tuple(broken))
+        races = check(replace(plan, buckets={**plan.buckets, name: program}))
+        assert ("order", every[index].name) in {(v.kind, v.launch) for v in races}
 
 
 def operands(emission: Emission) -> list[str]:
