@@ -37,7 +37,7 @@ def main() -> None:
     residents = [Resident.from_json(record) for record in plan.weights]
     place = torch.from_file(str(block), shared=True, size=plan.blocks["weights"], dtype=torch.uint8)
     try:
-        print(f"read: {load_weights(Checkpoint.open(weights), residents, place)}")
+        print(f"read: {load_weights(Checkpoint.open(weights), residents, [place])}")
     finally:
         block.unlink()
 

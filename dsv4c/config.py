@@ -22,6 +22,7 @@ from dsv4c.arch import ARCHS
 from dsv4c.buckets import ROWS, Bucket, bucket_named
 from dsv4c.dialects import problem, shown
 from dsv4c.errors import ConfigError, listed
+from dsv4c.exchange import MOST_RANKS
 
 BUILTIN = ("deepseek-v4-flash", "deepseek-v4-pro", "tiny")
 HUB = "deepseek-ai"
@@ -183,13 +184,16 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a plan is compiled for: `slots` sequences of at most `max_context` tokens, called by `buckets`."""
+    """What a plan is compiled for: `slots` sequences of at most `max_context` tokens, called by `buckets`, on
+    `ranks` devices together.
+    """
 
     target: str = "cpu"
     recipe: str = "official"
     max_context: int = 4096
     slots: int = 1
     buckets: tuple[Bucket, ...] = (Bucket("decode"), Bucket("prefill", tokens=64))
+    ranks: int = 1
 
     def __post_init__(self) -> None:
         problems = []
@@ -197,9 +201,8 @@ class Deployment:
             problems.append(problem("target", shown(self.target), " or ".join(map(repr, TARGETS))))
         if not isinstance(self.recipe, str) or not re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", self.recipe):
             problems.append(problem("recipe", shown(self.recipe), "a name of lowercase words joined by '-'"))
-        for name in ("max_context", "slots"):
+        for name, most in (("max_context", (1 << 31) - 1), ("slots", MOST_SEQUENCES), ("ranks", MOST_RANKS)):
             value = getattr(self, name)
-            most = MOST_SEQUENCES if name == "slots" else (1 << 31) - 1
             if not _SIZE.accepts(value):
                 problems.append(problem(name, shown(value), _SIZE.expected))
             elif value > most:

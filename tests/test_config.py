@@ -1148,6 +1148,7 @@ def test_deployments_are_plain_data() -> None:
         "max_context": 512,
         "slots": 3,
         "buckets": ["decode-2", "verify-1x4", "prefill-64.last"],
+        "ranks": 1,
     }
     assert Deployment.from_dict(data) == deployment
     assert deployment.batch == 2

@@ -57,6 +57,7 @@ LEAVES = (
     "arch",
     "scope",
     "threads",
+    "exchange",
 )
 CONFIG = (*LEAVES, "config")
 COMPILER = (*CONFIG, "ir", "models", "models.encoding", "passes")
@@ -73,6 +74,8 @@ HOUSE = {
     "buckets": Room(95),
     "arch": Room(80),
     "scope": Room(80),
+    # What lies where in the block of exchanges: known to compiler, kernels and runtime.
+    "exchange": Room(85),
     "threads": Room(90, packages_inside=("torch",)),
     "dialects": Room(820, ("errors", "headers", "scope")),
     "config": Room(530, (*LEAVES, "dialects")),
@@ -84,15 +87,15 @@ HOUSE = {
     "numerics": Room(840, (*LEAVES, "numerics.forms", "numerics.resident"), ("torch",)),
     # The contract of compiler and runtime: data.
     "plan": Room(
-        1600, LEAVES, back={"runtime": "Plan.bind hands the plan to the runtime, which is loaded only then"}
+        1700, LEAVES, back={"runtime": "Plan.bind hands the plan to the runtime, which is loaded only then"}
     ),
-    "ir": Room(3520, LEAVES),
-    "reference": Room(1060, (*LEAVES, "ir", "numerics"), ("torch",)),
+    "ir": Room(3600, LEAVES),
+    "reference": Room(1180, (*LEAVES, "ir", "numerics"), ("torch",)),
     # Runs plans, knows nothing of how they are made; ops are known where they are interpreted, in one module
     # that is loaded late.
     "runtime.meaning": Room(50, (*LEAVES, "plan", "ir", "reference")),
     "runtime": Room(
-        4150,
+        4650,
         (*CONFIG, "models.encoding", "plan", "numerics", "numerics.forms", "numerics.resident"),
         ("torch", "safetensors", "cuda"),
         rooms_inside=("runtime.meaning",),
@@ -100,24 +103,24 @@ HOUSE = {
     # Graph work happens without torch and without kernels.
     "models": Room(1530, (*CONFIG, "ir")),
     "models.synth": Room(390, (*CONFIG, "models", "numerics"), ("torch",)),
-    "passes": Room(3350, (*CONFIG, "ir"), packages_inside=("networkx",)),
+    "passes": Room(3750, (*CONFIG, "ir"), packages_inside=("networkx",)),
     # Evaluates both sides of rewrites. What a compile needs of it where all certificates are kept from before
     # loads without torch.
-    "certify": Room(1350, (*LEAVES, "ir", "numerics", "reference", "passes"), ("torch",)),
+    "certify": Room(1650, (*LEAVES, "ir", "numerics", "reference", "passes"), ("torch",)),
     "view": Room(1600, (*CONFIG, "plan", "ir", "models"), packages_inside=("graphviz",)),
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
-    "codegen.lib": Room(8300, ("numerics.forms",), ("cutlass", "cuda")),
+    "codegen.lib": Room(8300, ("numerics.forms", "exchange"), ("cutlass", "cuda")),
     # What primitives mean on a device, imported by generated kernels alone.
     "codegen.meanings": Room(2050, ("types", "codegen.lib"), ("cutlass",)),
     # Launches are lowered to what plans hold, which is data.
     "codegen": Room(
-        6350,
+        6500,
         (*LEAVES, "ir", "passes", "codegen.lib", "plan", "numerics.forms", "numerics.resident"),
         ("jinja2",),
         packages_inside=("cutlass",),
     ),
     # The one path from a config to a plan.
-    "compiler": Room(1630, (*COMPILER, "certify", "codegen", "plan")),
+    "compiler": Room(1750, (*COMPILER, "certify", "codegen", "plan")),
     # Runs a plan beside its unfused graph, so it stands above compiler and runtime both.
     "compiler.bisect": Room(
         600,
@@ -139,7 +142,7 @@ HOUSE = {
     ),
     # Every command imports what it needs; the package loads a command's module when it is called.
     "cli": Room(
-        3650,
+        3900,
         (
             *(*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "compiler.device"),
             *("plan", "runtime", "view", "vllm"),

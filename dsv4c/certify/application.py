@@ -49,7 +49,7 @@ class Application:
 
     @property
     def digest(self) -> str:
-        text = f"{VERSION} {_sources()} {_declaration(self.op.__class__.__module__)} {self.op!r} "
+        text = f"{VERSION} {sources()} {_declaration(self.op.__class__.__module__)} {self.op!r} "
         text += f"{self.operands} {print_graph(self.nodes)}"
         text += print_graph(trace(self.op, self.types).graph)
         return sha256(text.encode()).hexdigest()
@@ -199,7 +199,7 @@ def _regrown(op: Op, traced: Op) -> Op:
 
 
 @cache
-def _sources() -> str:
+def sources() -> str:
     """Digest of what decides a certificate besides its op and nodes: the meanings and this procedure, by
     their sources, and the library that computes.
     """

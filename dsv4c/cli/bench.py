@@ -71,11 +71,12 @@ def bench_command(
         )
     from dsv4c.runtime.bench import bench, layers_alone, random_executor  # loads torch and the driver
     from dsv4c.runtime.cuda import CudaExecutor  # loads torch and the driver
+    from dsv4c.runtime.ranks import CudaRanks  # loads torch and the driver
 
     if cut is not None:
         compiled = layers_alone(compiled, bucket, *cut)
     executor = random_executor(compiled) if weights is None else compiled.bind(weights).executor
-    assert isinstance(executor, CudaExecutor)
+    assert isinstance(executor, CudaExecutor | CudaRanks)
     with progress_bar("timing") as progress:
         found = bench(
             compiled, executor, bucket=bucket, position=position, replays=replays, progress=progress

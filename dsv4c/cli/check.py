@@ -23,6 +23,7 @@ from dsv4c.cli.options import CONFIG_HELP, JsonOption, PassOption
 from dsv4c.cli.subject import Asked, ask
 from dsv4c.compiler.device import Checked, check_kernels
 from dsv4c.compiler.job import rules_of
+from dsv4c.compiler.sharding import certify_shard
 from dsv4c.errors import ConfigError, GraphError
 from dsv4c.passes.work import Match
 from dsv4c.plan.folder import load
@@ -105,6 +106,7 @@ def check_command(
     forms = tuple(dict.fromkeys(asked.job.firsts().values()))
     with progress_bar("check") as progress:
         found = certify(_matches(asked, forms), folder=folder, fresh=not cached, progress=progress)
+    found.all += certify_shard(asked.job, folder, fresh=not cached)
     changed = _changed(asked, found.all)
     if json:
         print_json(

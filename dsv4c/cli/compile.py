@@ -25,6 +25,7 @@ from dsv4c.cli.options import (
     Logits,
     OverwriteOption,
     PassOption,
+    RanksOption,
     RecipeOption,
     TargetOption,
     first_given,
@@ -184,6 +185,7 @@ DECIDED = (
     "draft",
     "draft_tokens",
     "sampled",
+    "ranks",
     "pipeline",
     "disable",
     "enable",
@@ -210,6 +212,7 @@ def compile_command(
     draft: DraftOption = Draft.OFF,
     draft_tokens: DraftTokensOption = None,
     sampled: SampledOption = False,
+    ranks: RanksOption = 1,
     disable: DisableOption = None,
     enable: EnableOption = None,
     extra: PassOption = None,
@@ -270,6 +273,7 @@ def compile_command(
             draft=draft.value,
             draft_tokens=draft_tokens,
             sampled=sampled,
+            ranks=ranks,
             pipeline=pipeline,
             rules=rules,
             disable=disable or (),
@@ -403,6 +407,7 @@ def describe(plan: Plan) -> str:
     slots = f"{deployment['slots']} slot" + "s" * (deployment["slots"] != 1)
     lines = [
         f"  {slots} of {deployment['max_context']:,} tokens",
+        *([f"  {plan.ranks} ranks, of which each has:"] if plan.ranks > 1 else []),
         f"  weights {size(blocks['weights'])}, state {size(blocks['state'])}, arena {size(blocks['arena'])}",
     ]
     for name, program in plan.buckets.items():

@@ -15,6 +15,7 @@ from dsv4c.arch import ARCHS
 from dsv4c.compiler.job import rules_of
 from dsv4c.config import BUILTIN
 from dsv4c.errors import ConfigError, listed
+from dsv4c.exchange import MOST_RANKS
 from dsv4c.passes.recipes import RECIPES
 
 
@@ -117,6 +118,14 @@ ChunkOption = Annotated[
         help="Tokens of one sequence that a prefill call takes, a bucket for each number.",
         metavar="N,N",
         show_default="64, or the context; on a GPU 8",
+    ),
+]
+RanksOption = Annotated[
+    int,
+    typer.Option(
+        help="Devices that hold a part of the model each, and run it together: GPUs of one machine.",
+        min=1,
+        max=MOST_RANKS,
     ),
 ]
 MessagesOption = Annotated[

@@ -18,6 +18,7 @@ from dsv4c.cli.options import (
     ContextOption,
     JsonOption,
     PassOption,
+    RanksOption,
     RecipeOption,
 )
 from dsv4c.cli.subject import Asked, Subject, ask_with, refuse_decided
@@ -94,18 +95,22 @@ def show_command(
     batch: BatchOption = None,
     max_context: ContextOption = 4096,
     chunk: ChunkOption = None,
+    ranks: RanksOption = 1,
     extra: PassOption = None,
     json: JsonOption = False,
 ) -> None:
     """Show a model's graph: figures first, then the operations, equal layers folded into one.
 
-    A plan is shown as it was compiled; it takes no --recipe, --batch, --max-context or --chunk.
+    A plan is shown as it was compiled; it takes no --recipe, --batch, --max-context, --chunk or
+    --ranks.
     With --json the figures are printed, and the graph is written only if -o names a file for it; --format
     json gives the graph itself.
 
     Examples:
 
       dsv4c show deepseek-v4-pro --layer 2
+
+      dsv4c show deepseek-v4-flash --ranks 2 --after shard --layer 4
 
       dsv4c show tiny.plan --json
 

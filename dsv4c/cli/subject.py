@@ -17,7 +17,7 @@ from dsv4c.ir.graph import Graph
 from dsv4c.ir.text import parse_graph
 from dsv4c.plan.folder import PLAN_FILE, Plan, load
 
-DEPLOYMENT = ("target", "recipe", "batch", "max_context", "chunk")
+DEPLOYMENT = ("target", "recipe", "batch", "max_context", "chunk", "ranks")
 """Parameters of a config's deployment; a plan has settled them."""
 
 Subject = Annotated[

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from dsv4c.buckets import Bucket
 from dsv4c.errors import BuildError, GraphError
+from dsv4c.exchange import MOST_SITES, SITE, SITES, Layout
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.text import print_graph
@@ -31,7 +32,8 @@ from dsv4c.types import Type
 
 @dataclass(frozen=True)
 class Operand:
-    """An array that code reads or writes: a component of a value, or scratch of that name.
+    """An array that code reads or writes: a component of a value, scratch of that name, or of what ranks
+    exchange values through the block ("exchange") or the launch's own number ("site").
 
     access: "r", "w", "rw", or "early" for what is read before the wait, though no weight.
     """
@@ -40,6 +42,7 @@ class Operand:
     access: str
     value: Value | None = None
     scratch: str = ""
+    exchange: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Part:
     """One launch before its bytes have places. `stage` tells the parts of one answer apart.
 
     scratch: bytes by name, which the parts of one answer share. forms: how a weight must lie in memory.
+    exchanged: bytes of words that it gives every other rank.
     """
 
     code: BodyCode | KernelCode
@@ -54,6 +58,7 @@ class Part:
     stage: str = ""
     scratch: Mapping[str, int] = field(default_factory=dict)
     forms: Mapping[Value, str] = field(default_factory=dict)
+    exchanged: int = 0
 
 
 class Coder(Protocol):
@@ -152,9 +157,14 @@ class _Coded:
 
 
 def lower(
-    buckets: Sequence[Folded], coder: Coder, bodies: Coder, require_fused: frozenset[str] = frozenset()
+    buckets: Sequence[Folded],
+    coder: Coder,
+    bodies: Coder,
+    require_fused: frozenset[str] = frozenset(),
+    ranks: int = 1,
 ) -> Lowered:
-    """Programs of all buckets by `coder`; what runs once at load is the CPU's, by `bodies`.
+    """Programs of all buckets by `coder`, for each of so many ranks; what runs once at load is the CPU's, by
+    `bodies`.
 
     Raises BuildError naming the node that no code takes, with every reason, or a rule of `require_fused` that
     would be unfolded; GraphError where buckets disagree on a type.
@@ -181,13 +191,14 @@ def lower(
     places |= {w.name: Place(w.type, "weights", w.components[0][1]) for w in weights}
     places |= {n: Place(t, "constants", constant_offsets[n]) for n, t in made.items()}
     parts = {w.name: {name: (at, size) for name, at, size in w.components} for w in weights}
+    exchange = _exchange(coded.values(), ranks)
     programs, input_bytes = {}, 0
     for folded in buckets:
         c = coded[folded.bucket.name]
         inputs, size = lay_out({v.name: v.type for v in c.graph.inputs})
         input_bytes = max(input_bytes, size)
         fixed = places | {v.name: Place(v.type, "input", inputs[v.name]) for v in c.graph.inputs}
-        programs[folded.bucket.name] = _program(folded.bucket, c, fixed, parts)
+        programs[folded.bucket.name] = _program(folded.bucket, c, fixed, parts, exchange)
     runs_once = None if once is None else _program(None, once, places, parts)
     arena = max(p.arena_bytes for p in (*programs.values(), *([runs_once] if runs_once else [])))
     return Lowered(
@@ -200,6 +211,7 @@ def lower(
             "constants": constants_bytes,
             "arena": arena,
             "input": input_bytes,
+            "exchange": 0 if exchange is None else aligned(exchange.nbytes),
         },
         state=tuple(StateSlot(n, t, state_offsets[n]) for n, t in states.items()),
         weights=weights,
@@ -366,6 +378,7 @@ def _program(
     coded: _Coded,
     fixed: Mapping[str, Place],
     parts: Mapping[str, Mapping[str, tuple[int, int]]],
+    exchange: Layout | None = None,
 ) -> Program:
     """Launches with their bytes. Values, or what they are views of, are at `fixed` places or in the arena."""
     graph, order = coded.graph, coded.schedule
@@ -385,25 +398,33 @@ def _program(
         arena_bytes=coded.memory.bytes + scratch,
         inputs=tuple(v.name for v in graph.inputs),
         outputs={label: v.name for label, v in graph.outputs.items()},
-        launches=tuple(_launches(coded, places, parts)),
+        launches=tuple(_launches(coded, places, parts, exchange)),
     )
 
 
 def _launches(
-    coded: _Coded, places: Mapping[str, Place], parts: Mapping[str, Mapping[str, tuple[int, int]]]
+    coded: _Coded,
+    places: Mapping[str, Place],
+    parts: Mapping[str, Mapping[str, tuple[int, int]]],
+    exchange: Layout | None,
 ) -> Iterator[Launch]:
-    index = 0
+    index = site = 0
     for nodes, step in zip(coded.schedule.launches, coded.steps, strict=True):
         scratch = _scratch(step, coded.memory.bytes)
         for part in step:
             name = nodes[0].name
+            shared = {} if exchange is None or not part.exchanged else _exchanged(exchange, site)
+            site += bool(part.exchanged)
             yield Launch(
                 name=f"{name}.{part.stage}" if part.stage else name,
                 op=" + ".join(n.op.name for n in nodes),
                 nodes=tuple(n.name for n in nodes),
                 scope=nodes[0].scope,
                 code=_behind(part.code, index),
-                arguments=tuple(_argument(o, name, part, places, parts, scratch) for o in part.operands),
+                arguments=tuple(
+                    shared[o.exchange] if o.exchange else _argument(o, name, part, places, parts, scratch)
+                    for o in part.operands
+                ),
                 after=(index - 1,) if index else (),
             )
             index += 1
@@ -435,6 +456,27 @@ def _argument(
         component = next(c for c in place.type.components if c.name == operand.component)
         at, size = place.offset + component.offset, component.nbytes
     return Argument(place.space, at, name, operand.component, size, operand.access)
+
+
+def _exchange(coded: Iterable[_Coded], ranks: int) -> Layout | None:
+    """The block through which kernels exchange values, with room for the largest of them; None without any.
+
+    Raises BuildError for more of them in a step than have numbers.
+    """
+    given = [[part.exchanged for part in c.parts if part.exchanged] for c in coded]
+    sites = max(map(len, given), default=0)
+    if not sites:
+        return None
+    if sites > MOST_SITES:
+        raise BuildError(f"{sites} exchanges in a step, expected at most {MOST_SITES}")
+    return Layout(ranks, sites, aligned(max(map(max, filter(None, given)))))
+
+
+def _exchanged(exchange: Layout, site: int) -> dict[str, Argument]:
+    """What an exchange takes beside its values: the block's header, and its own number."""
+    whole = Argument("exchange", 0, "exchange", "data", SITES, "rw")
+    number = Argument("exchange", exchange.site(site), "exchange.site", "data", SITE, "early")
+    return {"exchange": whole, "site": number}
 
 
 def _scratch(step: Sequence[Part], base: int) -> dict[str, int]:

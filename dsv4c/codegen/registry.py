@@ -15,7 +15,7 @@ from typing import Any
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.build import Package
-from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.emit import Emission, Parameter
 from dsv4c.errors import BuildError
 from dsv4c.ir.fused import Fused, operand_labels, trace
 from dsv4c.ir.graph import Kind, Node, Value
@@ -100,7 +100,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Binding:
-    """What a kernel parameter points to: a component of value number `value`, or scratch of that name.
+    """What a kernel parameter points to: a component of value number `value`, scratch of that name, or of
+    what ranks exchange values through the block ("exchange") or the launch's own number ("site").
 
     access: "r", "w", "rw", or "early" for what is read before the wait, though no weight.
     """
@@ -109,6 +110,7 @@ class Binding:
     access: str
     value: int | None = None
     scratch: str = ""
+    exchange: str = ""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class Launchable:
 
     scratch: bytes by name, which the launches of one request share. forms: how a weight must lie in memory,
     by value number: a packing's name, or "f32". package: who contributed the kernel, if it is not dsv4c's.
+    exchanged: bytes of words that it gives every other rank.
     """
 
     emission: Emission
@@ -134,6 +137,7 @@ class Launchable:
     scratch: Mapping[str, int] = field(default_factory=dict)
     forms: Mapping[int, str] = field(default_factory=dict)
     package: Package | None = None
+    exchanged: int = 0
 
 
 @dataclass(frozen=True)
@@ -271,8 +275,10 @@ def launchable(
     scratch: Mapping[str, Scratch] | None = None,
     forms: Mapping[str, str] | None = None,
     read: Collection[str] = (),
+    exchange: Collection[Parameter] = (),
 ) -> Launchable:
-    """A launch of `emission` with its operands bound by name: to value numbers, or to scratch.
+    """A launch of `emission` with its operands bound by name: to value numbers, to scratch, or to what ranks
+    exchange values through.
 
     `scratch` goes by operand, components other than data by operand_component. `forms` are those of weights,
     by operand, that the emission's packing does not name. `read` are operands that the request overwrites,
@@ -281,7 +287,9 @@ def launchable(
     scratch = scratch or {}
     bindings = []
     for p in emission.parameters:
-        if p.operand in values:
+        if p in exchange:
+            bindings.append(Binding(p.component, "early" if p.early else "rw", exchange=p.operand))
+        elif p.operand in values:
             value = values[p.operand]
             known = [c.name for c in request.types[value].components]
             if p.component not in known:

@@ -59,11 +59,13 @@ class Kernels:
             waits=emission.waits,
         )
         operands = tuple(
-            Operand(b.component, b.access, None if b.value is None else values[b.value], b.scratch)
+            Operand(
+                b.component, b.access, None if b.value is None else values[b.value], b.scratch, b.exchange
+            )
             for b in launch.bindings
         )
         forms = {values[number]: form for number, form in launch.forms.items()}
-        return Part(code, operands, launch.stage, launch.scratch, forms)
+        return Part(code, operands, launch.stage, launch.scratch, forms, launch.exchanged)
 
 
 def _chunk_lengths(graph: Graph) -> Value | None:

@@ -82,7 +82,7 @@ def _lower(plan: Plan) -> tuple[Lowered, Target]:
     target = target_of(plan.target)
     folded = [Folded(p.shape, graphs[name], graphs.get("load"), keep) for name, p in plan.buckets.items()]
     try:
-        return lower(folded, target.coder, target.bodies), target
+        return lower(folded, target.coder, target.bodies, ranks=int(plan.deployment["ranks"])), target
     except BuildError as error:
         given = [f"{o['name']} of {o['source']}" for o in plan.contributed if o["kind"] == "kernel"]
         more = f"; it was compiled with {', '.join(given)}: is that installed?" if given else ""

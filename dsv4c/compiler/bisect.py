@@ -152,6 +152,10 @@ class Bisection:
         if not tokens or wrong or len(tokens) > room:
             what = f"token {wrong[0]}" if wrong else f"{len(tokens)} tokens"
             raise SessionError(f"{what}: give 1 to {room} tokens from 0 to {vocabulary - 1}")
+        if plan.ranks > 1:
+            raise PlanError(
+                f"plan {plan.name} has {plan.ranks} ranks, which hold parts of values; bisect a plan for one"
+            )
         self.plan, self.job, self.tokens = plan, job, tuple(tokens)
         self.program = plan.program(bucket)
         self.bucket = self.program.shape

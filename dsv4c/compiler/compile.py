@@ -6,7 +6,7 @@ A plan is made from names, types and text. Torch is loaded only to evaluate cert
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +22,7 @@ from dsv4c.compiler.assemble import assemble
 from dsv4c.compiler.job import Compiled, Job, Saved
 from dsv4c.compiler.limits import refused
 from dsv4c.compiler.request import Request
+from dsv4c.compiler.sharding import certify_shard
 from dsv4c.config import ModelConfig
 from dsv4c.errors import BuildError, ConfigError, GraphError
 from dsv4c.passes.pipeline import OURS, Stage
@@ -81,16 +82,18 @@ def compile(
     with stages("lower"):
         folded = [job.folded(b, first, compiled[first], again) for b, first in firsts.items()]
         try:
-            lowered = lower(folded, target.coder, target.bodies, job.require_fused)
+            lowered = lower(folded, target.coder, target.bodies, job.require_fused, job.deployment.ranks)
         except BuildError as error:
             raise refused(job, error) from None
         target.settle(lowered.programs.values(), job.kernels)
 
     # 4. Both sides of every rewrite, and cubins.
-    certificates: Sequence[dict[str, Any]] = ()
+    certificates: list[dict[str, Any]] = []
     if certify:
         with stages("certify"):
-            certificates = _certify(compiled, again, cache_folder(cache) / "certificates", stages.within)
+            folder = cache_folder(cache) / "certificates"
+            certificates = _certify(compiled, again, folder, stages.within)
+            certificates += [to_dict(found) for found in certify_shard(job, folder)]
     if not on_cpu:
         with stages("build"):
             target.build(cache_folder(cache) / "kernels", progress)

@@ -81,6 +81,11 @@ def check_kernels(plan: Plan, buckets: Iterable[str] = (), *, device: str = "cud
     """
     if not plan.kernels:
         raise PlanError(f"plan {plan.name} is for {plan.target}, which has no kernels; compile for sm_90a")
+    if plan.ranks > 1:
+        raise PlanError(
+            f"plan {plan.name} has {plan.ranks} ranks, whose kernels wait for each other; check those of a "
+            "plan for one"
+        )
     if device == "cuda":
         check_architecture(plan, Device.current())
     found: dict[object, list[tuple[Program, Graph, Turn]]] = {}

@@ -163,7 +163,7 @@ def _lowered(job: Job) -> Lowered:
     target, firsts = target_of(job.deployment.target), job.firsts()
     compiled = {first: job.compiled(first) for first in dict.fromkeys(firsts.values())}
     buckets = [job.folded(bucket, first, compiled[first], []) for bucket, first in firsts.items()]
-    return lower(buckets, target.coder, target.bodies)
+    return lower(buckets, target.coder, target.bodies, ranks=job.deployment.ranks)
 
 
 def least_memory(job: Job, graph: Graph) -> Memory:

@@ -11,7 +11,8 @@ from dsv4c.buckets import ROWS, Bucket, Kind, Logits
 from dsv4c.compiler.job import Job, choose_rules, rules_of
 from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
 from dsv4c.errors import ConfigError
-from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, parse_pipeline
+from dsv4c.exchange import MOST_ROWS
+from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, Shard, parse_pipeline
 from dsv4c.passes.recipes import Recipe, recipe_for
 
 CHUNKS = {"cpu": (64,), "sm_90a": (64, 512, 4096)}
@@ -61,6 +62,7 @@ class Request:
     draft: Draft = "off"
     draft_tokens: int | None = None
     sampled: bool = False
+    ranks: int = 1
     pipeline: str | Pipeline | None = None
     rules: Contributions | None = None
     disable: Iterable[str] = ()
@@ -80,7 +82,8 @@ class Request:
             known.rule(name)
         recipe = recipe_for(self.recipe, config.expert_format)
         deployment = self._deployment(config, recipe)
-        line = choose_rules(pipeline_of(self.pipeline, recipe, known), known, self.disable, self.enable)
+        passes = pipeline_of(self.pipeline, recipe, known, self.ranks)
+        line = choose_rules(passes, known, self.disable, self.enable)
         kernels = None if self.kernels is None else Path(self.kernels)
         return Job(config, deployment, recipe, line, known, self.expected, required, kernels)
 
@@ -106,9 +109,26 @@ class Request:
                 buckets.append(Bucket("prefill", tokens=tokens, logits=logits))
         buckets += self._drafting(config, batches)
         slots = max(batches) if self.slots is None else self.slots
-        deployment = Deployment(self.target, recipe.name, self.max_context, slots, tuple(buckets))
+        self._check_ranks(buckets)
+        deployment = Deployment(self.target, recipe.name, self.max_context, slots, tuple(buckets), self.ranks)
         check_deployment(config, deployment)
         return deployment
+
+    def _check_ranks(self, buckets: Sequence[Bucket]) -> None:
+        """Raises ConfigError for what several ranks do not do together."""
+        if self.ranks == 1:
+            return
+        for bucket in buckets:
+            if bucket.drafts:
+                raise ConfigError(
+                    f"ranks: {self.ranks}, but blocks that draft are not cut over ranks; compile with draft "
+                    "'given' or 'off', or for one rank"
+                )
+            if self.target != "cpu" and bucket.rows > MOST_ROWS:
+                raise ConfigError(
+                    f"ranks: {self.ranks} exchange at most {MOST_ROWS} rows of a step, {bucket.name} has "
+                    f"{bucket.rows}; compile with smaller chunks"
+                )
 
     def _drafting(self, config: ModelConfig, batches: Sequence[int]) -> list[Bucket]:
         """Buckets that draft, or judge drafts, for as many sequences as their rows allow."""
@@ -163,19 +183,29 @@ def _numbers(name: str, given: int | Sequence[int] | None, default: tuple[int, .
     return tuple(sorted(numbers))
 
 
-def pipeline_of(pipeline: str | Pipeline | None, recipe: Recipe, rules: Contributions) -> Pipeline:
-    """The passes of a compile: the given ones, or the default ones under `recipe` and contributed ones.
+def pipeline_of(
+    pipeline: str | Pipeline | None, recipe: Recipe, rules: Contributions, ranks: int = 1
+) -> Pipeline:
+    """The passes of a compile: the given ones, or the default ones under `recipe`, for so many ranks, and
+    contributed ones.
 
     Raises GraphError for a spec that does not parse or an order that does not work, ConfigError for one that
-    quantizes by another recipe.
+    quantizes by another recipe or shards for another number of ranks.
     """
     if pipeline is not None:
         given = parse_pipeline(pipeline, rules.passes) if isinstance(pipeline, str) else pipeline
         for p in given.passes:
             if isinstance(p, Quantize) and p.recipe != recipe.name:
                 raise ConfigError(f"pipeline: quantizes by {p.recipe}, the recipe is {recipe.name}; give one")
+        found = [p.ranks for p in given.passes if isinstance(p, Shard)] or [1]
+        if found != [ranks]:
+            raise ConfigError(
+                f"pipeline: shards for {', '.join(map(str, found))} ranks, ranks is {ranks}; give one"
+            )
         return given
     line = Pipeline().with_options("quantize", recipe=recipe.name)
+    if ranks > 1:
+        line = line.with_pass(Shard(ranks))
     for extra in rules.instances:
         line = line.with_pass(extra)
     return line

@@ -91,6 +91,7 @@ class Op:
     commutative: ClassVar[bool] = False  # two operands, in either order
     view: ClassVar[bool] = False  # the result is the bytes of the first operand
     addressed: ClassVar[bool] = False  # inside of a kernel only addresses: its readers read the operand
+    collective: ClassVar[bool] = False  # joins the values of all ranks; its meaning takes those of each
     product: ClassVar[bool] = False  # multiplies operand 0 by its weight, either of them perhaps quantized
     weight: ClassVar[int | None] = None  # the operand, if given, that is the model's and scales or projects
     by_slot: ClassVar[bool] = False  # reaches into the state of the slots that rows are in

@@ -112,10 +112,12 @@ def sources(config: ModelConfig, table: Table) -> dict[str, Source]:
 def records(config: ModelConfig, wanted: Iterable[tuple[str, Type, bool]]) -> list[dict[str, Any]]:
     """Plan data for the loader: for every wanted (name, type, requantize) where each table keeps it.
 
-    `requantize` allows a conversion that rounds. Raises CheckpointError for a name that no table has. Read
-    back by `dsv4c.runtime.parameter.ParamRecord.from_json`.
+    `requantize` allows a conversion that rounds. A type of a part of the parameter's shape is that of a rank,
+    which the record says as `slice`: [axis, of how many]. Raises CheckpointError for a name that no table
+    has. Read back by `dsv4c.runtime.parameter.ParamRecord.from_json`.
     """
     by_table = {table: sources(config, table) for table in TABLES}
+    whole = {name: source.stored.shape for known in by_table.values() for name, source in known.items()}
     result = []
     for name, type, requantize in wanted:
         found = {table: known[name].to_json() for table, known in by_table.items() if name in known}
@@ -124,8 +126,20 @@ def records(config: ModelConfig, wanted: Iterable[tuple[str, Type, bool]]) -> li
                 f"no checkpoint of {config.name} has a parameter {name}; see `layout` for names"
             )
         record: dict[str, Any] = {"name": name, "type": str(type), "sources": found}
-        result.append(record | {"requantize": True} if requantize else record)
+        if requantize:
+            record["requantize"] = True
+        if type.shape != whole[name]:
+            record["slice"] = _slice_of(name, whole[name], type.shape)
+        result.append(record)
     return result
+
+
+def _slice_of(name: str, whole: tuple[int, ...], part: tuple[int, ...]) -> list[int]:
+    """(axis, of how many) parts of this shape a parameter has. Raises CheckpointError where it has not."""
+    axes = [i for i, (n, m) in enumerate(zip(whole, part, strict=True)) if n != m]
+    if len(axes) != 1 or whole[axes[0]] % part[axes[0]]:
+        raise CheckpointError(f"{name}: {list(part)} is no rank's part of {list(whole)}")
+    return [axes[0], whole[axes[0]] // part[axes[0]]]
 
 
 _FORMATS: dict[str, QuantFormat | DType] = {

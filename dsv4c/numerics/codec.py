@@ -93,6 +93,29 @@ def parts_of(value: Value) -> dict[str, Tensor]:
     return {name: part for name, part in named if part is not None}
 
 
+def part_of(value: Value, axis: int, of: int, number: int) -> Value:
+    """Part `number` of `of` equal ones along an axis, a view. A scale of elements of several parts is in each
+    of them; so is a scale of the whole matrix.
+    """
+    if not isinstance(value, Quantized):
+        size = value.shape[axis] // of
+        return value.narrow(axis, number * size, size)
+    from_last = len(value.shape) - 1 - axis
+    size = value.shape[axis] // of
+    block = value.format.block[1 - from_last] if from_last < 2 else 1
+    first, count = number * size // block, -(-size // block)
+    stored = value.data.shape[axis] // of
+    scaled = value.global_scale is not None and axis < value.global_scale.dim()
+    assert value.tail is None, "a row that ends in plain elements is not cut"
+    return value._replace(
+        data=value.data.narrow(axis, number * stored, stored),
+        scale=value.scale.narrow(axis, first, count),
+        global_scale=value.global_scale.narrow(axis, number * size, size)  # type: ignore[union-attr]
+        if scaled
+        else value.global_scale,
+    )
+
+
 def type_of(value: Value) -> Type:
     """The type a value has. Raises ConversionError for element types that dsv4c does not know."""
     if isinstance(value, Quantized):

@@ -26,6 +26,7 @@ from dsv4c.passes.fusions import FUSIONS
 from dsv4c.passes.prepack import prepack
 from dsv4c.passes.quantize import quantize
 from dsv4c.passes.recipes import recipe_named
+from dsv4c.passes.shard import shard
 from dsv4c.passes.tidy import tidy
 
 GROUP = "dsv4c.passes"
@@ -44,6 +45,23 @@ class Quantize(Pass):
 
     def run(self, graph: Graph, context: Context) -> Graph:
         return quantize(graph, recipe_named(self.recipe))
+
+
+@dataclass(frozen=True)
+class Shard(Pass):
+    """Weights are cut over ranks, each of which runs the same graph; exchanges where whole values are wanted.
+
+    On primitives, whose placements have one rule each.
+    """
+
+    name: ClassVar[str] = "shard"
+    requires: ClassVar = frozenset({"formats"})  # parts are whole blocks
+    establishes: ClassVar = frozenset({"ranks"})
+    follows: ClassVar[str] = "quantize"
+    ranks: int
+
+    def run(self, graph: Graph, context: Context) -> Graph:
+        return shard(graph, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -129,7 +147,7 @@ class Tidy(Pass):
 
 PIPELINE: tuple[Pass, ...] = (Quantize("official"), Fold(), Prepack(), Tidy())
 
-BUILT_IN: dict[str, type[Pass]] = {p.name: type(p) for p in PIPELINE}
+BUILT_IN: dict[str, type[Pass]] = {p.name: type(p) for p in (*PIPELINE, Shard(2))}
 
 
 @dataclass(frozen=True)

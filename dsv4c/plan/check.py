@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4c.arch import ARCHS, SYSTEM_SHARED, Arch
 from dsv4c.buckets import Bucket
+from dsv4c.exchange import SITE, SITES, layout_of
 from dsv4c.plan.cubin import Cubin, CubinError, read_cubin
 from dsv4c.plan.declared import Declared, SourceError, divides, read_source
 from dsv4c.plan.records import SPACES, Argument, BodyCode, KernelCode, Launch, Place, Program
@@ -38,7 +39,7 @@ class Violation:
     """What is wrong, where: `launch` is its name, or "" for what concerns no launch alone; so is `bucket`.
 
     kind: order | wait | unwritten | stale | alias | outside | misplaced | overlap | kernel | launch | missing
-    | surplus | limit | bucket | lowered.
+    | surplus | limit | bucket | lowered | exchange.
     """
 
     kind: str
@@ -85,6 +86,7 @@ def check(plan: Plan) -> list[Violation]:
             *_values(plan, program, weights),
             *(_interface(plan, program) if program.bucket is not None else _constants(program)),
             *_launches(plan, program, kernels, weights),
+            *_exchanges(plan, program, kernels),
         ]
         found += [replace(v, bucket=name) for v in about]
     return found
@@ -207,7 +209,7 @@ def _weights(plan: Plan) -> tuple[dict[str, Weight], list[Violation]]:
 
 def _weight(record: Mapping[str, Any]) -> Weight:
     """Raises KeyError, TypeError or ValueError for what is no record of a weight with a place."""
-    known = {"name", "type", "sources", "requantize", "offset", "form", "components"}
+    known = {"name", "type", "sources", "requantize", "slice", "offset", "form", "components"}
     if record.keys() - known:
         raise ValueError(f"it has {', '.join(sorted(record.keys() - known))[:80]}")
     name, form, offset = record["name"], record["form"], record["offset"]
@@ -297,6 +299,13 @@ def _blocks(plan: Plan, weights: Iterable[Weight]) -> Iterator[Violation]:
         for place in plan.load.values.values():
             if place.space == "constants":
                 ends["constants"] = max(ends["constants"], place.offset + place.type.extent)
+    sites = max((sum(x.exchanges for x in p.launches) for p in plan.buckets.values()), default=0)
+    if sites:
+        try:
+            ends["exchange"] = layout_of(plan.ranks, sites, plan.blocks["exchange"]).nbytes
+        except ValueError as error:
+            yield Violation("exchange", "", str(error))
+            return
     for space, end in ends.items():
         if plan.blocks[space] != _aligned(end):
             yield Violation(
@@ -423,7 +432,7 @@ def _launches(
         for name, p in program.values.items()
     }
     places |= {name: weights[name].parts for name in places if name in weights}
-    written = ("constants", "arena") if program.bucket is None else ("state", "arena")
+    written = ("constants", "arena") if program.bucket is None else ("state", "arena", "exchange")
     arch = ARCHS.get(plan.target) if program.bucket is not None else None
     rows = _row_counts(plan, program)
     yield from _once("launch", [launch.name for launch in program.launches])
@@ -448,6 +457,63 @@ def _launches(
             declared = kernels[code.kernel][1]
             for text in _launched(program.shape, rows, code, launch.arguments, declared, arch):
                 yield Violation("launch", launch.name, text)
+
+
+# Ranks ------------------------------------------------------------------------------------------------------
+
+
+def _exchanges(
+    plan: Plan, program: Program, kernels: Mapping[str, tuple[Cubin, Declared]]
+) -> Iterator[Violation]:
+    """No wait between ranks is forever, and nobody reads another exchange's words.
+
+    All ranks run these launches, so all come to the same exchanges in the same order if each has the next
+    number. What a rank's kernel waits for, another's kernel of the same number gives: which must have begun
+    there, whatever else waits. So launches are one chain from the first exchange to the last, each behind the
+    one before; and a kernel that waits for words gives its own first, and lets its successor begin only then.
+    """
+    if plan.ranks == 1 or program.bucket is None:
+        for launch in program.launches:
+            if launch.exchanges or launch.op in ("all_reduce", "all_gather"):
+                yield Violation("exchange", launch.name, f"exchanges values, in a plan for {plan.ranks} rank")
+        return
+    found = [i for i, x in enumerate(program.launches) if x.exchanges or x.op in ("all_reduce", "all_gather")]
+    if not found:
+        yield Violation("exchange", "", f"has no exchange, in a plan for {plan.ranks} ranks")
+        return
+    for i in range(found[0] + 1, found[-1] + 1):
+        if program.launches[i].after != (i - 1,):
+            yield Violation(
+                "exchange",
+                program.launches[i].name,
+                f"is behind {program.launches[i].after}, between two exchanges: expected {(i - 1,)}, or a "
+                "rank may hold what another waits for",
+            )
+    for number, i in enumerate(found):
+        launch = program.launches[i]
+        if isinstance(launch.code, KernelCode):
+            yield from _exchange(plan, launch, launch.code, number, kernels)
+
+
+def _exchange(
+    plan: Plan,
+    launch: Launch,
+    code: KernelCode,
+    number: int,
+    kernels: Mapping[str, tuple[Cubin, Declared]],
+) -> Iterator[Violation]:
+    """One exchange, the program's `number`-th from 0 on."""
+    own = {a.value: a for a in launch.arguments if a.space == "exchange"}
+    block, site = own.get("exchange"), own.get("exchange.site")
+    if block is None or (block.offset, block.nbytes) != (0, SITES):
+        yield Violation("exchange", launch.name, "does not get the header of the block for exchanges")
+    if site is None or site.offset != SITES + SITE * number:
+        found = "none" if site is None else f"the one at byte {site.offset}"
+        yield Violation(
+            "exchange", launch.name, f"is exchange {number}, at byte {SITES + SITE * number}; gets {found}"
+        )
+    if code.kernel in kernels and (wrong := kernels[code.kernel][1].exchange):
+        yield Violation("exchange", launch.name, wrong)
 
 
 def _order(launch: Launch, index: int) -> Iterator[Violation]:
@@ -485,7 +551,7 @@ def _arguments(
                     launch.name,
                     f"{_of(a)} is at {found}, its value at {places[a.value].get(a.component)}",
                 )
-        elif a.space != "arena":
+        elif a.space not in ("arena", "exchange"):
             yield Violation("misplaced", launch.name, f"{_of(a)} is in {a.space}, and no value of the graph")
         if a.access not in ("r", "w", "rw", "early"):
             yield Violation(

@@ -9,6 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 _HOST = re.compile(r"^def host\(\n(.*?)^\):\n(.*)\Z", re.MULTILINE | re.DOTALL)
 _PARAMETER = re.compile(r"^    (\w+): (cute\.Pointer|Int32),$", re.MULTILINE)
@@ -30,7 +31,8 @@ class SourceError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Declared:
     """Launches of one kernel. parameters: pointers by name, in ABI order. sizes: names that the grid counts
-    in. grid: in each direction a name, "" for none, and how many CTAs for each of it.
+    in. grid: in each direction a name, "" for none, and how many CTAs for each of it. exchange: of a kernel
+    that waits for other ranks, what is wrong with the order in which it does.
     """
 
     parameters: tuple[str, ...]
@@ -41,6 +43,7 @@ class Declared:
     shared: int
     waits: bool
     programmatic: bool
+    exchange: str = ""
 
     def grid_of(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(count * sizes[name] if name else count for name, count in self.grid)
@@ -69,7 +72,22 @@ def read_source(text: str) -> Declared:
         shared=int(shared[0]) if shared else 0,
         waits="ptx.wait()" in text,
         programmatic="        use_pdl=True,\n" in body,
+        exchange=_exchange(text) if "exchange." in text else "",
     )
+
+
+def _exchange(text: str) -> str:
+    """Waits for predecessors, gives words, gets words, meets, lets the successor begin: in this order, else
+    what is not.
+    """
+    steps = ("ptx.wait()", "exchange.push(", "exchange.receive(", "sync_threads()", "ptx.launch_dependents()")
+    kernel = text[text.index("@cute.kernel") :] if "@cute.kernel" in text else ""
+    places = [(kernel.find(step), kernel.rfind(step)) for step in steps]
+    for (one, (_, last)), (two, (first, _)) in pairwise(zip(steps, places, strict=True)):
+        if not 0 <= last < first:
+            wrong = f"its kernel has {two.rstrip('(')} before {one.rstrip('(')}, or lacks one of them"
+            return f"{wrong}: ranks could wait for each other forever, or slow each other down"
+    return ""
 
 
 def _term(text: str, sizes: tuple[str, ...]) -> tuple[str, int]:

@@ -95,6 +95,11 @@ class Plan:
         """What it runs on: cpu, sm_90a or sm_100a."""
         return str(self.deployment["target"])
 
+    @property
+    def ranks(self) -> int:
+        """Devices that hold a part of the model each and run it together; each has blocks of these sizes."""
+        return int(self.deployment["ranks"])
+
     def program(self, bucket: str = "decode") -> Program:
         """The program of a bucket, by its name or as the smallest of a kind.
 
@@ -371,7 +376,7 @@ def _files(folder: Path, data: Mapping[str, Any]) -> dict[str, bytes]:
     return {name: _checked(folder, name, digest) for name, digest in named.items()}
 
 
-_DEPLOYMENT = {"target": str, "recipe": str, "max_context": int, "slots": int, "buckets": list}
+_DEPLOYMENT = {"target": str, "recipe": str, "max_context": int, "slots": int, "buckets": list, "ranks": int}
 _CERTIFICATE = frozenset({"rule", "op", "operands", "kind", "worst"})
 _ORIGIN = frozenset({"name", "kind", "source", "at"})
 

@@ -10,9 +10,9 @@ from dsv4c.buckets import Bucket
 from dsv4c.errors import PlanError
 from dsv4c.types import Type
 
-Space = Literal["arena", "state", "weights", "constants", "input"]
+Space = Literal["arena", "state", "weights", "constants", "input", "exchange"]
 
-SPACES: tuple[Space, ...] = ("weights", "state", "constants", "arena", "input")
+SPACES: tuple[Space, ...] = ("weights", "state", "constants", "arena", "input", "exchange")
 """The blocks of bytes that a plan's values lie in. All buckets share them."""
 
 
@@ -81,6 +81,11 @@ class Launch:
     code: BodyCode | KernelCode
     arguments: tuple[Argument, ...]
     after: tuple[int, ...]
+
+    @property
+    def exchanges(self) -> bool:
+        """Does its kernel wait for other ranks?"""
+        return any(a.space == "exchange" for a in self.arguments)
 
     @property
     def kernel(self) -> KernelCode:

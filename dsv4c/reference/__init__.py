@@ -6,6 +6,7 @@ summation order; where the model's own rounding points lie inside an op, the op'
 
 from dsv4c.reference import (
     attention,
+    collective,
     compress,
     draft,
     hyper,
@@ -26,6 +27,7 @@ from dsv4c.reference.registry import MEANINGS, meaning
 __all__ = [
     "MEANINGS",
     "attention",
+    "collective",
     "compress",
     "draft",
     "hyper",

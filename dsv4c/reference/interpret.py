@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
 
@@ -58,13 +58,13 @@ def interpret(
     values: dict[Variable, Value] = {}
     for variables, given in ((graph.inputs, inputs), (graph.states, states), (graph.params, params)):
         for variable in variables:
-            values[variable] = _given(variable, given)
+            values[variable] = checked(variable, given)
     result: dict[str, Value] = {n: v for n in names if (v := values.get(graph.by_name[n])) is not None}
     left = {value: len(users) for value, users in graph.users.items()}
     for variable in graph.outputs.values():
         left[variable] += 1
     for node in graph.nodes:
-        for variable, made in zip(node.outputs, _apply(node, values), strict=True):
+        for variable, made in zip(node.outputs, apply(node, [values[v] for v in node.inputs]), strict=True):
             values[variable] = made
             if callable(watch):
                 watch(variable.name, made)
@@ -77,7 +77,8 @@ def interpret(
     return result | {label: values[variable] for label, variable in graph.outputs.items()}
 
 
-def _given(variable: Variable, given: Mapping[str, Value]) -> Value:
+def checked(variable: Variable, given: Mapping[str, Value]) -> Value:
+    """What is given for an input, a state or a param. Raises GraphError for nothing, or another type."""
     if variable.name not in given:
         raise GraphError(f"{variable.kind.value} %{variable.name}: {variable.type} is not given")
     value = given[variable.name]
@@ -88,19 +89,19 @@ def _given(variable: Variable, given: Mapping[str, Value]) -> Value:
     return value
 
 
-def _apply(node: Node, values: Mapping[Variable, Value]) -> tuple[Value, ...]:
-    operands = [values[v] for v in node.inputs]
+def apply(node: Node, operands: Sequence[Value]) -> tuple[Value, ...]:
+    """A node's results of these operands, of the types that its rule says. Raises GraphError."""
     result = run(node.op, *operands)
     results: tuple[Value, ...] = result if type(result) is tuple else (result,)  # type: ignore[assignment]
-    checked = []
+    found = []
     for index, (variable, value) in enumerate(zip(node.outputs, results, strict=True)):
         if not is_of(value, variable.type):
             raise GraphError(
                 f"{node.name}: {node.op.name} returned {type_of(value)}, its type rule says {variable.type}"
             )
         shared = index not in node.op.alias and any(_same_bytes(value, operand) for operand in operands)
-        checked.append(clone(value) if shared else value)
-    return tuple(checked)
+        found.append(clone(value) if shared else value)
+    return tuple(found)
 
 
 def is_of(value: Value, type_: Type) -> bool:

@@ -19,8 +19,9 @@ from dsv4c.errors import PlanError
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Argument, Launch, Program
 from dsv4c.runtime import driver
-from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, Device, check_device
+from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, stream
 from dsv4c.runtime.random_fill import fill_state, fill_value, fill_weight
+from dsv4c.runtime.ranks import CudaRanks, check_devices, cuda_executor
 from dsv4c.runtime.residence import Resident
 from dsv4c.scope import LAYERS, Scope
 
@@ -75,7 +76,8 @@ def bandwidths() -> tuple[float, float]:
 
 def node_us(step: BoundProgram, count: int = 64) -> float:
     """Microseconds that a launch adds to a chain of small ones, each behind the whole of the one before."""
-    small = min(range(len(step.launches)), key=lambda i: sum(a.nbytes for a in step.launches[i].arguments))
+    alone = [i for i, launch in enumerate(step.launches) if not launch.exchanges]
+    small = min(alone, key=lambda i: sum(a.nbytes for a in step.launches[i].arguments))
     stream = torch.cuda.current_stream().cuda_stream
 
     def seconds(length: int) -> float:
@@ -91,48 +93,59 @@ def node_us(step: BoundProgram, count: int = 64) -> float:
 
 
 class Clock:
-    """Replays of parts of a step's graph, each from the same position and a flushed L2."""
+    """Replays of parts of a step's graph, on all ranks, each from the same position and a flushed L2. Times
+    are the first rank's.
+    """
 
-    def __init__(self, step: BoundProgram, position: int, replays: int) -> None:
-        self.step, self.position, self.replays = step, position, replays
-        tokens = step.inputs["tokens"]
-        self._tokens = (17 + 7919 * torch.arange(len(tokens), device=tokens.device)) % int(
-            step.plan.config["vocab_size"]
-        )
-        self._given = [step.value(name) for name in given(step.program)]
-        self._flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
+    def __init__(self, executor: CudaExecutor | CudaRanks, bucket: str, position: int, replays: int) -> None:
+        self.executor, self.bucket, self.position, self.replays = executor, bucket, position, replays
+        self._flush = [torch.empty(FLUSH, dtype=torch.uint8, device="cuda") for _ in executor.bound(bucket)]
 
     def prefixes(self, ends: Sequence[int], progress: Progress | None = None) -> dict[int, float]:
         """Median microseconds of the first `end` launches for every end, taken in turns."""
-        graphs = {end: self.step.graph_of(range(end)) for end in ends if end}
+        graphs = {
+            end: [step.graph_of(range(end)) for step in self.executor.bound(self.bucket)]
+            for end in ends
+            if end
+        }
         times: dict[int, list[float]] = {end: [] for end in graphs}
         for replay in range(self.replays + WARM):
-            for end, graph in graphs.items():
-                spent = self.once(graph)
+            for end, parts in graphs.items():
+                spent = self.once(parts)
                 if replay >= WARM:
                     times[end].append(spent)
             if progress is not None:
                 progress(f"{len(graphs)} prefixes of the step", replay + 1, self.replays + WARM)
-        for graph in graphs.values():
-            graph.close()
+        for parts in graphs.values():
+            for graph in parts:
+                graph.close()
         return {end: statistics.median(values) for end, values in times.items()} | {0: 0.0}
 
-    def once(self, graph: driver.Graph) -> float:
-        """Microseconds of one replay."""
+    def once(self, graphs: Sequence[driver.Graph]) -> float:
+        """Microseconds of one replay, a graph for each rank."""
         self._set()
-        stream = torch.cuda.current_stream().cuda_stream
-        return microseconds(lambda: graph.launch(stream))
+        self.executor.begin(self.bucket)
+
+        def launch() -> None:
+            for graph, _ in zip(graphs, self.executor.bound(self.bucket), strict=True):
+                graph.launch(stream())
+
+        return microseconds(launch)
 
     def _set(self) -> None:
-        position, slots = self.step.value("position"), self.step.inputs["slots"]
-        assert isinstance(position, Tensor)
-        position.fill_(self.position)
-        self.step.inputs["tokens"].copy_(self._tokens)
-        self.step.inputs["lengths"].fill_(self.step.program.shape.tokens)
-        torch.arange(len(slots), out=slots)
-        for value in self._given:
-            fill_value(value)
-        self._flush.fill_(1)
+        for step, flush in zip(self.executor.bound(self.bucket), self._flush, strict=True):
+            position, slots = step.value("position"), step.inputs["slots"]
+            assert isinstance(position, Tensor)
+            position.fill_(self.position)
+            tokens = step.inputs["tokens"]  # unlike ones: like ones choose the same experts by hash
+            torch.arange(len(tokens), out=tokens).mul_(7919).add_(17)
+            tokens.remainder_(int(step.plan.config["vocab_size"]))
+            step.inputs["lengths"].fill_(step.program.shape.tokens)
+            torch.arange(len(slots), out=slots)
+            torch.cuda.manual_seed(self.position)  # the same on all ranks
+            for name in given(step.program):
+                fill_value(step.value(name))
+            flush.fill_(1)
 
 
 def given(program: Program) -> list[str]:
@@ -286,22 +299,31 @@ def layers_alone(plan: Plan, bucket: str, first: int, last: int) -> Plan:
     )
 
 
-def random_executor(plan: Plan) -> CudaExecutor:
-    """The plan on random weights and caches. Raises PlanError if the GPU cannot run it."""
-    check_device(plan, Device.current())
-    block = torch.empty(-(-plan.blocks["weights"] // 256) * 256, dtype=torch.uint8, device="cuda")
-    experts = int(plan.config["n_routed_experts"])
-    for record in plan.weights:
-        fill_weight(block, Resident.from_json(record), experts)
-    executor = CudaExecutor(plan, block)
+def random_executor(plan: Plan) -> CudaExecutor | CudaRanks:
+    """The plan on random weights and caches, each rank's made on its GPU. Caches, and weights that all ranks
+    have whole, are the same on all. Raises PlanError if the GPUs cannot run it.
+    """
+    check_devices(plan)
+    experts, residents = int(plan.config["n_routed_experts"]), list(map(Resident.from_json, plan.weights))
+    blocks = []
+    for rank in range(plan.ranks):
+        with torch.cuda.device(rank if plan.ranks > 1 else torch.cuda.current_device()):
+            block = torch.empty(-(-plan.blocks["weights"] // 256) * 256, dtype=torch.uint8, device="cuda")
+            for number, resident in enumerate(residents):
+                cut = resident.record.slice is not None
+                torch.cuda.manual_seed(number * plan.ranks + (rank if cut else 0))
+                fill_weight(block, resident, experts)
+            blocks.append(block)
+    executor = cuda_executor(plan, blocks)
     for slot in plan.state:
         fill_state(executor.blocks["state"], slot.type, slot.offset)
+    executor.share(slot.name for slot in plan.state)
     return executor
 
 
 def bench(
     plan: Plan,
-    executor: CudaExecutor,
+    executor: CudaExecutor | CudaRanks,
     *,
     bucket: str = "decode",
     position: int = 8192,
@@ -313,7 +335,7 @@ def bench(
     Raises PlanError where layers do not follow each other in the launches.
     """
     program = plan.program(bucket)
-    step = executor.programs[program.shape.name]
+    step = next(executor.bound(program.shape.name))
     position = min(position, int(plan.deployment["max_context"]) - max(8, program.shape.tokens))
     copied, read = bandwidths()
     machine = Machine(torch.cuda.get_device_name(), copied, read, node_us(step))
@@ -324,7 +346,8 @@ def bench(
     if sorted(ends.values()) != list(ends.values()):
         raise PlanError(f"plan {plan.name}: layers do not follow each other in the launches of {bucket}")
     begins = {layer: owners.index(layer) for layer in ends}
-    times = Clock(step, position, replays).prefixes(range(len(launches) + 1), progress)
+    clock = Clock(executor, program.shape.name, position, replays)
+    times = clock.prefixes(range(len(launches) + 1), progress)
     megabytes = [1e-6 * moved_bytes(plan, program, launch, position) for launch in launches]
     made = {a.value for launch in launches for a in launch.arguments if "w" in a.access}
     finite = None

@@ -14,6 +14,7 @@ from dsv4c.errors import PlanError
 from dsv4c.plan.folder import Plan, Progress
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.cpu import CpuExecutor
+from dsv4c.runtime.executor import Executor
 from dsv4c.runtime.model import check_model
 from dsv4c.runtime.parameter import ParamRecord
 from dsv4c.runtime.residence import Resident, load_weights
@@ -32,14 +33,20 @@ def bind(
     """See `Plan.bind`."""
     checkpoint, residents = check(plan, weights)
     on_cpu = plan.target == "cpu"
-    if not on_cpu:
-        from dsv4c.runtime.cuda import CudaExecutor  # loads the driver
-    device = "cpu" if on_cpu else "cuda"
-    block = torch.empty(max(plan.blocks["weights"], 256), dtype=torch.uint8, device=device)
-    loaded = load_weights(checkpoint, residents, block, progress=progress, workers=workers)
-    executor: type[CpuExecutor] | type[CudaExecutor] = CpuExecutor if on_cpu else CudaExecutor
+    size = max(plan.blocks["weights"], 256)
+    devices = ["cpu"] * plan.ranks if on_cpu else [f"cuda:{rank}" for rank in range(plan.ranks)]
+    if not on_cpu and plan.ranks == 1:
+        devices = ["cuda"]  # torch's current one
+    blocks = [torch.empty(size, dtype=torch.uint8, device=device) for device in devices]
+    loaded = load_weights(checkpoint, residents, blocks, progress=progress, workers=workers)
+    if on_cpu:
+        executor: Executor = CpuExecutor(plan, *blocks, poison=poison)
+    else:
+        from dsv4c.runtime.ranks import cuda_executor  # loads the driver
+
+        executor = cuda_executor(plan, blocks, poison=poison)
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
-    session = Session(plan, executor(plan, block, poison=poison), folder)
+    session = Session(plan, executor, folder)
     session.loaded = loaded
     return session
 
@@ -52,9 +59,9 @@ def check(plan: Plan, weights: str | Path) -> tuple[Checkpoint, list[Resident]]:
     if plan.target == "cpu":
         _check_memory(plan)
     else:
-        from dsv4c.runtime.cuda import Device, check_device  # loads the driver
+        from dsv4c.runtime.ranks import check_devices  # loads the driver
 
-        check_device(plan, Device.current())
+        check_devices(plan)
     residents = [Resident.from_json(record) for record in plan.weights]
     checkpoint = Checkpoint.open(weights).sparing(map(ParamRecord.from_json, plan.unused))
     checkpoint.check([resident.record for resident in residents]).require_complete()
@@ -77,7 +84,7 @@ def machine_memory(target: str) -> int:
 
 
 def _check_memory(plan: Plan) -> None:
-    needed = sum(plan.blocks.values())
+    needed = sum(plan.blocks.values()) * plan.ranks
     memory = machine_memory("cpu")
     if needed > memory:
         raise PlanError(

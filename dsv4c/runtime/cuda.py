@@ -44,6 +44,12 @@ class Device:
     total: int
 
     @staticmethod
+    def number(index: int) -> Device:
+        """Torch's device of that number. Raises PlanError as `current` does."""
+        with torch.cuda.device(index):
+            return Device.current()
+
+    @staticmethod
     def current() -> Device:
         """Torch's current device. Raises PlanError if there is none, or torch cannot use its driver."""
         if not torch.cuda.is_available():
@@ -116,7 +122,8 @@ class CudaExecutor:
         self, plan: Plan, weights: Tensor, *, poison: bool = False, device: str | torch.device = "cuda"
     ) -> None:
         self.plan, self.poison = plan, poison
-        self.blocks = {n: _block(plan.blocks[n], device) for n in ("arena", "state", "input")}
+        own = ("arena", "state", "input", "exchange")
+        self.blocks = {n: _block(plan.blocks[n], device) for n in own}
         constants = constants_of(plan, _read_at_load(plan, weights))
         self.blocks |= {"weights": weights, "constants": constants.to(device)}
         self.states = states_of(plan, self.blocks)
@@ -134,6 +141,9 @@ class CudaExecutor:
             for value in self.states.values():
                 nan_fill(value)
 
+    def share(self, names: Iterable[str]) -> None:
+        """There is one rank."""
+
     def run(
         self, bucket: str, inputs: Mapping[str, Tensor], watch: Watch | None = None
     ) -> Mapping[str, Tensor]:
@@ -145,6 +155,13 @@ class CudaExecutor:
             bound.step_by_step(watch, poison=self.poison)
         return bound.outputs
 
+    def bound(self, bucket: str) -> Iterator[BoundProgram]:
+        """Every rank's program of a bucket: there is one."""
+        yield self.programs[bucket]
+
+    def begin(self, bucket: str) -> None:
+        """There are no ranks to tell of a new step."""
+
     def value(self, bucket: str, name: str) -> Value:
         return self.programs[bucket].value(name)
 
@@ -154,9 +171,8 @@ class CudaExecutor:
         bound = self.programs[bucket]
         bound.take(inputs)
         for i in range(count):
-            if i and not bound.feeds_back:
-                for label, name in handed_on(bound.outputs).items():
-                    bound.inputs[name].copy_(bound.outputs[label])
+            if i:
+                bound.hand_on()
             bound.call(poison=self.poison)
             if keep is not None:
                 keep[i].copy_(said_by(bound.outputs))
@@ -173,7 +189,8 @@ class CudaExecutor:
         try:
             yield
         except (torch.AcceleratorError, driver.DriverError) as error:
-            if self.poison and isinstance(error, driver.DriverError):
+            named = isinstance(error, driver.LostRankError)
+            if named or (self.poison and isinstance(error, driver.DriverError)):
                 raise
             what, _, _ = str(error).partition("\n")
             raise driver.DriverError(
@@ -232,7 +249,7 @@ class BoundProgram:
         if poison:
             self.step_by_step(poison=True)
         else:
-            self.graph.launch(_stream())
+            self.graph.launch(stream())
 
     def step_by_step(self, watch: Watch | None = None, *, poison: bool = False) -> None:
         """One call, each launch finished before the next starts, in an arena of NaN with `poison`. Raises
@@ -240,13 +257,27 @@ class BoundProgram:
         """
         if poison:
             self.blocks["arena"].fill_(POISON)
-        if not self._single:
-            self._single = [self.graph_of([i]) for i in range(len(self.launches))]
         for i, launch in enumerate(self.launches):
-            self._single[i].launch(_stream())
-            driver.synchronize(f"launch {i}, {launch.name} (nodes {', '.join(launch.nodes)})")
+            self.start(i)
+            self.finish(i)
             if watch is not None:
                 watch(launch)
+
+    def start(self, index: int) -> None:
+        """Enqueue one launch by itself."""
+        if not self._single:
+            self._single = [self.graph_of([i]) for i in range(len(self.launches))]
+        self._single[index].launch(stream())
+
+    def finish(self, index: int) -> None:
+        """Wait for a launch. Raises DriverError naming it and its nodes."""
+        launch = self.launches[index]
+        driver.synchronize(f"launch {index}, {launch.name} (nodes {', '.join(launch.nodes)})")
+
+    def hand_on(self) -> None:
+        """Let the next call take what this one left, where it does not lie there already."""
+        for label, name in handed_on(self.outputs).items() if not self.feeds_back else ():
+            self.inputs[name].copy_(self.outputs[label])
 
     def value(self, name: str) -> Value:
         """The bytes of a value as the last call left them."""
@@ -346,5 +377,6 @@ def _block(size: int, device: str | torch.device) -> Tensor:
     return torch.zeros(max(-(-size // 256) * 256, 256), dtype=torch.uint8, device=device)
 
 
-def _stream() -> int:
+def stream() -> int:
+    """Torch's current one, of its current device."""
     return int(torch.cuda.current_stream().cuda_stream)

@@ -22,6 +22,10 @@ class DriverError(Dsv4cError):
     """A CUDA driver call failed."""
 
 
+class LostRankError(DriverError):
+    """A rank waited for another in vain."""
+
+
 def call(what: str, result: tuple[Any, ...]) -> Any:
     """The values of a driver call's result tuple. Raises DriverError naming `what`."""
     status, *values = result
@@ -150,6 +154,23 @@ class Graph:
         if self._executable is not None:
             call("destroy graph", cuda.cuGraphExecDestroy(self._executable))
         call("destroy graph", cuda.cuGraphDestroy(self._graph))
+
+
+def set_word(address: int, value: int, stream: int) -> None:
+    """Enqueue a u32 to be written to `address`, of the current context's device."""
+    call(f"write {value}", cuda.cuMemsetD32Async(cuda.CUdeviceptr(address), value, 1, cuda.CUstream(stream)))
+
+
+def current_context() -> Any:
+    """The current context (CUcontext)."""
+    return call("ask for the context", cuda.cuCtxGetCurrent())
+
+
+def reach(context: Any, what: str) -> None:
+    """Let the current context's kernels reach the memory of another's. Raises DriverError naming `what`."""
+    result = cuda.cuCtxEnablePeerAccess(context, 0)
+    if result[0] != cuda.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
+        call(what, result)
 
 
 def synchronize(what: str) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Protocol
 
 from torch import Tensor
 
 from dsv4c.errors import PlanError
-from dsv4c.numerics.codec import Quantized, Value, view
+from dsv4c.numerics.codec import Quantized, Value, parts_of, view
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Launch, Place
 
@@ -31,7 +31,8 @@ def said_by(outputs: Mapping[str, Tensor]) -> Tensor:
 
 class Executor(Protocol):
     """A plan bound to memory. `blocks` are flat uint8 tensors by name; outputs are views of them. With
-    `poison` what nobody wrote is NaN.
+    `poison` what nobody wrote is NaN. Of several ranks these are the first one's: all have the same in their
+    states, and give the same.
     """
 
     plan: Plan
@@ -40,6 +41,10 @@ class Executor(Protocol):
 
     def clear(self) -> None:
         """Fresh state: zeros, or NaN where it was made to poison. Positions are the caller's."""
+        ...
+
+    def share(self, names: Iterable[str]) -> None:
+        """Let all ranks have in these states what was written to the first one's."""
         ...
 
     def run(
@@ -87,3 +92,14 @@ def tensor_at(plan: Plan, blocks: Mapping[str, Tensor], name: str, place: Place)
 def states_of(plan: Plan, blocks: Mapping[str, Tensor]) -> dict[str, Value]:
     """The plan's states by name."""
     return {s.name: view(blocks["state"], s.type, s.offset) for s in plan.state}
+
+
+def share(states: Sequence[Mapping[str, Value]], names: Iterable[str]) -> None:
+    """Copy these states of the first rank to all others."""
+    first, *others = states
+    for name in names if others else ():
+        for other in others:
+            for target, part in zip(
+                parts_of(other[name]).values(), parts_of(first[name]).values(), strict=True
+            ):
+                target.copy_(part)

@@ -10,6 +10,7 @@ from functools import cache
 from typing import Any
 
 from dsv4c.errors import PlanError
+from dsv4c.ir.op import OPS
 from dsv4c.ir.text import make_op, parse_graph
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import BodyCode, Launch
@@ -26,6 +27,11 @@ def meaning_of(plan: Plan, launch: Launch) -> Callable[..., Any]:
         return _body(plan.files[launch.code.body])
     op = make_op(launch.op, launch.code.attributes)
     return lambda *operands: run(op, *operands)
+
+
+def joins_ranks(launch: Launch) -> bool:
+    """Does a launch take the operands of all ranks, rank after rank?"""
+    return launch.op in OPS and OPS[launch.op].collective
 
 
 @cache

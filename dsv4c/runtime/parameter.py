@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dsv4c.errors import CheckpointError
 from dsv4c.headers import Entry
-from dsv4c.numerics.codec import ConversionError, Quantized, Value, convert, view
+from dsv4c.numerics.codec import ConversionError, Quantized, Value, convert, part_of, view
 from dsv4c.numerics.soundness import not_finite
 from dsv4c.types import F32, UE8M0, QuantType, TensorType, Type, TypeSyntaxError, parse_type
 
@@ -68,22 +68,44 @@ class Source:
 @dataclass(frozen=True, slots=True)
 class ParamRecord:
     """A parameter a plan wants: its type, whether rounding to that type is allowed, and a source per name
-    table.
+    table. Where ranks have a `slice` of it each, (axis, of how many), the type is that of their part.
     """
 
     name: str
     type: Type
     sources: Mapping[str, Source]
     requantize: bool = False
+    slice: tuple[int, int] | None = None
+
+    @property
+    def whole(self) -> Type:
+        """The parameter's type before it is cut."""
+        if self.slice is None:
+            return self.type
+        axis, of = self.slice
+        shape = self.type.shape
+        return self.type.with_shape((*shape[:axis], shape[axis] * of, *shape[axis + 1 :]))
+
+    def part(self, value: Value, rank: int, e: int | None = None) -> Value:
+        """What a rank has of the whole parameter, or of matrix `e` of a stack."""
+        if self.slice is None:
+            return value
+        axis, of = self.slice
+        return part_of(value, axis - (e is not None), of, rank)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> ParamRecord:
         """Read a record of a plan. Raises CheckpointError if it is not one."""
         try:
             sources = {table: Source.from_json(source) for table, source in data["sources"].items()}
-            return ParamRecord(
-                data["name"], parse_type(data["type"]), sources, bool(data.get("requantize", False))
-            )
+            cut = data.get("slice")
+            if cut is not None:
+                axis, of = map(int, cut)
+                if not 0 <= axis < len(parse_type(data["type"]).shape) or of < 2:
+                    raise ValueError(f"slice {cut}")
+                cut = (axis, of)
+            requantize = bool(data.get("requantize", False))
+            return ParamRecord(data["name"], parse_type(data["type"]), sources, requantize, cut)
         except (KeyError, TypeError, ValueError, AttributeError, TypeSyntaxError) as error:
             name = data.get("name", "?") if isinstance(data, Mapping) else "?"
             raise CheckpointError(f"the plan's weight record {name!r} cannot be read: {error!r}") from None
@@ -115,7 +137,7 @@ class ParamReader:
     def pieces(self) -> Sequence[int | None]:
         """What can be read by itself: the matrices of a stack, by number, or None, the whole parameter."""
         merged = not self.source.stack and len(self.source.parts["data"].shape) == 3
-        return range(self.param.type.shape[0] if merged else self.source.stack) or (None,)
+        return range(self.param.whole.shape[0] if merged else self.source.stack) or (None,)
 
     def entries(self, e: int | None) -> Iterator[Entry]:
         """The places that a piece is read from: of a merged stack, its part of them."""
@@ -129,10 +151,10 @@ class ParamReader:
                 yield entry
 
     def value(self) -> Value:
-        """The parameter, all its pieces."""
+        """The parameter, all its pieces, before it is cut."""
         if self.pieces[0] is None:
             return self.piece(None)
-        whole = view(torch.empty(self.param.type.extent, dtype=torch.uint8), self.param.type)
+        whole = view(torch.empty(self.param.whole.extent, dtype=torch.uint8), self.param.whole)
         for e in self.pieces:
             assert e is not None
             _copy(whole.map(_at(e)) if isinstance(whole, Quantized) else whole[e], self.piece(e))
@@ -141,8 +163,8 @@ class ParamReader:
     def piece(self, e: int | None) -> Value:
         """A matrix of a stack, or the whole parameter: assembled, checked and converted."""
         if e is None:
-            return self._convert(self._regroup(self._stored(None)), self.param.type)
-        return self._convert(self._stored(e), self.param.type.with_shape(self.param.type.shape[1:]))
+            return self._convert(self._regroup(self._stored(None)), self.param.whole)
+        return self._convert(self._stored(e), self.param.whole.with_shape(self.param.whole.shape[1:]))
 
     def _convert(self, value: Value, want: Type) -> Value:
         try:
@@ -217,7 +239,7 @@ class ParamReader:
         """Give a matrix [G * R, K] the parameter's shape [G, R, K]; scale tiles must lie within a group or
         cover it.
         """
-        shape = self.param.type.shape
+        shape = self.param.whole.shape
         if tuple(value.shape) == shape:
             return value
         if not isinstance(value, Quantized):

@@ -94,12 +94,13 @@ class Loaded:
 def load_weights(
     checkpoint: Checkpoint,
     residents: Sequence[Resident],
-    block: Tensor,
+    blocks: Sequence[Tensor],
     *,
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> Loaded:
-    """Read every parameter into `block`, the weights' uint8 block, stacks matrix by matrix.
+    """Read every parameter into the weights' uint8 blocks, one of each rank, stacks matrix by matrix. All is
+    read once: every rank gets its part of what was read.
 
     Raises CheckpointError.
     """
@@ -107,9 +108,11 @@ def load_weights(
     read = 0
 
     def sink(name: str, e: int | None, value: Value) -> None:
-        places[name].store(block, value, e)
-        if block.is_cuda:
-            torch.cuda.current_stream(block.device).synchronize()  # the value goes away with this call
+        for rank, block in enumerate(blocks):
+            places[name].store(block, places[name].record.part(value, rank, e), e)
+        for block in blocks:
+            if block.is_cuda:
+                torch.cuda.current_stream(block.device).synchronize()  # the value goes away with this call
 
     def report(name: str, done: int, total: int) -> None:
         nonlocal read
@@ -118,7 +121,7 @@ def load_weights(
             progress(name, done, total)
 
     started = time.perf_counter()
-    with _Watch(None if block.is_cuda else lambda: read) as watch:
+    with _Watch(None if blocks[0].is_cuda else lambda: read) as watch:
         records = [resident.record for resident in residents]
         checkpoint.stream(records, sink, progress=report, workers=workers)
     return Loaded(read, time.perf_counter() - started, watch.most)

@@ -26,10 +26,14 @@ from dsv4c.runtime import state
 from dsv4c.runtime.answer import Answers, Memory, asks_of, checked_tokenizer, generation_defaults
 from dsv4c.runtime.executor import Executor, states_of
 from dsv4c.runtime.residence import Loaded
+from dsv4c.runtime.sampling import STATES as SAMPLED
 from dsv4c.runtime.sampling import Said, Sampling, SamplingState
 
 POSITION = "position"
 """The state that counts each slot's tokens."""
+
+SAMPLING = tuple(SAMPLED.values())
+"""Those that say how a slot's next token is chosen."""
 
 
 P = ParamSpec("P")
@@ -281,6 +285,7 @@ class Session:
         ids = self._ids(stops, "stop")
         if self._sampling is not None:
             self._sampling.set(slot, sampling, ids, self._counter.held[slot] + 1)
+            self.executor.share(SAMPLING)
         elif not sampling.is_greedy:
             raise SessionError(
                 f"plan {self.plan.name} always takes the likeliest token; for {sampling} compile with "
@@ -434,6 +439,7 @@ class Session:
             self._set_position(s, 0, 0)
             if self._sampling is not None:
                 self._sampling.set(s, Sampling(), (), 1)
+                self.executor.share(SAMPLING)
             self.memories[s] = Memory()
             self._followed[s] = False
             self._tainted[s] = 0
@@ -559,6 +565,7 @@ class Session:
         self._check_finite([source])
         if source != target:
             state.copy_slot(self._states, source, target)
+            self.executor.share(self._states)
             self._following[target] = self._following[source]
             self._followed[target] = self._followed[source]
             self._counter.put(target, self._counter.held[source], self._counter.furthest(source))
@@ -614,6 +621,7 @@ class Session:
 
     def _take(self, saved: state.Saved, slots: Sequence[int]) -> None:
         saved.put(self._states, slots)
+        self.executor.share(self._states)
         for slot, *counts in zip(slots, saved.held(POSITION), saved.reached(POSITION), strict=True):
             self._counter.put(slot, *counts)
         for slot in slots:
@@ -700,6 +708,7 @@ class Session:
         bad = [s for s, fine in zip(chosen, finite, strict=True) if not fine]
         if bad:
             self._streams = self._next = None
+            self.wait()  # where a step failed, that is why
             raise SessionError(
                 f"the logits of slot {bad[0]} are not finite (NaN or infinity): its weights overflow these "
                 "numerics; compare with the recipe fp32, or find the first such node with `dsv4c bisect`; "
@@ -777,6 +786,7 @@ class Session:
             self.memories[slot] = Memory()
             if self._sampling is not None and not bucket.sampled:
                 self._sampling.remember(slot, self._counter.held[slot], list(ids))
+                self.executor.share(SAMPLING)
             self._counter.advance(slot, len(ids))
             self._followed[slot] = True
         self._look(work)
@@ -876,6 +886,7 @@ class Session:
         value = self._states[POSITION]
         assert isinstance(value, Tensor)
         value[slot] = held
+        self.executor.share([POSITION])
         self._counter.put(slot, held, reached)
 
 

@@ -29,6 +29,11 @@ def server_options(
     """The arguments of `vllm serve` for a plan in `folder`. drafts: of the plan's own, at a time. ahead:
     schedule a step while the one before runs; not with drafts, which are known only after it.
     """
+    if plan.ranks > 1:
+        raise ConfigError(
+            f"plan {plan.name} has {plan.ranks} ranks, vLLM's worker runs plans for one; compile it so, or "
+            "use `dsv4c generate`"
+        )
     slots, context = int(plan.deployment["slots"]), int(plan.deployment["max_context"])
     options = {
         "served-model-name": name,

@@ -37,6 +37,8 @@ RULES = [  # op, operands, results
     ("linear {out=bf16}", f"bf16[1,256] {W8}[128,256]", "bf16[1,128]"),
     ("linear {out=bf16}", f"{NVROW}[1,256] {NV}[128,256]", "bf16[1,128]"),
     ("grouped_linear {out=bf16}", f"bf16[3,8,256] {W8}[8,128,256]", "bf16[3,8,128]"),
+    ("all_reduce {ranks=2, out=bf16}", "f32[3,64]", "bf16[3,64]"),
+    ("all_gather {axis=1, ranks=4}", "bf16[3,64] f32[3,32]", "bf16[3,256] f32[3,128]"),
     ("expert_linear {out=bf16}", f"{FP8}[3,256] {MX}[16,64,256] i32[3,6]", "bf16[3,6,64]"),
     ("expert_linear {out=bf16}", f"{NVROW}[3,6,256] {NV}[16,64,256] i32[3,6]", "bf16[3,6,64]"),
     ("rms_norm {eps=1e-06}", "bf16[2,8] bf16[8]", "bf16[2,8]"),
@@ -348,6 +350,10 @@ REFUSALS = [  # op, operands, what the message says
     ("accept", "i32[8] i32[8] i32[3]", "i32[8] are not rows of 3 sequences"),
     ("stop", "i32[8] i32[8] i32[2] i32[1] i32[4,8]", "following i32[1] and counts i32[2] differ"),
     ("stop", "i32[8] i32[8] i32[2] i32[2] i32[4,7]", "stops must have 8 columns, got i32[4,7]"),
+    ("all_reduce {ranks=2, out=bf16}", "bf16[3,64]", "x must be f32, got bf16[3,64]"),
+    ("all_reduce {ranks=1, out=bf16}", "f32[3,64]", "ranks must be at least 2, got 1"),
+    ("all_gather {axis=2, ranks=2}", "f32[3,64]", "axis 2 is outside f32[3,64]"),
+    ("all_gather {axis=1, ranks=2}", f"{FP8}[3,128]", "a piece must be a plain tensor"),
 ]
 
 

@@ -166,7 +166,7 @@ SHIFT = Launch(  # of the first and only frequency: 1
 ONCE = Program(
     "graph.load.txt", None, {"shift": values_of(TWO)["shift"]}, 0, (), {"shift": "shift"}, (SHIFT,)
 )
-BLOCKS = {"weights": 256, "state": 512, "constants": 256, "arena": 768, "input": 768}
+BLOCKS = {"weights": 256, "state": 512, "constants": 256, "arena": 768, "input": 768, "exchange": 0}
 
 
 def plan(**changes: Any) -> Plan:
@@ -184,6 +184,7 @@ def plan(**changes: Any) -> Plan:
             "recipe": "official",
             "slots": SLOTS,
             "max_context": CONTEXT,
+            "ranks": 1,
             "buckets": list(programs),
         },
         recipe="official",
@@ -236,7 +237,7 @@ def _fake_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(driver, "Library", FakeLibrary)
     monkeypatch.setattr(driver, "Graph", FakeGraph)
     monkeypatch.setattr(driver, "synchronize", lambda what: None)
-    monkeypatch.setattr(cuda, "_stream", lambda: 0)
+    monkeypatch.setattr(cuda, "stream", lambda: 0)
 
 
 def session(compiled: Plan | None = None, *, poison: bool = False) -> Session:

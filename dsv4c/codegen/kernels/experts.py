@@ -23,7 +23,7 @@ class ExpertsSpec:
 
     Formats are fp8, bf16, mxfp4 or nvfp4. With bf16 weights x is bf16 and the hidden rows stay so; else x is
     FP8 (e4m3 with ue8m0 scales per 128) and the hidden rows are quantized to FP8. `packed`: x and the rows
-    that `down` reads are NVFP4 with a global scale each.
+    that `down` reads are NVFP4 with a global scale each. `out`: what `down` makes, bf16, or f32 for addends.
     """
 
     name: str
@@ -36,6 +36,7 @@ class ExpertsSpec:
     shared: str
     limit: float
     packed: bool = False
+    out: str = "bf16"
 
     @property
     def quantized(self) -> bool:

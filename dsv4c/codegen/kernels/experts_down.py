@@ -25,7 +25,7 @@ from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.shapes import Layout, Product, Ring
 from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable
 from dsv4c.passes.fusions.experts_down import ExpertsDown
-from dsv4c.types import BF16, FP8_ROW, NVFP4_ROW, QuantType
+from dsv4c.types import BF16, F32, FP8_ROW, NVFP4_ROW, QuantType
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def _down_rings(spec: ExpertsSpec, arch: Arch) -> DownRings:
 
 
 def emit_experts_down(spec: ExpertsSpec, arch: Arch) -> Emission:
-    """y = bf16(sum over the token's routed experts of fp8(h) w2, plus the shared expert's), accumulated in
+    """y = out(sum over the token's routed experts of fp8(h) w2, plus the shared expert's), accumulated in
     f32.
     """
     check_experts(spec)
@@ -146,11 +146,20 @@ def experts_down(request: Request) -> Answer:
     if not packed and (op.format != wanted or op.shared_format != wanted):
         found = f"{op.format} and {op.shared_format}"
         return No(f"encodes hidden rows as {wanted} for {formats[0]} weights, not as {found}")
-    if not holds(h, BF16) or op.out is not BF16:
-        return No(f"takes and makes bf16, not {h} and {op.out}")
+    if not holds(h, BF16) or op.out not in (BF16, F32):
+        return No(f"takes bf16 and makes bf16 or f32, not {h} and {op.out}")
     experts, hidden, intermediate = routed.shape
     spec = ExpertsSpec(
-        "experts_down", h.shape[0], hidden, intermediate, experts, h.shape[1], *formats, math.inf, packed
+        "experts_down",
+        h.shape[0],
+        hidden,
+        intermediate,
+        experts,
+        h.shape[1],
+        *formats,
+        math.inf,
+        packed,
+        str(op.out),
     )
     values = {**x, "shared_h": x["h_shared"], "expert_ids": x["experts"], "y": call.outputs[0]}
     if takes_many(spec, request.arch):

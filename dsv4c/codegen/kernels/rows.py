@@ -58,6 +58,8 @@ def row_program(request: Request) -> Answer:
     if len(request.calls) != 1:
         return No(f"takes one op per launch, not {len(request.calls)}")
     call = request.call
+    if call.op.collective:
+        return No("a row program knows no other rank")
     graph = primitives(call.op, tuple(request.types[i] for i in call.inputs))
     built = kernel_of(graph, isinstance(call.op, Fused), call.op.name, print_op(call.op), request.arch)
     if isinstance(built, No):

@@ -8,6 +8,7 @@ from dsv4c.ir.ops.attention import (
     visible_entries,
     window_index,
 )
+from dsv4c.ir.ops.collective import all_gather, all_reduce
 from dsv4c.ir.ops.compress import add_position_bias, completed_entries, compress_pool
 from dsv4c.ir.ops.draft import accept, candidates, draft_rows, preceding, stop
 from dsv4c.ir.ops.hyper import collapse_streams, expand_streams, mix_streams, spread_streams
@@ -27,6 +28,8 @@ __all__ = [
     "add",
     "add_position_bias",
     "advance",
+    "all_gather",
+    "all_reduce",
     "argmax",
     "attention_scores",
     "attention_values",

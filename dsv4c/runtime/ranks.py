@@ -1,0 +1,249 @@
+"""Runs a plan on several NVIDIA GPUs of this machine: one thread of one process launches every rank's graph.
+
+Ranks keep in step by themselves: their kernels wait for each other's words (`dsv4c.exchange`), so the host
+may be as far ahead as it likes. A rank that gets no words gives up after the time limit, and says at which
+exchange.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dsv4c.errors import PlanError
+from dsv4c.exchange import (
+    EPOCH,
+    INBOXES,
+    LIMIT,
+    MOST_EPOCHS,
+    RANK,
+    REGION,
+    STATUS,
+    STATUS_EPOCHS,
+    Layout,
+    given_up,
+    layout_of,
+)
+from dsv4c.numerics.codec import Value
+from dsv4c.plan.folder import Plan
+from dsv4c.runtime import driver
+from dsv4c.runtime.cuda import POISON, BoundProgram, CudaExecutor, Device, check_device, stream
+from dsv4c.runtime.executor import Watch, said_by, share
+
+GUARD = 1.0  # seconds that a rank waits for another
+
+
+def cuda_executor(plan: Plan, weights: Sequence[Tensor], *, poison: bool = False) -> CudaExecutor | CudaRanks:
+    """What runs a plan on GPUs; `weights` are the block of weights of every rank, on its device."""
+    if plan.ranks == 1:
+        (block,) = weights
+        return CudaExecutor(plan, block, poison=poison)
+    return CudaRanks(plan, weights, poison=poison)
+
+
+def check_devices(plan: Plan) -> None:
+    """Raise PlanError unless this machine's GPUs can run the plan: one for each rank, alike, with memory for
+    it, and each within reach of the others.
+    """
+    if plan.ranks == 1:
+        check_device(plan, Device.current())
+        return
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if there < plan.ranks:
+        raise PlanError(
+            f"plan {plan.name} has {plan.ranks} ranks, torch can use {there} GPUs of this machine; run where "
+            f"there are as many, or compile with --ranks {max(there, 1)}"
+        )
+    devices = [Device.number(rank) for rank in range(plan.ranks)]
+    for device in devices:
+        check_device(plan, device)
+        if device.name != devices[0].name:
+            raise PlanError(
+                f"plan {plan.name}: its ranks would be on {devices[0].name} and {device.name}, which wait "
+                "for each other; choose GPUs that are alike (CUDA_VISIBLE_DEVICES)"
+            )
+    for a in range(plan.ranks):
+        for b in range(plan.ranks):
+            if a != b and not torch.cuda.can_device_access_peer(a, b):
+                raise PlanError(
+                    f"plan {plan.name}: GPU {a} cannot reach the memory of GPU {b}, which ranks exchange "
+                    "values through; choose GPUs that can (nvidia-smi topo -p2p r)"
+                )
+
+
+def sites_of(plan: Plan) -> dict[str, list[int]]:
+    """The launches of every bucket that are exchanges, in order."""
+    return {
+        name: [i for i, launch in enumerate(program.launches) if launch.exchanges]
+        for name, program in plan.buckets.items()
+    }
+
+
+class CudaRanks:
+    """An `Executor` of a `CudaExecutor` for each rank. `limit`: seconds that a rank waits for another."""
+
+    def __init__(
+        self, plan: Plan, weights: Sequence[Tensor], *, poison: bool = False, limit: float = GUARD
+    ) -> None:
+        if len(weights) != plan.ranks:
+            raise PlanError(f"plan {plan.name} has {plan.ranks} ranks, weights of {len(weights)} were given")
+        self.plan, self.poison, self.limit = plan, poison, limit
+        self.devices = [block.device for block in weights]
+        self.ranks: list[CudaExecutor] = []
+        for block in weights:
+            with torch.cuda.device(block.device):
+                self.ranks.append(CudaExecutor(plan, block, poison=poison, device=block.device))
+        self.blocks, self.states = self.ranks[0].blocks, self.ranks[0].states
+        self._sites = sites_of(plan)
+        count = max(map(len, self._sites.values()))
+        self._layout = layout_of(plan.ranks, count, plan.blocks["exchange"])
+        self._epoch = 0
+        self._called: dict[int, str] = {}  # buckets by epoch, as a status has it
+        self._connect()
+        self.clear()
+
+    def clear(self) -> None:
+        self._synchronize("wait for the ranks")
+        for rank in self._each():
+            rank.clear()
+            _word(rank.blocks["exchange"], STATUS).zero_()
+        self._synchronize("clear the ranks")
+
+    def share(self, names: Iterable[str]) -> None:
+        share([rank.states for rank in self.ranks], names)
+
+    def run(
+        self, bucket: str, inputs: Mapping[str, Tensor], watch: Watch | None = None
+    ) -> Mapping[str, Tensor]:
+        self._take(bucket, inputs)
+        self.call(bucket, watch)
+        return self.ranks[0].programs[bucket].outputs
+
+    def value(self, bucket: str, name: str) -> Value:
+        return self.ranks[0].value(bucket, name)
+
+    def repeat(
+        self, bucket: str, inputs: Mapping[str, Tensor], count: int, keep: Tensor | None
+    ) -> Mapping[str, Tensor]:
+        self._take(bucket, inputs)
+        outputs = self.ranks[0].programs[bucket].outputs
+        for i in range(count):
+            for bound in self.bound(bucket) if i else ():
+                bound.hand_on()
+            self.call(bucket)
+            if keep is not None:
+                keep[i].copy_(said_by(outputs))
+        return outputs
+
+    def wait(self) -> None:
+        """Raises DriverError naming the exchange, the layer and the rank that another waited for in vain."""
+        self._synchronize("wait for the devices")
+        for number, rank in enumerate(self.ranks):
+            status = int(_word(rank.blocks["exchange"], STATUS)) & 0xFFFFFFFF
+            if status:
+                raise driver.LostRankError(self._lost(number, status))
+
+    @contextmanager
+    def naming(self) -> Iterator[None]:
+        with self.ranks[0].naming():
+            yield
+
+    # --- all ranks together ---
+
+    def bound(self, bucket: str) -> Iterator[BoundProgram]:
+        """Every rank's program of a bucket, each with its device the current one."""
+        return (rank.programs[bucket] for rank in self._each())
+
+    def begin(self, bucket: str) -> None:
+        """A new step: what was exchanged in any other is told from it."""
+        self._epoch += 1
+        if self._epoch == MOST_EPOCHS:  # flags would come again
+            self._synchronize("wait for the ranks")
+            for rank in self._each():
+                rank.blocks["exchange"][self._layout.inbox :].zero_()
+            self._synchronize("clear what was exchanged")
+            self._epoch = 1
+        self._called[self._epoch % STATUS_EPOCHS] = bucket
+        for rank in self._each():
+            driver.set_word(rank.blocks["exchange"].data_ptr() + EPOCH, self._epoch, stream())
+
+    def call(self, bucket: str, watch: Watch | None = None) -> None:
+        """Enqueue one call on all ranks over what their input blocks hold. With `watch`, or where bound to
+        poison, launch by launch.
+        """
+        self.begin(bucket)
+        if watch is None and not self.poison:
+            for bound in self.bound(bucket):
+                bound.call()
+            return
+        for bound in self.bound(bucket) if self.poison else ():
+            bound.blocks["arena"].fill_(POISON)
+        for i, launch in enumerate(self.plan.buckets[bucket].launches):
+            for bound in self.bound(bucket):
+                bound.start(i)
+            for bound in self.bound(bucket):
+                bound.finish(i)
+            if watch is not None:
+                watch(launch)
+
+    def _take(self, bucket: str, inputs: Mapping[str, Tensor]) -> None:
+        """On all ranks before any is launched: inputs may lie on one that would then wait for the others."""
+        for bound in self.bound(bucket):
+            bound.take(inputs)
+
+    def _each(self) -> Iterator[CudaExecutor]:
+        for device, rank in zip(self.devices, self.ranks, strict=True):
+            with torch.cuda.device(device):
+                yield rank
+
+    def _synchronize(self, what: str) -> None:
+        for number, _ in enumerate(self._each()):
+            driver.synchronize(f"{what}: rank {number}")
+
+    def _connect(self) -> None:
+        """Let every rank's kernels reach the others, and tell them where."""
+        contexts = [driver.current_context() for _ in self._each()]
+        for a, _ in enumerate(self._each()):
+            for b, context in enumerate(contexts):
+                if a != b:
+                    driver.reach(context, f"let rank {a} reach the memory of rank {b}")
+        inboxes = [rank.blocks["exchange"].data_ptr() + self._layout.inbox for rank in self.ranks]
+        for number, rank in enumerate(self.ranks):
+            rank.blocks["exchange"].copy_(_header(self._layout, number, inboxes, self.limit, rank.blocks))
+        self._synchronize("connect the ranks")
+
+    def _lost(self, number: int, status: int) -> str:
+        site, peer, epoch = given_up(status)
+        bucket = self._called.get(epoch, "")
+        where = f"exchange {site}"
+        if bucket and site < len(self._sites[bucket]):
+            launch = self.plan.buckets[bucket].launches[self._sites[bucket][site]]
+            where = f"exchange {site}, {launch.name}"
+        return (
+            f"plan {self.plan.name}: {bucket or 'a step'}: {where}: rank {number} ({self.devices[number]}) "
+            f"waited {self.limit:g} s for rank {peer} ({self.devices[peer]}) in vain; see whether that GPU "
+            "still runs, then call reset()"
+        )
+
+
+def _header(
+    layout: Layout, rank: int, inboxes: Sequence[int], limit: float, blocks: Mapping[str, Tensor]
+) -> Tensor:
+    """The block of a rank before its first step, on the host."""
+    block = torch.zeros(blocks["exchange"].numel(), dtype=torch.uint8)
+    _word(block, RANK).fill_(rank)
+    words = {LIMIT: int(limit * 1e9), REGION: layout.region}
+    words |= {INBOXES + 8 * peer: address for peer, address in enumerate(inboxes)}
+    for at, value in words.items():
+        block[at : at + 8].view(torch.int64).fill_(value)
+    for site in range(layout.sites):
+        _word(block, layout.site(site)).fill_(site)
+    return block
+
+
+def _word(block: Tensor, at: int) -> Tensor:
+    """The 32 bits at a byte of a block, as one number."""
+    return block[at : at + 4].view(torch.int32)[0]
