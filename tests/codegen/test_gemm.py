@@ -57,6 +57,7 @@ ROWS = (
     emit_norm_quantize_fp8("norm_quantize_fp8", 512, 1024, 1e-6, counted=True),
     emit_list_rows("list_rows", 512, 6, 256, counted=True),
     emit_sum_experts("sum_experts", 512, 6, 4096, counted=True),
+    emit_sum_experts("sum_addends", 512, 6, 4096, counted=True, out="f32"),
     emit_choose_experts("choose", 512, 6, 256, 1.5, False, counted=True),
     emit_choose_experts("choose_table", 512, 6, 256, 1.5, True),
 )
@@ -66,7 +67,7 @@ def test_texts(golden: Golden) -> None:
     golden(emit_gemm(UP, SM_90A).source, "kernels/gemm_experts.py.txt")
     golden(emit_gemm(UP_FEW, SM_90A).source, "kernels/gemm_few_rows.py.txt")
     golden(emit_gemm(FEW, SM_90A).source, "kernels/gemm_splits.py.txt")
-    golden(ROWS[4].source, "kernels/choose_experts.py.txt")
+    golden(ROWS[5].source, "kernels/choose_experts.py.txt")
 
 
 def test_they_assemble_and_multiply_without_waits_between(tmp_path: Path) -> None:

@@ -166,6 +166,6 @@ def down_launches(
         lists = () if prefix else ("order", "counts")
         operands = {"x": name, f"{prefix}w2": f"{prefix}w2", out: out, **{n: n for n in lists}}
         launches.add(emit_gemm(product, request.arch), operands)
-    summer = emit_sum_experts("sum_experts", spec.batch, spec.top_k, spec.hidden, counts)
+    summer = emit_sum_experts("sum_experts", spec.batch, spec.top_k, spec.hidden, counts, spec.out)
     launches.add(summer, {"routed": "out", "shared": "shared_out", "y": "y"})
     return launches.made

@@ -124,10 +124,12 @@ def emit_list_rows(name: str, rows: int, top_k: int, experts: int, counted: bool
     return _emit(name, what, operands | _counted(counted), experts, LISTERS, body, shared=shared)
 
 
-def emit_sum_experts(name: str, rows: int, top_k: int, hidden: int, counted: bool = False) -> Emission:
-    """y = bf16(sum over a token's experts in order, plus the shared one)."""
+def emit_sum_experts(
+    name: str, rows: int, top_k: int, hidden: int, counted: bool = False, out: str = "bf16"
+) -> Emission:
+    """y = out(sum over a token's experts in order, plus the shared one); out is bf16 or f32."""
     pieces = hidden // 8
-    ctas = -(-pieces // SUMMERS)
+    ctas, size = -(-pieces // SUMMERS), 2 if out == "bf16" else 4
     limit = "Int32(ptx.ldg32(m_lengths.toint()))" if counted else f"Int32({rows})"
     body = f"""
     ptx.wait()
@@ -135,12 +137,12 @@ def emit_sum_experts(name: str, rows: int, top_k: int, hidden: int, counted: boo
     piece = block % {ctas} * THREADS + thread
     if row < {limit} and piece < {pieces}:
         g_rows, g_shared = m_routed.toint(), m_shared.toint()
-        chunk_rows.sum_rows(g_rows, g_shared, m_y.toint(), Int64(row), piece, {hidden}, {top_k})
+        chunk_rows.sum_rows(g_rows, g_shared, m_y.toint(), Int64(row), piece, {hidden}, {top_k}, {size})
     """
     operands = {
         "routed": f"bf16[{rows},{top_k},{hidden}]",
         "shared": f"bf16[{rows},{hidden}]",
-        "y": f"bf16[{rows},{hidden}]",
+        "y": f"{out}[{rows},{hidden}]",
     }
     what = "the sum over a row's experts, in f32."
     return _emit(name, what, operands | _counted(counted), rows * ctas, SUMMERS, body)

@@ -76,8 +76,11 @@ def sum_rows(
     piece: Int32,
     k: Constexpr[int],
     count: Constexpr[int],
+    size: Constexpr[int],
 ):
-    """Eight columns of bf16(sum over `count` rows, in order, plus the shared row)."""
+    """Eight columns of the sum over `count` rows, in order, plus the shared row, as numbers of `size` bytes:
+    2 for bf16, 4 for f32.
+    """
     total = cute.make_rmem_tensor((8,), Float32)
     total.fill(0.0)
     g = g_rows + row * (count * 2 * k) + piece * 16
@@ -88,5 +91,10 @@ def sum_rows(
             low, high = ptx.bf16x2_to_f32x2(words[i][j])
             total[2 * j] = total[2 * j] + low
             total[2 * j + 1] = total[2 * j + 1] + high
-    made = [ptx.f32x2_to_bf16x2(total[2 * j], total[2 * j + 1]) for j in range(4)]
-    ptx.stg128(g_y + row * (2 * k) + piece * 16, *made)
+    if const_expr(size == 2):
+        made = [ptx.f32x2_to_bf16x2(total[2 * j], total[2 * j + 1]) for j in range(4)]
+        ptx.stg128(g_y + row * (2 * k) + piece * 16, *made)
+    else:
+        for half in range_constexpr(2):
+            words = [total[4 * half + j].bitcast(Uint32) for j in range(4)]
+            ptx.stg128(g_y + row * (4 * k) + piece * 32 + half * 16, *words)

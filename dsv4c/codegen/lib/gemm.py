@@ -399,6 +399,9 @@ def lay_weights(
     warp: Int32,
 ):
     """The thread's share of a step's weights, as tensor cores multiply them, into their rows."""
+    if const_expr(t.weight == "mxfp4"):
+        _lay_mxfp4(t, s, stage, held, i, lane, warp)
+        return
     g, q = lane_place(t, lane)
     s_row = s + t.o_w + stage * t.w_stage + g * 128
     for n in range_constexpr(t.pieces):
@@ -419,7 +422,7 @@ def lay_weights(
                 s_piece = s_unit + ((4 * (warp % 2) + q) ^ g) * 16
                 ptx.sts128(s_piece, w[0], w[2], v[0], v[2])
                 ptx.sts128(s_piece + 1024, w[1], w[3], v[1], v[3])
-        elif const_expr(t.weight == "nvfp4"):
+        else:
             scales = ptx.e4m3x4_to_f16x2x2(held[i, 4 * t.pieces + n])
             for half in range_constexpr(2):
                 f = units.spread_f16x2(units.carried(scales[half]))
@@ -428,23 +431,68 @@ def lay_weights(
                 for r in range_constexpr(2):
                     own = [ptx.mul_f16x2(pairs[k], f[r]) for k in (r, r + 2, r + 4, r + 6)]
                     ptx.sts128(s_piece + 1024 * r, *own)
-        else:
-            low, high = held[i, 4 * t.pieces + 2 * n], held[i, 4 * t.pieces + 2 * n + 1]
-            tops = row_tops(low, high)
-            own = low if warp % 2 == 0 else high
-            if q == 0 and warp % 2 == 0:
-                s_top = s + t.o_factors + stage * 1024 + 512 + unit_of(t, n, warp) * 64 + g * 4
-                for r in range_constexpr(2):
-                    ptx.sts_f32(s_top + 32 * r, scaled_down(tops[r]))
-            for half in range_constexpr(2):
-                tables = []
-                for r in range_constexpr(2):
-                    tables.extend(e4m3_table(own >> Uint32(16 * half + 8 * r) & Uint32(255), tops[r]))
-                a = e2m1x8_to_e4m3x4x2(w[2 * half], *tables)
-                b = e2m1x8_to_e4m3x4x2(w[2 * half + 1], *tables)
-                s_piece = s_unit + ((4 * (warp % 2) + 2 * half + q // 2) ^ g) * 16 + q % 2 * 8
-                ptx.sts64(s_piece, a[0], b[0])
-                ptx.sts64(s_piece + 1024, a[1], b[1])
+
+
+@cute.jit
+def _lay_mxfp4(
+    t: Constexpr[Tiles],
+    s: Int32,
+    stage: Int32,
+    held: cute.Tensor,
+    i: Constexpr[int],
+    lane: Int32,
+    warp: Int32,
+):
+    """The same of MXFP4 as e4m3, and the rows' largest block scales among the factors."""
+    g, q = lane_place(t, lane)
+    tops, below = [], []  # the latter: how far scales are below the largest of their row, of two blocks
+    for n in range_constexpr(t.pieces):
+        low, high = held[i, 4 * t.pieces + 2 * n], held[i, 4 * t.pieces + 2 * n + 1]
+        tops.append(row_tops(low, high))
+        own = low if warp % 2 == 0 else high
+        for r in range_constexpr(2):
+            below.append(tops[n][r] * Uint32(0x00010001) - (own >> Uint32(8 * r) & Uint32(0x00FF00FF)))
+        if q == 0 and warp % 2 == 0:
+            s_top = s + t.o_factors + stage * 1024 + 512 + unit_of(t, n, warp) * 64 + g * 4
+            for r in range_constexpr(2):
+                ptx.sts_f32(s_top + 32 * r, scaled_down(tops[n][r]))
+    most = below[0]
+    for n in range_constexpr(1, 2 * t.pieces):
+        most = _max16x2(most, below[n])
+    if cutlass.max(most >> Uint32(16), most & Uint32(0xFFFF)) > Uint32(11):
+        _lay_e4m3(t, s, stage, held, i, tops, False, lane, warp)
+    else:
+        _lay_e4m3(t, s, stage, held, i, tops, True, lane, warp)
+
+
+@cute.jit
+def _lay_e4m3(
+    t: Constexpr[Tiles],
+    s: Int32,
+    stage: Int32,
+    held: cute.Tensor,
+    i: Constexpr[int],
+    tops: list,
+    near: Constexpr[bool],
+    lane: Int32,
+    warp: Int32,
+):
+    """MXFP4 codes in their rows; `near`: their scales are 2^-11 of their row's largest or more."""
+    g, q = lane_place(t, lane)
+    s_row = s + t.o_w + stage * t.w_stage + g * 128
+    for n in range_constexpr(t.pieces):
+        w = [held[i, 4 * n + j] for j in range(4)]
+        own = held[i, 4 * t.pieces + 2 * n] if warp % 2 == 0 else held[i, 4 * t.pieces + 2 * n + 1]
+        for half in range_constexpr(2):
+            tables = []
+            for r in range_constexpr(2):
+                tables.extend(e4m3_table(own >> Uint32(16 * half + 8 * r) & Uint32(255), tops[n][r], near))
+            a = e2m1x8_to_e4m3x4x2(w[2 * half], *tables)
+            b = e2m1x8_to_e4m3x4x2(w[2 * half + 1], *tables)
+            s_piece = s_row + unit_of(t, n, warp) * 2048
+            s_piece = s_piece + ((4 * (warp % 2) + 2 * half + q // 2) ^ g) * 16 + q % 2 * 8
+            ptx.sts64(s_piece, a[0], b[0])
+            ptx.sts64(s_piece + 1024, a[1], b[1])
 
 
 # Widening ---------------------------------------------------------------------------------------------------
@@ -494,9 +542,15 @@ def row_tops(low: Uint32, high: Uint32):
     for r in range_constexpr(2):
         a = low >> Uint32(8 * r) & Uint32(0x00FF00FF)
         b = high >> Uint32(8 * r) & Uint32(0x00FF00FF)
-        top = _asm("max.u16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
+        top = _max16x2(a, b)
         tops.append(cutlass.max(top >> Uint32(16), top & Uint32(255)))
     return tops
+
+
+@cute.jit
+def _max16x2(a: Uint32, b: Uint32):
+    """The larger of each half."""
+    return _asm("max.u16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
 
 
 @cute.jit
@@ -506,14 +560,14 @@ def scaled_down(top: Uint32):
 
 
 @cute.jit
-def e4m3_table(scale: Uint32, top: Uint32):
+def e4m3_table(scale: Uint32, top: Uint32, near: Constexpr[bool]):
     """e4m3 bytes of 2^(scale - top + 6) times 0 .5 1 1.5 and 2 3 4 6. Exact down to 2^-14 of the row's
-    largest scale in these 128 columns; what is below 2^-11 of it is rounded as e4m3 rounds.
+    largest scale in these 128 columns; what is below is rounded as e4m3 rounds. `near`: 2^-11 or more.
     """
     j = Int32(scale) - Int32(top) + 6  # at most 6
     low = Uint32(j * Int32(0x08080800) + Int32(0x3C383000))
     high = Uint32(j * Int32(0x08080808) + Int32(0x4C484440))
-    if j < -5:
+    if const_expr(not near):
         f = Uint32(cutlass.max(j + 127, Int32(0)) << Int32(23)).bitcast(Float32)
         zero = Float32(0.0)
         low = quantize.codes4(zero, f * Float32(0.5), f, f * Float32(1.5))
