@@ -14,8 +14,11 @@ from dsv4c.plan.records import KernelCode, Program
 from dsv4c.scope import Scope
 from tests.codegen.lowered import gpu_plan
 
-OF_ROWS = {"in_proj_0", "q_proj_0", "wo_a_0", "wo_b_0", "head_0", "router_gate_0"}
-"""Kernels of any number of rows of their own: a weight meets all rows at once."""
+OF_ROWS = {
+    *("in_proj_0", "q_proj_0", "wo_a_0", "wo_b_0", "head_0", "router_gate_0"),
+    *("experts_up_0", "experts_down_0"),
+}
+"""Kernels of any number of rows of their own: a weight meets all rows at once, or they take turns on it."""
 
 
 def kernels(plan: Plan, program: Program) -> set[tuple[str, str]]:
@@ -51,7 +54,8 @@ def test_launches_of_a_large_chunk() -> None:
     layers = Counter(layer for launch in large if (layer := Scope.of(launch.scope).layer))
     assert list(layers.values()) == [21, 21, 26, 23, 26, 23]
     assert [launch.op for launch in small] == [launch.op for launch in large]
-    assert plan.report["buckets"]["prefill-4096.last"]["arena_bytes"] < 1.1e9
+    # Of these, 0.2e9 are what experts make of 6 x 4,096 rows, before their sum.
+    assert plan.report["buckets"]["prefill-4096.last"]["arena_bytes"] < 1.4e9
     assert plan.report["unfolded"] == []
 
 
