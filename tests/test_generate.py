@@ -172,6 +172,11 @@ def test_a_folder_without_a_tokenizer_answers_in_ids_alone(folder: Path, tmp_pat
     assert (refused.code, refused.out) == (2, "")
     assert f"{tmp_path}: has no tokenizer.json" in refused.err
     assert command("generate", tmp_path, "--tokens", "3", *options).code == 0
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0", "trunc')
+    cut = command("generate", tmp_path, "--prompt", "x", *options, "--cache", tmp_path / "none")
+    assert (cut.code, cut.out) == (2, "")
+    assert "is no tokenizer" in cut.err
+    assert not (tmp_path / "none").exists()  # said before anything is compiled
     (tmp_path / "model.safetensors").unlink()
     missing = command("generate", tmp_path, "--tokens", "3", *options)
     assert (missing.code, missing.out) == (4, "")
@@ -241,8 +246,8 @@ def seen(server: list[str], text: str, times: int = 1) -> str:
     raise AssertionError(f"{text!r} did not come:\n{shown}")
 
 
-def test_a_conversation_in_a_real_terminal(folder: Path, screen: list[str]) -> None:
-    """In 80 columns, then in 120."""
+def test_a_conversation_in_a_real_terminal(folder: Path, screen: list[str], tmp_path: Path) -> None:
+    """In 80 columns, then in 120; an interrupt at the prompt loses the line alone."""
 
     def type_in(text: str) -> None:
         subprocess.run([*screen, "send-keys", text, "Enter"], check=True)
@@ -257,6 +262,12 @@ def test_a_conversation_in_a_real_terminal(folder: Path, screen: list[str]) -> N
     subprocess.run([*screen, "resize-window", "-x", "120"], check=True)
     type_in("und jetzt breit")
     assert "> und jetzt breit" in seen(screen, "launches per token, seed 5", times=2)
+    subprocess.run([*screen, "send-keys", "not this"], check=True)
+    seen(screen, "> not this")
+    subprocess.run([*screen, "send-keys", "C-c"], check=True)
+    seen(screen, "Ctrl-D or /quit leaves")
+    type_in(f"/save {tmp_path / 'kept.json'}")
+    seen(screen, "kept.json: 4 messages")
     subprocess.run([*screen, "send-keys", "C-d"], check=True)
     type_in("echo left with $?")
     seen(screen, "left with 0")

@@ -22,6 +22,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
+from dsv4c.cli.console import Terminated
 from dsv4c.cli.help import Commands, without_values
 from dsv4c.errors import ConfigError, Dsv4cError
 from dsv4c.threads import wait_asleep
@@ -178,7 +179,7 @@ def _options(
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt  # so that a polite kill cleans up as Ctrl-C does
+    raise Terminated
 
 
 def main() -> None:

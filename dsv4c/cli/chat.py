@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv4c.cli.console import note, write_text
+from dsv4c.cli.console import Terminated, note, write_text
 from dsv4c.errors import Dsv4cError, PromptError
 from dsv4c.models.encoding.messages import Conversation, Message, read_conversation
 from dsv4c.runtime.answer import Done
@@ -26,7 +26,9 @@ def chat(
     answer: Callable[[Any], Done],
     closing: Callable[[Done], str],
 ) -> None:
-    """Ask and answer until there is no more input. Mistakes are told, and the conversation goes on."""
+    """Ask and answer until there is no more input. Mistakes are told, and the conversation goes on, after
+    Ctrl-C too: whoever stops an answer a moment too late loses the line, not the conversation.
+    """
     history: list[Message] = []
     note(COMMANDS)
     while True:
@@ -34,6 +36,13 @@ def chat(
             line = _read()
         except EOFError:
             return
+        except Terminated:
+            raise
+        except KeyboardInterrupt:
+            if not _on_a_terminal():
+                raise
+            note("\nCtrl-D or /quit leaves")
+            continue
         except UnicodeDecodeError as error:
             note(f"error: that is no UTF-8 at byte {error.start}; type it again")
             continue
@@ -56,9 +65,13 @@ def chat(
         note(closing(done))
 
 
+def _on_a_terminal() -> bool:
+    return sys.stdin.isatty() and sys.stdout.isatty()
+
+
 def _read() -> str:
     """A line from the terminal or a pipe. Raises EOFError."""
-    if sys.stdin.isatty() and sys.stdout.isatty():
+    if _on_a_terminal():
         import readline  # noqa: F401  (lets lines be edited; draws the prompt again when the window changes)
 
         return input("> ")

@@ -25,9 +25,18 @@ from dsv4c.config import ModelConfig
 from dsv4c.errors import ConfigError, PromptError
 from dsv4c.models.encoding.messages import Conversation, read_conversation
 from dsv4c.models.encoding.rules import rules_of
-from dsv4c.models.encoding.tokenizer import tokenizer_file
+from dsv4c.models.encoding.tokenizer import Tokenizer
 from dsv4c.plan.folder import Plan, load
-from dsv4c.runtime.answer import Answers, Done, Event, Reasoning, Token, ToolCalled, generation_defaults
+from dsv4c.runtime.answer import (
+    Answers,
+    Done,
+    Event,
+    Reasoning,
+    Token,
+    ToolCalled,
+    check_tokenizer,
+    generation_defaults,
+)
 from dsv4c.runtime.bind import machine_target
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.sampling import Sampling
@@ -145,8 +154,7 @@ def generate_command(
         raise ConfigError("--logprobs: is part of the events; give --json, too")
     folder = weights_of(subject, weights)
     question = _question(prompt, messages, tokens, thinking, effort)
-    if tokens is None:
-        tokenizer_file(folder)
+    tokenizer = Tokenizer.open(folder) if tokens is None else None
     Checkpoint.open(folder)  # what is missing, or half there, is said before a long compile
     chosen = {
         "temperature": temperature,
@@ -169,11 +177,12 @@ def generate_command(
     if temperature is None and not any(program.shape.sampled for program in plan.buckets.values()):
         note("this plan always takes the likeliest token; one of `dsv4c compile --sampled` would draw it")
         sampling = Sampling(seed=seed)
+    if tokenizer is not None:
+        check_tokenizer(tokenizer, plan.config)
     with progress_bar("weights", bytes_counted=True) as progress:
         session = plan.bind(folder, progress=progress)
     note(f"weights: {session.loaded}")
     if tokens is None:
-        session.tokenizer  # noqa: B018  (says now what is wrong with it)
         _, remark = rules_of(encoding, folder)
         if remark:
             note(remark)

@@ -457,18 +457,16 @@ host reads one portion and puts it into words, the device runs the next.
 """
 
 
-def checked_tokenizer(session: Session, folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint, if its vocabulary is the plan's. Raises PromptError."""
-    tokenizer = Tokenizer.open(folder)
-    tokenizer.require(session.vocab_size, ())
+def check_tokenizer(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
+    """Raise PromptError unless a tokenizer's vocabulary is that of the model with this config."""
+    tokenizer.require(int(config["vocab_size"]), ())
     for name, key in ((BEGIN, "bos_token_id"), (END, "eos_token_id")):
-        found, wanted = tokenizer.id_of(name), session.plan.config.get(key)
+        found, wanted = tokenizer.id_of(name), config.get(key)
         if None not in (found, wanted) and found != wanted:
             raise PromptError(
                 f"{tokenizer.path}: {name} is {found} there, {wanted} in the model's config: it is another's "
                 "tokenizer"
             )
-    return tokenizer
 
 
 def asks_of(

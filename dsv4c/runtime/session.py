@@ -23,7 +23,7 @@ from dsv4c.models.encoding.rules import rules_of
 from dsv4c.models.encoding.tokenizer import Tokenizer
 from dsv4c.plan.folder import Plan
 from dsv4c.runtime import state
-from dsv4c.runtime.answer import Answers, Memory, asks_of, checked_tokenizer, generation_defaults
+from dsv4c.runtime.answer import Answers, Memory, asks_of, check_tokenizer, generation_defaults
 from dsv4c.runtime.executor import Executor, states_of
 from dsv4c.runtime.residence import Loaded
 from dsv4c.runtime.sampling import STATES as SAMPLED
@@ -515,7 +515,9 @@ class Session:
         """The checkpoint's tokenizer. Raises PromptError without one that fits the model."""
         if self.checkpoint is None:
             raise PromptError("the session has no checkpoint folder, so no tokenizer; give ids of a prompt")
-        return checked_tokenizer(self, self.checkpoint)
+        tokenizer = Tokenizer.open(self.checkpoint)
+        check_tokenizer(tokenizer, self.plan.config)
+        return tokenizer
 
     @property
     def gives_last(self) -> bool:

@@ -29,7 +29,7 @@ def test_a_step_draws_in_one_launch(target: str) -> None:
     graph = sampler_on(129280, 8)
     (launch,) = choose(request_of(graph.nodes, ARCHS[target], {}, {})[0], KERNELS)
     emission = launch.emission
-    assert (emission.grid, emission.cluster, emission.block) == ((8 * 16, 1, 1), (16, 1, 1), 256)
+    assert (emission.grid, emission.cluster, emission.block) == ((8 * 16, 1, 1), (16, 1, 1), 512)
     assert emission.shared <= ARCHS[target].shared_per_cta // 3  # two CTAs to an SM, and a predecessor's
     access = {p.operand: b.access for p, b in zip(emission.parameters, launch.bindings, strict=True)}
     assert {name for name, how in access.items() if how == "w"} == {"chosen", "said", "going"}

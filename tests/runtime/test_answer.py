@@ -26,7 +26,7 @@ from dsv4c.runtime.answer import (
     Token,
     ToolCalled,
     asks_of,
-    checked_tokenizer,
+    check_tokenizer,
     generation_defaults,
 )
 from dsv4c.runtime.sampling import Sampling
@@ -267,23 +267,20 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_it_is_read(session: Scri
     assert session.read == []
 
 
-def test_a_tokenizer_of_another_model_is_refused(session: Scripted, tmp_path: Path) -> None:
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"has no tokenizer\.json"):
-        checked_tokenizer(session, tmp_path)  # type: ignore[arg-type]
+        Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(PromptError, match="is no tokenizer"):
-        checked_tokenizer(session, tmp_path)  # type: ignore[arg-type]
+        Tokenizer.open(tmp_path)
     (tmp_path / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
     with pytest.raises(PromptError, match="a pointer of Git LFS"):
-        checked_tokenizer(session, tmp_path)  # type: ignore[arg-type]
+        Tokenizer.open(tmp_path)
     write_tokenizer(tmp_path)
-    session.vocab_size = 300
     with pytest.raises(PromptError, match=r"has ids up to .*, the model only to 299"):
-        checked_tokenizer(session, tmp_path)  # type: ignore[arg-type]
-    session.vocab_size = 512
-    session.plan = SimpleNamespace(config={"eos_token_id": 2})
+        check_tokenizer(Tokenizer.open(tmp_path), {"vocab_size": 300})
     with pytest.raises(PromptError, match="is 1 there, 2 in the model's config"):
-        checked_tokenizer(session, tmp_path)  # type: ignore[arg-type]
+        check_tokenizer(Tokenizer.open(tmp_path), {"vocab_size": 512, "eos_token_id": 2})
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from dsv4c.passes.fusions.sampler import Sampler
 from dsv4c.types import F32
 
 RESULTS = ("chosen", "said", "going", "history")
-THREADS = 256  # of a CTA
+THREADS = 512  # of a CTA
 MOST_EACH = 8191  # columns of a CTA whose parts of weights add up in 32 bits
 
 
