@@ -53,7 +53,7 @@ class Request:
 
     Per value: its type, a label for readable kernels (of params: their name inside the layer), and how many
     nodes outside of the launch read what it makes. `given` are those that
-    no launch writes.
+    no launch writes. `lengths` is the last value where rows are a chunk's: how many of them there are.
     """
 
     calls: tuple[Call, ...]
@@ -62,6 +62,7 @@ class Request:
     readers: tuple[int, ...]
     arch: Arch
     given: frozenset[int] = frozenset()
+    lengths: int | None = None
 
     @property
     def call(self) -> Call:
@@ -81,6 +82,8 @@ class Request:
         for call in self.calls:
             for result, operand in call.op.alias.items():
                 marks[call.inputs[operand]] = marks[call.outputs[result]] = "rw"
+        if self.lengths is not None:
+            marks[self.lengths] = "r"
         return tuple(marks)
 
     @property
@@ -217,12 +220,18 @@ def _in_turn(answer: Sequence[Launchable], package: Package | None) -> tuple[Lau
 
 
 def request_of(
-    nodes: Sequence[Node], arch: Arch, readers: Mapping[Value, Sequence[Node]], labels: Mapping[Value, str]
+    nodes: Sequence[Node],
+    arch: Arch,
+    readers: Mapping[Value, Sequence[Node]],
+    labels: Mapping[Value, str],
+    lengths: Value | None = None,
 ) -> tuple[Request, tuple[Value, ...]]:
-    """The request of a launch of `nodes`, and the values by number."""
+    """The request of a launch of `nodes`, and the values by number; `lengths`, if given, is one of them."""
     number: dict[Value, int] = {}
     for value in chain.from_iterable((*node.inputs, *node.outputs) for node in nodes):
         number.setdefault(value, len(number))
+    if lengths is not None:
+        number.setdefault(lengths, len(number))
     own = set(nodes)
     outside = [sum(n not in own for n in readers.get(v, ())) if v.node in own else 0 for v in number]
     calls = tuple(_call(node, number) for node in nodes)
@@ -233,6 +242,7 @@ def request_of(
         tuple(outside),
         arch,
         frozenset(n for v, n in number.items() if v.kind in (Kind.INPUT, Kind.PARAM)),
+        None if lengths is None else number[lengths],
     )
     return request, tuple(number)
 

@@ -6,12 +6,14 @@ from collections.abc import Collection, Sequence
 from functools import cached_property
 
 from dsv4c.arch import Arch
+from dsv4c.buckets import ROWS
 from dsv4c.codegen.build import Source
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels import KERNELS
 from dsv4c.codegen.lower import Operand, Part
 from dsv4c.codegen.registry import Kernel, Launchable, choose, request_of
 from dsv4c.ir.graph import Graph, Kind, Node, Value
+from dsv4c.ir.op import elements
 from dsv4c.passes.schedule import Group
 from dsv4c.plan.records import KernelCode
 
@@ -38,7 +40,7 @@ class Kernels:
     def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
         params = {p for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
         labels = {p: p.place.role.replace(".", "_") for p in params}
-        request, values = request_of(nodes, self.arch, graph.users, labels)
+        request, values = request_of(nodes, self.arch, graph.users, labels, _chunk_lengths(graph))
         return tuple(self._part(launch, values) for launch in choose(request, self.known))
 
     def keep(self, kernels: Collection[str]) -> None:
@@ -66,3 +68,14 @@ class Kernels:
         )
         forms = {values[number]: form for number, form in launch.forms.items()}
         return Part(code, operands, launch.stage, launch.scratch, forms, launch.exchanged)
+
+
+def _chunk_lengths(graph: Graph) -> Value | None:
+    """How many rows a call gives, where it gives a sequence more than a GEMV takes: what is behind them is
+    padding.
+    """
+    inputs = {v.name: v for v in graph.inputs}
+    lengths, tokens = inputs.get("lengths"), inputs.get("tokens")
+    if lengths is None or tokens is None or elements(lengths.type) != 1 or elements(tokens.type) <= ROWS:
+        return None
+    return lengths

@@ -7,7 +7,8 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from dsv4c.buckets import Bucket
+from dsv4c.arch import ARCHS
+from dsv4c.buckets import ROWS, Bucket
 from dsv4c.codegen.lower import Lowered
 from dsv4c.codegen.targets import Target
 from dsv4c.compiler.job import Compiled, Job
@@ -102,6 +103,13 @@ def _report(
     notes = []
     if any(record["not_run_here"] for record in target.kernels.values()):
         notes.append(f"kernels for {job.deployment.target} assemble; they have not been run on that hardware")
+    arch = ARCHS.get(job.deployment.target)
+    many = [b.name for b in job.deployment.buckets if b.rows > ROWS]
+    if arch is not None and arch.tensor_memory and many:
+        notes.append(
+            f"{', '.join(many)}: no GEMM for {arch.name} yet; rows go through what steps multiply with, "
+            f"{ROWS} at a time"
+        )
     if job.saved is not None:
         after = job.saved.after
         notes.append(f"resumed after {after}: commands that compile again do not see edits made there")

@@ -24,7 +24,7 @@ from dsv4c.errors import PlanError
 from dsv4c.ir.graph import Graph, Kind, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph
-from dsv4c.numerics.codec import Value, parts_of
+from dsv4c.numerics.codec import Quantized, Value, dequantize, parts_of
 from dsv4c.passes.memory import aligned
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import SPACES, Argument, Launch, Place, Program
@@ -171,6 +171,8 @@ class Alone:
         for variable in dict.fromkeys(v for node in self.turn.nodes for v in node.inputs):
             if variable not in self._made:
                 given[variable] = self._value(variable, pattern, given, chosen=variable in chosen)
+        if (lengths := self._counts()) is not None and lengths not in given:  # no rows are padding
+            given[lengths] = torch.full(lengths.type.shape, self.program.shape.tokens, dtype=torch.int32)
         self.bound.blocks["arena"].fill_(POISON)
         for variable, value in given.items():
             self._store(variable, value)
@@ -184,6 +186,11 @@ class Alone:
         found = {v: clone(self.bound.value(v.name)) for v in in_memory}
         expected = self._meant(given, found)
         return [a for node in self.turn.nodes for a in self._apart(node, given, expected, found)]
+
+    def _counts(self) -> Variable | None:
+        """How many rows a call has, if the launches read that."""
+        read = {a.value for launch in self.turn.launches for a in launch.arguments}
+        return next((v for v in self.graph.inputs if v.name == "lengths" and v.name in read), None)
 
     # --- operands ---
 
@@ -272,10 +279,21 @@ class Alone:
         before = {r.name: given.get(o, expected.get(o)) for r, o in overwritten.items()}
         return apart(
             node,
-            {v.name: expected[v] for v in node.outputs},
-            {v.name: found[v] for v in node.outputs if v in found},
+            {v.name: self._live(v, expected[v], given) for v in node.outputs},
+            {v.name: self._live(v, found[v], given) for v in node.outputs if v in found},
             {name: value for name, value in before.items() if value is not None},
         )
+
+    def _live(self, variable: Variable, value: Value, given: Mapping[Variable, Value]) -> Value:
+        """A result without padding: launches that read how many rows a chunk has leave the others alone."""
+        lengths = next((v for v in given if v.name == "lengths" and v.type.shape == (1,)), None)
+        tokens = self.program.shape.tokens
+        if lengths is None or variable in self.graph.root_of or variable.type.shape[:1] != (tokens,):
+            return value
+        count = given[lengths]
+        assert isinstance(count, Tensor)
+        rows = dequantize(value, torch.float64) if isinstance(value, Quantized) else value
+        return rows[: int(count[0])]
 
 
 def _results(node: Node, operands: list[Value]) -> list[Value]:

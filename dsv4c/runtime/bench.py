@@ -138,7 +138,8 @@ class Clock:
             assert isinstance(position, Tensor)
             position.fill_(self.position)
             tokens = step.inputs["tokens"]  # unlike ones: like ones choose the same experts by hash
-            torch.arange(len(tokens), out=tokens).remainder_(64).add_(17)
+            torch.arange(len(tokens), out=tokens).mul_(7919).add_(17)
+            tokens.remainder_(int(step.plan.config["vocab_size"]))
             step.inputs["lengths"].fill_(step.program.shape.tokens)
             torch.arange(len(slots), out=slots)
             torch.cuda.manual_seed(self.position)  # the same on all ranks
@@ -344,7 +345,7 @@ def bench(
     """
     program = plan.program(bucket)
     step = next(executor.bound(program.shape.name))
-    position = min(position, int(plan.deployment["max_context"]) - 8)
+    position = min(position, int(plan.deployment["max_context"]) - max(8, program.shape.tokens))
     copied, read = bandwidths()
     machine = Machine(torch.cuda.get_device_name(), copied, read, node_us(step))
     torch.cuda.empty_cache()

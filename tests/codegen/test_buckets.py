@@ -14,8 +14,11 @@ from dsv4c.plan.records import KernelCode, Program
 from dsv4c.scope import Scope
 from tests.codegen.lowered import gpu_plan
 
-OF_ROWS = {"in_proj_0", "q_proj_0", "wo_a_0", "wo_b_0", "head_0", "router_gate_0"}
-"""Kernels of any number of rows of their own: a weight meets all rows at once."""
+OF_ROWS = {
+    *("in_proj_0", "q_proj_0", "wo_a_0", "wo_b_0", "head_0", "router_gate_0"),
+    *("experts_up_0", "experts_down_0"),
+}
+"""Kernels of any number of rows of their own: a weight meets all rows at once, or they take turns on it."""
 
 
 def kernels(plan: Plan, program: Program) -> set[tuple[str, str]]:
@@ -42,14 +45,17 @@ def test_every_bucket_has_kernels_for_what_is_fused(flash: Plan) -> None:
 
 
 def test_launches_of_a_large_chunk() -> None:
-    """By layer: SWA with its experts chosen by hash, CSA too, HCA, CSA; as many as of a small one."""
+    """By layer: SWA with its experts chosen by hash, CSA too, HCA, CSA; as many as of a small one, none for
+    some of the rows.
+    """
     config = first_layers("deepseek-v4-flash", 6)
     plan = gpu_plan(config, max_context=131072, batch=1, verify=1, chunk=(64, 4096))
     small, large = (plan.buckets[f"prefill-{n}.last"].launches for n in (64, 4096))
     layers = Counter(layer for launch in large if (layer := Scope.of(launch.scope).layer))
-    assert list(layers.values()) == [10, 10, 13, 12, 14, 12]
+    assert list(layers.values()) == [21, 21, 26, 23, 26, 23]
     assert [launch.op for launch in small] == [launch.op for launch in large]
-    assert plan.report["buckets"]["prefill-4096.last"]["arena_bytes"] < 1.1e9
+    # Of these, 0.2e9 are what experts make of 6 x 4,096 rows, before their sum.
+    assert plan.report["buckets"]["prefill-4096.last"]["arena_bytes"] < 1.4e9
     assert plan.report["unfolded"] == []
 
 
@@ -60,7 +66,7 @@ def test_kernels_that_rows_do_not_decide_are_shared(flash: Plan) -> None:
         tokens = program.bucket.tokens if program.bucket else 0
         # Tokens of one sequence per launch decide how a window is pooled, which rides in q_proj.
         assert own <= OF_ROWS | ({"positions_0"} if tokens > 1 else set()), (name, own)
-    assert len(flash.kernels) < 2.5 * len(first)
+    assert len(flash.kernels) < 3 * len(first)
 
 
 def test_logits_of_last_rows_alone_take_one_launch_more() -> None:
@@ -79,12 +85,10 @@ def test_buckets_of_many_rows_lower_in_every_recipe(recipe: str) -> None:
     assert check(plan) == []
     assert list(plan.buckets) == ["decode-1", "decode-64", "prefill-63.last", "prefill-256.last"]
     counts = {name: len(program.launches) for name, program in plan.buckets.items()}
-    assert counts["decode-1"] == counts["decode-64"]
+    assert counts["decode-64"] < 2 * counts["decode-1"] + 10  # rows listed by expert, encoded apart
     assert counts["prefill-63.last"] == counts["prefill-256.last"]
     if recipe != "fp32":
         assert plan.report["unfolded"] == []
-        states = 2 + 6 + 4  # owners, last_rows; each layer's rows beside its ring, and its compressors' rings
-        assert counts["prefill-63.last"] == counts["decode-1"] + states
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "nvfp4"])

@@ -81,7 +81,7 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
     for name, only in (("attention", "swa,csa,hca,tiny"), ("state", "state"), ("index", "index,topk")):
         cases = ("--folder", folder / "attention", "--only", only, "--no-time")
         yield Job(f"kernels {name}", module("tests.gpu.check_attention", *cases))
-    for name, kernels in (("gemv", "gemv"), ("experts", "gemv"), ("hyper", "hyper")):
+    for name, kernels in (("gemv", "gemv"), ("gemm", "gemm"), ("experts", "gemv"), ("hyper", "hyper")):
         command = module(f"tests.gpu.check_{name}", "--folder", folder / kernels, "--no-time")
         yield Job(f"kernels {name}", command, gibibytes=6.0)
     yield Job("kernels rows", module("tests.gpu.check_rows", "--folder", folder / "rows"), 4.0)
@@ -110,6 +110,7 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
     timed, loaded = ([folder / p["name"] for p in plans if p["use"] == use] for use in ("times", "loaded"))
     alone = ("--folder", folder / "gemv", "--timed")
     times = {name: module(f"tests.gpu.check_{name}", *alone) for name in ("gemv", "experts")}
+    times["gemm"] = module("tests.gpu.check_gemm", "--folder", folder / "gemm")
     times["rows"] = module("tests.gpu.check_rows", "--folder", folder / "rows", "--time")
     times |= {plan.name: module("dsv4c", "bench", plan, "--random-weights") for plan in timed}
     if loaded:

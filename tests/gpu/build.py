@@ -19,7 +19,7 @@ from dsv4c.compiler.compile import compile
 from dsv4c.plan.folder import Plan
 from tests.goldens import golden_case
 
-KERNELS = ("gemv", "hyper", "attention", "rows", "rounds")  # of build_*.py
+KERNELS = ("gemv", "gemm", "hyper", "attention", "rows", "rounds")  # of build_*.py
 LAYERS, TIMES, LOADED, RECORDED, SLOTS = "layers", "times", "loaded", "recorded", "slots"
 CHUNKS = "chunks"
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,13 +20,15 @@ from dsv4c.cli import app
 from dsv4c.compiler import device
 from dsv4c.compiler.device import Alone, Checked, check_kernels
 from dsv4c.errors import ConfigError, GraphError, PlanError
-from dsv4c.ir.graph import Node
+from dsv4c.ir.graph import Kind, Node
+from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph
 from dsv4c.numerics.codec import Value, parts_of
 from dsv4c.plan.folder import Plan
 from dsv4c.reference import run
 from dsv4c.reference.interpret import clone
 from dsv4c.runtime import driver
+from dsv4c.types import BF16, I32, TensorType
 from tests.codegen.lowered import gpu_plan
 from tests.gpu.test_bisect import NoLibrary, rounded
 
@@ -187,3 +190,18 @@ def test_the_command_lists_every_kind_of_turn(
     assert {row["op"] for row in rows if not row["holds"]} == {"attention"}
     assert {row["pattern"] for row in rows} <= set(PATTERNS)
     assert "different: layers.0.attn" in result.stderr
+
+
+def test_rows_of_padding_are_not_compared() -> None:
+    """A chunk of 64 rows, one of which is padding: results lose that row, states and others lose none."""
+    rows, other = (Variable(n, TensorType(BF16, (size, 2)), Kind.RESULT) for n, size in (("y", 64), ("z", 8)))
+    lengths = Variable("lengths", TensorType(I32, (1,)), Kind.INPUT)
+    alone: Any = SimpleNamespace(
+        program=SimpleNamespace(shape=SimpleNamespace(tokens=64)), graph=SimpleNamespace(root_of={})
+    )
+    given: dict[Variable, Any] = {lengths: torch.tensor([63], dtype=torch.int32)}
+    assert Alone._live(alone, rows, torch.zeros(64, 2), given).shape == (63, 2)
+    assert Alone._live(alone, other, torch.zeros(8, 2), given).shape == (8, 2)
+    assert Alone._live(alone, rows, torch.zeros(64, 2), {}).shape == (64, 2)
+    alone.graph.root_of[rows] = rows
+    assert Alone._live(alone, rows, torch.zeros(64, 2), given).shape == (64, 2)

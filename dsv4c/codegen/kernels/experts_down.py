@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.kernels.chunk_experts import down_launches, takes_many
 from dsv4c.codegen.kernels.experts import (
     ExpertsSpec,
     check_experts,
@@ -36,6 +37,12 @@ class DownRings:
     shared: Ring
     routed: Ring
     rows: Product  # the routed experts' hidden rows of a token, together
+
+    @property
+    def packing(self) -> dict[str, str]:
+        """How the weights lie, by operand."""
+        rings = {"w2": self.routed, "shared_w2": self.shared}
+        return {n: f"{r.product.weight}/{r.tile_warps}x{r.span}" for n, r in rings.items()}
 
     @property
     def layout(self) -> Layout:
@@ -118,10 +125,7 @@ def emit_experts_down(spec: ExpertsSpec, arch: Arch) -> Emission:
         block=rings.routed.warps * 32 + 32,
         shared=rings.layout.end,
         parameters=parameters,
-        packing={
-            "w2": f"{spec.routed}/{rings.routed.tile_warps}x{rings.routed.span}",
-            "shared_w2": f"{spec.shared}/{rings.shared.tile_warps}x{rings.shared.span}",
-        },
+        packing=rings.packing,
     )
 
 
@@ -158,6 +162,8 @@ def experts_down(request: Request) -> Answer:
         str(op.out),
     )
     values = {**x, "shared_h": x["h_shared"], "expert_ids": x["experts"], "y": call.outputs[0]}
+    if takes_many(spec, request.arch):
+        return down_launches(request, spec, _down_rings(spec, request.arch).packing, values)
     if not packed:
         return [launchable(request, emit_experts_down(spec, request.arch), values)]
     launches: list[Launchable] = []

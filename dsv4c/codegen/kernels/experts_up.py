@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.kernels.chunk_experts import takes_many, up_launches
 from dsv4c.codegen.kernels.experts import (
     ExpertsSpec,
     check_experts,
@@ -93,6 +94,11 @@ class UpPart:
     scores: int = 0
     sums: int = 0
     choice: int = 0
+
+    @property
+    def packing(self) -> str:
+        """How the part's weights lie."""
+        return f"{self.ring.product.weight}/{self.ring.tile_warps}x{self.ring.span}"
 
     @property
     def layout(self) -> Layout:
@@ -206,10 +212,11 @@ def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch) -> Emission
         arch=arch,
         formats=WEIGHT_FORMATS,
     )
-    packing = {}
-    for part, prefix in zip(parts, ("shared_", ""), strict=True):
-        for name in ("w1", "w3"):
-            packing[prefix + name] = f"{part.ring.product.weight}/{part.ring.tile_warps}x{part.ring.span}"
+    packing = {
+        prefix + name: part.packing
+        for part, prefix in zip(parts, ("shared_", ""), strict=True)
+        for name in ("w1", "w3")
+    }
     return Emission(
         symbol=f"{spec.name}_0",
         source=source,
@@ -263,6 +270,11 @@ def _routed(
         return No(f"takes bf16 rows and gate or {NVFP4_ROW} and {NVFP4}, not {row} and {gate}")
     rows, (experts, hidden) = row.shape[0], gate.shape
     source = "scores" if isinstance(router, Router) else "table" if packed else "rows"
+    gemm = holds(row, BF16) and holds(gate, BF16) and hidden % 128 == 0 and experts % 8 == 0
+    if gemm and takes_many(spec, request.arch):
+        shared, routed = _up_parts(spec, Routing(source, router.factor), request.arch)
+        packings = {"w1": routed.packing, "shared_w1": shared.packing}
+        return up_launches(request, spec, packings, router.factor, source != "scores", values)
     given = "tokens" not in values or values["tokens"] in request.given
     up = emit_experts_up(spec, Routing(source, router.factor, "weights" in values, given), request.arch)
     if source == "rows":

@@ -8,12 +8,13 @@ from dataclasses import replace
 
 from dsv4c.codegen.kernels.exchange import all_gather, exchanging
 from dsv4c.codegen.kernels.formats import WEIGHTS, format_name, holds, is_packed
+from dsv4c.codegen.kernels.gemm import gemm_launches, takes_gemm
 from dsv4c.codegen.kernels.gemv import Activations, Gathered, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.kernels.riders import NOBODY, Riding, lanes, riding_of
 from dsv4c.codegen.kernels.state import state_launches
 from dsv4c.codegen.lib.shapes import Gather
-from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.registry import Answer, Call, No, Request, Scratch, kernel, launchable
 from dsv4c.ir.ops.collective import AllGather
 from dsv4c.ir.ops.linear import GroupedLinear, Linear
 from dsv4c.passes.fusions.compressor import Compressor
@@ -51,7 +52,7 @@ def _staging(request: Request, name: str, x: int, w: int, quantize: QuantFormat 
     return Activations(name, "bf16") if format_ == "bf16" else Activations(name, "f16", "quantize")
 
 
-def _gemv(
+def _product(
     request: Request,
     name: str,
     products: Sequence[tuple[Activations, int, int]],
@@ -62,8 +63,8 @@ def _gemv(
     scratch: dict[str, Scratch] | None = None,
     riding: Riding = NOBODY,
     gather: Gathered | None = None,
-) -> Launchable | No:
-    """One GEMV launch; products are (activations, weight, result)."""
+) -> Answer:
+    """One GEMV launch, or GEMMs where rows are many; products are (activations, weight, result)."""
     matrices: list[Matrix] = []
     for number, (x, w, y) in enumerate(products):
         type_, result = request.types[w], request.types[y]
@@ -81,12 +82,14 @@ def _gemv(
     spec = GemvSpec(
         name, rows, k, tuple(matrices), groups, lanes=riding.lanes, riders=riding.riders, gather=gather
     )
+    if takes_gemm(spec, request.arch) and not scratch and not riding.riders and gather is None:
+        return gemm_launches(request, spec, values)
     gains = {x.gain: "f32" for x, _, _ in products if x.gain}
     values |= riding.values
-    emission = emit_gemv(spec, request.arch)
+    gemv = emit_gemv(spec, request.arch)
     if gather is not None:
-        return exchanging(request, emission, values, rows * gather.gather.width, forms=gains)
-    return launchable(request, emission, values, stage=stage, scratch=scratch, forms=gains)
+        return [exchanging(request, gemv, values, rows * gather.gather.width, forms=gains)]
+    return [launchable(request, gemv, values, stage=stage, scratch=scratch, forms=gains)]
 
 
 def _packed_gemv(
@@ -106,12 +109,8 @@ def _packed_gemv(
     rows = scratch_for("q", QuantType(NVFP4_ROW, tuple(shape)), "r")
     staged = Activations("q", "f16", "unpack")
     products = [(staged, w, y) for w, y in weights]
-    second = _gemv(request, name, products, {}, shape[-1], stage="product", scratch=rows, riding=riding)
-    return second if isinstance(second, No) else [first, second]
-
-
-def _alone(launch: Launchable | No) -> Answer:
-    return launch if isinstance(launch, No) else [launch]
+    second = _product(request, name, products, {}, shape[-1], stage="product", scratch=rows, riding=riding)
+    return second if isinstance(second, No) else [first, *second]
 
 
 @kernel(InProj, Linear, several=True)
@@ -135,7 +134,7 @@ def linears(request: Request) -> Answer:
     if len(widths) > 1:
         return No(f"the rows of one launch have one width, these have {', '.join(map(str, sorted(widths)))}")
     name = "in_proj" if len(products) > 1 else request.labels[products[0][1]] or "linear"
-    return _alone(_gemv(request, name, products, values, widths.pop()))
+    return _product(request, name, products, values, widths.pop())
 
 
 @kernel(QuantizeLinear)
@@ -152,7 +151,7 @@ def quantize_linear(request: Request) -> Answer:
     if len(request.types[x].shape) != 2:
         return No(f"takes rows [N,K], not {request.types[x]}")
     products = [(staged, w, call.outputs[0])]
-    return _alone(_gemv(request, name, products, {"x": x}, request.types[x].shape[-1]))
+    return _product(request, name, products, {"x": x}, request.types[x].shape[-1])
 
 
 @kernel(GroupedLinear)
@@ -168,7 +167,7 @@ def grouped_linear(request: Request) -> Answer:
         return No(f"takes whole 128x128 scale blocks per group, not {request.types[w]}")
     _, groups, k = request.types[x].shape
     name = request.labels[w] or "grouped_linear"
-    return _alone(_gemv(request, name, [(staged, w, call.outputs[0])], {"x": x}, k, groups))
+    return _product(request, name, [(staged, w, call.outputs[0])], {"x": x}, k, groups)
 
 
 @kernel(QNormQuantize, KvNormRopeStore, Compressor, several=True)
@@ -264,4 +263,4 @@ def _q_projections(
     staging = [(staged, w, y) for w, y in products]
     gather, given = gathered or (None, {})
     values |= given
-    return _alone(_gemv(request, "q_proj", staging, values, row.shape[-1], riding=riding, gather=gather))
+    return _product(request, "q_proj", staging, values, row.shape[-1], riding=riding, gather=gather)

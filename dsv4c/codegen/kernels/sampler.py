@@ -16,8 +16,8 @@ from dsv4c.types import F32
 
 RESULTS = ("chosen", "said", "going", "history")
 THREADS = 512  # of a CTA
-MOST_EACH = 16224  # columns of a CTA: a thread holds 32 of them, and what half the lanes weigh adds up in 32 bits
-WIDE_ROWS = 4  # of which each has a cluster of 16: a GPU has no more such clusters at once than parts of 16 SMs
+MOST_EACH = 16224  # columns of a CTA: a thread holds 32, and what half the lanes weigh adds up in 32 bits
+WIDE_ROWS = 4  # each with a cluster of 16 CTAs; of more such clusters some would wait for others
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def emit_sampler(spec: SamplerSpec, arch: Arch) -> Emission:
     if n % 4:
         raise BuildError(f"sampler of {n} tokens: want a multiple of 4, for 16-byte loads")
     widest = 16 if spec.rows <= WIDE_ROWS or n > 8 * MOST_EACH else 8
-    ctas = next(c for c in (16, 8, 4, 2) if c == 2 or c <= widest and n >= 512 * c)
+    ctas = next(c for c in (16, 8, 4, 2) if c == 2 or (c <= widest and n >= 512 * c))
     t = Spread(n, ctas, min(THREADS, -(-n // (4 * ctas * 32)) * 32))
     if t.each > MOST_EACH:
         raise BuildError(f"sampler of {n} tokens: a CTA of {ctas} has {t.each}, more than {MOST_EACH}")

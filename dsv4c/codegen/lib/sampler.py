@@ -181,7 +181,7 @@ def lower(
     frequency: Float32,
     thread: Int32,
 ):
-    """Penalties of what was counted, in place. Few columns were said: the others are passed by, four at once."""
+    """Penalties of what was counted, in place. Few columns were said: others are passed by, four at once."""
     for n in range_constexpr(t.quads):
         if t.column(0, thread, n) < t.each:
             counts = ptx.lds128(sm + t.o_counts + t.column(0, thread, n) * 4)
@@ -236,7 +236,7 @@ def _larger(a: Float32, b: Float32):
 
 @cute.jit
 def meet():
-    """Everybody in the cluster has come here, and what they wrote is visible, in all memory: a wait for it."""
+    """Everybody in the cluster has come here, and what they wrote is visible, in all memory. A wait."""
     cute.arch.cluster_arrive()
     cute.arch.cluster_wait()
 
@@ -246,8 +246,8 @@ def meet():
 
 @cute.jit
 def weights(t: Constexpr[Spread], x: cute.Tensor, top: Float32, temperature: Float32):
-    """exp((x - top) / temperature) of the thread's numbers, f32 [4 * quads], within 3e-7 of themselves; without
-    a temperature 1 for those as large as the largest, 0 for others. -inf weighs nothing.
+    """exp((x - top) / temperature) of the thread's numbers, f32 [4 * quads], within 3e-7 of themselves;
+    without a temperature 1 for those as large as the largest, 0 for others. -inf weighs nothing.
 
     2^y for a y in two floats: what rounding the product by log2(e) / temperature leaves over is kept.
     """
@@ -530,7 +530,8 @@ def _collect(
     rank: Int32,
     thread: Int32,
 ):
-    """What is in a bin, or `all_` in it and in those above it, to all CTAs, by column: key, weight and column.
+    """What is in a bin, or `all_` in it and in those above it, to all CTAs: key, weight and column.
+
     Of those that are too many only their number and their range arrive.
     """
     lane = thread % 32
@@ -569,7 +570,8 @@ def _collect(
         thread // t.ctas, cutlass.min(all_of_cta, Int32(t.MOST)), t.threads // t.ctas, unroll=1
     ):
         words = ptx.lds128(sm + t.o_own + i * 16)
-        cluster.send_128(sm + t.o_candidates + (rank * t.MOST + i) * 16, s_candidates, thread % t.ctas, *words)
+        s_place = sm + t.o_candidates + (rank * t.MOST + i) * 16
+        cluster.send_128(s_place, s_candidates, thread % t.ctas, *words)
     ptx.mbarrier_wait(s_heads, step % 2)
     if thread == 0:
         ptx.sts128(sm + t.o_found, Uint32(0), Uint32(0), Uint32(0), Uint32(0))
@@ -613,8 +615,8 @@ def _candidate(t: Constexpr[Spread], sm: Int32, source: Int32):
 def _rank(
     t: Constexpr[Spread], sm: Int32, source: Int32, number: Int32, key: Uint32, p: Float32, thread: Int32
 ):
-    """Weights of the candidates in falling order of their keys, equal ones at one place, and what is said of a
-    place: its key. Returns the thread's place. Two barriers.
+    """Weights of the candidates in falling order of their keys, equal ones at one place, and what is said of
+    a place: its key. Returns the thread's place. Two barriers.
     """
     ptx.sts32(sm + t.o_list + thread * 4, key)
     if thread < t.FEW:

@@ -1,0 +1,340 @@
+"""Products of many rows on wgmma: y[M, N] = x[M, K] w[N, K]^T, one or several matrices per launch, and those
+of a MoE layer's experts, of rows that are listed by expert.
+
+Weights lie as the GEMVs want them, so that all buckets share one copy. How many of a bucket's rows there are
+is read on the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+
+from dsv4c.arch import Arch
+from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.kernels.chunk_rows import emit_norm_quantize_fp8, emit_quantize_fp8
+from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
+from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, plan_parts
+from dsv4c.codegen.kernels.quantize import scratch_for
+from dsv4c.codegen.lib.tiles import PIECES, Few, Tiles
+from dsv4c.codegen.registry import Launchable, Request, Scratch, launchable
+from dsv4c.errors import BuildError
+from dsv4c.numerics.forms import Packing, parse_packing
+from dsv4c.numerics.resident import PLAIN
+from dsv4c.types import FP8_ROW, QuantType
+
+FEWEST_ROWS = 9  # a GEMV serves fewer
+MOST_OF_FEW = 16  # rows of each expert, on the average, whose time is that of its weights
+FEW = 2  # an expert may have as many times its share of the rows, before tiles of 128 serve it better
+
+
+@dataclass(frozen=True)
+class GemmMatrix:
+    """One weight matrix [rows, k], or two of equal size whose columns an activation pairs, and its result."""
+
+    names: tuple[str, ...]
+    rows: int
+    out: str
+
+
+@dataclass(frozen=True)
+class GemmSpec:
+    """`rows` rows of `k` columns times `matrices`, all packed as `packing` says.
+
+    x is e4m3 with scales per 128 (`scaled`) or bf16. `groups` g > 1: rows are [M, g, k], and matrix rows
+    r * (rows / g) .. belong to group r. `counted`: an operand `lengths` says how many rows there are. Of
+    paired matrices results are SwiGLU with `limit`. `experts` matrices lie one behind the other: then there
+    are `rows` rows of results, which operands `order` and `counts` list by expert, and row n of them is that
+    of row n / `divide` of x; of paired ones `weights` are factors.
+    """
+
+    name: str
+    rows: int
+    k: int
+    matrices: tuple[GemmMatrix, ...]
+    packing: str
+    scaled: bool
+    out_dtype: str = "bf16"
+    groups: int = 1
+    counted: bool = False
+    limit: float | None = None
+    experts: int = 0
+    divide: int = 1
+
+    @property
+    def paired(self) -> bool:
+        """Whether results are of two matrices."""
+        return self.limit is not None
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """In ABI order."""
+        format = self.packing.partition("/")[0]
+        scales = {"fp8": ["scale"], "nvfp4": ["global_scale"]}.get(format, [])
+        x = [Parameter("x"), *([Parameter("x", "scale")] if self.scaled else [])]
+        for m in self.matrices:
+            for name in m.names:
+                x += [Parameter(name), *(Parameter(name, c) for c in scales)]
+            x.append(Parameter(m.out))
+        if self.experts:
+            x += [Parameter("order"), Parameter("counts")]
+            x += [Parameter("weights")] if self.paired else []
+        return (*x, *([Parameter("lengths")] if self.counted else []))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix in a launch: `columns` of results from tile `first` on."""
+
+    names: tuple[str, ...]
+    out: str
+    rows: int
+    columns: int
+    first: int
+
+
+def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
+    """How a launch is cut for a GPU of so many SMs. Raises BuildError for what the family does not cover."""
+    packing = Packing("plain", 1, 1) if spec.packing == PLAIN else parse_packing(spec.packing)
+    kind = "bf16" if not spec.scaled else "f16" if packing.format == "nvfp4" else "e4m3"
+    if (packing.format, kind) not in PIECES:
+        rows = "e4m3 rows with scales" if spec.scaled else "bf16 rows"
+        raise BuildError(f"{spec.name}: does not multiply {rows} with {packing.format}")
+    if spec.k % 128:
+        raise BuildError(f"{spec.name}: rows of {spec.k} columns: want a multiple of 128")
+    height = 64 if spec.rows // max(1, spec.experts // FEW) <= 64 else 128
+    splits = _splits(spec, height, kind, sms)
+    steps = spec.k // (128 if kind == "e4m3" else 64) // splits
+    narrow = packing.format in ("mxfp4", "nvfp4") or (kind == "e4m3" and height == 64)
+    loaders = 2 if narrow and steps % 2 == 0 else 1
+    most = 4 if packing.format == "fp8" and kind == "e4m3" and loaders == 1 else 2
+    ahead = next(n for n in (most, 2, 1) if steps % (n * loaders) == 0)
+    return Tiles(
+        weight=packing.format,
+        kind=kind,
+        k=spec.k,
+        stride=spec.groups * spec.k * (1 if spec.scaled else 2),
+        height=height,
+        tiles=packing.tiles,
+        span=packing.span,
+        stages=7 if height == 64 else 5,
+        loaders=loaders,
+        ahead=ahead,
+        scaled=spec.scaled,
+        paired=spec.paired,
+        experts=spec.experts,
+        splits=splits,
+    )
+
+
+def _splits(spec: GemmSpec, height: int, kind: str, sms: int) -> int:
+    """CTAs that share a tile's k: as many as SMs would have nothing to do otherwise, four steps each."""
+    made = 64 if spec.paired else 128
+    tiles = -(-spec.rows // height) * sum(-(-m.rows // made) for m in spec.matrices)
+    steps = spec.k // (128 if kind == "e4m3" else 64)
+    least = 4 if spec.paired else 1  # groups of 8 columns of a warpgroup
+    groups = (16 if height == 128 else 8) // least
+    fitting = [n for n in (2, 4, 8) if n * tiles <= sms and n <= groups and steps % (4 * n) == 0]
+    return max(fitting, default=1) if not spec.experts else 1
+
+
+def _places(spec: GemmSpec, t: Tiles | Few) -> tuple[Place, ...]:
+    found: list[Place] = []
+    first = 0
+    for m in spec.matrices:
+        if m.rows % 8 or (m.rows // spec.groups) % (128 if spec.groups > 1 else 8):
+            raise BuildError(f"{spec.name}.{m.names[0]}: {m.rows} rows in {spec.groups} groups")
+        found.append(Place(m.names, m.out, m.rows, m.rows, first))
+        first += -(-m.rows // t.made)
+    return tuple(found)
+
+
+def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
+    """The kernel of a spec. Raises BuildError for shapes and architectures that the family does not cover."""
+    if arch.tensor_memory:
+        raise BuildError(f"{spec.name}: is written in wgmma, which {arch.name} has not")
+    if (few := few_of(spec)) is not None:
+        return _emit_few(spec, few, arch)
+    t = tiles_of(spec, arch.sms)
+    matrices = _places(spec, t)
+    column_tiles = matrices[-1].first + -(-matrices[-1].rows // t.made)
+    row_tiles = -(-spec.rows // t.height) + spec.experts
+    ctas = min(arch.sms // t.splits, row_tiles * column_tiles) * t.splits
+    cluster = (t.splits, 1, 1)
+    parameters = spec.parameters
+    pointers = [p.name for p in parameters]
+    source = render(
+        "gemm.py.jinja",
+        spec=spec,
+        t=t,
+        fields=[(f.name, _literal(getattr(t, f.name))) for f in fields(t)],
+        matrices=matrices,
+        column_tiles=column_tiles,
+        ctas=ctas,
+        cluster=cluster if t.splits > 1 else None,
+        pointers=pointers,
+        experts=bool(spec.experts),
+        format=WEIGHT_FORMATS.get(t.weight, "bf16"),
+        packed="as it lies" if spec.packing == PLAIN else f"packed {spec.packing}",
+        size=2 if spec.out_dtype == "bf16" else 4,
+        x_text=_x_text(spec),
+        out_rows="N",
+        formula=_formula(spec),
+        expert_bytes=parse_packing(spec.packing).nbytes(matrices[0].rows, t.k) if spec.experts else 0,
+        expert_scales=-(-matrices[0].rows // 128) * t.blocks,
+        group_rows=matrices[0].rows // spec.groups,
+        group_bytes=t.k * (1 if spec.scaled else 2),
+    )
+    packed = spec.packing != PLAIN
+    packing = {name: spec.packing for m in matrices for name in m.names} if packed else {}
+    return Emission(
+        f"{spec.name}_0", source, (ctas, 1, 1), t.threads, t.shared, parameters, cluster, packing=packing
+    )
+
+
+def few_of(spec: GemmSpec) -> Few | None:
+    """How a launch is cut whose experts have few rows each, if the spec is one of those."""
+    if not spec.experts or not spec.scaled or spec.out_dtype != "bf16":
+        return None
+    packing = parse_packing(spec.packing)
+    share, steps = spec.rows / spec.experts, spec.k // 128
+    if packing.format != "mxfp4" or share > MOST_OF_FEW or spec.k % 256 or steps % packing.span:
+        return None
+    return Few(
+        k=spec.k,
+        stride=spec.k,
+        tiles=packing.tiles,
+        span=packing.span,
+        stages=min(6, steps),
+        ahead=4 if steps % 4 == 0 else 2,
+        experts=spec.experts,
+        paired=spec.paired,
+    )
+
+
+def _emit_few(spec: GemmSpec, t: Few, arch: Arch) -> Emission:
+    """The kernel of experts who have few rows each; two CTAs fit an SM."""
+    (m,) = _places(spec, t)
+    column_tiles = -(-m.rows // t.made)
+    ctas = min(2 * arch.sms, (-(-spec.rows // t.height) + spec.experts) * column_tiles)
+    parameters = spec.parameters
+    source = render(
+        "few_rows.py.jinja",
+        spec=spec,
+        t=t,
+        fields=[(f.name, _literal(getattr(t, f.name))) for f in fields(t)],
+        matrix=m,
+        column_tiles=column_tiles,
+        ctas=ctas,
+        pointers=[p.name for p in parameters],
+        format=WEIGHT_FORMATS["mxfp4"],
+        formula=_formula(spec),
+        expert_bytes=parse_packing(spec.packing).nbytes(m.rows, t.k),
+    )
+    packing = dict.fromkeys(m.names, spec.packing)
+    return Emission(f"{spec.name}_0", source, (ctas, 1, 1), t.threads, t.shared, parameters, packing=packing)
+
+
+def _formula(spec: GemmSpec) -> str:
+    return "silu(min(x w1, limit)) * clamp(x w3)" if spec.paired else "x w"
+
+
+def _x_text(spec: GemmSpec) -> str:
+    groups = f"{spec.groups}," if spec.groups > 1 else ""
+    return f"{'q[e4m3,ue8m0,1x128]' if spec.scaled else 'bf16'}[N,{groups}{spec.k}]"
+
+
+def _literal(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+# Binding ----------------------------------------------------------------------------------------------------
+
+
+def takes_gemm(spec: GemvSpec, arch: Arch) -> bool:
+    """Whether the products of a GEMV's spec are ones of many rows that this family covers."""
+    if spec.batch < FEWEST_ROWS or arch.tensor_memory:
+        return False
+    wide = spec.k % 128 == 0 and (
+        spec.groups == 1 or all(m.rows // spec.groups % 128 == 0 for m in spec.matrices)
+    )
+    return wide and all(
+        (m.x.kind, m.x.prologue) in STAGED
+        and (m.x.kind != "f16" or m.format == "fp8")
+        and not (m.x.prologue == "normalize" and spec.k % 256)
+        for m in spec.matrices
+    )
+
+
+STAGED = {
+    ("e4m3", "copy"): True,
+    ("e4m3", "quantize"): True,
+    ("e4m3", "normalize"): True,
+    ("bf16", "copy"): False,
+    ("f16", "quantize"): False,  # FP8 weights widened to bf16
+}
+"""How rows come to a GEMV that has a GEMM, and whether they meet the weights as FP8."""
+
+
+def gemm_launches(request: Request, spec: GemvSpec, values: Mapping[str, int]) -> list[Launchable]:
+    """A GEMV's products for many rows: rows to FP8 first where the GEMV does that, then a launch for each
+    kind of rows and weights. `values` are what its operands are.
+    """
+    launches: list[Launchable] = []
+    lengths = counted(request)
+    quantized: dict[Activations, dict[str, Scratch]] = {}
+    for part in plan_parts(replace(spec, batch=1), request.arch):
+        x = part.x
+        if x.prologue in ("quantize", "normalize") and x.kind == "e4m3" and x not in quantized:
+            scratch, launch = quantized_rows(request, x, spec, values, lengths)
+            quantized[x] = scratch
+            launches.append(launch)
+        matrices = tuple(GemmMatrix((s.matrix.name,), s.matrix.rows, s.matrix.out) for s in part.slots)
+        packing = f"{part.ring.product.weight}/{part.ring.tile_warps}x{part.ring.span}"
+        gemm = GemmSpec(
+            f"{spec.name}_{part.ring.product.weight}" if launches else spec.name,
+            spec.batch,
+            spec.k,
+            matrices,
+            packing,
+            STAGED[x.kind, x.prologue],
+            part.out_dtype,
+            spec.groups,
+            bool(lengths),
+        )
+        bound = {**values, **lengths}
+        bound.pop("x", None)
+        if x not in quantized:
+            bound["x"] = values[x.name]
+        launches.append(
+            launchable(
+                request,
+                emit_gemm(gemm, request.arch),
+                bound,
+                stage=f"product{len(launches)}",
+                scratch={n: replace(a, access="r") for n, a in quantized.get(x, {}).items()},
+            )
+        )
+    return launches
+
+
+def counted(request: Request) -> dict[str, int]:
+    """The operand that says how many rows there are, if the request has it."""
+    return {} if request.lengths is None else {"lengths": request.lengths}
+
+
+def quantized_rows(
+    request: Request, x: Activations, spec: GemvSpec, values: Mapping[str, int], lengths: dict[str, int]
+) -> tuple[dict[str, Scratch], Launchable]:
+    """Rows to FP8, under a norm where the GEMV has one: the scratch of operand x, and the launch."""
+    width = spec.groups * spec.k
+    arrays = scratch_for("q", QuantType(FP8_ROW, (spec.batch, width)), "w")
+    forms = {}
+    if x.gain:
+        emission = emit_norm_quantize_fp8("norm_quantize", spec.batch, width, x.eps, counted=bool(lengths))
+        forms = {"gain": "f32"}
+    else:
+        emission = emit_quantize_fp8("quantize", spec.batch, width, counted=bool(lengths))
+    bound = {"x": values[x.name], **({"gain": values[x.gain]} if x.gain else {}), **lengths}
+    launch = launchable(request, emission, bound, stage="quantize", scratch=arrays, forms=forms)
+    return {f"x{name.removeprefix('q')}": array for name, array in arrays.items()}, launch

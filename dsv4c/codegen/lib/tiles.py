@@ -1,0 +1,296 @@
+"""Shapes of a GEMM of many rows: literals that the emitter plans with and the device code unrolls by. No
+device code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
+
+PIECES = {  # 16-byte pieces of packed weights that a loading thread holds of a step of 128 rows
+    ("fp8", "e4m3"): 8,
+    ("fp8", "bf16"): 4,
+    ("bf16", "bf16"): 8,
+    ("mxfp4", "e4m3"): 4,
+    ("nvfp4", "f16"): 2,
+    ("plain", "bf16"): 0,  # BF16 rows as they are: copied
+}
+"""The weight formats, and as what tensor cores multiply them."""
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """x[rows, k] times packed w[columns, k]^T on wgmma: tiles of `height` rows of x and 128 of w.
+
+    Tensor cores multiply `kind` (e4m3, bf16, f16), 128 bytes of k a step. x in memory is e4m3 with a ue8m0
+    scale per 128 (`scaled`) or bf16, rows `stride` bytes apart. `tiles` x `span`: how w is packed. `paired`:
+    the tile's rows are 16 of one matrix and 16 of another in turn. Eight warps multiply; `loaders` times four
+    lay down steps, `stages` of which shared memory holds, and each four hold `ahead` of their own in
+    registers. Rows of `experts` take tiles of their own. `splits` CTAs of a cluster share a tile's k, and
+    each adds up all of their sums for its part of the columns.
+    """
+
+    weight: str
+    kind: str
+    k: int
+    stride: int
+    height: int
+    tiles: int
+    span: int
+    stages: int
+    loaders: int
+    ahead: int
+    scaled: bool = True
+    paired: bool = False
+    experts: int = 0
+    splits: int = 1
+
+    CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
+    COLUMNS: ClassVar[int] = 128  # rows of w in a tile
+    STEP: ClassVar[int] = 128  # bytes of k of an operand in a step
+
+    @property
+    def threads(self) -> int:
+        """Of a CTA."""
+        return self.CONSUMERS + 128 * self.loaders
+
+    @property
+    def each(self) -> int:
+        """Columns of k in a step."""
+        return self.STEP if self.kind == "e4m3" else self.STEP // 2
+
+    @property
+    def steps(self) -> int:
+        """Steps of a tile that a CTA takes."""
+        return self.k // self.each // self.splits
+
+    @property
+    def summed(self) -> int:
+        """Groups of 8 columns of a warpgroup that a CTA adds up."""
+        return self.wide // 8 // self.splits
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of 128 columns of k."""
+        return -(-self.k // 128)
+
+    @property
+    def wide(self) -> int:
+        """Columns of the tile that a warpgroup has: all for 64 of 128 rows, or half for 64 of 64."""
+        return 128 if self.height == 128 else 64
+
+    @property
+    def made(self) -> int:
+        """Columns of results of a tile."""
+        return self.COLUMNS // 2 if self.paired else self.COLUMNS
+
+    @property
+    def promotes(self) -> bool:
+        """Whether each step's products are scaled on their own."""
+        return self.weight not in ("bf16", "plain")
+
+    @property
+    def row_factors(self) -> int:
+        """Factors of a step per row of x: of both matrices' blocks, or one."""
+        return 2 if self.paired and self.weight == "fp8" else int(self.promotes)
+
+    @property
+    def column_factors(self) -> bool:
+        """Whether a step has a factor per column, too: the largest block scale of the row of w."""
+        return self.weight == "mxfp4"
+
+    @property
+    def pieces(self) -> int:
+        """16-byte pieces of weights that a loading thread holds of a step."""
+        return PIECES[self.weight, self.kind]
+
+    @property
+    def words(self) -> int:
+        """Registers of a step that a loading thread holds: codes, block scales, what of x it converts."""
+        scales = {"mxfp4": 2, "nvfp4": 1}.get(self.weight, 0)
+        return self.pieces * (4 + scales) + (4 * self.own_rows if self.kind == "f16" else 0)
+
+    @property
+    def late(self) -> int:
+        """Own steps whose copies a loading thread leaves in flight."""
+        return 2 // self.loaders
+
+    @property
+    def row_step(self) -> int:
+        """How far apart the rows are that a loading thread lays pieces of 16 bytes of."""
+        return 32 if self.kind == "f16" else 16
+
+    @property
+    def own_rows(self) -> int:
+        """How many these are."""
+        return self.height // self.row_step
+
+    @property
+    def share_bytes(self) -> int:
+        """From one warp's columns of a unit to the next one's."""
+        return 1024 if self.weight == "bf16" else 512
+
+    @property
+    def part_bytes(self) -> int:
+        """From one step's columns of a unit to the next one's."""
+        return 512 if self.weight == "nvfp4" else 1024
+
+    @property
+    def unit(self) -> int:
+        """Bytes of a packed unit."""
+        return BYTES[self.weight]
+
+    @property
+    def finish(self) -> float:
+        """Power of two that sums lack in the end: NVFP4's scales carry the other half of what the bits do."""
+        return 2.0**7 if self.weight == "nvfp4" else 1.0
+
+    @property
+    def per_unit(self) -> int:
+        """Steps that a unit has columns for."""
+        return COLUMNS[self.weight] // self.each
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one group of `tiles` tiles of 16 rows of w."""
+        return self.k // COLUMNS[self.weight] * self.tiles * self.unit
+
+    # Shared memory: x, w, factors, then what results go through, then barriers.
+
+    @property
+    def x_stage(self) -> int:
+        return self.height * self.STEP
+
+    @property
+    def w_stage(self) -> int:
+        return self.COLUMNS * self.STEP
+
+    @property
+    def o_w(self) -> int:
+        return self.stages * self.x_stage
+
+    @property
+    def o_factors(self) -> int:
+        """Per stage f32 [128] by row, then [128] by column, or by row for the second matrix."""
+        return self.o_w + self.stages * self.w_stage
+
+    @property
+    def pitch(self) -> int:
+        """Bytes between rows of results on their way out: the pad keeps eight rows off each other's banks."""
+        return 256 + 16
+
+    @property
+    def o_out(self) -> int:
+        return self.o_factors + self.stages * 1024
+
+    @property
+    def o_bars(self) -> int:
+        """Stage i is full, then stage i is free."""
+        return self.o_out + 8 * 16 * self.pitch
+
+    @property
+    def o_tiles(self) -> int:
+        """Per expert how many tiles of rows it and those before it have."""
+        return self.o_bars + 16 * self.stages
+
+    @property
+    def shared(self) -> int:
+        """Bytes; the stages start at a multiple of 1024."""
+        return 1024 + self.o_tiles + 4 * self.experts
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that multiplies, and of one that loads."""
+        if self.loaders == 2:
+            return 160, 96
+        return (168, 168) if self.ahead > 2 else (192, 120)
+
+
+@dataclass(frozen=True)
+class Few:
+    """Rows of experts who have few: tiles of 128 rows of MXFP4 w, which tensor cores multiply out of
+    registers, and of 16 rows of x, e4m3 with a ue8m0 scale per 128, rows `stride` bytes apart.
+
+    Eight warps multiply, a warp copies weights, two copy x, of which they hold `ahead` steps in registers;
+    shared memory holds `stages` steps of 128 columns. `tiles` x `span`: how w is packed. `paired`: of the
+    tile's rows 64 are of one matrix and 64 of another.
+    """
+
+    k: int
+    stride: int
+    tiles: int
+    span: int
+    stages: int
+    ahead: int
+    experts: int
+    paired: bool = False
+
+    CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
+    COPIERS: ClassVar[int] = 64  # threads that copy x; the last
+    COLUMNS: ClassVar[int] = 128  # rows of w in a tile
+    UNIT: ClassVar[int] = BYTES["mxfp4"]
+    PITCH: ClassVar[int] = 4 * (
+        128 + 4
+    )  # bytes between rows of sums; the pad keeps them off each other's banks
+    ROWS: ClassVar[int] = 16  # of x in a tile
+    FINISH: ClassVar[float] = 2.0**6  # what sums lack in the end
+
+    @property
+    def threads(self) -> int:
+        """Of a CTA: a warp between those that multiply and those that copy x copies weights."""
+        return self.CONSUMERS + 32 + self.COPIERS
+
+    @property
+    def height(self) -> int:
+        """Rows of x in a tile."""
+        return self.ROWS
+
+    @property
+    def steps(self) -> int:
+        """Steps of a tile."""
+        return self.k // 128
+
+    @property
+    def made(self) -> int:
+        """Columns of results of a tile."""
+        return self.COLUMNS // 2 if self.paired else self.COLUMNS
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of one group of `tiles` tiles of 16 rows of w."""
+        return self.steps * self.tiles * self.UNIT
+
+    @property
+    def w_stage(self) -> int:
+        return 8 * self.UNIT
+
+    @property
+    def o_w(self) -> int:
+        return self.stages * self.ROWS * 128
+
+    @property
+    def o_factors(self) -> int:
+        """Per stage f32 [16]: scales of rows of x."""
+        return self.o_w + self.stages * self.w_stage
+
+    @property
+    def o_sums(self) -> int:
+        """f32 [16][128], what results are made of."""
+        return self.o_factors + self.stages * self.ROWS * 4
+
+    @property
+    def o_bars(self) -> int:
+        """Stage i is full, then stage i is free."""
+        return self.o_sums + self.ROWS * self.PITCH
+
+    @property
+    def o_tiles(self) -> int:
+        """Per expert how many tiles of rows it and those before it have."""
+        return self.o_bars + 16 * self.stages
+
+    @property
+    def shared(self) -> int:
+        """Bytes; the stages start at a multiple of 1024."""
+        return 1024 + self.o_tiles + 4 * self.experts

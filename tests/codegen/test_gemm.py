@@ -1,0 +1,154 @@
+"""Products of many rows without a device: text, cubins, plans that cover every tile, what is refused."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dsv4c.arch import SM_90A, SM_100A
+from dsv4c.codegen.build import Source, build
+from dsv4c.codegen.emit import Emission
+from dsv4c.codegen.kernels.chunk_rows import (
+    emit_choose_experts,
+    emit_list_rows,
+    emit_norm_quantize_fp8,
+    emit_quantize_fp8,
+    emit_sum_experts,
+)
+from dsv4c.codegen.kernels.gemm import GemmMatrix, GemmSpec, emit_gemm, few_of, tiles_of
+from dsv4c.compiler.verify import check
+from dsv4c.errors import BuildError
+from tests.codegen.lowered import gpu_plan
+from tests.codegen.sass import disassemble
+from tests.conftest import Golden
+
+DENSE = GemmSpec("wq_b", 4096, 1024, (GemmMatrix(("w",), 32768, "y"),), "fp8/2x1", True, counted=True)
+FEW = replace(DENSE, name="qa", rows=64, k=4096, matrices=(GemmMatrix(("w",), 1536, "y"),))
+UP = GemmSpec(
+    "up",
+    4096 * 6,
+    4096,
+    (GemmMatrix(("w1", "w3"), 2048, "h"),),
+    "mxfp4/1x4",
+    True,
+    limit=10.0,
+    experts=256,
+    divide=6,
+)
+UP_FEW = replace(UP, rows=64 * 6)
+KINDS = (
+    DENSE,
+    FEW,
+    UP,
+    UP_FEW,
+    replace(
+        UP_FEW, name="down_few", matrices=(GemmMatrix(("w2",), 4096, "y"),), k=2048, limit=None, divide=1
+    ),
+    replace(DENSE, name="wo_a", packing="fp8/8x1", scaled=False, k=4096, groups=8),
+    replace(DENSE, name="kv", packing="bf16/1x2", scaled=False, out_dtype="f32"),
+    replace(DENSE, name="gate", packing="plain", scaled=False, out_dtype="f32"),
+    replace(UP, name="nvfp4", packing="nvfp4/1x2", rows=64),
+)
+ROWS = (
+    emit_quantize_fp8("quantize", 3072, 2048, 6, counted=True),
+    emit_norm_quantize_fp8("norm_quantize_fp8", 512, 1024, 1e-6, counted=True),
+    emit_list_rows("list_rows", 512, 6, 256, counted=True),
+    emit_sum_experts("sum_experts", 512, 6, 4096, counted=True),
+    emit_sum_experts("sum_addends", 512, 6, 4096, counted=True, out="f32"),
+    emit_choose_experts("choose", 512, 6, 256, 1.5, False, counted=True),
+    emit_choose_experts("choose_table", 512, 6, 256, 1.5, True),
+)
+
+
+def test_texts(golden: Golden) -> None:
+    golden(emit_gemm(UP, SM_90A).source, "kernels/gemm_experts.py.txt")
+    golden(emit_gemm(UP_FEW, SM_90A).source, "kernels/gemm_few_rows.py.txt")
+    golden(emit_gemm(FEW, SM_90A).source, "kernels/gemm_splits.py.txt")
+    golden(ROWS[5].source, "kernels/choose_experts.py.txt")
+
+
+def test_they_assemble_and_multiply_without_waits_between(tmp_path: Path) -> None:
+    """A step is four products in flight together; registers hold what the loading warps have in flight."""
+    emissions = [*(emit_gemm(spec, SM_90A) for spec in KINDS), *ROWS]
+    built = build([Source(e.symbol, e.source) for e in emissions], "sm_90a", tmp_path)
+    for emission, kernel in zip(emissions, built, strict=True):
+        assert kernel.resources.stack <= 96, (emission.symbol, kernel.resources)
+        code = disassemble(kernel.cubin, tmp_path)
+        products = len(re.findall(r"[HQ]GMMA\.64x", code))
+        waits = code.count("WARPGROUP.DEPBAR")
+        assert (products, waits) == ((4, 1) if emission not in ROWS else (0, 0)), emission.symbol
+
+
+def covered(spec: GemmSpec) -> list[int]:
+    """How many clusters have each tile of a bucket that is full."""
+    t, emission = tiles_of(spec, SM_90A.sms), emit_gemm(spec, SM_90A)
+    tiles = -(-spec.rows // t.height) * sum(-(-m.rows // t.made) for m in spec.matrices)
+    clusters = emission.grid[0] // t.splits
+    taken = [0] * tiles
+    for cluster in range(clusters):
+        for tile in range(cluster, tiles, clusters):
+            taken[tile] += 1
+    return taken
+
+
+@pytest.mark.parametrize("rows", [9, 64, 65, 512, 4096])
+@pytest.mark.parametrize("columns", [8, 512, 1536, 32768])
+def test_every_tile_is_taken_once(rows: int, columns: int) -> None:
+    spec = replace(DENSE, rows=rows, k=4096, matrices=(GemmMatrix(("w",), columns, "y"),))
+    assert set(covered(spec)) == {1}
+    t = tiles_of(spec, SM_90A.sms)
+    assert t.steps * t.splits * t.each == spec.k
+    assert t.steps % (t.ahead * t.loaders) == 0
+    assert t.stages > t.late * t.loaders  # a stage is full before its turn comes again
+    assert t.shared <= SM_90A.shared_per_cta
+
+
+def test_what_they_do_not_take_is_said() -> None:
+    with pytest.raises(BuildError, match="wgmma, which sm_100a has not"):
+        emit_gemm(DENSE, SM_100A)
+    with pytest.raises(BuildError, match="does not multiply bf16 rows with mxfp4"):
+        emit_gemm(replace(DENSE, packing="mxfp4/1x1", scaled=False), SM_90A)
+    with pytest.raises(BuildError, match="want a multiple of 128"):
+        emit_gemm(replace(DENSE, k=1000), SM_90A)
+
+
+@pytest.mark.parametrize(("rows", "each"), [(64, True), (512, True), (4096, False)])
+def test_experts_with_few_rows_multiply_out_of_registers(rows: int, each: bool) -> None:
+    spec = replace(UP, rows=rows * 6)
+    few = few_of(spec)
+    assert (few is not None) == each
+    if few is not None:
+        assert few.steps % few.ahead == 0
+        assert few.shared <= SM_90A.shared_of(2)
+        assert emit_gemm(spec, SM_90A).grid == (2 * SM_90A.sms, 1, 1)
+    for other in (replace(spec, packing="nvfp4/1x2"), replace(spec, k=384), replace(spec, experts=0)):
+        assert few_of(other) is None
+
+
+def test_a_product_ahead_of_what_its_rows_come_from_is_found() -> None:
+    """A chunk's launches in order pass; without its edge each product races with the rows made for it."""
+    plan = gpu_plan(batch=1, verify=1, chunk=64, max_context=128)
+    assert check(plan) == []
+    name = "prefill-64.last"
+    every = list(plan.buckets[name].launches)
+    stages = [launch.name.rpartition(".")[2] for launch in every]
+    for first, product in (("quantize", "product1"), ("list_rows", "up"), ("quantize_h", "down")):
+        index = stages.index(product)
+        assert first in stages[:index]
+        broken = [replace(x, after=()) if i == index else x for i, x in enumerate(every)]
+        program = replace(plan.buckets[name], launches=tuple(broken))
+        races = check(replace(plan, buckets={**plan.buckets, name: program}))
+        assert ("order", every[index].name) in {(v.kind, v.launch) for v in races}
+
+
+def operands(emission: Emission) -> list[str]:
+    return [p.name for p in emission.parameters]
+
+
+def test_operands() -> None:
+    assert operands(emit_gemm(DENSE, SM_90A)) == ["m_x", "m_x_scale", "m_w", "m_w_scale", "m_y", "m_lengths"]
+    experts = ["m_x", "m_x_scale", "m_w1", "m_w3", "m_h", "m_order", "m_counts", "m_weights"]
+    assert operands(emit_gemm(UP, SM_90A)) == experts
