@@ -30,15 +30,15 @@ def test_a_step_draws_in_one_launch(target: str) -> None:
     (launch,) = choose(request_of(graph.nodes, ARCHS[target], {}, {})[0], KERNELS)
     emission = launch.emission
     assert (emission.grid, emission.cluster, emission.block) == ((8 * 8, 1, 1), (8, 1, 1), 512)
-    assert emission.shared <= ARCHS[target].shared_per_cta // 3  # two CTAs to an SM, and a predecessor's
+    assert emission.shared <= ARCHS[target].shared_per_cta // 2  # beside a predecessor's CTA
     access = {p.operand: b.access for p, b in zip(emission.parameters, launch.bindings, strict=True)}
     assert {name for name, how in access.items() if how == "w"} == {"chosen", "said", "going"}
     assert {name for name, how in access.items() if how == "rw"} == {"history"}
     cubin, _ = compile_source(Source(emission.symbol, emission.source), target)
-    assert read_resources(cubin, emission.symbol).stack <= 96  # bytes of a thread; without, fewer columns fit
+    assert read_resources(cubin, emission.symbol).stack <= 128  # bytes of a thread, whose registers 32 columns fill
 
 
-@pytest.mark.parametrize(("vocabulary", "ctas", "each"), [(512, 2, 256), (1000, 2, 500), (259600, 16, 16225)])
+@pytest.mark.parametrize(("vocabulary", "ctas", "each"), [(512, 2, 256), (1000, 2, 500), (259648, 16, 16228)])
 def test_a_cluster_shares_the_vocabulary(vocabulary: int, ctas: int, each: int) -> None:
     if each > 16224:
         with pytest.raises(BuildError, match=f"a CTA of {ctas} has {each}, more than 16224"):
