@@ -35,7 +35,7 @@ def test_a_step_draws_in_one_launch(target: str) -> None:
     assert {name for name, how in access.items() if how == "w"} == {"chosen", "said", "going"}
     assert {name for name, how in access.items() if how == "rw"} == {"history"}
     cubin, _ = compile_source(Source(emission.symbol, emission.source), target)
-    assert read_resources(cubin, emission.symbol).stack <= 128  # bytes of a thread, whose registers 32 columns fill
+    assert read_resources(cubin, emission.symbol).stack <= 128  # bytes: 32 columns fill the registers
 
 
 @pytest.mark.parametrize(("vocabulary", "ctas", "each"), [(512, 2, 256), (1000, 2, 500), (259648, 16, 16228)])
