@@ -97,3 +97,7 @@ def listed(known: Iterable[str], meant: str) -> str:
     by_lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(meant.lower(), by_lower, 1)
     return ", ".join(names) + (f"; did you mean {by_lower[near[0]]!r}?" if near else "")
+
+
+class Terminated(KeyboardInterrupt):
+    """A polite kill, which cleans up as Ctrl-C does, and leaves where that only stops what is under way."""

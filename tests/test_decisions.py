@@ -24,6 +24,9 @@ ALLOWED: dict[str, tuple[int, str]] = {
         4,
         "what recipes say of one op: index queries, the norm of heads, gathered rows, rotated dimensions",
     ),
+    "dsv4c.certify.ranks": (1, "where a sum of ranks begins"),
+    "dsv4c.passes.placement": (2, "a rule per op is what the module is: two ask for an op besides"),
+    "dsv4c.passes.shard": (2, "casts of partial sums are exchanges, reshapes move the cut dimension"),
     "dsv4c.view.layers": (1, "the first layer reads it in place of what another layer made"),
 }
 """Decisions of a module, and why they are no trait."""

@@ -66,7 +66,7 @@ COMPILER = (*CONFIG, "ir", "models", "models.encoding", "passes")
 # Lines are today's and about a tenth more: who needs others says so here, and why in the change.
 HOUSE = {
     "types": Room(350),
-    "errors": Room(100),
+    "errors": Room(110),
     "strict_json": Room(50),
     "headers": Room(240, ("errors", "strict_json")),
     "publish": Room(250),

@@ -22,9 +22,8 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from dsv4c.cli.console import Terminated
 from dsv4c.cli.help import Commands, without_values
-from dsv4c.errors import ConfigError, Dsv4cError
+from dsv4c.errors import ConfigError, Dsv4cError, Terminated
 from dsv4c.threads import wait_asleep
 
 COMMANDS = {

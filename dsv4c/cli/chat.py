@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from dsv4c.cli.console import Terminated, note, write_text
-from dsv4c.errors import Dsv4cError, PromptError
+from dsv4c.cli.console import note, write_text
+from dsv4c.errors import Dsv4cError, PromptError, Terminated
 from dsv4c.models.encoding.messages import Conversation, Message, read_conversation
 from dsv4c.runtime.answer import Done
 from dsv4c.runtime.session import Session

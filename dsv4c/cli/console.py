@@ -22,10 +22,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 
 
-class Terminated(KeyboardInterrupt):
-    """A polite kill, which cleans up as Ctrl-C does, and leaves where that only stops what is under way."""
-
-
 def print_json(data: Any) -> None:
     """Standard JSON, which has no word for what is no finite number: that becomes null."""
     print(json.dumps(_finite(data), indent=2, allow_nan=False))

@@ -9,7 +9,7 @@ from dsv4c.ir.declare import fused
 from dsv4c.ir.fused import OPERANDS, Fused, Neighborhood, dtype_of
 from dsv4c.ir.graph import Node, Value
 from dsv4c.ir.ops import add, argmax, cast, concat, embedding, reshape, scale, slice_, sum_
-from dsv4c.ir.ops.math import Scale
+from dsv4c.ir.ops.math import Add, Scale
 from dsv4c.ir.ops.sample import Argmax
 from dsv4c.ir.ops.shape import Concat
 from dsv4c.types import F32
@@ -58,6 +58,12 @@ class PickDraft(Fused):
     anchor = Argmax
     example: ClassVar[Mapping[str, Any]] = {"step": 1, "base": "f32[1,2,256]", "bias": "f32[1,256]"}
     step: int
+
+    @classmethod
+    def propose(cls, anchor: Node, around: Neighborhood) -> Iterable[Mapping[str, Any]]:
+        made = around.producer(anchor.inputs[0])
+        if made is not None and isinstance(made.op, Add):  # of a sum, as no step's is
+            yield {}
 
     def body(self, base: Value, bias: Value, table: Value | None = None) -> tuple[Value, ...]:
         row = slice_(base, axis=1, start=self.step, stop=self.step + 1)
