@@ -448,8 +448,10 @@ class Spread:
     o_bars: ClassVar = 256  # behind a number of each warp: barriers of what is sent
     o_tops: ClassVar = 320  # the largest key of each CTA
     o_totals: ClassVar = 384  # the sum of each CTA, i64
+    o_number: ClassVar = 512  # what a token is drawn by, f64
+    o_ends: ClassVar = 528  # ids that end the sequence, and its length
     o_found: ClassVar = (
-        512  # the CTA's candidates: their number, the largest inverse of a key, the largest key
+        576  # the CTA's candidates: their number, the largest inverse of a key, the largest key
     )
     o_heads: ClassVar = o_found + 16  # the same of each CTA
     o_sums: ClassVar = o_heads + 256  # of the cluster, by bin, i64

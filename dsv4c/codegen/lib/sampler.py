@@ -79,6 +79,21 @@ def unit(word: Uint32):
 
 
 @cute.jit
+def prepare(sm: Int32, g_seed: Int64, index: Int32, g_length: Int64, g_stops: Int64, stops: Constexpr[int], lane: Int32):
+    """The number that a token is drawn by, its row's length and its slot's stops, to where all threads find
+    them after a barrier. A warp.
+    """
+    low, high = ptx.ldg32(g_seed), ptx.ldg32(g_seed + 4)
+    word = ptx.ldg32(g_length)
+    if lane < stops:
+        word = ptx.ldg32(g_stops + lane * 4)
+    ptx.sts32(sm + Spread.o_ends + cutlass.min(lane, Int32(stops)) * 4, word)
+    if lane == 0:
+        number = unit(philox(low, high, index))
+        ptx.sts_i64(sm + Spread.o_number, number.bitcast(Int64))
+
+
+@cute.jit
 def load_knobs(g_knobs: Int64):
     """A slot's knobs, by column."""
     return tuple(off_unless_finite(ptx.ldg_f32(g_knobs + n * 4)) for n in range(FREQUENCY + 1))
@@ -89,13 +104,8 @@ def load_knobs(g_knobs: Int64):
 
 @cute.jit
 def open_inboxes(t: Constexpr[Spread], sm: Int32, thread: Int32):
-    """Zero counts, histograms and all, and open what others send to. `meet` before anything is sent."""
-    pieces = t.shared // 16
-    for n in range_constexpr(-(-pieces // t.threads)):
-        i = thread + n * t.threads
-        if i < pieces:
-            ptx.sts128(sm + i * 16, Uint32(0), Uint32(0), Uint32(0), Uint32(0))
-    cute.arch.sync_threads()
+    """Zero sums and the number of candidates, and open what others send to. `meet` before anything is sent."""
+    _clear(t, sm + t.o_found, t.o_own - t.o_found, thread)
     s_bars = sm + t.o_bars
     cluster.open_inbox(s_bars + TOPS, 4 * t.ctas, thread)
     cluster.open_inbox(s_bars + SUMS, 8 * t.BINS * t.ctas, thread)
@@ -104,6 +114,15 @@ def open_inboxes(t: Constexpr[Spread], sm: Int32, thread: Int32):
     cluster.open_inbox(s_bars + TOTALS, 8 * t.ctas, thread)
     cute.arch.sync_threads()
     cluster.arrive()
+
+
+@cute.jit
+def _clear(t: Constexpr[Spread], s: Int32, nbytes: Constexpr[int], thread: Int32):
+    """Zero shared memory. All threads; a barrier before others use it."""
+    for n in range_constexpr(-(-nbytes // (16 * t.threads))):
+        i = thread + n * t.threads
+        if i < nbytes // 16:
+            ptx.sts128(s + i * 16, Uint32(0), Uint32(0), Uint32(0), Uint32(0))
 
 
 @cute.jit
@@ -117,8 +136,8 @@ def remember(
     rows: Int32,
     lane: Int32,
 ):
-    """The step's tokens of a slot to their places of its history. Every row of the slot stores all of them,
-    for its own cluster; of two rows for one place the later one stays. A warp reads, its first lane stores.
+    """The step's tokens of a slot to their places of its history. Every CTA that reads it stores all of them,
+    for itself; of two rows for one place the later one stays. A warp reads, its first lane stores.
     """
     for first in cutlass.range(0, rows, 32, unroll=1):
         row, place, token = first + lane, Int32(-1), Uint32(0)
@@ -157,18 +176,21 @@ def load(t: Constexpr[Spread], g_row: Int64, rank: Int32, thread: Int32):
 def count(
     t: Constexpr[Spread], sm: Int32, g_said: Int64, last: Int32, origin: Int32, rank: Int32, thread: Int32
 ):
-    """Counts of the tokens of places 0 to `last`, in the CTA that has their column: 2 from the origin on,
-    else the lowest bit.
+    """Counts of the tokens of places 0 to `last` that are columns of this CTA: 2 from the origin on, else the
+    lowest bit. Every CTA reads all places: to hand tokens over would take longer than most histories.
     """
-    for place in cutlass.range(rank * t.threads + thread, last + 1, t.ctas * t.threads):
-        token = ptx.ldg32(g_said + Int64(place) * 4)
-        if token < Uint32(t.columns):
-            owner = token.bitcast(Int32) // t.each
-            s = sm + t.o_counts + (token.bitcast(Int32) - owner * t.each) * 4
+    _clear(t, sm + t.o_counts, -(-t.each // 4) * 16, thread)
+    cute.arch.sync_threads()  # and what was remembered is there
+    first, end = rank * t.each, _end(t, rank)
+    for place in cutlass.range(thread, last + 1, t.threads, unroll=8):
+        token = ptx.ldg32(g_said + Int64(place) * 4).bitcast(Int32)
+        if token >= first and token < end:
+            s = sm + t.o_counts + (token - first) * 4
             if place >= origin:
-                ptx.count_remote(s, owner, Uint32(2))
+                ptx.count_shared(s, Uint32(2))
             else:
-                ptx.mark_remote(s, owner, Uint32(1))
+                _asm("red.shared.or.b32 [{$r0}], 1;", read_only_args=[s])
+    cute.arch.sync_threads()
 
 
 @cute.jit
@@ -232,13 +254,6 @@ def highest(t: Constexpr[Spread], sm: Int32, x: cute.Tensor, rank: Int32, thread
 def _larger(a: Float32, b: Float32):
     """The larger number, NaN if either is."""
     return _asm("max.NaN.f32 {$w0}, {$r0}, {$r1};", write_only_types=[Float32], read_only_args=[a, b])
-
-
-@cute.jit
-def meet():
-    """Everybody in the cluster has come here, and what they wrote is visible, in all memory. A wait."""
-    cute.arch.cluster_arrive()
-    cute.arch.cluster_wait()
 
 
 # Weights ----------------------------------------------------------------------------------------------------
@@ -758,9 +773,17 @@ def draw(t: Constexpr[Spread], sm: Int32, p: cute.Tensor, number: Float64, rank:
 
 
 @cute.jit
-def going(g_stops: Int64, stops: Constexpr[int], token: Int32, length: Int32):
-    """The next length: 0 once the token is a stop."""
+def number_drawn(sm: Int32):
+    """What `prepare` left: a number of (0, 1)."""
+    return ptx.lds_i64(sm + Spread.o_number).bitcast(Float64)
+
+
+@cute.jit
+def ends(sm: Int32, stops: Constexpr[int], token: Int32):
+    """Length of the row, and the next one: 0 once the token is a stop."""
+    length = ptx.lds32(sm + Spread.o_ends + stops * 4).bitcast(Int32)
+    going = length
     for n in range_constexpr(stops):
-        if ptx.ldg32(g_stops + n * 4).bitcast(Int32) == token:
-            length = Int32(0)
-    return length
+        if ptx.lds32(sm + Spread.o_ends + n * 4).bitcast(Int32) == token:
+            going = Int32(0)
+    return length, going
