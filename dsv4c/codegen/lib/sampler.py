@@ -80,7 +80,15 @@ def unit(word: Uint32):
 
 
 @cute.jit
-def prepare(sm: Int32, g_seed: Int64, index: Int32, g_length: Int64, g_stops: Int64, stops: Constexpr[int], lane: Int32):
+def prepare(
+    sm: Int32,
+    g_seed: Int64,
+    index: Int32,
+    g_length: Int64,
+    g_stops: Int64,
+    stops: Constexpr[int],
+    lane: Int32,
+):
     """The number that a token is drawn by, its row's length and its slot's stops, to where all threads find
     them after a barrier. A warp.
     """
@@ -105,7 +113,7 @@ def load_knobs(g_knobs: Int64):
 
 @cute.jit
 def open_inboxes(t: Constexpr[Spread], sm: Int32, thread: Int32):
-    """Zero sums and the number of candidates, and open what others send to. `meet` before anything is sent."""
+    """Zero sums and candidates, and open what others send to. `meet` before anything is sent."""
     _clear(t, sm + t.o_found, t.o_own - t.o_found, thread)
     s_bars = sm + t.o_bars
     cluster.open_inbox(s_bars + TOPS, 4 * t.ctas, thread)
@@ -446,7 +454,9 @@ def _fill_by_weight(t: Constexpr[Spread], sm: Int32, p: cute.Tensor, counts: Boo
     """
     s = sm + t.o_bins + thread % t.COPIES * 4
     drop = Uint32(23) if counts else Uint32(2)
-    for n in range_constexpr(4 * t.quads):  # 0 adds nothing to the last bin, which takes fewer steps than a branch
+    for n in range_constexpr(
+        4 * t.quads
+    ):  # 0 adds nothing to the last bin: shorter than a branch
         weight = _here(p[n])
         value = cutlass.min(_significand(weight, drop), weight.bitcast(Uint32))
         bin_ = cutlass.min(_bin_of(weight), Int32(t.BINS - 1))
@@ -706,7 +716,7 @@ def _candidates(t: Constexpr[Spread], sm: Int32, thread: Int32):
 def _larger_ones(t: Constexpr[Spread], s: Int32, s_weights: Int32, number: Int32, key: Uint32):
     """Of the first `number` keys at `s` those above `key`: how many, and what they weigh."""
     many, lower, upper = Int32(0), Uint32(0), Uint32(0)
-    for i in cutlass.range((number + 3) // 4, unroll=4):
+    for i in cutlass.range((number + 3) // 4, unroll=2):
         keys = ptx.lds128(s + i * 16)
         lowers, uppers = ptx.lds128(s_weights + i * 16), ptx.lds128(s_weights + t.FEW * 4 + i * 16)
         for j in range_constexpr(4):
@@ -723,9 +733,7 @@ def _sum_of(lower: Uint32, upper: Uint32):
 
 
 @cute.jit
-def _crossing(
-    t: Constexpr[Spread], sm: Int32, number: Int32, need: Int64, counts: Boolean, thread: Int32
-):
+def _crossing(t: Constexpr[Spread], sm: Int32, number: Int32, need: Int64, counts: Boolean, thread: Int32):
     """The smallest key of the candidates that are kept: of those above it are less than needed. What is kept
     of each CTA is added up in the results. A barrier.
     """
@@ -818,7 +826,9 @@ def _raise(s: Int32, r: Uint32):
 @cute.jit
 def _take(s: Int32, r: Uint32):
     """A word of shared memory as it is before as much is added to it, whoever else does."""
-    return _asm("atom.shared.add.u32 {$w0}, [{$r0}], {$r1};", write_only_types=[Uint32], read_only_args=[s, r])
+    return _asm(
+        "atom.shared.add.u32 {$w0}, [{$r0}], {$r1};", write_only_types=[Uint32], read_only_args=[s, r]
+    )
 
 
 # The token --------------------------------------------------------------------------------------------------
@@ -835,7 +845,7 @@ def draw(
     thread: Int32,
 ):
     """In one thread of the cluster the first column whose weights, summed from column 0 on, exceed `number`
-    of all of them; in all others -1. Column 0 where nothing weighs. Sums of CTAs that are `known` are not sent.
+    of all of them; in all others -1. Column 0 where nothing weighs. `known` sums of CTAs are not sent.
     """
     lane, warp = thread % 32, thread // 32
     upper, lower = Float32(0.0), Float32(0.0)
