@@ -454,9 +454,7 @@ def _fill_by_weight(t: Constexpr[Spread], sm: Int32, p: cute.Tensor, counts: Boo
     """
     s = sm + t.o_bins + thread % t.COPIES * 4
     drop = Uint32(23) if counts else Uint32(2)
-    for n in range_constexpr(
-        4 * t.quads
-    ):  # 0 adds nothing to the last bin: shorter than a branch
+    for n in range_constexpr(4 * t.quads):  # 0 adds nothing to the last bin: shorter than a branch
         weight = _here(p[n])
         value = cutlass.min(_significand(weight, drop), weight.bitcast(Uint32))
         bin_ = cutlass.min(_bin_of(weight), Int32(t.BINS - 1))
