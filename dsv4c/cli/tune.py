@@ -85,7 +85,7 @@ def tune_command(
             print(f"{kernel}: {count} variants")
         note(f"on the GPU: dsv4c tune {build}")
         return
-    from dsv4c.runtime.tune import card, measure  # torch
+    from dsv4c.runtime.tune import card, measure  # loads torch and the driver
 
     found = read_variants(subject)
     with progress_bar("tune") as progress:
