@@ -473,8 +473,18 @@ class Spread:
 
     @property
     def o_counts(self) -> int:
-        """Of what was said, by column, until the logits are lowered."""
+        """How often a token was said, u32 by column, until the logits are lowered."""
         return self.o_lists + self.FEW * 16
+
+    @property
+    def o_before(self) -> int:
+        """Whether it was said before the origin, u8, by column."""
+        return self.o_counts + 4 * self.each
+
+    @property
+    def counts(self) -> int:
+        """Bytes of both."""
+        return -(-5 * self.each // 16) * 16
 
     @property
     def o_inbox(self) -> int:
@@ -484,7 +494,7 @@ class Spread:
     @property
     def shared(self) -> int:
         """Bytes."""
-        return self.o_counts + max(-(-self.each // 4) * 16, self.ctas * self.BINS * 8)
+        return self.o_counts + max(self.counts, self.ctas * self.BINS * 8)
 
 
 @dataclass(frozen=True)

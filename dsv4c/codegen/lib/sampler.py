@@ -185,20 +185,26 @@ def load(t: Constexpr[Spread], g_row: Int64, rank: Int32, thread: Int32):
 def count(
     t: Constexpr[Spread], sm: Int32, g_said: Int64, last: Int32, origin: Int32, rank: Int32, thread: Int32
 ):
-    """Counts of the tokens of places 0 to `last` that are columns of this CTA: 2 from the origin on, else the
-    lowest bit. Every CTA reads all places: to hand tokens over would take longer than most histories.
+    """How often the tokens of places 0 to `last` that are columns of this CTA were said from the origin on, a
+    word each, and whether before, a byte each. Every CTA reads all places, a thread 16 of them before it
+    counts any: to hand tokens over would take longer than most histories. Whole groups of 16 bytes are read,
+    as far as a history has them.
     """
-    _clear(t, sm + t.o_counts, -(-t.each // 4) * 16, thread)
+    _clear(t, sm + t.o_counts, t.counts, thread)
     cute.arch.sync_threads()  # and what was remembered is there
-    first, end = rank * t.each, _end(t, rank)
-    for place in cutlass.range(thread, last + 1, t.threads, unroll=8):
-        token = ptx.ldg32(g_said + Int64(place) * 4).bitcast(Int32)
-        if token >= first and token < end:
-            s = sm + t.o_counts + (token - first) * 4
-            if place >= origin:
-                ptx.count_shared(s, Uint32(2))
-            else:
-                _asm("red.shared.or.b32 [{$r0}], 1;", read_only_args=[s])
+    first, columns = rank * t.each, _end(t, rank) - rank * t.each
+    lead = (g_said >> Int64(2)).to(Int32) & 3  # a slot of an odd capacity starts within a quad
+    quads = (last + lead) // 4 + 1 if last >= 0 else Int32(0)
+    for quad in cutlass.range(thread, quads, 4 * t.threads, unroll=1):
+        tokens = cute.make_rmem_tensor((16,), Uint32)
+        for n in range_constexpr(4):
+            at = cutlass.min(quad + n * t.threads, quads - 1) * 4 - lead
+            words = ptx.ldg128(g_said + Int64(at) * 4)
+            for i in range_constexpr(4):
+                tokens[4 * n + i] = words[i]
+        for n in range_constexpr(16):
+            place = (quad + n // 4 * t.threads) * 4 + n % 4 - lead
+            _count(t, sm, tokens[n].bitcast(Int32) - first, columns, place, last, origin)
     cute.arch.sync_threads()
 
 
@@ -216,10 +222,12 @@ def lower(
     for n in range_constexpr(t.quads):
         if t.column(0, thread, n) < t.each:
             counts = ptx.lds128(sm + t.o_counts + t.column(0, thread, n) * 4)
-            if (counts[0] | counts[1] | counts[2] | counts[3]) != Uint32(0):
+            before = ptx.lds32(sm + t.o_before + t.column(0, thread, n))
+            if (counts[0] | counts[1] | counts[2] | counts[3] | before) != Uint32(0):
                 for i in range_constexpr(4):
-                    said = counts[i].bitcast(Int32)
-                    x[4 * n + i] = lowered(x[4 * n + i], said, said >> 1, repetition, presence, frequency)
+                    said = (counts[i] | (before & Uint32(0xFF << (8 * i)))).bitcast(Int32)
+                    times = counts[i].bitcast(Int32)
+                    x[4 * n + i] = lowered(x[4 * n + i], said, times, repetition, presence, frequency)
 
 
 @cute.jit
@@ -819,6 +827,29 @@ def _leading_zeros(r: Uint32):
 def _raise(s: Int32, r: Uint32):
     """A word of shared memory becomes the larger one."""
     _asm("red.shared.max.u32 [{$r0}], {$r1};", read_only_args=[s, r])
+
+
+@cute.jit
+def _count(
+    t: Constexpr[Spread], sm: Int32, column: Int32, columns: Int32, place: Int32, last: Int32, origin: Int32
+):
+    """Count a token of a place if the place is one of 0 to `last` and the column one of the CTA. Most are
+    not, and lanes differ: few branches.
+    """
+    _asm(
+        "{ .reg .pred n, p, q; setp.lt.u32 n, {$r2}, {$r3}; setp.le.and.u32 n, {$r4}, {$r5}, n; "
+        "setp.ge.and.s32 p|q, {$r4}, {$r6}, n; "
+        "@p red.shared.add.u32 [{$r0}], 1; @q st.shared.u8 [{$r1}], 1; }",
+        read_only_args=[
+            sm + t.o_counts + column * 4,
+            sm + t.o_before + column,
+            column,
+            columns,
+            place,
+            last,
+            origin,
+        ],
+    )
 
 
 @cute.jit
