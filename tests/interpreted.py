@@ -49,7 +49,7 @@ def weights_of(folder: Path, recipe: Recipe) -> dict[str, codec.Value]:
     config = load_config(folder)
     buckets = [Bucket("decode"), *[Bucket("draft")] * bool(config.drafts_with)]
     params = {p.name: p.type for bucket in buckets for p in graph_of(config, recipe, bucket).params}
-    wanted = records(config, [(name, type_, recipe.requantize) for name, type_ in params.items()])
+    wanted = records(config, [(name, type_, recipe.rounds(name)) for name, type_ in params.items()])
     weights: dict[str, codec.Value] = {}
     Checkpoint.open(folder).load(
         [ParamRecord.from_json(record) for record in wanted],

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typer
 
-from dsv4c.cli.console import print_json, print_rows
+from dsv4c.cli.console import note, print_json, print_rows
 from dsv4c.cli.options import JsonOption
-from dsv4c.passes.recipes import RECIPES
+from dsv4c.passes.recipes import FP8_DRAFTS, RECIPES
 
 
 def register(app: typer.Typer) -> None:
@@ -27,3 +27,4 @@ def recipes_command(json: JsonOption = False) -> None:
         print_json({"recipes": rows})
     else:
         print_rows(rows)
+        note(f"NAME{FP8_DRAFTS}: any of them, where drafts read a copy of the head in FP8 (docs/drafting.md)")

@@ -60,7 +60,7 @@ def assemble(
 
 def weights_of(config: ModelConfig, recipe: Recipe, lowered: Lowered) -> tuple[Mapping[str, Any], ...]:
     """For every parameter where a checkpoint keeps it, and its place in the weights' block."""
-    wanted = [(w.name, w.type, recipe.requantize) for w in lowered.weights]
+    wanted = [(w.name, w.type, recipe.rounds(w.name)) for w in lowered.weights]
     places = {w.name: w.record for w in lowered.weights}
     return tuple({**record, **places[record["name"]]} for record in records(config, wanted))
 

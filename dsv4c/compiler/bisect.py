@@ -448,7 +448,7 @@ def _load(graph: Graph, job: Job, weights: str | Path) -> dict[str, Value]:
     them. Raises CheckpointError.
     """
     known = [(name, source.stored, False) for name, source in sources(job.config, "release").items()]
-    wanted = records(job.config, [(v.name, v.type, job.recipe.requantize) for v in graph.params])
+    wanted = records(job.config, [(v.name, v.type, job.recipe.rounds(v.name)) for v in graph.params])
     params: dict[str, Value] = {}
     Checkpoint.open(weights).sparing(map(ParamRecord.from_json, records(job.config, known))).load(
         [ParamRecord.from_json(record) for record in wanted],

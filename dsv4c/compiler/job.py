@@ -118,7 +118,8 @@ class Job:
 
     def built(self, bucket: Bucket) -> Graph:
         """The paper's operations for a bucket."""
-        return verify(build(self.config, self.deployment, bucket, self.recipe.activation))
+        own_head = self.recipe.copies_head
+        return verify(build(self.config, self.deployment, bucket, self.recipe.activation, own_head=own_head))
 
     def start(self, bucket: Bucket) -> Graph:
         """The graph that the passes begin with: built now, or kept when the compile stopped."""

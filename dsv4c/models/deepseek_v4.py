@@ -75,13 +75,20 @@ from dsv4c.ir.ops import (
 )
 from dsv4c.ir.ops.sample import KNOBS, STOPS
 from dsv4c.models.draft import Head, head_of
-from dsv4c.models.layout import layout
+from dsv4c.models.layout import head_of_drafts, layout
 from dsv4c.models.rows import POOL_TILE, WINDOW_TILE, Rows, ring_rows
 from dsv4c.models.schedule import LayerPlan, RouterKind, layer_plans
 from dsv4c.types import BF16, F32, I32, DType, TensorType
 
 
-def build(config: ModelConfig, deployment: Deployment, bucket: Bucket, activation: DType = BF16) -> Graph:
+def build(
+    config: ModelConfig,
+    deployment: Deployment,
+    bucket: Bucket,
+    activation: DType = BF16,
+    *,
+    own_head: bool = False,
+) -> Graph:
     """The model's graph for one bucket: B sequences of T tokens, N = B·T rows.
 
     Inputs: tokens i32[N], lengths i32[B] (valid tokens of each sequence, the rest is padding; 0 is idle),
@@ -93,10 +100,10 @@ def build(config: ModelConfig, deployment: Deployment, bucket: Bucket, activatio
     i32[N], the logits f32[N, V] that they are the likeliest of, and where it has an opinion, confidence
     f32[N, 1] that each holds, as logits. Rounds take the same and judge, accept steps judge the drafts among
     their tokens: logits f32[N, V], said i32[N], which ends in -1, and next i32[B], the tokens of the next
-    round; where they sample also its lengths.
+    round; where they sample also its lengths. With `own_head` drafts read the head as a parameter of theirs.
     """
     with Builder(f"{config.name}.{bucket.name}") as builder:
-        model = Model(config, deployment, bucket, activation, builder)
+        model = Model(config, deployment, bucket, activation, builder, own_head=own_head)
         of_kind = {"draft": model.draft, "accept": model.accept, "round": model.round}
         outputs = of_kind.get(bucket.kind, model.main)()
     return builder.finish(outputs)
@@ -121,9 +128,11 @@ class Model:
         bucket: Bucket,
         activation: DType,
         builder: Builder,
+        *,
+        own_head: bool = False,
     ) -> None:
         self.config, self.deployment, self.bucket = config, deployment, bucket
-        self.activation, self.builder = activation, builder
+        self.activation, self.builder, self.own_head = activation, builder, own_head
         sequences = TensorType(I32, (bucket.sequences,))
         self.layout = {p.name: p for p in layout(config)}
         self.declared: dict[str, Value] = {}
@@ -143,6 +152,16 @@ class Model:
             param = self.layout[name]
             dtype = {"f32": F32, "i64": I32}.get(param.storage, self.activation)
             self.declared[name] = self.builder.param(name, TensorType(dtype, param.shape))
+        return self.declared[name]
+
+    def head_of_drafts(self) -> Value:
+        """The model's head, or drafts' own copy of it."""
+        if not self.own_head:
+            return self.weight("head")
+        name = head_of_drafts(self.config)
+        if name not in self.declared:
+            shape = self.layout["head"].shape
+            self.declared[name] = self.builder.param(name, TensorType(self.activation, shape))
         return self.declared[name]
 
     def state(self, name: str, dtype: DType, *shape: int) -> Value:

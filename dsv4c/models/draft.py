@@ -150,7 +150,7 @@ class Mtp:
             with m.builder.scope(f"{plan.prefix}.output"):
                 x = m.collapsed(streams, f"{plan.prefix}.")
                 x = m.norm(x, f"{plan.prefix}.norm", "final_norm")
-                logits.append(linear(x, m.weight("head"), out=F32, name="logits"))
+                logits.append(linear(x, m.head_of_drafts(), out=F32, name="logits"))
                 tokens = argmax(logits[-1], name="next")
             steps.append(tokens)
         return Drafted(tuple(steps), tuple(logits))
@@ -221,7 +221,7 @@ class Dspark:
         with m.builder.scope(f"{end}.output"):
             y = m.collapsed(streams, f"{end}.")
             x = m.norm(y, f"{end}.norm", "final_norm")
-            base = linear(x, m.weight("head"), out=F32, name="base_logits")
+            base = linear(x, m.head_of_drafts(), out=F32, name="base_logits")
             return self._chain(f"{end}.", y, base, count)
 
     def _chain(self, end: str, y: Value, base: Value, count: int) -> Drafted:

@@ -74,6 +74,11 @@ def layout(config: ModelConfig) -> Iterator[Param]:
         yield from _stage(config, index)
 
 
+def head_of_drafts(config: ModelConfig) -> str:
+    """What drafts call the head where they have a copy in a format of its own; checkpoints hold it once."""
+    return f"{Scope(MTP, max(config.dspark_stages, 1) - 1).layer}.head"
+
+
 def _stage(config: ModelConfig, index: int) -> Iterator[Param]:
     """One of DSpark's stages: the first reads the target's features, the last gives tokens."""
     H, V, R = config.hidden_size, config.vocab_size, config.dspark_markov_rank

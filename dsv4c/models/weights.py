@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 from dsv4c.config import ModelConfig
 from dsv4c.errors import CheckpointError
 from dsv4c.headers import ELEMENT_BYTES
-from dsv4c.models.layout import Param, layout
+from dsv4c.models.layout import Param, head_of_drafts, layout
 from dsv4c.scope import LAYERS, Scope
 from dsv4c.types import (
     BF16,
@@ -117,6 +117,8 @@ def records(config: ModelConfig, wanted: Iterable[tuple[str, Type, bool]]) -> li
     has. Read back by `dsv4c.runtime.parameter.ParamRecord.from_json`.
     """
     by_table = {table: sources(config, table) for table in TABLES}
+    for known in by_table.values():
+        known[head_of_drafts(config)] = known["head"]
     whole = {name: source.stored.shape for known in by_table.values() for name, source in known.items()}
     result = []
     for name, type, requantize in wanted:

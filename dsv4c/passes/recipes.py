@@ -44,8 +44,17 @@ class Recipe:
     queries: Formats = ()
     head_norm: DType = F32  # rounding of the steps of the per-head query norm
     static_scales: tuple[str, ...] = ()  # weights whose activations use the checkpoint's input_scale
-    requantize: bool = False  # may loading round weights into the formats above?
+    requantize: tuple[str, ...] = ()  # weights that loading may round into the formats above
     summary: str = ""  # for people
+
+    @property
+    def copies_head(self) -> bool:
+        """Have drafts a copy of the head, in a format of its own?"""
+        return format_of(self.weights, "mtp.0.head") is not None
+
+    def rounds(self, name: str) -> bool:
+        """May loading round this weight?"""
+        return any(fnmatchcase(name, pattern) for pattern in self.requantize)
 
 
 FP8_LINEARS = (
@@ -81,7 +90,7 @@ NVFP4_EXPERTS = replace(
     summary="official, with routed experts in NVFP4 and FP8 activations (W4A8)",
 )
 
-NEVER: Formats = (("*hc_*", None), ("head", None), ("*.markov_head.*", None), ("*.confidence_head.*", None))
+NEVER: Formats = (("*hc_*", None), ("*head", None), ("*.markov_head.*", None), ("*.confidence_head.*", None))
 PLAIN = "quantized checkpoints are dequantized at load"
 
 RECIPES: dict[str, Recipe] = {
@@ -109,22 +118,40 @@ RECIPES: dict[str, Recipe] = {
             name="nvfp4",
             weights=(*NEVER, ("*", NVFP4)),
             activations=(*NEVER, ("*", NVFP4_ROW)),
-            requantize=True,
+            requantize=("*",),
             summary="every linear layer in NVFP4 with NVFP4 activations, global scale per token at run time",
         ),
     )
 }
 
 
+FP8_DRAFTS = "-fp8-drafts"
+"""Behind the name of a recipe: drafts have a copy of the head in FP8, rounded at load."""
+
+
 def recipe_named(name: str) -> Recipe:
-    """Raises ConfigError listing the recipes there are."""
-    if name not in RECIPES:
+    """One of the recipes, or one with `FP8_DRAFTS`. Raises ConfigError listing the recipes there are."""
+    base = name.removesuffix(FP8_DRAFTS)
+    if base not in RECIPES:
         raise ConfigError(f"recipe: unknown recipe {name!r}; known: {listed(RECIPES, name)}")
-    return RECIPES[name]
+    recipe, copy = RECIPES[base], "mtp.*.head"
+    if name == base:
+        return recipe
+    return replace(
+        recipe,
+        name=name,
+        weights=((copy, FP8_WEIGHT), *recipe.weights),
+        activations=((copy, FP8_ROW), *recipe.activations),
+        requantize=(copy, *recipe.requantize),
+        summary=f"{recipe.summary}; drafts with a copy of the head in FP8",
+    )
 
 
 def recipe_for(name: str, expert_format: str) -> Recipe:
     """The recipe of that name for a model whose checkpoint has routed experts in `expert_format`: its own
     numerics, `official`, depend on that. Raises ConfigError listing the recipes there are.
     """
-    return recipe_named("fp8-experts" if (name, expert_format) == ("official", "fp8") else name)
+    base = name.removesuffix(FP8_DRAFTS)
+    if (base, expert_format) == ("official", "fp8"):
+        name = name.replace(base, "fp8-experts")
+    return recipe_named(name)

@@ -6,7 +6,7 @@ import pytest
 
 from dsv4c.config import load_config
 from dsv4c.errors import ConfigError
-from dsv4c.models.layout import layout
+from dsv4c.models.layout import head_of_drafts, layout
 from dsv4c.passes.recipes import OFFICIAL, RECIPES, format_of, recipe_for, recipe_named
 from dsv4c.types import BF16, F32, FP8_ROW, FP8_WEIGHT, KV_FP8, MXFP4, NVFP4, NVFP4_ROW, QuantFormat
 
@@ -76,6 +76,21 @@ def test_caches(name: str) -> None:
     assert of_layer(name, "queries", {"attn.indexer.keys"}) == {MXFP4}
     assert of_layer(name, "state", {"attn.compressor.kv", "attn.indexer.compressor.score"}) == {None}
     assert RECIPES[name].head_norm is BF16
+
+
+def test_a_copy_of_the_head_for_drafts_is_all_that_loading_rounds() -> None:
+    recipe = recipe_for("official-fp8-drafts", "mxfp4")
+    name = head_of_drafts(load_config("tiny"))
+    assert format_of(recipe.weights, name) == FP8_WEIGHT
+    assert format_of(recipe.activations, name) == FP8_ROW
+    assert [p.name for p in layout(load_config("tiny")) if recipe.rounds(p.name)] == []
+    assert recipe.rounds(name)
+    assert recipe.copies_head
+    assert not any(each.copies_head for each in RECIPES.values())
+    assert recipe_for("official-fp8-drafts", "fp8").name == "fp8-experts-fp8-drafts"
+    assert recipe_named("nvfp4-fp8-drafts").rounds("layers.0.attn.wq_a")
+    with pytest.raises(ConfigError, match=r"unknown recipe 'fp7-fp8-drafts'"):
+        recipe_named("fp7-fp8-drafts")
 
 
 def test_nvfp4_quantizes_every_linear_layer_but_the_head() -> None:

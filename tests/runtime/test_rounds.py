@@ -13,6 +13,7 @@ from dsv4c.errors import PlanError, SessionError
 from dsv4c.runtime.answer import Done
 from dsv4c.runtime.sampling import Sampling
 from dsv4c.runtime.session import Session
+from dsv4c.types import FP8_WEIGHT, QuantType
 from tests.drafting import (
     VOCABULARY,
     Head,
@@ -59,6 +60,17 @@ def test_rounds_say_what_steps_say(drafting: dict[Head, Session], head: Head) ->
         assert said == plainly(session, prompt, 20)
         held += own
     assert complete(held, COUNT), held
+
+
+def test_drafts_by_a_copy_of_the_head_change_nothing_but_the_rounds(weights: dict[Head, Path]) -> None:
+    session = compile_for(weights["mtp"], recipe="bf16-fp8-drafts", draft="mtp", draft_tokens=COUNT)
+    heads = [record for record in session.plan.weights if record["name"].endswith("head")]
+    types = {record["name"]: record["type"] for record in heads}
+    copy = str(QuantType(FP8_WEIGHT, (VOCABULARY, 128)))
+    assert types == {"head": f"bf16[{VOCABULARY},128]", "mtp.0.head": copy}
+    said, held = zip(*(in_rounds(session, p, 6) for p in prompts(6, 3)), strict=True)
+    assert list(said) == [plainly(session, p, 6) for p in prompts(6, 3)]
+    assert sum(held, Counter())[COUNT] > 0
 
 
 @pytest.mark.parametrize("head", HEADS)
