@@ -1,6 +1,6 @@
 """What drafting and judging take on a GPU, beside their bytes: python -m benchmarks.rounds PLAN.
 
-    python -m benchmarks.rounds PLAN --build [--model deepseek-v4-flash] [--layers 8]
+    python -m benchmarks.rounds PLAN --build [--model deepseek-v4-flash] [--layers 8] [--recipe official]
 
 compiles PLAN where there is no GPU: a model's first layers in full width, with DSpark's three stages, steps
 that judge 2, 3, 4 and 6 rows, drafts of 3 and 5, and rounds of both. Times are medians of replays of a whole
@@ -29,14 +29,14 @@ BUCKETS = (
 )
 
 
-def build(path: Path, model: str, layers: int, target: str) -> None:
+def build(path: Path, model: str, layers: int, target: str, recipe: str) -> None:
     """Compile and save the plan."""
     from benchmarks.plans import first_layers
     from dsv4c.compiler.compile import compile
     from dsv4c.compiler.request import Request
 
     config = with_dspark(first_layers(model, layers))
-    job = Request(config, target=target, batch=1, max_context=CONTEXT).job()
+    job = Request(config, target=target, recipe=recipe, batch=1, max_context=CONTEXT).job()
     job = replace(job, deployment=replace(job.deployment, buckets=BUCKETS))
     print(compile(job, certify=False).save(path, overwrite=True))
 
@@ -80,11 +80,12 @@ def main() -> None:
     parser.add_argument("--model", default="deepseek-v4-flash")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--target", default="sm_90a")
+    parser.add_argument("--recipe", default="official")
     parser.add_argument("--replays", type=int, default=31)
     parser.add_argument("--launches", action="append", default=[], metavar="BUCKET")
     asked = parser.parse_args()
     if asked.build:
-        build(asked.plan, asked.model, asked.layers, asked.target)
+        build(asked.plan, asked.model, asked.layers, asked.target, asked.recipe)
     else:
         measure(asked.plan, asked.replays, asked.launches)
 

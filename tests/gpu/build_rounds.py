@@ -19,11 +19,15 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--store", type=Path, help="where compiled kernels are kept")
     parser.add_argument("--target", default="sm_90a")
+    parser.add_argument(
+        "--recipe", default="official", help="official-fp8-drafts: drafts by a copy of the head"
+    )
     asked = parser.parse_args()
     for head, count in COUNTS.items():
         weights = learned(asked.folder / f"{head}-weights", head, quantized=True)
         options = {
             "target": asked.target,
+            "recipe": asked.recipe,
             "cache": asked.store,
             "max_context": 512,
             "certify": False,
