@@ -166,6 +166,7 @@ def test_a_conversation_from_a_file_and_one_in_the_terminal(folder: Path, tmp_pa
         (("--prompt", "x", "--temperature", -1), "temperature is -1.0, expected a number of 0"),
         (("--prompt", "x", "--encoding", "july"), "no rules are named 'july'; expected preview, 0731, auto"),
         (("--prompt", "x", "--thinking", "--effort", "low"), "the preview release has no level 'low'"),
+        (("--chat", "--thinking", "--effort", "low"), "the preview release has no level 'low'"),
         (("--prompt", "x", "--weights", "y"), "is no plan, so --weights has no place"),
     ],
 )

@@ -178,7 +178,8 @@ def generate_command(
     if plan is not None:
         max_context = int(plan.deployment["max_context"])
     config = plan.config if plan is not None else load_config(folder.absolute()).to_dict()
-    _check_question(question, tokenizer, encoding, folder, config, max_context)
+    first = question if question is not None else _asking("a line of the chat", thinking, effort)
+    _check_question(first, tokenizer, encoding, folder, config, max_context)
     if plan is None:
         plan = _plan(folder, target, recipe, max_context, draft.value, draft_tokens, cache)
     if draft is not Draft.OFF:
@@ -291,7 +292,11 @@ def _question(
         raise PromptError(f"--prompt: is no UTF-8 at character {error.start}") from None
     if not prompt.strip():
         raise PromptError("--prompt: is empty; say something")
-    return Conversation([{"role": "user", "content": prompt}], "thinking" if thinking else "chat", effort)
+    return _asking(prompt, thinking, effort)
+
+
+def _asking(text: str, thinking: bool, effort: str | None) -> Conversation:
+    return Conversation([{"role": "user", "content": text}], "thinking" if thinking else "chat", effort)
 
 
 def _check_question(
@@ -311,8 +316,7 @@ def _check_question(
     rules, remark = rules_of(encoding, folder)
     if remark:
         note(remark)
-    if question is not None:
-        check_prompt(tokenizer.encode(render(question, rules)), room)
+    check_prompt(tokenizer.encode(render(question, rules)), room)
 
 
 # --- showing ---
