@@ -109,19 +109,20 @@ class _Launches:
         self.inner = {len(request.types) + i: v for i, v in enumerate(inner)}
         self.numbers |= {v: number for number, v in self.inner.items()}
         self.names = names_of(self.numbers, taken=("lengths",))
-        labels = [*request.labels, *("" for _ in inner)]
-        for node in body.products:
-            w = node.inputs[1]
-            if not labels[self.numbers[w]]:
-                raise UnfitError(f"multiplies with weights, which {w.name} is not")
-            labels[self.numbers[w]] = self.names[w]
-            self.names[node.outputs[0]] = f"{self.names[w]}_out"
         self.request = replace(
             request,
             types=(*request.types, *(v.type for v in inner)),
-            labels=tuple(labels),
+            labels=(*request.labels, *("" for _ in inner)),
             readers=(*request.readers, *(0 for _ in inner)),
         )
+        labels = list(self.request.labels)
+        for node in body.products:
+            w = node.inputs[1]
+            if not self._packable(w):
+                raise UnfitError(f"multiplies with weights that it has packed, {w.name} lies as its type says")
+            labels[self.numbers[w]] = self.names[w]
+            self.names[node.outputs[0]] = f"{self.names[w]}_out"
+        self.request = replace(self.request, labels=tuple(labels))
 
     def all(self) -> list[Launchable]:
         """In order. Raises BuildError where a part has no kernel."""
@@ -140,6 +141,11 @@ class _Launches:
         if epilogues is None:
             launches += self._program("behind", body.behind, last)
         return [self._bound(launch) for launch in launches]
+
+    def _packable(self, value: Value) -> bool:
+        """Whether an operand is a weight that may lie in memory in another form than its type says."""
+        number = self.numbers[value]
+        return bool(self.request.labels[number]) and number not in self.request.plain
 
     def _asked(self, inputs: Iterable[Value], outputs: Iterable[Value]) -> Request:
         """The request of a launch that reads and writes these."""
@@ -240,9 +246,10 @@ class _Launches:
         if len(norm.inputs) != 2 or norm.op.precision is not F32 or format != (None if plain else FP8_ROW):
             return No("norms with a gain, in f32, quantizes for quantized weights")
         x, gain = norm.inputs
-        operands = x in self.given and gain in self.given and bool(self.request.labels[self.numbers[gain]])
-        if not operands or not holds(x.type, BF16) or not holds(gain.type, BF16) or x.type.shape[-1] % 128:
-            return No("norms operands of bf16, in blocks of 128")
+        if x not in self.given or gain not in self.given or not self._packable(gain):
+            return No("norms operands, under a weight that it may have as f32")
+        if not holds(x.type, BF16) or not holds(gain.type, BF16) or x.type.shape[-1] % 128:
+            return No("norms rows of bf16 in blocks of 128")
         kind = "bf16" if plain else "e4m3"
         return Activations(self.names[x], kind, "normalize", gain=self.names[gain], eps=norm.op.eps)
 
