@@ -65,5 +65,7 @@ class NormedHead(Fused):
         return argmax(logits), logits
 
 
-RULES = [f"tests.codegen.products:{op.__name__}" for op in (RoutedScores, SharedHidden, SharedSum, NormedHead)]
+RULES = [
+    f"tests.codegen.products:{op.__name__}" for op in (RoutedScores, SharedHidden, SharedSum, NormedHead)
+]
 NAMES = ["routed_scores", "shared_hidden", "shared_sum", "normed_head"]

@@ -79,9 +79,7 @@ def body_of(graph: Graph) -> Body:
     return Body(tuple(before), products, tuple(behind))
 
 
-def part_of(
-    name: str, nodes: Sequence[Node], results: Sequence[Value]
-) -> tuple[Graph, dict[Value, Value]]:
+def part_of(name: str, nodes: Sequence[Node], results: Sequence[Value]) -> tuple[Graph, dict[Value, Value]]:
     """What makes these results of what other nodes make, as a graph; its values, as the nodes have them."""
     needed = live(nodes, results)
     made = {v for node in needed for v in node.outputs}
@@ -119,7 +117,9 @@ class _Launches:
         for node in body.products:
             w = node.inputs[1]
             if not self._packable(w):
-                raise UnfitError(f"multiplies with weights that it has packed, {w.name} lies as its type says")
+                raise UnfitError(
+                    f"multiplies with weights that it has packed, {w.name} lies as its type says"
+                )
             labels[self.numbers[w]] = self.names[w]
             self.names[node.outputs[0]] = f"{self.names[w]}_out"
         self.request = replace(self.request, labels=tuple(labels))
