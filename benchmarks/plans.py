@@ -1,8 +1,8 @@
 """Compile the plans that `dsv4c bench` is shown on: python -m benchmarks.plans FOLDER.
 
 The first layers of Flash (12) and Pro (8) in full width, `official`, batch 1, room for 8,448 tokens: as many
-as fit the 141 GB of an H200. With --model and --layers only that one, as FOLDER itself; `--disable all`: unfused. No weights and no GPU
-are needed.
+as fit the 141 GB of an H200. With --model and --layers only that one, as FOLDER itself; --disable all leaves
+it unfused. No weights and no GPU are needed.
 """
 
 from __future__ import annotations
