@@ -8,7 +8,7 @@ scratch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from dsv4c.codegen.emit import Parameter
@@ -134,9 +134,9 @@ class _Launches:
         if staged is None:
             if given := [v for v in made if v in wanted or v in body.rows]:
                 launches += self._program("before", body.before, given)
-            staged = [self._staged(node.inputs[0], node.inputs[1], None) for node in body.products]
+            staged = [self._staged(*node.inputs) for node in body.products]
         last = [v for node in body.behind for v in node.outputs if v in self.results]
-        epilogues = self._epilogues(last)
+        epilogues = self._epilogues(last, {x.gain for x in staged if x.gain})
         launches += self._products(staged, epilogues or {}, alone=not launches and epilogues is not None)
         if epilogues is None:
             launches += self._program("behind", body.behind, last)
@@ -187,15 +187,17 @@ class _Launches:
     ) -> Sequence[Launchable]:
         """All products in a launch, or in GEMMs."""
         products = self.body.products
+        shapes = {x.type.shape for x in self.body.rows}
+        if len(shapes) > 1:
+            raise UnfitError(
+                f"its products take rows of one shape, not {', '.join(map(str, sorted(shapes)))}"
+            )
         named = {name: v for v, name in self.names.items()}
         used = [p.operand for e in epilogues.values() for p in e.parameters]
         used += [name for x in staged for name in (x.name, x.gain) if name]
         made = [*(node.outputs[0] for node in products), *(v for v in self.results if self.names[v] in used)]
         read = [named[name] for name in used if named[name] not in made]
         asked = self._asked([*read, *(node.inputs[1] for node in products)], dict.fromkeys(made))
-        (k,) = widths if len(widths := {node.inputs[1].type.shape[1] for node in products}) == 1 else (0,)
-        if not k:
-            raise UnfitError(f"its products' rows have one width, not {', '.join(map(str, sorted(widths)))}")
         answer = product(
             asked,
             self.request.call.op.name,
@@ -204,7 +206,7 @@ class _Launches:
                 for x, node in zip(staged, products, strict=True)
             ],
             {name: self.numbers[named[name]] for name in used},
-            k,
+            products[0].inputs[1].type.shape[1],
             stage="" if alone else "product",
             epilogues={self.numbers[y]: epilogue for y, epilogue in epilogues.items()},
         )
@@ -212,8 +214,9 @@ class _Launches:
             raise UnfitError(answer.reason)
         return answer
 
-    def _staged(self, x: Value, w: Value, format: QuantFormat | None) -> Activations:
-        answer = staging(self.request, self.names[x], self.numbers[x], self.numbers[w], format)
+    def _staged(self, x: Value, w: Value) -> Activations:
+        """Rows as they lie in memory."""
+        answer = staging(self.request, self.names[x], self.numbers[x], self.numbers[w], None)
         if isinstance(answer, No):
             raise UnfitError(answer.reason)
         return answer
@@ -224,12 +227,14 @@ class _Launches:
         done: set[Node] = set()
         for node in self.body.products:
             (x, w), format = node.inputs, None
-            if x.node is not None and isinstance(x.node.op, Quantize) and len(x.node.inputs) == 1:
-                done.add(x.node)
-                x, format = x.node.inputs[0], x.node.op.format
-            if x.node is not None and isinstance(x.node.op, RmsNorm):
-                done.add(x.node)
-                how = self._normalized(x.node, w, format)
+            maker = x.node
+            if maker is not None and isinstance(maker.op, Quantize) and len(maker.inputs) == 1:
+                done.add(maker)
+                x, format = maker.inputs[0], maker.op.format
+                maker = x.node
+            if maker is not None and isinstance(maker.op, RmsNorm):
+                done.add(maker)
+                how = self._normalized(maker, w, format)
             elif x in self.given:
                 how = staging(self.request, self.names[x], self.numbers[x], self.numbers[w], format)
             else:
@@ -255,8 +260,10 @@ class _Launches:
 
     # Epilogues ----------------------------------------------------------------------------------------------
 
-    def _epilogues(self, last: Sequence[Value]) -> dict[Value, Epilogue] | None:
-        """What is made of each product by itself, element by element; None where more is made of them."""
+    def _epilogues(self, last: Sequence[Value], gains: Set[str]) -> dict[Value, Epilogue] | None:
+        """What is made of each product by itself, element by element, of operands that lie in memory as their
+        types say, unlike weights and `gains` of products; None where more is made of them.
+        """
         products = [node.outputs[0] for node in self.body.products]
         if last and products[0].type.shape[0] >= FEWEST_ROWS:
             return None
@@ -266,17 +273,18 @@ class _Launches:
             sources |= dict.fromkeys(node.outputs, come)
         if any(len(sources[v]) != 1 for v in last):
             return None
+        weights = {self.names[node.inputs[1]] for node in self.body.products}
         found: dict[Value, Epilogue] = {}
         for y in products:
             if made := [v for v in last if y in sources[v]]:
-                epilogue = self._epilogue(y, made)
+                epilogue = self._epilogue(y, made, gains | weights)
                 if epilogue is None:
                     return None
                 found[y] = epilogue
         return found
 
-    def _epilogue(self, y: Value, made: Sequence[Value]) -> Epilogue | None:
-        """What is made of an element of `y`, if that needs no other."""
+    def _epilogue(self, y: Value, made: Sequence[Value], others: Set[str]) -> Epilogue | None:
+        """What is made of an element of `y`, if that needs no other, nor operands of these names."""
         kept = y in self.results
         graph, own = part_of("epilogue", self.body.behind, [*([y] if kept else []), *made])
         (value,) = (v for v in graph.inputs if own[v] is y)
@@ -284,10 +292,13 @@ class _Launches:
             program = program_of(graph, 1, {v: self.names[old] for v, old in own.items()})
         except UnfitError:
             return None
-        loop = program.steps[0]
+        loop, *more = program.steps
         views = {view.base for view in program.views.values()}
-        single = len(program.steps) == 1 and isinstance(loop, Loop) and views <= {*graph.inputs} - {value}
-        if not single or loop.nodes[0].outputs[0].type.shape != y.type.shape:
+        if more or not isinstance(loop, Loop) or not views <= {*graph.inputs} - {value}:
+            return None
+        if loop.nodes[0].outputs[0].type.shape != y.type.shape or not others.isdisjoint(
+            self.names[own[v]] for v in graph.inputs
+        ):
             return None
         homes = {v: home for v, home in program.homes.items() if kept or v is not value}
         program = replace(program, homes=homes)
