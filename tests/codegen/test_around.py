@@ -91,6 +91,29 @@ class HalvesMultiplied(Fused):
         return out
 
 
+@fused
+class GainTwice(Fused):
+    """A norm's gain, which its product wants widened, added to what comes out."""
+
+    literals = ("rms_norm.precision", "linear.out")
+    eps: float
+
+    def body(self, x: Value, gain: Value, w: Value) -> Value:
+        normed = rms_norm(x, gain, eps=self.eps, precision=F32)
+        out: Value = add(linear(normed, w, out=BF16), gain)
+        return out
+
+
+@fused
+class TwoRows(Fused):
+    """Products of rows that are not as many."""
+
+    literals = ("linear.out",)
+
+    def body(self, x: Value, z: Value, w: Value, w2: Value) -> tuple[Value, Value]:
+        return silu(linear(x, w, out=BF16)), silu(linear(z, w2, out=BF16))
+
+
 def fp8(rows: int, columns: int) -> str:
     return str(QuantType(FP8_WEIGHT, (rows, columns)))
 
@@ -168,6 +191,12 @@ def test_columns_that_meet_are_behind_the_product() -> None:
     assert [launch.stage for launch in launches(HALVES, 2)] == ["product", "behind"]
 
 
+def test_an_operand_that_lies_in_another_form_is_read_behind() -> None:
+    case = GainTwice(eps=1e-6), ("bf16[N,512]", "bf16[512]", "bf16[512,512]"), "gain w"
+    product, behind = launches(case, 2)
+    assert (product.forms[1], behind.forms) == ("f32", {})
+
+
 def test_of_many_rows_everything_behind_a_product_is_a_launch() -> None:
     stages = [[launch.stage for launch in launches(case, 12)] for case in (GATED, AFFINE)]
     assert stages == [["product0", "behind"], ["quantize", "product1", "behind"]]
@@ -187,6 +216,10 @@ def test_of_many_rows_everything_behind_a_product_is_a_launch() -> None:
         (
             (Chained(), ("bf16[N,512]", "bf16[512,512]", "bf16[256,512]"), "w1 w2"),
             "a product takes what comes of another one",
+        ),
+        (
+            (TwoRows(), ("bf16[N,512]", "bf16[4,512]", "bf16[512,512]", "bf16[256,512]"), "w w2"),
+            "multiplies rows of one shape, not (2, 512) and (4, 512)",
         ),
         (
             (Normalized(), ("bf16[N,512]", "bf16[256,512]"), "w"),

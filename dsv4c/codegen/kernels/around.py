@@ -189,9 +189,7 @@ class _Launches:
         products = self.body.products
         shapes = {x.type.shape for x in self.body.rows}
         if len(shapes) > 1:
-            raise UnfitError(
-                f"its products take rows of one shape, not {', '.join(map(str, sorted(shapes)))}"
-            )
+            raise UnfitError(f"multiplies rows of one shape, not {' and '.join(map(str, sorted(shapes)))}")
         named = {name: v for v, name in self.names.items()}
         used = [p.operand for e in epilogues.values() for p in e.parameters]
         used += [name for x in staged for name in (x.name, x.gain) if name]
