@@ -69,8 +69,12 @@ class Coder(Protocol):
         """Ops that may share a launch."""
         ...
 
-    def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
-        """The launches that compute `nodes`. Raises BuildError, with every reason, where there are none."""
+    def code(
+        self, graph: Graph, nodes: Sequence[Node], plain: frozenset[str] = frozenset()
+    ) -> tuple[Part, ...]:
+        """The launches that compute `nodes`, while weights named in `plain` lie in memory as their types say.
+        Raises BuildError, with every reason, where there are none.
+        """
         ...
 
     def keep(self, kernels: Collection[str]) -> None:
@@ -325,7 +329,7 @@ def _ask(
     def ask(nodes: tuple[Node, ...]) -> str:
         """The reason why not, or nothing."""
         try:
-            parts = coder.code(graph, nodes)
+            parts = coder.code(graph, nodes, plain)
         except BuildError as error:
             return str(error)
         for value, form in (item for part in parts for item in part.forms.items()):

@@ -37,10 +37,12 @@ class Kernels:
             Group(tuple(op.name for op in k.ops), k.chained, k.lead) for k in self.known if k.several
         )
 
-    def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
+    def code(
+        self, graph: Graph, nodes: Sequence[Node], plain: frozenset[str] = frozenset()
+    ) -> tuple[Part, ...]:
         params = {p for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
         labels = {p: p.place.role.replace(".", "_") for p in params}
-        request, values = request_of(nodes, self.arch, graph.users, labels, _chunk_lengths(graph))
+        request, values = request_of(nodes, self.arch, graph.users, labels, _chunk_lengths(graph), plain)
         return tuple(self._part(launch, values) for launch in choose(request, self.known))
 
     def keep(self, kernels: Collection[str]) -> None:
