@@ -289,7 +289,7 @@ def early_rows(
     for i in range_constexpr(k):
         g_row = g_gate + Int64(cute.arch.shuffle_sync(expert, i)) * (2 * hidden)
         for n in range_constexpr(pieces):
-            v = hyper.load_early(g_row + piece_at(hidden, n, thread, threads))
+            v = ptx.ldg_early128(g_row + piece_at(hidden, n, thread, threads))
             for j in range_constexpr(4):
                 w[4 * (n * k + i) + j] = v[j]
     return w

@@ -90,9 +90,14 @@ class Slice:
         return self.o_squares + -(-self.hidden // 1024) * 32
 
     @property
+    def o_comb(self) -> int:
+        """By what a token's streams are mixed f32 [tokens][4][4]."""
+        return self.o_bars + 16
+
+    @property
     def o_f(self) -> int:
         """The sum over ranks bf16 [width]."""
-        return self.o_bars + 16
+        return self.o_comb + STREAMS * STREAMS * 4
 
     @property
     def shared(self) -> int:
@@ -118,11 +123,6 @@ class Batch(Slice):
     def pairs(self) -> int:
         """Warps that collapse the same columns: of two tokens each."""
         return self.warps // self.groups
-
-    @property
-    def kept(self) -> int:
-        """Tokens whose next mixing a CTA works out."""
-        return -(-self.tokens // self.ctas)
 
     @property
     def x_bytes(self) -> int:
@@ -160,14 +160,14 @@ class Batch(Slice):
         return self.o_sums + TOGETHER * self.sums_bytes
 
     @property
-    def o_kept(self) -> int:
-        """What the next mixing is worked out from f32 [kept][32]."""
+    def o_bars(self) -> int:
+        """Barriers of the two inboxes."""
         return self.o_squares + TOGETHER * self.squares_bytes
 
     @property
-    def o_bars(self) -> int:
-        """Barriers of the two inboxes."""
-        return self.o_kept + self.kept * 128
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return self.o_comb + self.tokens * STREAMS * STREAMS * 4
 
 
 @dataclass(frozen=True)
