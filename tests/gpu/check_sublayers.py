@@ -2,7 +2,7 @@
 
 Row by row, what was recorded is put where the launch before would have left it, and what the launches leave
 is compared: `kv`, `entries`, index keys from the caches, selections as sets, all within the case's bounds.
-What kernels keep to themselves (`qr`, `q`, `index_q`) the reference makes of what is stored. Batch 1.
+What kernels keep to themselves (`qr`, `q`, `index_q`, `comb`) the reference makes of what is stored. Batch 1.
 """
 
 from __future__ import annotations
@@ -96,6 +96,14 @@ class Device:
 
     def place(self, layer: int, name: str) -> str:
         return layer_value(self.graph, layer, name)
+
+    def logits(self, comb: str) -> str:
+        """What Sinkhorn makes a matrix of."""
+        node = self.graph.by_name[comb].node
+        while node is not None and not isinstance(node.op, Reshape):
+            node = node.inputs[0].node
+        assert node is not None, f"{comb} is made of no reshaped logits"
+        return node.outputs[0].name
 
     def between(self, given: Iterable[str], wanted: Iterable[str]) -> list[int]:
         """The launches from the first that reads a given value to the last that writes a wanted one, and
@@ -227,6 +235,8 @@ def boundary(device: Device, layer: int, part: str) -> list[Found]:
     own = [f"hc_{part}_post", f"hc_{part}_comb", f"{part}_out"]
     given = {before: device.place(*_streams(layer, part))} if part == "ffn" or layer else {}
     given |= {f"prefill.{layer}.{n}": device.place(layer, n) for n in own}
+    comb = f"prefill.{layer}.hc_{part}_comb"  # which boundaries make of its logits: Sinkhorn keeps what it is
+    given[comb] = device.logits(given[comb])
     if (part == "attn" and not layer) or not set(given) <= set(case.tensors):
         return []  # these streams are not recorded, or not in the packed recordings
     after = [(layer, n) for n in ("x_attn", "ffn_in", "hc_ffn_post", "hc_ffn_comb")]
@@ -261,10 +271,14 @@ def _rows_through(device: Device, given: Mapping[str, str], wanted: Mapping[str,
     for i, position in enumerate(case.probe_rows):
         for name, place in given.items():
             known = case.tensors[name]
-            device.put(place, known[i if len(known) == len(case.probe_rows) else position])
+            row = known[i if len(known) == len(case.probe_rows) else position]
+            device.put(place, row.log() if name.endswith("_comb") else row)
         left = device.run(launches, run.ids[position], position)
         for name, place in wanted.items():
-            rows[name] += found_in(left, place)
+            if name.endswith("_comb"):
+                rows[name].append(finish(device, left, place, run.ids[position], position))
+            else:
+                rows[name] += found_in(left, place)
     found = []
     for name, some in ((n, r) for n, r in rows.items() if r):
         value, known = torch.cat(some), case.tensors[name]
