@@ -163,12 +163,12 @@ class Ring:
 
     @property
     def ahead(self) -> int:
-        """Steps in flight at a time, of what the CTAs of an SM should have so: no more, or, of a stream that
-        turns make long, no less. (With 17 KB a CTA `experts_down` read 3.1 TB/s from the second turn on, with
-        34 KB `experts_up` 4.3; H200, 2026-11-30.)
+        """Steps in flight at a time, of what the CTAs of an SM should have so: the nearest to it, or, of a stream
+        that turns make long, no less. (With 17 KB a CTA `experts_down` read 3.1 TB/s from the second turn on,
+        with 34 KB `experts_up` 4.3; H200, 2026-11-30.)
         """
         wanted = 2 * IN_FLIGHT // self.resident
-        steps = -(-wanted // self.slot_bytes) if self.turns > 1 else wanted // self.slot_bytes
+        steps = -(-wanted // self.slot_bytes) if self.turns > 1 else round(wanted / self.slot_bytes)
         return max(1, min(steps, self.depth))
 
     @property
