@@ -319,7 +319,7 @@ def _ask(
     graph: Graph, order: Schedule, coder: Coder, plain: frozenset[str]
 ) -> tuple[Schedule, Steps, dict[Node, str]]:
     """Launches with their code, and the nodes that none takes, with the reasons. Where none takes a launch of
-    several nodes, each becomes a launch of its own.
+    several nodes, as many of the first as one takes become a launch, and so on.
     """
     launches: list[tuple[Node, ...]] = []
     steps: list[tuple[Part, ...]] = []
@@ -339,11 +339,14 @@ def _ask(
         return ""
 
     for nodes in order.launches:
-        reason = ask(nodes)
-        if reason and len(nodes) == 1:
-            refused[nodes[0]] = reason
-        elif reason:
-            refused |= {node: why for node in nodes if (why := ask((node,)))}
+        while nodes:
+            size, reason = len(nodes), ask(nodes)
+            while reason and size > 1:
+                size -= 1
+                reason = ask(nodes[:size])
+            if reason:
+                refused[nodes[0]] = reason
+            nodes = nodes[size:]
     return Schedule(tuple(launches), order.views), tuple(steps), refused
 
 
@@ -413,14 +416,15 @@ def _launches(
 ) -> Iterator[Launch]:
     index = site = 0
     ended = -1  # the last launch that has completed when the next one begins, by a programmatic edge
-    writers: dict[Value, int] = {}  # the last launch that writes a value
+    writers: dict[object, int] = {}  # the last launch that writes a value or a scratch array
     for nodes, step in zip(coded.schedule.launches, coded.steps, strict=True):
         scratch = _scratch(step, coded.memory.bytes)
+        name = nodes[0].name
         for part in step:
-            name = nodes[0].name
             shared = {} if exchange is None or not part.exchanged else _exchanged(exchange, site)
             site += bool(part.exchanged)
-            early = (writers.get(owner, -1) for owner, access in _touched(coded, part) if access == "early")
+            touched = [(_array(o, name, coded), o.access) for o in part.operands]
+            early = (writers.get(array, -1) for array, access in touched if access == "early")
             apart = index > 0 and all(writer <= ended for writer in early)
             yield Launch(
                 name=f"{name}.{part.stage}" if part.stage else name,
@@ -434,15 +438,15 @@ def _launches(
                 ),
                 after=(index - 1,) if index else (),
             )
-            writers |= {owner: index for owner, access in _touched(coded, part) if "w" in access}
+            writers |= {array: index for array, access in touched if "w" in access}
             if part.late or not apart:
                 ended = index - 1
             index += 1
 
 
-def _touched(coded: _Coded, part: Part) -> Iterator[tuple[Value, str]]:
-    """Owners of the bytes that a launch touches as values, and how."""
-    return ((coded.schedule.owner(o.value), o.access) for o in part.operands if o.value is not None)
+def _array(operand: Operand, launch: str, coded: _Coded) -> object:
+    """Whose bytes an operand is: a value's, or scratch of that launch's answer."""
+    return (launch, operand.scratch) if operand.value is None else coded.schedule.owner(operand.value)
 
 
 def _whole(code: BodyCode | KernelCode) -> BodyCode | KernelCode:
