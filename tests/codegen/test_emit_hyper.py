@@ -159,6 +159,7 @@ def test_clusters_that_take_many_tokens_cover_them(rows: int):
     assert cut.tokens % TOGETHER == 0
     clusters = emit_hyper_norm(spec, SM_90A).grid[0] // cut.ctas
     assert (clusters - 1) * cut.tokens < rows <= clusters * cut.tokens
+    assert cut.kept * cut.ctas >= cut.tokens
 
 
 def test_boundaries_of_many_tokens_fit_an_sm_twice(golden: Golden, tmp_path: Path):

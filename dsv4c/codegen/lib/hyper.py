@@ -560,16 +560,13 @@ def collapse_pair(
     sm: Int32,
     norm_eps: Constexpr[float],
     hc_eps: Constexpr[float],
-    mixings: tuple,
-    first: Int32,
     turn: Int32,
     rank: Int32,
     warp: Int32,
     lane: Int32,
 ):
     """Collapse a warp's columns of two tokens and normalize them, as two words each; also as they were
-    before. What the next mixing is made of goes to `mixings`, addresses of post and logits, if any. Waits for
-    all CTAs twice.
+    before. What the next mixing is made of goes to the CTA's own memory. Waits for all CTAs twice.
     """
     group, pair = warp % t.groups, warp // t.groups
     ptx.mbarrier_wait(sm + t.o_bars, turn & 1)
@@ -577,9 +574,9 @@ def collapse_pair(
     for n in range_constexpr(2):
         b = 2 * pair + n
         z = affine_of(t, sm, sm + t.o_sums + b * t.sums_bytes, norm_eps, lane)
-        if const_expr(len(mixings) > 0):
-            if group == 0 and b % t.ctas == rank and first + b < t.count:
-                store_mixing(*mixings, first + b, z, lane)
+        number = turn * TOGETHER + b  # of the cluster's tokens
+        if group == 0 and number % t.ctas == rank:
+            ptx.sts_f32(sm + t.o_kept + number // t.ctas * 128 + lane * 4, z)
         row = collapse(t, sm + b * t.x_bytes, z, hc_eps, group, lane)
         share_squares(t, row, sm + t.o_squares + b * t.squares_bytes, sm + t.o_bars + 8, rank, group, lane)
         rows.append(row)
@@ -598,3 +595,24 @@ def next_turn(t: Constexpr[Batch], sm: Int32, thread: Int32):
     expect_batch(t, sm, thread)
     cute.arch.cluster_arrive()
     cute.arch.sync_threads()
+
+
+@cute.jit
+def store_mixings(
+    t: Constexpr[Batch],
+    sm: Int32,
+    g_post: Int64,
+    g_logits: Int64,
+    begin: Int32,
+    rank: Int32,
+    warp: Int32,
+    lane: Int32,
+):
+    """post and logits of the tokens that `collapse_pair` kept here, a warp each. All threads."""
+    cute.arch.sync_threads()
+    for n in range_constexpr(-(-t.kept // t.warps)):
+        own = warp + n * t.warps
+        number = own * t.ctas + rank
+        if own < t.kept and number < t.tokens and begin + number < t.count:
+            z = ptx.lds_f32(sm + t.o_kept + own * 128 + lane * 4)
+            store_mixing(g_post, g_logits, begin + number, z, lane)

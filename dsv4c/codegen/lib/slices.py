@@ -125,6 +125,11 @@ class Batch(Slice):
         return self.warps // self.groups
 
     @property
+    def kept(self) -> int:
+        """Tokens of whose next mixing a CTA keeps what it is made of."""
+        return -(-self.tokens // self.ctas)
+
+    @property
     def x_bytes(self) -> int:
         """Of a token's mixed streams."""
         return STREAMS * self.width * 2
@@ -160,9 +165,14 @@ class Batch(Slice):
         return self.o_sums + TOGETHER * self.sums_bytes
 
     @property
+    def o_kept(self) -> int:
+        """What the next mixing is made of f32 [kept][32]."""
+        return self.o_squares + TOGETHER * self.squares_bytes
+
+    @property
     def o_bars(self) -> int:
         """Barriers of the two inboxes."""
-        return self.o_squares + TOGETHER * self.squares_bytes
+        return self.o_kept + self.kept * 128
 
     @property
     def shared(self) -> int:
