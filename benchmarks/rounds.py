@@ -68,7 +68,7 @@ def measure(path: Path, replays: int, opened: Sequence[str]) -> None:
         launches = program.launches
         sizes = [moved_bytes(plan, program, launch, POSITION) / 1e6 for launch in launches]
         ends = range(len(launches) + 1) if name in opened else [len(launches)]
-        times = Clock(executor.programs[name], POSITION, replays).prefixes(ends)
+        times = Clock(executor, name, POSITION, replays).prefixes(ends)
         spent, size = times[len(launches)], sum(sizes)
         floor = 1e12 * size / read
         above = above or spent - floor

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsv4c.cuts import PLANNED, Cut
+
 
 @dataclass(frozen=True)
 class Arch:
@@ -12,7 +14,8 @@ class Arch:
     read_bandwidth: bytes per second that it reads in its best grid, the floor of a kernel's time. bf16_flops,
     fp8_flops: operations per second of its tensor cores on dense operands, as specified.
     converts_e2m1: has conversions of e2m1, which decide how FP4 codes are packed. tensor_memory: has tcgen05.
-    run_here: plans have run on it.
+    run_here: plans have run on it. cuts: of kernels by key, where another one than planned was measured to be
+    faster on the `gpu`.
     """
 
     name: str  # as the compiler calls it; its "a": no later architecture runs the code
@@ -28,10 +31,15 @@ class Arch:
     tensor_memory: bool
     run_here: bool
     memory: int  # bytes, as nvidia-smi tells them
+    cuts: tuple[tuple[str, Cut], ...] = ()
 
     def floor_us(self, nbytes: int) -> float:
         """Microseconds that reading `nbytes` takes at least."""
         return nbytes / self.read_bandwidth * 1e6
+
+    def cut_of(self, key: str) -> Cut:
+        """How a kernel of that key is cut."""
+        return dict(self.cuts).get(key, PLANNED)
 
     def shared_of(self, resident: int) -> int:
         """Bytes of shared memory that a CTA may use where `resident` of them are to fit an SM."""

@@ -54,6 +54,7 @@ LEAVES = (
     "publish",
     "cache",
     "buckets",
+    "cuts",
     "arch",
     "scope",
     "threads",
@@ -72,7 +73,8 @@ HOUSE = {
     "publish": Room(250),
     "cache": Room(90, ("errors", "publish")),
     "buckets": Room(95),
-    "arch": Room(80),
+    "cuts": Room(90, ("errors", "strict_json")),
+    "arch": Room(90, ("cuts",)),
     "scope": Room(80),
     # What lies where in the block of exchanges: known to compiler, kernels and runtime.
     "exchange": Room(85),
@@ -86,8 +88,9 @@ HOUSE = {
     "numerics.resident": Room(80, ("types", "numerics.forms")),
     "numerics": Room(840, (*LEAVES, "numerics.forms", "numerics.resident"), ("torch",)),
     # The contract of compiler and runtime: data.
+    # With folders of a plan's variants, which tuning carries from the one to the other.
     "plan": Room(
-        1700, LEAVES, back={"runtime": "Plan.bind hands the plan to the runtime, which is loaded only then"}
+        1860, LEAVES, back={"runtime": "Plan.bind hands the plan to the runtime, which is loaded only then"}
     ),
     "ir": Room(3600, LEAVES),
     "reference": Room(1180, (*LEAVES, "ir", "numerics"), ("torch",)),
@@ -95,7 +98,7 @@ HOUSE = {
     # that is loaded late.
     "runtime.meaning": Room(50, (*LEAVES, "plan", "ir", "reference")),
     "runtime": Room(
-        4650,
+        4800,
         (*CONFIG, "models.encoding", "plan", "numerics", "numerics.forms", "numerics.resident"),
         ("torch", "safetensors", "cuda"),
         rooms_inside=("runtime.meaning",),
@@ -114,13 +117,13 @@ HOUSE = {
     "codegen.meanings": Room(2050, ("types", "codegen.lib"), ("cutlass",)),
     # Launches are lowered to what plans hold, which is data.
     "codegen": Room(
-        6900,
+        7050,
         (*LEAVES, "ir", "passes", "codegen.lib", "plan", "numerics.forms", "numerics.resident"),
         ("jinja2",),
         packages_inside=("cutlass",),
     ),
     # The one path from a config to a plan.
-    "compiler": Room(1750, (*COMPILER, "certify", "codegen", "plan")),
+    "compiler": Room(1800, (*COMPILER, "certify", "codegen", "plan")),
     # Runs a plan beside its unfused graph, so it stands above compiler and runtime both.
     "compiler.bisect": Room(
         600,

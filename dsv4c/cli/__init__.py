@@ -38,6 +38,7 @@ COMMANDS = {
     "verify": "Check a plan: files, launches against kernels and graphs, and what they do to each other.",
     "roofline": "Say what every launch must move and compute, and how long that takes at least.",
     "bench": "Time a plan's step, every layer and every launch in its place, beside what its bytes take.",
+    "tune": "Find faster cuts of a plan's heaviest kernels.",
     "run": "Run a plan: prefill the prompt, decode the forced tokens, then generate greedily.",
     "generate": "Answer: compile a checkpoint on first use, or take a plan, and print what the model says.",
     "serve": "Serve by vLLM, over the OpenAI API: compile a checkpoint on first use, or take a plan.",

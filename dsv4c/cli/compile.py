@@ -164,6 +164,14 @@ KernelsOption = Annotated[
         show_default=False,
     ),
 ]
+TunedOption = Annotated[
+    Path | None,
+    typer.Option(
+        help="Table of how kernels are cut, which `dsv4c tune` wrote, in place of dsv4c's own.",
+        metavar="FILE",
+        show_default=False,
+    ),
+]
 CertifyOption = Annotated[
     bool,
     typer.Option(
@@ -224,6 +232,7 @@ def compile_command(
     resume: ResumeOption = None,
     dump_stages: DumpOption = None,
     kernels: KernelsOption = None,
+    tuned: TunedOption = None,
     certify: CertifyOption = True,
     cache: CacheOption = None,
     overwrite: OverwriteOption = False,
@@ -282,6 +291,7 @@ def compile_command(
             expected=expected,
             require_fused=require_fused or (),
             kernels=kernels,
+            tuned=tuned,
         )
     job = asked.job()
     if stop_after is not None:

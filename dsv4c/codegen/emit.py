@@ -7,13 +7,15 @@ compiler or a device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
+
+from dsv4c.cuts import Cut
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -38,6 +40,17 @@ class Parameter:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What tuning knows a kernel by, how it is cut, and how else it may be: `others` are cuts with the kernel
+    that each gives, nearest first.
+    """
+
+    key: str
+    cut: Cut
+    others: Callable[[], Iterator[tuple[Cut, Emission]]] = field(compare=False)
+
+
+@dataclass(frozen=True)
 class Emission:
     """A kernel before compilation: its source and the launch facts that a cubin does not hold."""
 
@@ -51,6 +64,7 @@ class Emission:
     programmatic: bool = True  # may sit behind a programmatic edge
     waits: bool = True  # griddepcontrol.wait precedes every dependent access
     packing: Mapping[str, str] = field(default_factory=dict)  # weight operand -> name of its packing
+    tuned: Tuned | None = field(default=None, compare=False)
 
 
 @cache

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import dsv4c.codegen.build as kernels
+import dsv4c.codegen.build as builder
 from dsv4c.arch import Arch
 from dsv4c.codegen.abi import check_emission
 from dsv4c.codegen.bodies import Bodies
-from dsv4c.codegen.build import Source, toolchain
+from dsv4c.codegen.build import Built, Source, toolchain
 from dsv4c.codegen.contributed import installed, origin
 from dsv4c.codegen.edits import edited
 from dsv4c.codegen.select import Kernels
+from dsv4c.cuts import PLANNED, Cut
 from dsv4c.passes.pipeline import OURS
 from dsv4c.plan.records import KernelCode, Program
+from dsv4c.plan.variants import Variant
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,6 +46,39 @@ class Gpu:
         return self.coder.sources
 
     @property
+    def cuts(self) -> Mapping[str, Cut]:
+        made = (self.coder.emissions[name].tuned for name in self.sources)
+        return {t.key: t.cut for t in made if t is not None and t.cut != PLANNED}
+
+    @property
+    def tunable(self) -> Collection[str]:
+        return [name for name in self.sources if self.coder.emissions[name].tuned is not None]
+
+    def variants(
+        self, kernels: Sequence[str], each: int, store: Path, progress: Progress | None
+    ) -> Sequence[Variant]:
+        made = []
+        for name in kernels:
+            tuned = self.coder.emissions[name].tuned
+            assert tuned is not None, name
+            made += [(name, tuned.key, cut, e) for cut, e in islice(tuned.others(), each)]
+        sources = [Source(emission.symbol, emission.source) for *_, emission in made]
+        found = []
+        for (name, key, cut, e), source, kernel in zip(
+            made, sources, self._built(sources, store, progress), strict=True
+        ):
+            record, files = in_plan(source.name, source, kernel, self.arch)
+            found.append(Variant(name, key, cut, source.name, e.grid, e.block, e.shared, record, files))
+        return found
+
+    def _built(self, sources: Sequence[Source], store: Path, progress: Progress | None) -> Sequence[Built]:
+        def watch(done: int, total: int, _: object) -> None:
+            if progress is not None:
+                progress("build", done, total)
+
+        return builder.build(sources, self.arch.name, store, progress=watch)
+
+    @property
     def contributed(self) -> Sequence[Mapping[str, str]]:
         packages = {source.package for source in self.sources.values()}
         return [origin(kernel) for kernel in self.coder.contributed if kernel.package in packages]
@@ -59,29 +95,30 @@ class Gpu:
             self._edited = edited(self.sources, edits)
 
     def build(self, store: Path, progress: Progress | None) -> None:
-        def watch(done: int, total: int, _: object) -> None:
-            if progress is not None:
-                progress("build", done, total)
-
         sources = dict(sorted({**self.coder.sources, **self._edited}.items()))
-        for (key, source), made in zip(
-            sources.items(),
-            kernels.build(list(sources.values()), self.arch.name, store, progress=watch),
-            strict=True,
-        ):
-            contents = {"source": source.text.encode(), "cubin": made.cubin, "ptx": made.ptx.encode()}
-            suffix = {"source": "py", "cubin": "cubin", "ptx": "ptx"}
-            paths = {kind: f"kernels/{key}.{suffix[kind]}" for kind in contents}
-            self._files |= {paths[kind]: content for kind, content in contents.items()}
-            self.kernels[key] = {
-                "symbol": made.symbol,
-                "origin": origin_of(source),
-                "edited": key in self._edited,
-                **paths,
-                **asdict(made.resources),
-                "not_run_here": not self.arch.run_here,
-            }
+        built = self._built(list(sources.values()), store, progress)
+        for (key, source), made in zip(sources.items(), built, strict=True):
+            self.kernels[key], files = in_plan(key, source, made, self.arch, edited=key in self._edited)
+            self._files |= files
             self.cached += made.cached
+
+
+def in_plan(
+    key: str, source: Source, made: Built, arch: Arch, *, edited: bool = False
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """What a plan holds of a kernel that launches call `key`: its record, and its files by path."""
+    contents = {"source": source.text.encode(), "cubin": made.cubin, "ptx": made.ptx.encode()}
+    suffix = {"source": "py", "cubin": "cubin", "ptx": "ptx"}
+    paths = {kind: f"kernels/{key}.{suffix[kind]}" for kind in contents}
+    record = {
+        "symbol": made.symbol,
+        "origin": origin_of(source),
+        "edited": edited,
+        **paths,
+        **asdict(made.resources),
+        "not_run_here": not arch.run_here,
+    }
+    return record, {paths[kind]: content for kind, content in contents.items()}
 
 
 def origin_of(source: Source) -> str:

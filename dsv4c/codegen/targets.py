@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from dsv4c.arch import ARCHS
 from dsv4c.codegen.bodies import Bodies
 from dsv4c.codegen.lower import Coder
+from dsv4c.cuts import Cut, cuts_for, read_rows
 from dsv4c.errors import BuildError
 from dsv4c.plan.records import Program
+from dsv4c.plan.variants import Variant
 
 if TYPE_CHECKING:
     from dsv4c.codegen.build import Source
 
 Progress = Callable[[str, int, int], None]
+
+TUNED = Path(__file__).parent / "tuned.json"
+"""What `dsv4c tune` found faster than planned, for kernels of the releases' models."""
 
 
 class Target(Protocol):
@@ -67,6 +73,22 @@ class Target(Protocol):
         """Of the tools that made its code."""
         ...
 
+    @property
+    def cuts(self) -> Mapping[str, Cut]:
+        """How kernels are cut that are not as planned, by their keys."""
+        ...
+
+    @property
+    def tunable(self) -> Collection[str]:
+        """The kernels that can be cut otherwise."""
+        ...
+
+    def variants(
+        self, kernels: Sequence[str], each: int, store: Path, progress: Progress | None
+    ) -> Sequence[Variant]:
+        """Up to `each` other cuts of these kernels, built. Raises BuildError."""
+        ...
+
 
 class Cpu:
     """Ops run by their meaning."""
@@ -79,6 +101,8 @@ class Cpu:
         self.sources: Mapping[str, Source] = {}
         self.versions: Mapping[str, str] = {}
         self.contributed: Sequence[Mapping[str, str]] = ()
+        self.cuts: Mapping[str, Cut] = {}
+        self.tunable: Collection[str] = ()
 
     @property
     def coder(self) -> Coder:
@@ -95,12 +119,22 @@ class Cpu:
     def build(self, store: Path, progress: Progress | None) -> None:
         """Nothing to do."""
 
+    def variants(
+        self, kernels: Sequence[str], each: int, store: Path, progress: Progress | None
+    ) -> Sequence[Variant]:
+        """It has no kernels."""
+        return ()
 
-def target_of(name: str) -> Target:
-    """The target of that name: cpu, or a GPU architecture."""
+
+def target_of(name: str, cuts: Mapping[str, Cut] | None = None) -> Target:
+    """The target of that name: cpu, or a GPU architecture. `cuts`: how kernels are cut, by their keys, in
+    place of what dsv4c has measured.
+    """
     if name == "cpu":
         return Cpu()
     # Loads jinja2 and every family of kernels, which a plan for the CPU never needs.
     from dsv4c.codegen.gpu import Gpu
 
-    return Gpu(ARCHS[name])
+    arch = ARCHS[name]
+    chosen = cuts_for(arch.gpu, read_rows(TUNED)) if cuts is None else cuts
+    return Gpu(replace(arch, cuts=tuple(sorted(chosen.items()))))

@@ -13,7 +13,8 @@ from dsv4c.codegen.lower import Folded, Lowered, lower
 from dsv4c.codegen.targets import Target, target_of
 from dsv4c.compiler.assemble import sizes_of, unused_of, weights_of
 from dsv4c.compiler.job import job_of
-from dsv4c.errors import BuildError, Dsv4cError
+from dsv4c.cuts import Cut
+from dsv4c.errors import BuildError, Dsv4cError, GraphError
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.text import parse_graph
 from dsv4c.ir.verify import verify
@@ -36,7 +37,7 @@ def differences(plan: Plan, rules: Contributions) -> Iterator[Violation]:
         if wrong:
             yield Violation("lowered", "", f"{', '.join(wrong)}: not what its config makes")
             return
-        lowered, target = _lower(plan)
+        lowered, target = lowered_again(plan)
     except (Dsv4cError, KeyError, TypeError, UnicodeDecodeError) as error:
         yield Violation("lowered", "", f"cannot be lowered again: {error}")
         return
@@ -69,7 +70,7 @@ def differences(plan: Plan, rules: Contributions) -> Iterator[Violation]:
             yield Violation("lowered", "", f"{name} is not what this version of dsv4c writes")
 
 
-def _lower(plan: Plan) -> tuple[Lowered, Target]:
+def lowered_again(plan: Plan) -> tuple[Lowered, Target]:
     """Raises GraphError for graphs that cannot be read, BuildError for what no code takes."""
 
     def keep(graph: Graph, nodes: Sequence[Node], given_back: frozenset[str]) -> Graph:
@@ -79,7 +80,10 @@ def _lower(plan: Plan) -> tuple[Lowered, Target]:
         name: verify(parse_graph(plan.files[program.graph].decode()))
         for name, program in programs(plan).items()
     }
-    target = target_of(plan.target)
+    cuts: Any = plan.report.get("cuts", {})
+    if not isinstance(cuts, Mapping):
+        raise GraphError(f"report.cuts is {cuts!r:.80}, expected kernels and how they are cut")
+    target = target_of(plan.target, {key: Cut.of(cut, f"report.cuts.{key}") for key, cut in cuts.items()})
     folded = [Folded(p.shape, graphs[name], graphs.get("load"), keep) for name, p in plan.buckets.items()]
     try:
         return lower(folded, target.coder, target.bodies, ranks=int(plan.deployment["ranks"])), target
@@ -156,7 +160,7 @@ def rebuild(plan: Plan, progress: Callable[[int, int, Any], None] | None = None)
     """Build every kernel of the plan whose source was generated, in a store of its own. Raises BuildError for
     a source that does not compile, and GraphError.
     """
-    _, target = _lower(plan)
+    _, target = lowered_again(plan)
     records = {
         key: plan.kernels[key]
         for key, source in target.sources.items()

@@ -131,6 +131,7 @@ def _report(
         "passes": rows,
         "unfolded": [asdict(each) for each in lowered.unfolded],
         "kernels": len(target.kernels),
+        "cuts": {key: cut.data for key, cut in sorted(target.cuts.items())},
         "warnings": list(decode.context.warnings),
         "notes": notes,
     }

@@ -46,8 +46,8 @@ def compile(
 
     `model` and `options` are those of `dsv4c.compiler.request.Request`: target, recipe, batch, slots,
     max_context, verify, chunk, logits, draft, pipeline, rules, disable, enable, expected, require_fused,
-    kernels. In their place a `Request`, a stopped compile (`dsv4c.compiler.job.read_saved`) that goes on, or
-    the `Job` of either.
+    kernels, tuned. In their place a `Request`, a stopped compile (`dsv4c.compiler.job.read_saved`) that goes
+    on, or the `Job` of either.
 
     `certify` stores a certificate of every way a rule applied; those not kept from before take seconds, once.
     `inspect(bucket, compiled)` sees every bucket's stages. `cache` is the folder of compiled kernels and
@@ -77,7 +77,7 @@ def compile(
             inspect(bucket.name, compiled[bucket])
 
     # 3. Programs over common blocks; what no kernel takes is unfolded.
-    target = target_of(job.deployment.target)
+    target = target_of(job.deployment.target, job.cuts)
     again: list[Match] = []
     with stages("lower"):
         folded = [job.folded(b, first, compiled[first], again) for b, first in firsts.items()]

@@ -14,6 +14,7 @@ from dsv4c import strict_json
 from dsv4c.buckets import Bucket
 from dsv4c.codegen.lower import Folded
 from dsv4c.config import Deployment, ModelConfig
+from dsv4c.cuts import Cut
 from dsv4c.errors import ConfigError, GraphError, listed
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.resize import resized
@@ -87,7 +88,8 @@ class Job:
     """Everything that decides a plan. `saved` is the stopped compile that it goes on from.
 
     `expected` counts of applications must hold for the smallest decode bucket; rules of `require_fused` must
-    find a kernel wherever they apply. `kernels` is a folder of edited kernel files.
+    find a kernel wherever they apply. `kernels` is a folder of edited kernel files. `cuts` are how kernels
+    are cut, by key, in place of what dsv4c has measured.
     """
 
     config: ModelConfig
@@ -98,6 +100,7 @@ class Job:
     expected: Mapping[str, int] = field(default_factory=dict)
     require_fused: frozenset[str] = frozenset()
     kernels: Path | None = None
+    cuts: Mapping[str, Cut] | None = None
     saved: Saved | None = None
 
     def bucket(self, name: str) -> Bucket:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
+from dataclasses import astuple
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -72,6 +73,7 @@ def _key(job: Job) -> str:
         job.recipe.name,
         str(job.line),
         sorted(job.rules.sources),
+        None if job.cuts is None else sorted((key, astuple(cut)) for key, cut in job.cuts.items()),
     ]
     return hashlib.sha256(f"{json.dumps(asked)} {_sources()}".encode()).hexdigest()
 
@@ -80,6 +82,6 @@ def _sources() -> str:
     """Digest of this package."""
     found = hashlib.sha256()
     root = Path(__file__).parents[1]
-    for path in sorted(root.rglob("*.py")) + sorted(root.rglob("*.jinja")):
+    for path in sorted(path for kind in ("py", "jinja", "json") for path in root.rglob(f"*.{kind}")):
         found.update(str(path.relative_to(root)).encode() + path.read_bytes())
     return found.hexdigest()

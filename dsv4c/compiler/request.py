@@ -7,9 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from dsv4c.arch import ARCHS
 from dsv4c.buckets import ROWS, Bucket, Kind, Logits
 from dsv4c.compiler.job import Job, choose_rules, rules_of
 from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
+from dsv4c.cuts import cuts_for, read_rows
 from dsv4c.errors import ConfigError
 from dsv4c.exchange import MOST_ROWS
 from dsv4c.models.drafting import gain
@@ -48,7 +50,7 @@ class Request:
     those of `disable` ("all": every one) that `enable` does not take back. expected: applications by rule
     that must hold for the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever
     they apply. kernels: a folder of edited kernel files, which take the place of generated ones of the same
-    names.
+    names. tuned: a table that `dsv4c tune` wrote, in place of dsv4c's own.
     """
 
     model: ModelConfig | str | Path | Mapping[str, Any]
@@ -71,6 +73,7 @@ class Request:
     expected: Mapping[str, int] = field(default_factory=dict)
     require_fused: Iterable[str] = ()
     kernels: str | Path | None = None
+    tuned: str | Path | None = None
 
     def job(self) -> Job:
         """Everything that decides the plan. Raises ConfigError for a model, deployment or recipe that cannot
@@ -86,7 +89,12 @@ class Request:
         passes = pipeline_of(self.pipeline, recipe, known, self.ranks)
         line = choose_rules(passes, known, self.disable, self.enable)
         kernels = None if self.kernels is None else Path(self.kernels)
-        return Job(config, deployment, recipe, line, known, self.expected, required, kernels)
+        cuts = None
+        if self.tuned is not None:
+            if self.target == "cpu":
+                raise ConfigError(f"tuned: {self.tuned} is for a GPU's kernels, the target is cpu")
+            cuts = cuts_for(ARCHS[self.target].gpu, read_rows(Path(self.tuned)))
+        return Job(config, deployment, recipe, line, known, self.expected, required, kernels, cuts)
 
     def _deployment(self, config: ModelConfig, recipe: Recipe) -> Deployment:
         for name, given, known in (("logits", self.logits, Logits), ("draft", self.draft, Draft)):

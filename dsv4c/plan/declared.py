@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from itertools import pairwise
 
 _HOST = re.compile(r"^def host\(\n(.*?)^\):\n(.*)\Z", re.MULTILINE | re.DOTALL)
@@ -53,6 +53,7 @@ class Declared:
         return tuple(count * sizes[name] if name else count for name, count in self.grid)
 
 
+@lru_cache(maxsize=512)  # a plan is checked when it is read, when it is verified, and when it is bound
 def read_source(text: str) -> Declared:
     """Raises SourceError for what was not generated."""
     host, threads = _HOST.search(text), _THREADS.findall(text)

@@ -20,10 +20,21 @@ def require_types(record: Any, name: str) -> None:
 
     Integers are counts: from -1, for none, to `MOST`.
     """
-    _require(record, type(record), name)
+    _require(record, type(record), (name,))
 
 
-def _require(value: Any, hint: Any, where: str) -> None:
+Place = tuple[Any, ...]
+"""Where a value is: the place that it is in, and how it is called there; spelled out for errors alone."""
+
+
+def _spelled(place: Place) -> str:
+    if len(place) == 1:
+        return str(place[0])
+    inside, form, name = place
+    return str(form).format(_spelled(inside), str(name)[:80])
+
+
+def _require(value: Any, hint: Any, where: Place) -> None:
     origin, inner, record = _form(hint)
     if hint is Any or (isinstance(value, TensorType | QuantType) and hint in (TensorType, QuantType)):
         return
@@ -41,13 +52,13 @@ def _require(value: Any, hint: Any, where: str) -> None:
         if not isinstance(value, Mapping):
             raise _wrong(value, "an object", where)
         for key, item in value.items():
-            _require(key, inner[0], f"a key of {where}")
-            _require(item, inner[1], f"{where}.{str(key)[:80]}")
+            _require(key, inner[0], (where, "a key of {0}", key))
+            _require(item, inner[1], (where, "{0}.{1}", key))
     elif record:
         if not isinstance(value, hint):
             raise _wrong(value, getattr(hint, "__name__", hint), where)
         for field, kind in _hints(hint):
-            _require(getattr(value, field), kind, f"{where}.{field}")
+            _require(getattr(value, field), kind, (where, "{0}.{1}", field))
     elif hint is int:
         if type(value) is not int or not -1 <= value <= MOST:
             raise _wrong(value, "a count", where)
@@ -58,12 +69,12 @@ def _require(value: Any, hint: Any, where: str) -> None:
         raise _wrong(value, hint.__name__, where)
 
 
-def _require_tuple(value: Any, inner: tuple[Any, ...], where: str) -> None:
+def _require_tuple(value: Any, inner: tuple[Any, ...], where: Place) -> None:
     repeated = len(inner) == 2 and inner[1] is Ellipsis
     if not isinstance(value, tuple) or not (repeated or len(value) == len(inner)):
         raise _wrong(value, "a list" if repeated else f"a list of {len(inner)}", where)
     for number, item in enumerate(value):
-        _require(item, inner[0] if repeated else inner[number], f"{where}[{number}]")
+        _require(item, inner[0] if repeated else inner[number], (where, "{0}[{1}]", number))
 
 
 @cache
@@ -78,6 +89,6 @@ def _hints(record: type) -> list[tuple[str, Any]]:
     return [(field.name, hints[field.name]) for field in fields(record)]
 
 
-def _wrong(value: Any, wanted: object, where: str) -> PlanError:
+def _wrong(value: Any, wanted: object, where: Place) -> PlanError:
     found = f"{type(value).__name__} {value!r}"
-    return PlanError(f"{where} is {found[:100]}; expected {wanted}")
+    return PlanError(f"{_spelled(where)} is {found[:100]}; expected {wanted}")

@@ -312,10 +312,15 @@ def random_executor(plan: Plan, rank: int | None = None) -> CudaExecutor | CudaR
     places = {r: r if plan.ranks > 1 else here for r in range(plan.ranks)} if rank is None else {rank: here}
     blocks = [_random_weights(plan, number, device) for number, device in places.items()]
     executor = cuda_executor(plan, blocks) if rank is None else alone(plan, blocks[0], rank)
-    for slot in plan.state:
-        fill_state(executor.blocks["state"], slot.type, slot.offset)
-    executor.share(slot.name for slot in plan.state)
+    fill_caches(executor)
     return executor
+
+
+def fill_caches(executor: CudaExecutor | CudaRanks) -> None:
+    """Random numbers of each state's type, the same on all ranks."""
+    for slot in executor.plan.state:
+        fill_state(executor.blocks["state"], slot.type, slot.offset)
+    executor.share(slot.name for slot in executor.plan.state)
 
 
 def _random_weights(plan: Plan, rank: int, device: int) -> Tensor:

@@ -141,21 +141,13 @@ def test_what_is_read_before_the_wait_is_older_than_the_predecessor(plan: Plan) 
     near = next(i for i, launch in enumerate(every) if launch.name == "layers.1.x_attn")
     late = ("wait", "layers.1.ffn.router.experts")
     for index, access, found in ((near, "r", set()), (0, "w", set()), (near, "w", {late})):
-        touching = replace(
-            every[index], arguments=(*every[index].arguments, replace(place, access=access))
-        )
+        touching = replace(every[index], arguments=(*every[index].arguments, replace(place, access=access)))
         changed = [touching if i == index else launch for i, launch in enumerate(every)]
-        assert {
-            pair
-            for pair in kinds(followed(rebuilt(plan, changed)))
-            if pair[0] == "wait"
-        } == found
+        assert {pair for pair in kinds(followed(rebuilt(plan, changed))) if pair[0] == "wait"} == found
 
 
 def test_a_boundary_waits_for_what_its_predecessor_writes(plan: Plan) -> None:
-    found = followed(
-        with_argument(plan, "layers.1.x_attn", "layers.1.attn.attn_out", access="early")
-    )
+    found = followed(with_argument(plan, "layers.1.x_attn", "layers.1.attn.attn_out", access="early"))
     assert kinds(found) == {("wait", "layers.1.x_attn")}
 
 

@@ -127,8 +127,9 @@ def step_from(starts: Sequence[int], tokens: int, limit: int, turn: int = 0) -> 
         length = 0 if first < 0 else min(tokens - (i + turn) % 2 * (tokens // 2), limit - first)
         positions += [first + t if t < length else -1 for t in range(tokens)]
         slots += [slot if t < length else 0 for t in range(tokens)]
-    made = (torch.tensor(values, dtype=torch.int32) for values in (positions, slots))
-    return Step(*made, len(places))
+    return Step(
+        torch.tensor(positions, dtype=torch.int32), torch.tensor(slots, dtype=torch.int32), len(places)
+    )
 
 
 def steps_of(case: dict[str, Any], limit: int) -> list[Step]:

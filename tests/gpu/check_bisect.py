@@ -32,8 +32,8 @@ class Faulty:
     def __init__(self, executor: Executor) -> None:
         self.executor = executor
         self.plan, self.poison, self.blocks = executor.plan, executor.poison, executor.blocks
-        self.clear, self.value, self.wait = executor.clear, executor.value, executor.wait
-        self.repeat, self.naming = executor.repeat, executor.naming
+        self.clear, self.share, self.wait = executor.clear, executor.share, executor.wait
+        self.value, self.repeat, self.naming = executor.value, executor.repeat, executor.naming
         self.spoiled: Node | None = None
 
     def run(

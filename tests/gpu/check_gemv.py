@@ -112,21 +112,20 @@ def bind_activations(
             operands[x["name"], "global_scale"] = torch.rand(shape[0], spec["groups"], device="cuda") + 0.1
         names = ("data", "scale", "global_scale")
         data, scale, total = (operands[x["name"], c] for c in names)
-        rows = codec.Quantized(
+        blocks = codec.Quantized(
             NVFP4_ROW,
             data.view(-1, spec["k"] // 2),
             scale.view(-1, spec["k"] // 16),
             None,
             total.flatten(),
         )
-        return wide(rows).view(shape)
+        return wide(blocks).view(shape)
     if x["prologue"] == "expand" or (x["kind"] == "e4m3" and x["prologue"] == "copy"):
         if (x["name"], "data") not in operands:
             operands[x["name"], "data"] = styled(random_e4m3(*shape), style)
             scale = torch.randint(110, 130, (shape[0], shape[1] // 128), device="cuda").to(torch.uint8)
             operands[x["name"], "scale"] = scale
-        value = codec.Quantized(FP8_ROW, operands[x["name"], "data"], operands[x["name"], "scale"])
-        return wide(value)
+        return wide(codec.Quantized(FP8_ROW, operands[x["name"], "data"], operands[x["name"], "scale"]))
     if (x["name"], "data") not in operands:
         rows = torch.randn(shape, device="cuda") * torch.logspace(-3, 2, shape[0], device="cuda")[:, None]
         operands[x["name"], "data"] = styled(rows.to(torch.bfloat16), style)

@@ -201,7 +201,9 @@ def check_hyper(case: Case, report: Report) -> None:
             post = 2 * torch.sigmoid(z[:, 4:8])
             report.bound(where, "post abs/noise", float((wide["post_out"] - post).abs().max()) / noise, 2.0)
             logits = z[:, 8:].unflatten(-1, (4, 4))
-            report.bound(where, "logits abs/noise", float((wide["logits_out"] - logits).abs().max()) / noise, 2.0)
+            report.bound(
+                where, "logits abs/noise", float((wide["logits_out"] - logits).abs().max()) / noise, 2.0
+            )
         pre = torch.sigmoid(z[:, :4]) + spec["hc_eps"]
         a = (pre.unsqueeze(-1) * x).sum(1).bfloat16().double()
         inv = (a.square().mean(-1, keepdim=True) + spec["norm_eps"]).rsqrt()

@@ -218,8 +218,9 @@ def check_flash(folder: Path, weights: Path) -> None:
     plan = load(folder / "flash.plan")
     session = plan.bind(weights)
     print(f"flash: weights {session.loaded}", flush=True)
-    clock = Clock(random_executor(plan).programs[plan.program("decode").shape.name], ANSWER // 2, 31)
-    whole = len(clock.step.launches)
+    decode = plan.program("decode")
+    clock = Clock(random_executor(plan), decode.shape.name, ANSWER // 2, 31)
+    whole = len(decode.launches)
 
     def step() -> float:
         return clock.prefixes([whole])[whole]

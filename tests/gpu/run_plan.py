@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, _ExperimentalConfig, profile
+from torch._C._profiler import _ExperimentalConfig
+from torch.profiler import ProfilerActivity, profile
 
 from dsv4c.errors import Dsv4cError
 from dsv4c.plan.folder import Plan, load

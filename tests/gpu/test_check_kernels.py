@@ -28,6 +28,7 @@ from dsv4c.plan.folder import Plan
 from dsv4c.reference import run
 from dsv4c.reference.interpret import clone
 from dsv4c.runtime import driver
+from dsv4c.runtime.cuda import BoundProgram
 from dsv4c.types import BF16, I32, TensorType
 from tests.codegen.lowered import gpu_plan
 from tests.gpu.test_bisect import NoLibrary, rounded
@@ -88,7 +89,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
         return check(self, pattern)
 
     monkeypatch.setattr(Alone, "check", watched)
-    monkeypatch.setattr(device.BoundProgram, "call", lambda self: made.play(playing[0]))
+    monkeypatch.setattr(BoundProgram, "call", lambda self: made.play(playing[0]))
     monkeypatch.setattr(driver, "Library", NoLibrary)
     monkeypatch.setattr(driver, "Graph", NoGraph)
     monkeypatch.setattr(driver, "synchronize", lambda what: None)

@@ -113,7 +113,7 @@ def test_a_launch_that_writes_something_else_is_seen(device: Device) -> None:
         assert isinstance(out, torch.Tensor)
         out[:, 7] += 0.1 * plain(out).norm()
 
-    device.single[index] = SimpleNamespace(launch=wrong)  # type: ignore[assignment]
+    device.single[index] = SimpleNamespace(launch=wrong)  # type: ignore[call-overload]
     found = {f.name: f for f in check_sublayers.experts(device, 1)}
     out = found["prefill.1.ffn_out"]
     assert math.isclose(out.distance, 0.1, rel_tol=0.1)

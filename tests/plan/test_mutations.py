@@ -125,7 +125,7 @@ def of_files(plan: Plan, other: Plan) -> Iterator[Result]:
 @pytest.fixture
 def lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal graphs are lowered once: most edits leave them alone."""
-    lower, known = again._lower, {}
+    lower, known = again.lowered_again, {}
 
     def remembered(plan: Plan) -> Any:
         graphs = {name: plan.files.get(program.graph) for name, program in programs(plan).items()}
@@ -134,7 +134,7 @@ def lowered_once(monkeypatch: pytest.MonkeyPatch) -> None:
             known[key] = lower(plan)
         return known[key]
 
-    monkeypatch.setattr(again, "_lower", remembered)
+    monkeypatch.setattr(again, "lowered_again", remembered)
     for name in ("weights_of", "unused_of"):
         monkeypatch.setattr(again, name, _remembering(getattr(again, name)))
 

@@ -233,7 +233,7 @@ def refusals() -> None:
     (other / "config.json").write_text(json.dumps(config | {"hidden_size": 2 * config["hidden_size"]}))
     for name in ("tokenizer.json", "model.safetensors"):
         if not (other / name).exists():
-            (other / name).symlink_to(root / "weights" / name)
+            (other / name).symlink_to((root / "weights" / name).resolve())
     cases = [
         ([plan, "--weights", str(other)], 4, "checkpoint of another model"),
         ([str(root / "weights"), "--weights", weights], 2, "is no plan"),

@@ -14,6 +14,7 @@ from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Parameter
 from dsv4c.codegen.kernels.gemv import BITS, MMA_ROWS, STAGES
 from dsv4c.codegen.lib.shapes import BYTES, Layout
+from dsv4c.cuts import PLANNED, Cut
 from dsv4c.errors import BuildError
 
 
@@ -94,10 +95,10 @@ def row_parameters(operand: str, spec: ExpertsSpec, scaled: bool) -> list[Parame
     return [Parameter(operand), *(Parameter(operand, c) for c in components)]
 
 
-def most_stages(name: str, layout: Callable[[int], Layout], arch: Arch) -> int:
+def most_stages(name: str, layout: Callable[[int], Layout], arch: Arch, cut: Cut = PLANNED) -> int:
     """The deepest ring that leaves room for two CTAs per SM, or for one."""
     for resident in (2, 1):
-        for stages in range(STAGES, 1, -1):
+        for stages in (cut.stages,) if cut.stages else range(STAGES, 1, -1):
             if layout(stages).end <= arch.shared_of(resident):
                 return stages
     raise BuildError(f"{name}: the activations leave no shared memory for two stages of weights")

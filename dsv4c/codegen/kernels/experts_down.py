@@ -25,6 +25,8 @@ from dsv4c.codegen.kernels.gemv import WARPS, k_warps_of, span_of
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.shapes import Layout, Product, Ring
 from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.tuning import tuned
+from dsv4c.cuts import PLANNED, Cut
 from dsv4c.passes.fusions.experts_down import ExpertsDown
 from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
@@ -67,7 +69,7 @@ class DownRings:
         )
 
 
-def _down_rings(spec: ExpertsSpec, arch: Arch) -> DownRings:
+def _down_rings(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED) -> DownRings:
     tiles = -(-spec.hidden // 16)
     tile_warps = next(n for n in (1, 2, 4, 8) if n == 8 or -(-tiles // n) <= 2 * arch.sms)
     k_warps = k_warps_of(spec.intermediate, WARPS // tile_warps)
@@ -80,16 +82,18 @@ def _down_rings(spec: ExpertsSpec, arch: Arch) -> DownRings:
         span = span_of(routed, k_warps)
         return DownRings(
             Ring(shared, tile_warps, k_warps, span_of(shared, k_warps), early),
-            Ring(routed, tile_warps, k_warps, span, stages, rounds=spec.top_k, turns=spec.turns),
+            Ring(routed, tile_warps, k_warps, span, stages, spec.top_k, 1, spec.turns, flight=cut.ahead),
             rows,
         )
 
     def most(early: int) -> DownRings:
-        return planned(most_stages(spec.name, lambda stages: planned(stages, early).layout, arch), early)
+        return planned(most_stages(spec.name, lambda stages: planned(stages, early).layout, arch, cut), early)
 
     def worth(rings: DownRings) -> tuple[bool, int]:
         return rings.layout.end <= arch.shared_of(2), min(rings.routed.stages, 3)
 
+    if cut.early:
+        return most(cut.early)
     return max(most(2), most(1), key=worth)  # many rows leave less room for what comes early
 
 
@@ -106,7 +110,11 @@ def emit_experts_down(spec: ExpertsSpec, arch: Arch, by: str = "") -> Emission:
     f32. `by`: one of `CHOICES`.
     """
     check_experts(spec)
-    rings = _down_rings(spec, arch)
+    return tuned(lambda cut: _emitted(spec, arch, by, cut), arch, spec.name, spec, by)
+
+
+def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
+    rings = _down_rings(spec, arch, cut)
     parameters = (
         *row_parameters("h", spec, spec.packed),
         *row_parameters("shared_h", spec, spec.packed),

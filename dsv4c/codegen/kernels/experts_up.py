@@ -35,6 +35,8 @@ from dsv4c.codegen.kernels.gemv import (
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
 from dsv4c.codegen.lib.shapes import Layout, Product, Ring
 from dsv4c.codegen.registry import Answer, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.tuning import tuned
+from dsv4c.cuts import PLANNED, Cut
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
@@ -122,7 +124,7 @@ def padded(experts: int) -> int:
     return -(-experts // 32) * 32
 
 
-def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch) -> tuple[UpPart, UpPart]:
+def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut = PLANNED) -> tuple[UpPart, UpPart]:
     """Shared and routed part. Rounds are chosen so that all CTAs fit the machine at once and read about the
     same.
     """
@@ -136,7 +138,8 @@ def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch) -> tuple[UpPart, 
         rounds = -(-jobs // ctas)
 
         def planned(stages: int) -> UpPart:
-            ring = Ring(product, 1, k_warps, span_of(product, k_warps), stages, rounds, 2, turns)
+            span = span_of(product, k_warps)
+            ring = Ring(product, 1, k_warps, span, stages, rounds, 2, turns, flight=cut.ahead)
             if name == "shared":
                 return UpPart(name, ring, jobs, ctas)
             scores = 8 * padded(spec.experts) if routing.source == "scores" else 0
@@ -144,7 +147,7 @@ def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch) -> tuple[UpPart, 
             # The choice of every turn's row is kept.
             return UpPart(name, ring, jobs, ctas, scores, sums, turns * 8 * spec.top_k)
 
-        return planned(most_stages(spec.name, lambda stages: planned(stages).layout, arch))
+        return planned(most_stages(spec.name, lambda stages: planned(stages).layout, arch, cut))
 
     def shared_of(rounds: int) -> UpPart:
         return part("shared", spec.shared, tiles, turns, 1, -(-tiles // rounds))
@@ -160,7 +163,10 @@ def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch) -> tuple[UpPart, 
     # A warp's lanes have the rounds of a token, half an SM's shared memory the sums of all tokens'.
     lanes = range(1, 33)
     fit = list(itertools.takewhile(lambda n: shared_of(n).layout.end <= arch.shared_of(2), lanes))
-    rounds = min(itertools.product(fit or lanes, range(1, 32 * turns + 1)), key=longest)
+    tried = (cut.rounds * turns,) if cut.rounds else range(1, 32 * turns + 1)
+    rounds = min(itertools.product(fit or lanes, tried), key=longest)
+    if math.isinf(longest(rounds)):
+        raise BuildError(f"{spec.name}: rounds of {rounds} tiles take more CTAs than are resident at once")
     routed = min(split(rounds)[1], spec.top_k * tiles)
     return shared_of(rounds[0]), part("routed", spec.routed, spec.top_k * tiles, 1, turns, routed)
 
@@ -170,7 +176,11 @@ def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch) -> Emission
     check_experts(spec)
     if spec.top_k > spec.experts or spec.experts > 1024:
         raise BuildError(f"{spec.name}: {spec.top_k} of {spec.experts} experts: want some of at most 1024")
-    parts = _up_parts(spec, routing, arch)
+    return tuned(lambda cut: _emitted(spec, routing, arch, cut), arch, spec.name, spec, routing)
+
+
+def _emitted(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut) -> Emission:
+    parts = _up_parts(spec, routing, arch, cut)
     parameters = (
         *row_parameters("x", spec, spec.quantized),
         *routing.parameters,

@@ -18,6 +18,8 @@ from dsv4c.codegen.kernels.exchange import EXCHANGE
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
 from dsv4c.codegen.kernels.riders import CompressSpec, Rider, lanes, seated
 from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Gather, Layout, Product, Ring
+from dsv4c.codegen.tuning import tuned
+from dsv4c.cuts import PLANNED, Cut
 from dsv4c.errors import BuildError
 
 CTA_BYTES = 32 << 10  # what a CTA could have read in the time that it takes to start and to end
@@ -191,7 +193,11 @@ class Part:
 def emit_gemv(spec: GemvSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
     _check(spec)
-    parts = plan_parts(spec, arch)
+    return tuned(lambda cut: _emitted(spec, arch, cut), arch, spec.name, spec)
+
+
+def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
+    parts = plan_parts(spec, arch, cut)
     warps = parts[0].ring.warps
     riders = seated(spec.name, spec.riders, warps * 32)
     gather = spec.gather
@@ -267,16 +273,18 @@ def _check(spec: GemvSpec) -> None:
             )
 
 
-def plan_parts(spec: GemvSpec, arch: Arch) -> list[Part]:
+def plan_parts(spec: GemvSpec, arch: Arch, cut: Cut = PLANNED) -> list[Part]:
     """Tiles, warps, stages and CTAs of a launch: about two CTAs per SM, weights in flight in both."""
     kinds: dict[tuple[str, Activations, str], list[Matrix]] = {}
     for matrix in spec.matrices:
         kinds.setdefault((matrix.format, matrix.x, matrix.out_dtype), []).append(matrix)
     tile_warps, rounds = _plan_tiles(spec, arch)
+    if cut.rounds and spec.groups == 1:
+        rounds = cut.rounds
     parts, first = [], sum(rider.ctas(spec.batch) for rider in spec.riders)
     heaviest_first = sorted(kinds.items(), key=lambda item: -BYTES[item[0][0]])
     for (format, x, out_dtype), matrices in heaviest_first:
-        part = _part(spec, arch, format, x, out_dtype, matrices, tile_warps, rounds, first)
+        part = _part(spec, arch, cut, format, x, out_dtype, matrices, tile_warps, rounds, first)
         parts.append(part)
         first += part.ctas
     return parts
@@ -330,6 +338,7 @@ def span_of(product: Product, k_warps: int, rounds: int = 1) -> int:
 def _part(
     spec: GemvSpec,
     arch: Arch,
+    cut: Cut,
     format: str,
     x: Activations,
     out_dtype: str,
@@ -351,12 +360,12 @@ def _part(
     def planned(splits: int, stages: int, resident: int) -> Part:
         product = Product(format, x.kind, -(-spec.batch // splits), spec.k)
         span = span_of(product, k_warps, rounds)
-        ring = Ring(product, tile_warps, k_warps, span, stages, rounds, resident=resident)
+        ring = Ring(product, tile_warps, k_warps, span, stages, rounds, 1, 1, resident, cut.ahead)
         return Part(name, ring, splits, x, out_dtype, tuple(slots), first, at * splits, nbytes)
 
     for splits in range(-(-spec.batch // MMA_ROWS), spec.batch + 1):
         for resident in (2, 1):
-            for stages in range(STAGES, 1, -1):
+            for stages in (cut.stages,) if cut.stages else range(STAGES, 1, -1):
                 part = planned(splits, stages, resident)
                 if part.layout.end <= arch.shared_of(resident):
                     return part

@@ -150,9 +150,7 @@ def ldg_early32(g: Int64):
     """One word of a weight, or of what was written before the predecessor began: before `wait`. A strong load:
     it finds no old line of L1, and the compiler does not sink it behind the wait.
     """
-    return _asm(
-        "ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g]
-    )
+    return _asm("ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
 
 
 @cute.jit

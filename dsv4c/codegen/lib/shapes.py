@@ -113,7 +113,8 @@ class Product:
 class Ring:
     """How the CTA's warps walk one packed weight format. The ring holds `stages` steps of all warps; one more
     warp keeps it full. `turns` is how often a CTA goes over up to `rounds` rounds, with activations of their
-    own: the stream goes on meanwhile. An SM has room for `resident` such CTAs.
+    own: the stream goes on meanwhile. An SM has room for `resident` such CTAs. `flight`: steps in flight at a
+    time, 0 for as many as `IN_FLIGHT` says.
     """
 
     product: Product
@@ -125,6 +126,7 @@ class Ring:
     matrices: int = 1
     turns: int = 1
     resident: int = 2
+    flight: int = 0
 
     @property
     def warps(self) -> int:
@@ -163,12 +165,14 @@ class Ring:
 
     @property
     def ahead(self) -> int:
-        """Steps in flight at a time, of what the CTAs of an SM should have so: the nearest to it, or, of a stream
-        that turns make long, no less. (With 17 KB a CTA `experts_down` read 3.1 TB/s from the second turn on,
-        with 34 KB `experts_up` 4.3; H200, 2026-11-30.)
+        """Steps in flight at a time, of what the CTAs of an SM should have so: no more, or, of a stream that
+        turns make long, no less. (With 17 KB a CTA `experts_down` read 3.1 TB/s from the second turn on, with
+        34 KB `experts_up` 4.3; H200, 2026-11-30.)
         """
+        if self.flight:
+            return min(self.flight, self.depth)
         wanted = 2 * IN_FLIGHT // self.resident
-        steps = -(-wanted // self.slot_bytes) if self.turns > 1 else round(wanted / self.slot_bytes)
+        steps = -(-wanted // self.slot_bytes) if self.turns > 1 else wanted // self.slot_bytes
         return max(1, min(steps, self.depth))
 
     @property
