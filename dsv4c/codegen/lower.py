@@ -51,8 +51,8 @@ class Part:
     """One launch before its bytes have places. `stage` tells the parts of one answer apart.
 
     scratch: bytes by name, which the parts of one answer share. forms: how a weight must lie in memory.
-    exchanged: bytes of words that it gives every other rank. late: its successor begins only when its wait has
-    returned.
+    exchanged: bytes of words that it gives every other rank. late: its successor begins only when its wait
+    has returned.
     """
 
     code: BodyCode | KernelCode

@@ -82,7 +82,7 @@ def read_source(text: str) -> Declared:
     )
 
 
-@cache
+@lru_cache(maxsize=512)
 def is_late(text: str) -> bool:
     """Does a kernel let its successor begin nowhere but right behind its wait?
 

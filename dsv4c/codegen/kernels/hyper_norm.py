@@ -34,8 +34,8 @@ class HyperNormSpec:
 
     Operands, by flag: x bf16[rows, 4, hidden]; mix: f bf16[rows, hidden], post f32[rows, 4], logits f32[rows,
     4, 4] of the previous boundary; fn f32[24, 4 hidden], base f32[24], scale f32[3] (head: 4, 4 and 1); gain
-    bf16[hidden]. Results: keep: x_out like x (may be x itself); unless head: post_out, logits_out; bf16: normed
-    bf16[rows, hidden]; fp8: q, the same row quantized (1x128, ue8m0); plain: the row before its norm.
+    bf16[hidden]. Results: keep: x_out like x (may be x itself); unless head: post_out, logits_out; bf16:
+    normed bf16[rows, hidden]; fp8: q, the same row quantized (1x128, ue8m0); plain: the row before its norm.
     With `ranks` above 1, f is f32 and this rank's addends: what is mixed is the sum of all, rounded.
     """
 

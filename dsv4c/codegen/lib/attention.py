@@ -56,8 +56,8 @@ def read_query(
     warp: Int32,
     lane: Int32,
 ):
-    """The lane's pieces [row half][h][pair] of 16 heads of q bf16[N, heads, width]; zeros past the last. Where
-    entries are selected, before the wait.
+    """The lane's pieces [row half][h][pair] of 16 heads of q bf16[N, heads, width]; zeros past the last.
+    Where entries are selected, before the wait.
     """
     w = cute.make_rmem_tensor((2, 2, 4), Uint32)
     w.fill(0)

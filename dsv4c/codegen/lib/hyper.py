@@ -408,16 +408,18 @@ def softmax_row(rK: cute.Tensor, j: Constexpr[int], eps: Constexpr[float]):
         rK[4 * j + k] = ptx.ex2((rK[4 * j + k] - top) * Float32(LOG2E))
     inv = cute.arch.rcp_approx((rK[4 * j] + rK[4 * j + 1]) + (rK[4 * j + 2] + rK[4 * j + 3]))
     for k in range_constexpr(STREAMS):
-        rK[4 * j + k] = rK[4 * j + k] * inv + Float32(eps)
+        rK[4 * j + k] = ptx.fma(rK[4 * j + k], inv, Float32(eps))
 
 
 @cute.jit
 def rows_and_columns(rK: cute.Tensor, rU: cute.Tensor, rV: cute.Tensor, eps: Constexpr[float]):
-    """One row and one column normalization of diag(u) K diag(v)."""
+    """One row and one column normalization of diag(u) K diag(v). Which products are rounded must not depend
+    on the code around, or boundaries of few rows would differ from those of many.
+    """
     rR = cute.make_rmem_tensor((STREAMS,), Float32)
     for j in range_constexpr(STREAMS):
-        row = (rK[4 * j] * rV[0] + rK[4 * j + 1] * rV[1]) + (rK[4 * j + 2] * rV[2] + rK[4 * j + 3] * rV[3])
-        rR[j] = rU[j] * row + Float32(eps)
+        row = dot([rK[4 * j + k] for k in range(STREAMS)], [rV[k] for k in range(STREAMS)])
+        rR[j] = ptx.fma(rU[j], row, Float32(eps))
     low = rR[0] * rR[1]
     high = rR[2] * rR[3]
     rU[0] = rU[0] * (rR[1] * high)
@@ -426,8 +428,13 @@ def rows_and_columns(rK: cute.Tensor, rU: cute.Tensor, rV: cute.Tensor, eps: Con
     rU[3] = rU[3] * (rR[2] * low)
     floor = low * high * Float32(eps)
     for k in range_constexpr(STREAMS):
-        column = (rK[k] * rU[0] + rK[4 + k] * rU[1]) + (rK[8 + k] * rU[2] + rK[12 + k] * rU[3])
-        rV[k] = rV[k] * cute.arch.rcp_approx(rV[k] * column + floor)
+        column = dot([rK[4 * j + k] for j in range(STREAMS)], [rU[j] for j in range(STREAMS)])
+        rV[k] = rV[k] * cute.arch.rcp_approx(ptx.fma(rV[k], column, floor))
+
+
+def dot(a: list, b: list):
+    """The sum of four products."""
+    return ptx.fma(a[0], b[0], a[1] * b[1]) + ptx.fma(a[2], b[2], a[3] * b[3])
 
 
 # Many tokens ------------------------------------------------------------------------------------------------

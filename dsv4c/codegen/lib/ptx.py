@@ -147,8 +147,8 @@ def ldg_u8(g: Int64):
 
 @cute.jit
 def ldg_early32(g: Int64):
-    """One word of a weight, or of what was written before the predecessor began: before `wait`. A strong load:
-    it finds no old line of L1, and the compiler does not sink it behind the wait.
+    """One word of a weight, or of what was written before the predecessor began: before `wait`. A strong
+    load: it finds no old line of L1, and the compiler does not sink it behind the wait.
     """
     return _asm("ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
 
@@ -324,8 +324,9 @@ def cp_async_wait(groups: Constexpr[int]):
 
 @cute.jit
 def launch_dependents():
-    """Let the successor's CTAs start, once all CTAs do: the first instruction of a kernel. Right behind `wait` in
-    one that fills the machine anyway: its successor may then read before its own wait what is older than both.
+    """Let the successor's CTAs start, once all CTAs do: the first instruction of a kernel. Right behind
+    `wait` in one that fills the machine anyway: its successor may then read before its own wait what is
+    older than both.
     """
     cute.arch.griddepcontrol_launch_dependents()
 
