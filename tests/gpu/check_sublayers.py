@@ -152,7 +152,13 @@ def plain(value: Value) -> Tensor:
 
 def finish(device: Device, left: Mapping[str, Tensor], place: str, token: int, position: int) -> Tensor:
     """A value inside a kernel: the graph's nodes between the last stored values and it, by the reference."""
-    known = {v.name for v in device.graph.values() if v.name in left and v.kind is Kind.RESULT}
+    known, open_ = set[str](), [device.graph.by_name[place]]
+    while open_:
+        value = open_.pop()
+        if value.name in left and value.kind is Kind.RESULT:
+            known.add(value.name)
+        elif value.node is not None:
+            open_ += value.node.inputs
     part = part_of(device.graph, known, [place])
     inputs = {n: left[n] for n in known} | padded([token], 1)
     states = {s.name: torch.tensor([position], dtype=torch.int32) for s in part.states}
