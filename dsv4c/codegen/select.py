@@ -15,6 +15,7 @@ from dsv4c.codegen.registry import Kernel, Launchable, choose, request_of
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.ir.op import elements
 from dsv4c.passes.schedule import Group
+from dsv4c.plan.declared import is_late
 from dsv4c.plan.records import KernelCode
 
 
@@ -69,7 +70,8 @@ class Kernels:
             for b in launch.bindings
         )
         forms = {values[number]: form for number, form in launch.forms.items()}
-        return Part(code, operands, launch.stage, launch.scratch, forms, launch.exchanged)
+        late = is_late(emission.source)
+        return Part(code, operands, launch.stage, launch.scratch, forms, launch.exchanged, late)
 
 
 def _chunk_lengths(graph: Graph) -> Value | None:

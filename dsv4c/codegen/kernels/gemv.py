@@ -123,7 +123,8 @@ class GemvSpec:
     """`batch` activation rows times `matrices` of `k` columns. With `groups` g > 1 (block-diagonal weights)
     the rows are [M, g, k] and matrix rows r * (rows / g) .. belong to group r. `riders` take a CTA each per
     row, the first of the launch; CTAs have at least `lanes` threads that multiply, as if riders took
-    them: those of other buckets may ride, and weights are packed alike.
+    them: those of other buckets may ride, and weights are packed alike. `late`: the successor begins behind
+    the wait, for what it reads before its own; it would find no room sooner, and has not much to load.
     """
 
     name: str
@@ -136,6 +137,7 @@ class GemvSpec:
     lanes: int = 0
     riders: tuple[Rider, ...] = ()
     gather: Gathered | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,7 @@ def product(
     riding: Riding = NOBODY,
     gather: Gathered | None = None,
     epilogues: Mapping[int, Epilogue] = NOTHING,
+    late: bool = False,
 ) -> Answer:
     """One GEMV launch, or GEMMs where rows are many; products are (activations, weight, result). `epilogues`
     go by result, and are a GEMV's; `values` bind their operands.
@@ -86,7 +87,15 @@ def product(
         matrices.append(matrix)
     rows = math.prod(request.types[products[0][2]].shape[:1])
     spec = GemvSpec(
-        name, rows, k, tuple(matrices), groups, lanes=riding.lanes, riders=riding.riders, gather=gather
+        name,
+        rows,
+        k,
+        tuple(matrices),
+        groups,
+        lanes=riding.lanes,
+        riders=riding.riders,
+        gather=gather,
+        late=late,
     )
     alone = not scratch and not riding.riders and gather is None and not epilogues
     if alone and takes_gemm(spec, request.arch):
@@ -107,6 +116,7 @@ def _packed_gemv(
     shape: Sequence[int],
     eps: float | None = None,
     riding: Riding = NOBODY,
+    late: bool = False,
 ) -> Answer:
     """Rows to NVFP4 in scratch, under a norm if `eps` is given, then (weight, result) products with them."""
     for w, _ in weights:
@@ -116,7 +126,9 @@ def _packed_gemv(
     rows = scratch_for("q", QuantType(NVFP4_ROW, tuple(shape)), "r")
     staged = Activations("q", "f16", "unpack")
     products = [(staged, w, y) for w, y in weights]
-    second = product(request, name, products, {}, shape[-1], stage="product", scratch=rows, riding=riding)
+    second = product(
+        request, name, products, {}, shape[-1], stage="product", scratch=rows, riding=riding, late=late
+    )
     return second if isinstance(second, No) else [first, *second]
 
 
@@ -146,19 +158,21 @@ def linears(request: Request) -> Answer:
 
 @kernel(QuantizeLinear)
 def quantize_linear(request: Request) -> Answer:
+    """A sublayer's last product."""
     call = request.call
     assert isinstance(call.op, QuantizeLinear)
     x, w = call.inputs
     name = request.labels[w] or "quantize_linear"
     if call.op.format == NVFP4_ROW and holds(request.types[x], BF16):
-        return _packed_gemv(request, name, [(w, call.outputs[0])], {"x": x}, request.types[x].shape)
+        packed = [(w, call.outputs[0])]
+        return _packed_gemv(request, name, packed, {"x": x}, request.types[x].shape, late=True)
     staged = staging(request, "x", x, w, call.op.format)
     if isinstance(staged, No):
         return staged
     if len(request.types[x].shape) != 2:
         return No(f"takes rows [N,K], not {request.types[x]}")
     products = [(staged, w, call.outputs[0])]
-    return product(request, name, products, {"x": x}, request.types[x].shape[-1])
+    return product(request, name, products, {"x": x}, request.types[x].shape[-1], late=True)
 
 
 @kernel(GroupedLinear)
