@@ -107,8 +107,7 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
     narrow = packing.format in ("mxfp4", "nvfp4") or (kind == "e4m3" and height == 64)
     loaders = 2 if narrow and steps % 2 == 0 else 1
-    most = 4 if packing.format == "fp8" and kind == "e4m3" and loaders == 1 else 2
-    ahead = next(n for n in (most, 2, 1) if steps % (n * loaders) == 0)
+    ahead = next(n for n in (2, 1) if steps % (n * loaders) == 0)
     return Tiles(
         weight=packing.format,
         kind=kind,
@@ -206,17 +205,17 @@ def few_of(spec: GemmSpec) -> Few | None:
         tiles=packing.tiles,
         span=packing.span,
         stages=min(6, steps),
-        ahead=4 if steps % 4 == 0 else 2,
+        ahead=2,
         experts=spec.experts,
         paired=spec.paired,
     )
 
 
 def _emit_few(spec: GemmSpec, t: Few, arch: Arch) -> Emission:
-    """The kernel of experts who have few rows each; two CTAs fit an SM."""
+    """The kernel of experts who have few rows each."""
     (m,) = _places(spec, t)
     column_tiles = -(-m.rows // t.made)
-    ctas = min(2 * arch.sms, (-(-spec.rows // t.height) + spec.experts) * column_tiles)
+    ctas = min(t.RESIDENT * arch.sms, (-(-spec.rows // t.height) + spec.experts) * column_tiles)
     parameters = spec.parameters
     source = render(
         "few_rows.py.jinja",

@@ -193,15 +193,16 @@ def project(
 
 
 @cute.jit
-def lanes_sums(values: cute.Tensor, n: Constexpr[int], lane: Int32):
-    """Sum over the warp of values[lane // (32 / n)], for n values per lane (a power of two, at most 32).
+def lanes_sums(values: cute.Tensor, n: Constexpr[int], lane: Int32, done: Constexpr[int] = 0):
+    """Sum over the warp of values[lane // (32 / n)], for n values per lane (a power of two, at most 32), of
+    which the first `done` steps are taken.
 
     Each step halves what a lane still carries, so n values cost n - 1 shuffles and not 5 n. Lanes 16 apart
     are added first, neighbors last, whatever n is: a sum has the same bits among any number of others.
     """
-    for step in range_constexpr(5):
+    for step in range_constexpr(done, 5):
         offset = const_expr(16 >> step)
-        half = const_expr(n >> (step + 1))
+        half = const_expr(n >> (step + 1 - done))
         upper = (lane & offset) != 0
         for i in range_constexpr(half):
             keep = values[i]
@@ -469,20 +470,62 @@ def project_batch(
     lane: Int32,
 ):
     """Mix and project tokens `first`...: streams and partial sums to shared memory. `addresses` are those of
-    x, f, post and comb. The next token's operands are in flight meanwhile.
+    x, f, post and comb. The next two tokens' operands are in flight meanwhile.
     """
     last = Int32(t.count - 1)  # in place of those that do not exist
     own = lane // (32 // t.stride)
-    read = _read_token(t, mixes, addresses, cutlass.min(first, last), stream, column)
-    for b in range_constexpr(TOGETHER):
+    at = [cutlass.min(first + b, last) for b in range(TOGETHER)]
+    read = [_read_token(t, mixes, addresses, at[b], stream, column) for b in range(2)]
+    for pair in range_constexpr(TOGETHER // 2):
         now = read
-        if const_expr(b + 1 < TOGETHER):
-            read = _read_token(t, mixes, addresses, cutlass.min(first + b + 1, last), stream, column)
-        x0, x1 = mix(*now) if const_expr(mixes) else now
-        ptx.sts64(sm + t.o_x + b * t.x_bytes + (stream * t.width + quad * 4) * 2, x0, x1)
-        r = project(t, sm, rF, x0, x1, stream, quad, lane)
-        if own < t.sums:
-            ptx.sts_f32(sm + t.o_part + b * t.part_bytes + (warp * t.stride + own) * 4, r)
+        if const_expr(2 * pair + 2 < TOGETHER):
+            read = [_read_token(t, mixes, addresses, at[2 * pair + 2 + n], stream, column) for n in range(2)]
+        x = [mix(*token) if mixes else token for token in now]
+        for n in range_constexpr(2):
+            s_x = sm + t.o_x + (2 * pair + n) * t.x_bytes
+            ptx.sts64(s_x + (stream * t.width + quad * 4) * 2, *x[n])
+        sums = project_pair(t, sm, rF, x, stream, quad, lane)
+        for n in range_constexpr(2):
+            if own < t.sums:
+                s_part = sm + t.o_part + (2 * pair + n) * t.part_bytes
+                ptx.sts_f32(s_part + (warp * t.stride + own) * 4, sums[n])
+
+
+@cute.jit
+def project_pair(
+    t: Constexpr[Batch], sm: Int32, rF: cute.Tensor, x: list, stream: Int32, quad: Int32, lane: Int32
+):
+    """`project` of two tokens, the same sums: each row of fn is read once, and its halves are added up across
+    the warp at once, so that few are held.
+    """
+    columns = [(*ptx.bf16x2_to_f32x2(x[n][0]), *ptx.bf16x2_to_f32x2(x[n][1])) for n in range(2)]
+    half = const_expr(t.stride // 2)
+    upper = (lane & 16) != 0
+    values = [cute.make_rmem_tensor((half,), Float32) for _ in range(2)]
+    s = sm + (stream * t.width + quad * 4) * 4
+    for i in range_constexpr(half):
+        low = _products(t, rF, columns, i, s)
+        high = _products(t, rF, columns, i + half, s)
+        for n in range_constexpr(2):
+            keep, give = low[n], high[n]
+            if upper:
+                keep, give = high[n], low[n]
+            values[n][i] = keep + cute.arch.shuffle_sync_bfly(give, offset=16)
+    return [lanes_sums(values[n], half, lane, 1) for n in range(2)]
+
+
+def _products(t: Batch, rF: cute.Tensor, columns: list, i: int, s: Int32) -> list:
+    """The thread's part of sum `i` of each token: with a row of fn, of squares, or nothing."""
+    if i > t.rows:
+        return [Float32(0.0) for _ in columns]
+    if i == t.rows:
+        return [a * a + b * b + c * c + d * d for a, b, c, d in columns]
+    if i < t.held:
+        w = [rF[4 * i + n] for n in range(4)]
+    else:
+        w = ptx.lds128(s + (i - t.held) * (STREAMS * t.width * 4))
+    w = [word.bitcast(Float32) for word in w]
+    return [a * w[0] + b * w[1] + c * w[2] + d * w[3] for a, b, c, d in columns]
 
 
 def _read_token(t: Batch, mixes: bool, addresses: tuple, token: Int32, stream: Int32, column: Int32) -> tuple:

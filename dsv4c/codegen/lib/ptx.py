@@ -280,6 +280,12 @@ def cp_async16(s: Int32, g: Int64):
 
 
 @cute.jit
+def cp_async8(s: Int32, g: Int64):
+    """The same of 8 bytes, through L1."""
+    _asm("cp.async.ca.shared.global [{$r0}], [{$r1}], 8;", read_only_args=[s, g])
+
+
+@cute.jit
 def cp_async_commit():
     """Close a group of `cp_async16`."""
     _asm("cp.async.commit_group;")
@@ -289,6 +295,12 @@ def cp_async_commit():
 def cp_async_wait(groups: Constexpr[int]):
     """Wait until at most `groups` of this thread's groups are in flight."""
     _asm(f"cp.async.wait_group {groups};")
+
+
+@cute.jit
+def cp_async_arrive(s: Int32):
+    """Arrive at the barrier at `s` once this thread's copies so far are there."""
+    _asm("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{$r0}];", read_only_args=[s])
 
 
 # Ordering between launches ----------------------------------------------------------------------------------
