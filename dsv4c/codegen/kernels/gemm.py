@@ -105,9 +105,10 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     height = 64 if spec.rows // max(1, spec.experts // FEW) <= 64 else 128
     splits = _splits(spec, height, kind, sms)
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
-    narrow = packing.format in ("mxfp4", "nvfp4") or (kind == "e4m3" and height == 64)
-    loaders = 2 if narrow and steps % 2 == 0 else 1
-    ahead = next(n for n in (2, 1) if steps % (n * loaders) == 0)
+    as_it_is = packing.format == "fp8" and kind == "e4m3"
+    loaders = 2 if (as_it_is or packing.format in ("mxfp4", "nvfp4")) and steps % 2 == 0 else 1
+    # Two teams with a step of FP8 each, which takes most registers, beat one with two and two with two.
+    ahead = 1 if as_it_is or steps % (2 * loaders) else 2
     return Tiles(
         weight=packing.format,
         kind=kind,
@@ -205,7 +206,7 @@ def few_of(spec: GemmSpec) -> Few | None:
         tiles=packing.tiles,
         span=packing.span,
         stages=min(6, steps),
-        ahead=2,
+        ahead=4 if steps % 4 == 0 else 2,
         experts=spec.experts,
         paired=spec.paired,
     )

@@ -79,9 +79,7 @@ def gather(
             key = tile * a.tile + first
             place0 = attention.find_key(a, key, next0, position, visible)
             place8 = attention.find_key(a, key + 8, next8, position, visible)
-            row0 = read_row(a, window, entries, ring_slot, slot, place0, lane)
-            if const_expr(a.coded):  # of bf16 rows registers hold one
-                row8 = read_row(a, window, entries, ring_slot, slot, place8, lane)
+            rows = read_row(a, window, entries, ring_slot, slot, place0, lane)
             next0 = attention.read_selection(a, g_selected, token, key + a.tile)
             next8 = attention.read_selection(a, g_selected, token, key + a.tile + 8)
             stage = at % a.stages
@@ -92,10 +90,10 @@ def gather(
                 ptx.sts_f32(s_bias, Float32(0.0) if place0 >= 0 else Float32(UNSEEN))
                 ptx.sts_f32(s_bias + 32, Float32(0.0) if place8 >= 0 else Float32(UNSEEN))
             s_tile = s + a.o_keys + stage * a.tile_bytes
-            lay_row(a, s_tile, first, lane, place0 >= 0, row0)
-            if const_expr(not a.coded):
-                row8 = read_row(a, window, entries, ring_slot, slot, place8, lane)
-            lay_row(a, s_tile, first + 8, lane, place8 >= 0, row8)
+            lay_row(a, s_tile, first, lane, place0 >= 0, rows)
+            rows = read_row(a, window, entries, ring_slot, slot, place8, lane)
+            lay_row(a, s_tile, first + 8, lane, place8 >= 0, rows)
+            ptx.fence_async()
             cute.arch.sync_warp()
             if lane == 0:
                 ptx.mbarrier_arrive(full)
@@ -284,8 +282,6 @@ def attend(
             stage = at % a.stages
             full = s + a.o_bars + 8 * stage
             ptx.mbarrier_wait(full, at // a.stages & 1)
-            # Here and not where keys were written: there it would wait for all loads in flight.
-            ptx.fence_async()
             warpgroup.fence()
             by_keys.set(warpgroup.Field.ACCUMULATE, False)
             for c in range_constexpr(a.width // 16):

@@ -168,7 +168,7 @@ def load(
     g_rows = cute.make_rmem_tensor((t.own_rows,), Int64)
     for i in range_constexpr(t.own_rows):
         g_rows[i] = g_x + (Int64(rows[i]) * t.stride + thread % 8 * 16)
-    held = cute.make_rmem_tensor((1 if t.direct else t.ahead, max(t.words, 1)), Uint32)
+    held = cute.make_rmem_tensor((t.ahead, max(t.words, 1)), Uint32)
     scales = cute.make_rmem_tensor((t.ahead, 2), Int32)
     for i in range_constexpr(t.ahead):
         step = begin + i * t.loaders + team
@@ -186,13 +186,10 @@ def load(
                 copy_x(t, s_x, g_rows, begin + step, thread)
             if const_expr(t.weight == "plain"):
                 copy_weights(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, begin + step, thread)
-            if const_expr(t.direct):
-                copy_units(t, s + t.o_w + stage * t.w_stage, g_units, begin + step, warp, lane)
             if const_expr(t.kind != "f16"):
                 ptx.cp_async_arrive(full)
             lay_factors(t, s + t.o_factors + stage * 1024, scales, i, thread)
-            if const_expr(not t.direct):
-                lay_weights(t, s, stage, held, i, lane, warp)
+            lay_weights(t, s, stage, held, i, lane, warp)
             cute.arch.sync_warp()
             if lane == 0:
                 ptx.mbarrier_arrive(full)
@@ -225,23 +222,6 @@ def copy_weights(
         own = cutlass.min(first + i, last) * 16 + thread // 8
         g = g_w + Int64(own) * (2 * t.k) + step * 128 + piece * 16
         ptx.cp_async16(s_w + row * 128 + (piece ^ row % 8) * 16, g)
-
-
-@cute.jit
-def copy_units(
-    t: Constexpr[Tiles], s_w: Int32, g_units: cute.Tensor, step: Int32, warp: Int32, lane: Int32
-):
-    """A step of FP8 units in flight to their rows, 8 bytes at a time: half of the rows of eight in turn, so
-    that what lanes copy together does not meet in a bank.
-    """
-    behind = step // t.span * (t.tiles * t.span * t.unit) + step % t.span * t.unit
-    q = lane // 2 % 4
-    for half in range_constexpr(2):
-        g = lane // 8 * 2 + half
-        inside = warp * 512 + g * 64 + lane % 8 * 8
-        s_own = s_w + lane % 2 * 1024 + g * 128 + ((2 * warp + q // 2) ^ g) * 16 + q % 2 * 8
-        for n in range_constexpr(8):
-            ptx.cp_async8(s_own + n * 2048, g_units[n] + Int64(behind + inside))
 
 
 @cute.jit
@@ -306,8 +286,6 @@ def unit_places(
     found = cute.make_rmem_tensor((t.pieces // apart,), Int64)
     share = warp if const_expr(t.weight == "fp8" and t.kind == "e4m3") else warp % 2
     inside = (g * 4 + q) * 16 + (share * t.share_bytes if const_expr(t.weight != "nvfp4") else 0)
-    if const_expr(t.direct):
-        inside = Int32(0)
     for n in range_constexpr(t.pieces // apart):
         unit = unit_of(t, n * apart, warp)
         tile = unit
@@ -350,8 +328,6 @@ def fetch(
         scales[i, 1] = Int32(ptx.ldg_u8_constant(g_fw[0] + block))
         if const_expr(t.paired):
             scales[i, 1] = scales[i, 1] | Int32(ptx.ldg_u8_constant(g_fw[1] + block)) << Int32(8)
-    if const_expr(t.direct):
-        return
     for n in range_constexpr(t.pieces):
         if const_expr(t.weight == "bf16"):
             g_piece = g_units[n // 2] + Int64(behind + n % 2 * 512)
@@ -617,23 +593,33 @@ def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group:
             mma.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
         warpgroup.wait_group(0)
-        tops = []
-        if const_expr(t.column_factors):
-            tops = [ptx.lds64(s_f + 512 + (column + 8 * j) * 4) for j in range(t.wide // 8)]
-        cute.arch.sync_warp()
-        if thread % 32 == 0:
-            ptx.mbarrier_arrive(full + 8 * t.stages)
+        if const_expr(not t.column_factors):
+            release(t, full, thread)
         for j in range_constexpr(t.wide // 8):
             m = const_expr(j // 2 % 2 if t.row_factors == 2 else 0)
+            top = ()
+            if const_expr(t.column_factors):
+                top = ptx.lds64(s_f + 512 + (column + 8 * j) * 4)
             for i in range_constexpr(2):
                 for half in range_constexpr(2):
                     value = products[4 * j + 2 * half + i]
                     if const_expr(t.column_factors):
-                        value = value * tops[j][i].bitcast(Float32)
+                        value = value * top[i].bitcast(Float32)
                     if const_expr(t.promotes):
                         value = value * f[m, half]
                     at_sum = const_expr(4 * j + 2 * half + i)
                     sums[at_sum] = sums[at_sum] + value
+        # Factors of columns are read as they are used: in registers for all, ptxas waits for each product.
+        if const_expr(t.column_factors):
+            release(t, full, thread)
+
+
+@cute.jit
+def release(t: Constexpr[Tiles], full: Int32, thread: Int32):
+    """The stage of barrier `full` is free again: a warp has read it."""
+    cute.arch.sync_warp()
+    if thread % 32 == 0:
+        ptx.mbarrier_arrive(full + 8 * t.stages)
 
 
 @cute.jit

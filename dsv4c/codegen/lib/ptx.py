@@ -280,12 +280,6 @@ def cp_async16(s: Int32, g: Int64):
 
 
 @cute.jit
-def cp_async8(s: Int32, g: Int64):
-    """The same of 8 bytes, through L1."""
-    _asm("cp.async.ca.shared.global [{$r0}], [{$r1}], 8;", read_only_args=[s, g])
-
-
-@cute.jit
 def cp_async_commit():
     """Close a group of `cp_async16`."""
     _asm("cp.async.commit_group;")

@@ -46,7 +46,6 @@ class Tiles:
     paired: bool = False
     experts: int = 0
     splits: int = 1
-    direct: bool = False
 
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
@@ -229,8 +228,8 @@ class Few:
     paired: bool = False
 
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
-    COPIERS: ClassVar[int] = 32  # threads that copy x; the last
-    RESIDENT: ClassVar[int] = 3  # CTAs that fit an SM
+    COPIERS: ClassVar[int] = 64  # threads that copy x; the last
+    RESIDENT: ClassVar[int] = 2  # CTAs that fit an SM
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     UNIT: ClassVar[int] = BYTES["mxfp4"]
     PITCH: ClassVar[int] = 4 * (
