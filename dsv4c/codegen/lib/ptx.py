@@ -319,6 +319,12 @@ def cp_async_wait(groups: Constexpr[int]):
     _asm(f"cp.async.wait_group {groups};")
 
 
+@cute.jit
+def cp_async_arrive(s: Int32):
+    """Arrive at the barrier at `s` once this thread's copies so far are there."""
+    _asm("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{$r0}];", read_only_args=[s])
+
+
 # Ordering between launches ----------------------------------------------------------------------------------
 
 
