@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dsv4c.buckets import Bucket
-from dsv4c.config import ModelConfig
+from dsv4c.models.drafting import with_dspark
 from dsv4c.plan.folder import load
 
 CONTEXT, POSITION = 8448, 8192
@@ -29,27 +29,13 @@ BUCKETS = (
 )
 
 
-def drafting(config: ModelConfig) -> ModelConfig:
-    """A model with DSpark's stages as the releases have them, behind its last three layers."""
-    last = config.num_layers
-    return replace(
-        config,
-        mtp_layers=0,
-        dspark_stages=3,
-        dspark_block_size=5,
-        dspark_noise_token_id=config.vocab_size - 481,
-        dspark_target_layers=tuple(range(last - 3, last)),
-        dspark_markov_rank=256,
-    )
-
-
 def build(path: Path, model: str, layers: int, target: str) -> None:
     """Compile and save the plan."""
     from benchmarks.plans import first_layers
     from dsv4c.compiler.compile import compile
     from dsv4c.compiler.request import Request
 
-    config = drafting(first_layers(model, layers))
+    config = with_dspark(first_layers(model, layers))
     job = Request(config, target=target, batch=1, max_context=CONTEXT).job()
     job = replace(job, deployment=replace(job.deployment, buckets=BUCKETS))
     print(compile(job, certify=False).save(path, overwrite=True))

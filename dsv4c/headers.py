@@ -55,6 +55,9 @@ def read_entries(path: Path) -> dict[str, Entry]:
         return _read_index(index)
     if single.exists():
         return read_header(single)
+    for file in (single, index):
+        if file.is_symlink():
+            raise CheckpointError(f"{file}: leads to {file.readlink()}, where nothing is; download it again")
     present = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "an empty folder"
     raise CheckpointError(f"{path}: no checkpoint here; expected {SINGLE} or {INDEX}, found {present}")
 

@@ -327,8 +327,7 @@ def test_every_mistake_in_every_rule_is_caught() -> None:
     assert found["survivors"] == []
     assert found["caught"] == found["injected"] > 100
     assert f"{found['caught']} of {found['injected']} caught" in README.read_text()
-    drafting = {"features", "pick_draft"}  # which only models with DSpark have places for
-    assert {row["rule"] for row in found["defects"]} == set(rules_of().rules) - drafting
+    assert {row["rule"] for row in found["defects"]} == set(rules_of().rules)
 
 
 FAULTY = {

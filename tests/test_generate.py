@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from dsv4c.models.encoding.marks import USER
 from dsv4c.plan.folder import load
 from tests.commands import Result, command
-from tests.words import small_checkpoint
+from tests.words import small_checkpoint, write_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -58,6 +59,18 @@ def test_an_answer_in_words_and_the_same_seed_again(folder: Path) -> None:
     assert other.out != said[0]
     assert "taking the rules of preview" in other.err
     assert "seed 6" in other.err
+
+
+def test_a_text_that_ends_an_answer_may_begin_in_one_token_and_end_in_another(folder: Path) -> None:
+    asked = ("--prompt", "Hello", "--temperature", 0, "--max-new-tokens", 12)
+    *events, _ = map(json.loads, generate(folder, *asked, "--json").out.splitlines())
+    said = [event["text"] for event in events if event["text"]]
+    place = next(i for i in range(1, len(said)) if "\ufffd" not in said[i - 1] + said[i])
+    stop = said[place - 1][-1] + said[place][0]
+    whole = "".join(said)
+    ended = generate(folder, *asked, "--stop", "never", "--stop", stop)
+    assert ended.out == whole[: whole.index(stop)] + "\n"
+    assert "cut off" not in ended.err
 
 
 def test_drafts_change_nothing_but_the_rounds(folder: Path) -> None:
@@ -106,7 +119,7 @@ def test_events_are_objects_a_line(folder: Path) -> None:
 
 def test_a_conversation_from_a_file_and_one_in_the_terminal(folder: Path, tmp_path: Path) -> None:
     saved = tmp_path / "chat.json"
-    typed = f"Hello\n\n/save {saved}\nAgain\n/nothing\n/reset\n/load {saved}\n/save\n/quit\n"
+    typed = f"Hello\n\n/save {saved}\nAgain\n/nothing\n/reset\n/load {saved}\n/save\nAgain\n/quit\n"
     options = ["--chat", "--seed", "5", "--max-new-tokens", "3", "--max-context", "128"]
     talk = subprocess.run(
         [
@@ -128,7 +141,7 @@ def test_a_conversation_from_a_file_and_one_in_the_terminal(folder: Path, tmp_pa
     history = json.loads(saved.read_text())
     assert [message["role"] for message in history] == ["user", "assistant"]
     assert talk.stdout.startswith(history[1]["content"])
-    (first, read), (second, more) = re.findall(r"after (\d+) \((\d+) read\)", talk.stderr)
+    (first, read), (second, more), (taken_back, _) = re.findall(r"after (\d+) \((\d+) read\)", talk.stderr)
     assert first == read
     assert int(second) - int(more) == int(first) + 3 - 1  # the last token that was said is read now
     assert "error: /nothing is no command" in talk.stderr
@@ -136,7 +149,7 @@ def test_a_conversation_from_a_file_and_one_in_the_terminal(folder: Path, tmp_pa
     assert talk.stderr.count("chat.json: 2 messages") == 2
     saved.write_text(json.dumps([*history, {"role": "user", "content": "Again"}]))
     asked = generate(folder, "--messages", saved, "--max-new-tokens", 2, "--seed", 1)
-    assert "2 tokens" in asked.err
+    assert f"2 tokens, cut off after {taken_back} (" in asked.err
 
 
 @pytest.mark.parametrize(
@@ -161,6 +174,7 @@ def test_mistakes(folder: Path, arguments: tuple[object, ...], message: str) -> 
     assert refused.code in (2, 6)
     assert refused.out == ""
     assert message in refused.err
+    assert "weights: " not in refused.err  # said before they are loaded
 
 
 def test_a_folder_without_a_tokenizer_answers_in_ids_alone(folder: Path, tmp_path: Path) -> None:
@@ -177,10 +191,22 @@ def test_a_folder_without_a_tokenizer_answers_in_ids_alone(folder: Path, tmp_pat
     assert (cut.code, cut.out) == (2, "")
     assert "is no tokenizer" in cut.err
     assert not (tmp_path / "none").exists()  # said before anything is compiled
+    (tmp_path / "tokenizer.json").unlink()
+    write_tokenizer(tmp_path)
+    foreign = (tmp_path / "tokenizer.json").read_text().replace(USER, "<user>")
+    (tmp_path / "tokenizer.json").write_text(foreign)
+    other = command("generate", tmp_path, "--prompt", "x", *options, "--cache", tmp_path / "none")
+    assert (other.code, other.out) == (2, "")
+    assert f"has no token {USER!r}: it is no tokenizer of DeepSeek-V4" in other.err
+    assert not (tmp_path / "none").exists()
     (tmp_path / "model.safetensors").unlink()
     missing = command("generate", tmp_path, "--tokens", "3", *options)
     assert (missing.code, missing.out) == (4, "")
     assert "no checkpoint here" in missing.err
+    (tmp_path / "model.safetensors").symlink_to("../blobs/3f2a")
+    half = command("generate", tmp_path, "--tokens", "3", *options)
+    assert half.code == 4
+    assert "leads to ../blobs/3f2a, where nothing is; download it again" in half.err
 
 
 def test_where_no_plan_can_be_kept_the_answer_comes_all_the_same(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import combinations
+from math import frexp
 from typing import Any
 
 import torch
@@ -124,10 +125,16 @@ def run_changed(body: Graph, operands: list[Any], changed: dict[Node, Meaning]) 
 
 
 def _rounded_anyway(body: Graph, node: Node) -> bool:
-    """Every reader rounds to bf16 first, so a detour through bf16 changes nothing."""
+    """Every reader rounds to bf16 first, or behind a power of two: a detour through bf16 changes nothing."""
     readers = body.users[node.outputs[0]]
-    casts = [n for n in readers if n.op.name == "cast" and n.op.attributes()["to"] is BF16]
-    return bool(readers) and len(casts) == len(readers) and node.outputs[0] not in body.outputs.values()
+
+    def rounds(reader: Node) -> bool:
+        given = reader.op.attributes()
+        if reader.op.name == "scale" and frexp(given["factor"])[0] == 0.5:
+            return _rounded_anyway(body, reader)
+        return reader.op.name == "cast" and given["to"] is BF16
+
+    return bool(readers) and all(map(rounds, readers)) and node.outputs[0] not in body.outputs.values()
 
 
 def _interchangeable(body: Graph) -> Iterator[tuple[int, int]]:

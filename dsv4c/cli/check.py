@@ -23,14 +23,17 @@ from dsv4c.cli.options import CONFIG_HELP, JsonOption, PassOption
 from dsv4c.cli.subject import Asked, ask
 from dsv4c.compiler.device import Checked, check_kernels
 from dsv4c.compiler.job import rules_of
+from dsv4c.compiler.request import Request
 from dsv4c.compiler.sharding import certify_shard
+from dsv4c.config import load_config
 from dsv4c.errors import ConfigError, GraphError
+from dsv4c.models.drafting import with_dspark
 from dsv4c.passes.work import Match
 from dsv4c.plan.folder import load
 
 EVERY_RULE = (("deepseek-v4-flash", "official"), ("deepseek-v4-flash", "nvfp4-experts-w4a4"))
-"""Configs and recipes in whose sampled decode steps every built-in rule applies, on rows of several blocks
-each: a block that begins late is no mistake that could show in a row of one block.
+"""Configs and recipes in whose sampled decode steps every built-in rule applies, but those of drafts, on rows
+of several blocks each: a block that begins late is no mistake that could show in a row of one block.
 """
 
 SubjectOption = Annotated[
@@ -171,6 +174,21 @@ def _matches(asked: Asked, buckets: tuple[Bucket, ...]) -> list[Match]:
     return [match for fold in folds if fold is not None for match in fold.matches]
 
 
+def _of_step(asked: Asked) -> list[Match]:
+    return _matches(asked, (asked.job.decode,))
+
+
+def _every_rule(extra: list[str] | None) -> list[Match]:
+    """Where every built-in rule applies: in steps, and in a round what is not in those."""
+    steps = [ask(config, recipe=recipe, sampled=True, extra=extra) for config, recipe in EVERY_RULE]
+    found = [match for each in steps for match in _of_step(each)]
+    known = {match.op.name for match in found}
+    model = with_dspark(load_config(EVERY_RULE[0][0]))
+    job = Request(model, draft="dspark", sampled=True, rules=rules_of(extra or ())).job()
+    rounds = _matches(Asked(model.name, job, None), (job.bucket("round"),))
+    return found + [match for match in rounds if match.op.name not in known]
+
+
 def _changed(asked: Asked, found: list[Certificate]) -> list[str]:
     """Certificates of the plan that are not what is found now."""
     if asked.plan is None:
@@ -202,12 +220,7 @@ def _print(subject: str, certificates: list[Certificate]) -> None:
 
 
 def _inject(subject: str | None, extra: list[str] | None, json: bool) -> None:
-    asked = (
-        [ask(subject, extra=extra)]
-        if subject is not None
-        else [ask(config, recipe=recipe, sampled=True, extra=extra) for config, recipe in EVERY_RULE]
-    )
-    kills = inject([match for each in asked for match in _matches(each, (each.job.decode,))])
+    kills = inject(_every_rule(extra) if subject is None else _of_step(ask(subject, extra=extra)))
     found: dict[str, Any] = totals(kills)
     if json:
         rows = [{"rule": k.rule, "defect": k.defect, "at": k.at, "caught_by": k.caught_by} for k in kills]

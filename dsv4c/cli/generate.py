@@ -7,7 +7,7 @@ import json as json_module
 import secrets
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -21,9 +21,10 @@ from dsv4c.cli.run import token_ids
 from dsv4c.cli.subject import is_plan
 from dsv4c.compiler.kept import kept_plan
 from dsv4c.compiler.request import Request
-from dsv4c.config import ModelConfig
+from dsv4c.config import ModelConfig, load_config
 from dsv4c.errors import ConfigError, PromptError
 from dsv4c.models.encoding.messages import Conversation, read_conversation
+from dsv4c.models.encoding.render import render
 from dsv4c.models.encoding.rules import rules_of
 from dsv4c.models.encoding.tokenizer import Tokenizer
 from dsv4c.plan.folder import Plan, load
@@ -34,12 +35,14 @@ from dsv4c.runtime.answer import (
     Reasoning,
     Token,
     ToolCalled,
+    check_prompt,
     check_tokenizer,
     generation_defaults,
 )
 from dsv4c.runtime.bind import machine_target
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.sampling import Sampling
+from dsv4c.runtime.session import token_id
 
 INTERRUPTED = 130
 
@@ -171,21 +174,21 @@ def generate_command(
     )
     refuse_given(draft)
     target = target or machine_target()
-    plan = _plan(subject, target, recipe, max_context, draft.value, draft_tokens, cache)
+    plan = load(subject) if is_plan(subject) else None
+    if plan is not None:
+        max_context = int(plan.deployment["max_context"])
+    config = plan.config if plan is not None else load_config(folder.absolute()).to_dict()
+    _check_question(question, tokenizer, encoding, folder, config, max_context)
+    if plan is None:
+        plan = _plan(folder, target, recipe, max_context, draft.value, draft_tokens, cache)
     if draft is not Draft.OFF:
         check_drafts(plan, draft, draft_tokens)
     if temperature is None and not any(program.shape.sampled for program in plan.buckets.values()):
         note("this plan always takes the likeliest token; one of `dsv4c compile --sampled` would draw it")
         sampling = Sampling(seed=seed)
-    if tokenizer is not None:
-        check_tokenizer(tokenizer, plan.config)
     with progress_bar("weights", bytes_counted=True) as progress:
         session = plan.bind(folder, progress=progress)
     note(f"weights: {session.loaded}")
-    if tokens is None:
-        _, remark = rules_of(encoding, folder)
-        if remark:
-            note(remark)
     options: dict[str, Any] = {
         "sampling": sampling,
         "max_new_tokens": max_new_tokens,
@@ -224,7 +227,7 @@ def weights_of(subject: str, weights: Path | None) -> Path:
 
 
 def _plan(
-    subject: str,
+    folder: Path,
     target: str,
     recipe: str,
     max_context: int,
@@ -232,10 +235,8 @@ def _plan(
     draft_tokens: int | None,
     cache: Path | None,
 ) -> Plan:
-    if is_plan(subject):
-        return load(subject)
     request = Request(
-        subject,
+        str(folder.absolute()),  # a folder may be called as a built-in model is
         target=target,
         recipe=recipe,
         batch=1,
@@ -293,13 +294,34 @@ def _question(
     return Conversation([{"role": "user", "content": prompt}], "thinking" if thinking else "chat", effort)
 
 
+def _check_question(
+    question: Any,
+    tokenizer: Tokenizer | None,
+    encoding: str,
+    folder: Path,
+    config: Mapping[str, Any],
+    room: int,
+) -> None:
+    """Raise, before anything is compiled or loaded, what a session would raise."""
+    if tokenizer is None:
+        size = int(config["vocab_size"])
+        check_prompt([token_id(id_, f"token {n}", size) for n, id_ in enumerate(question)], room)
+        return
+    check_tokenizer(tokenizer, config)
+    rules, remark = rules_of(encoding, folder)
+    if remark:
+        note(remark)
+    if question is not None:
+        check_prompt(tokenizer.encode(render(question, rules)), room)
+
+
 # --- showing ---
 
 
 def answer(answers: Answers, *, json: bool, ids: bool) -> Done:
     """Print the events as they come, and return the last. An interrupt ends the answer and keeps it."""
     done: Done | None = None
-    shown = 0
+    shown, open_line = 0, ""
     with _interrupting(answers):
         for event in answers:
             if isinstance(event, Done):
@@ -310,7 +332,12 @@ def answer(answers: Answers, *, json: bool, ids: bool) -> Done:
                 print(f"{',' * bool(shown)}{event.ids[0]}", end="", flush=True)
                 shown += 1
             elif not ids:
+                if open_line and event.type not in (open_line, "done" if open_line == "token" else ""):
+                    print(file=sys.stderr, flush=True)  # what is of another kind begins a line
+                    open_line = ""
                 show(event)
+                if isinstance(event, Token) and event.text:
+                    open_line = event.type
     if not json:
         print(flush=True)
     assert done is not None

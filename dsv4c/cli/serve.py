@@ -150,7 +150,7 @@ def _plan(
     if is_plan(subject):
         return load(subject), Path(subject)
     request = Request(
-        subject,
+        str(Path(subject).absolute()),  # a folder may be called as a built-in model is
         target=target,
         recipe=recipe,
         batch=sorted({*(n for n in (1, 2, 4, 8) if n < slots), min(slots, 8)}),

@@ -1,10 +1,12 @@
-"""Whether rounds that draft pay, by the weights that they read.
+"""Models that draft, and whether rounds of theirs pay, by the weights that they read.
 
 Steps of few rows wait for weights, so a call takes as long as its bytes. Every row reads experts of its own,
 as in `dsv4c roofline --draft`, whose floors have what else moves, too: these are within some percent of them.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from dsv4c.config import ModelConfig
 from dsv4c.models.layout import Param, layout
@@ -17,6 +19,20 @@ HELD = {
 }
 """In which share of rounds one draft holds, two, and so on: of MTP seven in ten behind one that holds, of
 DSpark as was published of agents' traffic with DeepSeek-V4-Flash-0731."""
+
+
+def with_dspark(config: ModelConfig) -> ModelConfig:
+    """A model with DSpark's stages as the releases have them, behind its last three layers."""
+    last = config.num_layers
+    return replace(
+        config,
+        mtp_layers=0,
+        dspark_stages=3,
+        dspark_block_size=5,
+        dspark_noise_token_id=config.vocab_size - 481,
+        dspark_target_layers=tuple(range(last - 3, last)),
+        dspark_markov_rank=256,
+    )
 
 
 def gain(config: ModelConfig, drafts: int, sequences: int) -> float:

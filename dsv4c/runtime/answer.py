@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dsv4c.errors import PromptError, SessionError
-from dsv4c.models.encoding.marks import BEGIN, END
+from dsv4c.models.encoding.marks import ASSISTANT, BEGIN, END, THOUGHT, USER
 from dsv4c.models.encoding.messages import Conversation
 from dsv4c.models.encoding.parse import Kind, Parser, Piece, Reply
 from dsv4c.models.encoding.render import render
@@ -357,14 +357,7 @@ class Answers:
             ids = self._session.memories[slot].ids_of(text, self._tokenizer)
         else:
             ids = self._session.check_tokens(ask.prompt)
-        if not ids:
-            raise SessionError("the prompt is empty; give at least one token")
-        room = self._session.max_context
-        if len(ids) >= room:
-            raise SessionError(
-                f"the prompt has {len(ids):,} tokens, the context room for {room:,} with the answer; shorten "
-                "it, or compile with a larger --max-context"
-            )
+        check_prompt(ids, self._session.max_context)
         made = _Sequence(number, slot, ask, text, ids)
         if isinstance(ask.prompt, Conversation) and self._tokenizer is not None:
             made.speak(self._tokenizer, ask.prompt.thinking_mode)
@@ -457,9 +450,22 @@ host reads one portion and puts it into words, the device runs the next.
 """
 
 
+def check_prompt(ids: Sequence[int], room: int) -> None:
+    """Raise SessionError unless a prompt has tokens, and leaves room for an answer."""
+    if not ids:
+        raise SessionError("the prompt is empty; give at least one token")
+    if len(ids) >= room:
+        raise SessionError(
+            f"the prompt has {len(ids):,} tokens, the context room for {room:,} with the answer; shorten "
+            "it, or compile with a larger --max-context"
+        )
+
+
 def check_tokenizer(tokenizer: Tokenizer, config: Mapping[str, Any]) -> None:
-    """Raise PromptError unless a tokenizer's vocabulary is that of the model with this config."""
-    tokenizer.require(int(config["vocab_size"]), ())
+    """Raise PromptError unless a tokenizer's vocabulary is that of the model with this config: its ids are
+    the model's, and what every prompt is made of is there.
+    """
+    tokenizer.require(int(config["vocab_size"]), (BEGIN, END, USER, ASSISTANT, THOUGHT))
     for name, key in ((BEGIN, "bos_token_id"), (END, "eos_token_id")):
         found, wanted = tokenizer.id_of(name), config.get(key)
         if None not in (found, wanted) and found != wanted:

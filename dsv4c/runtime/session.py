@@ -644,18 +644,7 @@ class Session:
         return [self._id(token, f"{what} {place}") for place, token in enumerate(tokens)]
 
     def _id(self, token: Any, which: str) -> int:
-        """Integers of any library count, tensors of one among them; truth values do not."""
-        try:
-            number = None if isinstance(token, bool) else operator.index(token)
-        except TypeError:
-            number = None
-        if number is None:
-            raise SessionError(f"{which} is {token!r}, expected a token id")
-        if not 0 <= number < self.vocab_size:
-            raise SessionError(
-                f"{which} is {number}, out of range; expected ids from 0 to {self.vocab_size - 1}"
-            )
-        return number
+        return token_id(token, which, self.vocab_size)
 
     def _prompt(self, tokens: Sequence[int] | Tensor) -> list[int]:
         if not isinstance(tokens, Iterable) or (isinstance(tokens, Tensor) and tokens.ndim != 1):
@@ -906,3 +895,18 @@ def _seated(values: Tensor, seats: _Seats) -> Tensor:
 def _taints(logits: Tensor) -> Tensor:
     """By row: 0, or NaN where a number is not finite."""
     return logits.mul(0.0).sum(1)
+
+
+def token_id(token: Any, which: str, vocab_size: int) -> int:
+    """It as a number: integers of any library count, tensors of one among them; truth values do not. Raises
+    SessionError, in which it is called `which`, unless it is an id of the vocabulary.
+    """
+    try:
+        number = None if isinstance(token, bool) else operator.index(token)
+    except TypeError:
+        number = None
+    if number is None:
+        raise SessionError(f"{which} is {token!r}, expected a token id")
+    if not 0 <= number < vocab_size:
+        raise SessionError(f"{which} is {number}, out of range; expected ids from 0 to {vocab_size - 1}")
+    return number

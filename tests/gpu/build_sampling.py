@@ -27,7 +27,7 @@ from tests.gpu.check_sampling import DRAWS, FOLDER
 SAMPLER = (
     "f32[N,{v}]",
     *["i32[N]"] * 4,
-    "i32[{s},512]",
+    "i32[{s},{c}]",
     "i32[{s}]",
     "f32[{s},7]",
     "i32[{s},2]",
@@ -40,10 +40,15 @@ CASES: dict[str, tuple[Op, tuple[str, ...], int]] = {
     **{
         f"sampler-{vocabulary}x{rows}": (
             Sampler(),
-            tuple(text.format(v=vocabulary, s=slots) for text in SAMPLER),
+            tuple(text.format(v=vocabulary, s=slots, c=capacity) for text in SAMPLER),
             rows,
         )
-        for vocabulary, rows, slots in ((8, DRAWS, 1), (1000, 4, 4), (129280, 1, 16), (129280, 8, 16))
+        for vocabulary, rows, slots, capacity in (
+            (8, DRAWS, 1, 512),
+            (1000, 4, 4, 509),
+            (129280, 1, 2, 131072),
+            (129280, 8, 16, 512),
+        )
     },
 }
 

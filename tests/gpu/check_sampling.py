@@ -95,6 +95,7 @@ SETTINGS = (
     Sampling(temperature=2.0, top_p=0.5, repetition_penalty=0.8, frequency_penalty=-0.2),
     Sampling(temperature=0.01, top_k=3, top_p=0.999, min_p=0.3),
 )
+LONG = (8_000, 131_000)  # positions
 LOGITS = ("flat", "peaked", "equal", "few", "huge", "broken")
 
 
@@ -169,15 +170,26 @@ def check_frequencies(kernel: Kernel) -> None:
 
 
 def time_sampler(kernel: Kernel) -> None:
-    """Microseconds of a launch in a chain, its logits in L2, as the head leaves them."""
+    """Microseconds of a launch in a chain, its logits in L2, as the head leaves them; with penalties also
+    where more was said before.
+    """
     generator = torch.Generator().manual_seed(1)
+    vocabulary, capacity = kernel.graph.inputs[0].type.shape[1], kernel.graph.inputs[5].type.shape[1]
     for how in SETTINGS[:6]:
-        for logits in ("flat", "peaked"):
+        penalized = any(how.knobs[4:])
+        for logits, at in [("flat", 500), ("peaked", 500), *[("flat", n) for n in LONG if penalized]]:
+            if at >= capacity:
+                continue
             given = sampler_operands(kernel, logits, generator)
+            given[3][:], given[6][:] = at, at // 2
+            given[5] = torch.randint(0, vocabulary, given[5].shape, generator=generator, dtype=torch.int32)
             given[7] = torch.tensor([how.knobs]).expand(len(given[7]), -1)
             launch = kernel.launch(list(given))
             plain, programmatic = (measure([launch] * CHAIN, edge) / CHAIN for edge in (False, True))
-            print(f"{kernel.name}, {logits}, {how}: {plain:.2f} us, programmatic edges {programmatic:.2f}")
+            print(
+                f"{kernel.name}, {logits}, position {at:,}, {how}: {plain:.2f} us, "
+                f"programmatic edges {programmatic:.2f}"
+            )
 
 
 def check_tiny(folder: Path) -> None:

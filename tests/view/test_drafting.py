@@ -6,12 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.rounds import drafting
 from dsv4c.arch import SM_90A
 from dsv4c.cli.roofline import drafting_of
 from dsv4c.compiler.request import DSPARK_TOKENS, MTP_TOKENS, Draft, Request
 from dsv4c.config import ModelConfig, load_config
-from dsv4c.models.drafting import HELD, gain
+from dsv4c.models.drafting import HELD, gain, with_dspark
 from dsv4c.view.drafting import Drafting, Round, text, tokens_per_round
 from tests.commands import command
 from tests.goldens import golden_case
@@ -48,7 +47,7 @@ def test_the_table_of_a_model() -> None:
 @pytest.mark.parametrize(("head", "usual"), [("mtp", MTP_TOKENS), ("dspark", DSPARK_TOKENS)])
 def test_what_is_drafted_by_default_gains_most(head: str, usual: int) -> None:
     config = load_config("deepseek-v4-flash")
-    config = config if head == "mtp" else drafting(config)
+    config = config if head == "mtp" else with_dspark(config)
     gains = {drafts: gain(config, drafts, 1) for drafts in range(1, len(HELD[head]) + 1)}
     assert max(gains, key=lambda drafts: gains[drafts]) == usual, gains
 
@@ -58,7 +57,7 @@ def test_what_is_drafted_by_default_gains_most(head: str, usual: int) -> None:
 def test_gains_by_weights_are_those_of_the_launches(head: str) -> None:
     """Within 3 %, where a launch's floor has all that it moves."""
     config = load_config("deepseek-v4-flash")
-    config = config if head == "mtp" else drafting(config)
+    config = config if head == "mtp" else with_dspark(config)
     found = drafting_of(Request(config, max_context=8192).job(), SM_90A)
     for each in found.rounds:
         said = 1 + sum(HELD[head][: each.drafts])
@@ -75,7 +74,7 @@ def test_drafts_that_do_not_pay_are_left_out() -> None:
 
     assert rounds(flash, "auto") == ["round-1x2", "round-2x2"]
     assert rounds(flash, "mtp") == ["round-1x2", "round-2x2", "round-4x2"]
-    assert rounds(drafting(flash), "auto") == ["round-1x4"]
+    assert rounds(with_dspark(flash), "auto") == ["round-1x4"]
     shallow = replace(flash, num_layers=4, compress_ratios=flash.compress_ratios[:4])
-    assert rounds(drafting(shallow), "auto") == []
-    assert rounds(drafting(shallow), "dspark") == ["round-1x4"]
+    assert rounds(with_dspark(shallow), "auto") == []
+    assert rounds(with_dspark(shallow), "dspark") == ["round-1x4"]

@@ -416,16 +416,16 @@ class Selection:
 class Spread:
     """A row of logits over a cluster: `each` of its `columns` in a CTA, a run of 4 * `quads` in a thread.
 
-    Weights are added up by bins, their lower and their upper parts apart, in several copies. A CTA collects
-    at most `MOST` candidates, all CTAs together `FEW`, a thread each.
+    Weights are added up by bins, in several copies. A CTA collects at most `MOST` candidates, all CTAs
+    together `FEW`, a thread each.
     """
 
-    BIN_BITS: ClassVar = 7
-    BINS: ClassVar = 1 << BIN_BITS
-    STEPS: ClassVar = 7  # a bin of the first, then of keys of 32, 25, 18, 11, 4 bits, and one key
-    COPIES: ClassVar = 8
+    BIN_BITS: ClassVar = 6  # of keys in so many bins
+    BINS: ClassVar = 80  # two for every power of two from 1 to 2^-38
+    STEPS: ClassVar = 8  # a bin of weights, then of keys of 32, 26, 20, 14, 8, 2 bits, and one key
+    COPIES: ClassVar = 16  # 2^10 columns of 22 bits add up in 32
     MOST: ClassVar = 64
-    NONE: ClassVar = BINS  # no bin
+    RESULTS: ClassVar = 36  # words that candidates are added up in
 
     columns: int
     ctas: int
@@ -448,15 +448,18 @@ class Spread:
     o_bars: ClassVar = 256  # behind a number of each warp: barriers of what is sent
     o_tops: ClassVar = 320  # the largest key of each CTA
     o_totals: ClassVar = 384  # the sum of each CTA, i64
+    o_number: ClassVar = 512  # what a token is drawn by, f64
+    o_ends: ClassVar = 528  # ids that end the sequence, and its length
     o_found: ClassVar = (
-        512  # the CTA's candidates: their number, the largest inverse of a key, the largest key
+        576  # the CTA's candidates: their number, the largest inverse of a key, the largest key
     )
     o_heads: ClassVar = o_found + 16  # the same of each CTA
-    o_sums: ClassVar = o_heads + 256  # of the cluster, by bin, i64
-    o_lower: ClassVar = o_sums + 8 * BINS  # of the CTA, by bin and copy, u32
-    o_upper: ClassVar = o_lower + 4 * BINS * COPIES
-    o_own: ClassVar = o_upper + 4 * BINS * COPIES  # the CTA's candidates: key, weight, column
-    o_candidates: ClassVar = o_own + 16 * MOST  # those of each CTA
+    o_sums: ClassVar = o_heads + 256  # of the cluster, by bin, i64: as many as 32 lanes read, the rest zeros
+    o_bins: ClassVar = o_sums + 8 * 96  # of the CTA, by bin and copy, u32
+    o_own: ClassVar = o_bins + 4 * BINS * COPIES  # the CTA's candidates: key, weight, column
+    o_results: ClassVar = o_own + 16 * MOST  # what is said of candidates; then what is kept of each CTA
+    o_kept: ClassVar = o_results + 16
+    o_candidates: ClassVar = o_results + 4 * RESULTS  # those of each CTA
 
     @property
     def FEW(self) -> int:
@@ -464,19 +467,24 @@ class Spread:
         return min(256, self.threads)
 
     @property
-    def o_list(self) -> int:
-        """A candidate's key of each thread."""
+    def o_lists(self) -> int:
+        """Candidates in a row: keys, inverse columns, both parts of weights."""
         return self.o_candidates + self.ctas * self.MOST * 16
 
     @property
-    def o_ranked(self) -> int:
-        """By place in falling order of keys: lower and upper parts of weights, and keys."""
-        return self.o_list + self.threads * 4
+    def o_counts(self) -> int:
+        """How often a token was said, u32 by column, until the logits are lowered."""
+        return self.o_lists + self.FEW * 16
 
     @property
-    def o_counts(self) -> int:
-        """Of what was said, by column, until the logits are lowered."""
-        return self.o_ranked + self.FEW * 12
+    def o_before(self) -> int:
+        """Whether it was said before the origin, u8, by column."""
+        return self.o_counts + 4 * self.each
+
+    @property
+    def counts(self) -> int:
+        """Bytes of both."""
+        return -(-5 * self.each // 16) * 16
 
     @property
     def o_inbox(self) -> int:
@@ -486,7 +494,7 @@ class Spread:
     @property
     def shared(self) -> int:
         """Bytes."""
-        return self.o_counts + max(-(-self.each // 4) * 16, self.ctas * self.BINS * 8)
+        return self.o_counts + max(self.counts, self.ctas * self.BINS * 8)
 
 
 @dataclass(frozen=True)

@@ -593,26 +593,6 @@ def load_remote_f32(s: Int32, rank: Int32):
     )
 
 
-@cute.jit
-def count_remote(s: Int32, rank: Int32, r: Uint32):
-    """Add to the word at shared address `s` of CTA `rank`, whoever else does."""
-    _asm(
-        "{ .reg .b32 a; mapa.shared::cluster.u32 a, {$r0}, {$r1}; "
-        "red.relaxed.cluster.shared::cluster.add.u32 [a], {$r2}; }",
-        read_only_args=[s, rank, r],
-    )
-
-
-@cute.jit
-def mark_remote(s: Int32, rank: Int32, r: Uint32):
-    """Set bits of the word at shared address `s` of CTA `rank`, whoever else does."""
-    _asm(
-        "{ .reg .b32 a; mapa.shared::cluster.u32 a, {$r0}, {$r1}; "
-        "red.relaxed.cluster.shared::cluster.or.b32 [a], {$r2}; }",
-        read_only_args=[s, rank, r],
-    )
-
-
 # Warp -------------------------------------------------------------------------------------------------------
 
 
