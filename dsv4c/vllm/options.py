@@ -125,7 +125,7 @@ def refuse_parallel(*, tensor: int = 1, pipeline: int = 1, data: int = 1) -> Non
     for name, size in (("pipeline", pipeline), ("data", data)):
         if size > 1:
             raise ConfigError(
-                f"--{name}-parallel-size {size}: one worker runs a plan; start several servers behind a router"
+                f"--{name}-parallel-size {size}: one worker runs a plan; start more servers behind a router"
             )
 
 

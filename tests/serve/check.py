@@ -253,7 +253,11 @@ def refusals() -> None:
         ([plan, "--weights", str(other)], 4, "checkpoint of another model"),
         ([str(root / "weights"), "--weights", weights], 2, "is no plan"),
         ([str(root)], 2, "neither a plan nor a checkpoint"),
-        ([plan, "--weights", weights, "-tp", "2"], 2, "-tp, --tensor-parallel-size): plan tiny is compiled"),
+        (
+            [plan, "--weights", weights, "-tp", "2"],
+            2,
+            "-tp, --tensor-parallel-size): plan weights is compiled",
+        ),
         ([plan, "--weights", weights, "--", "-dp", "2"], 2, "--data-parallel-size 2: one worker runs a plan"),
         ([plan, "--weights", weights, "--", "--block-size", "16"], 2, "--block-size: is decided"),
     ]

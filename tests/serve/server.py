@@ -26,6 +26,7 @@ from tests.words import write_tokenizer
 
 CONTEXT = 1536
 OPTIONS: dict[str, Any] = {"max_context": CONTEXT, "batch": (1, 2, 4), "chunk": 64, "certify": False}
+SLOTS = 4
 PORT = 8437
 
 
