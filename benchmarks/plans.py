@@ -1,8 +1,8 @@
 """Compile the plans that `dsv4c bench` is shown on: python -m benchmarks.plans FOLDER.
 
 The first layers of Flash (12) and Pro (8) in full width, `official`, batch 1, room for 8,448 tokens: as many
-as fit the 141 GB of an H200. With --model and --layers only that one, as FOLDER itself. No weights and no GPU
-are needed.
+as fit the 141 GB of an H200. With --model and --layers only that one, as FOLDER itself; --disable all leaves
+it unfused. No weights and no GPU are needed.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--context", type=int, default=CONTEXT)
+    parser.add_argument("--disable", action="append", default=[], help="a rule, or all of them")
     options = parser.parse_args()
     wanted = {options.folder / key: plan for key, plan in PLANS.items()}
     if options.model:
@@ -52,6 +53,7 @@ def main() -> None:
             verify=1,
             chunk=1,
             max_context=options.context,
+            disable=options.disable,
         )
         print(plan.save(folder, overwrite=True))
 

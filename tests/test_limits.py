@@ -31,14 +31,16 @@ ODD = {"vocab_size": 513, "hidden_size": 384}
 class Picky(Kernels):
     """Kernels that do not take what has a size of ODD."""
 
-    def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
+    def code(
+        self, graph: Graph, nodes: Sequence[Node], plain: frozenset[str] = frozenset()
+    ) -> tuple[Part, ...]:
         for node in nodes:
             sizes = {n for value in (*node.inputs, *node.outputs) for n in value.type.shape}
             for size in sizes & set(ODD.values()):
                 raise BuildError(
                     f"no kernel for {node.op.name}\n  picky: {size} columns: want multiples of 256"
                 )
-        return super().code(graph, nodes)
+        return super().code(graph, nodes, plain)
 
 
 @pytest.fixture

@@ -54,11 +54,13 @@ def write_tokenizer(folder: Path, size: int = 512) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer, ensure_ascii=False), encoding="utf-8")
 
 
-def small_checkpoint(root: Path, layers: int = 2) -> Path:
-    """A random checkpoint of so many layers with a tokenizer, in the folder `weights` of `root`."""
+def small_checkpoint(root: Path, layers: int = 2, **changes: int) -> Path:
+    """A random checkpoint of so many layers with a tokenizer, in the folder `weights` of `root`; `changes`
+    to the tiny model's config.
+    """
     config = json.loads(CONFIG.read_text())
     ratios = config["compress_ratios"]
-    config |= {"num_hidden_layers": layers, "compress_ratios": [*ratios[:layers], *ratios[-1:]]}
+    config |= {"num_hidden_layers": layers, "compress_ratios": [*ratios[:layers], *ratios[-1:]]} | changes
     (root / "config.json").write_text(json.dumps(config))
     weights = synthesize(load_config(root / "config.json"), root / "weights", 1)
     write_tokenizer(weights)

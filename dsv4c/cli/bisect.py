@@ -73,8 +73,9 @@ def text(verdict: Verdict) -> str:
     """The verdict to read."""
     lines = [f"{verdict.nodes} nodes in {verdict.steps} steps against their unfused nodes"]
     for s in verdict.suspects:
+        rules = s.rule if not s.beside else f"{s.rule}, or {', '.join(s.beside)} in the same launches"
         lines.append(
-            f"  step {s.step}: {s.node} ({s.rule}): {s.kind}, worst {s.worst:g}; allowed: {s.allowed}"
+            f"  step {s.step}: {s.node} ({rules}): {s.kind}, worst {s.worst:g}; allowed: {s.allowed}"
         )
     if not verdict.suspects:
         lines.append("  every node gives what its unfused nodes give")

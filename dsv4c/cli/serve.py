@@ -34,11 +34,19 @@ from dsv4c.cli.subject import is_plan
 from dsv4c.compiler.kept import kept_plan, kept_plan_folder
 from dsv4c.compiler.request import Request
 from dsv4c.errors import BuildError, ConfigError
+from dsv4c.exchange import MOST_RANKS
 from dsv4c.models.encoding.tokenizer import tokenizer_file
 from dsv4c.plan.folder import Plan, load
 from dsv4c.runtime.bind import check, machine_target
 from dsv4c.vllm import PLATFORM
-from dsv4c.vllm.options import NEWEST, OLDEST, refuse_decided, refuse_parallel, server_options
+from dsv4c.vllm.options import (
+    NEWEST,
+    OLDEST,
+    refuse_decided,
+    refuse_parallel,
+    server_options,
+    take_parallel,
+)
 
 SlotsOption = Annotated[int, typer.Option(help="Sequences at a time, of a plan compiled here.", min=1)]
 ContextOption = Annotated[
@@ -52,7 +60,18 @@ NameOption = Annotated[
 AheadOption = Annotated[
     bool, typer.Option("--ahead/--no-ahead", help="Schedule a step while the one before runs.")
 ]
-TensorOption = Annotated[int, typer.Option("--tensor-parallel-size", "-tp", help="1: a plan spans one GPU.")]
+RanksOption = Annotated[
+    int | None,
+    typer.Option(
+        "--ranks",
+        "--tensor-parallel-size",
+        "-tp",
+        help="GPUs of this machine that run it together, driven by one process.",
+        show_default="the plan's, or 1",
+        min=1,
+        max=MOST_RANKS,
+    ),
+]
 HostPlatformOption = Annotated[
     bool, typer.Option("--host-platform", help="Run CPU plans on a vLLM that is built for GPUs.")
 ]
@@ -79,7 +98,7 @@ def serve(
     ahead: AheadOption = True,
     draft: DraftOption = Draft.OFF,
     draft_tokens: DraftTokensOption = None,
-    tensor_parallel_size: TensorOption = 1,
+    ranks: RanksOption = None,
     host_platform: HostPlatformOption = False,
     dry_run: DryOption = False,
     cache: CacheOption = None,
@@ -93,14 +112,26 @@ def serve(
 
       dsv4c serve ./DeepSeek-V4-Flash --slots 8 --max-context 131072
 
+      dsv4c serve ./DeepSeek-V4-Flash --ranks 2
+
       dsv4c serve flash.plan --weights ./DeepSeek-V4-Flash -- --api-key secret
     """
-    refuse_parallel(tensor_parallel_size, 1, 1)
+    sizes, more = take_parallel(context.args)
+    tensor = sizes.pop("tensor", ranks)
+    refuse_parallel(**sizes)
+    if ranks not in (None, tensor):
+        raise ConfigError(f"--ranks {ranks}, and --tensor-parallel-size {tensor} for vLLM; give one")
     refuse_given(draft)
     folder = weights_of(subject, weights)
     tokenizer_file(folder)
     drafting = {"draft": draft.value, "draft_tokens": draft_tokens}
-    plan, place = _plan(subject, target or machine_target(), recipe, slots, max_context, drafting, cache)
+    deployed = {"slots": slots, "max_context": max_context, "ranks": tensor or 1}
+    plan, place = _plan(subject, target or machine_target(), recipe, deployed, drafting, cache)
+    if tensor not in (None, plan.ranks):
+        raise ConfigError(
+            f"--ranks {tensor} (-tp, --tensor-parallel-size): plan {plan.name} is compiled for {plan.ranks}; "
+            f"leave it out, or compile one with --ranks {tensor}"
+        )
     check(plan, folder)
     drafts = 0
     if draft is not Draft.OFF:
@@ -108,9 +139,9 @@ def serve(
         drafts = max((p.shape.tokens for p in plan.buckets.values() if p.shape.kind == "draft"), default=0)
     name = name or folder.resolve().name
     ours = server_options(plan, place, folder, name=name, ahead=ahead, drafts=drafts)
-    refuse_decided(context.args, ours)
+    refuse_decided(more, ours)
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", *ours]
-    command += ["--host", host, "--port", str(port), *context.args]
+    command += ["--host", host, "--port", str(port), *more]
     url = f"http://{host}:{port}/v1"
     if json:
         print(
@@ -141,21 +172,20 @@ def _plan(
     subject: str,
     target: str,
     recipe: str,
-    slots: int,
-    max_context: int,
+    deployed: Mapping[str, Any],
     drafting: Mapping[str, Any],
     cache: Path | None,
 ) -> tuple[Plan, Path]:
     """The plan, and the folder that it is in."""
     if is_plan(subject):
         return load(subject), Path(subject)
+    slots = deployed["slots"]
     request = Request(
         str(Path(subject).absolute()),  # a folder may be called as a built-in model is
         target=target,
         recipe=recipe,
         batch=sorted({*(n for n in (1, 2, 4, 8) if n < slots), min(slots, 8)}),
-        slots=slots,
-        max_context=max_context,
+        **deployed,
         logits="last",
         sampled=True,
         verify=None if drafting["draft"] == Draft.OFF else ROWS,

@@ -26,7 +26,9 @@ class Bodies:
         self.files: dict[str, bytes] = {}
         self._names: dict[tuple[Fused, tuple[Type, ...]], str] = {}
 
-    def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
+    def code(
+        self, graph: Graph, nodes: Sequence[Node], plain: frozenset[str] = frozenset()
+    ) -> tuple[Part, ...]:
         (node,) = nodes
         fields = node.op.attributes()
         attributes = ", ".join(f"{key}={print_attribute(value)}" for key, value in fields.items())

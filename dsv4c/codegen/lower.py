@@ -4,7 +4,8 @@ What decides: a target's `Coder` says which nodes may share a launch and what co
 not take is unfolded, and its parts are asked again. Then every value gets its place. Launches form one chain,
 each behind its predecessor, on a GPU by a programmatic edge where the kernel waits: it touches what others
 write only after its wait, the wait returns when the predecessor has completed, and the predecessor could not
-complete before its own wait had returned.
+complete before its own wait had returned. What a kernel reads before its wait has to be older: written by
+launches that have completed when it begins, as those have that a late predecessor waited for.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Part:
     """One launch before its bytes have places. `stage` tells the parts of one answer apart.
 
     scratch: bytes by name, which the parts of one answer share. forms: how a weight must lie in memory.
-    exchanged: bytes of words that it gives every other rank.
+    exchanged: bytes of words that it gives every other rank. late: its successor begins only when its wait
+    has returned.
     """
 
     code: BodyCode | KernelCode
@@ -59,6 +61,7 @@ class Part:
     scratch: Mapping[str, int] = field(default_factory=dict)
     forms: Mapping[Value, str] = field(default_factory=dict)
     exchanged: int = 0
+    late: bool = False
 
 
 class Coder(Protocol):
@@ -69,8 +72,12 @@ class Coder(Protocol):
         """Ops that may share a launch."""
         ...
 
-    def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
-        """The launches that compute `nodes`. Raises BuildError, with every reason, where there are none."""
+    def code(
+        self, graph: Graph, nodes: Sequence[Node], plain: frozenset[str] = frozenset()
+    ) -> tuple[Part, ...]:
+        """The launches that compute `nodes`, while weights named in `plain` lie in memory as their types say.
+        Raises BuildError, with every reason, where there are none.
+        """
         ...
 
     def keep(self, kernels: Collection[str]) -> None:
@@ -316,7 +323,7 @@ def _ask(
     graph: Graph, order: Schedule, coder: Coder, plain: frozenset[str]
 ) -> tuple[Schedule, Steps, dict[Node, str]]:
     """Launches with their code, and the nodes that none takes, with the reasons. Where none takes a launch of
-    several nodes, each becomes a launch of its own.
+    several nodes, as many of the first as one takes become a launch, and so on.
     """
     launches: list[tuple[Node, ...]] = []
     steps: list[tuple[Part, ...]] = []
@@ -325,7 +332,7 @@ def _ask(
     def ask(nodes: tuple[Node, ...]) -> str:
         """The reason why not, or nothing."""
         try:
-            parts = coder.code(graph, nodes)
+            parts = coder.code(graph, nodes, plain)
         except BuildError as error:
             return str(error)
         for value, form in (item for part in parts for item in part.forms.items()):
@@ -336,11 +343,14 @@ def _ask(
         return ""
 
     for nodes in order.launches:
-        reason = ask(nodes)
-        if reason and len(nodes) == 1:
-            refused[nodes[0]] = reason
-        elif reason:
-            refused |= {node: why for node in nodes if (why := ask((node,)))}
+        while nodes:
+            size, reason = len(nodes), ask(nodes)
+            while reason and size > 1:
+                size -= 1
+                reason = ask(nodes[:size])
+            if reason:
+                refused[nodes[0]] = reason
+            nodes = nodes[size:]
     return Schedule(tuple(launches), order.views), tuple(steps), refused
 
 
@@ -409,32 +419,43 @@ def _launches(
     exchange: Layout | None,
 ) -> Iterator[Launch]:
     index = site = 0
+    ended = -1  # the last launch that has completed when the next one begins, by a programmatic edge
+    writers: dict[object, int] = {}  # the last launch that writes a value or a scratch array
     for nodes, step in zip(coded.schedule.launches, coded.steps, strict=True):
         scratch = _scratch(step, coded.memory.bytes)
+        name = nodes[0].name
         for part in step:
-            name = nodes[0].name
             shared = {} if exchange is None or not part.exchanged else _exchanged(exchange, site)
             site += bool(part.exchanged)
+            touched = [(_array(o, name, coded), o.access) for o in part.operands]
+            early = (writers.get(array, -1) for array, access in touched if access == "early")
+            apart = index > 0 and all(writer <= ended for writer in early)
             yield Launch(
                 name=f"{name}.{part.stage}" if part.stage else name,
                 op=" + ".join(n.op.name for n in nodes),
                 nodes=tuple(n.name for n in nodes),
                 scope=nodes[0].scope,
-                code=_behind(part.code, index),
+                code=part.code if apart else _whole(part.code),
                 arguments=tuple(
                     shared[o.exchange] if o.exchange else _argument(o, name, part, places, parts, scratch)
                     for o in part.operands
                 ),
                 after=(index - 1,) if index else (),
             )
+            writers |= {array: index for array, access in touched if "w" in access}
+            if part.late or not apart:
+                ended = index - 1
             index += 1
 
 
-def _behind(code: BodyCode | KernelCode, index: int) -> BodyCode | KernelCode:
-    """The first launch has no predecessor to overlap with."""
-    if isinstance(code, KernelCode) and index == 0:
-        return replace(code, programmatic=False)
-    return code
+def _array(operand: Operand, launch: str, coded: _Coded) -> object:
+    """Whose bytes an operand is: a value's, or scratch of that launch's answer."""
+    return (launch, operand.scratch) if operand.value is None else coded.schedule.owner(operand.value)
+
+
+def _whole(code: BodyCode | KernelCode) -> BodyCode | KernelCode:
+    """Code that does not overlap with a predecessor: there is none, or its result is read before the wait."""
+    return replace(code, programmatic=False) if isinstance(code, KernelCode) else code
 
 
 def _argument(

@@ -53,7 +53,8 @@ class Request:
 
     Per value: its type, a label for readable kernels (of params: their name inside the layer), and how many
     nodes outside of the launch read what it makes. `given` are those that
-    no launch writes. `lengths` is the last value where rows are a chunk's: how many of them there are.
+    no launch writes, `plain` weights that lie in memory as their types say, since other launches want them
+    in other forms. `lengths` is the last value where rows are a chunk's: how many of them there are.
     """
 
     calls: tuple[Call, ...]
@@ -63,6 +64,7 @@ class Request:
     arch: Arch
     given: frozenset[int] = frozenset()
     lengths: int | None = None
+    plain: frozenset[int] = frozenset()
 
     @property
     def call(self) -> Call:
@@ -225,8 +227,11 @@ def request_of(
     readers: Mapping[Value, Sequence[Node]],
     labels: Mapping[Value, str],
     lengths: Value | None = None,
+    plain: Collection[str] = (),
 ) -> tuple[Request, tuple[Value, ...]]:
-    """The request of a launch of `nodes`, and the values by number; `lengths`, if given, is one of them."""
+    """The request of a launch of `nodes`, and the values by number; `lengths`, if given, is one of them, and
+    weights named in `plain` lie as their types say.
+    """
     number: dict[Value, int] = {}
     for value in chain.from_iterable((*node.inputs, *node.outputs) for node in nodes):
         number.setdefault(value, len(number))
@@ -243,6 +248,7 @@ def request_of(
         arch,
         frozenset(n for v, n in number.items() if v.kind in (Kind.INPUT, Kind.PARAM)),
         None if lengths is None else number[lengths],
+        frozenset(n for v, n in number.items() if v.name in plain),
     )
     return request, tuple(number)
 

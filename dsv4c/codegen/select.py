@@ -15,6 +15,7 @@ from dsv4c.codegen.registry import Kernel, Launchable, choose, request_of
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.ir.op import elements
 from dsv4c.passes.schedule import Group
+from dsv4c.plan.declared import is_late
 from dsv4c.plan.records import KernelCode
 
 
@@ -37,10 +38,12 @@ class Kernels:
             Group(tuple(op.name for op in k.ops), k.chained, k.lead) for k in self.known if k.several
         )
 
-    def code(self, graph: Graph, nodes: Sequence[Node]) -> tuple[Part, ...]:
+    def code(
+        self, graph: Graph, nodes: Sequence[Node], plain: frozenset[str] = frozenset()
+    ) -> tuple[Part, ...]:
         params = {p for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
         labels = {p: p.place.role.replace(".", "_") for p in params}
-        request, values = request_of(nodes, self.arch, graph.users, labels, _chunk_lengths(graph))
+        request, values = request_of(nodes, self.arch, graph.users, labels, _chunk_lengths(graph), plain)
         return tuple(self._part(launch, values) for launch in choose(request, self.known))
 
     def keep(self, kernels: Collection[str]) -> None:
@@ -67,7 +70,8 @@ class Kernels:
             for b in launch.bindings
         )
         forms = {values[number]: form for number, form in launch.forms.items()}
-        return Part(code, operands, launch.stage, launch.scratch, forms, launch.exchanged)
+        late = is_late(emission.source)
+        return Part(code, operands, launch.stage, launch.scratch, forms, launch.exchanged, late)
 
 
 def _chunk_lengths(graph: Graph) -> Value | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dsv4c.codegen import build as kernels
+from dsv4c.codegen.contributed import installed, origin
 from dsv4c.codegen.lower import Folded, Lowered, lower
 from dsv4c.codegen.targets import Target, target_of
 from dsv4c.compiler.assemble import sizes_of, unused_of, weights_of
@@ -71,7 +72,9 @@ def differences(plan: Plan, rules: Contributions) -> Iterator[Violation]:
 
 
 def lowered_again(plan: Plan) -> tuple[Lowered, Target]:
-    """Raises GraphError for graphs that cannot be read, BuildError for what no code takes."""
+    """Raises GraphError for graphs that cannot be read, BuildError for what no code takes, or naming who gave
+    kernels and is not installed.
+    """
 
     def keep(graph: Graph, nodes: Sequence[Node], given_back: frozenset[str]) -> Graph:
         raise BuildError(f"at {nodes[0].name}: no code takes {nodes[0].op.name}")
@@ -84,13 +87,13 @@ def lowered_again(plan: Plan) -> tuple[Lowered, Target]:
     if not isinstance(cuts, Mapping):
         raise GraphError(f"report.cuts is {cuts!r:.80}, expected kernels and how they are cut")
     target = target_of(plan.target, {key: Cut.of(cut, f"report.cuts.{key}") for key, cut in cuts.items()})
+    here = {(o["name"], o["source"]) for o in map(origin, installed())}
+    given = [o for o in plan.contributed if o["kind"] == "kernel"]
+    gone = [f"{o['name']} of {o['source']}" for o in given if (o["name"], o["source"]) not in here]
+    if gone:
+        raise BuildError(f"it was compiled with {', '.join(gone)}: is that installed?")
     folded = [Folded(p.shape, graphs[name], graphs.get("load"), keep) for name, p in plan.buckets.items()]
-    try:
-        return lower(folded, target.coder, target.bodies, ranks=int(plan.deployment["ranks"])), target
-    except BuildError as error:
-        given = [f"{o['name']} of {o['source']}" for o in plan.contributed if o["kind"] == "kernel"]
-        more = f"; it was compiled with {', '.join(given)}: is that installed?" if given else ""
-        raise BuildError(f"{error}{more}") from None
+    return lower(folded, target.coder, target.bodies, ranks=int(plan.deployment["ranks"])), target
 
 
 def _program(

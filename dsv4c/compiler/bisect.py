@@ -9,8 +9,8 @@ one after the other, until the plan's outputs are right.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,9 @@ Bounds = Mapping[tuple[str, tuple[str, ...]], Finding]
 
 @dataclass(frozen=True)
 class Suspect:
-    """A node whose results are not those of its unfused nodes: where, and how far off."""
+    """A node whose results are not those of its unfused nodes: where, and how far off. `beside` are rules of
+    nodes that its launches compute, too, and whose results nobody sees: any of them may be at fault.
+    """
 
     step: int
     node: str
@@ -62,6 +64,7 @@ class Suspect:
     worst: float
     allowed: str
     reason: str
+    beside: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,8 +89,8 @@ class Verdict:
 
     @property
     def rules(self) -> list[str]:
-        by_node = {s.node: s.rule for s in self.suspects}
-        return list(dict.fromkeys(by_node[n] for n in self.switched_off))
+        by_node = {s.node: (s.rule, *s.beside) for s in self.suspects}
+        return list(dict.fromkeys(rule for n in self.switched_off for rule in by_node[n]))
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,7 @@ class Bisection:
                 if compared.node.name not in suspects and (
                     found := self._judge(len(steps), compared, bounds)
                 ):
-                    suspects[found.node] = found
+                    suspects[found.node] = replace(found, beside=tuple(_unseen(turn, compared.node)))
                     self._evidence = self._evidence or compared
 
         steps: list[_Step] = []
@@ -436,6 +439,13 @@ class Bisection:
         if isinstance(code, BodyCode):
             return self.plan.files[code.body].decode()
         return body_text(node.op, tuple(v.type for v in node.inputs))
+
+
+def _unseen(turn: Turn, node: Node) -> Iterator[str]:
+    """Rules of the turn's other nodes of which no result is in memory afterwards."""
+    for other in turn.nodes:
+        if other is not node and isinstance(other.op, Fused) and not set(other.outputs) & set(turn.written):
+            yield other.op.name
 
 
 def key(node: Node) -> tuple[str, tuple[str, ...]]:

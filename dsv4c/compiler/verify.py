@@ -9,7 +9,7 @@ all of those, and must find what the graph says it reads.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from dsv4c.compiler.again import differences
@@ -36,12 +36,14 @@ def check(plan: Plan, rules: Contributions | None = None) -> list[Violation]:
     known = rules_of() if rules is None else rules  # before graphs are read: their text names fused ops
     found = data.check(plan)
     outside = {v.bucket for v in found if v.launch and v.kind in ("outside", "order")}
+    kernels, _ = data.read_kernels(plan)
+    late = {key for key, (_, declared) in kernels.items() if declared.late}
     for name, program in programs(plan).items():
-        found += [replace(v, bucket=name) for v in _check(plan, program, follow=name not in outside)]
+        found += [replace(v, bucket=name) for v in _check(plan, program, late, follow=name not in outside)]
     return [*found, *differences(plan, known)]
 
 
-def _check(plan: Plan, program: Program, *, follow: bool) -> Iterator[Violation]:
+def _check(plan: Plan, program: Program, late: Collection[str], *, follow: bool) -> Iterator[Violation]:
     """Violations of one program against its graph; its bytes are followed only where they lie in blocks."""
     try:
         graph = verify(parse_graph(plan.files[program.graph].decode()))
@@ -59,7 +61,7 @@ def _check(plan: Plan, program: Program, *, follow: bool) -> Iterator[Violation]
     for launch in program.launches:
         yield from _beside(launch, roots)
     if follow:
-        yield from _follow(graph, program)
+        yield from _follow(graph, program, late)
 
 
 def _type(program: Program, name: str) -> Type | None:
@@ -149,7 +151,8 @@ class _Block:
             insort(self.starts, at)
 
 
-def _follow(graph: Graph, program: Program) -> Iterator[Violation]:
+def _follow(graph: Graph, program: Program, late: Collection[str]) -> Iterator[Violation]:
+    """`late` are the kernels whose successors begin only when their own waits have returned."""
     launches, same = program.launches, _same_bytes(graph)
     nodes = {node.name: node for node in graph.nodes}
     blocks = {space: _Block() for space in FOLLOWED}
@@ -160,18 +163,22 @@ def _follow(graph: Graph, program: Program) -> Iterator[Violation]:
         for segment in blocks[slot.space].over(slot.offset, slot.offset + slot.type.extent):
             segment.holds = value.name
     before: list[int] = []  # per launch, as bits: those that have completed when it touches memory
+    begun: list[int] = []  # and when it begins
     for index, launch in enumerate(launches):
         run = launch.code
         holds = not isinstance(run, KernelCode) or not run.programmatic or run.waits
-        mask = 0
+        mask = begin = 0
         for i in launch.after:
             if holds:
                 mask |= before[i] | 1 << i
+            begin |= before[i] if _is_late(launches[i], late) else begun[i]
         before.append(mask)
+        begun.append(begin if isinstance(run, KernelCode) and run.programmatic else mask)
         made = _results(launch, nodes)
         touched = [a for a in launch.arguments if a.space in blocks]
         for a in touched:
-            yield from _touch(blocks[a.space], a, index, launch, launches, mask, same)
+            known = begun[index] if a.access == "early" else mask
+            yield from _touch(blocks[a.space], a, index, launch, launches, known, same)
         for a in touched:  # a launch's own results are not what it reads
             for segment in blocks[a.space].over(a.offset, a.offset + a.nbytes):
                 if "w" in a.access:
@@ -179,6 +186,10 @@ def _follow(graph: Graph, program: Program) -> Iterator[Violation]:
                     segment.writer, segment.readers = index, []
                 else:
                     segment.readers.append(index)
+
+
+def _is_late(launch: Launch, late: Collection[str]) -> bool:
+    return isinstance(launch.code, KernelCode) and launch.code.kernel in late
 
 
 def _touch(
@@ -197,19 +208,17 @@ def _touch(
         others = [segment.writer] if segment.writer is not None else []
         others += segment.readers if "w" in a.access else []
         for other in others:
-            if other != index and not before >> other & 1 and "order" not in said:
-                said.add("order")
+            kind = "wait" if a.access == "early" else "order"
+            if other != index and not before >> other & 1 and kind not in said:
+                said.add(kind)
+                writer = launches[other].name
                 yield Violation(
-                    "order",
+                    kind,
                     launch.name,
-                    f"touches the bytes of {name} with no order to launch {launches[other].name}",
+                    f"reads {name} before it waits for {writer}, which writes it and may not have ended"
+                    if kind == "wait"
+                    else f"touches the bytes of {name} with no order to launch {writer}",
                 )
-        if a.access == "early" and segment.writer is not None and "wait" not in said:
-            said.add("wait")
-            writer = launches[segment.writer].name
-            yield Violation(
-                "wait", launch.name, f"reads {name} before it waits for {writer}, which writes it"
-            )
         if a.access == "w" or said & {"unwritten", "stale"}:
             continue
         wanted = same.get(a.value, a.value)

@@ -71,7 +71,7 @@ class Weight:
 
 def check(plan: Plan) -> list[Violation]:
     """All violations that need no graph; empty when there are none."""
-    kernels, found = _kernels(plan)
+    kernels, found = read_kernels(plan)
     weights, unread = _weights(plan)
     found += [
         *unread,
@@ -114,7 +114,7 @@ _RECORD: Mapping[str, type] = {
 }
 
 
-def _kernels(plan: Plan) -> tuple[dict[str, tuple[Cubin, Declared]], list[Violation]]:
+def read_kernels(plan: Plan) -> tuple[dict[str, tuple[Cubin, Declared]], list[Violation]]:
     """What kernels say of themselves, of those that nothing is wrong with; and what is wrong with others."""
     known, found = {}, []
     for key, record in plan.kernels.items():

@@ -18,6 +18,7 @@ _THREADS = re.compile(r"^THREADS = (\d{1,5})$", re.MULTILINE)
 _SHARED = re.compile(r"\bptx\.shared\((.*?)\)")
 _GRID = re.compile(r"^        grid=\[(.*?), (.*?), (.*?)\],$", re.MULTILINE)
 _CLUSTER = re.compile(r"^        cluster=\[(\d{1,3}), (\d{1,3}), (\d{1,3})\],$", re.MULTILINE)
+_BEHIND_WAIT = re.compile(r"^( +)ptx\.wait\(\)\n\1ptx\.launch_dependents\(\)$", re.MULTILINE)
 _TERM = re.compile(r"(\d{1,9})|(\w+)(?: \* (\d{1,9}))?")
 
 
@@ -32,8 +33,9 @@ class SourceError(ValueError):
 @dataclass(frozen=True, slots=True)
 class Declared:
     """Launches of one kernel. parameters: pointers by name, in ABI order. sizes: names that the grid counts
-    in. grid: in each direction a name, "" for none, and how many CTAs for each of it. exchange: of a kernel
-    that waits for other ranks, what is wrong with the order in which it does.
+    in. grid: in each direction a name, "" for none, and how many CTAs for each of it. late: its successor
+    begins only when its own wait has returned, so that what it waited for is written by then. exchange: of a
+    kernel that waits for other ranks, what is wrong with the order in which it does.
     """
 
     parameters: tuple[str, ...]
@@ -44,6 +46,7 @@ class Declared:
     shared: int
     waits: bool
     programmatic: bool
+    late: bool
     exchange: str = ""
 
     def grid_of(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
@@ -74,8 +77,19 @@ def read_source(text: str) -> Declared:
         shared=int(shared[0]) if shared else 0,
         waits="ptx.wait()" in text,
         programmatic="        use_pdl=True,\n" in body,
+        late=is_late(text),
         exchange=_exchange(text) if "exchange." in text else "",
     )
+
+
+@lru_cache(maxsize=512)
+def is_late(text: str) -> bool:
+    """Does a kernel let its successor begin nowhere but right behind its wait?
+
+    A grid's successor begins when every CTA has let it or has ended, and one that waits does neither sooner.
+    """
+    begins = text.count("ptx.launch_dependents()")
+    return 0 < begins == len(_BEHIND_WAIT.findall(text))
 
 
 def _exchange(text: str) -> str:

@@ -344,7 +344,7 @@ class Session:
         for s, column, counts in zip(said.slots, rows, said.counts, strict=True):
             found[s] = [token for token in column if token >= 0]
             self._counter.settle(s, counts, said.each)
-        self._check_finite(said.slots, said.finite)
+        self.check_finite(said.slots, said.finite)
         return found
 
     @_one_at_a_time
@@ -551,7 +551,7 @@ class Session:
         if self._next is None:
             raise SessionError("no next tokens yet for this state; call prefill or decode first")
         self.wait()
-        self._check_finite(range(self.slots))
+        self.check_finite(range(self.slots))
         return self._next.tolist()
 
     # --- keeping ---
@@ -564,7 +564,7 @@ class Session:
         for slot in (source, target):
             self._check_slot(slot)
         self._check_whole()
-        self._check_finite([source])
+        self.check_finite([source])
         if source != target:
             state.copy_slot(self._states, source, target)
             self.executor.share(self._states)
@@ -582,7 +582,7 @@ class Session:
         """
         self._check_slot(slot)
         self._check_whole()
-        self._check_finite([slot])
+        self.check_finite([slot])
         return state.write(Path(path), self.plan, self._states, [slot], self._reached)
 
     @_one_at_a_time
@@ -603,7 +603,7 @@ class Session:
         Raises SessionError if it cannot be written, or logits of a slot were not finite.
         """
         self._check_whole()
-        self._check_finite(range(self.slots))
+        self.check_finite(range(self.slots))
         return state.write(Path(path), self.plan, self._states, list(range(self.slots)), self._reached)
 
     @_one_at_a_time
@@ -674,9 +674,9 @@ class Session:
             raise SessionError(f"there is no slot {slot!r}; this plan has 0 to {self.slots - 1}")
 
     def _look(self, slots: Iterable[int]) -> None:
-        """`_check_finite`, where looking does not make the host wait for what it has enqueued."""
+        """`check_finite`, where looking does not make the host wait for what it has enqueued."""
         if self.device.type == "cpu":
-            self._check_finite(slots)
+            self.check_finite(slots)
 
     def _check_room(self, slot: int, count: int) -> None:
         self._check_whole()
@@ -692,8 +692,11 @@ class Session:
         if self._broken:
             raise SessionError("an earlier step was interrupted: the state is half-written; call reset()")
 
-    def _check_finite(self, slots: Iterable[int], known: Sequence[bool] | None = None) -> None:
-        """Refuse what would come of logits that are not finite. Waits for the device, unless it is known."""
+    @_one_at_a_time
+    def check_finite(self, slots: Iterable[int], known: Sequence[bool] | None = None) -> None:
+        """Raise SessionError, naming the slot, where logits of one of these were not finite: nothing is to
+        come of them. Waits for the device, unless it is known.
+        """
         chosen = list(slots)
         finite = (self._tainted[chosen] == 0).tolist() if known is None else known
         bad = [s for s, fine in zip(chosen, finite, strict=True) if not fine]

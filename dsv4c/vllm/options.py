@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,13 +28,9 @@ def server_options(
     plan: Plan, folder: Path, weights: Path, *, name: str, ahead: bool = True, drafts: int = 0
 ) -> list[str]:
     """The arguments of `vllm serve` for a plan in `folder`. drafts: of the plan's own, at a time. ahead:
-    schedule a step while the one before runs; not with drafts, which are known only after it.
+    schedule a step while the one before runs; not with drafts, which are known only after it. Of ranks
+    nothing is said: vLLM runs one worker, which drives them all.
     """
-    if plan.ranks > 1:
-        raise ConfigError(
-            f"plan {plan.name} has {plan.ranks} ranks, vLLM's worker runs plans for one; compile it so, or "
-            "use `dsv4c generate`"
-        )
     slots, context = int(plan.deployment["slots"]), int(plan.deployment["max_context"])
     options = {
         "served-model-name": name,
@@ -63,7 +60,9 @@ def check_config(config: Any, plan: Plan) -> None:
     slots, context = int(plan.deployment["slots"]), int(plan.deployment["max_context"])
     parallel, scheduler = config.parallel_config, config.scheduler_config
     refuse_parallel(
-        parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.data_parallel_size
+        tensor=parallel.tensor_parallel_size,
+        pipeline=parallel.pipeline_parallel_size,
+        data=parallel.data_parallel_size,
     )
     speculates = config.speculative_config
     wrong = {
@@ -97,20 +96,43 @@ def check_config(config: Any, plan: Plan) -> None:
             )
 
 
-def refuse_parallel(tensor: int, pipeline: int, data: int) -> None:
-    """Raise ConfigError for a plan over several GPUs: there is none."""
-    for name, size in (("tensor", tensor), ("pipeline", pipeline), ("data", data)):
+PARALLEL = {"tensor": "-tp", "pipeline": "-pp", "data": "-dp"}
+"""vLLM's options of several workers, --NAME-parallel-size, and their short names."""
+
+
+def take_parallel(given: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+    """What options of vLLM say of several workers, by name in `PARALLEL`, and the options that are left.
+    Raises ConfigError for one that is no number.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for name, short in PARALLEL.items():
+        spelled = f"--{name}-parallel-size", f"--{name}_parallel_size"  # vLLM takes both
+        parser.add_argument(short, *spelled, type=int, dest=name)
+    try:
+        found, rest = parser.parse_known_args(given)
+    except argparse.ArgumentError as error:
+        raise ConfigError(f"{error.argument_name}: {error.message}") from None
+    return {name: size for name, size in vars(found).items() if size is not None}, rest
+
+
+def refuse_parallel(*, tensor: int = 1, pipeline: int = 1, data: int = 1) -> None:
+    """Raise ConfigError for several workers of vLLM: one drives all ranks of a plan."""
+    if tensor > 1:
+        raise ConfigError(
+            f"--tensor-parallel-size {tensor}: one worker drives all ranks of a plan; leave it out, as "
+            "`dsv4c serve --ranks` does"
+        )
+    for name, size in (("pipeline", pipeline), ("data", data)):
         if size > 1:
             raise ConfigError(
-                f"--{name}-parallel-size {size}: a plan spans one GPU; start a server for each GPU, behind a "
-                "router"
+                f"--{name}-parallel-size {size}: one worker runs a plan; start more servers behind a router"
             )
 
 
 def refuse_decided(given: Sequence[str], ours: Sequence[str]) -> None:
-    """Raise ConfigError for options of vLLM that a plan has decided."""
+    """Raise ConfigError for options of vLLM that a plan has decided, in either of vLLM's spellings."""
     decided = {part.partition("=")[0] for part in ours if part.startswith("--")}
     for part in given:
-        name = part.partition("=")[0]
+        name = part.partition("=")[0].replace("_", "-")
         if name in decided - OPEN:
             raise ConfigError(f"{name}: is decided by the plan, or by an option of dsv4c serve; leave it out")

@@ -101,7 +101,10 @@ class Steps:
         return {request.name: step.tokens.get(request.name, []) for request in step.order}
 
     def chosen(self, step: Step, tokens: Sequence[int]) -> None:
-        """vLLM's sampler has chosen for those that wait."""
+        """vLLM's sampler has chosen for those that wait. Raises SessionError if it had logits that are not
+        finite.
+        """
+        self.session.check_finite(request.slot for request in step.waiting)
         for request, token in zip(step.waiting, tokens, strict=True):
             step.tokens[request.name] = [token]
             request.tokens.append(token)

@@ -38,6 +38,14 @@ def tuned_families() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def whole_bodies() -> Iterator[None]:
+    """No kernel is generated around a product: a fusion that holds a large one has none."""
+    known = tuple(kernel for kernel in KERNELS if kernel.name != "around_products")
+    with mock.patch("dsv4c.codegen.select.KERNELS", known):
+        yield
+
+
 def gpu_plan(model: str | Path = "tiny", **options: Any) -> Plan:
     """A plan for sm_90a unless `options` say otherwise."""
     with no_compiler():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 from dsv4c.cli import app
 from dsv4c.compiler.verify import Violation, check
 from dsv4c.errors import PlanError
+from dsv4c.plan.declared import is_late
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Argument, Launch
 from tests.codegen.lowered import gpu_plan
@@ -129,19 +131,41 @@ def test_scratch_under_two_names_is_found(plan: Plan) -> None:
     assert kinds(found) == {("unwritten", "layers.3.ffn.router.experts.up"), ("outside", "")}
 
 
-def test_what_is_read_before_the_wait_must_not_be_written_in_the_step(plan: Plan) -> None:
-    """A hash layer's token: sound as an input of the step, not as what an earlier launch leaves there."""
-    place = argument(plan, "layers.0.ffn.router.experts", "tokens")
+def test_what_is_read_before_the_wait_is_older_than_the_predecessor(plan: Plan) -> None:
+    """A hash layer's token: sound as an input of the step, and as what a launch leaves there that others have
+    waited for; not as what the predecessor does.
+    """
+    place = argument(plan, "layers.1.ffn.router.experts.up", "tokens")
     assert (place.space, place.access) == ("input", "early")
-    hashed = {("wait", f"layers.{i}.ffn.router.experts") for i in (0, 1)}
-    for access, found in (("r", set()), ("w", hashed)):
-        first = launches(plan)[0]
-        touching = replace(first, arguments=(*first.arguments, replace(place, access=access)))
-        assert {
-            pair
-            for pair in kinds(followed(rebuilt(plan, [touching, *launches(plan)[1:]])))
-            if pair[0] == "wait"
-        } == found
+    every = launches(plan)
+    near = next(i for i, launch in enumerate(every) if launch.name == "layers.1.x_attn")
+    late = ("wait", "layers.1.ffn.router.experts.up")
+    for index, access, found in ((near, "r", set()), (0, "w", set()), (near, "w", {late})):
+        touching = replace(every[index], arguments=(*every[index].arguments, replace(place, access=access)))
+        changed = [touching if i == index else launch for i, launch in enumerate(every)]
+        assert {pair for pair in kinds(followed(rebuilt(plan, changed))) if pair[0] == "wait"} == found
+
+
+def test_a_boundary_waits_for_what_its_predecessor_writes(plan: Plan) -> None:
+    found = followed(with_argument(plan, "layers.1.x_attn", "layers.1.attn.attn_out", access="early"))
+    assert kinds(found) == {("wait", "layers.1.x_attn")}
+
+
+def test_a_boundary_reads_nothing_early_behind_a_kernel_that_lets_it_begin_at_once(plan: Plan) -> None:
+    """`wo_b` with its trigger where other kernels have it: sublayers of attention are in flight together, but
+    for those whose index scores let nobody begin before all that is older is complete.
+    """
+    kernel = next(x.kernel.kernel for x in launches(plan) if x.name == "layers.1.attn.attn_out")
+    path = plan.kernels[kernel]["source"]
+    text = plan.files[path].decode()
+    trigger = re.compile(r"^ +ptx\.launch_dependents\(\)\n", re.MULTILINE)
+    assert len(trigger.findall(text)) == 1
+    hasty = trigger.sub("", text).replace("    smem = ", "    ptx.launch_dependents()\n    smem = ", 1)
+    assert is_late(text)
+    assert not is_late(hasty)
+    found = check(replace(plan, files={**plan.files, path: hasty.encode()}))
+    racing = {v.launch for v in found if v.kind == "wait"}
+    assert racing == {f"layers.{i}.x_attn" for i in (0, 1, 3, 5)}
 
 
 def test_overwritten_bytes_are_found(plan: Plan) -> None:

@@ -89,21 +89,23 @@ def test_weights_are_read_before_the_wait(tmp_path: Path):
     (kernel,) = build([Source(emission.symbol, emission.source)], "sm_90a", tmp_path, workers=1)
     before, after = kernel.ptx.split("griddepcontrol.wait")
     assert before.count("ld.relaxed.gpu.global.v4.b32") == 24  # strong loads: the assembler keeps them there
+    assert before.count("ld.relaxed.gpu.global.v2.b32") == 4  # the streams
+    assert before.count("ex2.approx") == 16  # Sinkhorn
     assert "ld.relaxed" not in after
 
 
 def test_flags_decide_the_operands():
     weights = ["m_fn", "m_base", "m_scale", "m_gain"]
-    mixed = ["m_x", "m_f", "m_post", "m_comb", *weights]
+    mixed = ["m_x", "m_f", "m_post", "m_logits", *weights]
     row = ["m_normed", "m_q", "m_q_scale"]
     assert operands(emit_hyper_norm(BOUNDARY, SM_90A)) == [
         *mixed,
         "m_x_out",
         "m_post_out",
-        "m_comb_out",
+        "m_logits_out",
         *row,
     ]
-    assert operands(emit_hyper_norm(FIRST, SM_90A)) == ["m_x", *weights, "m_post_out", "m_comb_out", *row]
+    assert operands(emit_hyper_norm(FIRST, SM_90A)) == ["m_x", *weights, "m_post_out", "m_logits_out", *row]
     assert operands(emit_hyper_norm(HEAD, SM_90A)) == [*mixed, "m_normed"]
 
 

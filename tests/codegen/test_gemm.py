@@ -102,7 +102,7 @@ def test_every_tile_is_taken_once(rows: int, columns: int) -> None:
     t = tiles_of(spec, SM_90A.sms)
     assert t.steps * t.splits * t.each == spec.k
     assert t.steps % (t.ahead * t.loaders) == 0
-    assert t.stages > t.late * t.loaders  # a stage is full before its turn comes again
+    assert t.stages > t.loaders  # a team fills a stage while others are multiplied
     assert t.shared <= SM_90A.shared_per_cta
 
 
@@ -122,8 +122,8 @@ def test_experts_with_few_rows_multiply_out_of_registers(rows: int, each: bool) 
     assert (few is not None) == each
     if few is not None:
         assert few.steps % few.ahead == 0
-        assert few.shared <= SM_90A.shared_of(2)
-        assert emit_gemm(spec, SM_90A).grid == (2 * SM_90A.sms, 1, 1)
+        assert few.shared <= SM_90A.shared_of(few.RESIDENT)
+        assert emit_gemm(spec, SM_90A).grid == (few.RESIDENT * SM_90A.sms, 1, 1)
     for other in (replace(spec, packing="nvfp4/1x2"), replace(spec, k=384), replace(spec, experts=0)):
         assert few_of(other) is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from dsv4c.passes.fusions import FUSIONS
 from dsv4c.passes.pipeline import Contributions
 from dsv4c.plan.folder import Plan
 from dsv4c.types import FP8_WEIGHT, parse_type
-from tests.codegen.lowered import gpu_plan, no_compiler, tuned_families
+from tests.codegen import products
+from tests.codegen.lowered import gpu_plan, no_compiler, tuned_families, whole_bodies
 from tests.commands import command
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "greedy_head" / "src"
@@ -28,10 +30,11 @@ SIZES = {"batch": (1, 2), "verify": 1, "chunk": 1, "max_context": 256}
 
 
 @pytest.fixture
-def greedy_head(monkeypatch: pytest.MonkeyPatch) -> Contributions:
+def greedy_head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Contributions]:
     """The built-in rules and one from outside, whose op has no kernel."""
     monkeypatch.syspath_prepend(EXAMPLE)
-    return rules_of(["dsv4c_greedy_head"])
+    with whole_bodies():
+        yield rules_of(["dsv4c_greedy_head"])
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +90,42 @@ def test_a_fusion_on_rows_gets_a_kernel_without_one_being_written() -> None:
     (key,) = {launch.kernel.kernel for launch in launches}
     text = plan.files[plan.kernels[key]["source"]].decode()
     assert "        silu = math.silu(clamp)\n" in text
+
+
+def test_a_fusion_with_products_gets_kernels_without_one_being_written() -> None:
+    """Row programs before and behind the products, one inside of a product's launch, norms inside."""
+    rules = rules_of(products.RULES)
+    plan = gpu_plan(
+        replace(load_config("tiny"), **products.WIDE),
+        rules=rules,
+        disable=[fusion.name for fusion in FUSIONS],
+        require_fused=products.NAMES,
+        certify=False,
+        **SIZES | {"batch": 1, "chunk": 12},
+    )
+    assert check(plan, rules) == []
+    assert plan.report["unfolded"] == []
+
+    def stages(bucket: str) -> dict[str, list[str]]:
+        """Those of the last layer, and of the head."""
+        found: dict[str, list[str]] = {name: [] for name in products.NAMES}
+        for launch in plan.buckets[bucket].launches:
+            if launch.op in found and launch.scope.split(".")[:2] in (["output"], ["layers", "5"]):
+                found[launch.op].append(launch.name.rpartition(".")[2])
+        return found
+
+    assert stages("decode-1") == {
+        "routed_scores": ["scores"],
+        "shared_hidden": ["before", "product", "behind"],
+        "shared_sum": ["ffn_out"],
+        "normed_head": ["before", "product", "behind"],  # the chunk's norm reads the gain as it is stored
+    }
+    assert stages("prefill-12.last") == {
+        "routed_scores": ["product0", "behind"],
+        "shared_hidden": ["before", "product0", "behind"],
+        "shared_sum": ["product0", "behind"],
+        "normed_head": [],
+    }
 
 
 @pytest.mark.usefixtures("greedy_head")

@@ -71,15 +71,16 @@ def specs(arch: Arch) -> Iterator[tuple[str, Any, Emission]]:
         for tokens in (1, 4, 40, 700):
             positions = ends.PositionsSpec(sequences, tokens)
             yield "positions", positions, ends.emit_positions(positions)
+    quantized, copied = gemv.Activations("x", "e4m3", "quantize"), gemv.Activations("x", "e4m3")
     neighbors = (
-        ("wo_b", 4096, 8192),
-        ("w13", 4096, 4096),
-        ("wo_b_pro", 7168, 16384),
-        ("w13_pro", 6144, 7168),
+        ("wo_b", 4096, 8192, quantized),
+        ("w13", 4096, 4096, copied),
+        ("wo_b_pro", 7168, 16384, quantized),
+        ("w13_pro", 6144, 7168, copied),
     )
-    for name, rows, k in neighbors:  # in the timed chains
-        x = gemv.Activations("x", "e4m3")
-        matrix = gemv.GemvSpec(name, 1, k, (gemv.Matrix("w", rows, "fp8", x, "y"),))
+    for name, rows, k, x in neighbors:  # in chains
+        matrices = (gemv.Matrix("w", rows, "fp8", x, "y"),)
+        matrix = gemv.GemvSpec(name, 1, k, matrices, late=x is quantized)
         yield "gemv", matrix, gemv.emit_gemv(matrix, arch)
 
 

@@ -31,6 +31,7 @@ from dsv4c.passes.fusions.sinkhorn import Sinkhorn
 from dsv4c.types import BF16, FP8_ROW, parse_type
 from tests.codegen.gated_up import GatedUp
 from tests.codegen.primitives import BATCHES, PRIMITIVES, graph_of, random_bodies
+from tests.codegen.products import NAMES, RULES, WIDE
 from tests.goldens import golden_case
 
 FOLDER = Path("build/gpu/rows")
@@ -74,6 +75,14 @@ def cases() -> Iterator[Case]:
     own = {"disable": ["swiglu", "hash_swiglu"], "rules": contributed, "require_fused": ["gated_up"]}
     yield Case("contributed", official, {**SMALL, **own}, "logits")
     tiny = load_config("tiny")
+    wide = replace(tiny, name="wide", **WIDE)
+    around = {
+        "disable": [fusion.name for fusion in FUSIONS],
+        "rules": rules_of(RULES),
+        "require_fused": NAMES,
+    }
+    for name, sizes in (("products", {"batch": (1, 3), "chunk": 12}), ("products-8", {"batch": (1, 8)})):
+        yield Case(name, wide, {**SMALL, **around, **sizes})
     yield Case("fp8-experts", replace(tiny, expert_format="fp8"), SMALL)
     for name, changes in ODD.items():
         recipes = ("bf16", "fp32") if "linear_format" in changes else ("official", "bf16", "fp32")

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import tests.codegen.gated_up  # noqa: F401, registers its op
+import tests.codegen.gated_up
+import tests.codegen.products  # noqa: F401, registers its ops
 from dsv4c.certify.adversarial import operands_for
 from dsv4c.certify.compare import compare
 from dsv4c.certify.evaluate import PATTERNS

@@ -2,7 +2,7 @@
 
 Row by row, what was recorded is put where the launch before would have left it, and what the launches leave
 is compared: `kv`, `entries`, index keys from the caches, selections as sets, all within the case's bounds.
-What kernels keep to themselves (`qr`, `q`, `index_q`) the reference makes of what is stored. Batch 1.
+What kernels keep to themselves (`qr`, `q`, `index_q`, `comb`) the reference makes of what is stored. Batch 1.
 """
 
 from __future__ import annotations
@@ -97,6 +97,14 @@ class Device:
     def place(self, layer: int, name: str) -> str:
         return layer_value(self.graph, layer, name)
 
+    def logits(self, comb: str) -> str:
+        """What Sinkhorn makes a matrix of."""
+        node = self.graph.by_name[comb].node
+        while node is not None and not isinstance(node.op, Reshape):
+            node = node.inputs[0].node
+        assert node is not None, f"{comb} is made of no reshaped logits"
+        return node.outputs[0].name
+
     def between(self, given: Iterable[str], wanted: Iterable[str]) -> list[int]:
         """The launches from the first that reads a given value to the last that writes a wanted one, and
         those before them that they need.
@@ -144,7 +152,13 @@ def plain(value: Value) -> Tensor:
 
 def finish(device: Device, left: Mapping[str, Tensor], place: str, token: int, position: int) -> Tensor:
     """A value inside a kernel: the graph's nodes between the last stored values and it, by the reference."""
-    known = {v.name for v in device.graph.values() if v.name in left and v.kind is Kind.RESULT}
+    known, open_ = set[str](), [device.graph.by_name[place]]
+    while open_:
+        value = open_.pop()
+        if value.name in left and value.kind is Kind.RESULT:
+            known.add(value.name)
+        elif value.node is not None:
+            open_ += value.node.inputs
     part = part_of(device.graph, known, [place])
     inputs = {n: left[n] for n in known} | padded([token], 1)
     states = {s.name: torch.tensor([position], dtype=torch.int32) for s in part.states}
@@ -227,6 +241,8 @@ def boundary(device: Device, layer: int, part: str) -> list[Found]:
     own = [f"hc_{part}_post", f"hc_{part}_comb", f"{part}_out"]
     given = {before: device.place(*_streams(layer, part))} if part == "ffn" or layer else {}
     given |= {f"prefill.{layer}.{n}": device.place(layer, n) for n in own}
+    comb = f"prefill.{layer}.hc_{part}_comb"  # which boundaries make of its logits: Sinkhorn keeps what it is
+    given[comb] = device.logits(given[comb])
     if (part == "attn" and not layer) or not set(given) <= set(case.tensors):
         return []  # these streams are not recorded, or not in the packed recordings
     after = [(layer, n) for n in ("x_attn", "ffn_in", "hc_ffn_post", "hc_ffn_comb")]
@@ -261,10 +277,14 @@ def _rows_through(device: Device, given: Mapping[str, str], wanted: Mapping[str,
     for i, position in enumerate(case.probe_rows):
         for name, place in given.items():
             known = case.tensors[name]
-            device.put(place, known[i if len(known) == len(case.probe_rows) else position])
+            row = known[i if len(known) == len(case.probe_rows) else position]
+            device.put(place, row.log() if name.endswith("_comb") else row)
         left = device.run(launches, run.ids[position], position)
         for name, place in wanted.items():
-            rows[name] += found_in(left, place)
+            if name.endswith("_comb"):
+                rows[name].append(finish(device, left, place, run.ids[position], position))
+            else:
+                rows[name] += found_in(left, place)
     found = []
     for name, some in ((n, r) for n, r in rows.items() if r):
         value, known = torch.cat(some), case.tensors[name]

@@ -19,7 +19,18 @@ from typing import Any
 import openai
 import vllm
 
-from tests.serve.server import CONTEXT, PORT, alone, complete, dsv4c, metric, prepare, run_tokens, serving
+from tests.serve.server import (
+    CONTEXT,
+    PORT,
+    alone,
+    complete,
+    dsv4c,
+    metric,
+    prepare,
+    prepare_ranks,
+    run_tokens,
+    serving,
+)
 
 PROMPTS = [[3, 17, 5], [7, 9], list(range(20, 150)), [200, 201, 202, 203], [11], [300] * 70]
 CHAT = [{"role": "user", "content": "hi"}]
@@ -214,6 +225,10 @@ async def second_turn() -> str:
     return f"the second turn reads {read:.0f} of {len(second)} tokens and says what a fresh one says"
 
 
+OF_RANKS = [tokens_equal_run, company, abort_frees, seeds, second_turn]
+"""What is asked of a plan for two ranks, too."""
+
+
 async def drafts() -> str:
     for prompt in PROMPTS[:3]:
         assert await ids(prompt, 40) == alone(root, prompt, 40)
@@ -238,7 +253,12 @@ def refusals() -> None:
         ([plan, "--weights", str(other)], 4, "checkpoint of another model"),
         ([str(root / "weights"), "--weights", weights], 2, "is no plan"),
         ([str(root)], 2, "neither a plan nor a checkpoint"),
-        ([plan, "--weights", weights, "-tp", "2"], 2, "a plan spans one GPU"),
+        (
+            [plan, "--weights", weights, "-tp", "2"],
+            2,
+            "-tp, --tensor-parallel-size): plan weights is compiled",
+        ),
+        ([plan, "--weights", weights, "--", "-dp", "2"], 2, "--data-parallel-size 2: one worker runs a plan"),
         ([plan, "--weights", weights, "--", "--block-size", "16"], 2, "--block-size: is decided"),
     ]
     for arguments, code, message in cases:
@@ -256,37 +276,51 @@ async def ask(checks: list[Check]) -> None:
         print(f"{await each()} ({time.monotonic() - started:.1f} s)", flush=True)
 
 
+def with_drafts(platform: list[str]) -> None:
+    """Drafts of somebody else, and the plan's own."""
+    oracle = {"method": "custom_class", "model": "tests.serve.oracle.Oracle", "num_speculative_tokens": 3}
+    more = ["--no-ahead", "--", "--speculative-config", json.dumps(oracle)]
+    known = {" ".join(map(str, p)): alone(root, p, 44) for p in PROMPTS[:3]}
+    (root / "known.json").write_text(json.dumps(known))
+    environment = {"DSV4C_KNOWN": str(root / "known.json")}
+    with serving(root, "plain.plan", *platform, *more, log=root / "oracle.log", **environment):
+        asyncio.run(ask([drafts]))
+    with serving(root, "drafting.plan", *platform, "--draft", "mtp", log=root / "drafting.log"):
+        asyncio.run(ask([drafts]))
+
+
+def with_ranks(platform: list[str]) -> None:
+    """A plan for two ranks, which one worker drives, whatever vLLM's option says."""
+    global root
+    root = prepare_ranks(root / "ranks")
+    with serving(root, "plain.plan", *platform, "--", "-tp", "2", log=root / "plain.log"):
+        print("with two ranks, -tp 2:", flush=True)
+        asyncio.run(ask(OF_RANKS))
+
+
+OTHERS = {"drafts": with_drafts, "ranks": with_ranks}
+
+
 def main() -> None:
     global root
+    names = [*(each.__name__ for each in CHECKS), *OTHERS]
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
     parser.add_argument("--host-platform", action="store_true")
-    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--only", nargs="+", choices=names, metavar="NAME")
     given = parser.parse_args()
     root = prepare(given.folder)
     platform = ["--host-platform"] if given.host_platform else []
     print(f"vLLM {vllm.__version__}", flush=True)
     if not given.only:
         refusals()
-    chosen = [each for each in CHECKS if not given.only or each.__name__ in given.only]
-    with serving(root, "plain.plan", *platform, log=root / "plain.log"):
-        asyncio.run(ask(chosen))
-    if not given.only or drafts.__name__ in given.only:
-        oracle = json.dumps(
-            {
-                "method": "custom_class",
-                "model": "tests.serve.oracle.Oracle",
-                "num_speculative_tokens": 3,
-            }
-        )
-        more = ["--no-ahead", "--", "--speculative-config", oracle]
-        known = {" ".join(map(str, p)): alone(root, p, 44) for p in PROMPTS[:3]}
-        (root / "known.json").write_text(json.dumps(known))
-        environment = {"DSV4C_KNOWN": str(root / "known.json")}
-        with serving(root, "plain.plan", *platform, *more, log=root / "oracle.log", **environment):
-            asyncio.run(ask([drafts]))
-        with serving(root, "drafting.plan", *platform, "--draft", "mtp", log=root / "drafting.log"):
-            asyncio.run(ask([drafts]))
+    wanted = given.only or names
+    if chosen := [each for each in CHECKS if each.__name__ in wanted]:
+        with serving(root, "plain.plan", *platform, log=root / "plain.log"):
+            asyncio.run(ask(chosen))
+    for name, others in OTHERS.items():
+        if name in wanted:
+            others(platform)
     print("all is well", flush=True)
 
 

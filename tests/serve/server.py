@@ -11,12 +11,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from dsv4c.compiler.compile import compile
-from dsv4c.config import load_config
+from dsv4c.config import ModelConfig, load_config
 from dsv4c.models.synth import synthesize
 from dsv4c.plan.folder import load
 from dsv4c.runtime.generate import generate
@@ -25,20 +26,35 @@ from tests.words import write_tokenizer
 
 CONTEXT = 1536
 OPTIONS: dict[str, Any] = {"max_context": CONTEXT, "batch": (1, 2, 4), "chunk": 64, "certify": False}
+SLOTS = 4
 PORT = 8437
+
+
+SAMPLED = OPTIONS | {"sampled": True, "logits": "last"}
 
 
 def prepare(root: Path) -> Path:
     """The folder with `weights`, `drafting.plan`, and `plain.plan`, made once."""
     weights = root / "weights"
     if not (root / "plain.plan").exists():
-        root.mkdir(parents=True, exist_ok=True)
-        synthesize(load_config("tiny"), weights, 1)
-        write_tokenizer(weights)
-        sampled = {**OPTIONS, "sampled": True, "logits": "last"}
-        compile(weights, draft="mtp", draft_tokens=3, **sampled).save(root / "drafting.plan")
-        compile(weights, **sampled).save(root / "plain.plan")
+        _checkpoint(load_config("tiny"), weights)
+        compile(weights, draft="mtp", draft_tokens=3, **SAMPLED).save(root / "drafting.plan")
+        compile(weights, **SAMPLED).save(root / "plain.plan")
     return root
+
+
+def prepare_ranks(root: Path) -> Path:
+    """The folder with `weights` that two ranks divide, and `plain.plan` for so many, made once."""
+    if not (root / "plain.plan").exists():
+        _checkpoint(replace(load_config("tiny"), moe_intermediate_size=256), root / "weights")
+        compile(root / "weights", ranks=2, **SAMPLED).save(root / "plain.plan")
+    return root
+
+
+def _checkpoint(config: ModelConfig, folder: Path) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    synthesize(config, folder, 1)
+    write_tokenizer(folder)
 
 
 @cache

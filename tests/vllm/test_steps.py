@@ -181,6 +181,16 @@ def test_what_the_plan_cannot_choose_waits_with_its_logits(steps: Steps) -> None
     assert [likeliest, second] == alone(steps.session, [3, 17, 5], 2)
 
 
+def test_nothing_comes_of_logits_that_are_not_finite(steps: Steps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a step is only enqueued, as on a GPU, they show once vLLM's sampler has waited for them."""
+    monkeypatch.setattr(steps.session, "_look", lambda slots: None)
+    step = steps.step(asked({"a": 3}, {"a": [3, 17, 5]}, logprobs=2))
+    assert step is not None
+    steps.session._tainted[steps.requests["a"].slot] = torch.nan
+    with pytest.raises(SessionError, match=r"the logits of slot \d are not finite"):
+        steps.chosen(step, [7])
+
+
 def test_logits_of_a_prompt_are_kept_for_those_who_ask(steps: Steps) -> None:
     prompt = list(range(20, 100))
     take(steps, steps.step(asked({"a": 80}, {"a": prompt})))
@@ -304,8 +314,8 @@ def speculating(method: str, drafts: int) -> Any:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"parallel_config.tensor_parallel_size": 2}, "--tensor-parallel-size 2: a plan spans one GPU"),
-        ({"parallel_config.data_parallel_size": 2}, "--data-parallel-size 2: a plan spans one GPU"),
+        ({"parallel_config.tensor_parallel_size": 2}, "--tensor-parallel-size 2: one worker drives all"),
+        ({"parallel_config.data_parallel_size": 2}, "--data-parallel-size 2: one worker runs a plan"),
         ({"scheduler_config.max_num_seqs": 5}, "--max-num-seqs is 5, the plan has 4 slots"),
         ({"model_config.max_model_len": 513}, "--max-model-len is 513, the plan's context 512"),
         ({"cache_config.enable_prefix_caching": True}, "--enable-prefix-caching"),

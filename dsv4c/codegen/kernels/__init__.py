@@ -10,6 +10,7 @@ nothing but the grid they are not in the kernel's text, so that all numbers of t
 """
 
 from dsv4c.codegen.kernels import (
+    around,
     attention,
     blockscaled,
     ends,
@@ -38,6 +39,7 @@ FAMILIES = (
     state,
     sampler,
     rows,
+    around,
 )
 
 KERNELS = tuple(kernel for family in FAMILIES for kernel in kernels_in(family))

@@ -68,15 +68,16 @@ class AttentionSpec:
 
     @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """In ABI order."""
-        row = Row(self.width, self.format)
+        """In ABI order. What the selection was made for is older than it, and is read before the wait."""
+        row, early = Row(self.width, self.format), self.entries == "selected"
         caches = [Parameter(self.window_operand, c) for c in row.components]
         if self.entries != "none":
             caches += [Parameter(self.entries_operand, c) for c in row.components]
         chosen = [Parameter(self.selected)] if self.entries == "selected" else []
-        places = dict.fromkeys((self.positions, self.last, self.ring_slots, self.slots))
-        rest = (self.sink, self.frequencies, *places, self.out)
-        return (Parameter(self.q), *caches, *chosen, *map(Parameter, rest))
+        constants = Parameter(self.sink), Parameter(self.frequencies)
+        names = dict.fromkeys((self.positions, self.last, self.ring_slots, self.slots))
+        places = (Parameter(name, early=early) for name in names)
+        return (Parameter(self.q, early=early), *caches, *chosen, *constants, *places, Parameter(self.out))
 
 
 def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:

@@ -7,7 +7,7 @@ and the stream of weights goes on from one to the next.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
@@ -19,14 +19,17 @@ from dsv4c.codegen.kernels.experts import (
     row_parameters,
     weight_parameters,
 )
+from dsv4c.codegen.kernels.experts_up import hash_swiglu, padded, routed_experts
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds
 from dsv4c.codegen.kernels.gemv import WARPS, k_warps_of, span_of
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.shapes import Layout, Product, Ring
-from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, Scratch, kernel, launchable
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
 from dsv4c.passes.fusions.experts_down import ExpertsDown
+from dsv4c.passes.fusions.router import HashRouter, Router
+from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
 from dsv4c.types import BF16, F32, FP8_ROW, NVFP4_ROW, QuantType
 
 
@@ -94,20 +97,29 @@ def _down_rings(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED) -> DownRings:
     return max(most(2), most(1), key=worth)  # many rows leave less room for what comes early
 
 
-def emit_experts_down(spec: ExpertsSpec, arch: Arch) -> Emission:
+CHOICES = {
+    "": (),
+    "scores": (Parameter("logits", early=True), Parameter("bias")),
+    "table": (Parameter("table"), Parameter("tokens", early=True)),
+}
+"""By what a token's experts are known before the wait: not at all, by the gate's logits, or by a table."""
+
+
+def emit_experts_down(spec: ExpertsSpec, arch: Arch, by: str = "") -> Emission:
     """y = out(sum over the token's routed experts of fp8(h) w2, plus the shared expert's), accumulated in
-    f32.
+    f32. `by`: one of `CHOICES`.
     """
     check_experts(spec)
-    return tuned(lambda cut: _emitted(spec, arch, cut), arch, spec.name, spec)
+    return tuned(lambda cut: _emitted(spec, arch, by, cut), arch, spec.name, spec, by)
 
 
-def _emitted(spec: ExpertsSpec, arch: Arch, cut: Cut) -> Emission:
+def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
     rings = _down_rings(spec, arch, cut)
     parameters = (
         *row_parameters("h", spec, spec.packed),
         *row_parameters("shared_h", spec, spec.packed),
         Parameter("expert_ids"),
+        *CHOICES[by],
         *weight_parameters("w2", spec.routed),
         *weight_parameters("shared_w2", spec.shared),
         Parameter("y"),
@@ -118,6 +130,9 @@ def _emitted(spec: ExpertsSpec, arch: Arch, cut: Cut) -> Emission:
         "experts_down.py.jinja",
         spec=spec,
         rings=rings,
+        by=by,
+        choosing=[*(["m_expert_ids"] if not by or spec.turns > 1 else []), *(p.name for p in CHOICES[by])],
+        padded=padded(spec.experts),
         pointers=[p.name for p in parameters],
         grid=grid,
         warps=rings.routed.warps,
@@ -140,9 +155,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, cut: Cut) -> Emission:
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(ExpertsDown)
-def experts_down(request: Request) -> Answer:
-    call = request.call
+def _spec(request: Request, call: Call) -> ExpertsSpec | No:
     op, x = call.op, call.operands
     assert isinstance(op, ExpertsDown)
     h, routed, shared = (request.types[x[n]] for n in ("h", "w2", "shared_w2"))
@@ -157,7 +170,7 @@ def experts_down(request: Request) -> Answer:
     if not holds(h, BF16) or op.out not in (BF16, F32):
         return No(f"takes bf16 and makes bf16 or f32, not {h} and {op.out}")
     experts, hidden, intermediate = routed.shape
-    spec = ExpertsSpec(
+    return ExpertsSpec(
         "experts_down",
         h.shape[0],
         hidden,
@@ -169,10 +182,53 @@ def experts_down(request: Request) -> Answer:
         packed,
         str(op.out),
     )
-    values = {**x, "shared_h": x["h_shared"], "expert_ids": x["experts"], "y": call.outputs[0]}
+
+
+def _values(call: Call) -> dict[str, int]:
+    x = call.operands
+    return {**x, "shared_h": x["h_shared"], "expert_ids": x["experts"], "y": call.outputs[0]}
+
+
+@kernel(Router, HashRouter, Swiglu, HashSwiglu, ExpertsDown, chained=True)
+def experts(request: Request) -> Answer:
+    """Both halves of a layer's experts. What the first one chose them by is old when the second one begins,
+    which makes the choice again and so need not wait for it.
+    """
+    *first, last = request.calls
+    if not first or not isinstance(last.op, ExpertsDown) or not isinstance(first[-1].op, Swiglu | HashSwiglu):
+        return No("takes a router, the experts' first half and their second")
+    spec = _spec(request, last)
+    if isinstance(spec, No):
+        return spec
+    if spec.packed or takes_many(spec, request.arch):
+        return No(f"takes few rows of bf16, not {spec.batch}{' of NVFP4' if spec.packed else ''}")
+    router = first[0].operands
+    if "tokens" in router and router["tokens"] not in request.given:
+        return No("reads a table before the wait: its tokens must be the call's input")
+    half = replace(request, calls=tuple(first))
+    up = hash_swiglu.ask(half) if isinstance(first[0].op, HashSwiglu) else routed_experts.ask(half)
+    if isinstance(up, No):
+        return up
+    by = "table" if "tokens" in router else "scores"
+    names = [p.operand for p in CHOICES[by] if p.operand in router]
+    values = _values(last) | {name: router[name] for name in names}
+    logits = {} if by == "table" else {"logits": Scratch("logits", up[-1].scratch["logits"], "early")}
+    down = emit_experts_down(spec, request.arch, by)
+    return [
+        *(replace(launch, stage=launch.stage or "up") for launch in up),
+        launchable(request, down, values, stage="down", scratch=logits),
+    ]
+
+
+@kernel(ExpertsDown)
+def experts_down(request: Request) -> Answer:
+    spec = _spec(request, request.call)
+    if isinstance(spec, No):
+        return spec
+    values = _values(request.call)
     if takes_many(spec, request.arch):
         return down_launches(request, spec, _down_rings(spec, request.arch).packing, values)
-    if not packed:
+    if not spec.packed:
         return [launchable(request, emit_experts_down(spec, request.arch), values)]
     launches: list[Launchable] = []
     scratch: dict[str, Scratch] = {}

@@ -105,10 +105,10 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     height = 64 if spec.rows // max(1, spec.experts // FEW) <= 64 else 128
     splits = _splits(spec, height, kind, sms)
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
-    narrow = packing.format in ("mxfp4", "nvfp4") or (kind == "e4m3" and height == 64)
-    loaders = 2 if narrow and steps % 2 == 0 else 1
-    most = 4 if packing.format == "fp8" and kind == "e4m3" and loaders == 1 else 2
-    ahead = next(n for n in (most, 2, 1) if steps % (n * loaders) == 0)
+    as_it_is = packing.format == "fp8" and kind == "e4m3"
+    loaders = 2 if (as_it_is or packing.format in ("mxfp4", "nvfp4")) and steps % 2 == 0 else 1
+    # Two teams with a step of FP8 each, which takes most registers, beat one with two and two with two.
+    ahead = 1 if as_it_is or steps % (2 * loaders) else 2
     return Tiles(
         weight=packing.format,
         kind=kind,
@@ -213,10 +213,10 @@ def few_of(spec: GemmSpec) -> Few | None:
 
 
 def _emit_few(spec: GemmSpec, t: Few, arch: Arch) -> Emission:
-    """The kernel of experts who have few rows each; two CTAs fit an SM."""
+    """The kernel of experts who have few rows each."""
     (m,) = _places(spec, t)
     column_tiles = -(-m.rows // t.made)
-    ctas = min(2 * arch.sms, (-(-spec.rows // t.height) + spec.experts) * column_tiles)
+    ctas = min(t.RESIDENT * arch.sms, (-(-spec.rows // t.height) + spec.experts) * column_tiles)
     parameters = spec.parameters
     source = render(
         "few_rows.py.jinja",

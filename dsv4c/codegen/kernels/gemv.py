@@ -68,8 +68,21 @@ class Activations:
 
 
 @dataclass(frozen=True)
+class Epilogue:
+    """What a CTA makes of an element of a product, instead of storing it: `lines` over the number `value` and
+    its place `i` in [M, rows]. `parameters` are operands and results, `numbers` their element types; `text`
+    says what comes out.
+    """
+
+    parameters: tuple[Parameter, ...]
+    numbers: tuple[str, ...]
+    lines: tuple[str, ...]
+    text: str
+
+
+@dataclass(frozen=True)
 class Matrix:
-    """One weight matrix [rows, k] and its output, bf16 or f32 [M, rows]."""
+    """One weight matrix [rows, k] and its output, bf16 or f32 [M, rows], or what an epilogue makes of it."""
 
     name: str
     rows: int
@@ -77,6 +90,12 @@ class Matrix:
     x: Activations
     out: str
     out_dtype: str = "bf16"
+    epilogue: Epilogue | None = None
+
+    @property
+    def results(self) -> tuple[Parameter, ...]:
+        """Parameters of what follows the product."""
+        return (Parameter(self.out),) if self.epilogue is None else self.epilogue.parameters
 
 
 @dataclass(frozen=True)
@@ -104,7 +123,8 @@ class GemvSpec:
     """`batch` activation rows times `matrices` of `k` columns. With `groups` g > 1 (block-diagonal weights)
     the rows are [M, g, k] and matrix rows r * (rows / g) .. belong to group r. `riders` take a CTA each per
     row, the first of the launch; CTAs have at least `lanes` threads that multiply, as if riders took
-    them: those of other buckets may ride, and weights are packed alike.
+    them: those of other buckets may ride, and weights are packed alike. `late`: the successor begins behind
+    the wait, for what it reads before its own; it would find no room sooner, and has not much to load.
     """
 
     name: str
@@ -117,6 +137,7 @@ class GemvSpec:
     lanes: int = 0
     riders: tuple[Rider, ...] = ()
     gather: Gathered | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True)
@@ -163,8 +184,13 @@ class Part:
         scales = {"fp8": ["scale"], "nvfp4": ["global_scale"]}.get(self.ring.product.weight, [])
         for slot in self.slots:
             weight = slot.matrix.name
-            x += [Parameter(weight), *(Parameter(weight, c) for c in scales), Parameter(slot.matrix.out)]
-        return tuple(x)
+            x += [Parameter(weight), *(Parameter(weight, c) for c in scales), *slot.matrix.results]
+        return tuple(dict.fromkeys(x))
+
+    @property
+    def epilogue(self) -> Epilogue | None:
+        """That of its matrix, which then is the only one."""
+        return self.slots[0].matrix.epilogue
 
     @property
     def weights(self) -> list[str]:
@@ -201,6 +227,7 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
     gather = spec.gather
     seats = (*parts, *riders, *([gather] if gather else []))
     parameters = tuple(dict.fromkeys(p for seat in seats for p in seat.parameters))
+    epilogues = [part.epilogue for part in parts if part.epilogue is not None]
     shared = max([part.layout.end for part in parts] + [rider.shared for rider in riders])
     grid = parts[-1].last
     nbytes = sum(part.nbytes for part in parts)
@@ -210,6 +237,9 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
         parts=parts,
         riders=riders,
         gather=gather,
+        elements={p.name: n for e in epilogues for p, n in zip(e.parameters, e.numbers, strict=True)},
+        numbers=sorted({"Float32", "Int32", "Int64"}.union(*(e.numbers for e in epilogues))),
+        uses=[use for use in ("at", "put") if any(f"{use}(" in line for e in epilogues for line in e.lines)],
         parameters=parameters,
         grid=grid,
         warps=warps,
@@ -273,15 +303,15 @@ def _check(spec: GemvSpec) -> None:
 
 def plan_parts(spec: GemvSpec, arch: Arch, cut: Cut = PLANNED) -> list[Part]:
     """Tiles, warps, stages and CTAs of a launch: about two CTAs per SM, weights in flight in both."""
-    kinds: dict[tuple[str, Activations, str], list[Matrix]] = {}
+    kinds: dict[tuple[str, Activations, str, Epilogue | None], list[Matrix]] = {}
     for matrix in spec.matrices:
-        kinds.setdefault((matrix.format, matrix.x, matrix.out_dtype), []).append(matrix)
+        kinds.setdefault((matrix.format, matrix.x, matrix.out_dtype, matrix.epilogue), []).append(matrix)
     tile_warps, rounds = _plan_tiles(spec, arch)
     if cut.rounds and spec.groups == 1:
         rounds = cut.rounds
     parts, first = [], sum(rider.ctas(spec.batch) for rider in spec.riders)
     heaviest_first = sorted(kinds.items(), key=lambda item: -BYTES[item[0][0]])
-    for (format, x, out_dtype), matrices in heaviest_first:
+    for (format, x, out_dtype, _), matrices in heaviest_first:
         part = _part(spec, arch, cut, format, x, out_dtype, matrices, tile_warps, rounds, first)
         parts.append(part)
         first += part.ctas
@@ -354,6 +384,8 @@ def _part(
         at += ctas
     nbytes = int(sum(m.rows * spec.k * BITS[m.format] / 8 for m in matrices))
     name = f"{format}_{x.name}_{out_dtype}"
+    if matrices[0].epilogue is not None:
+        name += f"_{matrices[0].name}"
 
     def planned(splits: int, stages: int, resident: int) -> Part:
         product = Product(format, x.kind, -(-spec.batch // splits), spec.k)

@@ -32,10 +32,10 @@ HELD = 8  # rows of fn in registers where a cluster takes many tokens
 class HyperNormSpec:
     """One boundary between sublayers.
 
-    Operands, by flag: x bf16[rows, 4, hidden]; mix: f bf16[rows, hidden], post f32[rows, 4], comb f32[rows,
+    Operands, by flag: x bf16[rows, 4, hidden]; mix: f bf16[rows, hidden], post f32[rows, 4], logits f32[rows,
     4, 4] of the previous boundary; fn f32[24, 4 hidden], base f32[24], scale f32[3] (head: 4, 4 and 1); gain
-    bf16[hidden]. Results: keep: x_out like x (may be x itself); unless head: post_out, comb_out; bf16: normed
-    bf16[rows, hidden]; fp8: q, the same row quantized (1x128, ue8m0); plain: the row before its norm.
+    bf16[hidden]. Results: keep: x_out like x (may be x itself); unless head: post_out, logits_out; bf16:
+    normed bf16[rows, hidden]; fp8: q, the same row quantized (1x128, ue8m0); plain: the row before its norm.
     With `ranks` above 1, f is f32 and this rank's addends: what is mixed is the sum of all, rounded.
     """
 
@@ -134,13 +134,14 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
 
 
 def _parameters(spec: HyperNormSpec) -> tuple[Parameter, ...]:
-    mixed = [Parameter(name) for name in ("f", "post", "comb")] if spec.mix else []
-    mixed[1:1] = EXCHANGE if spec.ranks > 1 else ()
+    early = spec.mix and spec.rows <= FEW_ROWS
+    older = [Parameter(name, early=early) for name in ("post", "logits")] if spec.mix else []
+    mixed = [Parameter("f"), *(EXCHANGE if spec.ranks > 1 else ()), *older] if spec.mix else []
     names = ["fn", "base", "scale", "gain"]
-    names += [*(["x_out"] if spec.keep else []), *([] if spec.head else ["post_out", "comb_out"])]
+    names += [*(["x_out"] if spec.keep else []), *([] if spec.head else ["post_out", "logits_out"])]
     names += ["normed"] * spec.bf16 + ["plain"] * spec.plain
     quantized = (Parameter("q"), Parameter("q", "scale")) if spec.fp8 else ()
-    return (Parameter("x"), *mixed, *map(Parameter, names), *quantized)
+    return (Parameter("x", early=early), *mixed, *map(Parameter, names), *quantized)
 
 
 def _signature(spec: HyperNormSpec, cut: Slice) -> str:
@@ -150,14 +151,14 @@ def _signature(spec: HyperNormSpec, cut: Slice) -> str:
         "x": f"bf16[N,4,{h}]",
         "f": f"bf16[N,{h}]" if spec.ranks == 1 else f"f32[N,{h}], this rank's addends",
         "post": "f32[N,4]",
-        "comb": "f32[N,4,4]",
+        "logits": "f32[N,4,4]",
         "fn": f"f32[{p},{4 * h}]",
         "base": f"f32[{p}]",
         "scale": f"f32[{1 if spec.head else 3}]",
         "gain": f"bf16[{h}]",
         "x_out": f"bf16[N,4,{h}]",
         "post_out": "f32[N,4]",
-        "comb_out": "f32[N,4,4]",
+        "logits_out": "f32[N,4,4]",
         "normed": f"bf16[N,{h}]",
         "plain": f"bf16[N,{h}]",
         "q": f"e4m3[N,{h}]",
@@ -196,14 +197,14 @@ def _boundary(request: Request, call: Call, total: Call | None) -> Answer:
     streams = request.types[x["streams"]]
     if not holds(streams, BF16) or streams.shape[1] != STREAMS:
         return No(f"mixes {STREAMS} streams of bf16, not {streams}")
-    names = ["normed", *(["post_out", "comb_out", "q"] if isinstance(op, HyperNormFirst) else ["plain"])]
+    names = ["normed", *(["post_out", "logits_out", "q"] if isinstance(op, HyperNormFirst) else ["plain"])]
     if not isinstance(op, HyperNormFirst) or isinstance(op, HyperNorm):
         names = ["x_out", *names]
     made = {names[place]: number for place, number in call.made.items()}
     if isinstance(op, HyperNormFirst):
         if op.format not in (None, FP8_ROW, NVFP4_ROW):
             return No(f"quantizes the row to {FP8_ROW} or {NVFP4_ROW}, not {op.format}")
-        if not {"post_out", "comb_out"} <= made.keys():
+        if not {"post_out", "logits_out"} <= made.keys():
             return No("writes the coefficients of the next mixing, which nobody reads")
     packed = "q" in made and isinstance(op, HyperNormFirst) and op.format == NVFP4_ROW
     spec = HyperNormSpec(
@@ -211,7 +212,7 @@ def _boundary(request: Request, call: Call, total: Call | None) -> Answer:
         hidden=streams.shape[2],
         norm_eps=op.norm_eps,
         hc_eps=op.hc_eps,
-        iterations=op.iterations if isinstance(op, HyperNormFirst) else 1,
+        iterations=op.iterations if isinstance(op, HyperNorm | Head) else 1,
         mix="f" in x,
         keep="x_out" in made,
         head=isinstance(op, Head),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 from dsv4c.codegen.kernels.exchange import all_gather, exchanging
 from dsv4c.codegen.kernels.formats import WEIGHTS, format_name, holds, is_packed
 from dsv4c.codegen.kernels.gemm import gemm_launches, takes_gemm
-from dsv4c.codegen.kernels.gemv import Activations, Gathered, GemvSpec, Matrix, emit_gemv
+from dsv4c.codegen.kernels.gemv import Activations, Epilogue, Gathered, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.kernels.riders import NOBODY, Riding, lanes, riding_of
 from dsv4c.codegen.kernels.state import state_launches
@@ -24,13 +25,14 @@ from dsv4c.passes.fusions.q_norm_quantize import QNormQuantize
 from dsv4c.passes.fusions.quantize_linear import QuantizeLinear
 from dsv4c.types import BF16, F32, FP8_ROW, NVFP4, NVFP4_ROW, QuantFormat, QuantType
 
+NOTHING: Mapping[int, Epilogue] = MappingProxyType({})
 LEAST_THREADS = 128  # that a CTA has to give words with
 # Every CTA takes all rows. Flash on two H200s, 2026-11-30, with this for up to eight rows and sums in the
 # next boundary, against launches for both: one row 2.94 to 3.24 ms, four rows 5.03 to 4.90 ms.
 GATHERED_ROWS = 1
 
 
-def _staging(request: Request, name: str, x: int, w: int, quantize: QuantFormat | None) -> Activations | No:
+def staging(request: Request, name: str, x: int, w: int, quantize: QuantFormat | None) -> Activations | No:
     """How the rows of value `x` meet weight `w`; `quantize` is what the op encodes them to first."""
     format_ = format_name(request.types[w], WEIGHTS)
     type_ = request.types[x]
@@ -52,7 +54,7 @@ def _staging(request: Request, name: str, x: int, w: int, quantize: QuantFormat 
     return Activations(name, "bf16") if format_ == "bf16" else Activations(name, "f16", "quantize")
 
 
-def _product(
+def product(
     request: Request,
     name: str,
     products: Sequence[tuple[Activations, int, int]],
@@ -63,8 +65,12 @@ def _product(
     scratch: dict[str, Scratch] | None = None,
     riding: Riding = NOBODY,
     gather: Gathered | None = None,
+    epilogues: Mapping[int, Epilogue] = NOTHING,
+    late: bool = False,
 ) -> Answer:
-    """One GEMV launch, or GEMMs where rows are many; products are (activations, weight, result)."""
+    """One GEMV launch, or GEMMs where rows are many; products are (activations, weight, result). `epilogues`
+    go by result, and are a GEMV's; `values` bind their operands.
+    """
     matrices: list[Matrix] = []
     for number, (x, w, y) in enumerate(products):
         type_, result = request.types[w], request.types[y]
@@ -75,14 +81,24 @@ def _product(
             label = f"{label}_{number}"
         height = math.prod(type_.shape[:-1])
         format_ = format_name(type_, WEIGHTS)
-        matrix = Matrix(label, height, format_, x, f"{label}_out", str(result.dtype))
+        after = epilogues.get(y)
+        matrix = Matrix(label, height, format_, x, f"{label}_out", str(result.dtype), after)
         values |= {matrix.name: w, matrix.out: y}
         matrices.append(matrix)
     rows = math.prod(request.types[products[0][2]].shape[:1])
     spec = GemvSpec(
-        name, rows, k, tuple(matrices), groups, lanes=riding.lanes, riders=riding.riders, gather=gather
+        name,
+        rows,
+        k,
+        tuple(matrices),
+        groups,
+        lanes=riding.lanes,
+        riders=riding.riders,
+        gather=gather,
+        late=late,
     )
-    if takes_gemm(spec, request.arch) and not scratch and not riding.riders and gather is None:
+    alone = not scratch and not riding.riders and gather is None and not epilogues
+    if alone and takes_gemm(spec, request.arch):
         return gemm_launches(request, spec, values)
     gains = {x.gain: "f32" for x, _, _ in products if x.gain}
     values |= riding.values
@@ -100,6 +116,7 @@ def _packed_gemv(
     shape: Sequence[int],
     eps: float | None = None,
     riding: Riding = NOBODY,
+    late: bool = False,
 ) -> Answer:
     """Rows to NVFP4 in scratch, under a norm if `eps` is given, then (weight, result) products with them."""
     for w, _ in weights:
@@ -109,7 +126,9 @@ def _packed_gemv(
     rows = scratch_for("q", QuantType(NVFP4_ROW, tuple(shape)), "r")
     staged = Activations("q", "f16", "unpack")
     products = [(staged, w, y) for w, y in weights]
-    second = _product(request, name, products, {}, shape[-1], stage="product", scratch=rows, riding=riding)
+    second = product(
+        request, name, products, {}, shape[-1], stage="product", scratch=rows, riding=riding, late=late
+    )
     return second if isinstance(second, No) else [first, *second]
 
 
@@ -127,38 +146,40 @@ def linears(request: Request) -> Answer:
         if len(request.types[x].shape) != 2:
             return No(f"takes rows [N,K], not {request.types[x]}")
         for w, y in zip(weights, call.outputs, strict=True):
-            staged = _staging(request, name, x, w, None)
+            staged = staging(request, name, x, w, None)
             if isinstance(staged, No):
                 return staged
             products.append((staged, w, y))
     if len(widths) > 1:
         return No(f"the rows of one launch have one width, these have {', '.join(map(str, sorted(widths)))}")
     name = "in_proj" if len(products) > 1 else request.labels[products[0][1]] or "linear"
-    return _product(request, name, products, values, widths.pop())
+    return product(request, name, products, values, widths.pop())
 
 
 @kernel(QuantizeLinear)
 def quantize_linear(request: Request) -> Answer:
+    """A sublayer's last product."""
     call = request.call
     assert isinstance(call.op, QuantizeLinear)
     x, w = call.inputs
     name = request.labels[w] or "quantize_linear"
     if call.op.format == NVFP4_ROW and holds(request.types[x], BF16):
-        return _packed_gemv(request, name, [(w, call.outputs[0])], {"x": x}, request.types[x].shape)
-    staged = _staging(request, "x", x, w, call.op.format)
+        packed = [(w, call.outputs[0])]
+        return _packed_gemv(request, name, packed, {"x": x}, request.types[x].shape, late=True)
+    staged = staging(request, "x", x, w, call.op.format)
     if isinstance(staged, No):
         return staged
     if len(request.types[x].shape) != 2:
         return No(f"takes rows [N,K], not {request.types[x]}")
     products = [(staged, w, call.outputs[0])]
-    return _product(request, name, products, {"x": x}, request.types[x].shape[-1])
+    return product(request, name, products, {"x": x}, request.types[x].shape[-1], late=True)
 
 
 @kernel(GroupedLinear)
 def grouped_linear(request: Request) -> Answer:
     call = request.call
     x, w = call.inputs
-    staged = _staging(request, "x", x, w, None)
+    staged = staging(request, "x", x, w, None)
     if isinstance(staged, No):
         return staged
     if isinstance(request.types[x], QuantType) and not is_packed(request.types[x]):
@@ -167,7 +188,7 @@ def grouped_linear(request: Request) -> Answer:
         return No(f"takes whole 128x128 scale blocks per group, not {request.types[w]}")
     _, groups, k = request.types[x].shape
     name = request.labels[w] or "grouped_linear"
-    return _product(request, name, [(staged, w, call.outputs[0])], {"x": x}, k, groups)
+    return product(request, name, [(staged, w, call.outputs[0])], {"x": x}, k, groups)
 
 
 @kernel(QNormQuantize, KvNormRopeStore, Compressor, several=True)
@@ -263,4 +284,4 @@ def _q_projections(
     staging = [(staged, w, y) for w, y in products]
     gather, given = gathered or (None, {})
     values |= given
-    return _product(request, "q_proj", staging, values, row.shape[-1], riding=riding, gather=gather)
+    return product(request, "q_proj", staging, values, row.shape[-1], riding=riding, gather=gather)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from dsv4c.errors import BuildError
@@ -101,9 +101,11 @@ class Program:
         return row_type(value.type, self.rows, value in self.by_row)
 
 
-def program_of(graph: Graph, rows: int) -> Program:
-    """The program of a graph of primitives on so many rows. Raises UnfitError where rows meet."""
-    nodes = _live(graph)
+def program_of(graph: Graph, rows: int, names: Mapping[Value, str] | None = None) -> Program:
+    """The program of a graph of primitives on so many rows; values have these names, or their own. Raises
+    UnfitError where rows meet.
+    """
+    nodes = live(graph.nodes, graph.outputs.values())
     by_row = _by_row(nodes, graph, rows)
     types = {v: row_type(v.type, rows, v in by_row) for v in _values(nodes, graph)}
     results = tuple(graph.outputs.values())
@@ -112,7 +114,7 @@ def program_of(graph: Graph, rows: int) -> Program:
     aliases = {n.outputs[r]: n.inputs[o] for n in nodes for r, o in n.op.alias.items()}
     steps = _steps([n for n in nodes if n.outputs[0] not in views], types, roots, results)
 
-    names = _names(types)
+    names = names_of(types) if names is None else names
     made = {v for step in steps for node in nodes_of(step) for v in node.outputs}
     read = {roots[v] for step in steps for v in _read(step)}
     copied = {v for v in results if v in made & read and _may_be_held(types[v])} - aliases.keys()
@@ -141,15 +143,15 @@ def row_type(type_: Type, rows: int, by_row: bool) -> Type:
 # Analysis ---------------------------------------------------------------------------------------------------
 
 
-def _live(graph: Graph) -> list[Node]:
-    """The nodes that results need, and those that write states."""
-    wanted = set(graph.outputs.values())
-    nodes = []
-    for node in reversed(graph.nodes):
+def live(nodes: Sequence[Node], results: Iterable[Value]) -> list[Node]:
+    """The nodes that results need."""
+    wanted = set(results)
+    needed = []
+    for node in reversed(nodes):
         if wanted.intersection(node.outputs):
             wanted.update(node.inputs)
-            nodes.append(node)
-    return nodes[::-1]
+            needed.append(node)
+    return needed[::-1]
 
 
 def _values(nodes: Sequence[Node], graph: Graph) -> Iterator[Value]:
@@ -312,10 +314,10 @@ class _Shared:
         return offset
 
 
-def _names(values: Mapping[Value, Type]) -> dict[Value, str]:
-    """Names for a kernel's text, each once and none of those that the text has itself."""
+def names_of(values: Iterable[Value], taken: Collection[str] = ()) -> dict[Value, str]:
+    """Names for a kernel's text, each once and none of those that the text has itself, or that are taken."""
     names: dict[Value, str] = {}
-    used = set(RESERVED)
+    used = {*RESERVED, *taken}
     for value in values:
         plain = "".join(c if c.isalnum() else "_" for c in value.name)
         name, n = plain, 1
@@ -347,7 +349,7 @@ MEANINGS = (
 RESERVED = frozenset(
     {
         *MEANINGS, *dir(builtins), "at", "cuda", "cute", "cutlass", "host", "i", "kernel", "ptx", "put",
-        "row", "shared", "stream", "team", "thread", "block"
+        "row", "shared", "stream", "team", "thread", "block", "value"
     }
 )  # fmt: skip
 
@@ -413,7 +415,12 @@ def step_lines(program: Program, step: Step) -> list[str]:
         home = program.given[step.value]
         return [f"shape.reshape(team, {_name(program, step.value)}, {home.name}, shape={home.type.shape})"]
     if isinstance(step, Loop):
-        return _loop_lines(program, step)
+        count = math.prod(program.type_of(step.nodes[0].outputs[0]).shape)
+        body = element_lines(program, step, {})
+        return [
+            f"for i in cutlass.range(team.thread, {count}, team.threads):",
+            *(f"    {line}" for line in body),
+        ]
     module, name = meaning_of(step.op)
     results = [v for i, v in enumerate(step.outputs) if i not in step.op.alias]
     arguments = ["team", *(_name(program, v) for v in (*step.inputs, *results)), *attributes_text(step.op)]
@@ -425,9 +432,10 @@ def _name(program: Program, value: Value) -> str:
     return view.name if view is not None else program.homes[value].name
 
 
-def _loop_lines(program: Program, loop: Loop) -> list[str]:
+def element_lines(program: Program, loop: Loop, given: Mapping[Value, str]) -> list[str]:
+    """Statements of a loop for element `i`; numbers that are `given` go by these names."""
     over = program.type_of(loop.nodes[0].outputs[0]).shape
-    made: dict[Value, str] = {}
+    made = dict(given)
     body: list[str] = []
     for node in loop.nodes:
         operands = [
@@ -442,11 +450,7 @@ def _loop_lines(program: Program, loop: Loop) -> list[str]:
         body.append(f"{made[value]} = {call}")
         if value in loop.kept:
             body.append(f"put({_name(program, value)}, i, {made[value]})")
-    count = math.prod(over)
-    return [
-        f"for i in cutlass.range(team.thread, {count}, team.threads):",
-        *(f"    {line}" for line in body),
-    ]
+    return body
 
 
 def index_text(shape: tuple[int, ...], over: tuple[int, ...]) -> str:

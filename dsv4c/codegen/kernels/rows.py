@@ -82,9 +82,11 @@ def kernel_of(graph: Graph, body: bool, name: str, what: str, arch: Arch) -> Bui
     for node in graph.nodes:
         if isinstance(node.op, Quantize) and not _row_wise(node.op.format):
             return No(f"quantizes rows one by one, which {node.op.format} does not allow")
-    largest = max((v.type for v in graph.values()), key=elements)
-    if elements(largest) > MOST_ELEMENTS:
-        return No(f"numbers elements in 32 bits, {largest} has more than {MOST_ELEMENTS}")
+    one_by_one = {n.weight for n in graph.nodes if isinstance(n.op, ExpertLinear | GroupedLinear)}
+    for value in graph.values():
+        shape = value.type.shape[-2:] if value in one_by_one else value.type.shape
+        if math.prod(shape) > MOST_ELEMENTS:
+            return No(f"numbers elements in 32 bits, {value.type} has more than {MOST_ELEMENTS}")
     if body:
         program = _of_body(graph, arch)
         return program if isinstance(program, No) else _emit(name, what, program, graph, 1)

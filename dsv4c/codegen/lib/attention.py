@@ -48,8 +48,17 @@ def _send2(s: Int32, s_bar: Int32, rank: Int32, a: Float32, b: Float32):
 
 
 @cute.jit
-def read_query(a: Constexpr[Attention], g_q: Int64, token: Int32, head: Int32, warp: Int32, lane: Int32):
-    """The lane's pieces [row half][h][pair] of 16 heads of q bf16[N, heads, width]; zeros past the last."""
+def read_query(
+    a: Constexpr[Attention],
+    g_q: Int64,
+    token: Int32,
+    head: Int32,
+    warp: Int32,
+    lane: Int32,
+):
+    """The lane's pieces [row half][h][pair] of 16 heads of q bf16[N, heads, width]; zeros past the last.
+    Where entries are selected, before the wait.
+    """
     w = cute.make_rmem_tensor((2, 2, 4), Uint32)
     w.fill(0)
     for i in range_constexpr(2):
@@ -57,7 +66,10 @@ def read_query(a: Constexpr[Attention], g_q: Int64, token: Int32, head: Int32, w
         if row < a.heads:
             g = g_q + ((Int64(token) * a.heads + row) * a.width + warp // 2 * 64 + lane % 4 * 8) * 2
             for h in range_constexpr(2):
-                words = ptx.ldg128(g + h * 64)
+                if const_expr(a.entries == "selected"):
+                    words = ptx.ldg_early128(g + h * 64)
+                else:
+                    words = ptx.ldg128(g + h * 64)
                 for n in range_constexpr(4):
                     w[i, h, n] = words[n]
     return w

@@ -77,11 +77,12 @@ def copy_rows(
     """A tile's rows of x and their scales into the ring: those that `g_order` lists, of which there are
     `rows`; `at` steps were laid down before. Rows that are not there are the last one again.
     """
-    row = thread // 4
+    each = const_expr(t.COPIERS // t.ROWS)  # threads of a row
+    row, own = thread // each, thread % each * (8 // each)
     number = Int32(ptx.ldg32(g_order + Int64(cutlass.min(row, rows - 1)) * 4)) // divide
-    g_row = g_x + Int64(number) * t.stride + thread % 4 * 32
+    g_row = g_x + Int64(number) * t.stride + own * 16
     g_scales = g_fx + Int64(number) * t.steps
-    held = cute.make_rmem_tensor((t.ahead, 9), Uint32)
+    held = cute.make_rmem_tensor((t.ahead, 32 // each + 1), Uint32)
     for i in range_constexpr(t.ahead):
         _fetch(held, i, g_row, g_scales, Int32(i))
     for group in cutlass.range(t.steps // t.ahead, unroll=1):
@@ -90,23 +91,28 @@ def copy_rows(
             now = at + step
             stage = now % t.stages
             wait_free(t, s, now)
-            for half in range_constexpr(2):
-                s_piece = s + stage * (t.ROWS * 128) + row * 128 + ((thread % 4 * 2 + half) ^ row % 8) * 16
-                ptx.sts128(s_piece, *[_ordered(held[i, 2 * j + half]) for j in range(4)])
-            if thread % 4 == 0:
-                ptx.sts_f32(s + t.o_factors + (stage * t.ROWS + row) * 4, ptx.ue8m0_to_f32(held[i, 8]))
-            _announce(t, s, now, thread)
+            for n in range_constexpr(8 // each):
+                s_piece = s + stage * (t.ROWS * 128) + row * 128 + ((own + n) ^ row % 8) * 16
+                words = [held[i, 8 * (n // 2) + 2 * j + n % 2] for j in range(4)]
+                ptx.sts128(s_piece, *[_ordered(word) for word in words])
+            if thread % each == 0:
+                f = ptx.ue8m0_to_f32(held[i, 32 // each])
+                ptx.sts_f32(s + t.o_factors + (stage * t.ROWS + row) * 4, f)
+            cute.arch.sync_warp()
+            if thread % 32 == 0:
+                ptx.mbarrier_arrive(s + t.o_bars + stage * 8)
             _fetch(held, i, g_row, g_scales, cutlass.min(step + t.ahead, Int32(t.steps - 1)))
 
 
 @cute.jit
 def _fetch(held: cute.Tensor, i: Constexpr[int], g_row: Int64, g_scales: Int64, step: Int32):
-    """32 bytes of a row in step `step` and its scale, in flight to registers `i`."""
-    for half in range_constexpr(2):
-        w = ptx.ldg128(g_row + Int64(step * 128 + half * 16))
+    """The thread's bytes of a row in step `step` and its scale, in flight to registers `i`."""
+    words = const_expr(held.shape[1] - 1)
+    for n in range_constexpr(words // 4):
+        w = ptx.ldg128(g_row + Int64(step * 128 + n * 16))
         for j in range_constexpr(4):
-            held[i, 4 * half + j] = w[j]
-    held[i, 8] = ptx.ldg_u8(g_scales + step)
+            held[i, 4 * n + j] = w[j]
+    held[i, words] = ptx.ldg_u8(g_scales + step)
 
 
 @cute.jit
@@ -115,15 +121,6 @@ def _ordered(r: Uint32):
     return cute.arch.inline_ptx(
         "prmt.b32 {$w0}, {$r0}, 0, 0x1302;", write_only_types=[Uint32], read_only_args=[r]
     )
-
-
-@cute.jit
-def _announce(t: Constexpr[Few], s: Int32, step: Int32, thread: Int32):
-    """Rows of step `step` are there, as far as this warp goes."""
-    ptx.fence_async()
-    cute.arch.sync_warp()
-    if thread % 32 == 0:
-        ptx.mbarrier_arrive(s + t.o_bars + step % t.stages * 8)
 
 
 @cute.jit
@@ -177,6 +174,8 @@ def multiply(t: Constexpr[Few], s: Int32, at: Int32, warp: Int32, lane: Int32):
         stage = (at + step) % t.stages
         full = s + t.o_bars + 8 * stage
         ptx.mbarrier_wait(full, (at + step) // t.stages & 1)
+        # Here and not where rows of x were written: there it would wait for all loads in flight.
+        ptx.fence_async()
         s_unit = s + t.o_w + stage * t.w_stage + warp * t.UNIT
         scales = ptx.lds64(s_unit + 1024 + lane // 4 * 8)
         for share in range_constexpr(2):

@@ -33,17 +33,11 @@ NUMBERS = {"e4m3": Float8E4M3FN, "bf16": BFloat16, "f16": Float16}
 
 
 @cute.jit
-def _to_tensor_cores():
-    """What this thread wrote to shared memory becomes visible to wgmma."""
-    _asm("fence.proxy.async.shared::cta;")
-
-
-@cute.jit
 def open_ring(t: Constexpr[Tiles], s: Int32, thread: Int32):
     """The barriers of every stage: full, and free. All threads."""
     if thread == 0:
         for i in range_constexpr(t.stages):
-            ptx.mbarrier_init(s + t.o_bars + 8 * i, 4)
+            ptx.mbarrier_init(s + t.o_bars + 8 * i, t.arrivals)
             ptx.mbarrier_init(s + t.o_bars + 8 * (t.stages + i), t.CONSUMERS // 32)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
@@ -171,6 +165,9 @@ def load(
     """
     lane, warp = thread % 32, thread // 32
     g_units = unit_places(t, g_w, first, last, lane, warp) if const_expr(t.pieces) else None
+    g_rows = cute.make_rmem_tensor((t.own_rows,), Int64)
+    for i in range_constexpr(t.own_rows):
+        g_rows[i] = g_x + (Int64(rows[i]) * t.stride + thread % 8 * 16)
     held = cute.make_rmem_tensor((t.ahead, max(t.words, 1)), Uint32)
     scales = cute.make_rmem_tensor((t.ahead, 2), Int32)
     for i in range_constexpr(t.ahead):
@@ -182,40 +179,22 @@ def load(
             now = at + step
             stage = now % t.stages
             ptx.mbarrier_wait(s + t.o_bars + 8 * (t.stages + stage), (now // t.stages & 1) ^ 1)
-            s_x = s + stage * t.x_stage
+            full, s_x = s + t.o_bars + 8 * stage, s + stage * t.x_stage
             if const_expr(t.kind == "f16"):
                 lay_x(t, s_x, held, i, thread)
             else:
-                copy_x(t, s_x, g_x, rows, begin + step, thread)
+                copy_x(t, s_x, g_rows, begin + step, thread)
             if const_expr(t.weight == "plain"):
                 copy_weights(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, begin + step, thread)
-            ptx.cp_async_commit()
+            if const_expr(t.kind != "f16"):
+                ptx.cp_async_arrive(full)
             lay_factors(t, s + t.o_factors + stage * 1024, scales, i, thread)
             lay_weights(t, s, stage, held, i, lane, warp)
+            cute.arch.sync_warp()
+            if lane == 0:
+                ptx.mbarrier_arrive(full)
             following = begin + cutlass.min(step + t.ahead * t.loaders, Int32(t.steps - 1))
             fetch(t, held, scales, i, g_x, g_fx, rows, scaled_row, g_units, g_fw, following, lane, warp)
-            if now >= t.late * t.loaders:
-                ptx.cp_async_wait(t.late)
-                announce(t, s, now - t.late * t.loaders, lane)
-
-
-@cute.jit
-def finish_loading(t: Constexpr[Tiles], s: Int32, at: Int32, team: Int32, thread: Int32):
-    """What the team has laid down of `at` steps and not announced."""
-    ptx.cp_async_wait(0)
-    for i in range_constexpr(t.late):
-        step = at - (t.late - i) * t.loaders + team
-        if step >= 0:
-            announce(t, s, step, thread % 32)
-
-
-@cute.jit
-def announce(t: Constexpr[Tiles], s: Int32, step: Int32, lane: Int32):
-    """Step `step` is full, as far as this warp goes."""
-    _to_tensor_cores()
-    cute.arch.sync_warp()
-    if lane == 0:
-        ptx.mbarrier_arrive(s + t.o_bars + step % t.stages * 8)
 
 
 @cute.jit
@@ -225,16 +204,11 @@ def x_row(t: Constexpr[Tiles], i: Constexpr[int], thread: Int32):
 
 
 @cute.jit
-def copy_x(t: Constexpr[Tiles], s_x: Int32, g_x: Int64, rows: cute.Tensor, step: Int32, thread: Int32):
-    """A step of the tile's rows of x, as they lie in memory, in flight. Where there is none, whatever the
-    stage holds is multiplied, and not stored.
-    """
-    piece = thread % 8
+def copy_x(t: Constexpr[Tiles], s_x: Int32, g_rows: cute.Tensor, step: Int32, thread: Int32):
+    """A step of the tile's rows of x, as they lie in memory, in flight."""
+    s_own = s_x + thread // 8 * 128 + (thread % 8 ^ thread // 8 % 8) * 16  # rows are 16 apart
     for i in range_constexpr(t.own_rows):
-        if rows[i] >= 0:
-            row = x_row(t, i, thread)
-            g = g_x + Int64(rows[i]) * t.stride + step * 128 + piece * 16
-            ptx.cp_async16(s_x + row * 128 + (piece ^ row % 8) * 16, g)
+        ptx.cp_async16(s_own + i * 2048, g_rows[i] + Int64(step * 128))
 
 
 @cute.jit
@@ -343,7 +317,7 @@ def fetch(
     warp: Int32,
 ):
     """The thread's share of a step's weights, in flight to registers `i`, and the scales of its row."""
-    if const_expr(t.pieces == 0):
+    if const_expr(t.weight == "plain"):
         return
     unit, part = step // t.per_unit, step % t.per_unit
     behind = unit // t.span * (t.tiles * t.span * t.unit) + unit % t.span * t.unit
@@ -603,6 +577,8 @@ def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group:
         stage = (at + step) % t.stages
         full = s + t.o_bars + 8 * stage
         ptx.mbarrier_wait(full, (at + step) // t.stages & 1)
+        # Here and not where it was written: there it would wait for all loads in flight.
+        ptx.fence_async()
         x_at = stage * 2 + group if const_expr(x_parts == 2) else stage
         w_at = stage * 2 + group if const_expr(w_parts == 2) else stage
         s_f = s + t.o_factors + stage * 1024
@@ -617,23 +593,33 @@ def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group:
             mma.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
         warpgroup.wait_group(0)
-        tops = []
-        if const_expr(t.column_factors):
-            tops = [ptx.lds64(s_f + 512 + (column + 8 * j) * 4) for j in range(t.wide // 8)]
-        cute.arch.sync_warp()
-        if thread % 32 == 0:
-            ptx.mbarrier_arrive(full + 8 * t.stages)
+        if const_expr(not t.column_factors):
+            release(t, full, thread)
         for j in range_constexpr(t.wide // 8):
             m = const_expr(j // 2 % 2 if t.row_factors == 2 else 0)
+            top = ()
+            if const_expr(t.column_factors):
+                top = ptx.lds64(s_f + 512 + (column + 8 * j) * 4)
             for i in range_constexpr(2):
                 for half in range_constexpr(2):
                     value = products[4 * j + 2 * half + i]
                     if const_expr(t.column_factors):
-                        value = value * tops[j][i].bitcast(Float32)
+                        value = value * top[i].bitcast(Float32)
                     if const_expr(t.promotes):
                         value = value * f[m, half]
                     at_sum = const_expr(4 * j + 2 * half + i)
                     sums[at_sum] = sums[at_sum] + value
+        # Factors of columns are read as they are used: in registers for all, ptxas waits for each product.
+        if const_expr(t.column_factors):
+            release(t, full, thread)
+
+
+@cute.jit
+def release(t: Constexpr[Tiles], full: Int32, thread: Int32):
+    """The stage of barrier `full` is free again: a warp has read it."""
+    cute.arch.sync_warp()
+    if thread % 32 == 0:
+        ptx.mbarrier_arrive(full + 8 * t.stages)
 
 
 @cute.jit

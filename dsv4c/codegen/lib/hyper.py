@@ -27,13 +27,27 @@ def open_inboxes(t: Constexpr[Slice], sm: Int32, thread: Int32):
 
 
 @cute.jit
-def load_early(g: Int64):
-    """Four words of a weight. A strong load, because the compiler would sink a weak one behind the wait."""
-    return cute.arch.inline_ptx(
-        "ld.relaxed.gpu.global.v4.b32 {{$w0},{$w1},{$w2},{$w3}}, [{$r0}];",
-        write_only_types=[Uint32] * 4,
-        read_only_args=[g],
-    )
+def early_comb(
+    t: Constexpr[Slice],
+    sm: Int32,
+    g_logits: Int64,
+    token: Int32,
+    iterations: Constexpr[int],
+    eps: Constexpr[float],
+    warp: Int32,
+    lane: Int32,
+):
+    """comb of `mix` to shared memory, by the last warp: of logits older than the predecessor. Before
+    `prefetch`, which takes the registers that this does. See `wait_all`.
+    """
+    if warp == t.warps - 1:
+        z = ptx.ldg_early32(g_logits + (token * STREAMS * STREAMS + lane % (STREAMS * STREAMS)) * 4)
+        rK = cute.make_rmem_tensor((STREAMS * STREAMS,), Float32)
+        for i in range_constexpr(STREAMS * STREAMS):
+            rK[i] = cute.arch.shuffle_sync(z.bitcast(Float32), i)
+        sinkhorn(rK, iterations, eps)
+        if lane == 0:
+            store_comb(t, sm, rK, Int32(0))
 
 
 @cute.jit
@@ -43,7 +57,7 @@ def prefetch(t: Constexpr[Slice], sm: Int32, g_fn: Int64, stream: Int32, quad: I
     g = g_fn + (stream * t.hidden + column) * 4
     for i in range_constexpr(t.rows):
         if const_expr(i < t.held):
-            w = load_early(g + i * (STREAMS * t.hidden * 4))
+            w = ptx.ldg_early128(g + i * (STREAMS * t.hidden * 4))
             for n in range_constexpr(4):
                 rF[4 * i + n] = w[n]
         else:
@@ -73,7 +87,7 @@ def stage_vectors(
 
 @cute.jit
 def wait_all():
-    """Wait for the predecessors, then for what `stage_vectors` stored. All threads."""
+    """Wait for the predecessors, then for what `stage_vectors` and `early_comb` stored. All threads."""
     ptx.wait()
     ptx.cp_async_wait(0)
     cute.arch.sync_threads()
@@ -89,50 +103,29 @@ def load_stream(t: Constexpr[Slice], g_x: Int64, token: Int32, stream: Int32, co
 
 
 @cute.jit
-def mix_streams(
-    t: Constexpr[Slice],
-    g_x: Int64,
-    g_f: Int64,
-    g_post: Int64,
-    g_comb: Int64,
-    token: Int32,
-    stream: Int32,
-    column: Int32,
-):
-    """Four columns of post_k f + sum_j comb[j, k] x_j for stream k, rounded once to bf16, as two words."""
-    return mix(*read_mix(t, g_x, g_f, g_post, g_comb, token, stream, column))
+def load_row(t: Constexpr[Slice], g_f: Int64, token: Int32, column: Int32):
+    """Four columns of what is mixed in, as two bf16x2 words."""
+    return ptx.ldg64(g_f + (Int64(token) * t.hidden + column) * 2)
 
 
 @cute.jit
-def read_mix(
-    t: Constexpr[Slice],
-    g_x: Int64,
-    g_f: Int64,
-    g_post: Int64,
-    g_comb: Int64,
-    token: Int32,
-    stream: Int32,
-    column: Int32,
-):
-    """What `mix` takes, in flight."""
-    f = ptx.ldg64(g_f + (Int64(token) * t.hidden + column) * 2)
-    return f, *read_streams(t, g_x, g_post, g_comb, token, stream, column)
+def load_early(t: Constexpr[Slice], g_x: Int64, g_post: Int64, token: Int32, stream: Int32, column: Int32):
+    """x and post of `mix`, older than the predecessor: before the wait."""
+    g = g_x + (Int64(token) * STREAMS * t.hidden + column) * 2
+    x = [ptx.ldg_early64(g + j * (t.hidden * 2)) for j in range(STREAMS)]
+    return x, ptx.ldg_early32(g_post + (token * STREAMS + stream) * 4).bitcast(Float32)
 
 
 @cute.jit
-def read_streams(
-    t: Constexpr[Slice], g_x: Int64, g_post: Int64, g_comb: Int64, token: Int32, stream: Int32, column: Int32
-):
-    """What `mix` takes beside f, in flight."""
-    x = [load_stream(t, g_x, token, Int32(j), column) for j in range(STREAMS)]
-    post = ptx.ldg_f32(g_post + (token * STREAMS + stream) * 4)
-    comb = [ptx.ldg_f32(g_comb + ((token * STREAMS + j) * STREAMS + stream) * 4) for j in range(STREAMS)]
-    return x, post, comb
+def load_comb(t: Constexpr[Slice], sm: Int32, number: Int32, stream: Int32):
+    """comb of `mix` for token `number` of the cluster, from shared memory."""
+    s = sm + t.o_comb + (number * STREAMS * STREAMS + stream) * 4
+    return [ptx.lds_f32(s + j * (STREAMS * 4)) for j in range(STREAMS)]
 
 
 @cute.jit
 def mix(f: tuple, x: list, post: Float32, comb: list):
-    """post f + sum_j comb_j x_j of four columns, rounded once to bf16, as two words."""
+    """post_k f + sum_j comb[j, k] x_j of four columns of stream k, rounded once to bf16, as two words."""
     words = []
     for i in range_constexpr(2):
         fl, fh = ptx.bf16x2_to_f32x2(f[i])
@@ -366,28 +359,25 @@ def store_row(t: Constexpr[Slice], g: Int64, token: Int32, column: Int32, w0: Ui
 
 
 @cute.jit
-def store_post(g_post: Int64, token: Int32, z: Float32, lane: Int32):
-    """post_k = 2 sigmoid(z_k), from lanes 4..7."""
+def store_mixing(g_post: Int64, g_logits: Int64, token: Int32, z: Float32, lane: Int32):
+    """post_k = 2 sigmoid(z_k) from lanes 4..7, and the logits of comb, which lanes 8..23 hold."""
     post = Float32(2.0) * sigmoid(z)
     if lane >= STREAMS and lane < 2 * STREAMS:
         ptx.stg_f32(g_post + (token * STREAMS + lane - STREAMS) * 4, post)
+    if lane >= 2 * STREAMS and lane < 2 * STREAMS + STREAMS * STREAMS:
+        ptx.stg_f32(g_logits + (token * STREAMS * STREAMS + lane - 2 * STREAMS) * 4, z)
 
 
 @cute.jit
-def store_comb(
-    g_comb: Int64, token: Int32, z: Float32, iterations: Constexpr[int], eps: Constexpr[float], lane: Int32
-):
-    """Sinkhorn normalization of the 4x4 matrix in lanes 8..23, by row = input stream; in every lane.
+def sinkhorn(rK: cute.Tensor, iterations: Constexpr[int], eps: Constexpr[float]):
+    """Sinkhorn normalization of a 4x4 matrix of logits in place, by row = input stream; a matrix a lane.
 
     C = softmax of each row + eps; columns; then iterations - 1 times rows and columns: x / (sum + eps). C is
     kept as diag(u) K diag(v). A row step alone would be u_j / R_j; scaled by P = R_0 R_1 R_2 R_3 it needs no
     division.
     """
-    rK = cute.make_rmem_tensor((STREAMS * STREAMS,), Float32)
     rU = cute.make_rmem_tensor((STREAMS,), Float32)
     rV = cute.make_rmem_tensor((STREAMS,), Float32)
-    for i in range_constexpr(STREAMS * STREAMS):
-        rK[i] = cute.arch.shuffle_sync(z, 2 * STREAMS + i)
     for j in range_constexpr(STREAMS):
         softmax_row(rK, j, eps)
         rU[j] = Float32(1.0)
@@ -395,10 +385,17 @@ def store_comb(
         rV[k] = cute.arch.rcp_approx((rK[k] + rK[4 + k]) + (rK[8 + k] + rK[12 + k]) + Float32(eps))
     for _ in cutlass.range(iterations - 1, unroll=1):
         rows_and_columns(rK, rU, rV, eps)
-    if lane == 0:
-        for j in range_constexpr(STREAMS):
-            w = [(rK[STREAMS * j + k] * rU[j] * rV[k]).bitcast(Uint32) for k in range(STREAMS)]
-            ptx.stg128(g_comb + (token * STREAMS + j) * 16, w[0], w[1], w[2], w[3])
+    for j in range_constexpr(STREAMS):
+        for k in range_constexpr(STREAMS):
+            rK[STREAMS * j + k] = rK[STREAMS * j + k] * rU[j] * rV[k]
+
+
+@cute.jit
+def store_comb(t: Constexpr[Slice], sm: Int32, rK: cute.Tensor, number: Int32):
+    """The matrix of token `number` of the cluster to shared memory."""
+    for j in range_constexpr(STREAMS):
+        w = [rK[STREAMS * j + k].bitcast(Uint32) for k in range(STREAMS)]
+        ptx.sts128(sm + t.o_comb + (number * STREAMS + j) * 16, w[0], w[1], w[2], w[3])
 
 
 @cute.jit
@@ -411,16 +408,18 @@ def softmax_row(rK: cute.Tensor, j: Constexpr[int], eps: Constexpr[float]):
         rK[4 * j + k] = ptx.ex2((rK[4 * j + k] - top) * Float32(LOG2E))
     inv = cute.arch.rcp_approx((rK[4 * j] + rK[4 * j + 1]) + (rK[4 * j + 2] + rK[4 * j + 3]))
     for k in range_constexpr(STREAMS):
-        rK[4 * j + k] = rK[4 * j + k] * inv + Float32(eps)
+        rK[4 * j + k] = ptx.fma(rK[4 * j + k], inv, Float32(eps))
 
 
 @cute.jit
 def rows_and_columns(rK: cute.Tensor, rU: cute.Tensor, rV: cute.Tensor, eps: Constexpr[float]):
-    """One row and one column normalization of diag(u) K diag(v)."""
+    """One row and one column normalization of diag(u) K diag(v). Which products are rounded must not depend
+    on the code around, or boundaries of few rows would differ from those of many.
+    """
     rR = cute.make_rmem_tensor((STREAMS,), Float32)
     for j in range_constexpr(STREAMS):
-        row = (rK[4 * j] * rV[0] + rK[4 * j + 1] * rV[1]) + (rK[4 * j + 2] * rV[2] + rK[4 * j + 3] * rV[3])
-        rR[j] = rU[j] * row + Float32(eps)
+        row = dot([rK[4 * j + k] for k in range(STREAMS)], [rV[k] for k in range(STREAMS)])
+        rR[j] = ptx.fma(rU[j], row, Float32(eps))
     low = rR[0] * rR[1]
     high = rR[2] * rR[3]
     rU[0] = rU[0] * (rR[1] * high)
@@ -429,8 +428,13 @@ def rows_and_columns(rK: cute.Tensor, rU: cute.Tensor, rV: cute.Tensor, eps: Con
     rU[3] = rU[3] * (rR[2] * low)
     floor = low * high * Float32(eps)
     for k in range_constexpr(STREAMS):
-        column = (rK[k] * rU[0] + rK[4 + k] * rU[1]) + (rK[8 + k] * rU[2] + rK[12 + k] * rU[3])
-        rV[k] = rV[k] * cute.arch.rcp_approx(rV[k] * column + floor)
+        column = dot([rK[4 * j + k] for j in range(STREAMS)], [rU[j] for j in range(STREAMS)])
+        rV[k] = rV[k] * cute.arch.rcp_approx(ptx.fma(rV[k], column, floor))
+
+
+def dot(a: list, b: list):
+    """The sum of four products."""
+    return ptx.fma(a[0], b[0], a[1] * b[1]) + ptx.fma(a[2], b[2], a[3] * b[3])
 
 
 # Many tokens ------------------------------------------------------------------------------------------------
@@ -443,6 +447,30 @@ def open_batch(t: Constexpr[Batch], sm: Int32, thread: Int32):
     ptx.open_barrier(sm + t.o_bars + 8, thread)
     expect_batch(t, sm, thread)
     cluster.arrive()
+
+
+@cute.jit
+def mix_weights(
+    t: Constexpr[Batch],
+    sm: Int32,
+    g_logits: Int64,
+    begin: Int32,
+    iterations: Constexpr[int],
+    eps: Constexpr[float],
+    thread: Int32,
+):
+    """comb of the cluster's tokens, from token `begin` on, to shared memory, a thread each. All threads."""
+    for n in range_constexpr(-(-t.tokens // t.threads)):
+        own = thread + n * t.threads
+        if own < t.tokens and begin + own < t.count:
+            rK = cute.make_rmem_tensor((STREAMS * STREAMS,), Float32)
+            for j in range_constexpr(STREAMS):
+                w = ptx.ldg128(g_logits + ((begin + own) * STREAMS + j) * (STREAMS * 4))
+                for k in range_constexpr(STREAMS):
+                    rK[STREAMS * j + k] = w[k].bitcast(Float32)
+            sinkhorn(rK, iterations, eps)
+            store_comb(t, sm, rK, own)
+    cute.arch.sync_threads()
 
 
 @cute.jit
@@ -461,23 +489,23 @@ def project_batch(
     rF: cute.Tensor,
     mixes: Constexpr[bool],
     addresses: tuple,
-    first: Int32,
+    begin: Int32,
+    turn: Int32,
     stream: Int32,
     quad: Int32,
     column: Int32,
     warp: Int32,
     lane: Int32,
 ):
-    """Mix and project tokens `first`...: streams and partial sums to shared memory. `addresses` are those of
-    x, f, post and comb. The next token's operands are in flight meanwhile.
+    """Mix and project tokens of the turn: streams and partial sums to shared memory. `addresses` are those of
+    x, f and post. The next token's operands are in flight meanwhile.
     """
-    last = Int32(t.count - 1)  # in place of those that do not exist
     own = lane // (32 // t.stride)
-    read = _read_token(t, mixes, addresses, cutlass.min(first, last), stream, column)
+    read = _read_token(t, sm, mixes, addresses, begin, turn * TOGETHER, stream, column)
     for b in range_constexpr(TOGETHER):
         now = read
         if const_expr(b + 1 < TOGETHER):
-            read = _read_token(t, mixes, addresses, cutlass.min(first + b + 1, last), stream, column)
+            read = _read_token(t, sm, mixes, addresses, begin, turn * TOGETHER + b + 1, stream, column)
         x0, x1 = mix(*now) if const_expr(mixes) else now
         ptx.sts64(sm + t.o_x + b * t.x_bytes + (stream * t.width + quad * 4) * 2, x0, x1)
         r = project(t, sm, rF, x0, x1, stream, quad, lane)
@@ -485,11 +513,27 @@ def project_batch(
             ptx.sts_f32(sm + t.o_part + b * t.part_bytes + (warp * t.stride + own) * 4, r)
 
 
-def _read_token(t: Batch, mixes: bool, addresses: tuple, token: Int32, stream: Int32, column: Int32) -> tuple:
-    """A token's operands, in flight."""
-    if mixes:
-        return read_mix(t, *addresses, token, stream, column)
-    return load_stream(t, addresses[0], token, stream, column)
+def _read_token(
+    t: Batch,
+    sm: Int32,
+    mixes: bool,
+    addresses: tuple,
+    begin: Int32,
+    number: Int32,
+    stream: Int32,
+    column: Int32,
+) -> tuple:
+    """Operands of the cluster's token `number`, in flight; the last token's in place of one that does not
+    exist.
+    """
+    number = cutlass.min(number, Int32(t.count - 1) - begin)
+    token = begin + number
+    if not mixes:
+        return load_stream(t, addresses[0], token, stream, column)
+    g_x, g_f, g_post = addresses
+    x = [load_stream(t, g_x, token, Int32(j), column) for j in range(STREAMS)]
+    post = ptx.ldg_f32(g_post + (token * STREAMS + stream) * 4)
+    return load_row(t, g_f, token, column), x, post, load_comb(t, sm, number, stream)
 
 
 @cute.jit
@@ -529,8 +573,7 @@ def collapse_pair(
     lane: Int32,
 ):
     """Collapse a warp's columns of two tokens and normalize them, as two words each; also as they were
-    before. What the next mixing of a token is worked out from goes to the CTA's own memory. Waits for all
-    CTAs twice.
+    before. What the next mixing is made of goes to the CTA's own memory. Waits for all CTAs twice.
     """
     group, pair = warp % t.groups, warp // t.groups
     ptx.mbarrier_wait(sm + t.o_bars, turn & 1)
@@ -566,20 +609,17 @@ def store_mixings(
     t: Constexpr[Batch],
     sm: Int32,
     g_post: Int64,
-    g_comb: Int64,
-    first: Int32,
-    iterations: Constexpr[int],
-    eps: Constexpr[float],
+    g_logits: Int64,
+    begin: Int32,
     rank: Int32,
     warp: Int32,
     lane: Int32,
 ):
-    """post and comb of the tokens that `collapse_pair` kept here, a warp each. All threads."""
+    """post and logits of the tokens that `collapse_pair` kept here, a warp each. All threads."""
     cute.arch.sync_threads()
     for n in range_constexpr(-(-t.kept // t.warps)):
         own = warp + n * t.warps
-        token = first + own * t.ctas + rank
-        if own < t.kept and own * t.ctas + rank < t.tokens and token < t.count:
+        number = own * t.ctas + rank
+        if own < t.kept and number < t.tokens and begin + number < t.count:
             z = ptx.lds_f32(sm + t.o_kept + own * 128 + lane * 4)
-            store_post(g_post, token, z, lane)
-            store_comb(g_comb, token, z, iterations, eps, lane)
+            store_mixing(g_post, g_logits, begin + number, z, lane)

@@ -146,6 +146,34 @@ def ldg_u8(g: Int64):
 
 
 @cute.jit
+def ldg_early32(g: Int64):
+    """One word of a weight, or of what was written before the predecessor began: before `wait`. A strong
+    load: it finds no old line of L1, and the compiler does not sink it behind the wait.
+    """
+    return _asm("ld.relaxed.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
+
+
+@cute.jit
+def ldg_early64(g: Int64):
+    """Two such words, 8-byte aligned."""
+    return _asm(
+        "ld.relaxed.gpu.global.v2.b32 {{$w0},{$w1}}, [{$r0}];",
+        write_only_types=[Uint32] * 2,
+        read_only_args=[g],
+    )
+
+
+@cute.jit
+def ldg_early128(g: Int64):
+    """Four such words, 16-byte aligned."""
+    return _asm(
+        "ld.relaxed.gpu.global.v4.b32 {{$w0},{$w1},{$w2},{$w3}}, [{$r0}];",
+        write_only_types=[Uint32] * 4,
+        read_only_args=[g],
+    )
+
+
+@cute.jit
 def ldg32_constant(g: Int64):
     """One word that no launch of the graph writes (weights): may be read before `wait`."""
     return _asm("ld.global.nc.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
@@ -291,12 +319,21 @@ def cp_async_wait(groups: Constexpr[int]):
     _asm(f"cp.async.wait_group {groups};")
 
 
+@cute.jit
+def cp_async_arrive(s: Int32):
+    """Arrive at the barrier at `s` once this thread's copies so far are there."""
+    _asm("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{$r0}];", read_only_args=[s])
+
+
 # Ordering between launches ----------------------------------------------------------------------------------
 
 
 @cute.jit
 def launch_dependents():
-    """Let the successor's CTAs start. First instruction of every kernel."""
+    """Let the successor's CTAs start, once all CTAs do: the first instruction of a kernel. Right behind
+    `wait` in one that fills the machine anyway: its successor may then read before its own wait what is
+    older than both.
+    """
     cute.arch.griddepcontrol_launch_dependents()
 
 

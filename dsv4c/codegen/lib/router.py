@@ -187,13 +187,13 @@ def choose_experts(
     k: Constexpr[int],
     lane: Int32,
 ):
-    """`top_experts` of a token whose logits nobody staged. One warp."""
+    """`top_experts` of a token whose logits nobody staged, perhaps before the wait. One warp."""
     each = const_expr(padded // 32)  # neighbors
     rV = cute.make_rmem_tensor((each,), Float32)
     rK = cute.make_rmem_tensor((each,), Int32)
     for i in range_constexpr(each):
         at = cutlass.min(lane * each + i, Int32(experts - 1)) * 4
-        rV[i] = ptx.ldg_f32(g_logits + at)
+        rV[i] = ptx.ldg_early32(g_logits + at).bitcast(Float32)
         rK[i] = ptx.ldg_f32_constant(g_bias + at).bitcast(Int32)
     for i in range_constexpr(each):
         rV[i] = score(rV[i])
@@ -289,7 +289,7 @@ def early_rows(
     for i in range_constexpr(k):
         g_row = g_gate + Int64(cute.arch.shuffle_sync(expert, i)) * (2 * hidden)
         for n in range_constexpr(pieces):
-            v = hyper.load_early(g_row + piece_at(hidden, n, thread, threads))
+            v = ptx.ldg_early128(g_row + piece_at(hidden, n, thread, threads))
             for j in range_constexpr(4):
                 w[4 * (n * k + i) + j] = v[j]
     return w

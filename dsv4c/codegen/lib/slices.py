@@ -90,9 +90,14 @@ class Slice:
         return self.o_squares + -(-self.hidden // 1024) * 32
 
     @property
+    def o_comb(self) -> int:
+        """By what a token's streams are mixed f32 [tokens][4][4]."""
+        return self.o_bars + 16
+
+    @property
     def o_f(self) -> int:
         """The sum over ranks bf16 [width]."""
-        return self.o_bars + 16
+        return self.o_comb + STREAMS * STREAMS * 4
 
     @property
     def shared(self) -> int:
@@ -121,7 +126,7 @@ class Batch(Slice):
 
     @property
     def kept(self) -> int:
-        """Tokens whose next mixing a CTA works out."""
+        """Tokens of whose next mixing a CTA keeps what it is made of."""
         return -(-self.tokens // self.ctas)
 
     @property
@@ -161,13 +166,18 @@ class Batch(Slice):
 
     @property
     def o_kept(self) -> int:
-        """What the next mixing is worked out from f32 [kept][32]."""
+        """What the next mixing is made of f32 [kept][32]."""
         return self.o_squares + TOGETHER * self.squares_bytes
 
     @property
     def o_bars(self) -> int:
         """Barriers of the two inboxes."""
         return self.o_kept + self.kept * 128
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return self.o_comb + self.tokens * STREAMS * STREAMS * 4
 
 
 @dataclass(frozen=True)

@@ -113,9 +113,9 @@ class Tiles:
         return self.pieces * (4 + scales) + (4 * self.own_rows if self.kind == "f16" else 0)
 
     @property
-    def late(self) -> int:
-        """Own steps whose copies a loading thread leaves in flight."""
-        return 2 // self.loaders
+    def arrivals(self) -> int:
+        """That fill a stage: each warp's, and each thread's when its copies have come."""
+        return 4 if self.kind == "f16" else 4 + 128
 
     @property
     def row_step(self) -> int:
@@ -229,6 +229,7 @@ class Few:
 
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
     COPIERS: ClassVar[int] = 64  # threads that copy x; the last
+    RESIDENT: ClassVar[int] = 2  # CTAs that fit an SM
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     UNIT: ClassVar[int] = BYTES["mxfp4"]
     PITCH: ClassVar[int] = 4 * (

@@ -1,6 +1,7 @@
 """A boundary between sublayers: mHC post of the last, coefficients of the next, collapse, RMSNorm, quantize.
 
-Streams are read once and written once. Sinkhorn is off the critical path: the next boundary reads `comb`.
+Streams are read once and written once. Sinkhorn is off the critical path: a boundary leaves the logits of
+`comb` to the next one, which has a whole sublayer's time for it.
 """
 
 from __future__ import annotations
@@ -34,15 +35,16 @@ from dsv4c.ir.ops.quant import Quantize
 from dsv4c.passes.fusions.sinkhorn import sinkhorn
 from dsv4c.types import F32, QuantFormat
 
-EXAMPLE: Mapping[str, Any] = {
-    "iterations": 2,
-    "streams": "bf16[1,4,256]",
-}
+EXAMPLE: Mapping[str, Any] = {"streams": "bf16[1,4,256]"}
+MIXING_EXAMPLE: Mapping[str, Any] = {**EXAMPLE, "iterations": 2}
 LITERALS = ("linear.out", "slice.axis", "slice.start", "slice.stop", "scale.factor", "rms_norm.precision")
 
 
-def post_mix(f: Value, streams: Value, post: Value, comb: Value) -> Value:
-    """X'_k = post_k * f + sum_j comb[j, k] * X_j, in the streams' type."""
+def post_mix(
+    f: Value, streams: Value, post: Value, logits: Value, *, iterations: int, hc_eps: float
+) -> Value:
+    """X'_k = post_k * f + sum_j comb[j, k] * X_j with comb = sinkhorn(logits), in the streams' type."""
+    comb = sinkhorn(logits, iterations=iterations, eps=hc_eps)
     mixed = add(spread_streams(f, post), mix_streams(streams, comb))
     if dtype_of(streams) != F32:
         mixed = cast(mixed, to=dtype_of(streams))
@@ -72,7 +74,7 @@ def proposed_format(anchor: Node, around: Neighborhood) -> QuantFormat | None:
 class HyperNormFirst(Fused):
     """The boundary before the first sublayer, whose streams come from the embedding: nothing to mix.
 
-    Results: the normed row, post, comb, and the quantized row when there is a `format`.
+    Results: the normed row, post, the logits of comb, and the quantized row when there is a `format`.
     """
 
     literals = LITERALS
@@ -80,7 +82,6 @@ class HyperNormFirst(Fused):
     example: ClassVar[Mapping[str, Any]] = EXAMPLE
     norm_eps: float
     hc_eps: float
-    iterations: int
     format: QuantFormat | None
 
     @classmethod
@@ -99,13 +100,12 @@ class HyperNormFirst(Fused):
 
         pre = shift(sigmoid(part(0, 0, s)), offset=self.hc_eps)
         post = scale(sigmoid(part(1, s, 2 * s)), factor=2.0)
-        comb = reshape(part(2, 2 * s, 2 * s + s * s), shape=(-1, s, s))
-        comb = sinkhorn(comb, iterations=self.iterations, eps=self.hc_eps)
+        logits = reshape(part(2, 2 * s, 2 * s + s * s), shape=(-1, s, s))
         x = collapse_streams(streams, pre, out=dtype_of(streams))
         normed = rms_norm(x, gain, eps=self.norm_eps)
         if self.format is None:
-            return normed, post, comb
-        return normed, post, comb, quantize(normed, format=self.format)
+            return normed, post, logits
+        return normed, post, logits, quantize(normed, format=self.format)
 
 
 @fused
@@ -113,17 +113,19 @@ class HyperNorm(HyperNormFirst):
     """A boundary between two sublayers. Results: the mixed streams, then those of `HyperNormFirst`."""
 
     home = 1  # it belongs to the sublayer that it feeds
+    example: ClassVar[Mapping[str, Any]] = MIXING_EXAMPLE
+    iterations: int
 
     def body(  # type: ignore[override]
         self,
         f: Value,
         streams: Value,
         post: Value,
-        comb: Value,
+        logits: Value,
         fn: Value,
         base: Value,
         scales: Value,
         gain: Value,
     ) -> tuple[Value, ...]:
-        mixed = post_mix(f, streams, post, comb)
+        mixed = post_mix(f, streams, post, logits, iterations=self.iterations, hc_eps=self.hc_eps)
         return mixed, *HyperNormFirst.body(self, mixed, fn, base, scales, gain)
