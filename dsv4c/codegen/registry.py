@@ -11,17 +11,19 @@ from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from itertools import chain
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.build import Package
-from dsv4c.codegen.emit import Emission, Parameter
 from dsv4c.errors import BuildError
 from dsv4c.ir.fused import Fused, operand_labels, trace
 from dsv4c.ir.graph import Kind, Node, Value
 from dsv4c.ir.op import Op, operand_names
 from dsv4c.ir.text import print_attribute
 from dsv4c.types import Type
+
+if TYPE_CHECKING:  # which imports jinja2; plans are verified without it
+    from dsv4c.codegen.emit import Emission, Parameter
 
 
 @dataclass(frozen=True)
