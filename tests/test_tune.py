@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.plans import first_layers
 from dsv4c.arch import SM_90A
-from dsv4c.cli.tune import winners
+from dsv4c.cli.tune import finalists, winners
 from dsv4c.codegen.targets import TUNED
 from dsv4c.compiler.again import lowered_again
 from dsv4c.compiler.tune import variants
@@ -138,6 +138,8 @@ def test_a_winner_is_faster_in_most_rounds_and_gives_the_same_bits(tiny: Plan) -
     unlike = replace(timed, same=False)
     wavering = replace(timed, quartiles=(0.97, 1.001))
     assert winners([unlike, wavering, replace(timed, ratio=0.999)], "H200") == []
+    slow = replace(slower, ratio=1.01)
+    assert finalists([slow, slower, unlike, timed], count=2) == [timed, slower]
 
 
 def test_our_own_rows_are_of_kernels_that_the_releases_have(flash: Plan) -> None:

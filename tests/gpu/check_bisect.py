@@ -1,7 +1,8 @@
 """Bisecting on the device: python -m tests.gpu.check_bisect PLAN CASE.
 
 With the plan's own kernels no node may be suspected. Then a launch in the middle of the model leaves its
-first result times -1.5, one op after the other: its node, and no other, must be found and switched off.
+first result times -1.5, one op after the other: its node, or the one of its launches whose results are seen,
+and no other, must be found and switched off, and its rule named.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Faulty:
     ) -> Mapping[str, Tensor]:
         node = self.spoiled
         launches = self.plan.program(bucket).launches
-        last = [x.name for x in launches if node is not None and node.name in x.nodes][-1:]
+        own = [x for x in launches if node is not None and node.name in x.nodes]
+        made = [x for x in own if node is not None and _writes(x, node)]
+        last = [x.name for x in made or own][-1:]
 
         def spoil(launch: Launch) -> None:
             if node is not None and launch.name in last:
@@ -53,13 +56,20 @@ class Faulty:
         return self.executor.run(bucket, inputs, spoil)
 
 
+def _writes(launch: Launch, node: Node) -> bool:
+    return any("w" in a.access and a.value == node.outputs[0].name for a in launch.arguments)
+
+
 def wrong(verdict: Verdict, node: Node | None) -> str:
-    """What is wrong with the verdict, "" if nothing is."""
+    """What is wrong with the verdict, "" if nothing is. Of nodes that launches compute together the one whose
+    results are seen is switched off, and the others' rules are named beside its own.
+    """
     found = [s.node for s in verdict.suspects]
     if node is None:
         return "" if verdict.right and not found else f"right: {verdict.right}, suspected: {found}"
-    expected = not verdict.right and verdict.gone and verdict.switched_off == (node.name,)
-    return "" if expected and found[:1] == [node.name] else f"{verdict}"
+    expected = not verdict.right and verdict.gone and len(verdict.switched_off) == 1
+    named = node.op.name in verdict.rules and found[:1] == list(verdict.switched_off)
+    return "" if expected and named else f"{verdict}"
 
 
 def main() -> int:

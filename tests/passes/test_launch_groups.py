@@ -222,6 +222,6 @@ def test_the_shared_launches_of_a_csa_layer() -> None:
         ["in_proj", "in_proj"],
         ["q_norm_quantize", "kv_norm_rope_store", "compressor", "compressor"],
         ["indexer", "index_topk"],
-        ["router", "swiglu"],
+        ["router", "swiglu", "experts_down"],
     ]
     assert len(schedule(graph).launches) - len(order.launches) == sum(len(n) - 1 for n in order.launches)
