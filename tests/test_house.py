@@ -145,7 +145,7 @@ HOUSE = {
     ),
     # Every command imports what it needs; the package loads a command's module when it is called.
     "cli": Room(
-        3940,
+        3990,
         (
             *(*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "compiler.device"),
             *("plan", "runtime", "view", "vllm"),
