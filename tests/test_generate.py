@@ -213,11 +213,12 @@ def test_a_folder_without_a_tokenizer_answers_in_ids_alone(folder: Path, tmp_pat
 def test_where_no_plan_can_be_kept_the_answer_comes_all_the_same(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "plans").write_text("a file where a folder should be")
-    plan = load(next((folder / "cache" / "plans").glob("weights-*")))
+    asked = ("generate", folder / "weights", "--tokens", "3", "--max-context", 128, "--max-new-tokens", 1)
+    assert command(*asked, "--cache", tmp_path / "kept").code == 0
+    plan = load(next((tmp_path / "kept" / "plans").glob("weights-*")))
     monkeypatch.setattr("dsv4c.compiler.kept.compile", lambda *given, **options: plan)
-    options = ("--cache", tmp_path, "--max-context", 128, "--max-new-tokens", 1)
-    made = command("generate", folder / "weights", "--tokens", "3", *options)
+    (tmp_path / "plans").write_text("a file where a folder should be")
+    made = command(*asked, "--cache", tmp_path)
     assert made.code == 0
     assert "the plan is used, and not kept" in made.err
 

@@ -72,7 +72,7 @@ def measure(
 def _clocks(
     variants: Variants, variant: Variant, base: CudaExecutor, position: int, *, swapped: bool
 ) -> tuple[Clock, Clock]:
-    """Clocks of the plan as it is and with the variant, made in this order or, swapped, the other way round."""
+    """Clocks of the plan as it is and with the variant, made in this order, or swapped."""
     plans = variants.plan, variants.with_variant(variant)
     bucket = variants.plan.program("decode").shape.name
     made: dict[int, Clock] = {}
