@@ -172,7 +172,7 @@ def _plan(
     subject: str,
     target: str,
     recipe: str,
-    deployed: Mapping[str, int],
+    deployed: Mapping[str, Any],
     drafting: Mapping[str, Any],
     cache: Path | None,
 ) -> tuple[Plan, Path]:
