@@ -270,10 +270,11 @@ def refusals() -> None:
 
 async def ask(checks: list[Check]) -> None:
     global client
-    client = openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{PORT}/v1", api_key="none", timeout=300)
-    for each in checks:
-        started = time.monotonic()
-        print(f"{await each()} ({time.monotonic() - started:.1f} s)", flush=True)
+    address = f"http://127.0.0.1:{PORT}/v1"
+    async with openai.AsyncOpenAI(base_url=address, api_key="none", timeout=300) as client:
+        for each in checks:
+            started = time.monotonic()
+            print(f"{await each()} ({time.monotonic() - started:.1f} s)", flush=True)
 
 
 def with_drafts(platform: list[str]) -> None:
