@@ -19,7 +19,7 @@ from dsv4c.compiler.verify import check as verify
 from dsv4c.cuts import Cut, Row, cuts_for, read_rows, rows_text
 from dsv4c.errors import ConfigError, PlanError
 from dsv4c.plan.check import check
-from dsv4c.plan.folder import Plan
+from dsv4c.plan.folder import Plan, load
 from dsv4c.plan.variants import INDEX, read_variants
 from dsv4c.runtime.tune import Timed
 from tests.codegen.lowered import gpu_plan, no_compiler
@@ -42,7 +42,7 @@ def tiny() -> Plan:
 def keys(plan: Plan) -> dict[str, str]:
     """What tables know the kernels by."""
     _, target = lowered_again(plan)
-    made = target.coder.emissions  # type: ignore[attr-defined]
+    made = target.coder.emissions
     return {name: e.tuned.key for name, e in made.items() if e.tuned is not None}
 
 
@@ -103,6 +103,13 @@ def test_compile_takes_a_table_and_verify_knows_it(tiny: Plan, tmp_path: Path) -
     table.write_text(rows_text([row, replace(row, gpu="H100", cut=Cut(stages=2))]))
     assert read_rows(table)[0] == row
     tuned = gpu_plan(tuned=table, **DECODE)
+    stopped = tmp_path / "stopped.ir"
+    options = ("--target", "sm_90a", "--batch", 1, "--verify", 1, "--chunk", 1, "--max-context", 256)
+    assert command("compile", "tiny", *options, "--stop-after", "fold", "-o", stopped).code == 0
+    with no_compiler():
+        resumed = tmp_path / "resumed.plan"
+        assert command("compile", "--resume", stopped, "--tuned", table, "-o", resumed).code == 0
+    assert load(resumed).report["cuts"] == {key: {"ahead": 1}}
     assert tuned.report["cuts"] == {key: {"ahead": 1}}
     assert tiny.kernels.keys() - tuned.kernels.keys() == {name}
     assert tuned.weights == tiny.weights
@@ -126,6 +133,14 @@ def test_tables_that_are_none_are_refused(tmp_path: Path) -> None:
             read_rows(table)
     refused = command("compile", "tiny", "--tuned", table)
     assert (refused.code, "is for a GPU's kernels, the target is cpu" in refused.err) == (2, True)
+
+
+def test_options_of_the_other_call_are_refused(tmp_path: Path) -> None:
+    building = command("tune", tmp_path, "--build", tmp_path / "variants", "-o", tmp_path / "table.json")
+    assert "--output is for the call that times, this one builds variants" in building.err
+    timing = command("tune", tmp_path, "--each", 4)
+    assert "--each is for the call that builds, this one times variants" in timing.err
+    assert (building.code, timing.code) == (2, 2)
 
 
 def test_a_winner_is_faster_in_most_rounds_and_gives_the_same_bits(tiny: Plan) -> None:

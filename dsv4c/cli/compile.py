@@ -35,7 +35,7 @@ from dsv4c.cli.options import (
 from dsv4c.compiler.compile import compile
 from dsv4c.compiler.job import Compiled, Job, Saved, read_saved, rules_of, stop
 from dsv4c.compiler.limits import least_memory
-from dsv4c.compiler.request import Request
+from dsv4c.compiler.request import Request, cuts_of
 from dsv4c.errors import ConfigError, GraphError
 from dsv4c.ir.text import print_graph
 from dsv4c.plan.folder import Plan, check_target
@@ -267,7 +267,8 @@ def compile_command(
         if stop_after is not None:
             raise ConfigError("compile: --stop-after and --resume are for different calls; give one")
         saved = read_saved(_read(resume), str(resume))
-        asked = replace(saved, rules=rules, expected=expected, kernels=kernels)
+        cuts = None if tuned is None else cuts_of(tuned, saved.deployment.target)
+        asked = replace(saved, rules=rules, expected=expected, kernels=kernels, cuts=cuts)
     else:
         assert config is not None
         asked = Request(

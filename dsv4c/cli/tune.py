@@ -12,7 +12,7 @@ import typer
 
 from dsv4c.cli.compile import CacheOption
 from dsv4c.cli.console import note, print_json, progress_bar, write_text
-from dsv4c.cli.options import JsonOption
+from dsv4c.cli.options import JsonOption, first_given
 from dsv4c.compiler.tune import variants
 from dsv4c.cuts import Row, rows_text
 from dsv4c.errors import ConfigError
@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
 WINS = 0.996  # a ratio that is worth a row: less than 0.4 % is what a step's place in memory moves it by
 
+BUILDING, TIMING = ("kernels", "each", "overwrite", "cache"), ("rounds", "position", "output")
+
 
 def register(app: typer.Typer) -> None:
     app.command("tune")(tune_command)
 
 
 def tune_command(
+    context: typer.Context,
     subject: Annotated[
         Path, typer.Argument(help="A plan, with --build; else a folder of variants.", metavar="PLAN|FOLDER")
     ],
@@ -72,6 +75,12 @@ def tune_command(
 
       dsv4c compile deepseek-v4-flash --target sm_90a --tuned h200.json
     """
+    others = TIMING if build is not None else BUILDING
+    if (given := first_given(context, others)) is not None:
+        does, other = ("builds", "times") if build is not None else ("times", "builds")
+        raise ConfigError(
+            f"tune: {given} is for the call that {other}, this one {does} variants; leave it out"
+        )
     if build is not None:
         with progress_bar("tune") as progress:
             made = variants(load(subject), kernels=kernels, each=each, cache=cache, progress=progress)

@@ -267,6 +267,7 @@ class Saved:
     rules: Contributions | None = None  # what may fold from here on; built-in and installed ones by default
     expected: Mapping[str, int] = field(default_factory=dict)
     kernels: Path | None = None
+    cuts: Mapping[str, Cut] | None = None
 
     def text(self) -> str:
         """Two lines of comment, then every graph under a line `## bucket NAME` or `## load NAME`, and END."""
@@ -302,6 +303,7 @@ class Saved:
             known,
             self.expected,
             kernels=self.kernels,
+            cuts=self.cuts,
             saved=self,
         )
 

@@ -11,7 +11,7 @@ from dsv4c.arch import ARCHS
 from dsv4c.buckets import ROWS, Bucket, Kind, Logits
 from dsv4c.compiler.job import Job, choose_rules, rules_of
 from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
-from dsv4c.cuts import cuts_for, read_rows
+from dsv4c.cuts import Cut, cuts_for, read_rows
 from dsv4c.errors import ConfigError
 from dsv4c.exchange import MOST_ROWS
 from dsv4c.models.drafting import gain
@@ -89,11 +89,7 @@ class Request:
         passes = pipeline_of(self.pipeline, recipe, known, self.ranks)
         line = choose_rules(passes, known, self.disable, self.enable)
         kernels = None if self.kernels is None else Path(self.kernels)
-        cuts = None
-        if self.tuned is not None:
-            if self.target == "cpu":
-                raise ConfigError(f"tuned: {self.tuned} is for a GPU's kernels, the target is cpu")
-            cuts = cuts_for(ARCHS[self.target].gpu, read_rows(Path(self.tuned)))
+        cuts = None if self.tuned is None else cuts_of(self.tuned, self.target)
         return Job(config, deployment, recipe, line, known, self.expected, required, kernels, cuts)
 
     def _deployment(self, config: ModelConfig, recipe: Recipe) -> Deployment:
@@ -172,6 +168,13 @@ class Request:
         kind: Kind = "accept" if draft == "given" else "round"
         steps = [Bucket(kind, n, 1 + count, sampled=self.sampled) for n in fitting]
         return [Bucket("draft", tokens=count), *steps] if steps and draft != "given" else steps
+
+
+def cuts_of(table: str | Path, target: str) -> dict[str, Cut]:
+    """What a table that `dsv4c tune` wrote has for a target's GPU, by key. Raises ConfigError."""
+    if target == "cpu":
+        raise ConfigError(f"tuned: {table} is for a GPU's kernels, the target is cpu")
+    return cuts_for(ARCHS[target].gpu, read_rows(Path(table)))
 
 
 DRAFTS_WITH = {
