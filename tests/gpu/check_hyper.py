@@ -390,8 +390,8 @@ OF_ROWS = {
 
 def check_rows(cases: list[Case], report: Report) -> None:
     """A row gives the same bits in launches of any number of rows: the first and the last ones of each case
-    against those of the largest that is like it but for its rows. Where clusters take several rows, boundaries
-    project them in another order, and only the mixed streams have the bits of those of one row a cluster.
+    against those of the largest that is like it but for its rows. Where a cluster takes several rows, it
+    projects them in another order, and only the mixed streams have the bits of those of one row a cluster.
     """
     alike: dict[str, list[Case]] = {}
     for case in cases:

@@ -100,8 +100,8 @@ def mix_weights(
 
 @cute.jit
 def read_ahead(t: Constexpr[Batch], addresses: tuple, first: Int32, turn: Int32, rank: Int32, thread: Int32):
-    """Bring what the next turn reads to L2: the CTA's columns of its tokens' streams and of f, by lines of 128
-    bytes.
+    """Bring what the next turn reads to L2, by lines of 128 bytes: the CTA's columns of its tokens' streams
+    and of f.
     """
     lines = const_expr(t.width // 64)
     for n in range_constexpr(-(-TOGETHER * lines * (STREAMS + len(addresses) - 1) // t.threads)):
@@ -110,8 +110,9 @@ def read_ahead(t: Constexpr[Batch], addresses: tuple, first: Int32, turn: Int32,
         row, piece = line // lines, line % lines
         g = addresses[0] + (Int64(token) * STREAMS + row) * (t.hidden * 2)
         if const_expr(len(addresses) > 1):
+            g_f = addresses[1] + Int64(token) * (t.hidden * 2)
             if row == STREAMS:
-                g = addresses[1] + Int64(token) * (t.hidden * 2)
+                g = g_f
         if turn + 1 < t.turns and token < t.count and row < STREAMS + len(addresses) - 1:
             ptx.prefetch_l2(g + rank * (t.width * 2) + piece * 128)
 
@@ -275,8 +276,8 @@ def weigh(
     warp: Int32,
     lane: Int32,
 ):
-    """Of the tokens that the CTA owns: by what streams are collapsed, to all CTAs, and what the next mixing is
-    made of to memory, if there are addresses of post and logits. A warp each.
+    """Of the tokens that the CTA owns: by what streams are collapsed, to all CTAs; and what the next mixing
+    is made of to memory, if there are addresses of post and logits. A warp each.
     """
     for n in range_constexpr(-(-t.owned // t.warps)):
         own = warp + n * t.warps
@@ -290,8 +291,9 @@ def weigh(
                 s = sm + t.o_weights + place * (STREAMS * 4)
                 cluster.send_128(s, sm + t.o_bars + 8, lane, *w)
             if const_expr(len(mixing) > 0):
-                if first + place < t.count:
-                    hyper.store_mixing(mixing[0], mixing[1], first + place, z, lane)
+                token = first + place
+                if token < t.count:
+                    hyper.store_mixing(mixing[0], mixing[1], token, z, lane)
     _expect_sums(t, sm, rank, warp * 32 + lane)
 
 
