@@ -103,8 +103,7 @@ class Request:
         on_cpu = self.target == "cpu"
         batches = _numbers("batch", self.batch, (1,) if on_cpu else BATCHES)
         sizes = (ROWS,) if self.ranks > 1 and not on_cpu else CHUNKS.get(self.target, (ROWS,))
-        fitting = {min(size, self.max_context) for size in sizes}
-        chunks = _numbers("chunk", self.chunk, tuple(fitting))
+        chunks = _numbers("chunk", self.chunk, tuple({min(n, self.max_context) for n in sizes}))
         verify = self.verify if self.verify is not None else min(VERIFY, self.max_context)
         if not 1 <= verify <= ROWS:
             raise ConfigError(f"verify: {verify} tokens, expected 1 (no such bucket) to {ROWS}")

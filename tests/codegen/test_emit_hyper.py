@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -160,6 +161,16 @@ def test_clusters_that_take_many_tokens_cover_them(rows: int):
     clusters = emit_hyper_norm(spec, SM_90A).grid[0] // cut.ctas
     assert (clusters - 1) * cut.tokens < rows <= clusters * cut.tokens
     assert cut.owned * cut.ctas >= TOGETHER
+
+
+def test_ctas_have_room_for_all_of_fn_wherever_a_row_has_clusters():
+    found = []
+    for hidden in range(256, 16384 + 1, 128):
+        spec = replace(FLASH, rows=4096, hidden=hidden)
+        with contextlib.suppress(BuildError):
+            found.append(spec.batch(spec.slice(SM_90A), SM_90A).shared)
+    assert len(found) > 40
+    assert max(found) <= SM_90A.shared_per_cta
 
 
 def test_boundaries_of_many_tokens_fit_an_sm_twice(golden: Golden, tmp_path: Path):
