@@ -169,7 +169,7 @@ def test_ctas_have_room_for_all_of_fn_wherever_a_row_has_clusters():
         spec = replace(FLASH, rows=4096, hidden=hidden)
         with contextlib.suppress(BuildError):
             found.append(spec.batch(spec.slice(SM_90A), SM_90A).shared)
-    assert len(found) > 40
+    assert len(found) > 30
     assert max(found) <= SM_90A.shared_per_cta
 
 
