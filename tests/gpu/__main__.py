@@ -24,6 +24,10 @@ from tests.goldens import golden_case
 
 REPOSITORY = Path(__file__).parents[2]
 FOUND = 9  # compute-sanitizer's status when it found something
+BOUNDS = {"fp32": 0.0, "nvfp4": 0.3, "bf16": 0.05, "official": 0.25, "nvfp4-experts": 0.25}
+"""How far a row of logits of chunks may be from those of tokens one by one, by recipe: rows of many products
+round elsewhere, and every flipped code of e4m3 or e2m1 is a step of 2^-4 or 2^-2.
+"""
 CONTEXT = 2.0  # GiB that a process takes beside its tensors
 
 
@@ -77,8 +81,10 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
             random = plan["weights"] == "random"
             weights = () if random else ("--weights", golden_case(plan["model"]))
             command = module(f"tests.gpu.check_{plan['use']}", folder / plan["name"], *weights)
+            if plan["use"] == "chunks":
+                command += ("--quiet", "1000", "--bound", str(BOUNDS[plan["recipe"]]))
             yield Job(f"{plan['use']} {plan['name']}", command, plan["gibibytes"] + CONTEXT)
-    for name, only in (("attention", "swa,csa,hca,tiny"), ("state", "state"), ("index", "index,topk")):
+    for name, only in (("attention", "swa,csa,hca,tiny,chunk"), ("state", "state"), ("index", "index,topk")):
         cases = ("--folder", folder / "attention", "--only", only, "--no-time")
         yield Job(f"kernels {name}", module("tests.gpu.check_attention", *cases))
     for name, kernels in (("gemv", "gemv"), ("gemm", "gemm"), ("experts", "gemv"), ("hyper", "hyper")):
@@ -141,6 +147,16 @@ def sanitizer_jobs(folder: Path, sanitizer: str) -> Iterator[Job]:
     smoke = (*run, "--smoke")
     yield Job("memcheck", (*memcheck, *smoke), 16.0, 300.0)
     yield Job("memcheck of a fault", (*memcheck, *run, "--fault", "launch"), 16.0, 300.0, status=FOUND)
+    chunks = next(p for p in plans if p["use"] == "chunks" and p["recipe"] == "official")
+    options = ("--weights", golden_case(chunks["model"]), "--smoke")
+    chunk = module("tests.gpu.check_chunks", folder / chunks["name"], *options)
+    yield Job("memcheck of chunks", (*memcheck, *chunk), 16.0, 300.0)
+    yield Job(
+        "racecheck of chunks",
+        (sanitizer, "--tool", "racecheck", "--force-blocking-launches", *own, *chunk, "--plain"),
+        32.0,
+        500.0,
+    )
     for tool in ("racecheck", "synccheck"):
         command = (sanitizer, "--tool", tool, "--force-blocking-launches", *own, *smoke, "--plain")
         yield Job(tool, command, 32.0, 500.0)

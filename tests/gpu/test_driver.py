@@ -48,10 +48,13 @@ def test_jobs_share_the_memory(tmp_path: Path) -> None:
     assert [v.status for v in together(wanted, tmp_path, 600.0, 10.0, 3)] == ["ok"] * 3
 
 
+KEYS = ("name", "use", "model", "recipe", "batch", "at", "every", "logits")
+
+
 def test_every_plan_and_every_family_of_kernels_is_checked(tmp_path: Path) -> None:
     described = [
         {
-            **{key: getattr(w, key) for key in ("name", "use", "model", "batch", "at", "every", "logits")},
+            **{key: getattr(w, key) for key in KEYS},
             "weights": "random" if w.layers else w.model,
             "gibibytes": 1.0,
         }
@@ -66,7 +69,8 @@ def test_every_plan_and_every_family_of_kernels_is_checked(tmp_path: Path) -> No
     assert all(any(f"check_rows {case.name} " in command for command in commands) for case in cases())
     assert all("--at=" in command for command in commands if "check_layers" in command)
     tools = [job.name for job in sanitizer_jobs(tmp_path, "compute-sanitizer")]
-    assert tools == ["memcheck", "memcheck of a fault", "racecheck", "synccheck"]
+    chunks = ["memcheck of chunks", "racecheck of chunks"]
+    assert tools == ["memcheck", "memcheck of a fault", *chunks, "racecheck", "synccheck"]
 
 
 def test_launches_that_share_nodes_are_one_group() -> None:
