@@ -283,11 +283,12 @@ def test_a_plan_of_large_decode_steps_alone_has_their_figures() -> None:
 
 @pytest.mark.parametrize("options", [{"draft": "mtp"}, {"recipe": "nvfp4", "logits": "last"}])
 def test_a_bucket_of_another_size_has_the_graph_it_would_be_compiled_to(options: dict[str, Any]) -> None:
-    job = Request("tiny", batch=(1, 2, 8), chunk=(8, 64, 100), **options).job()
+    job = Request("tiny", batch=(1, 2, 8), chunk=(8, 64, 100, 512), **options).job()
     firsts = job.firsts()
     assert {b.name for b, first in firsts.items() if b == first} >= {"decode-1"}
     derived = [(b, first) for b, first in firsts.items() if b != first]
     assert {b.name for b, _ in derived} >= {"decode-2", "decode-8", "verify-1x4"}
+    assert [(b.tokens, first.tokens) for b, first in derived if b.keeps_beside] == [(512, 64)]
     for bucket, first in derived:
         made = job.resized(job.compiled(first).graph, bucket)
         assert print_graph(made) == print_graph(job.compiled(bucket).graph)

@@ -6,6 +6,7 @@ A plan stores what decided it, not its stages; `job_of(plan)` makes them again, 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from dsv4c.ir.resize import resized
 from dsv4c.ir.text import parse_graph, print_graph
 from dsv4c.ir.verify import verify
 from dsv4c.models.deepseek_v4 import build
+from dsv4c.models.rows import POOL_TILE, WINDOW_TILE
 from dsv4c.passes.base import Context
 from dsv4c.passes.expand import unfold
 from dsv4c.passes.fold import fold
@@ -150,15 +152,16 @@ class Job:
 
     def firsts(self) -> dict[Bucket, Bucket]:
         """For every bucket the one whose graph it has, but for sizes: the first, decode steps before others,
-        of those that run the model over what they are given, write to rings before they read them, and give
-        logits of the same rows. Buckets that keep rows beside the rings, that draft or judge, and those of a
-        compile that goes on, have graphs of their own.
+        of those that run the model over what they are given and give logits of the same rows; either such as
+        write to rings before they read them, or such as keep rows beside them, in copies that differ by whole
+        tiles. Buckets that draft or judge, and those of a compile that goes on, have graphs of their own.
         """
         found: dict[tuple[object, ...], Bucket] = {}
         firsts = {}
         for b in sorted(self.deployment.buckets, key=lambda bucket: (bucket.kind != "decode", bucket.rows)):
-            own = self.saved is not None or b.keeps_beside or not b.is_main
-            firsts[b] = found.setdefault((b,) if own else (b.logits, b.sampled), b)
+            own = self.saved is not None or not b.is_main
+            beside = b.tokens % math.lcm(WINDOW_TILE, POOL_TILE) if b.keeps_beside else None
+            firsts[b] = found.setdefault((b,) if own else (b.logits, b.sampled, beside), b)
         return {b: firsts[b] for b in self.deployment.buckets}
 
     def resized(self, graph: Graph, bucket: Bucket) -> Graph:

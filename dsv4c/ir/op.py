@@ -88,6 +88,7 @@ class Op:
     name: ClassVar[str]
     alias: ClassVar[Mapping[int, int]] = {}  # result index -> operand index whose buffer it overwrites
     per_call: ClassVar[str] = ""  # the attribute that counts the tokens of each sequence of a call
+    room: ClassVar[str] = ""  # the attribute that has one more for each of those tokens
     commutative: ClassVar[bool] = False  # two operands, in either order
     view: ClassVar[bool] = False  # the result is the bytes of the first operand
     addressed: ClassVar[bool] = False  # inside of a kernel only addresses: its readers read the operand

@@ -13,8 +13,9 @@ from dsv4c.types import Type
 def resized(graph: Graph, name: str, inputs: Mapping[str, Type], tokens: int) -> Graph:
     """`graph` as `name`, with its inputs of these types and `tokens` tokens of each sequence per call.
 
-    Nodes keep their names; ops change only where they count those tokens (`Op.per_call`). States and params
-    keep their types. Raises GraphError where a type rule does not hold for the new shapes.
+    Nodes keep their names; ops change only where they count those tokens (`Op.per_call`) or have room for
+    them (`Op.room`). States and params keep their types. Raises GraphError where a type rule does not hold
+    for the new shapes.
     """
     builder = Builder(name)
     values: dict[Value, Value] = {v: builder.input(v.name, inputs[v.name]) for v in graph.inputs}
@@ -34,4 +35,7 @@ def _counting(op: Op, tokens: int) -> Op:
     """The op for calls of so many tokens; 0 stays, for an op that does not count them where it stands."""
     if not op.per_call or not getattr(op, op.per_call):
         return op
-    return replace(op, **{op.per_call: tokens})  # type: ignore[type-var]
+    changed = {op.per_call: tokens}
+    if op.room and getattr(op, op.room):
+        changed[op.room] = getattr(op, op.room) + tokens - getattr(op, op.per_call)
+    return replace(op, **changed)  # type: ignore[type-var]

@@ -59,6 +59,7 @@ class CacheExtend(Op):
     capacity: int
     tokens: int
     per_call: ClassVar = "tokens"
+    room: ClassVar = "capacity"
     by_slot: ClassVar = True
     same_format: ClassVar = {1: 0}
     picks: ClassVar = {3: (0, 0)}

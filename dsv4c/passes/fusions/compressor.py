@@ -41,6 +41,7 @@ class Compressor(Fused):
     literals = ("rms_norm.precision", "rope.inverse")
     anchor = CompressPool
     per_call = "tokens"
+    room = "beside"
     example: ClassVar[Mapping[str, Any]] = {
         "entries": "q[e4m3,ue8m0,1x64,tail=64][1,128,512]",
         "gain": "bf16[512]",

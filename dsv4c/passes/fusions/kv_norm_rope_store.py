@@ -21,6 +21,7 @@ class KvNormRopeStore(Fused):
 
     literals = ("rms_norm.precision", "rope.inverse", "rope.stride")
     per_call = "tokens"
+    room = "beside"
     example: ClassVar[Mapping[str, Any]] = {"window": "q[e4m3,ue8m0,1x64,tail=64][1,128,512]"}
     eps: float
     beside: int | None = None
