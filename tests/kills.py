@@ -68,7 +68,8 @@ def compile_gpu(folder: Path) -> Operation:
 
     def write(i: int) -> None:
         with no_compiler():
-            plan = compile("tiny", target="sm_90a", max_context=64, certify=False, cache=folder / "cache")
+            sizes = {"max_context": 64, "chunk": 8}
+            plan = compile("tiny", target="sm_90a", **sizes, certify=False, cache=folder / "cache")
         store = Store(folder / "cache")
         for name, content in plan.files.items():
             store.put(hashlib.sha256(name.encode()).hexdigest(), content)

@@ -29,7 +29,7 @@ def plans(store: Path) -> dict[tuple[str, str], Plan]:
     """Plans by target and recipe; those of the official one with the most rows and with several of a
     sequence.
     """
-    buckets = dict.fromkeys(RECIPES, ONE_ROW) | {"official": {"batch": (1, 8)}}
+    buckets = dict.fromkeys(RECIPES, ONE_ROW) | {"official": {"batch": (1, 8), "chunk": 8}}
     return {
         (target, recipe): compile(
             "tiny",
