@@ -159,7 +159,7 @@ class Ring:
         return self.matrices * self.tile_warps
 
     def own_rounds(self, rows: int) -> int:
-        """Rounds in which the warps of a part of k, a half-warp to a block, stage its blocks of so many rows."""
+        """Rounds in which the warps of a part of k, a half-warp to a block, stage its blocks of the rows."""
         return -(-rows * (self.product.units // self.k_warps) // (2 * self.sharing))
 
     @property
