@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, compose, render
 from dsv4c.codegen.kernels.formats import holds
-from dsv4c.codegen.lib.slices import STREAMS
+from dsv4c.codegen.lib.slices import STREAMS, Embedding, LastRow, Run
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
 from dsv4c.ir.ops.sample import Argmax, LastRows
@@ -81,25 +81,24 @@ def emit_embed(spec: EmbedSpec) -> Emission:
     """The embedding's copy. Raises BuildError unless rows are whole 16-byte pieces."""
     if spec.hidden % 8:
         raise BuildError(f"embedding of {spec.hidden} columns: want a multiple of 8, for 16-byte copies")
-    threads = min(128, -(-spec.hidden // 256) * 32)
-    ctas = -(-spec.hidden // (8 * threads))
-    types = {
-        "table": f"bf16[*,{spec.hidden}]",
-        "ids": "i32[N]",
-        "x": f"bf16[N,{STREAMS},{spec.hidden}]",
-    }
-    parameters = tuple(map(Parameter, types))
-    source = render(
-        "embed.py.jinja",
-        symbol="embed",
-        parameters=[p.name for p in parameters],
-        signature=_signature(types, parameters),
-        hidden=spec.hidden,
-        streams=STREAMS,
-        threads=threads,
-        ctas=ctas,
+    e = Embedding(spec.hidden, STREAMS, threads=min(128, -(-spec.hidden // 256) * 32))
+    ctas = -(-spec.hidden // (8 * e.threads))
+    return compose(
+        "embed",
+        f"Embedding: the row of each of N tokens, copied to {STREAMS} streams.",
+        {
+            Parameter("table"): f"bf16[*,{spec.hidden}]",
+            Parameter("ids"): "i32[N]",
+            Parameter("x"): f"bf16[N,{STREAMS},{spec.hidden}]",
+        },
+        f"Launch: {ctas} CTAs x {e.threads} threads per token, 8 columns each.\n"
+        f"Reads {2 * spec.hidden} B and writes {2 * STREAMS * spec.hidden} B per token.",
+        ("ptx.launch_dependents()", "ptx.wait()", "embed.copy_row(SPEC, m)"),
+        threads=e.threads,
+        grid=(ctas, "rows", 1),
+        sizes={"rows": spec.rows},
+        spec=e,
     )
-    return Emission("embed_0", source, (ctas, spec.rows, 1), threads, 0, parameters)
 
 
 def emit_last_rows(spec: LastRowsSpec) -> Emission:
@@ -107,25 +106,23 @@ def emit_last_rows(spec: LastRowsSpec) -> Emission:
     if spec.hidden % 8:
         raise BuildError(f"last rows of {spec.hidden} columns: want a multiple of 8, for 16-byte copies")
     pieces = spec.hidden // 8
-    threads = min(256, -(-pieces // 32) * 32)
-    ctas = -(-pieces // threads)
-    types = {
-        "x": f"bf16[B * {spec.tokens},{spec.hidden}]",
-        "lengths": "i32[B]",
-        "y": f"bf16[B,{spec.hidden}]",
-    }
-    parameters = tuple(map(Parameter, types))
-    source = render(
-        "last_rows.py.jinja",
-        symbol="last_rows",
-        parameters=[p.name for p in parameters],
-        signature=_signature(types, parameters),
-        tokens=spec.tokens,
-        row_bytes=2 * spec.hidden,
-        threads=threads,
-        ctas=ctas,
+    r = LastRow(spec.tokens, spec.hidden, threads=min(256, -(-pieces // 32) * 32))
+    ctas, several = -(-pieces // r.threads), "s" if spec.tokens > 1 else ""
+    return compose(
+        "last_rows",
+        f"The last of up to {spec.tokens} row{several} of each of B sequences, copied; zeros where there is none.",
+        {
+            Parameter("x"): f"bf16[B * {spec.tokens},{spec.hidden}]",
+            Parameter("lengths"): "i32[B]",
+            Parameter("y"): f"bf16[B,{spec.hidden}]",
+        },
+        f"Launch: {ctas} CTAs x {r.threads} threads per sequence, 16 bytes each.",
+        ("ptx.launch_dependents()", "ptx.wait()", "last_rows.copy_row(SPEC, m)"),
+        threads=r.threads,
+        grid=(ctas, "sequences", 1),
+        sizes={"sequences": spec.sequences},
+        spec=r,
     )
-    return Emission("last_rows_0", source, (ctas, spec.sequences, 1), threads, 0, parameters)
 
 
 def emit_argmax(spec: ArgmaxSpec, arch: Arch) -> Emission:
@@ -205,26 +202,45 @@ def _largest(
 
 def emit_positions(spec: PositionsSpec) -> Emission:
     """The positions of a step's tokens."""
-    parameters = tuple(map(Parameter, ("start", "slots", "lengths", "positions", "row_slots")))
-    threads = min(256, -(-spec.tokens // 32) * 32)
-    ctas = -(-spec.tokens // threads)
-    names = [p.name for p in parameters]
-    source = render(
-        "positions.py.jinja",
-        symbol="positions",
-        parameters=names,
-        tokens=spec.tokens,
-        threads=threads,
-        ctas=ctas,
+    p = Run(spec.tokens, threads=min(256, -(-spec.tokens // 32) * 32))
+    several = "s" if spec.tokens > 1 else ""
+    return compose(
+        "positions",
+        f"Positions of {spec.tokens} token{several} of each of B sequences, and their slots: start + t, -1 from "
+        "lengths on.",
+        {
+            Parameter("start"): "i32[S]",
+            Parameter("slots"): "i32[B], of S; any for a length of 0",
+            Parameter("lengths"): "i32[B]",
+            Parameter("positions"): f"i32[B * {spec.tokens}]",
+            Parameter("row_slots"): f"i32[B * {spec.tokens}], 0 where there is no position",
+        },
+        f"Launch: {p.ctas} CTA{'s' if p.ctas > 1 else ''} of {p.threads} threads per sequence.",
+        ("ptx.launch_dependents()", "ptx.wait()", "positions.count(SPEC, m)"),
+        threads=p.threads,
+        grid=("sequences", p.ctas, 1),
+        sizes={"sequences": spec.sequences},
+        spec=p,
     )
-    return Emission("positions_0", source, (spec.sequences, ctas, 1), threads, 0, parameters)
 
 
 def emit_advance(spec: AdvanceSpec) -> Emission:
     """The positions' update."""
-    parameters = tuple(map(Parameter, ("start", "slots", "lengths")))
-    source = render("advance.py.jinja", symbol="advance", parameters=[p.name for p in parameters])
-    return Emission("advance_0", source, (spec.sequences, 1, 1), 32, 0, parameters)
+    return compose(
+        "advance",
+        "Positions move on: start += lengths of each of B sequences at its slot, in place. Last of a step.",
+        {
+            Parameter("start"): "i32[S]",
+            Parameter("slots"): "i32[B], of S; any for a length of 0",
+            Parameter("lengths"): "i32[B]",
+        },
+        "Launch: one CTA of 32 threads per sequence.",
+        ("ptx.launch_dependents()", "ptx.wait()", "positions.advance(m)"),
+        threads=32,
+        grid=("sequences", 1, 1),
+        sizes={"sequences": spec.sequences},
+        record="positions.Advanced",
+    )
 
 
 def _signature(types: Mapping[str, str], parameters: tuple[Parameter, ...]) -> str:

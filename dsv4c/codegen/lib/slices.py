@@ -214,3 +214,39 @@ class Gate:
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
         return self.o_part + self.threads // 32 * self.stride * 4
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """How a row of `hidden` columns is copied to `streams`: 8 columns a thread."""
+
+    hidden: int
+    streams: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class LastRow:
+    """How a row of `hidden` bf16 columns is copied, of the up to `tokens` of a sequence: 8 columns a thread."""
+
+    tokens: int
+    hidden: int
+    threads: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return 2 * self.hidden
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run of `tokens` of a sequence is cut: a thread each, of `ctas` CTAs."""
+
+    tokens: int
+    threads: int
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of a sequence."""
+        return -(-self.tokens // self.threads)
