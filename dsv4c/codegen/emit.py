@@ -112,7 +112,7 @@ def host(
 def compose(
     symbol: str,
     what: str,
-    operands: Mapping[Parameter, str],
+    operands: Mapping[Parameter, str | None],
     launch: str,
     stages: Sequence[str],
     *,
@@ -123,16 +123,19 @@ def compose(
     spec: object = None,
     record: str = "",
 ) -> Emission:
-    """A kernel whose code is in `dsv4c.codegen.lib`: its text says what it computes, the `spec` by which it is
-    cut, and its `stages` in order. These are calls of the library on `SPEC`, on `m`, the `record` of its
+    """A kernel whose code is in `dsv4c.codegen.lib`: its text says what it computes, the `spec` by which it
+    is cut, and its `stages` in order. These are calls of the library on `SPEC`, on `m`, the `record` of its
     operands' pointers (by default `Operands` of the last stage's module), and on what stages before returned.
 
-    what, launch: for people, as the operands' types are, by parameter. grid: counts in numbers, or in those
-    of `sizes` as `host` does. cluster: so many CTAs in a row.
+    what, launch: for people, as the operands' types are, by parameter; None is one that the record has and
+    this kernel does without. grid: counts in numbers, or in those of `sizes` as `host` does. cluster: so many
+    CTAs in a row.
     """
+    parameters = tuple(p for p, type_ in operands.items() if type_ is not None)
     types = {p.name.removeprefix("m_"): type_ for p, type_ in operands.items()}
     record = record or f"{_CALLED.findall(stages[-1])[0]}.Operands"
-    given = "\n".join(_call(record, [f"{name}=m_{name}" for name in types]))
+    pointers = {name: "None" if type_ is None else f"m_{name}" for name, type_ in types.items()}
+    given = "\n".join(_call(record, [f"{name}={pointer}" for name, pointer in pointers.items()]))
     source = render(
         "kernel.py.jinja",
         symbol=symbol,
@@ -144,7 +147,7 @@ def compose(
         shapes=_classes(spec),
         threads=threads,
         spec=None if spec is None else literal(spec),
-        pointers=[p.name for p in operands],
+        pointers=[p.name for p in parameters],
         record=record,
         given=given,
         stages=stages,
@@ -152,8 +155,8 @@ def compose(
         cluster=[cluster, 1, 1] if cluster > 1 else None,
     )
     said = read_source(source)
-    size = said.grid_of(sizes or {})
-    return Emission(f"{symbol}_0", source, size, threads, said.shared, tuple(operands), said.cluster)
+    x, y, z = said.grid_of(sizes or {})
+    return Emission(f"{symbol}_0", source, (x, y, z), threads, said.shared, parameters, said.cluster)
 
 
 _CALLED = re.compile(r"(?:^| )([a-z]\w*)\.\w+\(")  # modules whose functions a line calls
@@ -187,6 +190,7 @@ def _classes(value: object) -> dict[str, list[str]]:
     return {module: sorted(names) for module, names in sorted(found.items())}
 
 
-def floor_text(nbytes: int, each: str, arch: Arch) -> str:
-    """What reading so many bytes for `each` takes at least, for a kernel's text."""
-    return f"Reads {nbytes} B per {each}: {arch.floor_us(nbytes):.2f} us at the read bandwidth of the {arch.gpu}."
+def floor_text(nbytes: int, arch: Arch, each: str = "") -> str:
+    """What reading so many bytes, for `each` where that is said, takes at least: for a kernel's text."""
+    per = f" per {each}" if each else ""
+    return f"Reads {nbytes} B{per}: {arch.floor_us(nbytes):.2f} us at the read bandwidth of the {arch.gpu}."

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, compose, render
+from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
 from dsv4c.codegen.kernels.formats import holds
-from dsv4c.codegen.lib.slices import STREAMS, Embedding, LastRow, Run
+from dsv4c.codegen.lib.slices import STREAMS, Draft, Embedding, Largest, LastRow, Run
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
 from dsv4c.ir.ops.sample import Argmax, LastRows
@@ -110,7 +109,8 @@ def emit_last_rows(spec: LastRowsSpec) -> Emission:
     ctas, several = -(-pieces // r.threads), "s" if spec.tokens > 1 else ""
     return compose(
         "last_rows",
-        f"The last of up to {spec.tokens} row{several} of each of B sequences, copied; zeros where there is none.",
+        f"The last of up to {spec.tokens} row{several} of each of B sequences, copied; zeros where there is "
+        "none.",
         {
             Parameter("x"): f"bf16[B * {spec.tokens},{spec.hidden}]",
             Parameter("lengths"): "i32[B]",
@@ -127,9 +127,19 @@ def emit_last_rows(spec: LastRowsSpec) -> Emission:
 
 def emit_argmax(spec: ArgmaxSpec, arch: Arch) -> Emission:
     """The argmax: a cluster per row."""
-    types = {"logits": f"f32[N,{spec.vocabulary}]", "token": "i32[N]"}
-    nbytes = spec.vocabulary * 4
-    return _largest("head_argmax.py.jinja", "argmax", types, spec.rows, spec.vocabulary, nbytes, arch)
+    c = cut_logits(spec.vocabulary)
+    return compose(
+        "argmax",
+        f"The next token: column of the largest of {c.columns} logits, the lowest on ties, of each row.",
+        {Parameter("logits"): f"f32[N,{c.columns}]", Parameter("token"): "i32[N]"},
+        _launch(c, "row", 4, arch),
+        _stages(c.shared, "SPEC", "argmax.choose"),
+        threads=c.threads,
+        grid=(f"rows * {c.ctas}", 1, 1),
+        sizes={"rows": spec.rows},
+        cluster=c.ctas,
+        spec=c,
+    )
 
 
 def emit_pick_draft(spec: PickDraftSpec, arch: Arch) -> Emission:
@@ -138,65 +148,51 @@ def emit_pick_draft(spec: PickDraftSpec, arch: Arch) -> Emission:
     """
     if spec.width % 8:
         raise BuildError(f"a table of {spec.width} columns: want a multiple of 8, for 16-byte copies")
-    types = {"base": f"f32[N,{spec.block},{spec.vocabulary}]", "bias": f"f32[N,{spec.vocabulary}]"}
-    types |= {"table": f"bf16[*,{spec.width}]"} if spec.width else {}
-    types |= {"logits": f"f32[N,{spec.vocabulary}]"} if spec.logits else {}
-    types |= {"token": "i32[N]"} | ({"known": f"bf16[N,{spec.width}]"} if spec.width else {})
-    return _largest(
-        "pick_draft.py.jinja",
+    c, n = cut_logits(spec.vocabulary), spec.vocabulary
+    known = ";  known = table[token]" if spec.width else ""
+    return compose(
         "pick_draft",
-        types,
-        spec.sequences,
-        spec.vocabulary,
-        spec.vocabulary * 8,
-        arch,
-        block=spec.block,
-        step=spec.step,
-        width=spec.width,
-        known=bool(spec.width),
-        logits=spec.logits,
+        f"A draft: of {n} biased logits the largest one's column, the lowest on ties, of each sequence.\n\n"
+        f"    logits = base[:, {spec.step}] + bias;  token = argmax(logits){known}",
+        {
+            Parameter("base"): f"f32[N,{spec.block},{n}]",
+            Parameter("bias"): f"f32[N,{n}]",
+            Parameter("table"): f"bf16[*,{spec.width}]" if spec.width else None,
+            Parameter("logits"): f"f32[N,{n}]" if spec.logits else None,
+            Parameter("token"): "i32[N]",
+            Parameter("known"): f"bf16[N,{spec.width}]" if spec.width else None,
+        },
+        _launch(c, "sequence", 8, arch),
+        _stages(c.shared, "SPEC.cut", "pick_draft.choose"),
+        threads=c.threads,
+        grid=(f"rows * {c.ctas}", 1, 1),
+        sizes={"rows": spec.sequences},
+        cluster=c.ctas,
+        spec=Draft(c, spec.block, spec.step, spec.width),
     )
 
 
-def _largest(
-    template: str,
-    symbol: str,
-    types: Mapping[str, str],
-    rows: int,
-    vocabulary: int,
-    nbytes: int,
-    arch: Arch,
-    **more: int,
-) -> Emission:
-    """A kernel that finds the largest of a row of logits: a cluster per row."""
-    vector = 1 if vocabulary % 4 else 4
-    pieces = vocabulary // vector
+def cut_logits(vocabulary: int) -> Largest:
+    """A cluster for a row of logits: of as many CTAs as there is work for."""
+    pieces = vocabulary // (1 if vocabulary % 4 else 4)
     ctas = next(c for c in (16, 8, 4, 2) if c == 2 or pieces >= 128 * c)
-    each = -(-pieces // ctas)
-    threads = min(512, -(-each // 32) * 32)
-    inbox = threads // 32 * 8
-    shared = inbox + ctas * 8 + 8
-    parameters = tuple(map(Parameter, types))
-    source = render(
-        template,
-        symbol=symbol,
-        parameters=[p.name for p in parameters],
-        signature=_signature(types, parameters),
-        vocabulary=vocabulary,
-        ctas=ctas,
-        threads=threads,
-        columns=each * vector,
-        vector=vector,
-        steps=-(-each // threads),
-        inbox=inbox,
-        bar=inbox + ctas * 8,
-        shared=shared,
-        nbytes=nbytes,
-        arch=arch,
-        **more,
+    return Largest(vocabulary, ctas, threads=min(512, -(-pieces // (32 * ctas)) * 32))
+
+
+def _launch(c: Largest, each: str, read: int, arch: Arch) -> str:
+    return (
+        f"Launch: a cluster of {c.ctas} CTAs x {c.threads} threads per {each}, {c.width} columns each; "
+        f"{c.shared} B shared each.\n{floor_text(read * c.columns, arch, each)}"
     )
-    return Emission(
-        f"{symbol}_0", source, (rows * ctas, 1, 1), threads, shared, parameters, cluster=(ctas, 1, 1)
+
+
+def _stages(shared: int, cut: str, choose: str) -> tuple[str, ...]:
+    return (
+        "ptx.launch_dependents()",
+        f"s = ptx.shared({shared})",
+        f"at = head.enter({cut}, s)",
+        "ptx.wait()",
+        f"{choose}(SPEC, m, s, at)",
     )
 
 
@@ -206,8 +202,8 @@ def emit_positions(spec: PositionsSpec) -> Emission:
     several = "s" if spec.tokens > 1 else ""
     return compose(
         "positions",
-        f"Positions of {spec.tokens} token{several} of each of B sequences, and their slots: start + t, -1 from "
-        "lengths on.",
+        f"Positions of {spec.tokens} token{several} of each of B sequences, and their slots: start + t, -1 "
+        "from lengths on.",
         {
             Parameter("start"): "i32[S]",
             Parameter("slots"): "i32[B], of S; any for a length of 0",
@@ -241,10 +237,6 @@ def emit_advance(spec: AdvanceSpec) -> Emission:
         sizes={"sequences": spec.sequences},
         record="positions.Advanced",
     )
-
-
-def _signature(types: Mapping[str, str], parameters: tuple[Parameter, ...]) -> str:
-    return "\n".join(f"{p.name}: {types[p.operand]}" for p in parameters)
 
 
 # Binding ----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ class Operands(NamedTuple):
 
 @cute.jit
 def copy_row(r: Constexpr[LastRow], m: Operands) -> None:
-    """16 bytes of row lengths - 1, zeros where there is none, by each thread; a grid of (parts, sequences)."""
+    """16 bytes of row lengths - 1, or zeros, by each thread; a grid of (parts, sequences)."""
     thread, _, _ = cute.arch.thread_idx()
     part, sequence, _ = cute.arch.block_idx()
     at = (part * r.threads + thread) * 16

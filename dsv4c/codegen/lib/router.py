@@ -4,6 +4,8 @@ Formulas: DeepSeek-V4 inference/model.py, Gate: s = sqrt(softplus(x . gate)); ex
 table of the token; weights s[experts] / sum * factor.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
@@ -15,6 +17,38 @@ LOWEST = -(2**31)
 
 
 # Gate products ----------------------------------------------------------------------------------------------
+
+
+class GateOperands(NamedTuple):
+    """x bf16[count, hidden], gate bf16[experts, hidden] -> logits f32[count, experts]."""
+
+    x: cute.Pointer
+    gate: cute.Pointer
+    logits: cute.Pointer
+
+
+@cute.jit
+def open_gate(t: Constexpr[Gate], m: GateOperands, s: Int32) -> tuple[Int64, Int64]:
+    """Ask for the CTA's weights; a grid of (experts, tokens). Its tokens' rows and logits."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, tokens, _ = cute.arch.block_idx()
+    g_x, g_logits = m.x.toint(), m.logits.toint()
+    if const_expr(t.blocks > 1):
+        # The last block's tokens start early. What two CTAs compute they compute alike, and store the same.
+        first = Int64(cutlass.min(tokens * t.tokens, Int32(t.count - t.tokens)))
+        g_x, g_logits = g_x + first * (t.hidden * 2), g_logits + first * (t.experts * 4)
+    prefetch(t, s, m.gate.toint(), block, thread)
+    return g_x, g_logits
+
+
+@cute.jit
+def multiply(t: Constexpr[Gate], s: Int32, rows: tuple[Int64, Int64]) -> None:
+    """The logits of its experts, of its tokens."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    lane = cute.arch.lane_idx()
+    g_x, g_logits = rows
+    store_logits(t, s, g_logits, products(t, s, g_x, thread, lane), block, thread, lane)
 
 
 @cute.jit

@@ -182,13 +182,19 @@ class Batch(Slice):
 
 @dataclass(frozen=True)
 class Gate:
-    """How the router's [experts, hidden] meets `tokens` rows: `rows` experts per CTA."""
+    """How the router's [experts, hidden] meets `count` rows, `tokens` at a time: `rows` experts per CTA."""
 
+    count: int
     tokens: int
     hidden: int
     experts: int
     rows: int
     threads: int
+
+    @property
+    def blocks(self) -> int:
+        """CTAs for the same experts."""
+        return -(-self.count // self.tokens)
 
     @property
     def pieces(self) -> int:
@@ -227,7 +233,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class LastRow:
-    """How a row of `hidden` bf16 columns is copied, of the up to `tokens` of a sequence: 8 columns a thread."""
+    """How a row of `hidden` bf16 columns is copied, the last of up to `tokens`: 8 columns a thread."""
 
     tokens: int
     hidden: int
@@ -250,3 +256,80 @@ class Run:
     def ctas(self) -> int:
         """CTAs of a sequence."""
         return -(-self.tokens // self.threads)
+
+
+@dataclass(frozen=True)
+class Largest:
+    """How the largest of a row of `columns` logits is found: by a cluster of `ctas` CTAs."""
+
+    columns: int
+    ctas: int
+    threads: int
+
+    @property
+    def vector(self) -> int:
+        """Columns that a thread reads at once: 16 bytes where rows are aligned."""
+        return 1 if self.columns % 4 else 4
+
+    @property
+    def pieces(self) -> int:
+        """Vectors of a CTA."""
+        return -(-self.columns // self.vector // self.ctas)
+
+    @property
+    def width(self) -> int:
+        """Columns of a CTA."""
+        return self.pieces * self.vector
+
+    @property
+    def steps(self) -> int:
+        """Vectors of a thread."""
+        return -(-self.pieces // self.threads)
+
+    @property
+    def warps(self) -> int:
+        """Warps of a CTA."""
+        return self.threads // 32
+
+    @property
+    def o_inbox(self) -> int:
+        """Behind the best key of each warp: that of each CTA u64 [ctas]."""
+        return self.warps * 8
+
+    @property
+    def o_bar(self) -> int:
+        """The inbox's barrier."""
+        return self.o_inbox + self.ctas * 8
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return self.o_bar + 8
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The choice of a draft from row `step` of a sequence's `block`, under a bias; `width` columns are known
+    of the token, if any.
+    """
+
+    cut: Largest
+    block: int
+    step: int
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Nvfp4Row:
+    """How a row of `k` is quantized to NVFP4 by a CTA, blocks of 16 by each thread; under an RMSNorm if there
+    is an `eps`.
+    """
+
+    k: int
+    threads: int
+    eps: float | None = None
+
+    @property
+    def held(self) -> int:
+        """Elements of a thread."""
+        return -(-self.k // (16 * self.threads)) * 16
