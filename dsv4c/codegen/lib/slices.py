@@ -333,3 +333,110 @@ class Nvfp4Row:
     def held(self) -> int:
         """Elements of a thread."""
         return -(-self.k // (16 * self.threads)) * 16
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How `rows` of `k` become FP8: half a warp to a block of 128. `each` rows go to a counted one."""
+
+    rows: int
+    k: int
+    each: int
+    threads: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row."""
+        return self.k // 128
+
+    @property
+    def together(self) -> int:
+        """Blocks of a CTA."""
+        return self.threads // 16
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of all rows."""
+        return -(-self.rows * self.blocks // self.together)
+
+
+@dataclass(frozen=True)
+class NormedCodes:
+    """How one of `rows` of `k` becomes FP8 under an RMSNorm: by a CTA."""
+
+    rows: int
+    k: int
+    eps: float
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return self.k // 8
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: a sum of each block's squares."""
+        return self.k // 128 * 4
+
+
+@dataclass(frozen=True)
+class Listing:
+    """How the numbers n < rows * top_k are listed by the experts that they chose: a CTA for an expert."""
+
+    rows: int
+    top_k: int
+    threads: int
+
+    @property
+    def numbers(self) -> int:
+        """All of them, for which an expert has room: a table may name it twice in a row."""
+        return self.rows * self.top_k
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: a count of each warp."""
+        return self.threads // 32 * 4
+
+
+@dataclass(frozen=True)
+class Sum:
+    """How one of `rows` of `hidden` is summed over `top_k` experts and the shared one, to numbers of `size`
+    bytes, 2 for bf16 or 4 for f32: 8 columns a thread.
+    """
+
+    rows: int
+    hidden: int
+    top_k: int
+    size: int
+    threads: int
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of a row."""
+        return -(-self.hidden // 8 // self.threads)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How `top_k` of `experts` are chosen for one of `rows`, with weights that add up to `factor`: by a CTA."""
+
+    rows: int
+    experts: int
+    top_k: int
+    factor: float
+    threads: int
+
+    @property
+    def padded(self) -> int:
+        """Experts that a warp's lanes look at."""
+        return -(-self.experts // 32) * 32
+
+    @property
+    def o_kept(self) -> int:
+        """Behind scores f32 [padded] and keys i32 [padded]: experts i32 [top_k], weights f32 [top_k]."""
+        return 8 * self.padded
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return self.o_kept + 8 * self.top_k
