@@ -53,8 +53,8 @@ class Summed(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """logits f32[rows, experts], with bias f32[experts] or table i32[*, top_k] and tokens i32[rows] -> experts
-    i32, weights f32 [rows, top_k]; lengths i32[1].
+    """logits f32[rows, experts], with bias f32[experts] or table i32[*, top_k] and tokens i32[rows] ->
+    experts i32, weights f32 [rows, top_k]; lengths i32[1].
     """
 
     logits: cute.Pointer

@@ -505,6 +505,16 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """A token of a row, by `knobs` and up to `stops` of a slot whose history has `capacity` tokens."""
+
+    spread: Spread
+    capacity: int
+    knobs: int
+    stops: int
+
+
+@dataclass(frozen=True)
 class Gemm:
     """NVFP4 x[rows, k] times w[columns, k]^T on tcgen05: a tile of both per CTA, `stages` of k in flight."""
 

@@ -418,7 +418,7 @@ class Sum:
 
 @dataclass(frozen=True)
 class Choice:
-    """How `top_k` of `experts` are chosen for one of `rows`, with weights that add up to `factor`: by a CTA."""
+    """How `top_k` of `experts` are chosen for one of `rows`, by a CTA; weights add up to `factor`."""
 
     rows: int
     experts: int
