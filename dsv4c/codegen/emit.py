@@ -122,6 +122,7 @@ def compose(
     cluster: int = 1,
     spec: object = None,
     record: str = "",
+    given: Mapping[str, str] | None = None,
 ) -> Emission:
     """A kernel whose code is in `dsv4c.codegen.lib`: its text says what it computes, the `spec` by which it
     is cut, and its `stages` in order. These are calls of the library on `SPEC`, on `m`, the `record` of its
@@ -129,13 +130,13 @@ def compose(
 
     what, launch: for people, as the operands' types are, by parameter; None is one that the record has and
     this kernel does without. grid: counts in numbers, or in those of `sizes` as `host` does. cluster: so many
-    CTAs in a row.
+    CTAs in a row. given: what the record's fields are given, if not a pointer each.
     """
     parameters = tuple(p for p, type_ in operands.items() if type_ is not None)
     types = {p.name.removeprefix("m_"): type_ for p, type_ in operands.items()}
     record = record or f"{_CALLED.findall(stages[-1])[0]}.Operands"
-    pointers = {name: "None" if type_ is None else f"m_{name}" for name, type_ in types.items()}
-    given = "\n".join(_call(record, [f"{name}={pointer}" for name, pointer in pointers.items()]))
+    given = given or {name: "None" if type_ is None else f"m_{name}" for name, type_ in types.items()}
+    made = "\n".join(_call(record, [f"{name}={value}" for name, value in given.items()]))
     source = render(
         "kernel.py.jinja",
         symbol=symbol,
@@ -143,13 +144,13 @@ def compose(
         types={name: type_ for name, type_ in types.items() if type_},
         launch=launch,
         counts=bool(sizes),
-        libs=sorted({name for line in (given, *stages) for name in _CALLED.findall(line)}),
+        libs=sorted({name for line in (made, *stages) for name in _CALLED.findall(line)}),
         shapes=_classes(spec),
         threads=threads,
         spec=None if spec is None else literal(spec),
         pointers=[p.name for p in parameters],
         record=record,
-        given=given,
+        given=made,
         stages=stages,
         grid=grid,
         cluster=[cluster, 1, 1] if cluster > 1 else None,

@@ -62,9 +62,9 @@ def emit_router_gate(spec: RouterGateSpec, arch: Arch) -> Emission:
         (
             "ptx.launch_dependents()",
             f"s = ptx.shared({gate.shared})",
-            "rows = router.open_gate(SPEC, m, s)",
+            "at = router.enter(SPEC, m, s)",
             "ptx.wait()",
-            "router.multiply(SPEC, s, rows)",
+            "router.multiply(SPEC, s, at)",
         ),
         threads=gate.threads,
         grid=(ctas, gate.blocks, 1),
