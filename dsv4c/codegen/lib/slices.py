@@ -440,3 +440,44 @@ class Choice:
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
         return self.o_kept + 8 * self.top_k
+
+
+@dataclass(frozen=True)
+class Summing:
+    """How rows of `width` f32 are summed over `ranks`, to numbers of `size` bytes, 2 for bf16 or 4 for f32: a
+    column a thread.
+    """
+
+    ranks: int
+    width: int
+    size: int
+    threads: int
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of a row."""
+        return -(-self.width // self.threads)
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How columns of `ranks` are joined: of each value, a rank has `words[i]` words of 4 bytes in a row."""
+
+    ranks: int
+    words: tuple[int, ...]
+    ctas: int
+    threads: int
+
+    @property
+    def width(self) -> int:
+        """Words of a row of all values, on each rank."""
+        return sum(self.words)
+
+    @property
+    def steps(self) -> int:
+        """Words of a thread."""
+        return -(-self.width // (self.threads * self.ctas))
+
+    def first(self, value: int) -> int:
+        """The first of a value's words in a row of all."""
+        return sum(self.words[:value])
