@@ -6,7 +6,7 @@ tokens would want plain stores instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from dsv4c.codegen.emit import Emission, Parameter, compose
@@ -109,12 +109,17 @@ def emit_all_gather(spec: GatherSpec) -> Emission:
         spec=t,
         record="exchange.Columns",
         given={
-            "x": f"({', '.join(f'm_{p.x}' for p in pieces)},)",
+            "x": _tuple(p.x for p in pieces),
             "exchange": "m_exchange",
             "site": "m_site",
-            "y": f"({', '.join(f'm_{p.y}' for p in pieces)},)",
+            "y": _tuple(p.y for p in pieces),
         },
     )
+
+
+def _tuple(operands: Iterable[str]) -> str:
+    pointers = [f"m_{operand}" for operand in operands]
+    return f"({', '.join(pointers)}{',' * (len(pointers) == 1)})"
 
 
 def _stages(ranks: int, exchange: str) -> tuple[str, ...]:
