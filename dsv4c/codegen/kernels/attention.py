@@ -14,7 +14,7 @@ from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text, render
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.geometry import HEADS, Attention, Chunk, Row
-from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable, takes
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.attention import Attention as FusedAttention
 from dsv4c.types import BF16, KV_FP8, NVFP4_ROW, TensorType
@@ -268,7 +268,7 @@ def _signature(spec: AttentionSpec) -> str:
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(FusedAttention)
+@kernel(takes(FusedAttention, "eps", "precision", "window", "scale", "groups", "format", "ratio"))
 def attention(request: Request) -> Answer:
     call = request.call
     op, x = call.op, call.operands

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, compose
 from dsv4c.codegen.lib.geometry import Gemm
-from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable, takes
 from dsv4c.errors import BuildError
 from dsv4c.ir.ops.linear import Linear
 from dsv4c.types import BF16, NVFP4, NVFP4_ROW, QuantType
@@ -83,7 +83,7 @@ def emit_blockscaled(spec: BlockScaledSpec, arch: Arch) -> Emission:
     return replace(emission, packing={spec.w: PACKING})
 
 
-@kernel(Linear)
+@kernel(takes(Linear, "out"))
 def blockscaled(request: Request) -> Answer:
     """A linear layer of NVFP4 rows and weights, for more rows than a GEMV takes."""
     call = request.call

@@ -8,7 +8,7 @@ from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.lib.slices import STREAMS, Draft, Embedding, Largest, LastRow, Run
-from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable, takes
 from dsv4c.errors import BuildError
 from dsv4c.ir.ops.sample import Argmax, LastRows
 from dsv4c.ir.ops.state import Advance, Positions
@@ -242,7 +242,7 @@ def emit_advance(spec: AdvanceSpec) -> Emission:
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(Positions)
+@kernel(takes(Positions, "tokens"))
 def positions(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, Positions)
@@ -252,7 +252,7 @@ def positions(request: Request) -> Answer:
     return [launchable(request, emit_positions(spec), values)]
 
 
-@kernel(Embed)
+@kernel(takes(Embed, "streams"))
 def embed(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, Embed)
@@ -288,7 +288,7 @@ def argmax(request: Request) -> Answer:
     return [launchable(request, emit_argmax(ArgmaxSpec(*logits.shape), request.arch), values)]
 
 
-@kernel(PickDraft)
+@kernel(takes(PickDraft, "step"))
 def pick_draft(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, PickDraft)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from dsv4c.codegen.emit import Emission, Parameter, compose
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.lib.slices import Joining, Summing
-from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.exchange import MOST_ROWS, PAYLOAD, WORD
 from dsv4c.ir.ops.collective import AllGather, AllReduce
 from dsv4c.types import BF16, F32, I32, TensorType
@@ -129,7 +129,7 @@ def _stages(ranks: int, exchange: str) -> tuple[str, ...]:
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(AllReduce)
+@kernel(takes(AllReduce, "ranks", "out"))
 def all_reduce(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, AllReduce)
@@ -143,7 +143,7 @@ def all_reduce(request: Request) -> Answer:
     return [exchanging(request, emit_all_reduce(spec), values, x.shape[0] * x.shape[1])]
 
 
-@kernel(AllGather)
+@kernel(takes(AllGather, "axis", "ranks"))
 def all_gather(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, AllGather)

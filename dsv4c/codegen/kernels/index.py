@@ -13,7 +13,7 @@ from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
 from dsv4c.codegen.lib.geometry import Index, Selection
-from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable, takes
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.index_topk import IndexTopk
 from dsv4c.passes.fusions.indexer import Indexer
@@ -142,7 +142,7 @@ def emit_top_k(spec: TopKSpec, arch: Arch) -> Emission:
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(Indexer, IndexTopk, chained=True)
+@kernel(takes(Indexer, "ratio", "factor"), takes(IndexTopk, "k"), chained=True)
 def indexer(request: Request) -> Answer:
     """Scores, then the best of them: the first leaves out what the second need not look at."""
     op, best = request.calls[0].op, request.calls[-1].op
