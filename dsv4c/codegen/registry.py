@@ -208,9 +208,11 @@ class Kernel:
         return ""
 
     def unbound(self, request: Request, answer: Sequence[Launchable]) -> str:
-        """An operand or a result that an answer leaves out, as a reason; "" for none."""
+        """An operand or a result that an answer leaves out, as a reason; "" for none. What only the request's
+        own ops read it need not make.
+        """
         spared = {taken.op: taken.without for taken in self.takes}
-        read = {i for call in request.calls for i in call.inputs}
+        read = {i for call in request.calls for i in call.inputs if not request.readers[i]}
         made = {i for call in request.calls for i in call.outputs}
         bound = {b.value for launch in answer for b in launch.bindings} | (read & made)
         for call in request.calls:

@@ -39,7 +39,7 @@ def tiny() -> Plan:
 
 @pytest.mark.parametrize("recipe", ["official", "bf16", "nvfp4-experts", "nvfp4"])
 def test_every_node_of_a_tiny_model_has_a_kernel(recipe: str) -> None:
-    plan = gpu_plan(recipe=recipe, batch=(1, 3, 8), slots=9, verify=3)
+    plan = gpu_plan(recipe=recipe, batch=(1, 3, 8), slots=9, verify=3, chunk=8)
     assert check(plan) == []
     assert list(plan.buckets) == ["decode-1", "decode-3", "decode-8", "verify-1x3", "prefill-8"]
     assert plan.report["unfolded"] == []

@@ -96,7 +96,7 @@ def read_token(a: Constexpr[Attention], m: Operands, at: Place) -> Token:
 
 
 @cute.jit
-def _number(a: Constexpr[Attention], m_numbers: cute.Pointer, token: Int32) -> Int32:
+def _number(a: Constexpr[Attention], m_numbers: cute.Pointer | None, token: Int32) -> Int32:
     g = m_numbers.toint() + token * 4
     word = ptx.ldg_early32(g) if const_expr(a.entries == "selected") else ptx.ldg32(g)
     return word.bitcast(Int32)
@@ -128,7 +128,7 @@ def attend(a: Constexpr[Attention], m: Operands, s: Int32, at: Place, early: Tok
     entries = _addresses(m.entries, m.entries_scale, m.entries_tail)
     g_selected = _address(m.selected)
     key = at.rank * a.tile + warp * a.tile_rows + lane
-    t = read_token(a, m, at) if const_expr(early is None) else early
+    t: Token = read_token(a, m, at) if const_expr(early is None) else early  # type: ignore[assignment]
     entry = read_selection(a, g_selected, at.token, key)
     visible = visible_entries(a, t.position)
     tiles = Int32(0)
@@ -736,7 +736,7 @@ def finish(
     tid: Int32,
 ):
     """Merge the splits, divide by the denominator, turn the last 64 dimensions back, store bf16."""
-    ptx.mbarrier_wait(sm + a.o_barrier, 0)
+    ptx.mbarrier_wait(sm + a.o_barrier, Int32(0))
     pairs = a.slice // 2
     for n in range_constexpr(-(-HEADS * pairs // (a.warps * 32))):
         unit = tid + n * (a.warps * 32)

@@ -104,13 +104,13 @@ def commit(s_bar: Int32):
 
 
 @cute.jit
-def after_barrier():
+def after_barrier() -> None:
     """Order tensor memory behind a barrier that this thread has passed."""
     _asm("tcgen05.fence::after_thread_sync;")
 
 
 @cute.jit
-def before_barrier():
+def before_barrier() -> None:
     """Order tensor memory before a barrier that this thread is about to reach."""
     _asm("tcgen05.fence::before_thread_sync;")
 

@@ -55,13 +55,13 @@ def open_inbox(s_bar: Int32, nbytes: Constexpr[int], thread: Int32):
 
 
 @cute.jit
-def arrive():
+def arrive() -> None:
     """Say that this CTA's inboxes are open. All threads, converged."""
     cute.arch.cluster_arrive_relaxed()  # the barriers' initialization has its own fence
 
 
 @cute.jit
-def meet():
+def meet() -> None:
     """Wait until every CTA of the cluster has arrived. All threads, before anything is sent."""
     cute.arch.cluster_wait()
 

@@ -6,7 +6,7 @@ Places in shared memory (`o_*`) are bytes from the CTA's allocation.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 ROPE = 64  # rotated elements at the end of a row
 BLOCK = 64  # elements under one ue8m0 scale of a KV row; also the dimensions that one attention warp works on
@@ -451,8 +451,8 @@ class Spread:
         """Groups of four neighbors that a thread holds."""
         return -(-self.each // (4 * self.threads))
 
-    def column(self, rank: int, thread: int, quad: int) -> int:
-        """The first column of a thread's quad."""
+    def column(self, rank: Any, thread: Any, quad: Any) -> Any:
+        """The first column of a thread's quad; of numbers of the host, or of the device."""
         return rank * self.each + (thread * self.quads + quad) * 4
 
     o_bars: ClassVar = 256  # behind a number of each warp: barriers of what is sent

@@ -38,7 +38,7 @@ def quantize_row(v: Constexpr[Nvfp4Row], m: Operands, s: Int32) -> None:
     row = Int64(block)
     r = load_row(m.x.toint() + row * (2 * v.k), v.k, thread, v.threads)
     if const_expr(v.eps is not None):
-        normalize(r, s, m.gain.toint(), v.k, v.eps, thread, v.threads)
+        normalize(r, s, m.gain.toint(), v.k, v.eps, thread, v.threads)  # type: ignore[arg-type]
     scale = row_scale(r, s + 128, v.held, thread, v.threads)
     g_codes = m.q.toint() + row * (v.k // 2)
     g_scales = m.q_scale.toint() + row * (v.k // 16)

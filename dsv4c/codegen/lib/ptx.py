@@ -296,7 +296,7 @@ def mbarrier_arrive_after(s: Int32, r: Float32):
 
 
 @cute.jit
-def fence_async():
+def fence_async() -> None:
     """What this thread wrote to shared memory, or loaded from it, comes before what bulk copies and tensor
     cores do there. Waits for all that the thread is loading, from global memory too.
     """
@@ -339,7 +339,7 @@ def cp_async16(s: Int32, g: Int64):
 
 
 @cute.jit
-def cp_async_commit():
+def cp_async_commit() -> None:
     """Close a group of `cp_async16`."""
     _asm("cp.async.commit_group;")
 
@@ -360,7 +360,7 @@ def cp_async_arrive(s: Int32):
 
 
 @cute.jit
-def launch_dependents():
+def launch_dependents() -> None:
     """Let the successor's CTAs start, once all CTAs do: the first instruction of a kernel. Right behind
     `wait` in one that fills the machine anyway: its successor may then read before its own wait what is
     older than both.
@@ -369,7 +369,7 @@ def launch_dependents():
 
 
 @cute.jit
-def wait():
+def wait() -> None:
     """Wait until every predecessor has finished and its writes are visible. Exactly once, before any
     dependent access.
     """

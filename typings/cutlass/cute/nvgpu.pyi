@@ -1,0 +1,7 @@
+from typing import Any
+
+class OperandMajorMode:
+    K: OperandMajorMode
+    MN: OperandMajorMode
+
+warpgroup: Any
