@@ -21,7 +21,7 @@ from dsv4c.plan.records import Argument, Launch, Program
 from dsv4c.runtime import driver
 from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, Device, check_device, stream
 from dsv4c.runtime.random_fill import fill_state, fill_value, fill_weight
-from dsv4c.runtime.ranks import CudaRanks, alone, check_devices, cuda_executor
+from dsv4c.runtime.ranks import GUARD, CudaRanks, alone, check_devices, cuda_executor
 from dsv4c.runtime.residence import Resident
 from dsv4c.scope import LAYERS, Scope
 
@@ -299,10 +299,10 @@ def layers_alone(plan: Plan, bucket: str, first: int, last: int) -> Plan:
     )
 
 
-def random_executor(plan: Plan, rank: int | None = None) -> CudaExecutor | CudaRanks:
+def random_executor(plan: Plan, rank: int | None = None, *, limit: float = GUARD) -> CudaExecutor | CudaRanks:
     """The plan on random weights and caches, each rank's made on its GPU; or one `rank` alone, on the current
-    one. Caches, and weights that all ranks have whole, are the same on all. Raises PlanError if the GPUs
-    cannot run it.
+    one. Caches, and weights that all ranks have whole, are the same on all. `limit`: seconds that a rank
+    waits for another. Raises PlanError if the GPUs cannot run it.
     """
     if rank is None:
         check_devices(plan)
@@ -311,7 +311,7 @@ def random_executor(plan: Plan, rank: int | None = None) -> CudaExecutor | CudaR
     here = torch.cuda.current_device()
     places = {r: r if plan.ranks > 1 else here for r in range(plan.ranks)} if rank is None else {rank: here}
     blocks = [_random_weights(plan, number, device) for number, device in places.items()]
-    executor = cuda_executor(plan, blocks) if rank is None else alone(plan, blocks[0], rank)
+    executor = cuda_executor(plan, blocks, limit=limit) if rank is None else alone(plan, blocks[0], rank)
     fill_caches(executor)
     return executor
 

@@ -40,12 +40,16 @@ from dsv4c.runtime.executor import Watch, said_by, share
 GUARD = 1.0  # seconds that a rank waits for another
 
 
-def cuda_executor(plan: Plan, weights: Sequence[Tensor], *, poison: bool = False) -> CudaExecutor | CudaRanks:
-    """What runs a plan on GPUs; `weights` are the block of weights of every rank, on its device."""
+def cuda_executor(
+    plan: Plan, weights: Sequence[Tensor], *, poison: bool = False, limit: float = GUARD
+) -> CudaExecutor | CudaRanks:
+    """What runs a plan on GPUs; `weights` are the block of weights of every rank, on its device. `limit`:
+    seconds that a rank waits for another.
+    """
     if plan.ranks == 1:
         (block,) = weights
         return CudaExecutor(plan, block, poison=poison)
-    return CudaRanks(plan, weights, poison=poison)
+    return CudaRanks(plan, weights, poison=poison, limit=limit)
 
 
 def check_devices(plan: Plan) -> None:

@@ -1,9 +1,13 @@
 """What ranks promise, on several GPUs of one host: python -m tests.gpu.check_ranks PLAN [PLAN ...].
 
 On random weights: after a prompt and many steps every rank has the same logits and the same state, bit for
-bit, the same again beside work that loads the memory of all GPUs, and after a rank that starts late; one that
-never comes is named within the limit, and `reset` starts anew. Further plans of the same model must give the
-first one's logits bit for bit. Ends with what a step takes.
+bit, the same again beside work that loads the memory of all GPUs, while the host sleeps between launches, and
+after a rank that starts late; each rank by itself, launch by launch against the words that the others gave,
+has these bits, too. One that never comes is named within the limit, and `reset` starts anew. Further plans of
+the same model must give the first one's logits bit for bit. Ends with what a step takes.
+
+`--smoke` runs a few steps instead, for compute-sanitizer: of all ranks, or with `--alone R` of one, whose
+exchanges are answered at once, and with `--plain` its kernels one by one, without a graph.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,14 +26,20 @@ from torch import Tensor
 
 from dsv4c.numerics.codec import parts_of
 from dsv4c.plan.folder import Plan, load
+from dsv4c.plan.records import Launch
+from dsv4c.runtime import driver
 from dsv4c.runtime.bench import random_executor
-from dsv4c.runtime.driver import LostRankError
 from dsv4c.runtime.ranks import CudaRanks
 from dsv4c.runtime.session import Session
+from tests.gpu.plain import PlainGraph
 
-PROMPT = [3, 17, 5, 9, 250, 11, 42, 7]
+PROMPT = [3, 17, 5, 9, 25, 11, 42, 7]
 LATE = 0.3  # seconds, of the limit of one
+ASLEEP = 0.0015  # seconds before each launch, of a step of two or three milliseconds
 LOAD = 256 << 20  # bytes that are copied beside, far beyond an L2
+AHEAD = 64  # copies that are enqueued before the last is waited for
+TIMED = 1000  # steps, at most
+PATIENCE = 20.0  # seconds that a rank waits for another which a tool slows down
 
 
 def outputs(ranks: CudaRanks, bucket: str) -> list[Tensor]:
@@ -50,19 +61,57 @@ def alike(ranks: CudaRanks, bucket: str) -> bool:
 
 @contextmanager
 def loaded(devices: Sequence[torch.device]) -> Iterator[None]:
-    """Copies on every GPU, beside what runs within: some seconds of them are enqueued."""
-    streams = []
-    for device in devices:
+    """Copies on every GPU, beside what runs within."""
+    over = threading.Event()
+
+    def copy(device: torch.device) -> None:
         with torch.cuda.device(device):
             source = torch.empty(LOAD, dtype=torch.uint8, device=device)
             stream = torch.cuda.Stream(device)
             with torch.cuda.stream(stream):
-                for _ in range(20_000):
-                    source[: LOAD // 2].copy_(source[LOAD // 2 :], non_blocking=True)
-            streams.append(stream)
-    yield
-    for stream in streams:
-        stream.synchronize()
+                while not over.is_set():
+                    for _ in range(AHEAD):
+                        source[: LOAD // 2].copy_(source[LOAD // 2 :], non_blocking=True)
+                    stream.synchronize()
+
+    threads = [threading.Thread(target=copy, args=(device,)) for device in devices]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
+
+
+def by_itself(ranks: CudaRanks, session: Session, bucket: str) -> bool:
+    """Whether each rank alone, one after the other, has the bits of all together: a step launch by launch,
+    what its exchanges received being put there before each.
+    """
+    session.reset()
+    session.prefill(PROMPT, 0)
+    received: list[list[Tensor]] = []
+
+    def keep(launch: Launch) -> None:
+        blocks = [rank.blocks["exchange"].clone() for rank in ranks.ranks]
+        received.append(blocks if launch.exchanges else [])
+
+    inputs = {"tokens": [5], "lengths": [1], "slots": [0]}
+    given = {name: torch.tensor(values, dtype=torch.int32) for name, values in inputs.items()}
+    ranks.run(bucket, given, watch=keep)
+    together = outputs(ranks, bucket)
+    session.reset()
+    session.prefill(PROMPT, 0)
+    session.wait()
+    for number, step in enumerate(ranks.bound(bucket)):
+        step.take(given)
+        for i, blocks in enumerate(received):
+            if blocks:
+                step.blocks["exchange"].copy_(blocks[number])
+            step.start(i)
+            step.finish(i)
+    return all(map(torch.equal, together, outputs(ranks, bucket)))
 
 
 def answer(session: Session, steps: int) -> list[int]:
@@ -100,6 +149,18 @@ def check(plan: Plan, steps: int) -> tuple[int, Tensor]:
         told("memory loaded beside: the same tokens", answer(session, steps) == quiet)
     told("memory loaded beside: ranks alike", alike(ranks, bucket))
 
+    told("each rank by itself: the same bits", by_itself(ranks, session, bucket))
+
+    answer(session, 1)
+    asleep = []
+    for _ in range(min(steps, 40)):
+        ranks.begin(bucket)
+        for bound in ranks.bound(bucket):
+            time.sleep(ASLEEP)
+            bound.call()
+        asleep.append(int(ranks.ranks[0].programs[bucket].outputs["next"][0]))
+    told("the host asleep between launches: the same tokens", asleep == quiet[1 : 1 + len(asleep)])
+
     session.reset()
     session.prefill(PROMPT, 0)
     session.wait()
@@ -113,22 +174,22 @@ def check(plan: Plan, steps: int) -> tuple[int, Tensor]:
     try:
         session.wait()
         told("a rank that never comes is named", False)
-    except LostRankError as error:
+    except driver.LostRankError as error:
         print(f"         after {time.perf_counter() - began:.2f} s: {error}", flush=True)
         told("a rank that never comes is named", f"for rank {plan.ranks - 1}" in str(error) or plan.ranks > 2)
     session.reset()
     session.prefill(PROMPT, 0)
     told("after reset: the same logits", torch.equal(session.decode({0: 5})[:1].cpu(), logits))
 
-    took = []
+    took, timed = [], min(steps, TIMED)
     for _ in range(7):
         session.reset()
         session.prefill(PROMPT, 0)
         session.wait()
         began = time.perf_counter()
-        session.steps(steps, [0])
+        session.steps(timed, [0])
         session.wait()
-        took.append(1e6 * (time.perf_counter() - began) / steps)
+        took.append(1e6 * (time.perf_counter() - began) / timed)
     print(
         f"         a step takes {statistics.median(took):.1f} us ({min(took):.1f} to {max(took):.1f})",
         flush=True,
@@ -136,12 +197,39 @@ def check(plan: Plan, steps: int) -> tuple[int, Tensor]:
     return sum(not right for right in verdicts.values()), logits
 
 
+def smoke(plan: Plan, rank: int | None) -> int:
+    """A few steps: the first ones, ends of windows, more entries than are chosen."""
+    executor = random_executor(plan, rank, limit=PATIENCE)
+    session = Session(plan, executor)
+    session.prefill(PROMPT, 0, logits="last")
+    session.wait()
+    bucket = plan.program("decode").shape.name
+    for position in (3, 63, 127):
+        for step in executor.bound(bucket):
+            at = step.value("position")
+            assert isinstance(at, Tensor)
+            at.fill_(position)
+        executor.begin(bucket)
+        for step in executor.bound(bucket):
+            step.call()
+        session.wait()
+    print(f"{len(plan.buckets[bucket].launches)} launches, 3 steps after a prompt of {len(PROMPT)}")
+    return 0
+
+
 def main() -> int:
     """Every check; the exit code counts what failed."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("plans", type=Path, nargs="+")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--smoke", action="store_true", help="a few steps, for compute-sanitizer")
+    parser.add_argument("--alone", type=int, help="with --smoke, one rank on one GPU")
+    parser.add_argument("--plain", action="store_true", help="with --alone, kernels launched one by one")
     asked = parser.parse_args()
+    if asked.plain:
+        driver.Graph = PlainGraph  # type: ignore[assignment, misc]
+    if asked.smoke:
+        return sum(smoke(load(path), asked.alone) for path in asked.plans)
     failed, first = 0, None
     for path in asked.plans:
         plan = load(path)
