@@ -123,11 +123,6 @@ class Request:
         if self.ranks == 1:
             return
         for bucket in buckets:
-            if bucket.drafts:
-                raise ConfigError(
-                    f"ranks: {self.ranks}, but blocks that draft are not cut over ranks; compile with draft "
-                    "'given' or 'off', or for one rank"
-                )
             if self.target != "cpu" and bucket.rows > MOST_ROWS:
                 raise ConfigError(
                     f"ranks: {self.ranks} exchange at most {MOST_ROWS} rows of a step, {bucket.name} has "
