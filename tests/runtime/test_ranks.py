@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,8 +25,10 @@ from dsv4c.runtime import cuda, driver, ranks
 from dsv4c.runtime.session import Session
 from dsv4c.types import FP8_WEIGHT, MXFP4, NVFP4
 from tests.codegen.lowered import gpu_plan
+from tests.drafting import Head, compile_for, in_rounds, learned, plainly, prompts
 from tests.passes.test_shard import wide
 
+HEADS: tuple[Head, ...] = ("mtp", "dspark")
 PROMPT = [(7 * i * i + 3 * i + 1) % 512 for i in range(133)]
 
 
@@ -77,6 +80,20 @@ def test_ranks_in_the_releases_own_numerics(checkpoint: Path) -> None:
     """
     one, two = (compiled("official", n).bind(checkpoint).prefill(PROMPT[:1]) for n in (1, 2))
     assert float((one - two).norm() / one.norm()) < 0.05
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_rounds_of_ranks_say_what_one_gives_in_steps(head: Head, tmp_path: Path) -> None:
+    weights, held = learned(tmp_path / "weights", head), Counter[int]()
+    options = {"recipe": "fp32", "batch": 1, "chunk": 64}
+    one = compile_for(weights, **options)
+    two = compile_for(weights, draft=head, draft_tokens=2, ranks=2, **options)
+    assert check(two.plan) == []
+    for prompt in prompts(2, 7):
+        said, own = in_rounds(two, prompt, 12)
+        assert said == plainly(one, prompt, 12)
+        held += own
+    assert held[0] and held[2], held
 
 
 @pytest.mark.parametrize("format", [FP8_WEIGHT, MXFP4, NVFP4], ids=str)
