@@ -13,7 +13,6 @@ from dsv4c.compiler.job import Job, choose_rules, rules_of
 from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
 from dsv4c.cuts import Cut, cuts_for, read_rows
 from dsv4c.errors import ConfigError
-from dsv4c.exchange import MOST_ROWS
 from dsv4c.models.drafting import gain
 from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, Shard, parse_pipeline
 from dsv4c.passes.recipes import Recipe, recipe_for
@@ -113,21 +112,9 @@ class Request:
                 buckets.append(Bucket("prefill", tokens=tokens, logits=logits))
         buckets += self._drafting(config, batches)
         slots = max(batches) if self.slots is None else self.slots
-        self._check_ranks(buckets)
         deployment = Deployment(self.target, recipe.name, self.max_context, slots, tuple(buckets), self.ranks)
         check_deployment(config, deployment)
         return deployment
-
-    def _check_ranks(self, buckets: Sequence[Bucket]) -> None:
-        """Raises ConfigError for what several ranks do not do together."""
-        if self.ranks == 1:
-            return
-        for bucket in buckets:
-            if self.target != "cpu" and bucket.rows > MOST_ROWS:
-                raise ConfigError(
-                    f"ranks: {self.ranks} exchange at most {MOST_ROWS} rows of a step, {bucket.name} has "
-                    f"{bucket.rows}; compile with smaller chunks"
-                )
 
     def _drafting(self, config: ModelConfig, batches: Sequence[int]) -> list[Bucket]:
         """Buckets that draft, or judge drafts, for as many sequences as their rows allow."""

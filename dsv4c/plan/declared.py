@@ -105,7 +105,10 @@ def _exchange(text: str) -> str:
         if "ptx.launch_dependents()" in text:
             return "its kernel has ptx.launch_dependents() beside exchange.gather: it would slow ranks down"
         return ""
-    steps = ("ptx.wait()", "exchange.push(", "exchange.receive", "sync_threads()", "ptx.launch_dependents()")
+    pushes = (
+        ("exchange.push_vector(", "exchange.push_flag(") if "push_vector(" in text else ("exchange.push(",)
+    )
+    steps = ("ptx.wait()", *pushes, "exchange.receive", "sync_threads()", "ptx.launch_dependents()")
     kernel = text[text.index("@cute.kernel") :] if "@cute.kernel" in text else ""
     places = [(kernel.find(step), kernel.rfind(step)) for step in steps]
     for (one, (_, last)), (two, (first, _)) in pairwise(zip(steps, places, strict=True)):

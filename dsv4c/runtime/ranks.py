@@ -27,9 +27,14 @@ from dsv4c.exchange import (
     SITES,
     STATUS,
     STATUS_EPOCHS,
+    TILE_FLAGS,
+    TILED,
+    TILES,
+    TURNS,
     Layout,
     given_up,
     layout_of,
+    tiled_region,
 )
 from dsv4c.numerics.codec import Value
 from dsv4c.plan.folder import Plan
@@ -110,10 +115,13 @@ def alone(plan: Plan, weights: Tensor, rank: int) -> CudaExecutor:
     layout = layout_of(plan.ranks, max(map(len, sites_of(plan).values())), plan.blocks["exchange"])
     block = executor.blocks["exchange"]
     inbox = block.data_ptr() + layout.inbox
-    block.copy_(_header(layout, rank, [inbox] * plan.ranks, GUARD, executor.blocks))
+    tiles = executor.blocks["tiles"]
+    block.copy_(_header(plan, layout, rank, [inbox] * plan.ranks, [tiles.data_ptr()] * plan.ranks, GUARD))
     _word(block, EPOCH).fill_(1)
     block[SITES : layout.inbox].zero_()
     block[layout.inbox :].view(torch.int64).fill_((1 << SITE_BITS) << 32)
+    for flags in _tile_flags(plan, tiles):
+        flags.fill_(1 << SITE_BITS)
     return executor
 
 
@@ -199,6 +207,8 @@ class CudaRanks:
             self._synchronize("wait for the ranks")
             for rank in self._each():
                 rank.blocks["exchange"][self._layout.inbox :].zero_()
+                for flags in _tile_flags(self.plan, rank.blocks["tiles"]):
+                    flags.zero_()
             self._synchronize("clear what was exchanged")
             self._epoch = 1
         self._called[self._epoch % STATUS_EPOCHS] = bucket
@@ -246,8 +256,10 @@ class CudaRanks:
                 if a != b:
                     driver.reach(context, f"let rank {a} reach the memory of rank {b}")
         inboxes = [rank.blocks["exchange"].data_ptr() + self._layout.inbox for rank in self.ranks]
+        tiles = [rank.blocks["tiles"].data_ptr() for rank in self.ranks]
         for number, rank in enumerate(self.ranks):
-            rank.blocks["exchange"].copy_(_header(self._layout, number, inboxes, self.limit, rank.blocks))
+            header = _header(self.plan, self._layout, number, inboxes, tiles, self.limit)
+            rank.blocks["exchange"].copy_(header)
         self._synchronize("connect the ranks")
 
     def _lost(self, number: int, status: int) -> str:
@@ -265,18 +277,27 @@ class CudaRanks:
 
 
 def _header(
-    layout: Layout, rank: int, inboxes: Sequence[int], limit: float, blocks: Mapping[str, Tensor]
+    plan: Plan, layout: Layout, rank: int, inboxes: Sequence[int], tiles: Sequence[int], limit: float
 ) -> Tensor:
-    """The block of a rank before its first step, on the host."""
-    block = torch.zeros(blocks["exchange"].numel(), dtype=torch.uint8)
+    """The block of a rank before its first step, on the host. `inboxes` and `tiles` are addresses."""
+    block = torch.zeros(-(-plan.blocks["exchange"] // 256) * 256, dtype=torch.uint8)
     _word(block, RANK).fill_(rank)
     words = {LIMIT: int(limit * 1e9), REGION: layout.region}
-    words |= {INBOXES + 8 * peer: address for peer, address in enumerate(inboxes)}
+    words |= {TILED: tiled_region(plan.blocks["tiles"], plan.ranks)}
+    for first, addresses in ((INBOXES, inboxes), (TILES, tiles)):
+        words |= {first + 8 * peer: address for peer, address in enumerate(addresses)}
     for at, value in words.items():
         block[at : at + 8].view(torch.int64).fill_(value)
     for site in range(layout.sites):
         _word(block, layout.site(site)).fill_(site)
     return block
+
+
+def _tile_flags(plan: Plan, tiles: Tensor) -> Iterator[Tensor]:
+    """The flags of every region of a block of tiles, i32."""
+    region = tiled_region(plan.blocks["tiles"], plan.ranks)
+    for at in range(0, region * TURNS * plan.ranks, region or 1):
+        yield tiles[at : at + TILE_FLAGS].view(torch.int32)
 
 
 def _word(block: Tensor, at: int) -> Tensor:

@@ -33,13 +33,17 @@ from dsv4c.runtime.ranks import CudaRanks
 from dsv4c.runtime.session import Session
 from tests.gpu.plain import PlainGraph
 
-PROMPT = [3, 17, 5, 9, 25, 11, 42, 7]
 LATE = 0.3  # seconds, of the limit of one
 ASLEEP = 0.0015  # seconds before each launch, of a step of two or three milliseconds
 LOAD = 256 << 20  # bytes that are copied beside, far beyond an L2
 AHEAD = 64  # copies that are enqueued before the last is waited for
 TIMED = 1000  # steps, at most
 PATIENCE = 20.0  # seconds that a rank waits for another which a tool slows down
+
+
+def prompt_of(length: int, vocabulary: int) -> list[int]:
+    """Tokens that come again only after a while."""
+    return [(7 * i * i + 3 * i + 3) % vocabulary for i in range(length)]
 
 
 def outputs(ranks: CudaRanks, bucket: str) -> list[Tensor]:
@@ -85,12 +89,12 @@ def loaded(devices: Sequence[torch.device]) -> Iterator[None]:
             thread.join()
 
 
-def by_itself(ranks: CudaRanks, session: Session, bucket: str) -> bool:
+def by_itself(ranks: CudaRanks, session: Session, bucket: str, prompt: Sequence[int]) -> bool:
     """Whether each rank alone, one after the other, has the bits of all together: a step launch by launch,
     what its exchanges received being put there before each.
     """
     session.reset()
-    session.prefill(PROMPT, 0)
+    session.prefill(prompt, 0, logits="last")
     received: list[list[Tensor]] = []
 
     def keep(launch: Launch) -> None:
@@ -102,7 +106,7 @@ def by_itself(ranks: CudaRanks, session: Session, bucket: str) -> bool:
     ranks.run(bucket, given, watch=keep)
     together = outputs(ranks, bucket)
     session.reset()
-    session.prefill(PROMPT, 0)
+    session.prefill(prompt, 0, logits="last")
     session.wait()
     for number, step in enumerate(ranks.bound(bucket)):
         step.take(given)
@@ -114,21 +118,22 @@ def by_itself(ranks: CudaRanks, session: Session, bucket: str) -> bool:
     return all(map(torch.equal, together, outputs(ranks, bucket)))
 
 
-def answer(session: Session, steps: int) -> list[int]:
+def answer(session: Session, prompt: Sequence[int], steps: int) -> list[int]:
     """A prompt, and so many greedy tokens after it, fed back on the devices."""
     session.reset()
-    session.prefill(PROMPT, 0)
+    session.prefill(prompt, 0, logits="last")
     session.decode({0: 5})
     said = [int(token) for token in session.steps(steps, [0]).flatten()]
     session.wait()
     return said
 
 
-def check(plan: Plan, steps: int) -> tuple[int, Tensor]:
-    """What failed, and the logits of the first step after the prompt."""
+def check(plan: Plan, length: int, steps: int) -> tuple[int, Tensor]:
+    """What failed, and the logits of the first step after a prompt of that length."""
     ranks = random_executor(plan)
     assert isinstance(ranks, CudaRanks), "a plan for several ranks"
     session = Session(plan, ranks)
+    prompt = prompt_of(length, session.vocab_size)
     bucket = plan.program("decode").shape.name
     print(
         f"{plan.name}: {plan.ranks} ranks, {len(plan.buckets[bucket].launches)} launches a step", flush=True
@@ -139,19 +144,19 @@ def check(plan: Plan, steps: int) -> tuple[int, Tensor]:
         verdicts[what] = right
         print(f"  {'ok' if right else 'WRONG':6} {what}", flush=True)
 
-    session.prefill(PROMPT, 0)
+    session.prefill(prompt, 0, logits="last")
     logits = session.decode({0: 5})[:1].cpu()
     told("the prompt's end: ranks alike", alike(ranks, bucket))
-    quiet = answer(session, steps)
+    quiet = answer(session, prompt, steps)
     told(f"{steps} steps: ranks alike", alike(ranks, bucket))
-    told(f"{steps} steps again: the same tokens", answer(session, steps) == quiet)
+    told(f"{steps} steps again: the same tokens", answer(session, prompt, steps) == quiet)
     with loaded(ranks.devices):
-        told("memory loaded beside: the same tokens", answer(session, steps) == quiet)
+        told("memory loaded beside: the same tokens", answer(session, prompt, steps) == quiet)
     told("memory loaded beside: ranks alike", alike(ranks, bucket))
 
-    told("each rank by itself: the same bits", by_itself(ranks, session, bucket))
+    told("each rank by itself: the same bits", by_itself(ranks, session, bucket, prompt))
 
-    answer(session, 1)
+    answer(session, prompt, 1)
     asleep = []
     for _ in range(min(steps, 40)):
         ranks.begin(bucket)
@@ -162,7 +167,7 @@ def check(plan: Plan, steps: int) -> tuple[int, Tensor]:
     told("the host asleep between launches: the same tokens", asleep == quiet[1 : 1 + len(asleep)])
 
     session.reset()
-    session.prefill(PROMPT, 0)
+    session.prefill(prompt, 0, logits="last")
     session.wait()
     with torch.cuda.device(ranks.devices[-1]):
         torch.cuda._sleep(int(LATE * 1.7e9))  # cycles
@@ -178,30 +183,32 @@ def check(plan: Plan, steps: int) -> tuple[int, Tensor]:
         print(f"         after {time.perf_counter() - began:.2f} s: {error}", flush=True)
         told("a rank that never comes is named", f"for rank {plan.ranks - 1}" in str(error) or plan.ranks > 2)
     session.reset()
-    session.prefill(PROMPT, 0)
+    session.prefill(prompt, 0, logits="last")
     told("after reset: the same logits", torch.equal(session.decode({0: 5})[:1].cpu(), logits))
 
-    took, timed = [], min(steps, TIMED)
+    took, first, timed = [], [], min(steps, TIMED)
     for _ in range(7):
         session.reset()
-        session.prefill(PROMPT, 0)
+        began = time.perf_counter()
+        session.prefill(prompt, 0, logits="last")
         session.wait()
+        first.append(1e3 * (time.perf_counter() - began))
         began = time.perf_counter()
         session.steps(timed, [0])
         session.wait()
         took.append(1e6 * (time.perf_counter() - began) / timed)
-    print(
-        f"         a step takes {statistics.median(took):.1f} us ({min(took):.1f} to {max(took):.1f})",
-        flush=True,
-    )
+    for what, found, unit in (("a step", took, "us"), (f"a prompt of {length}", first, "ms")):
+        middle = statistics.median(found)
+        print(f"         {what} takes {middle:.1f} {unit} ({min(found):.1f} to {max(found):.1f})", flush=True)
     return sum(not right for right in verdicts.values()), logits
 
 
-def smoke(plan: Plan, rank: int | None) -> int:
+def smoke(plan: Plan, length: int, rank: int | None) -> int:
     """A few steps: the first ones, ends of windows, more entries than are chosen."""
     executor = random_executor(plan, rank, limit=PATIENCE)
     session = Session(plan, executor)
-    session.prefill(PROMPT, 0, logits="last")
+    prompt = prompt_of(length, session.vocab_size)
+    session.prefill(prompt, 0, logits="last")
     session.wait()
     bucket = plan.program("decode").shape.name
     for position in (3, 63, 127):
@@ -213,7 +220,7 @@ def smoke(plan: Plan, rank: int | None) -> int:
         for step in executor.bound(bucket):
             step.call()
         session.wait()
-    print(f"{len(plan.buckets[bucket].launches)} launches, 3 steps after a prompt of {len(PROMPT)}")
+    print(f"{len(plan.buckets[bucket].launches)} launches, 3 steps after a prompt of {length}")
     return 0
 
 
@@ -222,6 +229,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("plans", type=Path, nargs="+")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--prompt", type=int, default=8, help="tokens")
     parser.add_argument("--smoke", action="store_true", help="a few steps, for compute-sanitizer")
     parser.add_argument("--alone", type=int, help="with --smoke, one rank on one GPU")
     parser.add_argument("--plain", action="store_true", help="with --alone, kernels launched one by one")
@@ -229,11 +237,11 @@ def main() -> int:
     if asked.plain:
         driver.Graph = PlainGraph  # type: ignore[assignment, misc]
     if asked.smoke:
-        return sum(smoke(load(path), asked.alone) for path in asked.plans)
+        return sum(smoke(load(path), asked.prompt, asked.alone) for path in asked.plans)
     failed, first = 0, None
     for path in asked.plans:
         plan = load(path)
-        wrong, logits = check(plan, asked.steps)
+        wrong, logits = check(plan, asked.prompt, asked.steps)
         if first is not None and not torch.equal(first, logits):
             print(
                 f"{path}: logits differ from {asked.plans[0]}'s, by {float((first - logits).abs().max()):.3g}"

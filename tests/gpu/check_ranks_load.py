@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.config import load_config
+from dsv4c.exchange import MOST_ROWS
 from dsv4c.models.weights import inventory
 from dsv4c.plan.folder import Plan, load
 from dsv4c.runtime.bind import check
@@ -25,8 +26,9 @@ from dsv4c.runtime.ranks import CudaRanks
 from dsv4c.runtime.residence import Loaded, load_weights
 from dsv4c.runtime.session import Session
 from dsv4c.scope import LAYERS, Scope
+from tests.gpu.check_ranks import prompt_of
 
-PROMPT = [3, 17, 5, 9, 25, 11, 42, 7]
+STEPS = 4  # after the prompt
 
 
 def differing(plan: Plan, checkpoint: Path, blocks: Sequence[Tensor], layers: Sequence[int]) -> list[str]:
@@ -51,10 +53,11 @@ def differing(plan: Plan, checkpoint: Path, blocks: Sequence[Tensor], layers: Se
     return found
 
 
-def first_logits(session: Session) -> Tensor:
-    """Of a prompt's tokens, and of one after them."""
-    prompt = session.prefill(PROMPT)
-    return torch.cat([prompt, session.decode([5])[:1]]).cpu()
+def first_logits(session: Session, length: int) -> Tensor:
+    """Of a prompt's tokens, of a long one's last alone, and of some after them."""
+    prompt = prompt_of(length, session.vocab_size)
+    rows = [session.prefill(prompt, logits="all" if length <= MOST_ROWS else "last")]
+    return torch.cat([*rows, *(session.decode([token])[:1] for token in prompt[:STEPS])]).cpu()
 
 
 def main() -> int:
@@ -63,7 +66,8 @@ def main() -> int:
     parser.add_argument("plan", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--beside", type=Path, help="another plan of the model, for one GPU or the CPU")
-    parser.add_argument("--bound", type=float, default=0.2, help="of a token's logits: |a - b| / |b|")
+    parser.add_argument("--bound", type=float, default=0.3, help="of a token's logits: |a - b| / |b|")
+    parser.add_argument("--prompt", type=int, default=8, help="tokens whose logits are compared")
     parser.add_argument("--whole", default="deepseek-v4-flash", help="the model whose time is computed")
     parser.add_argument("--layers", default="3,4", help="layers whose bytes are compared")
     parser.add_argument("--workers", type=int, help="threads that read")
@@ -85,7 +89,10 @@ def main() -> int:
     print(f"  {'WRONG' if wrong else 'ok':6} bytes of layers {asked.layers}: {len(wrong)} differ {wrong[:4]}")
     failed += bool(wrong)
     if asked.beside is not None:
-        several, other = first_logits(session), first_logits(load(asked.beside).bind(asked.checkpoint))
+        several, other = (
+            first_logits(bound, asked.prompt)
+            for bound in (session, load(asked.beside).bind(asked.checkpoint))
+        )
         apart = [float((a - b).norm() / b.norm()) for a, b in zip(several, other, strict=True)]
         same = int((several.argmax(1) == other.argmax(1)).sum())
         right = max(apart) <= asked.bound

@@ -93,7 +93,7 @@ def test_rounds_of_ranks_say_what_one_gives_in_steps(head: Head, tmp_path: Path)
         said, own = in_rounds(two, prompt, 12)
         assert said == plainly(one, prompt, 12)
         held += own
-    assert held[0] and held[2], held
+    assert {0, 2} <= held.keys()
 
 
 @pytest.mark.parametrize("format", [FP8_WEIGHT, MXFP4, NVFP4], ids=str)

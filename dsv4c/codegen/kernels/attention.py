@@ -150,7 +150,7 @@ def plan_attention(spec: AttentionSpec) -> Attention:
     """
     keys = spec.window + spec.extra
     tiles = -(-spec.heads // HEADS)
-    wide = (keys > 2304 and tiles <= 4) or (keys > 128 and tiles <= 2)
+    wide = (keys > 2304 and tiles <= 4) or (keys > 512 and tiles <= 2)
     splits = spec.splits or min(16 if wide else 8, spec.width // 16)
     largest = 144 if spec.format == "fp8" else 80
     tile = 16 * -(-keys // (splits * 16))

@@ -1,7 +1,7 @@
 """Exchanges between ranks, as launches: words put into the others' inboxes, and theirs waited for.
 
-For the rows of a step. Every word is stored with its flag, so half of what crosses is flags: chunks of many
-tokens would want plain stores instead.
+Every word of a step's rows is stored with its flag, so half of what crosses is flags, and nothing is waited
+for twice. Chunks of many tokens cross as tiles, plain bytes with one flag for all of them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable
-from dsv4c.exchange import MOST_ROWS, PAYLOAD, WORD
+from dsv4c.exchange import MOST_ROWS, MOST_TILES, PAYLOAD, WORD
 from dsv4c.ir.ops.collective import AllGather, AllReduce
 from dsv4c.types import BF16, F32, I32, TensorType
 
 THREADS = 256
 MOST_CTAS = 32  # for a row: all CTAs of a step's rows are on the device together
+VECTOR = 16  # bytes of a tile that a thread moves at once
+STEPS = 4  # of them at most, so that a tile has 16 KB
 
 EXCHANGE = (Parameter("exchange"), Parameter("site", early=True))
 
@@ -31,6 +33,11 @@ class ReduceSpec:
     width: int
     out: str
 
+    @property
+    def vectors(self) -> int:
+        """Of a row of a tile."""
+        return 4 * self.width // VECTOR
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -42,6 +49,15 @@ class Piece:
     width: int
     words: int
     first: int
+
+    @property
+    def vectors(self) -> int:
+        """Of a row of a tile."""
+        return 4 * self.words // VECTOR
+
+    @property
+    def first_vector(self) -> int:
+        return 4 * self.first // VECTOR
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,27 @@ def emit_all_gather(spec: GatherSpec) -> Emission:
     return Emission("all_gather_0", source, (ctas, spec.rows, 1), THREADS, 0, parameters)
 
 
+def emit_tiles(name: str, spec: ReduceSpec | GatherSpec) -> Emission:
+    """The kernel of a sum or a gather of many rows, a tile for every part of a row."""
+    pieces = () if isinstance(spec, ReduceSpec) else spec.pieces
+    vectors = spec.vectors if isinstance(spec, ReduceSpec) else sum(p.vectors for p in pieces)
+    own, made = [p.x for p in pieces] or ["x"], [p.y for p in pieces] or ["y"]
+    steps = min(STEPS, -(-vectors // THREADS))
+    parts = -(-vectors // (THREADS * steps))
+    parameters = (*map(Parameter, own), *EXCHANGE, *map(Parameter, made))
+    source = render(
+        f"{name}.py.jinja",
+        spec=spec,
+        pieces=pieces,
+        vectors=vectors,
+        pointers=[p.name for p in parameters],
+        parts=parts,
+        threads=THREADS,
+        steps=steps,
+    )
+    return Emission(f"{name}_0", source, (parts, spec.rows, 1), THREADS, 0, parameters)
+
+
 # Binding ----------------------------------------------------------------------------------------------------
 
 
@@ -100,10 +137,12 @@ def all_reduce(request: Request) -> Answer:
     x = request.types[call.inputs[0]]
     if len(x.shape) != 2 or call.op.out not in (BF16, F32):
         return No(f"adds rows f32[N,H] up to bf16 or f32, not {x} to {call.op.out}")
-    if x.shape[0] > MOST_ROWS:
-        return No(_rows(x.shape[0]))
     spec = ReduceSpec(call.op.ranks, *x.shape, str(call.op.out))
     values = {"x": call.inputs[0], "y": call.outputs[0]}
+    if spec.rows > MOST_ROWS:
+        if 4 * spec.width % VECTOR:
+            return No(f"moves vectors of {VECTOR} bytes, not rows of {spec.width} f32")
+        return _tiled(request, emit_tiles("all_reduce_tiles", spec), values, spec.rows * spec.vectors)
     return [exchanging(request, emit_all_reduce(spec), values, x.shape[0] * x.shape[1])]
 
 
@@ -122,16 +161,27 @@ def all_gather(request: Request) -> Answer:
         assert isinstance(type_, TensorType)
         values.append((str(type_.dtype), type_.shape[1]))
     rows = types[0].shape[0]
-    if rows > MOST_ROWS or any(type_.shape[0] != rows for type_ in types):
-        return No(_rows(rows) if rows > MOST_ROWS else "joins values of as many rows")
+    if any(type_.shape[0] != rows for type_ in types):
+        return No("joins values of as many rows")
     spec = GatherSpec(call.op.ranks, rows, tuple(values))
     names = {p.x: call.inputs[i] for i, p in enumerate(spec.pieces)}
     names |= {p.y: call.outputs[i] for i, p in enumerate(spec.pieces)}
+    if rows > MOST_ROWS:
+        odd = next((t for t, p in zip(types, spec.pieces, strict=True) if 4 * p.words % VECTOR), None)
+        if odd is not None:
+            return No(f"moves vectors of {VECTOR} bytes, not rows of {odd}")
+        vectors = sum(p.vectors for p in spec.pieces)
+        return _tiled(request, emit_tiles("all_gather_tiles", spec), names, rows * vectors)
     return [exchanging(request, emit_all_gather(spec), names, rows * sum(p.words for p in spec.pieces))]
 
 
-def _rows(rows: int) -> str:
-    return f"exchanges at most {MOST_ROWS} rows, not {rows}: compile with smaller chunks"
+def _tiled(request: Request, emission: Emission, values: Mapping[str, int], vectors: int) -> Answer:
+    """A launch that gives every other rank so many vectors in tiles."""
+    parts, rows, _ = emission.grid
+    if parts * rows > MOST_TILES:
+        return No(f"exchanges at most {MOST_TILES} tiles, not {parts * rows}: compile with smaller chunks")
+    launch = launchable(request, emission, values, exchange=EXCHANGE)
+    return [replace(launch, tiled=vectors * VECTOR)]
 
 
 def exchanging(

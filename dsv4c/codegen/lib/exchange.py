@@ -3,6 +3,10 @@
 The block's form is `dsv4c.exchange`'s. A kernel puts its words into the inboxes of all others before it waits
 for any of theirs, and lets its successor start only behind the last of them: what that would load meanwhile
 slows the waiting down.
+
+Of many rows tiles cross, a CTA's bytes by plain stores, and then one flag that releases them. A CTA gives its
+own tile before it waits for the others' of the same number, so that the lowest numbers of all ranks, which
+are resident first, wait for nobody else.
 """
 
 import cutlass.cute as cute
@@ -10,7 +14,20 @@ from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_
 
 from dsv4c.codegen.lib import ptx
 from dsv4c.codegen.lib.shapes import Gather
-from dsv4c.exchange import EPOCH, GIVEN_UP, INBOXES, LIMIT, RANK, REGION, SITE_BITS, STATUS, WORD
+from dsv4c.exchange import (
+    EPOCH,
+    GIVEN_UP,
+    INBOXES,
+    LIMIT,
+    RANK,
+    REGION,
+    SITE_BITS,
+    STATUS,
+    TILE_FLAGS,
+    TILED,
+    TILES,
+    WORD,
+)
 
 LOOKS = 4096  # at all words together, a millisecond or more, before each is waited for until the limit
 
@@ -32,14 +49,16 @@ def ldg64_system(g: Int64):
 
 
 @cute.jit
-def open_site(m_exchange: cute.Pointer, m_site: cute.Pointer, ranks: Constexpr[int]):
-    """This rank, the exchange's flag, where in each rank's memory this one's words go, and where those of
-    each rank are in this one's. Nothing of it changes in a step, so it is asked for before the wait.
+def open_site(
+    m_exchange: cute.Pointer, m_site: cute.Pointer, ranks: Constexpr[int], tiles: Constexpr[bool] = False
+):
+    """This rank, the exchange's flag, where in each rank's memory this one's words, or `tiles`, go, and where
+    those of each rank are in this one's. Nothing of it changes in a step, so it is asked for before the wait.
     """
     g = m_exchange.toint()
     rank = Int32(ldg32_system(g + RANK))
     epoch = ldg32_system(g + EPOCH)
-    region = ldg64_system(g + REGION)
+    region = ldg64_system(g + const_expr(TILED if tiles else REGION))
     site = ldg32_system(m_site.toint())
     to = cute.make_rmem_tensor((ranks,), Int64)
     here = cute.make_rmem_tensor((ranks,), Int64)
@@ -47,7 +66,7 @@ def open_site(m_exchange: cute.Pointer, m_site: cute.Pointer, ranks: Constexpr[i
     first = turn.to(Int64) * region * ranks
     own = Int64(0)
     for peer in range_constexpr(ranks):
-        inbox = ldg64_system(g + INBOXES + 8 * peer) + first
+        inbox = ldg64_system(g + const_expr(TILES if tiles else INBOXES) + 8 * peer) + first
         to[peer] = inbox + rank.to(Int64) * region
         if rank == peer:
             own = inbox
@@ -187,6 +206,79 @@ def gather(
                     ptx.stg32(whole[value] + at * 4, words[peer])
     ptx.sync_threads(threads)
     ptx.launch_dependents()
+
+
+@cute.jit
+def push_vector(to: cute.Tensor, rank: Int32, at: Int64, words: cute.Tensor, ranks: Constexpr[int]):
+    """Store 16 bytes of a tile at byte `at` of the tiles that all other ranks get of this one."""
+    for peer in range_constexpr(ranks):
+        if rank != peer:
+            ptx.stg128(to[peer] + TILE_FLAGS + at, words[0], words[1], words[2], words[3])
+
+
+@cute.jit
+def push_flag(to: cute.Tensor, rank: Int32, flag: Uint32, tile: Int32, thread: Int32, ranks: Constexpr[int]):
+    """Say that a tile is there, once all threads of this CTA have stored their bytes of it."""
+    cute.arch.sync_threads()
+    for peer in range_constexpr(ranks):
+        if thread == peer and rank != peer:
+            cute.arch.inline_ptx(
+                "fence.acq_rel.sys; st.relaxed.sys.global.b32 [{$r0}], {$r1};",
+                read_only_args=[to[peer] + Int64(tile) * 4, flag],
+            )
+
+
+@cute.jit
+def receive_flag(
+    m_exchange: cute.Pointer,
+    here: cute.Tensor,
+    rank: Int32,
+    flag: Uint32,
+    tile: Int32,
+    thread: Int32,
+    ranks: Constexpr[int],
+):
+    """Wait for a tile of all other ranks. Beyond the time limit the status is set, and a step that has lost a
+    rank ends soon, with whatever was there.
+    """
+    g = m_exchange.toint()
+    for peer in range_constexpr(ranks):
+        if thread == peer and rank != peer:
+            at = here[peer] + Int64(tile) * 4
+            found = poll_flag(at, flag)
+            if found == Uint32(0):
+                begun = cute.arch.globaltimer()
+                while found == Uint32(0):
+                    found = poll_flag(at, flag)
+                    if found == Uint32(0):
+                        if ldg32_system(g + STATUS) != Uint32(0):
+                            found = Uint32(1)
+                        elif cute.arch.globaltimer() - begun > ldg64_system(g + LIMIT):
+                            give_up(
+                                g + STATUS, (flag & Uint32((1 << 28) - 1)) | Uint32(GIVEN_UP | peer << 28)
+                            )
+    cute.arch.sync_threads()
+
+
+@cute.jit
+def receive_vector(here: cute.Tensor, peer: Constexpr[int], at: Int64):
+    """16 bytes of a tile of another rank, whose flag has been received."""
+    return ptx.ldg128(here[peer] + TILE_FLAGS + at)
+
+
+@cute.jit
+def poll_flag(g: Int64, flag: Uint32):
+    """1 once a tile has the flag, and its bytes may be read behind a barrier; 0 after 32 looks in vain."""
+    return cute.arch.inline_ptx(
+        "{ .reg .pred p; .reg .b32 f, n; mov.u32 n, 32; "
+        "AGAIN: ld.acquire.sys.global.b32 f, [{$r0}]; "
+        "setp.eq.u32 p, f, {$r1}; @p bra DONE; "
+        "sub.u32 n, n, 1; setp.ne.u32 p, n, 0; @p bra AGAIN; "
+        "setp.eq.u32 p, f, {$r1}; "
+        "DONE: selp.u32 {$w0}, 1, 0, p; }",
+        write_only_types=[Uint32],
+        read_only_args=[g, flag],
+    )
 
 
 @cute.jit
