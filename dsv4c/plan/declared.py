@@ -105,9 +105,8 @@ def _exchange(text: str) -> str:
         if "ptx.launch_dependents()" in text:
             return "its kernel has ptx.launch_dependents() beside exchange.gather: it would slow ranks down"
         return ""
-    pushes = (
-        ("exchange.push_vector(", "exchange.push_flag(") if "push_vector(" in text else ("exchange.push(",)
-    )
+    tiles = "tiles=True" in text
+    pushes = ("exchange.push_vector(", "exchange.push_flag(") if tiles else ("exchange.push(",)
     steps = ("ptx.wait()", *pushes, "exchange.receive", "sync_threads()", "ptx.launch_dependents()")
     kernel = text[text.index("@cute.kernel") :] if "@cute.kernel" in text else ""
     places = [(kernel.find(step), kernel.rfind(step)) for step in steps]
