@@ -4,7 +4,8 @@ On random weights: after a prompt and many steps every rank has the same logits 
 bit, the same again beside work that loads the memory of all GPUs, while the host sleeps between launches, and
 after a rank that starts late; each rank by itself, launch by launch against the words that the others gave,
 has these bits, too. One that never comes is named within the limit, and `reset` starts anew. Further plans of
-the same model must give the first one's logits bit for bit. Ends with what a step takes.
+the same model must give the first one's logits bit for bit. Ends with what steps, prompts and calls of every
+bucket take, the latter at a position far on.
 
 `--smoke` runs a few steps instead, for compute-sanitizer: of all ranks, or with `--alone R` of one, whose
 exchanges are answered at once, and with `--plain` its kernels one by one, without a graph.
@@ -24,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv4c.buckets import ROWS
 from dsv4c.numerics.codec import parts_of
 from dsv4c.plan.folder import Plan, load
 from dsv4c.plan.records import Launch
@@ -38,6 +40,8 @@ ASLEEP = 0.0015  # seconds before each launch, of a step of two or three millise
 LOAD = 256 << 20  # bytes that are copied beside, far beyond an L2
 AHEAD = 64  # copies that are enqueued before the last is waited for
 TIMED = 1000  # steps, at most
+CALLS = 15  # of a bucket
+FAR = 8192  # tokens before a call that is timed
 PATIENCE = 20.0  # seconds that a rank waits for another which a tool slows down
 
 
@@ -200,7 +204,32 @@ def check(plan: Plan, length: int, steps: int) -> tuple[int, Tensor]:
     for what, found, unit in (("a step", took, "us"), (f"a prompt of {length}", first, "ms")):
         middle = statistics.median(found)
         print(f"         {what} takes {middle:.1f} {unit} ({min(found):.1f} to {max(found):.1f})", flush=True)
+    position = min(FAR, session.max_context - ROWS - CALLS)
+    for name, middle in calls(ranks, position):
+        print(f"         a call of {name} takes {middle:.3f} ms", flush=True)
     return sum(not right for right in verdicts.values()), logits
+
+
+def calls(ranks: CudaRanks, position: int) -> Iterator[tuple[str, float]]:
+    """Milliseconds of a call of every bucket, whose rows are valid; chunks from the beginning."""
+    for name, program in ranks.plan.buckets.items():
+        shape = program.shape
+        tokens = torch.arange(shape.given, dtype=torch.int32) * 7919 % int(ranks.plan.config["vocab_size"])
+        lengths = torch.full((shape.sequences,), shape.given // shape.sequences, dtype=torch.int32)
+        slots = torch.arange(shape.sequences, dtype=torch.int32)
+        took = []
+        for _ in range(CALLS):
+            for step in ranks.bound(name):
+                at = step.value("position")
+                assert isinstance(at, Tensor)
+                at.fill_(0 if shape.kind == "prefill" else position)
+                step.take({"tokens": tokens, "lengths": lengths, "slots": slots})
+            ranks.wait()
+            began = time.perf_counter()
+            ranks.call(name)
+            ranks.wait()
+            took.append(1e3 * (time.perf_counter() - began))
+        yield name, statistics.median(took)
 
 
 def smoke(plan: Plan, length: int, rank: int | None) -> int:
