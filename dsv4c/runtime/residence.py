@@ -94,13 +94,13 @@ class Loaded:
 def load_weights(
     checkpoint: Checkpoint,
     residents: Sequence[Resident],
-    blocks: Sequence[Tensor],
+    blocks: Mapping[int, Tensor],
     *,
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> Loaded:
-    """Read every parameter into the weights' uint8 blocks, one of each rank, stacks matrix by matrix. All is
-    read once: every rank gets its part of what was read.
+    """Read every parameter into the weights' uint8 blocks, by rank, stacks matrix by matrix. All is read
+    once: every rank gets its part of what was read.
 
     Raises CheckpointError.
     """
@@ -108,9 +108,9 @@ def load_weights(
     read = 0
 
     def sink(name: str, e: int | None, value: Value) -> None:
-        for rank, block in enumerate(blocks):
+        for rank, block in blocks.items():
             places[name].store(block, places[name].record.part(value, rank, e), e)
-        for block in blocks:
+        for block in blocks.values():
             if block.is_cuda:
                 torch.cuda.current_stream(block.device).synchronize()  # the value goes away with this call
 
@@ -121,7 +121,8 @@ def load_weights(
             progress(name, done, total)
 
     started = time.perf_counter()
-    with _Watch(None if blocks[0].is_cuda else lambda: read) as watch:
+    on_cuda = any(block.is_cuda for block in blocks.values())
+    with _Watch(None if on_cuda else lambda: read) as watch:
         records = [resident.record for resident in residents]
         checkpoint.stream(records, sink, progress=report, workers=workers)
     return Loaded(read, time.perf_counter() - started, watch.most)

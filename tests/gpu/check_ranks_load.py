@@ -42,7 +42,7 @@ def differing(plan: Plan, checkpoint: Path, blocks: Sequence[Tensor], layers: Se
     ]
     wanted = [torch.empty(plan.blocks["weights"], dtype=torch.uint8) for _ in blocks]
     reader = opened.sparing(resident.record for resident in residents)
-    load_weights(reader, chosen, wanted)
+    load_weights(reader, chosen, dict(enumerate(wanted)))
     found = []
     for resident in chosen:
         for rank, (block, host) in enumerate(zip(blocks, wanted, strict=True)):
