@@ -300,6 +300,12 @@ def bulk_load(s: Int32, g: Int64, nbytes: Int32, bar: Int32):
 
 
 @cute.jit
+def prefetch_l2(g: Int64):
+    """Bring the line of 128 bytes that has this address to L2."""
+    _asm("prefetch.global.L2 [{$r0}];", read_only_args=[g])
+
+
+@cute.jit
 def cp_async16(s: Int32, g: Int64):
     """Asynchronous copy of 16 bytes to shared memory past L1, both sides 16-byte aligned. Every calling
     thread copies.
