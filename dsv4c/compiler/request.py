@@ -40,7 +40,7 @@ class Request:
     GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens
     that each has room for. verify: tokens of one sequence that a verify step takes, 1 for no such bucket.
     chunk: tokens of one sequence that prefill calls take, a bucket for each size, none beyond the context
-    (64; on sm_90a 64, 512 and 4096; on sm_100a, and where ranks exchange rows, 8). logits: of every token of
+    (64; on sm_90a 64, 512 and 4096; on sm_100a 8). logits: of every token of
     a chunk, or of its last alone (of every one; on a GPU of the last alone in chunks of more than 8). draft:
     adds rounds, which draft tokens and judge them, by the MTP block ("mtp"), by DSpark's stages ("dspark"),
     or by what the checkpoint has, if anything ("auto": for as many sequences as rows allow, on a GPU only
@@ -101,7 +101,7 @@ class Request:
                 raise ConfigError(f"{name}: {given!r} is unknown; expected {choices}")
         on_cpu = self.target == "cpu"
         batches = _numbers("batch", self.batch, (1,) if on_cpu else BATCHES)
-        sizes = (ROWS,) if self.ranks > 1 and not on_cpu else CHUNKS.get(self.target, (ROWS,))
+        sizes = CHUNKS.get(self.target, (ROWS,))
         chunks = _numbers("chunk", self.chunk, tuple({min(n, self.max_context) for n in sizes}))
         verify = self.verify if self.verify is not None else min(VERIFY, self.max_context)
         if not 1 <= verify <= ROWS:

@@ -40,7 +40,7 @@ ASLEEP = 0.0015  # seconds before each launch, of a step of two or three millise
 LOAD = 256 << 20  # bytes that are copied beside, far beyond an L2
 AHEAD = 64  # copies that are enqueued before the last is waited for
 TIMED = 1000  # steps, at most
-CALLS = 15  # of a bucket
+CALLS, TURNS = 20, 5  # of a bucket, one behind the other, and how often
 FAR = 8192  # tokens before a call that is timed
 PATIENCE = 20.0  # seconds that a rank waits for another which a tool slows down
 
@@ -204,31 +204,35 @@ def check(plan: Plan, length: int, steps: int) -> tuple[int, Tensor]:
     for what, found, unit in (("a step", took, "us"), (f"a prompt of {length}", first, "ms")):
         middle = statistics.median(found)
         print(f"         {what} takes {middle:.1f} {unit} ({min(found):.1f} to {max(found):.1f})", flush=True)
-    position = min(FAR, session.max_context - ROWS - CALLS)
+    position = min(FAR, session.max_context - ROWS * (CALLS + 1))
     for name, middle in calls(ranks, position):
         print(f"         a call of {name} takes {middle:.3f} ms", flush=True)
     return sum(not right for right in verdicts.values()), logits
 
 
 def calls(ranks: CudaRanks, position: int) -> Iterator[tuple[str, float]]:
-    """Milliseconds of a call of every bucket, whose rows are valid; chunks from the beginning."""
+    """Milliseconds of a call of every bucket, whose rows are valid, one behind the other; of chunks that begin
+    where there is nothing, and are waited for.
+    """
     for name, program in ranks.plan.buckets.items():
         shape = program.shape
         tokens = torch.arange(shape.given, dtype=torch.int32) * 7919 % int(ranks.plan.config["vocab_size"])
         lengths = torch.full((shape.sequences,), shape.given // shape.sequences, dtype=torch.int32)
         slots = torch.arange(shape.sequences, dtype=torch.int32)
-        took = []
-        for _ in range(CALLS):
+        chunk = shape.kind == "prefill"
+        took, count = [], 1 if chunk else CALLS
+        for _ in range(TURNS):
             for step in ranks.bound(name):
                 at = step.value("position")
                 assert isinstance(at, Tensor)
-                at.fill_(0 if shape.kind == "prefill" else position)
+                at.fill_(0 if chunk else position)
                 step.take({"tokens": tokens, "lengths": lengths, "slots": slots})
             ranks.wait()
             began = time.perf_counter()
-            ranks.call(name)
+            for _ in range(count):
+                ranks.call(name)
             ranks.wait()
-            took.append(1e3 * (time.perf_counter() - began))
+            took.append(1e3 * (time.perf_counter() - began) / count)
         yield name, statistics.median(took)
 
 
