@@ -211,8 +211,8 @@ def check(plan: Plan, length: int, steps: int) -> tuple[int, Tensor]:
 
 
 def calls(ranks: CudaRanks, position: int) -> Iterator[tuple[str, float]]:
-    """Milliseconds of a call of every bucket, whose rows are valid, one behind the other; of chunks that begin
-    where there is nothing, and are waited for.
+    """Milliseconds of a call of every bucket, whose rows are valid, one behind the other; of chunks at the
+    beginning, waited for one by one.
     """
     for name, program in ranks.plan.buckets.items():
         shape = program.shape
