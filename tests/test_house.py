@@ -98,7 +98,7 @@ HOUSE = {
     # that is loaded late.
     "runtime.meaning": Room(50, (*LEAVES, "plan", "ir", "reference")),
     "runtime": Room(
-        5000,
+        5020,
         (*CONFIG, "models.encoding", "plan", "numerics", "numerics.forms", "numerics.resident"),
         ("torch", "safetensors", "cuda"),
         rooms_inside=("runtime.meaning",),
