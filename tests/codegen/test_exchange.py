@@ -15,7 +15,8 @@ from dsv4c.codegen.kernels.exchange import (
     ReduceSpec,
     emit_all_gather,
     emit_all_reduce,
-    emit_tiles,
+    emit_gather_of_tiles,
+    emit_sum_of_tiles,
 )
 from dsv4c.codegen.kernels.gemv import Activations, Gathered, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.kernels.hyper_norm import HyperNormSpec, emit_hyper_norm
@@ -56,7 +57,7 @@ def read() -> Emission:
 def tiles() -> tuple[Emission, Emission]:
     """Of a chunk: a sum of more than a tile a row, a gather of two kinds of values."""
     total = ReduceSpec(2, 128, 7168, "bf16")
-    return emit_tiles("all_reduce_tiles", total), emit_tiles("all_gather_tiles", replace(JOIN, rows=128))
+    return emit_sum_of_tiles(total), emit_gather_of_tiles(replace(JOIN, rows=128))
 
 
 def test_texts(golden: Golden) -> None:
@@ -111,47 +112,34 @@ EDITS = [  # what a kernel's text is changed to, and what is said of it
 
 
 @pytest.mark.parametrize(("old", "new", "said"), EDITS)
-@pytest.mark.parametrize(
-    "emission", [emit_all_reduce(SUM), emit_all_gather(JOIN), mixed()], ids=lambda e: e.symbol
-)
-def test_a_kernel_that_would_make_ranks_wait_is_found(
-    emission: Emission, old: str, new: str, said: str
-) -> None:
-    assert read_source(emission.source).exchange == ""
-    assert old in emission.source
-    assert said in read_source(emission.source.replace(old, new, 1)).exchange
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        *(edit for edit in EDITS if "push" not in edit[0] + edit[2]),
-        ("    ptx.wait()\n", "", "exchange.push_vector before ptx.wait()"),
-        ("exchange.push_vector(", "exchange.push_flag(", "or lacks one of them"),
-        ("exchange.push_flag(", "exchange.receive_flag(", "or lacks one of them"),
-    ],
-)
-@pytest.mark.parametrize("emission", tiles(), ids=lambda e: e.symbol)
-def test_tiles_that_would_make_ranks_wait_are_found(
-    emission: Emission, old: str, new: str, said: str
-) -> None:
-    assert read_source(emission.source).exchange == ""
-    assert old in emission.source
-    assert said in read_source(emission.source.replace(old, new)).exchange
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("    ptx.wait()\n    exchange.gather(", "    exchange.gather(", "not right behind ptx.wait()"),
-        ("    smem = ptx.", "    ptx.launch_dependents()\n    smem = ptx.", "beside exchange.gather"),
-    ],
-)
-def test_a_launch_that_gathers_as_it_must_not_is_found(old: str, new: str, said: str) -> None:
-    source = read().source
+def test_a_kernel_that_would_make_ranks_wait_is_found(old: str, new: str, said: str) -> None:
+    source = mixed().source
     assert read_source(source).exchange == ""
     assert old in source
     assert said in read_source(source.replace(old, new, 1)).exchange
+
+
+@pytest.mark.parametrize(
+    ("emission", "stage"),
+    [
+        (emit_all_reduce(SUM), "exchange.sum_rows"),
+        (emit_all_gather(JOIN), "exchange.join_rows"),
+        (tiles()[0], "exchange.sum_tiles"),
+        (tiles()[1], "exchange.join_tiles"),
+        (read(), "exchange.gather"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_stage_that_exchanges_where_it_must_not_is_found(emission: Emission, stage: str) -> None:
+    """It gives, takes, meets and lets the successor start."""
+    source, wait, trigger = emission.source, "    ptx.wait()\n", "    ptx.launch_dependents()\n"
+    assert read_source(source).exchange == ""
+    behind = f"{wait}    {stage}("
+    assert behind in source
+    early = source.replace(behind, behind.removeprefix(wait), 1)
+    assert f"{stage} that is not right behind ptx.wait()" in read_source(early).exchange
+    slow = source.replace(behind, trigger + behind, 1)
+    assert f"ptx.launch_dependents() beside {stage}" in read_source(slow).exchange
 
 
 def test_no_generated_kernel_takes_an_exchange() -> None:

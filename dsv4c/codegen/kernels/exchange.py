@@ -6,22 +6,22 @@ for twice. Chunks of many tokens cross as tiles, plain bytes with one flag for a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, compose
 from dsv4c.codegen.kernels.formats import holds
-from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.lib.slices import VECTOR, Joining, Summing, Tiles
+from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.exchange import MOST_ROWS, MOST_TILES, PAYLOAD, WORD
 from dsv4c.ir.ops.collective import AllGather, AllReduce
 from dsv4c.types import BF16, F32, I32, TensorType
 
 THREADS = 256
 MOST_CTAS = 32  # for a row: all CTAs of a step's rows are on the device together
-VECTOR = 16  # bytes of a tile that a thread moves at once
-STEPS = 4  # of them at most, so that a tile has 16 KB
 
 EXCHANGE = (Parameter("exchange"), Parameter("site", early=True))
+EXCHANGED = dict(zip(EXCHANGE, ("the block of exchanges", "u32, the number of this one"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,6 @@ class ReduceSpec:
     rows: int
     width: int
     out: str
-
-    @property
-    def vectors(self) -> int:
-        """Of a row of a tile."""
-        return 4 * self.width // VECTOR
 
 
 @dataclass(frozen=True)
@@ -49,15 +44,6 @@ class Piece:
     width: int
     words: int
     first: int
-
-    @property
-    def vectors(self) -> int:
-        """Of a row of a tile."""
-        return 4 * self.words // VECTOR
-
-    @property
-    def first_vector(self) -> int:
-        return 4 * self.first // VECTOR
 
 
 @dataclass(frozen=True)
@@ -80,57 +66,125 @@ class GatherSpec:
 
 def emit_all_reduce(spec: ReduceSpec) -> Emission:
     """The kernel of a sum."""
-    ctas = -(-spec.width // THREADS)
-    parameters = (Parameter("x"), *EXCHANGE, Parameter("y"))
-    pointers = [p.name for p in parameters]
-    source = render("all_reduce.py.jinja", spec=spec, pointers=pointers, ctas=ctas, threads=THREADS)
-    return Emission("all_reduce_0", source, (ctas, spec.rows, 1), THREADS, 0, parameters)
+    t = Summing(spec.ranks, spec.width, 4 if spec.out == "f32" else 2, THREADS)
+    return compose(
+        "all_reduce",
+        f"all_reduce: the sum of {spec.ranks} ranks' rows, in f32 and in order of the ranks.",
+        {
+            Parameter("x"): f"f32[N,{spec.width}], this rank's addends",
+            **EXCHANGED,
+            Parameter("y"): f"{spec.out}[N,{spec.width}] = the sum, the same bits on every rank",
+        },
+        f"Launch: {t.ctas} CTAs x {THREADS} threads per row. Puts {WORD * spec.width} B per row into each "
+        "other rank's inbox.",
+        _stages(spec.ranks, "exchange.sum_rows(SPEC, m, at)"),
+        threads=THREADS,
+        grid=(t.ctas, "rows", 1),
+        sizes={"rows": spec.rows},
+        spec=t,
+        record="exchange.Addends",
+    )
 
 
 def emit_all_gather(spec: GatherSpec) -> Emission:
     """The kernel of a gather."""
     pieces = spec.pieces
-    words = sum(p.words for p in pieces)
-    ctas = min(MOST_CTAS, -(-words // THREADS))
-    parameters = (*(Parameter(p.x) for p in pieces), *EXCHANGE, *(Parameter(p.y) for p in pieces))
-    source = render(
-        "all_gather.py.jinja",
-        spec=spec,
-        pieces=pieces,
-        words=words,
-        pointers=[p.name for p in parameters],
-        ctas=ctas,
+    words = tuple(p.words for p in pieces)
+    t = Joining(spec.ranks, words, min(MOST_CTAS, -(-sum(words) // THREADS)), THREADS)
+    several = "s" if t.steps > 1 else ""
+    return compose(
+        "all_gather",
+        f"all_gather: the columns of {spec.ranks} ranks, joined in order of the ranks.",
+        _columns(spec),
+        f"Launch: {t.ctas} CTAs x {THREADS} threads per row, {t.steps} word{several} of 4 B each. Puts "
+        f"{WORD * t.width} B per row into each other rank's inbox.",
+        _stages(spec.ranks, "exchange.join_rows(SPEC, m, at)"),
         threads=THREADS,
-        steps=-(-words // (THREADS * ctas)),
+        grid=(t.ctas, "rows", 1),
+        sizes={"rows": spec.rows},
+        spec=t,
+        record="exchange.Columns",
+        given=_given(spec),
     )
-    return Emission("all_gather_0", source, (ctas, spec.rows, 1), THREADS, 0, parameters)
 
 
-def emit_tiles(name: str, spec: ReduceSpec | GatherSpec) -> Emission:
-    """The kernel of a sum or a gather of many rows, a tile for every part of a row."""
-    pieces = () if isinstance(spec, ReduceSpec) else spec.pieces
-    vectors = spec.vectors if isinstance(spec, ReduceSpec) else sum(p.vectors for p in pieces)
-    own, made = [p.x for p in pieces] or ["x"], [p.y for p in pieces] or ["y"]
-    steps = min(STEPS, -(-vectors // THREADS))
-    parts = -(-vectors // (THREADS * steps))
-    parameters = (*map(Parameter, own), *EXCHANGE, *map(Parameter, made))
-    source = render(
-        f"{name}.py.jinja",
-        spec=spec,
-        pieces=pieces,
-        vectors=vectors,
-        pointers=[p.name for p in parameters],
-        parts=parts,
+def _columns(spec: GatherSpec) -> dict[Parameter, str | None]:
+    """The operands of a gather, and their types."""
+    return {
+        **{Parameter(p.x): f"{p.dtype}[N,{p.width}]" for p in spec.pieces},
+        **EXCHANGED,
+        **{Parameter(p.y): f"{p.dtype}[N,{p.width * spec.ranks}]" for p in spec.pieces},
+    }
+
+
+def _given(spec: GatherSpec) -> dict[str, str]:
+    """The fields of a gather's record."""
+    x, y = (_tuple(names) for names in zip(*((p.x, p.y) for p in spec.pieces), strict=True))
+    return {"x": x, "exchange": "m_exchange", "site": "m_site", "y": y}
+
+
+def _tuple(operands: Iterable[str]) -> str:
+    pointers = [f"m_{operand}" for operand in operands]
+    return f"({', '.join(pointers)}{',' * (len(pointers) == 1)})"
+
+
+def _stages(ranks: int, exchange: str, *, tiles: bool = False) -> tuple[str, ...]:
+    whose = f"{ranks}, tiles=True" if tiles else f"{ranks}"
+    return (f"at = exchange.enter(m.exchange, m.site, {whose})", "ptx.wait()", exchange)
+
+
+def emit_sum_of_tiles(spec: ReduceSpec) -> Emission:
+    """The kernel of a sum of many rows."""
+    t = Tiles(spec.ranks, (4 * spec.width // VECTOR,), THREADS, 4 if spec.out == "f32" else 2)
+    return compose(
+        "all_reduce_tiles",
+        f"all_reduce_tiles: the sum of {spec.ranks} ranks' many rows, in f32 and in order of the ranks.",
+        {
+            Parameter("x"): f"f32[N,{spec.width}], this rank's addends",
+            **EXCHANGED,
+            Parameter("y"): f"{spec.out}[N,{spec.width}] = the sum, the same bits on every rank",
+        },
+        _launch_of(t),
+        _stages(spec.ranks, "exchange.sum_tiles(SPEC, m, at)", tiles=True),
         threads=THREADS,
-        steps=steps,
+        grid=(t.parts, "rows", 1),
+        sizes={"rows": spec.rows},
+        spec=t,
+        record="exchange.Addends",
     )
-    return Emission(f"{name}_0", source, (parts, spec.rows, 1), THREADS, 0, parameters)
+
+
+def emit_gather_of_tiles(spec: GatherSpec) -> Emission:
+    """The kernel of a gather of many rows."""
+    t = Tiles(spec.ranks, tuple(4 * p.words // VECTOR for p in spec.pieces), THREADS)
+    return compose(
+        "all_gather_tiles",
+        f"all_gather_tiles: the columns of {spec.ranks} ranks, of many rows, joined in order of the ranks.",
+        _columns(spec),
+        _launch_of(t),
+        _stages(spec.ranks, "exchange.join_tiles(SPEC, m, at)", tiles=True),
+        threads=THREADS,
+        grid=(t.parts, "rows", 1),
+        sizes={"rows": spec.rows},
+        spec=t,
+        record="exchange.Columns",
+        given=_given(spec),
+    )
+
+
+def _launch_of(t: Tiles) -> str:
+    tiles = f"{t.parts} tile{'s' if t.parts > 1 else ''} of a row"
+    vectors = f"{t.steps} vector{'s' if t.steps > 1 else ''} of {VECTOR} B a thread"
+    return (
+        f"Launch: {tiles}, a CTA of {t.threads} threads each, {vectors}. Puts {VECTOR * t.width} B per row into "
+        "each other rank's tiles."
+    )
 
 
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(AllReduce)
+@kernel(takes(AllReduce, "ranks", "out"))
 def all_reduce(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, AllReduce)
@@ -142,11 +196,11 @@ def all_reduce(request: Request) -> Answer:
     if spec.rows > MOST_ROWS:
         if 4 * spec.width % VECTOR:
             return No(f"moves vectors of {VECTOR} bytes, not rows of {spec.width} f32")
-        return _tiled(request, emit_tiles("all_reduce_tiles", spec), values, spec.rows * spec.vectors)
+        return _tiled(request, emit_sum_of_tiles(spec), values, 4 * spec.rows * spec.width)
     return [exchanging(request, emit_all_reduce(spec), values, x.shape[0] * x.shape[1])]
 
 
-@kernel(AllGather)
+@kernel(takes(AllGather, "axis", "ranks"))
 def all_gather(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, AllGather)
@@ -170,18 +224,18 @@ def all_gather(request: Request) -> Answer:
         odd = next((t for t, p in zip(types, spec.pieces, strict=True) if 4 * p.words % VECTOR), None)
         if odd is not None:
             return No(f"moves vectors of {VECTOR} bytes, not rows of {odd}")
-        vectors = sum(p.vectors for p in spec.pieces)
-        return _tiled(request, emit_tiles("all_gather_tiles", spec), names, rows * vectors)
+        nbytes = 4 * rows * sum(p.words for p in spec.pieces)
+        return _tiled(request, emit_gather_of_tiles(spec), names, nbytes)
     return [exchanging(request, emit_all_gather(spec), names, rows * sum(p.words for p in spec.pieces))]
 
 
-def _tiled(request: Request, emission: Emission, values: Mapping[str, int], vectors: int) -> Answer:
-    """A launch that gives every other rank so many vectors in tiles."""
+def _tiled(request: Request, emission: Emission, values: Mapping[str, int], nbytes: int) -> Answer:
+    """A launch that gives every other rank so many bytes in tiles."""
     parts, rows, _ = emission.grid
     if parts * rows > MOST_TILES:
         return No(f"exchanges at most {MOST_TILES} tiles, not {parts * rows}: compile with smaller chunks")
     launch = launchable(request, emission, values, exchange=EXCHANGE)
-    return [replace(launch, tiled=vectors * VECTOR)]
+    return [replace(launch, tiled=nbytes)]
 
 
 def exchanging(

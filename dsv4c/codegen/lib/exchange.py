@@ -9,11 +9,14 @@ own tile before it waits for the others' of the same number, so that the lowest 
 are resident first, wait for nobody else.
 """
 
+from typing import NamedTuple
+
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import ptx
 from dsv4c.codegen.lib.shapes import Gather
+from dsv4c.codegen.lib.slices import VECTOR, Joining, Summing, Tiles
 from dsv4c.exchange import (
     EPOCH,
     GIVEN_UP,
@@ -301,3 +304,170 @@ def give_up(g: Int64, status: Uint32):
     cute.arch.inline_ptx(
         "{ .reg .b32 s; atom.relaxed.sys.global.cas.b32 s, [{$r0}], 0, {$r1}; }", read_only_args=[g, status]
     )
+
+
+# Launches ---------------------------------------------------------------------------------------------------
+
+
+class Addends(NamedTuple):
+    """x f32[N, width], of this rank -> y [N, width], the same bits on every rank; the block and the site."""
+
+    x: cute.Pointer
+    exchange: cute.Pointer
+    site: cute.Pointer
+    y: cute.Pointer
+
+
+class Columns(NamedTuple):
+    """x[i] [N, words[i]], of this rank -> y[i] [N, ranks * words[i]], in words of 4 bytes; the block and the
+    site.
+    """
+
+    x: tuple[cute.Pointer, ...]
+    exchange: cute.Pointer
+    site: cute.Pointer
+    y: tuple[cute.Pointer, ...]
+
+
+class Place(NamedTuple):
+    """Where a thread works, of a grid of (parts, rows), and what `open_site` says."""
+
+    thread: Int32
+    part: Int32
+    row: Int32
+    rank: Int32
+    flag: Uint32
+    to: cute.Tensor
+    here: cute.Tensor
+
+
+@cute.jit
+def enter(
+    m_exchange: cute.Pointer, m_site: cute.Pointer, ranks: Constexpr[int], tiles: Constexpr[bool] = False
+) -> Place:
+    """Before the wait."""
+    thread, _, _ = cute.arch.thread_idx()
+    part, row, _ = cute.arch.block_idx()
+    rank, flag, to, here = open_site(m_exchange, m_site, ranks, tiles)
+    return Place(thread, part, row, rank, flag, to, here)
+
+
+@cute.jit
+def sum_rows(t: Constexpr[Summing], m: Addends, at: Place) -> None:
+    """Give, take and add up a column, meet, let the successor start."""
+    thread, part, row, rank, flag, to, here = at
+    column = part * t.threads + thread
+    number = Int64(row) * t.width + column
+    if column < t.width:
+        own = ptx.ldg_f32(m.x.toint() + number * 4)
+        push(to, rank, flag, number, own.bitcast(Uint32), t.ranks)
+        total = receive_sum(m.exchange, here, rank, flag, number, own, t.ranks)
+        if const_expr(t.size == 4):
+            ptx.stg_f32(m.y.toint() + number * 4, total)
+        else:
+            ptx.stg16(m.y.toint() + number * 2, ptx.f32x2_to_bf16x2(total, total))
+    cute.arch.sync_threads()
+    ptx.launch_dependents()
+
+
+@cute.jit
+def join_rows(t: Constexpr[Joining], m: Columns, at: Place) -> None:
+    """Give words and store them, take the others' and store these, meet, let the successor start."""
+    thread, part, row, rank, flag, to, here = at
+    for n in range_constexpr(t.steps):
+        i = (part + n * t.ctas) * t.threads + thread
+        for value in range_constexpr(len(t.words)):
+            words, first = const_expr(t.words[value]), const_expr(t.first(value))
+            if i >= first and i < first + words:
+                word = ptx.ldg32(m.x[value].toint() + (Int64(row) * words + i - first) * 4)
+                push(to, rank, flag, Int64(row) * t.width + i, word, t.ranks)
+                column = rank * words + i - first
+                ptx.stg32(m.y[value].toint() + (Int64(row) * (words * t.ranks) + column) * 4, word)
+    for n in range_constexpr(t.steps):
+        i = (part + n * t.ctas) * t.threads + thread
+        for peer in range_constexpr(t.ranks):
+            if rank != peer and i < t.width:
+                number = Int64(row) * t.width + i
+                other = receive(m.exchange, here, flag, number, peer)
+                for value in range_constexpr(len(t.words)):
+                    words, first = const_expr(t.words[value]), const_expr(t.first(value))
+                    if i >= first and i < first + words:
+                        column = Int64(row) * (words * t.ranks) + peer * words + i - first
+                        ptx.stg32(m.y[value].toint() + column * 4, other)
+    cute.arch.sync_threads()
+    ptx.launch_dependents()
+
+
+@cute.jit
+def sum_tiles(t: Constexpr[Tiles], m: Addends, at: Place) -> None:
+    """Give a tile and its flag, wait for the others' flags, add up, meet, let the successor start."""
+    thread, part, row, rank, flag, to, here = at
+    tile = row * t.parts + part
+    own = cute.make_rmem_tensor((t.steps, 4), Uint32)
+    for n in range_constexpr(t.steps):
+        i = (part * t.steps + n) * t.threads + thread
+        if i < t.width:
+            place = (Int64(row) * t.width + i) * VECTOR
+            own[n, 0], own[n, 1], own[n, 2], own[n, 3] = ptx.ldg128(m.x.toint() + place)
+            push_vector(to, rank, place, own[n, None], t.ranks)
+    push_flag(to, rank, flag, tile, thread, t.ranks)
+    receive_flag(m.exchange, here, rank, flag, tile, thread, t.ranks)
+    for n in range_constexpr(t.steps):
+        i = (part * t.steps + n) * t.threads + thread
+        if i < t.width:
+            number = Int64(row) * t.width + i
+            words = cute.make_rmem_tensor((t.ranks, 4), Uint32)
+            for peer in range_constexpr(t.ranks):
+                if rank == peer:
+                    for j in range_constexpr(4):
+                        words[peer, j] = own[n, j]
+                else:
+                    w0, w1, w2, w3 = receive_vector(here, peer, number * VECTOR)
+                    words[peer, 0], words[peer, 1], words[peer, 2], words[peer, 3] = w0, w1, w2, w3
+            total = cute.make_rmem_tensor((4,), Float32)
+            for j in range_constexpr(4):
+                total[j] = words[0, j].bitcast(Float32)
+                for peer in range_constexpr(1, t.ranks):
+                    total[j] = ptx.plus(total[j], words[peer, j].bitcast(Float32))
+            if const_expr(t.size == 4):
+                a, b, c, d = (total[j].bitcast(Uint32) for j in range(4))
+                ptx.stg128(m.y.toint() + number * 16, a, b, c, d)
+            else:
+                low, high = ptx.f32x2_to_bf16x2(total[0], total[1]), ptx.f32x2_to_bf16x2(total[2], total[3])
+                ptx.stg64(m.y.toint() + number * 8, low, high)
+    cute.arch.sync_threads()
+    ptx.launch_dependents()
+
+
+@cute.jit
+def join_tiles(t: Constexpr[Tiles], m: Columns, at: Place) -> None:
+    """Give a tile and its flag, store it, wait for the others' flags, store theirs, meet, let the successor
+    start.
+    """
+    thread, part, row, rank, flag, to, here = at
+    tile = row * t.parts + part
+    w = cute.make_rmem_tensor((4,), Uint32)
+    for n in range_constexpr(t.steps):
+        i = (part * t.steps + n) * t.threads + thread
+        for value in range_constexpr(len(t.vectors)):
+            vectors, first = const_expr(t.vectors[value]), const_expr(t.first(value))
+            if i >= first and i < first + vectors:
+                j = i - first
+                w[0], w[1], w[2], w[3] = ptx.ldg128(m.x[value].toint() + (Int64(row) * vectors + j) * VECTOR)
+                push_vector(to, rank, (Int64(row) * t.width + i) * VECTOR, w, t.ranks)
+                column = Int64(row) * (vectors * t.ranks) + rank * vectors + j
+                ptx.stg128(m.y[value].toint() + column * VECTOR, w[0], w[1], w[2], w[3])
+    push_flag(to, rank, flag, tile, thread, t.ranks)
+    receive_flag(m.exchange, here, rank, flag, tile, thread, t.ranks)
+    for n in range_constexpr(t.steps):
+        i = (part * t.steps + n) * t.threads + thread
+        for peer in range_constexpr(t.ranks):
+            if rank != peer and i < t.width:
+                w0, w1, w2, w3 = receive_vector(here, peer, (Int64(row) * t.width + i) * VECTOR)
+                for value in range_constexpr(len(t.vectors)):
+                    vectors, first = const_expr(t.vectors[value]), const_expr(t.first(value))
+                    if i >= first and i < first + vectors:
+                        column = Int64(row) * (vectors * t.ranks) + peer * vectors + i - first
+                        ptx.stg128(m.y[value].toint() + column * VECTOR, w0, w1, w2, w3)
+    cute.arch.sync_threads()
+    ptx.launch_dependents()
