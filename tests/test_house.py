@@ -146,7 +146,7 @@ HOUSE = {
     ),
     # Every command imports what it needs; the package loads a command's module when it is called.
     "cli": Room(
-        3990,
+        4010,
         (
             *(*COMPILER, "models.synth", "certify", "compiler", "compiler.bisect", "compiler.device"),
             *("plan", "runtime", "view", "vllm"),

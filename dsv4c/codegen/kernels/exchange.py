@@ -176,8 +176,8 @@ def _launch_of(t: Tiles) -> str:
     tiles = f"{t.parts} tile{'s' if t.parts > 1 else ''} of a row"
     vectors = f"{t.steps} vector{'s' if t.steps > 1 else ''} of {VECTOR} B a thread"
     return (
-        f"Launch: {tiles}, a CTA of {t.threads} threads each, {vectors}. Puts {VECTOR * t.width} B per row into "
-        "each other rank's tiles."
+        f"Launch: {tiles}, a CTA of {t.threads} threads each, {vectors}. Puts {VECTOR * t.width} B per row "
+        "into each other rank's tiles."
     )
 
 
