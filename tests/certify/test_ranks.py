@@ -116,4 +116,4 @@ def test_what_drafts_has_certificates(head: Draft, tmp_path: Path) -> None:
         certify_shard(Request(model, ranks=2, draft=draft).job(), tmp_path) for draft in ("off", head)
     )
     assert all(c.holds for c in drafting)
-    assert len({c.digest for c in drafting} - {c.digest for c in plain}) >= 5
+    assert {c.digest for c in drafting} > {c.digest for c in plain}
