@@ -326,6 +326,7 @@ def random_executor(
         executor = cuda_executor(plan, blocks, limit=limit, world=world)
     else:
         executor = alone(plan, blocks[0], rank)
+    torch.cuda.manual_seed(0)  # the same in all processes
     fill_caches(executor)
     return executor
 
