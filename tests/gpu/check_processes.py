@@ -24,7 +24,7 @@ import torch
 from dsv4c.numerics.codec import parts_of
 from dsv4c.plan.folder import load
 from dsv4c.runtime.bench import random_executor
-from dsv4c.runtime.driver import LostRankError
+from dsv4c.runtime.driver import DriverError
 from dsv4c.runtime.processes import world_of
 from dsv4c.runtime.ranks import CudaRanks
 from dsv4c.runtime.session import Session
@@ -64,7 +64,7 @@ def told(path: Path, steps: int, length: int, killed: int | None) -> dict[str, o
             session.steps(steps, [0])
             session.wait()
             found["lost"] = "nobody"
-        except LostRankError as error:
+        except DriverError as error:
             found["lost"] = f"after {time.perf_counter() - began:.2f} s: {error}"
     return found
 
