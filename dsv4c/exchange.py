@@ -1,10 +1,14 @@
-"""The block of memory through which ranks exchange values: what lies where.
+"""The blocks of memory through which ranks exchange values: what lies where.
 
 A header, a number for each exchange of a step (its site), then the inbox: for each of four turns a region for
 every rank, of words that the rank has put there. A word is 8 bytes, 4 of them a flag that says which exchange
 of which step it belongs to, so that nothing is ever cleared and no fence is needed. Steps use the turns in
 pairs: a rank puts a word of exchange i + 2 only behind one that it got of i + 1, which its maker puts there
 behind its reading of i.
+
+Of more rows than a step has, half of what crosses would be flags. They cross as tiles, plain bytes with one
+flag for all of them, through a block of their own (bytes there never look like a flag of a word): the same
+turns and regions, each a flag for every tile and then the tiles' bytes.
 """
 
 from __future__ import annotations
@@ -16,11 +20,15 @@ RANK, EPOCH, STATUS = 0, 4, 8  # u32: who this is, which step it is at, what it 
 LIMIT = 16  # u64: nanoseconds to wait for a word
 REGION = 24  # u64: bytes of a region
 INBOXES = 32  # u64 each: where every rank's inbox is, this rank's too
+TILED = 96  # u64: bytes of a region of the block of tiles
+TILES = 104  # u64 each: where every rank's block of tiles is
 SITES = 256
 SITE = 16  # bytes each, a u32 of them the number
 
 MOST_RANKS = 8
-MOST_ROWS = 64  # of a step: half of what crosses is flags, which more rows would not be worth
+MOST_ROWS = 64  # that cross as words; tiles from there on
+MOST_TILES = 1 << 15  # of an exchange, each with a flag of 4 bytes
+TILE_FLAGS = 4 * MOST_TILES  # bytes before the tiles of a region
 SITE_BITS = 10  # of a flag; the others are the epoch
 MOST_SITES, MOST_EPOCHS = 1 << SITE_BITS, 1 << (32 - SITE_BITS)
 GIVEN_UP = 1 << 31  # a status: this, the rank waited for (3 bits), and what there is room for of the flag
@@ -58,6 +66,14 @@ def layout_of(ranks: int, sites: int, nbytes: int) -> Layout:
     if rest or region <= 0 or region % WORD:
         raise ValueError(f"no block for {sites} exchanges of {ranks} ranks has {nbytes} bytes")
     return Layout(ranks, sites, region)
+
+
+def tiled_region(nbytes: int, ranks: int) -> int:
+    """Bytes of a region of a block of tiles of so many bytes. Raises ValueError where there is none."""
+    region, rest = divmod(nbytes, TURNS * ranks)
+    if rest or (nbytes and region <= TILE_FLAGS):
+        raise ValueError(f"no block for tiles of {ranks} ranks has {nbytes} bytes")
+    return region
 
 
 def given_up(status: int) -> tuple[int, int, int]:

@@ -1,7 +1,8 @@
 """How many threads to use: no more than this process may have cores, and one where work is small.
 
 A second thread helps where an operation takes milliseconds. In small ones it only waits, and where other
-processes want the cores, too, every wait may last as long as their turn: tens of times the work itself.
+processes want the cores, too, every wait may last as long as their turn: tens of times the work itself. And
+which of the processes this is that do the same work together.
 """
 
 from __future__ import annotations
@@ -73,3 +74,13 @@ def _quotas(root: Path) -> Iterator[float]:
             quota, period = " ".join(texts).split()
             if quota.isdecimal():  # not "max", not -1
                 yield int(quota) / int(period)
+
+
+def processes() -> int:
+    """How many there are, by what torchrun says to each."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def leads() -> bool:
+    """Is this the process that tells what comes of a command?"""
+    return processes() == 1 or os.environ.get("RANK", "0") == "0"

@@ -49,11 +49,13 @@ DSPARK = {
 }
 
 
-def learned(folder: Path, head: Head, *, quantized: bool = False, seed: int = 1) -> Path:
+def learned(folder: Path, head: Head, *, quantized: bool = False, seed: int = 1, ranks: int = 1) -> Path:
     """A random checkpoint of a window layer and one of each compressor, that has learned a little: after a
-    token it mostly says its fixed successor, and so does what drafts. Plain, or in the release's formats.
+    token it mostly says its fixed successor, and so does what drafts. Plain, or in the release's formats; of
+    sizes that so many ranks divide.
     """
     raw = json.loads(CONFIG.read_text()) | SIZES
+    raw["moe_intermediate_size"] *= ranks
     for key in () if quantized else ("quantization_config", "expert_dtype"):
         del raw[key]
     raw |= DSPARK if head == "dspark" else {}

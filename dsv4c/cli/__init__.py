@@ -24,7 +24,7 @@ from typer.main import get_command
 
 from dsv4c.cli.help import Commands, without_values
 from dsv4c.errors import ConfigError, Dsv4cError, Terminated
-from dsv4c.threads import wait_asleep
+from dsv4c.threads import leads, wait_asleep
 
 COMMANDS = {
     "compile": "Compile a model to a plan: a folder of plain data that `dsv4c run` executes.",
@@ -187,6 +187,8 @@ def main() -> None:
     wait_asleep()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminate)
+    if not leads():  # of several processes that do the same, one says what comes of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
         app(prog_name="dsv4c")
     except KeyboardInterrupt:  # on the way in or out, when there is nothing to tidy

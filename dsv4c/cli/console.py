@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4c.errors import Dsv4cError
 from dsv4c.publish import published
+from dsv4c.threads import leads
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,7 +38,8 @@ def _finite(data: Any) -> Any:
 
 def note(text: str) -> None:
     """A remark for the user that is not the result."""
-    print(text, file=sys.stderr)
+    if leads():
+        print(text, file=sys.stderr)
 
 
 def print_table(table: Table) -> None:
@@ -63,8 +65,10 @@ def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
 
 @contextmanager
 def progress_bar(title: str, *, bytes_counted: bool = False) -> Iterator[Progress | None]:
-    """A `progress(what, done, all)` that draws a bar on stderr; None when stderr is no terminal."""
-    if not sys.stderr.isatty():
+    """A `progress(what, done, all)` that draws a bar on stderr; None when stderr is no terminal, or another
+    process tells.
+    """
+    if not (sys.stderr.isatty() and leads()):
         yield None
         return
     from rich.console import Console

@@ -8,6 +8,7 @@ import secrets
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -41,6 +42,7 @@ from dsv4c.runtime.answer import (
 )
 from dsv4c.runtime.bind import machine_target
 from dsv4c.runtime.checkpoint import Checkpoint
+from dsv4c.runtime.processes import world_of
 from dsv4c.runtime.sampling import Sampling
 from dsv4c.runtime.session import token_id
 
@@ -187,6 +189,11 @@ def generate_command(
     if temperature is None and not any(program.shape.sampled for program in plan.buckets.values()):
         note("this plan always takes the likeliest token; one of `dsv4c compile --sampled` would draw it")
         sampling = Sampling(seed=seed)
+    world = world_of(plan)
+    if world is not None:
+        if chatting:
+            raise ConfigError(f"--chat: is for one process, this is one of {world.size}; give --prompt")
+        sampling = replace(sampling, seed=world.gather(sampling.seed)[0])
     with progress_bar("weights", bytes_counted=True) as progress:
         session = plan.bind(folder, progress=progress)
     note(f"weights: {session.loaded}")

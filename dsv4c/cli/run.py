@@ -14,6 +14,7 @@ from dsv4c.cli.options import JsonOption, PlanArgument
 from dsv4c.errors import SessionError
 from dsv4c.plan.folder import load
 from dsv4c.runtime.generate import check_file, generate, save_logits
+from dsv4c.threads import leads
 
 WeightsOption = Annotated[
     Path,
@@ -79,7 +80,7 @@ def run_command(
     with progress_bar("run") as progress:
         rows, generated = generate(session, prompt, forced, max_new_tokens, progress=progress)
     seconds = time.perf_counter() - started
-    if logits is not None:
+    if logits is not None and leads():
         save_logits(logits, rows)
     top = rows[-1].topk(min(5, rows.shape[1]))
     if json:

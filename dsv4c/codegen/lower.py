@@ -16,7 +16,7 @@ from typing import Protocol
 
 from dsv4c.buckets import Bucket
 from dsv4c.errors import BuildError, GraphError
-from dsv4c.exchange import MOST_SITES, SITE, SITES, Layout
+from dsv4c.exchange import MOST_SITES, SITE, SITES, TILE_FLAGS, TURNS, WORD, Layout
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Kind, Node, Value
 from dsv4c.ir.text import print_graph
@@ -51,8 +51,8 @@ class Part:
     """One launch before its bytes have places. `stage` tells the parts of one answer apart.
 
     scratch: bytes by name, which the parts of one answer share. forms: how a weight must lie in memory.
-    exchanged: bytes of words that it gives every other rank. late: its successor begins only when its wait
-    has returned.
+    exchanged: bytes of words that it gives every other rank. tiled: or of tiles. late: its successor begins
+    only when its wait has returned.
     """
 
     code: BodyCode | KernelCode
@@ -61,7 +61,12 @@ class Part:
     scratch: Mapping[str, int] = field(default_factory=dict)
     forms: Mapping[Value, str] = field(default_factory=dict)
     exchanged: int = 0
+    tiled: int = 0
     late: bool = False
+
+    @property
+    def exchanges(self) -> bool:
+        return bool(self.exchanged or self.tiled)
 
 
 class Coder(Protocol):
@@ -219,6 +224,7 @@ def lower(
             "arena": arena,
             "input": input_bytes,
             "exchange": 0 if exchange is None else aligned(exchange.nbytes),
+            "tiles": _tiles(coded.values(), ranks),
         },
         state=tuple(StateSlot(n, t, state_offsets[n]) for n, t in states.items()),
         weights=weights,
@@ -425,8 +431,8 @@ def _launches(
         scratch = _scratch(step, coded.memory.bytes)
         name = nodes[0].name
         for part in step:
-            shared = {} if exchange is None or not part.exchanged else _exchanged(exchange, site)
-            site += bool(part.exchanged)
+            shared = {} if exchange is None or not part.exchanges else _exchanged(exchange, site)
+            site += part.exchanges
             touched = [(_array(o, name, coded), o.access) for o in part.operands]
             early = (writers.get(array, -1) for array, access in touched if access == "early")
             apart = index > 0 and all(writer <= ended for writer in early)
@@ -484,13 +490,19 @@ def _exchange(coded: Iterable[_Coded], ranks: int) -> Layout | None:
 
     Raises BuildError for more of them in a step than have numbers.
     """
-    given = [[part.exchanged for part in c.parts if part.exchanged] for c in coded]
+    given = [[part.exchanged for part in c.parts if part.exchanges] for c in coded]
     sites = max(map(len, given), default=0)
     if not sites:
         return None
     if sites > MOST_SITES:
         raise BuildError(f"{sites} exchanges in a step, expected at most {MOST_SITES}")
-    return Layout(ranks, sites, aligned(max(map(max, filter(None, given)))))
+    return Layout(ranks, sites, aligned(max(WORD, *map(max, filter(None, given)))))
+
+
+def _tiles(coded: Iterable[_Coded], ranks: int) -> int:
+    """Bytes of the block through which kernels exchange tiles."""
+    largest = max((part.tiled for c in coded for part in c.parts), default=0)
+    return TURNS * ranks * aligned(TILE_FLAGS + largest) if largest else 0
 
 
 def _exchanged(exchange: Layout, site: int) -> dict[str, Argument]:

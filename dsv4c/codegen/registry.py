@@ -132,7 +132,7 @@ class Launchable:
 
     scratch: bytes by name, which the launches of one request share. forms: how a weight must lie in memory,
     by value number: a packing's name, or "f32". package: who contributed the kernel, if it is not dsv4c's.
-    exchanged: bytes of words that it gives every other rank.
+    exchanged: bytes of words that it gives every other rank. tiled: or of tiles.
     """
 
     emission: Emission
@@ -142,6 +142,7 @@ class Launchable:
     forms: Mapping[int, str] = field(default_factory=dict)
     package: Package | None = None
     exchanged: int = 0
+    tiled: int = 0
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ class Kernels:
         )
         forms = {values[number]: form for number, form in launch.forms.items()}
         late = is_late(emission.source)
-        return Part(code, operands, launch.stage, launch.scratch, forms, launch.exchanged, late)
+        return Part(code, operands, launch.stage, launch.scratch, forms, launch.exchanged, launch.tiled, late)
 
 
 def _chunk_lengths(graph: Graph) -> Value | None:

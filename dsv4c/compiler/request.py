@@ -13,7 +13,6 @@ from dsv4c.compiler.job import Job, choose_rules, rules_of
 from dsv4c.config import Deployment, ModelConfig, check_deployment, load_config
 from dsv4c.cuts import Cut, cuts_for, read_rows
 from dsv4c.errors import ConfigError
-from dsv4c.exchange import MOST_ROWS
 from dsv4c.models.drafting import gain
 from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, Shard, parse_pipeline
 from dsv4c.passes.recipes import Recipe, recipe_for
@@ -41,7 +40,7 @@ class Request:
     GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens
     that each has room for. verify: tokens of one sequence that a verify step takes, 1 for no such bucket.
     chunk: tokens of one sequence that prefill calls take, a bucket for each size, none beyond the context
-    (64; on sm_90a 64, 512 and 4096; on sm_100a, and where ranks exchange rows, 8). logits: of every token of
+    (64; on sm_90a 64, 512 and 4096; on sm_100a 8). logits: of every token of
     a chunk, or of its last alone (of every one; on a GPU of the last alone in chunks of more than 8). draft:
     adds rounds, which draft tokens and judge them, by the MTP block ("mtp"), by DSpark's stages ("dspark"),
     or by what the checkpoint has, if anything ("auto": for as many sequences as rows allow, on a GPU only
@@ -102,7 +101,7 @@ class Request:
                 raise ConfigError(f"{name}: {given!r} is unknown; expected {choices}")
         on_cpu = self.target == "cpu"
         batches = _numbers("batch", self.batch, (1,) if on_cpu else BATCHES)
-        sizes = (ROWS,) if self.ranks > 1 and not on_cpu else CHUNKS.get(self.target, (ROWS,))
+        sizes = CHUNKS.get(self.target, (ROWS,))
         chunks = _numbers("chunk", self.chunk, tuple({min(n, self.max_context) for n in sizes}))
         verify = self.verify if self.verify is not None else min(VERIFY, self.max_context)
         if not 1 <= verify <= ROWS:
@@ -117,26 +116,9 @@ class Request:
                 buckets.append(Bucket("prefill", tokens=tokens, logits=logits))
         buckets += self._drafting(config, batches)
         slots = max(batches) if self.slots is None else self.slots
-        self._check_ranks(buckets)
         deployment = Deployment(self.target, recipe.name, self.max_context, slots, tuple(buckets), self.ranks)
         check_deployment(config, deployment)
         return deployment
-
-    def _check_ranks(self, buckets: Sequence[Bucket]) -> None:
-        """Raises ConfigError for what several ranks do not do together."""
-        if self.ranks == 1:
-            return
-        for bucket in buckets:
-            if bucket.drafts:
-                raise ConfigError(
-                    f"ranks: {self.ranks}, but blocks that draft are not cut over ranks; compile with draft "
-                    "'given' or 'off', or for one rank"
-                )
-            if self.target != "cpu" and bucket.rows > MOST_ROWS:
-                raise ConfigError(
-                    f"ranks: {self.ranks} exchange at most {MOST_ROWS} rows of a step, {bucket.name} has "
-                    f"{bucket.rows}; compile with smaller chunks"
-                )
 
     def _drafting(self, config: ModelConfig, batches: Sequence[int]) -> list[Bucket]:
         """Buckets that draft, or judge drafts, for as many sequences as their rows allow."""

@@ -27,22 +27,40 @@ def certify_shard(job: Job, folder: Path, *, fresh: bool = False) -> list[Certif
     # Loads torch, which a compile for one rank whose certificates are kept never needs.
     from dsv4c.certify.ranks import certify_ranks
 
-    ranks, decode = job.deployment.ranks, Bucket("decode", sequences=2)
-    deployment = replace(job.deployment, target="cpu", max_context=256, slots=2, buckets=(decode,))
-    less = replace(job, config=small(job.config, ranks), deployment=deployment)
-    stages = less.compiled(decode, stop_after=Shard.name)
-    before = stages.named[-2][1]
-    found = certify_ranks(before, stages.graph, ranks, folder, fresh=fresh)
+    ranks, drafts = job.deployment.ranks, any(bucket.drafts for bucket in job.deployment.buckets)
+    buckets = [Bucket("decode", sequences=2)]
+    if drafts:
+        buckets.append(Bucket("draft", sequences=2, tokens=2))
+    deployment = replace(job.deployment, target="cpu", max_context=256, slots=2, buckets=tuple(buckets))
+    less = replace(job, config=small(job.config, ranks, drafts=drafts), deployment=deployment)
+    found = []
+    for bucket in buckets:
+        stages = less.compiled(bucket, stop_after=Shard.name)
+        before = stages.named[-2][1]
+        found += certify_ranks(before, stages.graph, ranks, folder, fresh=fresh)
     for wrong in found:
         if not wrong.holds:
             raise GraphError(f"shard is wrong: {wrong.op} on {', '.join(wrong.operands)}: {wrong.reason}")
     return found
 
 
-def small(config: ModelConfig, ranks: int) -> ModelConfig:
-    """A model like `config`, with a layer of each kind, that so many ranks divide and that is soon run."""
+def small(config: ModelConfig, ranks: int, *, drafts: bool = False) -> ModelConfig:
+    """A model like `config`, with a layer of each kind, and what `drafts` if there is any, that so many ranks
+    divide and that is soon run.
+    """
+    layers = one_layer_of_each_kind(config)
+    if drafts:
+        seen = min(len(config.dspark_target_layers), layers.num_layers)
+        layers = replace(
+            layers,
+            mtp_layers=config.mtp_layers,
+            dspark_stages=config.dspark_stages,
+            dspark_target_layers=tuple(range(seen)),
+            dspark_markov_rank=min(config.dspark_markov_rank, 64),
+            dspark_noise_token_id=0,
+        )
     return replace(
-        one_layer_of_each_kind(config),
+        layers,
         hidden_size=256,
         head_dim=128,
         q_lora_rank=128,

@@ -21,7 +21,7 @@ from dsv4c.ir.ops.math import Add, Cast, Clamp, Mul, Scale, Shift, Sigmoid, Silu
 from dsv4c.ir.ops.norm import RmsNorm
 from dsv4c.ir.ops.quant import Dequantize, Quantize
 from dsv4c.ir.ops.rope import Rope
-from dsv4c.ir.ops.shape import Reshape
+from dsv4c.ir.ops.shape import Concat, Reshape, Slice
 from dsv4c.types import GlobalScale, QuantFormat, QuantType, Type
 
 
@@ -240,6 +240,22 @@ def reshaped_axis(shape: Sequence[int], new: Sequence[int], axis: int) -> int | 
     before = prod(shape[:axis])
     found = [i for i in range(len(new)) if prod(new[:i]) == before]
     return axis if axis in found else max(found, default=None)
+
+
+@rule(Slice)
+def _slice(op: Slice, given: Placements, types: Sequence[Type]) -> Placement:
+    if given[0] == cut(op.axis % len(types[0].shape)):
+        _want(0, given[0], REPLICATED, "a slice is of the whole dimension")
+    return given[0]
+
+
+@rule(Concat)
+def _concat(op: Concat, given: Placements, types: Sequence[Type]) -> Placement:
+    """Operands that are placed alike, but not cut where they are joined."""
+    for operand, placement in enumerate(given):
+        if placement != given[0] or placement == cut(op.axis % len(types[0].shape)):
+            _want(operand, placement, REPLICATED, "parts of several values are no part of them joined")
+    return given[0]
 
 
 @rule(RmsNorm)

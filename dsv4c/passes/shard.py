@@ -32,7 +32,7 @@ from dsv4c.types import F32, DType, QuantType, TensorType, Type
 
 CUTS: tuple[tuple[str, int], ...] = (
     ("*.attn.wq_a", 0),
-    ("*.attn.wkv", 0),
+    ("layers.*.attn.wkv", 0),  # what drafts keep of every row is made without an exchange
     ("*.compressor.wkv", 0),
     ("*.compressor.wgate", 0),
     ("*.attn.wq_b", 0),  # heads
@@ -46,6 +46,8 @@ CUTS: tuple[tuple[str, int], ...] = (
     ("*.shared_experts.w3", 0),
     ("*.shared_experts.w2", 1),
     ("head", 0),  # the vocabulary
+    ("mtp.*.head", 0),
+    ("*.markov_w2", 0),
 )
 """Which weights are cut along which dimension, by patterns of their names; all others are whole on each rank.
 The indexer's queries are: they are read in less time than another exchange takes.

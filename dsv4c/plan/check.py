@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsv4c.arch import ARCHS, SYSTEM_SHARED, Arch
 from dsv4c.buckets import Bucket
-from dsv4c.exchange import SITE, SITES, layout_of
+from dsv4c.exchange import SITE, SITES, TURNS, layout_of, tiled_region
 from dsv4c.plan.cubin import Cubin, CubinError, read_cubin
 from dsv4c.plan.declared import Declared, SourceError, divides, read_source
 from dsv4c.plan.records import SPACES, Argument, BodyCode, KernelCode, Launch, Place, Program
@@ -303,6 +303,7 @@ def _blocks(plan: Plan, weights: Iterable[Weight]) -> Iterator[Violation]:
     if sites:
         try:
             ends["exchange"] = layout_of(plan.ranks, sites, plan.blocks["exchange"]).nbytes
+            ends["tiles"] = tiled_region(plan.blocks["tiles"], plan.ranks) * TURNS * plan.ranks
         except ValueError as error:
             yield Violation("exchange", "", str(error))
             return

@@ -10,9 +10,9 @@ from dsv4c.buckets import Bucket
 from dsv4c.errors import PlanError
 from dsv4c.types import Type
 
-Space = Literal["arena", "state", "weights", "constants", "input", "exchange"]
+Space = Literal["arena", "state", "weights", "constants", "input", "exchange", "tiles"]
 
-SPACES: tuple[Space, ...] = ("weights", "state", "constants", "arena", "input", "exchange")
+SPACES: tuple[Space, ...] = ("weights", "state", "constants", "arena", "input", "exchange", "tiles")
 """The blocks of bytes that a plan's values lie in. All buckets share them."""
 
 

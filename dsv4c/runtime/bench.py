@@ -20,6 +20,7 @@ from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Argument, Launch, Program
 from dsv4c.runtime import driver
 from dsv4c.runtime.cuda import BoundProgram, CudaExecutor, Device, check_device, stream
+from dsv4c.runtime.processes import World, devices_of
 from dsv4c.runtime.random_fill import fill_state, fill_value, fill_weight
 from dsv4c.runtime.ranks import CudaRanks, alone, check_devices, cuda_executor
 from dsv4c.runtime.residence import Resident
@@ -305,19 +306,27 @@ def layers_alone(plan: Plan, bucket: str, first: int, last: int) -> Plan:
     )
 
 
-def random_executor(plan: Plan, rank: int | None = None) -> CudaExecutor | CudaRanks:
+def random_executor(
+    plan: Plan, rank: int | None = None, *, limit: float | None = None, world: World | None = None
+) -> CudaExecutor | CudaRanks:
     """The plan on random weights and caches, each rank's made on its GPU; or one `rank` alone, on the current
-    one. Caches, and weights that all ranks have whole, are the same on all. Raises PlanError if the GPUs
+    one. Caches, and weights that all ranks have whole, are the same on all. `limit`: seconds that a rank
+    waits for another. `world`: the processes that run the ranks, each its own. Raises PlanError if the GPUs
     cannot run it.
     """
     if rank is None:
-        check_devices(plan)
+        check_devices(plan, world)
     else:
         check_device(plan, Device.current())
     here = torch.cuda.current_device()
-    places = {r: r if plan.ranks > 1 else here for r in range(plan.ranks)} if rank is None else {rank: here}
+    several = rank is None and plan.ranks > 1
+    places = devices_of(plan, world) if several else {rank or 0: here}
     blocks = [_random_weights(plan, number, device) for number, device in places.items()]
-    executor = cuda_executor(plan, blocks) if rank is None else alone(plan, blocks[0], rank)
+    if rank is None:
+        executor = cuda_executor(plan, blocks, limit=limit, world=world)
+    else:
+        executor = alone(plan, blocks[0], rank)
+    torch.cuda.manual_seed(0)  # the same in all processes
     fill_caches(executor)
     return executor
 

@@ -17,7 +17,8 @@ from dsv4c.runtime.cpu import CpuExecutor
 from dsv4c.runtime.executor import Executor
 from dsv4c.runtime.model import check_model
 from dsv4c.runtime.parameter import ParamRecord
-from dsv4c.runtime.residence import Resident, load_weights
+from dsv4c.runtime.processes import World, devices_of, world_of
+from dsv4c.runtime.residence import Loaded, Resident, load_weights
 from dsv4c.runtime.session import Session
 
 
@@ -31,29 +32,36 @@ def bind(
     poison: bool = False,
 ) -> Session:
     """See `Plan.bind`."""
-    checkpoint, residents = check(plan, weights)
-    on_cpu = plan.target == "cpu"
-    size = max(plan.blocks["weights"], 256)
-    devices = ["cpu"] * plan.ranks if on_cpu else [f"cuda:{rank}" for rank in range(plan.ranks)]
-    if not on_cpu and plan.ranks == 1:
-        devices = ["cuda"]  # torch's current one
-    blocks = [torch.empty(size, dtype=torch.uint8, device=device) for device in devices]
-    loaded = load_weights(checkpoint, residents, blocks, progress=progress, workers=workers)
+    world = world_of(plan)
+    if world is None:
+        checkpoint, residents = check(plan, weights)
+    else:
+        checkpoint, residents = world.together(lambda: check(plan, weights, world))
+    on_cpu, size = plan.target == "cpu", max(plan.blocks["weights"], 256)
+    devices = {rank: f"cuda:{number}" for rank, number in devices_of(plan, world).items()}
+    if on_cpu or plan.ranks == 1:
+        devices = dict.fromkeys(devices, "cpu" if on_cpu else "cuda")  # torch's current one
+    blocks = {rank: torch.empty(size, dtype=torch.uint8, device=device) for rank, device in devices.items()}
+
+    def read() -> Loaded:
+        return load_weights(checkpoint, residents, blocks, progress=progress, workers=workers)
+
+    loaded = read() if world is None else world.together(read)
     if on_cpu:
-        executor: Executor = CpuExecutor(plan, *blocks, poison=poison)
+        executor: Executor = CpuExecutor(plan, *blocks.values(), poison=poison)
     else:
         from dsv4c.runtime.ranks import cuda_executor  # loads the driver
 
-        executor = cuda_executor(plan, blocks, poison=poison)
+        executor = cuda_executor(plan, list(blocks.values()), poison=poison, world=world)
     folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
     session = Session(plan, executor, folder)
     session.loaded = loaded
     return session
 
 
-def check(plan: Plan, weights: str | Path) -> tuple[Checkpoint, list[Resident]]:
-    """The checkpoint, and what the plan keeps of it. Raises PlanError for a machine that cannot run the plan,
-    CheckpointError for a checkpoint that is another model's, damaged or incomplete.
+def check(plan: Plan, weights: str | Path, world: World | None = None) -> tuple[Checkpoint, list[Resident]]:
+    """The checkpoint, and what the plan keeps of it, whose ranks `world` runs. Raises PlanError for a machine
+    that cannot run the plan, CheckpointError for a checkpoint that is another model's, damaged or incomplete.
     """
     check_model(plan, Path(weights))
     if plan.target == "cpu":
@@ -61,7 +69,7 @@ def check(plan: Plan, weights: str | Path) -> tuple[Checkpoint, list[Resident]]:
     else:
         from dsv4c.runtime.ranks import check_devices  # loads the driver
 
-        check_devices(plan)
+        check_devices(plan, world)
     residents = [Resident.from_json(record) for record in plan.weights]
     checkpoint = Checkpoint.open(weights).sparing(map(ParamRecord.from_json, plan.unused))
     checkpoint.check([resident.record for resident in residents]).require_complete()

@@ -96,8 +96,10 @@ class Report:
 SCALES = ("scale", "global_scale", "input_scale")
 """Parts of a source that scale the others, or what is multiplied with them."""
 
+RUN = 32 << 20  # bytes of a stack's matrices that are read together
+
 Sink = Callable[[str, Value], None]
-PieceSink = Callable[[str, int | None, Value], None]
+RunSink = Callable[[str, range | None, Value], None]
 Progress = Callable[[str, int, int], None]
 
 
@@ -285,19 +287,19 @@ class Checkpoint:
     def stream(
         self,
         params: Sequence[ParamRecord],
-        sink: PieceSink,
+        sink: RunSink,
         *,
         workers: int | None = None,
         progress: Progress | None = None,
     ) -> Report:
-        """`load` in pieces: `sink(name, e, value)` gets matrix `e` of a stack, or with None all of a
-        parameter. Host memory in flight is at most a piece per worker.
+        """`load` in parts: `sink(name, matrices, value)` gets some matrices of a stack, as many as are `RUN`
+        bytes, or with None all of a parameter. Host memory in flight is at most twice that per worker.
         """
         report, readers = self._readers(params, None, None, workers)
         jobs = [
-            _Job(reader, (e,), partial(_give_piece, sink, reader, e))
+            _Job(reader, pieces, partial(_give_run, sink, reader, pieces))
             for reader in readers
-            for e in reader.pieces
+            for pieces in _runs(reader)
         ]
         self._read(jobs, workers, progress)
         return report
@@ -397,8 +399,20 @@ def _give(sink: Sink, reader: ParamReader) -> None:
     sink(reader.param.name, reader.value())
 
 
-def _give_piece(sink: PieceSink, reader: ParamReader, e: int | None) -> None:
-    sink(reader.param.name, e, reader.piece(e))
+def _runs(reader: ParamReader) -> Iterator[tuple[int | None, ...]]:
+    """Pieces that are read together: small matrices would take more calls than time."""
+    count = max(1, RUN // max(1, reader.param.whole.nbytes // len(reader.pieces)))
+    for start in range(0, len(reader.pieces), count):
+        yield tuple(reader.pieces[start : start + count])
+
+
+def _give_run(sink: RunSink, reader: ParamReader, pieces: tuple[int | None, ...]) -> None:
+    first = pieces[0]
+    if first is None:
+        sink(reader.param.name, None, reader.piece(None))
+    else:
+        matrices = range(first, first + len(pieces))
+        sink(reader.param.name, matrices, reader.run(matrices))
 
 
 def _workers() -> int:

@@ -122,7 +122,7 @@ class CudaExecutor:
         self, plan: Plan, weights: Tensor, *, poison: bool = False, device: str | torch.device = "cuda"
     ) -> None:
         self.plan, self.poison = plan, poison
-        own = ("arena", "state", "input", "exchange")
+        own = ("arena", "state", "input", "exchange", "tiles")
         self.blocks = {n: _block(plan.blocks[n], device) for n in own}
         constants = constants_of(plan, _read_at_load(plan, weights))
         self.blocks |= {"weights": weights, "constants": constants.to(device)}

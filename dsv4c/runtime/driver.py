@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import cuda.bindings.driver as cuda
@@ -190,6 +191,26 @@ def reach(context: Any, what: str) -> None:
     result = cuda.cuCtxEnablePeerAccess(context, 0)
     if result[0] != cuda.CUresult.CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED:
         call(what, result)
+
+
+def exported(address: int) -> tuple[bytes, int]:
+    """What lets other processes reach memory of the current context's device: a handle of its allocation, and
+    where in it the address is.
+    """
+    start, _ = call("find an allocation", cuda.cuMemGetAddressRange(cuda.CUdeviceptr(address)))
+    handle = call("let other processes reach memory", cuda.cuIpcGetMemHandle(cuda.CUdeviceptr(int(start))))
+    return bytes(handle.reserved), address - int(start)
+
+
+@cache
+def imported(handle: bytes, what: str) -> int:
+    """The address of another process's allocation in the current context, where it stays. Raises DriverError
+    naming `what`.
+    """
+    given = cuda.CUipcMemHandle()
+    given.reserved = handle
+    lazily = cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+    return int(call(what, cuda.cuIpcOpenMemHandle(given, lazily.value)))
 
 
 def synchronize(what: str) -> None:

@@ -86,12 +86,12 @@ class ParamRecord:
         shape = self.type.shape
         return self.type.with_shape((*shape[:axis], shape[axis] * of, *shape[axis + 1 :]))
 
-    def part(self, value: Value, rank: int, e: int | None = None) -> Value:
-        """What a rank has of the whole parameter, or of matrix `e` of a stack."""
+    def part(self, value: Value, rank: int) -> Value:
+        """What a rank has of the whole parameter, or of some matrices of a stack."""
         if self.slice is None:
             return value
         axis, of = self.slice
-        return part_of(value, axis - (e is not None), of, rank)
+        return part_of(value, axis, of, rank)
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> ParamRecord:
@@ -154,11 +154,16 @@ class ParamReader:
         """The parameter, all its pieces, before it is cut."""
         if self.pieces[0] is None:
             return self.piece(None)
-        whole = view(torch.empty(self.param.whole.extent, dtype=torch.uint8), self.param.whole)
-        for e in self.pieces:
-            assert e is not None
-            _copy(whole.map(_at(e)) if isinstance(whole, Quantized) else whole[e], self.piece(e))
-        return whole
+        return self.run(range(len(self.pieces)))
+
+    def run(self, matrices: range) -> Value:
+        """Some matrices of a stack, together."""
+        whole = self.param.whole
+        type_ = whole.with_shape((len(matrices), *whole.shape[1:]))
+        made = view(torch.empty(type_.extent, dtype=torch.uint8), type_)
+        for i, e in enumerate(matrices):
+            _copy(made.map(_at(i)) if isinstance(made, Quantized) else made[i], self.piece(e))
+        return made
 
     def piece(self, e: int | None) -> Value:
         """A matrix of a stack, or the whole parameter: assembled, checked and converted."""

@@ -1,4 +1,5 @@
-"""Runs a plan on several NVIDIA GPUs of this machine: one thread of one process launches every rank's graph.
+"""Runs a plan on several NVIDIA GPUs of this machine: one thread of one process launches every rank's graph,
+or a process for each its own (`dsv4c.runtime.processes`).
 
 Ranks keep in step by themselves: their kernels wait for each other's words (`dsv4c.exchange`), so the host
 may be as far ahead as it likes. A rank that gets no words gives up after the time limit, and says at which
@@ -7,10 +8,10 @@ exchange.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -27,39 +28,58 @@ from dsv4c.exchange import (
     SITES,
     STATUS,
     STATUS_EPOCHS,
+    TILE_FLAGS,
+    TILED,
+    TILES,
+    TURNS,
     Layout,
     given_up,
     layout_of,
+    tiled_region,
 )
 from dsv4c.numerics.codec import Value
 from dsv4c.plan.folder import Plan
 from dsv4c.runtime import driver
 from dsv4c.runtime.cuda import POISON, BoundProgram, CudaExecutor, Device, check_device, stream
 from dsv4c.runtime.executor import Watch, said_by, share
+from dsv4c.runtime.processes import World, check_alike, devices_of
+from dsv4c.threads import processes
+
+T = TypeVar("T")
 
 GUARD = 1.0  # seconds that a rank waits for another
+APART = 10.0  # and for one of another process, whose host is as late as it likes
+BLOCKS = ("exchange", "tiles")  # that others reach
 
 
-def cuda_executor(plan: Plan, weights: Sequence[Tensor], *, poison: bool = False) -> CudaExecutor | CudaRanks:
-    """What runs a plan on GPUs; `weights` are the block of weights of every rank, on its device."""
+def cuda_executor(
+    plan: Plan,
+    weights: Sequence[Tensor],
+    *,
+    poison: bool = False,
+    limit: float | None = None,
+    world: World | None = None,
+) -> CudaExecutor | CudaRanks:
+    """What runs a plan on GPUs; `weights` are the block of weights of every rank, on its device, or with
+    `world` that of this process's rank. `limit`: seconds that a rank waits for another.
+    """
     if plan.ranks == 1:
         (block,) = weights
         return CudaExecutor(plan, block, poison=poison)
-    return CudaRanks(plan, weights, poison=poison)
+    return CudaRanks(plan, weights, poison=poison, limit=limit, world=world)
 
 
-def check_devices(plan: Plan) -> None:
+def check_devices(plan: Plan, world: World | None = None) -> None:
     """Raise PlanError unless this machine's GPUs can run the plan: one for each rank, alike, with memory for
-    it, and each within reach of the others.
+    it, and each within reach of the others. Of a `world` every process looks at its own.
     """
     if plan.ranks == 1:
         check_device(plan, Device.current())
         return
-    processes = os.environ.get("WORLD_SIZE", "1")  # torchrun's
-    if processes != "1":
+    if world is None and processes() > 1:
         raise PlanError(
-            f"plan {plan.name}: this is one of {processes} processes (WORLD_SIZE), as torchrun starts them; "
-            f"one process runs all {plan.ranks} ranks: start it once, without torchrun"
+            f"plan {plan.name}: this is one of {processes()} processes (WORLD_SIZE), as torchrun starts "
+            f"them; here one process runs all {plan.ranks} ranks: start it once, without torchrun"
         )
     there = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if there < plan.ranks:
@@ -67,15 +87,11 @@ def check_devices(plan: Plan) -> None:
             f"plan {plan.name} has {plan.ranks} ranks, torch can use {there} GPUs of this machine; run where "
             f"there are as many, or compile with --ranks {max(there, 1)}"
         )
-    devices = [Device.number(rank) for rank in range(plan.ranks)]
-    for rank, device in enumerate(devices):
+    devices = {rank: Device.number(number) for rank, number in devices_of(plan, world).items()}
+    for rank, device in devices.items():
         check_device(plan, replace(device, name=f"GPU {rank}, {device.name},"))
-        if device.name != devices[0].name:
-            raise PlanError(
-                f"plan {plan.name}: its ranks would be on {devices[0].name} and {device.name}, which wait "
-                "for each other; choose GPUs that are alike (CUDA_VISIBLE_DEVICES)"
-            )
-    for a in range(plan.ranks):
+    check_alike(plan, [device.name for device in devices.values()])
+    for a in devices_of(plan, world).values():
         for b in range(plan.ranks):
             if a != b and not torch.cuda.can_device_access_peer(a, b):
                 raise PlanError(
@@ -106,22 +122,36 @@ def alone(plan: Plan, weights: Tensor, rank: int) -> CudaExecutor:
     layout = layout_of(plan.ranks, max(map(len, sites_of(plan).values())), plan.blocks["exchange"])
     block = executor.blocks["exchange"]
     inbox = block.data_ptr() + layout.inbox
-    block.copy_(_header(layout, rank, [inbox] * plan.ranks, GUARD, executor.blocks))
+    tiles = executor.blocks["tiles"]
+    block.copy_(_header(plan, layout, rank, [inbox] * plan.ranks, [tiles.data_ptr()] * plan.ranks, GUARD))
     _word(block, EPOCH).fill_(1)
     block[SITES : layout.inbox].zero_()
     block[layout.inbox :].view(torch.int64).fill_((1 << SITE_BITS) << 32)
+    for flags in _tile_flags(plan, tiles):
+        flags.fill_(1 << SITE_BITS)
     return executor
 
 
 class CudaRanks:
-    """An `Executor` of a `CudaExecutor` for each rank. `limit`: seconds that a rank waits for another."""
+    """An `Executor` of a `CudaExecutor` for each rank, or with `world` for this process's: `ranks`, beginning
+    with rank `first`. `limit`: seconds that a rank waits for another.
+    """
 
     def __init__(
-        self, plan: Plan, weights: Sequence[Tensor], *, poison: bool = False, limit: float = GUARD
+        self,
+        plan: Plan,
+        weights: Sequence[Tensor],
+        *,
+        poison: bool = False,
+        limit: float | None = None,
+        world: World | None = None,
     ) -> None:
-        if len(weights) != plan.ranks:
-            raise PlanError(f"plan {plan.name} has {plan.ranks} ranks, weights of {len(weights)} were given")
-        self.plan, self.poison, self.limit = plan, poison, limit
+        own = plan.ranks if world is None else 1
+        if len(weights) != own:
+            raise PlanError(f"plan {plan.name} has {own} ranks here, weights of {len(weights)} were given")
+        self.plan, self.poison, self.world = plan, poison, world
+        self.limit = (GUARD if world is None else APART) if limit is None else limit
+        self.first = 0 if world is None else world.rank
         self.devices = [block.device for block in weights]
         self.ranks: list[CudaExecutor] = []
         for block in weights:
@@ -133,15 +163,17 @@ class CudaRanks:
         self._layout = layout_of(plan.ranks, count, plan.blocks["exchange"])
         self._epoch = 0
         self._called: dict[int, str] = {}  # buckets by epoch, as a status has it
+        self._names = self._told([str(device) for device in self.devices])
         self._connect()
         self.clear()
 
     def clear(self) -> None:
         self._synchronize("wait for the ranks")
+        self._epoch = max(self._told([self._epoch]))  # of processes, whose steps may have failed apart
         for rank in self._each():
             rank.clear()
             _word(rank.blocks["exchange"], STATUS).zero_()
-        self._synchronize("clear the ranks")
+        self._meet("clear the ranks")
 
     def share(self, names: Iterable[str]) -> None:
         share([rank.states for rank in self.ranks], names)
@@ -172,7 +204,7 @@ class CudaRanks:
     def wait(self) -> None:
         """Raises DriverError naming the exchange, the layer and the rank that another waited for in vain."""
         self._synchronize("wait for the devices")
-        for number, rank in enumerate(self.ranks):
+        for number, rank in enumerate(self.ranks, self.first):
             status = int(_word(rank.blocks["exchange"], STATUS)) & 0xFFFFFFFF
             if status:
                 raise driver.LostRankError(self._lost(number, status))
@@ -195,7 +227,9 @@ class CudaRanks:
             self._synchronize("wait for the ranks")
             for rank in self._each():
                 rank.blocks["exchange"][self._layout.inbox :].zero_()
-            self._synchronize("clear what was exchanged")
+                for flags in _tile_flags(self.plan, rank.blocks["tiles"]):
+                    flags.zero_()
+            self._meet("clear what was exchanged")
             self._epoch = 1
         self._called[self._epoch % STATUS_EPOCHS] = bucket
         for rank in self._each():
@@ -231,20 +265,54 @@ class CudaRanks:
                 yield rank
 
     def _synchronize(self, what: str) -> None:
-        for number, _ in enumerate(self._each()):
+        for number, _ in enumerate(self._each(), self.first):
             driver.synchronize(f"{what}: rank {number}")
+
+    def _meet(self, what: str) -> None:
+        """Wait for all ranks, those of other processes too: none gives what another would not find."""
+        self._synchronize(what)
+        self._told([what])
+
+    def _told(self, own: list[T]) -> list[T]:
+        """Of every rank what its process has of it, in order."""
+        return own if self.world is None else [each for part in self.world.gather(own) for each in part]
 
     def _connect(self) -> None:
         """Let every rank's kernels reach the others, and tell them where."""
+        world = self.world
+        addresses = self._addresses_here() if world is None else self._addresses_apart(world)
+        inboxes = [block + self._layout.inbox for block in addresses["exchange"]]
+        for number, rank in enumerate(self.ranks, self.first):
+            header = _header(self.plan, self._layout, number, inboxes, addresses["tiles"], self.limit)
+            rank.blocks["exchange"].copy_(header)
+        self._meet("connect the ranks")
+
+    def _addresses_here(self) -> dict[str, list[int]]:
+        """Where all ranks have the blocks that others reach, in one process."""
         contexts = [driver.current_context() for _ in self._each()]
         for a, _ in enumerate(self._each()):
             for b, context in enumerate(contexts):
                 if a != b:
                     driver.reach(context, f"let rank {a} reach the memory of rank {b}")
-        inboxes = [rank.blocks["exchange"].data_ptr() + self._layout.inbox for rank in self.ranks]
-        for number, rank in enumerate(self.ranks):
-            rank.blocks["exchange"].copy_(_header(self._layout, number, inboxes, self.limit, rank.blocks))
-        self._synchronize("connect the ranks")
+        return {name: [rank.blocks[name].data_ptr() for rank in self.ranks] for name in BLOCKS}
+
+    def _addresses_apart(self, world: World) -> dict[str, list[int]]:
+        """The same, as this process sees those of the others."""
+        (own,) = self._each()
+        blocks = {name: own.blocks[name].data_ptr() for name in BLOCKS}
+        exported = world.together(lambda: {n: driver.exported(block) for n, block in blocks.items()})
+        told = world.gather(exported)
+
+        def addresses(name: str) -> list[int]:
+            found = []
+            for peer, theirs in enumerate(told):
+                what = f"let rank {world.rank} reach the memory of rank {peer}"
+                handle, offset = theirs[name]
+                apart = peer != world.rank
+                found.append(driver.imported(handle, what) + offset if apart else blocks[name])
+            return found
+
+        return world.together(lambda: {name: addresses(name) for name in BLOCKS})
 
     def _lost(self, number: int, status: int) -> str:
         site, peer, epoch = given_up(status)
@@ -254,25 +322,34 @@ class CudaRanks:
             launch = self.plan.buckets[bucket].launches[self._sites[bucket][site]]
             where = f"exchange {site}, {launch.name}"
         return (
-            f"plan {self.plan.name}: {bucket or 'a step'}: {where}: rank {number} ({self.devices[number]}) "
-            f"waited {self.limit:g} s for rank {peer} ({self.devices[peer]}) in vain; see whether that GPU "
+            f"plan {self.plan.name}: {bucket or 'a step'}: {where}: rank {number} ({self._names[number]}) "
+            f"waited {self.limit:g} s for rank {peer} ({self._names[peer]}) in vain; see whether that GPU "
             "still runs, then call reset()"
         )
 
 
 def _header(
-    layout: Layout, rank: int, inboxes: Sequence[int], limit: float, blocks: Mapping[str, Tensor]
+    plan: Plan, layout: Layout, rank: int, inboxes: Sequence[int], tiles: Sequence[int], limit: float
 ) -> Tensor:
-    """The block of a rank before its first step, on the host."""
-    block = torch.zeros(blocks["exchange"].numel(), dtype=torch.uint8)
+    """The block of a rank before its first step, on the host. `inboxes` and `tiles` are addresses."""
+    block = torch.zeros(-(-plan.blocks["exchange"] // 256) * 256, dtype=torch.uint8)
     _word(block, RANK).fill_(rank)
     words = {LIMIT: int(limit * 1e9), REGION: layout.region}
-    words |= {INBOXES + 8 * peer: address for peer, address in enumerate(inboxes)}
+    words |= {TILED: tiled_region(plan.blocks["tiles"], plan.ranks)}
+    for first, addresses in ((INBOXES, inboxes), (TILES, tiles)):
+        words |= {first + 8 * peer: address for peer, address in enumerate(addresses)}
     for at, value in words.items():
         block[at : at + 8].view(torch.int64).fill_(value)
     for site in range(layout.sites):
         _word(block, layout.site(site)).fill_(site)
     return block
+
+
+def _tile_flags(plan: Plan, tiles: Tensor) -> Iterator[Tensor]:
+    """The flags of every region of a block of tiles, i32."""
+    region = tiled_region(plan.blocks["tiles"], plan.ranks)
+    for at in range(0, region * TURNS * plan.ranks, region or 1):
+        yield tiles[at : at + TILE_FLAGS].view(torch.int32)
 
 
 def _word(block: Tensor, at: int) -> Tensor:

@@ -52,12 +52,14 @@ class Resident:
             ) from None
         return Resident(ParamRecord.from_json(data), form, components)
 
-    def store(self, block: Tensor, value: Value, e: int | None = None) -> None:
-        """Copy `value`, which lies on the host and has the record's type, to its place; or its matrix `e`."""
+    def store(self, block: Tensor, value: Value, matrices: range | None = None) -> None:
+        """Copy `value`, which lies on the host, to its place: all of the record, or some `matrices` of it."""
         parts = parts_of(value)
         for name, start, whole in self.components:
-            nbytes = whole if e is None else whole // self.record.type.shape[0]
-            offset = start + nbytes * (e or 0)
+            offset, nbytes = start, whole
+            if matrices is not None:
+                each = whole // self.record.type.shape[0]
+                offset, nbytes = start + each * matrices.start, each * len(matrices)
             if name not in parts:
                 raise PlanError(
                     f"weight {self.record.name}: has a place for {name}, but {self.record.type} has only "
@@ -94,23 +96,23 @@ class Loaded:
 def load_weights(
     checkpoint: Checkpoint,
     residents: Sequence[Resident],
-    blocks: Sequence[Tensor],
+    blocks: Mapping[int, Tensor],
     *,
     progress: Progress | None = None,
     workers: int | None = None,
 ) -> Loaded:
-    """Read every parameter into the weights' uint8 blocks, one of each rank, stacks matrix by matrix. All is
-    read once: every rank gets its part of what was read.
+    """Read every parameter into the weights' uint8 blocks, by rank, stacks matrix by matrix. All is read
+    once: every rank gets its part of what was read.
 
     Raises CheckpointError.
     """
     places = {resident.record.name: resident for resident in residents}
     read = 0
 
-    def sink(name: str, e: int | None, value: Value) -> None:
-        for rank, block in enumerate(blocks):
-            places[name].store(block, places[name].record.part(value, rank, e), e)
-        for block in blocks:
+    def sink(name: str, matrices: range | None, value: Value) -> None:
+        for rank, block in blocks.items():
+            places[name].store(block, places[name].record.part(value, rank), matrices)
+        for block in blocks.values():
             if block.is_cuda:
                 torch.cuda.current_stream(block.device).synchronize()  # the value goes away with this call
 
@@ -121,7 +123,8 @@ def load_weights(
             progress(name, done, total)
 
     started = time.perf_counter()
-    with _Watch(None if blocks[0].is_cuda else lambda: read) as watch:
+    on_cuda = any(block.is_cuda for block in blocks.values())
+    with _Watch(None if on_cuda else lambda: read) as watch:
         records = [resident.record for resident in residents]
         checkpoint.stream(records, sink, progress=report, workers=workers)
     return Loaded(read, time.perf_counter() - started, watch.most)
@@ -178,8 +181,8 @@ def _store_plain(target: Tensor, part: Tensor, *, widened: bool, what: str) -> N
 def _store_packed(target: Tensor, packing: Packing, data: Tensor, scale: Tensor | None) -> None:
     """Matrices one after the other, each in slabs of whole tile groups of rows."""
     position = 0
-    for matrix, scales in _matrices(data, scale):
-        group = 16 * packing.tiles
+    group = 16 * packing.tiles
+    for matrix, scales in _matrices(data, scale, group):
         step = max(SLAB // max(matrix.shape[1] * matrix.element_size(), 1) // group, 1) * group
         for start in range(0, matrix.shape[0], step):
             rows = matrix[start : start + step].to(target.device)
@@ -196,8 +199,12 @@ def _store_packed(target: Tensor, packing: Packing, data: Tensor, scale: Tensor 
         )
 
 
-def _matrices(data: Tensor, scale: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _matrices(data: Tensor, scale: Tensor | None, group: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A stack's matrices one by one, or one below the other where each is whole groups of rows."""
     count = math.prod(data.shape[:-2])
+    if data.shape[-2] % group == 0:
+        yield data.flatten(0, -2), None if scale is None else scale.flatten(0, -2)
+        return
     matrices = data.reshape(count, *data.shape[-2:])
     scales = None if scale is None else scale.reshape(count, *scale.shape[-2:])
     for i in range(count):

@@ -12,6 +12,10 @@ import torch
 from dsv4c.certify.evaluate import PATTERNS
 from dsv4c.certify.finding import ORDER
 from dsv4c.certify.ranks import Given, Region, allowed, certify_ranks, evaluate, regions
+from dsv4c.compiler.request import Draft, Request
+from dsv4c.compiler.sharding import certify_shard
+from dsv4c.config import load_config
+from dsv4c.models.drafting import with_dspark
 from dsv4c.numerics.codec import Quantized, Value
 from tests.passes.test_shard import graphs
 
@@ -102,3 +106,14 @@ def test_a_planted_defect_is_seen(defect: Callable[[Given], Given], where: Calla
     region = where()
     found = (evaluate(region, pattern, seed, defect) for seed, pattern in enumerate(PATTERNS))
     assert any(ORDER.index(finding.kind) > ORDER.index(allowed(region)) for finding in found)
+
+
+@pytest.mark.parametrize("head", ["mtp", "dspark"])
+def test_what_drafts_has_certificates(head: Draft, tmp_path: Path) -> None:
+    flash = load_config("deepseek-v4-flash")
+    model = flash if head == "mtp" else with_dspark(flash)
+    plain, drafting = (
+        certify_shard(Request(model, ranks=2, draft=draft).job(), tmp_path) for draft in ("off", head)
+    )
+    assert all(c.holds for c in drafting)
+    assert {c.digest for c in drafting} > {c.digest for c in plain}

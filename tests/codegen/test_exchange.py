@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,14 @@ import pytest
 from dsv4c.arch import ARCHS
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
-from dsv4c.codegen.kernels.exchange import GatherSpec, ReduceSpec, emit_all_gather, emit_all_reduce
+from dsv4c.codegen.kernels.exchange import (
+    GatherSpec,
+    ReduceSpec,
+    emit_all_gather,
+    emit_all_reduce,
+    emit_gather_of_tiles,
+    emit_sum_of_tiles,
+)
 from dsv4c.codegen.kernels.gemv import Activations, Gathered, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.kernels.hyper_norm import HyperNormSpec, emit_hyper_norm
 from dsv4c.codegen.kernels.riders import KvStoreSpec
@@ -46,11 +54,19 @@ def read() -> Emission:
     return emit_gemv(READ, ARCHS["sm_90a"])
 
 
+def tiles() -> tuple[Emission, Emission]:
+    """Of a chunk: a sum of more than a tile a row, a gather of two kinds of values."""
+    total = ReduceSpec(2, 128, 7168, "bf16")
+    return emit_sum_of_tiles(total), emit_gather_of_tiles(replace(JOIN, rows=128))
+
+
 def test_texts(golden: Golden) -> None:
     golden(mixed().source, "kernels/hyper_norm_ranks.py.txt")
     golden(read().source, "kernels/q_proj_ranks.py.txt")
     golden(emit_all_reduce(SUM).source, "kernels/all_reduce.py.txt")
     golden(emit_all_gather(JOIN).source, "kernels/all_gather.py.txt")
+    for emission in tiles():
+        golden(emission.source, f"kernels/{emission.symbol.removesuffix('_0')}.py.txt")
 
 
 def test_launches(tmp_path: Path) -> None:
@@ -72,6 +88,18 @@ def test_launches(tmp_path: Path) -> None:
         look = "ld.relaxed.sys.global.b64 w"
         polls = kernel.ptx.index(look) if kernel is kernels[-1] else kernel.ptx.rindex(look)
         assert wait < kernel.ptx.index("st.relaxed.sys.global.b64") < polls < trigger
+
+
+def test_launches_of_tiles(tmp_path: Path) -> None:
+    total, joined = tiles()
+    assert total.grid == (2, 128, 1)
+    assert joined.grid == (1, 128, 1)
+    for kernel in build([Source(e.symbol, e.source) for e in (total, joined)], "sm_90a", tmp_path):
+        assert kernel.resources.stack == 0
+        made, release = kernel.ptx.rindex("st.global.v"), kernel.ptx.index("fence.acq_rel.sys; st.relaxed")
+        data, flag = kernel.ptx.index("st.global.v4"), kernel.ptx.index("ld.acquire.sys")
+        wait, trigger = (kernel.ptx.index(f"griddepcontrol.{w}") for w in ("wait", "launch_dependents"))
+        assert wait < data < release < flag < made < trigger
 
 
 EARLY = "    ptx.launch_dependents()\n    thread, _, _"
@@ -96,6 +124,8 @@ def test_a_kernel_that_would_make_ranks_wait_is_found(old: str, new: str, said: 
     [
         (emit_all_reduce(SUM), "exchange.sum_rows"),
         (emit_all_gather(JOIN), "exchange.join_rows"),
+        (tiles()[0], "exchange.sum_tiles"),
+        (tiles()[1], "exchange.join_tiles"),
         (read(), "exchange.gather"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

@@ -1,7 +1,7 @@
 """Compile what `tests.gpu.check_rounds` runs: python -m tests.gpu.build_rounds --folder FOLDER --store STORE.
 
 A small checkpoint per head in the release's formats, and three plans of each: one that drafts, one that
-samples, one whose drafts are given.
+samples, one whose drafts are given. With `--ranks N` for so many GPUs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ def main() -> None:
     parser.add_argument(
         "--recipe", default="official", help="official-fp8-drafts: drafts by a copy of the head"
     )
+    parser.add_argument("--ranks", type=int, default=1)
     asked = parser.parse_args()
     for head, count in COUNTS.items():
-        weights = learned(asked.folder / f"{head}-weights", head, quantized=True)
+        weights = learned(asked.folder / f"{head}-weights", head, quantized=True, ranks=asked.ranks)
         options = {
             "target": asked.target,
             "recipe": asked.recipe,
@@ -32,6 +33,7 @@ def main() -> None:
             "max_context": 512,
             "certify": False,
             "draft_tokens": count,
+            "ranks": asked.ranks,
         }
         for name, more in {
             "rounds": {"draft": head, "batch": (1, 2)},

@@ -1,9 +1,14 @@
 """What ranks promise, on several GPUs of one host: python -m tests.gpu.check_ranks PLAN [PLAN ...].
 
 On random weights: after a prompt and many steps every rank has the same logits and the same state, bit for
-bit, the same again beside work that loads the memory of all GPUs, and after a rank that starts late; one that
-never comes is named within the limit, and `reset` starts anew. Further plans of the same model must give the
-first one's logits bit for bit. Ends with what a step takes.
+bit, the same again beside work that loads the memory of all GPUs, while the host sleeps between launches, and
+after a rank that starts late; each rank by itself, launch by launch against the words that the others gave,
+has these bits, too. One that never comes is named within the limit, and `reset` starts anew. Further plans of
+the same model must give the first one's logits bit for bit. Ends with what steps, prompts and calls of every
+bucket take, the latter at a position far on.
+
+`--smoke` runs a few steps instead, for compute-sanitizer: of all ranks, or with `--alone R` of one, whose
+exchanges are answered at once, and with `--plain` its kernels one by one, without a graph.
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,16 +25,29 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dsv4c.buckets import ROWS
 from dsv4c.numerics.codec import parts_of
 from dsv4c.plan.folder import Plan, load
+from dsv4c.plan.records import Launch
+from dsv4c.runtime import driver
 from dsv4c.runtime.bench import random_executor
-from dsv4c.runtime.driver import LostRankError
 from dsv4c.runtime.ranks import CudaRanks
 from dsv4c.runtime.session import Session
+from tests.gpu.plain import PlainGraph
 
-PROMPT = [3, 17, 5, 9, 250, 11, 42, 7]
 LATE = 0.3  # seconds, of the limit of one
+ASLEEP = 0.0015  # seconds before each launch, of a step of two or three milliseconds
 LOAD = 256 << 20  # bytes that are copied beside, far beyond an L2
+AHEAD = 64  # copies that are enqueued before the last is waited for
+TIMED = 1000  # steps, at most
+CALLS, TURNS = 20, 5  # of a bucket, one behind the other, and how often
+FAR = 8192  # tokens before a call that is timed
+PATIENCE = 20.0  # seconds that a rank waits for another which a tool slows down
+
+
+def prompt_of(length: int, vocabulary: int) -> list[int]:
+    """Tokens that come again only after a while."""
+    return [(7 * i * i + 3 * i + 3) % vocabulary for i in range(length)]
 
 
 def outputs(ranks: CudaRanks, bucket: str) -> list[Tensor]:
@@ -50,36 +69,75 @@ def alike(ranks: CudaRanks, bucket: str) -> bool:
 
 @contextmanager
 def loaded(devices: Sequence[torch.device]) -> Iterator[None]:
-    """Copies on every GPU, beside what runs within: some seconds of them are enqueued."""
-    streams = []
-    for device in devices:
+    """Copies on every GPU, beside what runs within."""
+    over = threading.Event()
+
+    def copy(device: torch.device) -> None:
         with torch.cuda.device(device):
             source = torch.empty(LOAD, dtype=torch.uint8, device=device)
             stream = torch.cuda.Stream(device)
             with torch.cuda.stream(stream):
-                for _ in range(20_000):
-                    source[: LOAD // 2].copy_(source[LOAD // 2 :], non_blocking=True)
-            streams.append(stream)
-    yield
-    for stream in streams:
-        stream.synchronize()
+                while not over.is_set():
+                    for _ in range(AHEAD):
+                        source[: LOAD // 2].copy_(source[LOAD // 2 :], non_blocking=True)
+                    stream.synchronize()
+
+    threads = [threading.Thread(target=copy, args=(device,)) for device in devices]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join()
 
 
-def answer(session: Session, steps: int) -> list[int]:
+def by_itself(ranks: CudaRanks, session: Session, bucket: str, prompt: Sequence[int]) -> bool:
+    """Whether each rank alone, one after the other, has the bits of all together: a step launch by launch,
+    what its exchanges received being put there before each.
+    """
+    session.reset()
+    session.prefill(prompt, 0, logits="last")
+    received: list[list[Tensor]] = []
+
+    def keep(launch: Launch) -> None:
+        blocks = [rank.blocks["exchange"].clone() for rank in ranks.ranks]
+        received.append(blocks if launch.exchanges else [])
+
+    inputs = {"tokens": [5], "lengths": [1], "slots": [0]}
+    given = {name: torch.tensor(values, dtype=torch.int32) for name, values in inputs.items()}
+    ranks.run(bucket, given, watch=keep)
+    together = outputs(ranks, bucket)
+    session.reset()
+    session.prefill(prompt, 0, logits="last")
+    session.wait()
+    for number, step in enumerate(ranks.bound(bucket)):
+        step.take(given)
+        for i, blocks in enumerate(received):
+            if blocks:
+                step.blocks["exchange"].copy_(blocks[number])
+            step.start(i)
+            step.finish(i)
+    return all(map(torch.equal, together, outputs(ranks, bucket)))
+
+
+def answer(session: Session, prompt: Sequence[int], steps: int) -> list[int]:
     """A prompt, and so many greedy tokens after it, fed back on the devices."""
     session.reset()
-    session.prefill(PROMPT, 0)
+    session.prefill(prompt, 0, logits="last")
     session.decode({0: 5})
     said = [int(token) for token in session.steps(steps, [0]).flatten()]
     session.wait()
     return said
 
 
-def check(plan: Plan, steps: int) -> tuple[int, Tensor]:
-    """What failed, and the logits of the first step after the prompt."""
+def check(plan: Plan, length: int, steps: int) -> tuple[int, Tensor]:
+    """What failed, and the logits of the first step after a prompt of that length."""
     ranks = random_executor(plan)
     assert isinstance(ranks, CudaRanks), "a plan for several ranks"
     session = Session(plan, ranks)
+    prompt = prompt_of(length, session.vocab_size)
     bucket = plan.program("decode").shape.name
     print(
         f"{plan.name}: {plan.ranks} ranks, {len(plan.buckets[bucket].launches)} launches a step", flush=True
@@ -90,18 +148,30 @@ def check(plan: Plan, steps: int) -> tuple[int, Tensor]:
         verdicts[what] = right
         print(f"  {'ok' if right else 'WRONG':6} {what}", flush=True)
 
-    session.prefill(PROMPT, 0)
+    session.prefill(prompt, 0, logits="last")
     logits = session.decode({0: 5})[:1].cpu()
     told("the prompt's end: ranks alike", alike(ranks, bucket))
-    quiet = answer(session, steps)
+    quiet = answer(session, prompt, steps)
     told(f"{steps} steps: ranks alike", alike(ranks, bucket))
-    told(f"{steps} steps again: the same tokens", answer(session, steps) == quiet)
+    told(f"{steps} steps again: the same tokens", answer(session, prompt, steps) == quiet)
     with loaded(ranks.devices):
-        told("memory loaded beside: the same tokens", answer(session, steps) == quiet)
+        told("memory loaded beside: the same tokens", answer(session, prompt, steps) == quiet)
     told("memory loaded beside: ranks alike", alike(ranks, bucket))
 
+    told("each rank by itself: the same bits", by_itself(ranks, session, bucket, prompt))
+
+    answer(session, prompt, 1)
+    asleep = []
+    for _ in range(min(steps, 40)):
+        ranks.begin(bucket)
+        for bound in ranks.bound(bucket):
+            time.sleep(ASLEEP)
+            bound.call()
+        asleep.append(int(ranks.ranks[0].programs[bucket].outputs["next"][0]))
+    told("the host asleep between launches: the same tokens", asleep == quiet[1 : 1 + len(asleep)])
+
     session.reset()
-    session.prefill(PROMPT, 0)
+    session.prefill(prompt, 0, logits="last")
     session.wait()
     with torch.cuda.device(ranks.devices[-1]):
         torch.cuda._sleep(int(LATE * 1.7e9))  # cycles
@@ -113,27 +183,78 @@ def check(plan: Plan, steps: int) -> tuple[int, Tensor]:
     try:
         session.wait()
         told("a rank that never comes is named", False)
-    except LostRankError as error:
+    except driver.LostRankError as error:
         print(f"         after {time.perf_counter() - began:.2f} s: {error}", flush=True)
         told("a rank that never comes is named", f"for rank {plan.ranks - 1}" in str(error) or plan.ranks > 2)
     session.reset()
-    session.prefill(PROMPT, 0)
+    session.prefill(prompt, 0, logits="last")
     told("after reset: the same logits", torch.equal(session.decode({0: 5})[:1].cpu(), logits))
 
-    took = []
+    took, first, timed = [], [], min(steps, TIMED)
     for _ in range(7):
         session.reset()
-        session.prefill(PROMPT, 0)
-        session.wait()
         began = time.perf_counter()
-        session.steps(steps, [0])
+        session.prefill(prompt, 0, logits="last")
         session.wait()
-        took.append(1e6 * (time.perf_counter() - began) / steps)
-    print(
-        f"         a step takes {statistics.median(took):.1f} us ({min(took):.1f} to {max(took):.1f})",
-        flush=True,
-    )
+        first.append(1e3 * (time.perf_counter() - began))
+        began = time.perf_counter()
+        session.steps(timed, [0])
+        session.wait()
+        took.append(1e6 * (time.perf_counter() - began) / timed)
+    for what, found, unit in (("a step", took, "us"), (f"a prompt of {length}", first, "ms")):
+        middle = statistics.median(found)
+        print(f"         {what} takes {middle:.1f} {unit} ({min(found):.1f} to {max(found):.1f})", flush=True)
+    position = min(FAR, session.max_context - ROWS * (CALLS + 1))
+    for name, middle in calls(ranks, position):
+        print(f"         a call of {name} takes {middle:.3f} ms", flush=True)
     return sum(not right for right in verdicts.values()), logits
+
+
+def calls(ranks: CudaRanks, position: int) -> Iterator[tuple[str, float]]:
+    """Milliseconds of a call of every bucket, whose rows are valid, one behind the other; of chunks at the
+    beginning, waited for one by one.
+    """
+    for name, program in ranks.plan.buckets.items():
+        shape = program.shape
+        tokens = torch.arange(shape.given, dtype=torch.int32) * 7919 % int(ranks.plan.config["vocab_size"])
+        lengths = torch.full((shape.sequences,), shape.given // shape.sequences, dtype=torch.int32)
+        slots = torch.arange(shape.sequences, dtype=torch.int32)
+        chunk = shape.kind == "prefill"
+        took, count = [], 1 if chunk else CALLS
+        for _ in range(TURNS):
+            for step in ranks.bound(name):
+                at = step.value("position")
+                assert isinstance(at, Tensor)
+                at.fill_(0 if chunk else position)
+                step.take({"tokens": tokens, "lengths": lengths, "slots": slots})
+            ranks.wait()
+            began = time.perf_counter()
+            for _ in range(count):
+                ranks.call(name)
+            ranks.wait()
+            took.append(1e3 * (time.perf_counter() - began) / count)
+        yield name, statistics.median(took)
+
+
+def smoke(plan: Plan, length: int, rank: int | None) -> int:
+    """A few steps: the first ones, ends of windows, more entries than are chosen."""
+    executor = random_executor(plan, rank, limit=PATIENCE)
+    session = Session(plan, executor)
+    prompt = prompt_of(length, session.vocab_size)
+    session.prefill(prompt, 0, logits="last")
+    session.wait()
+    bucket = plan.program("decode").shape.name
+    for position in (3, 63, 127):
+        for step in executor.bound(bucket):
+            at = step.value("position")
+            assert isinstance(at, Tensor)
+            at.fill_(position)
+        executor.begin(bucket)
+        for step in executor.bound(bucket):
+            step.call()
+        session.wait()
+    print(f"{len(plan.buckets[bucket].launches)} launches, 3 steps after a prompt of {length}")
+    return 0
 
 
 def main() -> int:
@@ -141,11 +262,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("plans", type=Path, nargs="+")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--prompt", type=int, default=8, help="tokens")
+    parser.add_argument("--smoke", action="store_true", help="a few steps, for compute-sanitizer")
+    parser.add_argument("--alone", type=int, help="with --smoke, one rank on one GPU")
+    parser.add_argument("--plain", action="store_true", help="with --alone, kernels launched one by one")
     asked = parser.parse_args()
+    if asked.plain:
+        driver.Graph = PlainGraph  # type: ignore[assignment, misc]
+    if asked.smoke:
+        return sum(smoke(load(path), asked.prompt, asked.alone) for path in asked.plans)
     failed, first = 0, None
     for path in asked.plans:
         plan = load(path)
-        wrong, logits = check(plan, asked.steps)
+        wrong, logits = check(plan, asked.prompt, asked.steps)
         if first is not None and not torch.equal(first, logits):
             print(
                 f"{path}: logits differ from {asked.plans[0]}'s, by {float((first - logits).abs().max()):.3g}"

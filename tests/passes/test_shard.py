@@ -62,6 +62,8 @@ RULED = [  # op, operands of a rank, their placements, those of the results
     ("sum {axis=1, out=f32}", "f32[2,3,64]", (cut(1),), (P,)),
     ("reshape {shape=(-1,4,16)}", "f32[2,64]", (cut(1),), (cut(1),)),
     ("reshape {shape=(-1,64)}", "f32[2,4,16]", (cut(1),), (cut(1),)),
+    ("slice {axis=1, start=0, stop=1}", "f32[2,4,16]", (cut(2),), (cut(2),)),
+    ("concat {axis=1}", "f32[2,1,16] f32[2,2,16]", (cut(2), cut(2)), (cut(2),)),
     ("rms_norm {eps=1e-06}", "f32[2,4,16]", (cut(1),), (cut(1),)),
     ("rope", "f32[2,4,16] i32[2] f32[4]", (cut(1), R, R), (cut(1),)),
     ("quantize {format=q[e4m3,ue8m0,1x128]}", "bf16[2,256]", (cut(1),), (cut(1),)),
@@ -90,6 +92,9 @@ REFUSED = [  # op, operands, placements, the operand at fault, what is said
     ("add", "f32[2,64] f32[2,64]", (cut(1), R), 0, "insert all_gather {axis=1}"),
     ("add", "f32[2,64] f32[2,64]", (cut(1), cut(0)), 0, "cut along different dimensions"),
     ("reshape {shape=(-1,32,2)}", "f32[4,16,4]", (cut(2),), 0, "begins where the cut one does"),
+    ("slice {axis=1, start=0, stop=1}", "f32[2,4]", (cut(1),), 0, "a slice is of the whole dimension"),
+    ("concat {axis=1}", "f32[2,4] f32[2,4]", (cut(1), cut(1)), 0, "no part of them joined"),
+    ("concat {axis=0}", "f32[2,4] f32[2,4]", (R, cut(1)), 1, "is cut(1), expected replicated"),
     ("rms_norm {eps=1e-06}", "f32[2,64]", (cut(1),), 0, "a norm is of whole rows"),
     ("rope", "f32[2,16] i32[2] f32[4]", (cut(0), R, R), 0, "rows have positions"),
     ("quantize {format=q[e4m3,ue8m0,1x128]}", "bf16[2,64]", (cut(1),), 0, "no whole blocks"),
@@ -181,10 +186,6 @@ def test_ranks_that_cannot_be() -> None:
         Request("tiny", ranks=9).job()
     with pytest.raises(ConfigError, match="shards for 2 ranks, ranks is 1"):
         Request("tiny", pipeline="quantize{recipe=official},shard{ranks=2},fold").job()
-    with pytest.raises(ConfigError, match="blocks that draft are not cut over ranks"):
-        Request("tiny", ranks=2, draft="mtp").job()
-    with pytest.raises(ConfigError, match=r"2 exchange at most 64 rows of a step, prefill-128\.last has 128"):
-        Request(wide(), ranks=2, target="sm_90a", chunk=128).job()
     job = Request("tiny", ranks=2).job()
     with pytest.raises(
         GraphError, match=r"shard: %layers\.0\.ffn\.shared_experts\.w2: .* no whole blocks of 128"

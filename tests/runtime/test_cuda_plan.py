@@ -166,7 +166,8 @@ SHIFT = Launch(  # of the first and only frequency: 1
 ONCE = Program(
     "graph.load.txt", None, {"shift": values_of(TWO)["shift"]}, 0, (), {"shift": "shift"}, (SHIFT,)
 )
-BLOCKS = {"weights": 256, "state": 512, "constants": 256, "arena": 768, "input": 768, "exchange": 0}
+OWN = {"weights": 256, "state": 512, "constants": 256, "arena": 768, "input": 768}
+BLOCKS = OWN | {"exchange": 0, "tiles": 0}
 
 
 def plan(**changes: Any) -> Plan:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,20 @@ import torch
 
 import dsv4c
 from dsv4c.errors import PlanError, SessionError
-from dsv4c.exchange import GIVEN_UP, INBOXES, SITE_BITS, SITES, Layout, given_up, layout_of
+from dsv4c.exchange import (
+    GIVEN_UP,
+    INBOXES,
+    MOST_EPOCHS,
+    SITE_BITS,
+    SITES,
+    TILE_FLAGS,
+    TILED,
+    TILES,
+    Layout,
+    given_up,
+    layout_of,
+    tiled_region,
+)
 from dsv4c.models.synth import synthesize
 from dsv4c.numerics.codec import dequantize, part_of, parts_of, quantize
 from dsv4c.plan.check import check
@@ -24,8 +38,10 @@ from dsv4c.runtime import cuda, driver, ranks
 from dsv4c.runtime.session import Session
 from dsv4c.types import FP8_WEIGHT, MXFP4, NVFP4
 from tests.codegen.lowered import gpu_plan
+from tests.drafting import Head, compile_for, in_rounds, learned, plainly, prompts
 from tests.passes.test_shard import wide
 
+HEADS: tuple[Head, ...] = ("mtp", "dspark")
 PROMPT = [(7 * i * i + 3 * i + 1) % 512 for i in range(133)]
 
 
@@ -77,6 +93,20 @@ def test_ranks_in_the_releases_own_numerics(checkpoint: Path) -> None:
     """
     one, two = (compiled("official", n).bind(checkpoint).prefill(PROMPT[:1]) for n in (1, 2))
     assert float((one - two).norm() / one.norm()) < 0.05
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_rounds_of_ranks_say_what_one_gives_in_steps(head: Head, tmp_path: Path) -> None:
+    weights, held = learned(tmp_path / "weights", head), Counter[int]()
+    options = {"recipe": "fp32", "batch": 1, "chunk": 64}
+    one = compile_for(weights, **options)
+    two = compile_for(weights, draft=head, draft_tokens=2, ranks=2, **options)
+    assert check(two.plan) == []
+    for prompt in prompts(2, 7):
+        said, own = in_rounds(two, prompt, 12)
+        assert said == plainly(one, prompt, 12)
+        held += own
+    assert {0, 2} <= held.keys()
 
 
 @pytest.mark.parametrize("format", [FP8_WEIGHT, MXFP4, NVFP4], ids=str)
@@ -264,6 +294,26 @@ def test_a_rank_alone_finds_the_words_that_it_waits_for(executor: ranks.CudaRank
     assert words.unique(dim=0).tolist() == [[0, 1 << SITE_BITS]]
     with pytest.raises(PlanError, match="there is no rank 2 to time"):
         ranks.alone(plan, torch.zeros(256, dtype=torch.uint8), 2)
+
+
+def test_tiles_have_a_block_of_their_own(executor: ranks.CudaRanks) -> None:
+    region = TILE_FLAGS + 512
+    plan = replace(executor.plan, blocks={**executor.plan.blocks, "tiles": 4 * 2 * region})
+    two = ranks.CudaRanks(plan, [torch.zeros(plan.blocks["weights"], dtype=torch.uint8) for _ in range(2)])
+    blocks = [rank.blocks["tiles"] for rank in two.ranks]
+    header = two.ranks[0].blocks["exchange"][TILED : TILES + 16].view(torch.int64).tolist()
+    assert header == [region, *(block.data_ptr() for block in blocks)]
+    two._epoch = MOST_EPOCHS - 1
+    blocks[1].fill_(1)
+    two.begin("decode-1")
+    flags = blocks[1].reshape(-1, region)[:, :TILE_FLAGS]
+    assert not flags.any()
+    assert blocks[1].reshape(-1, region)[:, TILE_FLAGS:].all()  # bytes need none
+    one = ranks.alone(plan, torch.zeros(plan.blocks["weights"], dtype=torch.uint8), 1)
+    first = one.blocks["tiles"].reshape(-1, region)[:, :TILE_FLAGS].contiguous().view(torch.int32)
+    assert first.unique().tolist() == [1 << SITE_BITS]
+    with pytest.raises(ValueError, match="no block for tiles of 2 ranks has 1001 bytes"):
+        tiled_region(1001, 2)
 
 
 def violations(plan: Plan, index: int, **changes: Any) -> list[str]:

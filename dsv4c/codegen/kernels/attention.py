@@ -190,7 +190,8 @@ def plan_attention(spec: AttentionSpec) -> Attention:
     that a few keys still occupy every CTA. The number of rows decides nothing: sums are split alike for all.
     """
     keys = spec.window + spec.extra
-    wide = keys > 2304 and -(-spec.heads // HEADS) <= 4
+    tiles = -(-spec.heads // HEADS)
+    wide = (keys > 2304 and tiles <= 4) or (keys > 512 and tiles <= 2)
     splits = spec.splits or min(16 if wide else 8, spec.width // 16)
     largest = 144 if spec.format == "fp8" else 80
     tile = 16 * -(-keys // (splits * 16))

@@ -1,7 +1,7 @@
 """Exchanges between ranks, as launches: words put into the others' inboxes, and theirs waited for.
 
-For the rows of a step. Every word is stored with its flag, so half of what crosses is flags: chunks of many
-tokens would want plain stores instead.
+Every word of a step's rows is stored with its flag, so half of what crosses is flags, and nothing is waited
+for twice. Chunks of many tokens cross as tiles, plain bytes with one flag for all of them.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 from dsv4c.codegen.emit import Emission, Parameter, compose
 from dsv4c.codegen.kernels.formats import holds
-from dsv4c.codegen.lib.slices import Joining, Summing
+from dsv4c.codegen.lib.slices import VECTOR, Joining, Summing, Tiles
 from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable, takes
-from dsv4c.exchange import MOST_ROWS, PAYLOAD, WORD
+from dsv4c.exchange import MOST_ROWS, MOST_TILES, PAYLOAD, WORD
 from dsv4c.ir.ops.collective import AllGather, AllReduce
 from dsv4c.types import BF16, F32, I32, TensorType
 
@@ -95,11 +95,7 @@ def emit_all_gather(spec: GatherSpec) -> Emission:
     return compose(
         "all_gather",
         f"all_gather: the columns of {spec.ranks} ranks, joined in order of the ranks.",
-        {
-            **{Parameter(p.x): f"{p.dtype}[N,{p.width}]" for p in pieces},
-            **EXCHANGED,
-            **{Parameter(p.y): f"{p.dtype}[N,{p.width * spec.ranks}]" for p in pieces},
-        },
+        _columns(spec),
         f"Launch: {t.ctas} CTAs x {THREADS} threads per row, {t.steps} word{several} of 4 B each. Puts "
         f"{WORD * t.width} B per row into each other rank's inbox.",
         _stages(spec.ranks, "exchange.join_rows(SPEC, m, at)"),
@@ -108,13 +104,23 @@ def emit_all_gather(spec: GatherSpec) -> Emission:
         sizes={"rows": spec.rows},
         spec=t,
         record="exchange.Columns",
-        given={
-            "x": _tuple(p.x for p in pieces),
-            "exchange": "m_exchange",
-            "site": "m_site",
-            "y": _tuple(p.y for p in pieces),
-        },
+        given=_given(spec),
     )
+
+
+def _columns(spec: GatherSpec) -> dict[Parameter, str | None]:
+    """The operands of a gather, and their types."""
+    return {
+        **{Parameter(p.x): f"{p.dtype}[N,{p.width}]" for p in spec.pieces},
+        **EXCHANGED,
+        **{Parameter(p.y): f"{p.dtype}[N,{p.width * spec.ranks}]" for p in spec.pieces},
+    }
+
+
+def _given(spec: GatherSpec) -> dict[str, str]:
+    """The fields of a gather's record."""
+    x, y = (_tuple(names) for names in zip(*((p.x, p.y) for p in spec.pieces), strict=True))
+    return {"x": x, "exchange": "m_exchange", "site": "m_site", "y": y}
 
 
 def _tuple(operands: Iterable[str]) -> str:
@@ -122,8 +128,57 @@ def _tuple(operands: Iterable[str]) -> str:
     return f"({', '.join(pointers)}{',' * (len(pointers) == 1)})"
 
 
-def _stages(ranks: int, exchange: str) -> tuple[str, ...]:
-    return (f"at = exchange.enter(m.exchange, m.site, {ranks})", "ptx.wait()", exchange)
+def _stages(ranks: int, exchange: str, *, tiles: bool = False) -> tuple[str, ...]:
+    whose = f"{ranks}, tiles=True" if tiles else f"{ranks}"
+    return (f"at = exchange.enter(m.exchange, m.site, {whose})", "ptx.wait()", exchange)
+
+
+def emit_sum_of_tiles(spec: ReduceSpec) -> Emission:
+    """The kernel of a sum of many rows."""
+    t = Tiles(spec.ranks, (4 * spec.width // VECTOR,), THREADS, 4 if spec.out == "f32" else 2)
+    return compose(
+        "all_reduce_tiles",
+        f"all_reduce_tiles: the sum of {spec.ranks} ranks' many rows, in f32 and in order of the ranks.",
+        {
+            Parameter("x"): f"f32[N,{spec.width}], this rank's addends",
+            **EXCHANGED,
+            Parameter("y"): f"{spec.out}[N,{spec.width}] = the sum, the same bits on every rank",
+        },
+        _launch_of(t),
+        _stages(spec.ranks, "exchange.sum_tiles(SPEC, m, at)", tiles=True),
+        threads=THREADS,
+        grid=(t.parts, "rows", 1),
+        sizes={"rows": spec.rows},
+        spec=t,
+        record="exchange.Addends",
+    )
+
+
+def emit_gather_of_tiles(spec: GatherSpec) -> Emission:
+    """The kernel of a gather of many rows."""
+    t = Tiles(spec.ranks, tuple(4 * p.words // VECTOR for p in spec.pieces), THREADS)
+    return compose(
+        "all_gather_tiles",
+        f"all_gather_tiles: the columns of {spec.ranks} ranks, of many rows, joined in order of the ranks.",
+        _columns(spec),
+        _launch_of(t),
+        _stages(spec.ranks, "exchange.join_tiles(SPEC, m, at)", tiles=True),
+        threads=THREADS,
+        grid=(t.parts, "rows", 1),
+        sizes={"rows": spec.rows},
+        spec=t,
+        record="exchange.Columns",
+        given=_given(spec),
+    )
+
+
+def _launch_of(t: Tiles) -> str:
+    tiles = f"{t.parts} tile{'s' if t.parts > 1 else ''} of a row"
+    vectors = f"{t.steps} vector{'s' if t.steps > 1 else ''} of {VECTOR} B a thread"
+    return (
+        f"Launch: {tiles}, a CTA of {t.threads} threads each, {vectors}. Puts {VECTOR * t.width} B per row "
+        "into each other rank's tiles."
+    )
 
 
 # Binding ----------------------------------------------------------------------------------------------------
@@ -136,10 +191,12 @@ def all_reduce(request: Request) -> Answer:
     x = request.types[call.inputs[0]]
     if len(x.shape) != 2 or call.op.out not in (BF16, F32):
         return No(f"adds rows f32[N,H] up to bf16 or f32, not {x} to {call.op.out}")
-    if x.shape[0] > MOST_ROWS:
-        return No(_rows(x.shape[0]))
     spec = ReduceSpec(call.op.ranks, *x.shape, str(call.op.out))
     values = {"x": call.inputs[0], "y": call.outputs[0]}
+    if spec.rows > MOST_ROWS:
+        if 4 * spec.width % VECTOR:
+            return No(f"moves vectors of {VECTOR} bytes, not rows of {spec.width} f32")
+        return _tiled(request, emit_sum_of_tiles(spec), values, 4 * spec.rows * spec.width)
     return [exchanging(request, emit_all_reduce(spec), values, x.shape[0] * x.shape[1])]
 
 
@@ -158,16 +215,27 @@ def all_gather(request: Request) -> Answer:
         assert isinstance(type_, TensorType)
         values.append((str(type_.dtype), type_.shape[1]))
     rows = types[0].shape[0]
-    if rows > MOST_ROWS or any(type_.shape[0] != rows for type_ in types):
-        return No(_rows(rows) if rows > MOST_ROWS else "joins values of as many rows")
+    if any(type_.shape[0] != rows for type_ in types):
+        return No("joins values of as many rows")
     spec = GatherSpec(call.op.ranks, rows, tuple(values))
     names = {p.x: call.inputs[i] for i, p in enumerate(spec.pieces)}
     names |= {p.y: call.outputs[i] for i, p in enumerate(spec.pieces)}
+    if rows > MOST_ROWS:
+        odd = next((t for t, p in zip(types, spec.pieces, strict=True) if 4 * p.words % VECTOR), None)
+        if odd is not None:
+            return No(f"moves vectors of {VECTOR} bytes, not rows of {odd}")
+        nbytes = 4 * rows * sum(p.words for p in spec.pieces)
+        return _tiled(request, emit_gather_of_tiles(spec), names, nbytes)
     return [exchanging(request, emit_all_gather(spec), names, rows * sum(p.words for p in spec.pieces))]
 
 
-def _rows(rows: int) -> str:
-    return f"exchanges at most {MOST_ROWS} rows, not {rows}: compile with smaller chunks"
+def _tiled(request: Request, emission: Emission, values: Mapping[str, int], nbytes: int) -> Answer:
+    """A launch that gives every other rank so many bytes in tiles."""
+    parts, rows, _ = emission.grid
+    if parts * rows > MOST_TILES:
+        return No(f"exchanges at most {MOST_TILES} tiles, not {parts * rows}: compile with smaller chunks")
+    launch = launchable(request, emission, values, exchange=EXCHANGE)
+    return [replace(launch, tiled=nbytes)]
 
 
 def exchanging(

@@ -29,7 +29,7 @@ class KvStoreSpec:
     """kv bf16[N, width] -> norm with gain, RoPE, the window's format, at its slot and position % ring.
 
     With a `capacity`, N is `tokens` rows of each sequence, and `beside` gets copies of the rings that have
-    room for all of them.
+    room for all of them. `crowded` is N where it is more than the ring has room for, or 0.
     """
 
     width: int
@@ -38,6 +38,7 @@ class KvStoreSpec:
     eps: float
     capacity: int = 0
     tokens: int = 1
+    crowded: int = 0
     name: str = "kv_store"
     kv: str = "kv"
     gain: str = "kv_norm"
@@ -325,6 +326,7 @@ def _window(request: Request, call: Call, rows: int, values: dict[str, int]) -> 
         op.eps,
         op.beside or 0,
         op.tokens if op.beside else 1,
+        0 if op.beside or rows <= window.shape[1] else rows,
         frequencies=_shared(call, "frequencies", values),
         positions=_shared(call, "positions", values),
         slots=_shared(call, "slots", values),

@@ -143,10 +143,12 @@ def kv_store(
     token: Int32,
     tid: Int32,
     threads: Constexpr[int],
+    rows: Constexpr[int] = 1,
 ):
     """`threads` threads: row `token` of kv bf16[N, width], normed and rotated, into its slot's window.
 
-    16 bytes of shared memory. Position -1 writes nothing.
+    16 bytes of shared memory. Position -1 writes nothing. Of `rows`, more than the ring has, a sequence's
+    follow each other, and one for whose place a later one comes writes nothing.
     """
     constants = prefetch(row, g_gain, g_frequencies, tid)
     ptx.wait()
@@ -159,6 +161,12 @@ def kv_store(
         for i in range_constexpr(2):
             r[2 * i], r[2 * i + 1] = ptx.bf16x2_to_f32x2(w[i])
     normalize(row, s, r, constants, eps, tid, threads)
+    if const_expr(rows > ring):
+        later = token + ring
+        if later < rows:
+            same = ptx.ldg32(g_slots + later * 4).to(Int64) == slot
+            if same and ptx.ldg32(g_positions + later * 4).bitcast(Int32) == position + ring:
+                position = Int32(-1)
     if position >= 0:
         rotate(row, r, constants, position, tid)
         store(row, r, g_data, g_scale, g_tail, slot * ring + position % ring, tid)

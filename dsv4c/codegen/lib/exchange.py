@@ -3,6 +3,10 @@
 The block's form is `dsv4c.exchange`'s. A kernel puts its words into the inboxes of all others before it waits
 for any of theirs, and lets its successor start only behind the last of them: what that would load meanwhile
 slows the waiting down.
+
+Of many rows tiles cross, a CTA's bytes by plain stores, and then one flag that releases them. A CTA gives its
+own tile before it waits for the others' of the same number, so that the lowest numbers of all ranks, which
+are resident first, wait for nobody else.
 """
 
 from typing import NamedTuple
@@ -12,8 +16,21 @@ from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_
 
 from dsv4c.codegen.lib import ptx
 from dsv4c.codegen.lib.shapes import Gather
-from dsv4c.codegen.lib.slices import Joining, Summing
-from dsv4c.exchange import EPOCH, GIVEN_UP, INBOXES, LIMIT, RANK, REGION, SITE_BITS, STATUS, WORD
+from dsv4c.codegen.lib.slices import VECTOR, Joining, Summing, Tiles
+from dsv4c.exchange import (
+    EPOCH,
+    GIVEN_UP,
+    INBOXES,
+    LIMIT,
+    RANK,
+    REGION,
+    SITE_BITS,
+    STATUS,
+    TILE_FLAGS,
+    TILED,
+    TILES,
+    WORD,
+)
 
 LOOKS = 4096  # at all words together, a millisecond or more, before each is waited for until the limit
 
@@ -35,14 +52,16 @@ def ldg64_system(g: Int64):
 
 
 @cute.jit
-def open_site(m_exchange: cute.Pointer, m_site: cute.Pointer, ranks: Constexpr[int]):
-    """This rank, the exchange's flag, where in each rank's memory this one's words go, and where those of
-    each rank are in this one's. Nothing of it changes in a step, so it is asked for before the wait.
+def open_site(
+    m_exchange: cute.Pointer, m_site: cute.Pointer, ranks: Constexpr[int], tiles: Constexpr[bool] = False
+):
+    """This rank, the exchange's flag, where in each rank's memory this one's words, or `tiles`, go, and where
+    those of each rank are in this one's. Nothing of it changes in a step, so it is asked for before the wait.
     """
     g = m_exchange.toint()
     rank = Int32(ldg32_system(g + RANK))
     epoch = ldg32_system(g + EPOCH)
-    region = ldg64_system(g + REGION)
+    region = ldg64_system(g + const_expr(TILED if tiles else REGION))
     site = ldg32_system(m_site.toint())
     to = cute.make_rmem_tensor((ranks,), Int64)
     here = cute.make_rmem_tensor((ranks,), Int64)
@@ -50,7 +69,7 @@ def open_site(m_exchange: cute.Pointer, m_site: cute.Pointer, ranks: Constexpr[i
     first = turn.to(Int64) * region * ranks
     own = Int64(0)
     for peer in range_constexpr(ranks):
-        inbox = ldg64_system(g + INBOXES + 8 * peer) + first
+        inbox = ldg64_system(g + const_expr(TILES if tiles else INBOXES) + 8 * peer) + first
         to[peer] = inbox + rank.to(Int64) * region
         if rank == peer:
             own = inbox
@@ -193,6 +212,79 @@ def gather(
 
 
 @cute.jit
+def push_vector(to: cute.Tensor, rank: Int32, at: Int64, words: cute.Tensor, ranks: Constexpr[int]):
+    """Store 16 bytes of a tile at byte `at` of the tiles that all other ranks get of this one."""
+    for peer in range_constexpr(ranks):
+        if rank != peer:
+            ptx.stg128(to[peer] + TILE_FLAGS + at, words[0], words[1], words[2], words[3])
+
+
+@cute.jit
+def push_flag(to: cute.Tensor, rank: Int32, flag: Uint32, tile: Int32, thread: Int32, ranks: Constexpr[int]):
+    """Say that a tile is there, once all threads of this CTA have stored their bytes of it."""
+    cute.arch.sync_threads()
+    for peer in range_constexpr(ranks):
+        if thread == peer and rank != peer:
+            cute.arch.inline_ptx(
+                "fence.acq_rel.sys; st.relaxed.sys.global.b32 [{$r0}], {$r1};",
+                read_only_args=[to[peer] + Int64(tile) * 4, flag],
+            )
+
+
+@cute.jit
+def receive_flag(
+    m_exchange: cute.Pointer,
+    here: cute.Tensor,
+    rank: Int32,
+    flag: Uint32,
+    tile: Int32,
+    thread: Int32,
+    ranks: Constexpr[int],
+):
+    """Wait for a tile of all other ranks. Beyond the time limit the status is set, and a step that has lost a
+    rank ends soon, with whatever was there.
+    """
+    g = m_exchange.toint()
+    for peer in range_constexpr(ranks):
+        if thread == peer and rank != peer:
+            at = here[peer] + Int64(tile) * 4
+            found = poll_flag(at, flag)
+            if found == Uint32(0):
+                begun = cute.arch.globaltimer()
+                while found == Uint32(0):
+                    found = poll_flag(at, flag)
+                    if found == Uint32(0):
+                        if ldg32_system(g + STATUS) != Uint32(0):
+                            found = Uint32(1)
+                        elif cute.arch.globaltimer() - begun > ldg64_system(g + LIMIT):
+                            give_up(
+                                g + STATUS, (flag & Uint32((1 << 28) - 1)) | Uint32(GIVEN_UP | peer << 28)
+                            )
+    cute.arch.sync_threads()
+
+
+@cute.jit
+def receive_vector(here: cute.Tensor, peer: Constexpr[int], at: Int64):
+    """16 bytes of a tile of another rank, whose flag has been received."""
+    return ptx.ldg128(here[peer] + TILE_FLAGS + at)
+
+
+@cute.jit
+def poll_flag(g: Int64, flag: Uint32):
+    """1 once a tile has the flag, and its bytes may be read behind a barrier; 0 after 32 looks in vain."""
+    return cute.arch.inline_ptx(
+        "{ .reg .pred p; .reg .b32 f, n; mov.u32 n, 32; "
+        "AGAIN: ld.acquire.sys.global.b32 f, [{$r0}]; "
+        "setp.eq.u32 p, f, {$r1}; @p bra DONE; "
+        "sub.u32 n, n, 1; setp.ne.u32 p, n, 0; @p bra AGAIN; "
+        "setp.eq.u32 p, f, {$r1}; "
+        "DONE: selp.u32 {$w0}, 1, 0, p; }",
+        write_only_types=[Uint32],
+        read_only_args=[g, flag],
+    )
+
+
+@cute.jit
 def poll(g: Int64, flag: Uint32):
     """The value of a word, and 1, once it has the flag; after 32 looks in vain 0 is second."""
     return cute.arch.inline_ptx(
@@ -250,11 +342,13 @@ class Place(NamedTuple):
 
 
 @cute.jit
-def enter(m_exchange: cute.Pointer, m_site: cute.Pointer, ranks: Constexpr[int]) -> Place:
+def enter(
+    m_exchange: cute.Pointer, m_site: cute.Pointer, ranks: Constexpr[int], tiles: Constexpr[bool] = False
+) -> Place:
     """Before the wait."""
     thread, _, _ = cute.arch.thread_idx()
     part, row, _ = cute.arch.block_idx()
-    rank, flag, to, here = open_site(m_exchange, m_site, ranks)
+    rank, flag, to, here = open_site(m_exchange, m_site, ranks, tiles)
     return Place(thread, part, row, rank, flag, to, here)
 
 
@@ -300,5 +394,80 @@ def join_rows(t: Constexpr[Joining], m: Columns, at: Place) -> None:
                     if i >= first and i < first + words:
                         column = Int64(row) * (words * t.ranks) + peer * words + i - first
                         ptx.stg32(m.y[value].toint() + column * 4, other)
+    cute.arch.sync_threads()
+    ptx.launch_dependents()
+
+
+@cute.jit
+def sum_tiles(t: Constexpr[Tiles], m: Addends, at: Place) -> None:
+    """Give a tile and its flag, wait for the others' flags, add up, meet, let the successor start."""
+    thread, part, row, rank, flag, to, here = at
+    tile = row * t.parts + part
+    own = cute.make_rmem_tensor((t.steps, 4), Uint32)
+    for n in range_constexpr(t.steps):
+        i = (part * t.steps + n) * t.threads + thread
+        if i < t.width:
+            place = (Int64(row) * t.width + i) * VECTOR
+            own[n, 0], own[n, 1], own[n, 2], own[n, 3] = ptx.ldg128(m.x.toint() + place)
+            push_vector(to, rank, place, own[n, None], t.ranks)
+    push_flag(to, rank, flag, tile, thread, t.ranks)
+    receive_flag(m.exchange, here, rank, flag, tile, thread, t.ranks)
+    for n in range_constexpr(t.steps):
+        i = (part * t.steps + n) * t.threads + thread
+        if i < t.width:
+            number = Int64(row) * t.width + i
+            words = cute.make_rmem_tensor((t.ranks, 4), Uint32)
+            for peer in range_constexpr(t.ranks):
+                if rank == peer:
+                    for j in range_constexpr(4):
+                        words[peer, j] = own[n, j]
+                else:
+                    w0, w1, w2, w3 = receive_vector(here, peer, number * VECTOR)
+                    words[peer, 0], words[peer, 1], words[peer, 2], words[peer, 3] = w0, w1, w2, w3
+            total = cute.make_rmem_tensor((4,), Float32)
+            for j in range_constexpr(4):
+                total[j] = words[0, j].bitcast(Float32)
+                for peer in range_constexpr(1, t.ranks):
+                    total[j] = ptx.plus(total[j], words[peer, j].bitcast(Float32))
+            if const_expr(t.size == 4):
+                a, b, c, d = (total[j].bitcast(Uint32) for j in range(4))
+                ptx.stg128(m.y.toint() + number * 16, a, b, c, d)
+            else:
+                low, high = ptx.f32x2_to_bf16x2(total[0], total[1]), ptx.f32x2_to_bf16x2(total[2], total[3])
+                ptx.stg64(m.y.toint() + number * 8, low, high)
+    cute.arch.sync_threads()
+    ptx.launch_dependents()
+
+
+@cute.jit
+def join_tiles(t: Constexpr[Tiles], m: Columns, at: Place) -> None:
+    """Give a tile and its flag, store it, wait for the others' flags, store theirs, meet, let the successor
+    start.
+    """
+    thread, part, row, rank, flag, to, here = at
+    tile = row * t.parts + part
+    w = cute.make_rmem_tensor((4,), Uint32)
+    for n in range_constexpr(t.steps):
+        i = (part * t.steps + n) * t.threads + thread
+        for value in range_constexpr(len(t.vectors)):
+            vectors, first = const_expr(t.vectors[value]), const_expr(t.first(value))
+            if i >= first and i < first + vectors:
+                j = i - first
+                w[0], w[1], w[2], w[3] = ptx.ldg128(m.x[value].toint() + (Int64(row) * vectors + j) * VECTOR)
+                push_vector(to, rank, (Int64(row) * t.width + i) * VECTOR, w, t.ranks)
+                column = Int64(row) * (vectors * t.ranks) + rank * vectors + j
+                ptx.stg128(m.y[value].toint() + column * VECTOR, w[0], w[1], w[2], w[3])
+    push_flag(to, rank, flag, tile, thread, t.ranks)
+    receive_flag(m.exchange, here, rank, flag, tile, thread, t.ranks)
+    for n in range_constexpr(t.steps):
+        i = (part * t.steps + n) * t.threads + thread
+        for peer in range_constexpr(t.ranks):
+            if rank != peer and i < t.width:
+                w0, w1, w2, w3 = receive_vector(here, peer, (Int64(row) * t.width + i) * VECTOR)
+                for value in range_constexpr(len(t.vectors)):
+                    vectors, first = const_expr(t.vectors[value]), const_expr(t.first(value))
+                    if i >= first and i < first + vectors:
+                        column = Int64(row) * (vectors * t.ranks) + peer * vectors + i - first
+                        ptx.stg128(m.y[value].toint() + column * VECTOR, w0, w1, w2, w3)
     cute.arch.sync_threads()
     ptx.launch_dependents()

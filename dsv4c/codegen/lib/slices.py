@@ -492,3 +492,39 @@ class Joining:
     def first(self, value: int) -> int:
         """The first of a value's words in a row of all."""
         return sum(self.words[:value])
+
+
+VECTOR = 16  # bytes of a tile that a thread moves at once
+MOST_STEPS = 4  # of them, so that a tile has 16 KB
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How many rows cross between `ranks`, a CTA for each tile of a row: of each value, a rank has
+    `vectors[i]` vectors of 16 bytes in a row. A sum has one, of f32, and makes numbers of `size` bytes, 2 for
+    bf16 or 4.
+    """
+
+    ranks: int
+    vectors: tuple[int, ...]
+    threads: int
+    size: int = 0
+
+    @property
+    def width(self) -> int:
+        """Vectors of a row of all values, on each rank."""
+        return sum(self.vectors)
+
+    @property
+    def steps(self) -> int:
+        """Vectors of a thread."""
+        return min(MOST_STEPS, -(-self.width // self.threads))
+
+    @property
+    def parts(self) -> int:
+        """Tiles of a row."""
+        return -(-self.width // (self.threads * self.steps))
+
+    def first(self, value: int) -> int:
+        """The first of a value's vectors in a row of all."""
+        return sum(self.vectors[:value])

@@ -19,10 +19,12 @@ def cache_write(team: Team, cache, rows, index: cute.Tensor, slots: cute.Tensor)
             row = i // width
             place = at(index, row)
             kept = place >= 0
-            for later in cutlass.range(row + 1, count):
+            later = row + 1
+            while kept and later < count:
                 other = at(index, later)
                 same = other % capacity == place % capacity and at(slots, later) == at(slots, row)
-                kept = kept and not (other >= 0 and same)
+                kept = not (other >= 0 and same)
+                later = later + 1
             if kept:
                 first = (Int64(at(slots, row)) * capacity + place % capacity) * width
                 array(target.iterator + first, (width,))[i % width] = at(source, i)
