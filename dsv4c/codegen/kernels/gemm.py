@@ -16,7 +16,7 @@ from dsv4c.codegen.kernels.chunk_rows import emit_norm_quantize_fp8, emit_quanti
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
 from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, plan_parts
 from dsv4c.codegen.kernels.quantize import scratch_for
-from dsv4c.codegen.lib.tiles import PIECES, Few, Tiles
+from dsv4c.codegen.lib.tiles import EXPANDED, Few, Tiles
 from dsv4c.codegen.registry import Launchable, Request, Scratch, launchable
 from dsv4c.errors import BuildError
 from dsv4c.numerics.forms import Packing, parse_packing
@@ -97,18 +97,13 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     """How a launch is cut for a GPU of so many SMs. Raises BuildError for what the family does not cover."""
     packing = Packing("plain", 1, 1) if spec.packing == PLAIN else parse_packing(spec.packing)
     kind = "bf16" if not spec.scaled else "f16" if packing.format == "nvfp4" else "e4m3"
-    if (packing.format, kind) not in PIECES:
+    if (packing.format, kind) not in EXPANDED:
         rows = "e4m3 rows with scales" if spec.scaled else "bf16 rows"
         raise BuildError(f"{spec.name}: does not multiply {rows} with {packing.format}")
     if spec.k % 128:
         raise BuildError(f"{spec.name}: rows of {spec.k} columns: want a multiple of 128")
     height = 64 if spec.rows // max(1, spec.experts // FEW) <= 64 else 128
-    splits = _splits(spec, height, kind, sms)
-    steps = spec.k // (128 if kind == "e4m3" else 64) // splits
-    as_it_is = packing.format == "fp8" and kind == "e4m3"
-    loaders = 2 if (as_it_is or packing.format in ("mxfp4", "nvfp4")) and steps % 2 == 0 else 1
-    # Two teams with a step of FP8 each, which takes most registers, beat one with two and two with two.
-    ahead = 1 if as_it_is or steps % (2 * loaders) else 2
+    expands = EXPANDED[packing.format, kind]
     return Tiles(
         weight=packing.format,
         kind=kind,
@@ -117,13 +112,11 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
         height=height,
         tiles=packing.tiles,
         span=packing.span,
-        stages=7 if height == 64 else 5,
-        loaders=loaders,
-        ahead=ahead,
+        stages=(5 if expands else 8) if height == 64 else (4 if expands else 6),
         scaled=spec.scaled,
         paired=spec.paired,
         experts=spec.experts,
-        splits=splits,
+        splits=_splits(spec, height, kind, sms),
     )
 
 
@@ -197,16 +190,15 @@ def few_of(spec: GemmSpec) -> Few | None:
     if not spec.experts or not spec.scaled or spec.out_dtype != "bf16":
         return None
     packing = parse_packing(spec.packing)
-    share, steps = spec.rows / spec.experts, spec.k // 128
-    if packing.format != "mxfp4" or share > MOST_OF_FEW or spec.k % 256 or steps % packing.span:
+    if packing.format != "mxfp4" or spec.rows / spec.experts > MOST_OF_FEW or spec.k % 128:
+        return None
+    if packing.span not in (1, 2, 4, 8) or spec.k // 128 % packing.span:
         return None
     return Few(
         k=spec.k,
         stride=spec.k,
         tiles=packing.tiles,
         span=packing.span,
-        stages=min(6, steps),
-        ahead=4 if steps % 4 == 0 else 2,
         experts=spec.experts,
         paired=spec.paired,
     )

@@ -1,9 +1,8 @@
-"""Products of many rows on wgmma (sm_90a): loading warps lay down tiles, eight warps multiply them.
+"""Products of many rows on wgmma (sm_90a): copied tiles, which eight warps multiply.
 
-Weights come as the GEMVs read them (`units`). Loading threads hold steps in registers, widen what tensor
-cores do not multiply, and write rows of 128 bytes, eight 16-byte pieces swizzled to a row, as wgmma reads
-them. FP8 tensor cores keep about 13 bits inside one instruction: so sums of 128 columns are scaled and added
-up in f32 registers.
+Weights come as the GEMVs read them (`units`): FP8 and BF16 units lie as wgmma reads them, rows of 128 bytes,
+eight 16-byte pieces swizzled to a row; others are expanded to such rows (`expanding`). FP8 tensor cores keep
+about 13 bits inside one instruction: so sums of 128 columns are scaled and added up in f32 registers.
 """
 
 import cutlass
@@ -24,7 +23,7 @@ from cutlass import (
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils.layout import LayoutEnum
 
-from dsv4c.codegen.lib import ptx, quantize, swiglu, units
+from dsv4c.codegen.lib import ptx, swiglu
 from dsv4c.codegen.lib.tiles import Tiles
 
 _asm = cute.arch.inline_ptx
@@ -34,11 +33,14 @@ NUMBERS = {"e4m3": Float8E4M3FN, "bf16": BFloat16, "f16": Float16}
 
 @cute.jit
 def open_ring(t: Constexpr[Tiles], s: Int32, thread: Int32):
-    """The barriers of every stage: full, and free. All threads."""
+    """The barriers of every stage and every slot: full, and free. All threads."""
     if thread == 0:
         for i in range_constexpr(t.stages):
             ptx.mbarrier_init(s + t.o_bars + 8 * i, t.arrivals)
             ptx.mbarrier_init(s + t.o_bars + 8 * (t.stages + i), t.CONSUMERS // 32)
+        for i in range_constexpr(t.slots):
+            ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + i), t.feeders)
+            ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + t.slots + i), 4)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
 
@@ -136,425 +138,12 @@ def _chosen(g_experts: Int64, expert: Int32, number: Int32, count: Int32):
     return Uint32(cute.arch.vote_ballot_sync(own == expert and number < count))
 
 
-# Loading ----------------------------------------------------------------------------------------------------
-
-
-@cute.jit
-def load(
-    t: Constexpr[Tiles],
-    s: Int32,
-    at: Int32,
-    g_x: Int64,
-    g_fx: Int64,
-    rows: cute.Tensor,
-    scaled_row: Int32,
-    g_w: tuple,
-    g_fw: tuple,
-    first: Int32,
-    last: Int32,
-    begin: Int32,
-    team: Int32,
-    thread: Int32,
-):
-    """A tile's steps from `begin` on into the ring; `at` steps were laid down before. Thread of `team`, four
-    warps.
-
-    `rows` are the thread's rows of x, `scaled_row` the one whose scale it loads. Of each matrix, one or two,
-    the tile has the 16-row tiles from `first` on, none after `last`; `g_fw` is where FP8 block scales of
-    these rows start.
-    """
-    lane, warp = thread % 32, thread // 32
-    g_units = unit_places(t, g_w, first, last, lane, warp) if const_expr(t.pieces) else None
-    g_rows = cute.make_rmem_tensor((t.own_rows,), Int64)
-    for i in range_constexpr(t.own_rows):
-        g_rows[i] = g_x + (Int64(rows[i]) * t.stride + thread % 8 * 16)
-    held = cute.make_rmem_tensor((t.ahead, max(t.words, 1)), Uint32)
-    scales = cute.make_rmem_tensor((t.ahead, 2), Int32)
-    for i in range_constexpr(t.ahead):
-        step = begin + i * t.loaders + team
-        fetch(t, held, scales, i, g_x, g_fx, rows, scaled_row, g_units, g_fw, step, lane, warp)
-    for group in cutlass.range(t.steps // (t.ahead * t.loaders), unroll=1):
-        for i in range_constexpr(t.ahead):
-            step = (group * t.ahead + i) * t.loaders + team
-            now = at + step
-            stage = now % t.stages
-            ptx.mbarrier_wait(s + t.o_bars + 8 * (t.stages + stage), (now // t.stages & 1) ^ 1)
-            full, s_x = s + t.o_bars + 8 * stage, s + stage * t.x_stage
-            if const_expr(t.kind == "f16"):
-                lay_x(t, s_x, held, i, thread)
-            else:
-                copy_x(t, s_x, g_rows, begin + step, thread)
-            if const_expr(t.weight == "plain"):
-                copy_weights(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, begin + step, thread)
-            if const_expr(t.kind != "f16"):
-                ptx.cp_async_arrive(full)
-            lay_factors(t, s + t.o_factors + stage * 1024, scales, i, thread)
-            lay_weights(t, s, stage, held, i, lane, warp)
-            cute.arch.sync_warp()
-            if lane == 0:
-                ptx.mbarrier_arrive(full)
-            following = begin + cutlass.min(step + t.ahead * t.loaders, Int32(t.steps - 1))
-            fetch(t, held, scales, i, g_x, g_fx, rows, scaled_row, g_units, g_fw, following, lane, warp)
-
-
-@cute.jit
-def x_row(t: Constexpr[Tiles], i: Constexpr[int], thread: Int32):
-    """The tile's row that is number `i` of those a loading thread lays pieces of."""
-    return thread // (128 // t.row_step) + i * t.row_step
-
-
-@cute.jit
-def copy_x(t: Constexpr[Tiles], s_x: Int32, g_rows: cute.Tensor, step: Int32, thread: Int32):
-    """A step of the tile's rows of x, as they lie in memory, in flight."""
-    s_own = s_x + thread // 8 * 128 + (thread % 8 ^ thread // 8 % 8) * 16  # rows are 16 apart
-    for i in range_constexpr(t.own_rows):
-        ptx.cp_async16(s_own + i * 2048, g_rows[i] + Int64(step * 128))
-
-
-@cute.jit
-def copy_weights(
-    t: Constexpr[Tiles], s_w: Int32, g_w: Int64, first: Int32, last: Int32, step: Int32, thread: Int32
-):
-    """A step of rows of w as they lie in memory, those of 16-row tiles from `first` to `last`, in flight."""
-    piece = thread % 8
-    for i in range_constexpr(8):
-        row = thread // 8 + 16 * i
-        own = cutlass.min(first + i, last) * 16 + thread // 8
-        g = g_w + Int64(own) * (2 * t.k) + step * 128 + piece * 16
-        ptx.cp_async16(s_w + row * 128 + (piece ^ row % 8) * 16, g)
-
-
-@cute.jit
-def lay_x(t: Constexpr[Tiles], s_x: Int32, held: cute.Tensor, i: Constexpr[int], thread: Int32):
-    """A step of e4m3 rows as f16."""
-    piece = thread % 4 * 2
-    for n in range_constexpr(t.own_rows):
-        row = x_row(t, n, thread)
-        w = [ptx.e4m3x4_to_f16x2x2(held[i, t.words - 4 * t.own_rows + 4 * n + j]) for j in range(4)]
-        for half in range_constexpr(2):
-            s_piece = s_x + row * 128 + ((piece + half) ^ row % 8) * 16
-            ptx.sts128(s_piece, *w[2 * half], *w[2 * half + 1])
-
-
-@cute.jit
-def lay_factors(t: Constexpr[Tiles], s_f: Int32, scales: cute.Tensor, i: Constexpr[int], thread: Int32):
-    """What each row's products of the step are multiplied by: the scales of x, and of FP8 weights."""
-    if const_expr(not t.promotes):
-        return
-    if thread < t.height:
-        x = Float32(1.0)
-        if const_expr(t.scaled):
-            x = ptx.ue8m0_to_f32(Uint32(scales[i, 0]))
-        for m in range_constexpr(t.row_factors):
-            f = x
-            if const_expr(t.weight == "fp8"):
-                f = x * ptx.ue8m0_to_f32(Uint32(scales[i, 1] >> Int32(8 * m) & Int32(255)))
-            ptx.sts_f32(s_f + 512 * m + thread * 4, f)
-
-
-@cute.jit
-def lane_place(t: Constexpr[Tiles], lane: Int32):
-    """(g, q) of a lane, so that what neighbors store does not meet in a bank: half-warps of even and odd g
-    where they store 8 bytes each, quarters of g and g + 4 where they store 16.
-    """
-    if const_expr(t.kind == "e4m3"):
-        return lane % 16 // 4 * 2 + lane // 16, lane % 4
-    return lane // 8 + lane // 4 % 2 * 4, lane % 4
-
-
-@cute.jit
-def unit_of(t: Constexpr[Tiles], n: Constexpr[int], warp: Int32):
-    """Which of the tile's eight units a warp's piece `n` is of. Warps share a unit's columns: all four in FP8
-    as such, two where a step has 64 pieces of a unit, none where it has 32.
-    """
-    if const_expr(t.weight == "fp8" and t.kind == "e4m3"):
-        return Int32(n)
-    if const_expr(t.weight == "nvfp4"):
-        return 4 * n + warp
-    if const_expr(t.weight == "bf16"):
-        return n // 2 * 2 + warp // 2
-    return 2 * n + warp // 2
-
-
-@cute.jit
-def unit_places(
-    t: Constexpr[Tiles], g_w: tuple, first: Int32, last: Int32, lane: Int32, warp: Int32
-) -> cute.Tensor:
-    """Where the lane's pieces of the first unit along k lie; BF16's come in twos."""
-    g, q = lane_place(t, lane)
-    apart = const_expr(2 if t.weight == "bf16" else 1)
-    found = cute.make_rmem_tensor((t.pieces // apart,), Int64)
-    share = warp if const_expr(t.weight == "fp8" and t.kind == "e4m3") else warp % 2
-    inside = (g * 4 + q) * 16 + (share * t.share_bytes if const_expr(t.weight != "nvfp4") else 0)
-    for n in range_constexpr(t.pieces // apart):
-        unit = unit_of(t, n * apart, warp)
-        tile = unit
-        base = g_w[0]
-        if const_expr(t.paired):
-            tile = unit // 2
-            if unit % 2 == 1:
-                base = g_w[1]
-        tile = cutlass.min(first + tile, last)
-        at = tile // t.tiles * t.group_bytes + tile % t.tiles * (t.span * t.unit) + inside
-        found[n] = base + Int64(at)
-    return found
-
-
-@cute.jit
-def fetch(
-    t: Constexpr[Tiles],
-    held: cute.Tensor,
-    scales: cute.Tensor,
-    i: Constexpr[int],
-    g_x: Int64,
-    g_fx: Int64,
-    rows: cute.Tensor,
-    scaled_row: Int32,
-    g_units: cute.Tensor,
-    g_fw: tuple,
-    step: Int32,
-    lane: Int32,
-    warp: Int32,
-):
-    """The thread's share of a step's weights, in flight to registers `i`, and the scales of its row."""
-    if const_expr(t.weight == "plain"):
-        return
-    unit, part = step // t.per_unit, step % t.per_unit
-    behind = unit // t.span * (t.tiles * t.span * t.unit) + unit % t.span * t.unit
-    block = step * t.each // 128
-    if const_expr(t.scaled):
-        scales[i, 0] = Int32(ptx.ldg_u8(g_fx + Int64(scaled_row) * t.blocks + block))
-    if const_expr(t.weight == "fp8"):
-        scales[i, 1] = Int32(ptx.ldg_u8_constant(g_fw[0] + block))
-        if const_expr(t.paired):
-            scales[i, 1] = scales[i, 1] | Int32(ptx.ldg_u8_constant(g_fw[1] + block)) << Int32(8)
-    for n in range_constexpr(t.pieces):
-        if const_expr(t.weight == "bf16"):
-            g_piece = g_units[n // 2] + Int64(behind + n % 2 * 512)
-        else:
-            g_piece = g_units[n] + Int64(behind + part * t.part_bytes)
-        w = ptx.ldg128_constant(g_piece)
-        for j in range_constexpr(4):
-            held[i, n * 4 + j] = w[j]
-    g, q = lane_place(t, lane)
-    for n in range_constexpr(t.pieces):
-        if const_expr(t.weight == "mxfp4"):
-            inside = (g * 4 + q) * 16 + warp % 2 * t.share_bytes
-            pair = ldg64_constant(g_units[n] + Int64(behind + 1024 + g * 8 - inside))
-            held[i, t.pieces * 4 + 2 * n] = pair[0]
-            held[i, t.pieces * 4 + 2 * n + 1] = pair[1]
-        if const_expr(t.weight == "nvfp4"):
-            inside = (g * 4 + q) * 16
-            at = behind + 1024 + (g * 2 + q // 2) * 8 + part * 4 - inside
-            held[i, t.pieces * 4 + n] = ptx.ldg32_constant(g_units[n] + Int64(at))
-    if const_expr(t.kind == "f16"):
-        for n in range_constexpr(t.own_rows):
-            v = ptx.ldg128(g_x + Int64(rows[n]) * t.stride + step * 64 + lane % 4 * 16)
-            for j in range_constexpr(4):
-                held[i, t.words - 4 * t.own_rows + 4 * n + j] = v[j]
-
-
-@cute.jit
-def ldg64_constant(g: Int64):
-    """Two words that no launch of the graph writes."""
-    return _asm(
-        "ld.global.nc.v2.b32 {{$w0},{$w1}}, [{$r0}];", write_only_types=[Uint32] * 2, read_only_args=[g]
-    )
-
-
-@cute.jit
-def lay_weights(
-    t: Constexpr[Tiles],
-    s: Int32,
-    stage: Int32,
-    held: cute.Tensor,
-    i: Constexpr[int],
-    lane: Int32,
-    warp: Int32,
-):
-    """The thread's share of a step's weights, as tensor cores multiply them, into their rows."""
-    if const_expr(t.weight == "mxfp4"):
-        _lay_mxfp4(t, s, stage, held, i, lane, warp)
-        return
-    g, q = lane_place(t, lane)
-    s_row = s + t.o_w + stage * t.w_stage + g * 128
-    for n in range_constexpr(t.pieces):
-        w = [held[i, 4 * n + j] for j in range(4)]
-        s_unit = s_row + unit_of(t, n, warp) * 2048
-        if const_expr(t.weight == "fp8" and t.kind == "e4m3"):
-            s_piece = s_unit + ((2 * warp + q // 2) ^ g) * 16 + q % 2 * 8
-            ptx.sts64(s_piece, w[0], w[1])
-            ptx.sts64(s_piece + 1024, w[2], w[3])
-        elif const_expr(t.weight == "fp8"):
-            s_piece = s_unit + ((4 * (warp % 2) + q) ^ g) * 16
-            for half in range_constexpr(2):
-                pairs = [pair for j in range(2) for pair in e4m3x4_to_bf16x2x2(w[2 * half + j])]
-                ptx.sts128(s_piece + 1024 * half, *pairs)
-        elif const_expr(t.weight == "bf16"):
-            if const_expr(n % 2 == 0):
-                v = [held[i, 4 * n + 4 + j] for j in range(4)]
-                s_piece = s_unit + ((4 * (warp % 2) + q) ^ g) * 16
-                ptx.sts128(s_piece, w[0], w[2], v[0], v[2])
-                ptx.sts128(s_piece + 1024, w[1], w[3], v[1], v[3])
-        else:
-            scales = ptx.e4m3x4_to_f16x2x2(held[i, 4 * t.pieces + n])
-            for half in range_constexpr(2):
-                f = units.spread_f16x2(units.carried(scales[half]))
-                pairs = [pair for h in range(2) for pair in units.e2m1x8_to_f16x2x4(w[2 * half + h])]
-                s_piece = s_unit + ((4 * half + q) ^ g) * 16
-                for r in range_constexpr(2):
-                    own = [ptx.mul_f16x2(pairs[k], f[r]) for k in (r, r + 2, r + 4, r + 6)]
-                    ptx.sts128(s_piece + 1024 * r, *own)
-
-
-@cute.jit
-def _lay_mxfp4(
-    t: Constexpr[Tiles],
-    s: Int32,
-    stage: Int32,
-    held: cute.Tensor,
-    i: Constexpr[int],
-    lane: Int32,
-    warp: Int32,
-):
-    """The same of MXFP4 as e4m3, and the rows' largest block scales among the factors."""
-    g, q = lane_place(t, lane)
-    tops, below = [], []  # the latter: how far scales are below the largest of their row, of two blocks
-    for n in range_constexpr(t.pieces):
-        low, high = held[i, 4 * t.pieces + 2 * n], held[i, 4 * t.pieces + 2 * n + 1]
-        tops.append(row_tops(low, high))
-        own = low if warp % 2 == 0 else high
-        for r in range_constexpr(2):
-            below.append(tops[n][r] * Uint32(0x00010001) - (own >> Uint32(8 * r) & Uint32(0x00FF00FF)))
-        if q == 0 and warp % 2 == 0:
-            s_top = s + t.o_factors + stage * 1024 + 512 + unit_of(t, n, warp) * 64 + g * 4
-            for r in range_constexpr(2):
-                ptx.sts_f32(s_top + 32 * r, scaled_down(tops[n][r]))
-    most = below[0]
-    for n in range_constexpr(1, 2 * t.pieces):
-        most = _max16x2(most, below[n])
-    if cutlass.max(most >> Uint32(16), most & Uint32(0xFFFF)) > Uint32(11):
-        _lay_e4m3(t, s, stage, held, i, tops, False, lane, warp)
-    else:
-        _lay_e4m3(t, s, stage, held, i, tops, True, lane, warp)
-
-
-@cute.jit
-def _lay_e4m3(
-    t: Constexpr[Tiles],
-    s: Int32,
-    stage: Int32,
-    held: cute.Tensor,
-    i: Constexpr[int],
-    tops: list,
-    near: Constexpr[bool],
-    lane: Int32,
-    warp: Int32,
-):
-    """MXFP4 codes in their rows; `near`: their scales are 2^-11 of their row's largest or more."""
-    g, q = lane_place(t, lane)
-    s_row = s + t.o_w + stage * t.w_stage + g * 128
-    for n in range_constexpr(t.pieces):
-        w = [held[i, 4 * n + j] for j in range(4)]
-        own = held[i, 4 * t.pieces + 2 * n] if warp % 2 == 0 else held[i, 4 * t.pieces + 2 * n + 1]
-        for half in range_constexpr(2):
-            tables = []
-            for r in range_constexpr(2):
-                tables.extend(e4m3_table(own >> Uint32(16 * half + 8 * r) & Uint32(255), tops[n][r], near))
-            a = e2m1x8_to_e4m3x4x2(w[2 * half], *tables)
-            b = e2m1x8_to_e4m3x4x2(w[2 * half + 1], *tables)
-            s_piece = s_row + unit_of(t, n, warp) * 2048
-            s_piece = s_piece + ((4 * (warp % 2) + 2 * half + q // 2) ^ g) * 16 + q % 2 * 8
-            ptx.sts64(s_piece, a[0], b[0])
-            ptx.sts64(s_piece + 1024, a[1], b[1])
-
-
-# Widening ---------------------------------------------------------------------------------------------------
-
-
-@cute.jit
-def e4m3x4_to_bf16x2x2(r: Uint32):
-    """Four e4m3 -> two bf16x2, exact: the bits in place, times the 2^120 that they lack."""
-    return _asm(
-        "{ .reg .b32 t, u, m; mov.b32 m, 0x7B807B80; "
-        "prmt.b32 t, {$r0}, 0, 0x1404; shr.u32 u, t, 4; and.b32 u, u, 0x07F007F0; "
-        "lop3.b32 u, t, 0x80008000, u, 0xEA; mul.rn.bf16x2 {$w0}, u, m; "
-        "prmt.b32 t, {$r0}, 0, 0x3424; shr.u32 u, t, 4; and.b32 u, u, 0x07F007F0; "
-        "lop3.b32 u, t, 0x80008000, u, 0xEA; mul.rn.bf16x2 {$w1}, u, m; }",
-        write_only_types=[Uint32] * 2,
-        read_only_args=[r],
-    )
-
-
-@cute.jit
-def e2m1x8_to_e4m3x4x2(r: Uint32, low: Uint32, high: Uint32, low8: Uint32, high8: Uint32):
-    """A word of MXFP4 codes as placed -> four e4m3 of row g, four of row g + 8, neighbors along k.
-
-    Magnitudes are looked up in the rows' tables of e4m3 bytes, of codes 0..3 and 4..7; signs are bits.
-    """
-    return _asm(
-        "{ .reg .b32 t, u, s, p; "
-        "shr.u32 t, {$r0}, 1; and.b32 u, t, 0x07070707; lop3.b32 s, {$r0}, 0x70707070, u, 0xEA; "
-        "shf.r.wrap.b32 s, s, s, 12; prmt.b32 s, s, s, 0x2013; "
-        "prmt.b32 p, {$r1}, {$r2}, s; lop3.b32 p, {$r0}, 0x80008000, p, 0xEA; "
-        "lop3.b32 p, t, 0x00800080, p, 0xEA; prmt.b32 {$w0}, p, p, 0x2031; "
-        "shr.u32 u, s, 16; prmt.b32 p, {$r3}, {$r4}, u; "
-        "shl.b32 u, {$r0}, 7; lop3.b32 p, u, 0x00800080, p, 0xEA; "
-        "shf.r.wrap.b32 u, {$r0}, {$r0}, 8; lop3.b32 p, u, 0x80008000, p, 0xEA; "
-        "prmt.b32 {$w1}, p, p, 0x2013; }",
-        write_only_types=[Uint32] * 2,
-        read_only_args=[r, low, high, low8, high8],
-    )
-
-
-@cute.jit
-def row_tops(low: Uint32, high: Uint32):
-    """The largest of the four block scales of row g and of row g + 8: bytes (g, g + 8) of block 0 and 1, then
-    of block 2 and 3.
-    """
-    tops = []
-    for r in range_constexpr(2):
-        a = low >> Uint32(8 * r) & Uint32(0x00FF00FF)
-        b = high >> Uint32(8 * r) & Uint32(0x00FF00FF)
-        top = _max16x2(a, b)
-        tops.append(cutlass.max(top >> Uint32(16), top & Uint32(255)))
-    return tops
-
-
-@cute.jit
-def _max16x2(a: Uint32, b: Uint32):
-    """The larger of each half."""
-    return _asm("max.u16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
-
-
-@cute.jit
-def scaled_down(top: Uint32):
-    """2^(top - 6 - 127), what the tables of `e4m3_table` leave out; no less than 0."""
-    return Uint32(cutlass.max(Int32(top) - 6, Int32(0)) << Int32(23)).bitcast(Float32)
-
-
-@cute.jit
-def e4m3_table(scale: Uint32, top: Uint32, near: Constexpr[bool]):
-    """e4m3 bytes of 2^(scale - top + 6) times 0 .5 1 1.5 and 2 3 4 6. Exact down to 2^-14 of the row's
-    largest scale in these 128 columns; what is below is rounded as e4m3 rounds. `near`: 2^-11 or more.
-    """
-    j = Int32(scale) - Int32(top) + 6  # at most 6
-    low = Uint32(j * Int32(0x08080800) + Int32(0x3C383000))
-    high = Uint32(j * Int32(0x08080808) + Int32(0x4C484440))
-    if const_expr(not near):
-        f = Uint32(cutlass.max(j + 127, Int32(0)) << Int32(23)).bitcast(Float32)
-        zero = Float32(0.0)
-        low = quantize.codes4(zero, f * Float32(0.5), f, f * Float32(1.5))
-        high = quantize.codes4(f * Float32(2.0), f * Float32(3.0), f * Float32(4.0), f * Float32(6.0))
-    return low, high
-
-
 # Multiplying ------------------------------------------------------------------------------------------------
 
 
 @cute.jit
-def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group: Int32, thread: Int32):
-    """sums = x w^T of a tile, f32 fragments of the warpgroup's 64 rows and `t.wide` columns; `at` steps were
+def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int32):
+    """x w^T of a tile: f32 fragments of the warpgroup's 64 rows and `t.wide` columns; `at` steps were
     multiplied before.
     """
     number = NUMBERS[t.kind]
@@ -569,49 +158,102 @@ def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group:
     own = mma.get_slice(thread % 128)
     x = mma.make_fragment_A(own.partition_A(s_x))
     w = mma.make_fragment_B(own.partition_B(s_w))
-    products = cute.make_rmem_tensor(mma.partition_shape_C((64, t.wide)), Float32)
+    part_shape = const_expr(mma.partition_shape_C((64, t.wide)))
+    sums = cute.make_rmem_tensor((t.wide // 2,), Float32)
+    sums.fill(0.0)
+    products = [cute.make_rmem_tensor(part_shape, Float32) for _ in range(t.apart)]
     row = thread % 128 // 32 * 16 + thread % 32 // 4 + (group * 64 if const_expr(x_parts == 2) else 0)
     column = thread % 4 * 2 + (group * 64 if const_expr(w_parts == 2) else 0)
-    sums.fill(0.0)
-    for step in cutlass.range(t.steps, unroll=1):
-        stage = (at + step) % t.stages
-        full = s + t.o_bars + 8 * stage
-        ptx.mbarrier_wait(full, (at + step) // t.stages & 1)
-        # Here and not where it was written: there it would wait for all loads in flight.
-        ptx.fence_async()
-        x_at = stage * 2 + group if const_expr(x_parts == 2) else stage
-        w_at = stage * 2 + group if const_expr(w_parts == 2) else stage
-        s_f = s + t.o_factors + stage * 1024
-        f = cute.make_rmem_tensor((2, 2), Float32)
-        for m in range_constexpr(t.row_factors):
+    if const_expr(not t.promotes):
+        products[0].fill(0.0)
+        mma.set(warpgroup.Field.ACCUMULATE, True)
+    for turn in cutlass.range(t.steps // t.flight, unroll=1):
+        full, s_f, factors = [], [], []
+        for n in range_constexpr(t.flight):
+            step = at + turn * t.flight + n
+            stage = step % t.stages
+            full.append(s + t.o_bars + 8 * stage)
+            ptx.mbarrier_wait(full[n], step // t.stages & 1)
+            # Here and not where it was written: there it would wait for all loads in flight.
+            ptx.fence_async()
+            x_at = stage * 2 + group if const_expr(x_parts == 2) else stage
+            w_at = stage * 2 + group if const_expr(w_parts == 2) else stage
+            s_f.append(s + t.o_factors + stage * t.FACTORS)
+            factors.append(load_factors(t, s_f[n], row))
+            own_products = products[n % t.apart]
+            if const_expr(n == 0):
+                warpgroup.fence()
+            if const_expr(t.promotes and n < t.apart):
+                mma.set(warpgroup.Field.ACCUMULATE, False)
+            for c in range_constexpr(4):
+                cute.gemm(mma, own_products, x[None, None, c, x_at], w[None, None, c, w_at], own_products)
+                mma.set(warpgroup.Field.ACCUMULATE, True)
+            warpgroup.commit_group()
+        for n in range_constexpr(t.flight):
+            warpgroup.wait_group(t.flight - 1 - n)
+            own_products, f = products[n % t.apart], factors[n]
+            if const_expr(t.weight == "mxfp4"):
+                if f[1, 0] > Float32(0.0):
+                    release(t, full[n], thread)
+                    add_scaled(t, sums, own_products, f)
+                else:
+                    add_scaled_apart(t, sums, own_products, f, s_f[n], column)
+                    release(t, full[n], thread)
+            else:
+                release(t, full[n], thread)
+                if const_expr(t.promotes and n >= t.flight - t.apart):
+                    add_scaled(t, sums, own_products, f)
+    return sums if const_expr(t.promotes) else products[0]
+
+
+@cute.jit
+def load_factors(t: Constexpr[Tiles], s_f: Int32, row: Int32) -> cute.Tensor:
+    """What products of rows `row` and `row` + 8 are multiplied by, [matrix, row]. MXFP4's [0, ...] are times
+    the tile's, which [1, 0] is, 0 for none.
+    """
+    f = cute.make_rmem_tensor((2, 2), Float32)
+    for m in range_constexpr(t.row_factors):
+        for half in range_constexpr(2):
+            f[m, half] = ptx.lds_f32(s_f + 512 * m + (row + 8 * half) * 4)
+    if const_expr(t.weight == "mxfp4"):
+        f[1, 0] = ptx.lds_f32(s_f + 1024)
+        for half in range_constexpr(2):
+            if f[1, 0] > Float32(0.0):
+                f[0, half] = f[0, half] * f[1, 0]
+    return f
+
+
+@cute.jit
+def add_scaled_apart(
+    t: Constexpr[Tiles], sums: cute.Tensor, products: cute.Tensor, f: cute.Tensor, s_f: Int32, column: Int32
+):
+    """sums += products times the factors of their row and of their column, from `column` on."""
+    for j in range_constexpr(t.wide // 8):
+        top = ptx.lds64(s_f + 512 + (column + 8 * j) * 4)
+        for i in range_constexpr(2):
             for half in range_constexpr(2):
-                f[m, half] = ptx.lds_f32(s_f + 512 * m + (row + 8 * half) * 4)
-        warpgroup.fence()
-        mma.set(warpgroup.Field.ACCUMULATE, False)
-        for c in range_constexpr(4):
-            cute.gemm(mma, products, x[None, None, c, x_at], w[None, None, c, w_at], products)
-            mma.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup.commit_group()
-        warpgroup.wait_group(0)
-        if const_expr(not t.column_factors):
-            release(t, full, thread)
-        for j in range_constexpr(t.wide // 8):
-            m = const_expr(j // 2 % 2 if t.row_factors == 2 else 0)
-            top = ()
-            if const_expr(t.column_factors):
-                top = ptx.lds64(s_f + 512 + (column + 8 * j) * 4)
-            for i in range_constexpr(2):
-                for half in range_constexpr(2):
-                    value = products[4 * j + 2 * half + i]
-                    if const_expr(t.column_factors):
-                        value = value * top[i].bitcast(Float32)
-                    if const_expr(t.promotes):
-                        value = value * f[m, half]
-                    at_sum = const_expr(4 * j + 2 * half + i)
-                    sums[at_sum] = sums[at_sum] + value
-        # Factors of columns are read as they are used: in registers for all, ptxas waits for each product.
-        if const_expr(t.column_factors):
-            release(t, full, thread)
+                at = const_expr(4 * j + 2 * half + i)
+                sums[at] = sums[at] + products[at] * top[i].bitcast(Float32) * f[0, half]
+
+
+@cute.jit
+def add_scaled(t: Constexpr[Tiles], sums: cute.Tensor, products: cute.Tensor, f: cute.Tensor):
+    """sums += products times the factors of their row and matrix."""
+    for j in range_constexpr(t.wide // 8):
+        m = const_expr(j // 2 % 2 if t.row_factors == 2 else 0)
+        for i in range_constexpr(2):
+            for half in range_constexpr(2):
+                at = const_expr(4 * j + 2 * half + i)
+                sums[at] = sums[at] + products[at] * f[m, half]
+
+
+@cute.jit
+def pass_by(t: Constexpr[Tiles], s: Int32, at: Int32, thread: Int32):
+    """A tile of which the warpgroup has no rows: its stages fall free."""
+    for step in cutlass.range(at, at + t.steps, unroll=1):
+        full = s + t.o_bars + 8 * (step % t.stages)
+        ptx.mbarrier_wait(full, step // t.stages & 1)
+        release(t, full, thread)
 
 
 @cute.jit
@@ -713,7 +355,7 @@ def store(
     Columns are those from `column` on, of which the ones below `columns` exist.
     """
     tiles = const_expr(cute.size(values) // 4)
-    each = const_expr(min(tiles, 32 // size))  # n8 tiles that go through shared memory together
+    each = const_expr(min(tiles, 16 // size))  # n8 tiles that go through shared memory together
     pieces = const_expr(each * size // 2)  # of 16 bytes of a row
     s_rows = s + t.o_out + warp * (16 * t.pitch)
     s_own = s_rows + lane // 4 * t.pitch + lane % 4 * (2 * size)

@@ -9,13 +9,13 @@ from typing import ClassVar
 
 from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
 
-PIECES = {  # 16-byte pieces of packed weights that a loading thread holds of a step of 128 rows
-    ("fp8", "e4m3"): 8,
-    ("fp8", "bf16"): 4,
-    ("bf16", "bf16"): 8,
-    ("mxfp4", "e4m3"): 4,
-    ("nvfp4", "f16"): 2,
-    ("plain", "bf16"): 0,  # BF16 rows as they are: copied
+EXPANDED = {  # whether a warpgroup makes of packed weights what tensor cores multiply
+    ("fp8", "e4m3"): False,
+    ("fp8", "bf16"): True,
+    ("bf16", "bf16"): False,
+    ("mxfp4", "e4m3"): True,
+    ("nvfp4", "f16"): True,
+    ("plain", "bf16"): False,  # rows as they are
 }
 """The weight formats, and as what tensor cores multiply them."""
 
@@ -26,10 +26,10 @@ class Tiles:
 
     Tensor cores multiply `kind` (e4m3, bf16, f16), 128 bytes of k a step. x in memory is e4m3 with a ue8m0
     scale per 128 (`scaled`) or bf16, rows `stride` bytes apart. `tiles` x `span`: how w is packed. `paired`:
-    the tile's rows are 16 of one matrix and 16 of another in turn. Eight warps multiply; `loaders` times four
-    lay down steps, `stages` of which shared memory holds, and each four hold `ahead` of their own in
-    registers. Rows of `experts` take tiles of their own. `splits` CTAs of a cluster share a tile's k, and
-    each adds up all of their sums for its part of the columns.
+    the tile's rows are 16 of one matrix and 16 of another in turn. Eight warps multiply; four more expand
+    weights, where that is to be done; of the last four two copy x, two weights. Shared memory holds `stages`
+    steps. Rows of `experts` take tiles of their own. `splits` CTAs of a cluster share a tile's k, and each
+    adds up all of their sums for its part of the columns.
     """
 
     weight: str
@@ -40,21 +40,32 @@ class Tiles:
     tiles: int
     span: int
     stages: int
-    loaders: int
-    ahead: int
     scaled: bool = True
     paired: bool = False
     experts: int = 0
     splits: int = 1
 
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
+    COPIERS: ClassVar[int] = 64  # threads that copy x
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     STEP: ClassVar[int] = 128  # bytes of k of an operand in a step
+    FACTORS: ClassVar[int] = 1152  # bytes of a stage's factors
+    UNITS: ClassVar[int] = 8  # of 16 rows, in a tile
+
+    @property
+    def expands(self) -> bool:
+        """Whether weights are expanded."""
+        return EXPANDED[self.weight, self.kind]
+
+    @property
+    def copiers(self) -> int:
+        """The first thread that copies x; behind them are two warps that copy weights."""
+        return self.CONSUMERS + 128 * self.expands
 
     @property
     def threads(self) -> int:
         """Of a CTA."""
-        return self.CONSUMERS + 128 * self.loaders
+        return self.copiers + 128
 
     @property
     def each(self) -> int:
@@ -88,8 +99,21 @@ class Tiles:
 
     @property
     def promotes(self) -> bool:
-        """Whether each step's products are scaled on their own."""
+        """Whether products of 128 columns are scaled on their own."""
         return self.weight not in ("bf16", "plain")
+
+    @property
+    def flight(self) -> int:
+        """Steps whose products are in flight together: two where registers hold their sums, or where they
+        have the same ones.
+        """
+        alone = self.kind == "e4m3" and self.expands
+        return 1 if alone or self.steps % 2 else 2
+
+    @property
+    def apart(self) -> int:
+        """Sums that the products in flight have: FP8's of each step are scaled on their own."""
+        return self.flight if self.kind == "e4m3" else 1
 
     @property
     def row_factors(self) -> int:
@@ -97,45 +121,11 @@ class Tiles:
         return 2 if self.paired and self.weight == "fp8" else int(self.promotes)
 
     @property
-    def column_factors(self) -> bool:
-        """Whether a step has a factor per column, too: the largest block scale of the row of w."""
-        return self.weight == "mxfp4"
+    def finish(self) -> float:
+        """Power of two that sums lack in the end: NVFP4's scales carry the other half of what the bits do."""
+        return 2.0**7 if self.weight == "nvfp4" else 1.0
 
-    @property
-    def pieces(self) -> int:
-        """16-byte pieces of weights that a loading thread holds of a step."""
-        return PIECES[self.weight, self.kind]
-
-    @property
-    def words(self) -> int:
-        """Registers of a step that a loading thread holds: codes, block scales, what of x it converts."""
-        scales = {"mxfp4": 2, "nvfp4": 1}.get(self.weight, 0)
-        return self.pieces * (4 + scales) + (4 * self.own_rows if self.kind == "f16" else 0)
-
-    @property
-    def arrivals(self) -> int:
-        """That fill a stage: each warp's, and each thread's when its copies have come."""
-        return 4 if self.kind == "f16" else 4 + 128
-
-    @property
-    def row_step(self) -> int:
-        """How far apart the rows are that a loading thread lays pieces of 16 bytes of."""
-        return 32 if self.kind == "f16" else 16
-
-    @property
-    def own_rows(self) -> int:
-        """How many these are."""
-        return self.height // self.row_step
-
-    @property
-    def share_bytes(self) -> int:
-        """From one warp's columns of a unit to the next one's."""
-        return 1024 if self.weight == "bf16" else 512
-
-    @property
-    def part_bytes(self) -> int:
-        """From one step's columns of a unit to the next one's."""
-        return 512 if self.weight == "nvfp4" else 1024
+    # Copies of weights: of `UNITS` tiles of 16 rows, `together` units of each along k.
 
     @property
     def unit(self) -> int:
@@ -143,21 +133,65 @@ class Tiles:
         return BYTES[self.weight]
 
     @property
-    def finish(self) -> float:
-        """Power of two that sums lack in the end: NVFP4's scales carry the other half of what the bits do."""
-        return 2.0**7 if self.weight == "nvfp4" else 1.0
-
-    @property
     def per_unit(self) -> int:
         """Steps that a unit has columns for."""
         return COLUMNS[self.weight] // self.each
+
+    @property
+    def together(self) -> int:
+        """Units of a tile that are copied at a time."""
+        if not self.expands:
+            return 1
+        units = self.steps // self.per_unit
+        return 2 if self.span % 2 == 0 and units % 2 == 0 else 1
+
+    @property
+    def run(self) -> int:
+        """Tiles whose units lie one behind the other."""
+        return min(self.tiles, self.UNITS) if self.span == self.together and not self.paired else 1
 
     @property
     def group_bytes(self) -> int:
         """Bytes of one group of `tiles` tiles of 16 rows of w."""
         return self.k // COLUMNS[self.weight] * self.tiles * self.unit
 
-    # Shared memory: x, w, factors, then what results go through, then barriers.
+    @property
+    def feeders(self) -> int:
+        """Warps that copy weights."""
+        return 0 if self.weight == "plain" else min(2, self.UNITS // self.run)
+
+    @property
+    def slot(self) -> int:
+        """Bytes of units that are copied to be expanded at a time."""
+        return self.UNITS * self.together * self.unit if self.expands else 0
+
+    @property
+    def slot_steps(self) -> int:
+        """Steps that these are for."""
+        return self.together * self.per_unit
+
+    @property
+    def slots(self) -> int:
+        """How often shared memory holds these in front of those that expand them."""
+        return (72 << 10) // self.slot if self.expands else 0
+
+    @property
+    def arrivals(self) -> int:
+        """That fill a stage: of warps, and of threads whose copies of x have come."""
+        warps = self.COPIERS // 32 + (4 if self.expands else self.feeders)
+        return warps + (0 if self.kind == "f16" else self.COPIERS)
+
+    @property
+    def x_threads(self) -> int:
+        """Threads that copy a row of x, 16 bytes each."""
+        return 4 if self.kind == "f16" else 8
+
+    @property
+    def x_rows(self) -> int:
+        """Rows of x that a thread copies parts of."""
+        return self.height * self.x_threads // self.COPIERS
+
+    # Shared memory: x, w, factors, units to expand, then what results go through, then barriers.
 
     @property
     def x_stage(self) -> int:
@@ -173,27 +207,33 @@ class Tiles:
 
     @property
     def o_factors(self) -> int:
-        """Per stage f32 [128] by row, then [128] by column, or by row for the second matrix."""
+        """Per stage f32 [128] by row, then [128] by column, or by row for the second matrix, then one of the
+        tile.
+        """
         return self.o_w + self.stages * self.w_stage
+
+    @property
+    def o_slots(self) -> int:
+        return self.o_factors + self.stages * self.FACTORS
 
     @property
     def pitch(self) -> int:
         """Bytes between rows of results on their way out: the pad keeps eight rows off each other's banks."""
-        return 256 + 16
+        return 128 + 16
 
     @property
     def o_out(self) -> int:
-        return self.o_factors + self.stages * 1024
+        return self.o_slots + self.slots * self.slot
 
     @property
     def o_bars(self) -> int:
-        """Stage i is full, then stage i is free."""
+        """Stage i is full, then stage i is free, then slot i is full, then slot i is free."""
         return self.o_out + 8 * 16 * self.pitch
 
     @property
     def o_tiles(self) -> int:
         """Per expert how many tiles of rows it and those before it have."""
-        return self.o_bars + 16 * self.stages
+        return self.o_bars + 16 * (self.stages + self.slots)
 
     @property
     def shared(self) -> int:
@@ -201,11 +241,9 @@ class Tiles:
         return 1024 + self.o_tiles + 4 * self.experts
 
     @property
-    def registers(self) -> tuple[int, int]:
-        """Of a thread that multiplies, and of one that loads."""
-        if self.loaders == 2:
-            return 160, 96
-        return (168, 168) if self.ahead > 2 else (192, 120)
+    def registers(self) -> tuple[int, int, int]:
+        """Of a thread that multiplies, of one that expands, of one that copies."""
+        return (168, 104, 72) if self.expands else (224, 0, 56)
 
 
 @dataclass(frozen=True)
@@ -213,17 +251,15 @@ class Few:
     """Rows of experts who have few: tiles of 128 rows of MXFP4 w, which tensor cores multiply out of
     registers, and of 16 rows of x, e4m3 with a ue8m0 scale per 128, rows `stride` bytes apart.
 
-    Eight warps multiply, a warp copies weights, two copy x, of which they hold `ahead` steps in registers;
-    shared memory holds `stages` steps of 128 columns. `tiles` x `span`: how w is packed. `paired`: of the
-    tile's rows 64 are of one matrix and 64 of another.
+    Eight warps multiply, a warp copies weights, two copy x. `tiles` x `span`: how w is packed; a step is as
+    many units along k as lie together, four at most. `paired`: of the tile's rows 64 are of one matrix and 64
+    of another.
     """
 
     k: int
     stride: int
     tiles: int
     span: int
-    stages: int
-    ahead: int
     experts: int
     paired: bool = False
 
@@ -232,9 +268,7 @@ class Few:
     RESIDENT: ClassVar[int] = 2  # CTAs that fit an SM
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     UNIT: ClassVar[int] = BYTES["mxfp4"]
-    PITCH: ClassVar[int] = 4 * (
-        128 + 4
-    )  # bytes between rows of sums; the pad keeps them off each other's banks
+    PITCH: ClassVar[int] = 4 * (128 + 4)  # bytes between rows of sums: padded off each other's banks
     ROWS: ClassVar[int] = 16  # of x in a tile
     FINISH: ClassVar[float] = 2.0**6  # what sums lack in the end
 
@@ -249,9 +283,24 @@ class Few:
         return self.ROWS
 
     @property
+    def blocks(self) -> int:
+        """Blocks of 128 columns of k."""
+        return self.k // 128
+
+    @property
+    def together(self) -> int:
+        """Units along k in a step."""
+        return min(self.span, 4)
+
+    @property
     def steps(self) -> int:
         """Steps of a tile."""
-        return self.k // 128
+        return self.blocks // self.together
+
+    @property
+    def stages(self) -> int:
+        """Steps in shared memory: 87 KB of weights and rows in each of an SM's CTAs."""
+        return 8 // self.together
 
     @property
     def made(self) -> int:
@@ -261,25 +310,34 @@ class Few:
     @property
     def group_bytes(self) -> int:
         """Bytes of one group of `tiles` tiles of 16 rows of w."""
-        return self.steps * self.tiles * self.UNIT
+        return self.blocks * self.tiles * self.UNIT
+
+    @property
+    def w_tile(self) -> int:
+        """Bytes of a step of a tile of 16 rows."""
+        return self.together * self.UNIT
 
     @property
     def w_stage(self) -> int:
-        return 8 * self.UNIT
+        return 8 * self.w_tile
+
+    @property
+    def x_stage(self) -> int:
+        return self.together * self.ROWS * 128
 
     @property
     def o_w(self) -> int:
-        return self.stages * self.ROWS * 128
+        return self.stages * self.x_stage
 
     @property
     def o_factors(self) -> int:
-        """Per stage f32 [16]: scales of rows of x."""
+        """Per stage and unit f32 [16]: scales of rows of x."""
         return self.o_w + self.stages * self.w_stage
 
     @property
     def o_sums(self) -> int:
         """f32 [16][128], what results are made of."""
-        return self.o_factors + self.stages * self.ROWS * 4
+        return self.o_factors + self.stages * self.together * self.ROWS * 4
 
     @property
     def o_bars(self) -> int:

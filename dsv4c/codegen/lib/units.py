@@ -2,8 +2,8 @@
 activation rows.
 
 `accumulate` adds a unit's products, block scales included, to a warp's fragment: lane (g, q) = (lane/4,
-lane%4) holds rows g and g+8 of activation rows 2q and 2q+1, in mma.sync order. `numerics/packing.py` writes
-the units. What a format leaves to the end, a power of two, is `finish`.
+lane%4) holds rows r and r+8, r = `row_of`, of activation rows 2q and 2q+1, in mma.sync order.
+`numerics/packing.py` writes the units. What a format leaves to the end, a power of two, is `finish`.
 """
 
 import cutlass
@@ -28,14 +28,18 @@ def e2m1x8_to_f16x2x4(r: Uint32):
 
 @cute.jit
 def place_e2m1x8(r: Uint32):
-    """Eight pre-placed e2m1 codes -> four f16x2 of the value times 2^-14."""
+    """Eight pre-placed e2m1 codes -> four f16x2 of the value times 2^-14.
+
+    Bytes of these are looked up by magnitude; their lower bytes are 0.
+    """
     return cute.arch.inline_ptx(
-        "{ .reg .b32 a, b; and.b32 {$w0}, {$r0}, 0x8E008E00; "
-        "shl.b32 a, {$r0}, 8; and.b32 {$w1}, a, 0x8E008E00; "
-        "shl.b32 a, {$r0}, 5; shl.b32 b, {$r0}, 7; and.b32 a, a, 0x0E000E00; "
-        "lop3.b32 {$w2}, b, 0x80008000, a, 0xEA; "
-        "shr.u32 a, {$r0}, 3; shl.b32 b, {$r0}, 15; and.b32 a, a, 0x0E000E00; "
-        "lop3.b32 {$w3}, b, 0x80008000, a, 0xEA; }",
+        "{ .reg .b32 s, p, low, high; mov.b32 low, 0x06040200; mov.b32 high, 0x0E0C0A08; "
+        "and.b32 s, {$r0}, 0x77777777; prmt.b32 p, low, high, s; "
+        "lop3.b32 p, {$r0}, 0x80808080, p, 0xEA; "
+        "prmt.b32 {$w0}, p, 0, 0x1404; prmt.b32 {$w2}, p, 0, 0x3424; "
+        "shr.u32 s, s, 16; prmt.b32 p, low, high, s; "
+        "shl.b32 s, {$r0}, 4; lop3.b32 p, s, 0x80808080, p, 0xEA; "
+        "prmt.b32 {$w1}, p, 0, 0x1404; prmt.b32 {$w3}, p, 0, 0x3424; }",
         write_only_types=[Uint32] * 4,
         read_only_args=[r],
     )
@@ -139,25 +143,38 @@ def x_scale(p: Constexpr[Product], s_fx: Int32, row: Int32, unit: Int32):
 
 
 @cute.jit
+def row_of(lane: Int32):
+    """The unit's row, of the first eight, that a lane works on: lane / 4 with its bits reversed."""
+    g = lane // 4
+    return (g & 1) * 4 + (g & 2) + g // 4
+
+
+@cute.jit
 def dot_fp8(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, unit: Int32, lane: Int32):
     """rD += e4m3 unit x e4m3 or f16 activations, products exact."""
+    row, q = row_of(lane), lane % 4
     for c in range_constexpr(4):
-        a = ptx.lds128(s_unit + 512 * c + lane * 16)
+        s_own = s_unit + (row * 128 + q % 2 * 8 + (q // 2 ^ row) * 16 ^ c * 32)
+        low, high = ptx.lds64(s_own), ptx.lds64(s_own + 1024)
         b = x_words(p, s_x, unit, c, lane)
         for h in range_constexpr(2):
-            u = ptx.e4m3x4_to_f16x2x2(a[h])
-            v = ptx.e4m3x4_to_f16x2x2(a[2 + h])
+            u = ptx.e4m3x4_to_f16x2x2(low[h])
+            v = ptx.e4m3x4_to_f16x2x2(high[h])
             ptx.mma_f16(rD, u[0], v[0], u[1], v[1], b[2 * h], b[2 * h + 1])
 
 
 @cute.jit
 def dot_bf16(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, unit: Int32, lane: Int32):
     """rD += bf16 unit x bf16 activations."""
+    row, q = row_of(lane), lane % 4
     for c in range_constexpr(2):
         b = x_words(p, s_x, unit, c, lane)
+        s_own = s_unit + (row * 128 + (q ^ row) * 16 ^ c * 64)
+        low, high = ptx.lds128(s_own), ptx.lds128(s_own + 1024)
         for h in range_constexpr(2):
-            a = ptx.lds128(s_unit + 1024 * c + 512 * h + lane * 16)
-            ptx.mma_bf16(rD, a[0], a[1], a[2], a[3], b[2 * h], b[2 * h + 1])
+            ptx.mma_bf16(
+                rD, low[2 * h], high[2 * h], low[2 * h + 1], high[2 * h + 1], b[2 * h], b[2 * h + 1]
+            )
 
 
 @cute.jit
