@@ -243,7 +243,9 @@ class Tiles:
     @property
     def registers(self) -> tuple[int, int, int]:
         """Of a thread that multiplies, of one that expands, of one that copies."""
-        return (168, 104, 72) if self.expands else (224, 0, 56)
+        if self.expands:
+            return (160, 96, 96) if self.kind == "f16" else (168, 104, 72)
+        return (224, 0, 56) if self.promotes else (168, 0, 168)
 
 
 @dataclass(frozen=True)
