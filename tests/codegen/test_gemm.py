@@ -18,7 +18,7 @@ from dsv4c.codegen.kernels.chunk_rows import (
     emit_quantize_fp8,
     emit_sum_experts,
 )
-from dsv4c.codegen.kernels.gemm import GemmMatrix, GemmSpec, emit_gemm, few_of, tiles_of
+from dsv4c.codegen.kernels.gemm import GemmMatrix, GemmSpec, emit_gemm, tiles_of
 from dsv4c.compiler.verify import check
 from dsv4c.errors import BuildError
 from tests.codegen.lowered import gpu_plan

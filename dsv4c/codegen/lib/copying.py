@@ -32,36 +32,28 @@ def copy_units(
     begin: Int32,
     feeder: Constexpr[int],
 ):
-    """A feeder's part of a tile's units, from step `begin` of k on: to the slots in front of those that
-    expand them, or to the stages. `at` steps were copied before. One thread.
+    """A feeder's part of a tile's units, from step `begin` of k on, into the ring; `at` steps were copied
+    before. One thread.
 
     Of each matrix, one or two, the tile has the 16-row tiles from `first` on, none after `last`.
     """
     each = const_expr(t.UNITS // t.run // t.feeders)  # copies of a feeder
-    nbytes = const_expr(t.run * t.together * t.unit)
+    nbytes = const_expr(t.run * t.unit)
     g_tiles = []
     for n in range_constexpr(each):
         unit = const_expr((feeder * each + n) * t.run)
         base = g_w[unit % 2] if const_expr(t.paired) else g_w[0]
         tile = cutlass.min(first + (unit // 2 if const_expr(t.paired) else unit), last)
         g_tiles.append(base + Int64(tile // t.tiles * t.group_bytes + tile % t.tiles * (t.span * t.unit)))
-    for n in cutlass.range(t.steps // t.slot_steps, unroll=1):
-        unit = begin // t.per_unit + n * t.together
+    for n in cutlass.range(t.steps, unroll=1):
+        unit, stage = begin + n, (at + n) % t.stages
         behind = Int64(unit // t.span * (t.tiles * t.span * t.unit) + unit % t.span * t.unit)
-        full, s_units = Int32(0), Int32(0)
-        if const_expr(t.expands):
-            now = at // t.slot_steps + n
-            slot = now % t.slots
-            full = s + t.o_bars + 8 * (2 * t.stages + slot)
-            ptx.mbarrier_wait(full + 8 * t.slots, (now // t.slots & 1) ^ 1)
-            s_units = s + t.o_slots + slot * t.slot
-        else:
-            stage = (at + n) % t.stages
-            wait_free(t, s, at + n)
-            full, s_units = s + t.o_bars + 8 * stage, s + t.o_w + stage * t.w_stage
+        full = s + t.o_bars + 8 * stage
+        wait_free(t, s, at + n)
         ptx.mbarrier_expect(full, Int32(each * nbytes))
         for i in range_constexpr(each):
-            ptx.bulk_load(s_units + (feeder * each + i) * nbytes, g_tiles[i] + behind, Int32(nbytes), full)
+            s_unit = s + t.o_w + stage * t.w_stage + (feeder * each + i) * nbytes
+            ptx.bulk_load(s_unit, g_tiles[i] + behind, Int32(nbytes), full)
 
 
 @cute.jit
@@ -82,7 +74,7 @@ def copy_plain(
 @cute.jit
 def x_row(t: Constexpr[Tiles], i: Constexpr[int], thread: Int32):
     """The tile's row that is number `i` of those a thread copies pieces of."""
-    return thread // t.x_threads + i * (t.COPIERS // t.x_threads)
+    return thread // 8 + i * (t.COPIERS // 8)
 
 
 @cute.jit
@@ -109,55 +101,26 @@ def copy_rows(
     """
     g_rows = cute.make_rmem_tensor((t.x_rows,), Int64)
     for i in range_constexpr(t.x_rows):
-        g_rows[i] = g_x + (Int64(rows[i]) * t.stride + thread % t.x_threads * 16)
+        g_rows[i] = g_x + (Int64(rows[i]) * t.stride + thread % 8 * 16)
     scales = cute.make_rmem_tensor((t.height // t.COPIERS + t.row_factors,), Int32)
-    held = cute.make_rmem_tensor((t.x_rows if t.kind == "f16" else 1, 4), Uint32)
     fetch_scales(t, scales, g_fx, scaled_rows, g_fw, begin)
-    if const_expr(t.kind == "f16"):
-        fetch_rows(t, held, g_rows, begin)
     for step in cutlass.range(t.steps, unroll=1):
         now = at + step
         stage = now % t.stages
         wait_free(t, s, now)
         full, s_x = s + t.o_bars + 8 * stage, s + stage * t.x_stage
-        if const_expr(t.kind == "f16"):
-            lay_rows(t, s_x, held, thread)
-        else:
-            s_own = s_x + thread // 8 * 128 + (thread % 8 ^ thread // 8) * 16  # rows are 8 apart
-            for i in range_constexpr(t.x_rows):
-                ptx.cp_async16(s_own + i * 1024, g_rows[i] + Int64((begin + step) * 128))
-            if const_expr(t.weight == "plain"):
-                copy_plain(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, begin + step, thread)
-            ptx.cp_async_arrive(full)
+        s_own = s_x + thread // 8 * 128 + (thread % 8 ^ thread // 8) * 16  # rows are 8 apart
+        for i in range_constexpr(t.x_rows):
+            ptx.cp_async16(s_own + i * 1024, g_rows[i] + Int64((begin + step) * 128))
+        if const_expr(t.weight == "plain"):
+            copy_plain(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, begin + step, thread)
+        ptx.cp_async_arrive(full)
         lay_factors(t, s + t.o_factors + stage * t.FACTORS, scales, thread)
         cute.arch.sync_warp()
         if thread % 32 == 0:
             ptx.mbarrier_arrive(full)
         following = begin + cutlass.min(step + 1, Int32(t.steps - 1))
         fetch_scales(t, scales, g_fx, scaled_rows, g_fw, following)
-        if const_expr(t.kind == "f16"):
-            fetch_rows(t, held, g_rows, following)
-
-
-@cute.jit
-def fetch_rows(t: Constexpr[Tiles], held: cute.Tensor, g_rows: cute.Tensor, step: Int32):
-    """A step of e4m3 rows that are to be widened, in flight to registers."""
-    for n in range_constexpr(t.x_rows):
-        w = ptx.ldg128(g_rows[n] + Int64(step * 64))
-        for j in range_constexpr(4):
-            held[n, j] = w[j]
-
-
-@cute.jit
-def lay_rows(t: Constexpr[Tiles], s_x: Int32, held: cute.Tensor, thread: Int32):
-    """A step of e4m3 rows as f16."""
-    piece = thread % 4 * 2
-    for n in range_constexpr(t.x_rows):
-        row = x_row(t, n, thread)
-        w = [ptx.e4m3x4_to_f16x2x2(held[n, j]) for j in range(4)]
-        for half in range_constexpr(2):
-            s_piece = s_x + row * 128 + ((piece + half) ^ row % 8) * 16
-            ptx.sts128(s_piece, *w[2 * half], *w[2 * half + 1])
 
 
 @cute.jit
@@ -166,13 +129,11 @@ def fetch_scales(
 ):
     """Scales of a step's rows and of its FP8 blocks, in flight to registers."""
     own = const_expr(t.height // t.COPIERS)
-    block = step * t.each // 128
     if const_expr(t.scaled):
         for i in range_constexpr(own):
-            scales[i] = Int32(ptx.ldg_u8(g_fx + Int64(rows[i]) * t.blocks + block))
-    if const_expr(t.weight == "fp8"):
+            scales[i] = Int32(ptx.ldg_u8(g_fx + Int64(rows[i]) * t.blocks + step))
         for m in range_constexpr(t.row_factors):
-            scales[own + m] = Int32(ptx.ldg_u8_constant(g_fw[m] + block))
+            scales[own + m] = Int32(ptx.ldg_u8_constant(g_fw[m] + step))
 
 
 @cute.jit
@@ -181,9 +142,5 @@ def lay_factors(t: Constexpr[Tiles], s_f: Int32, scales: cute.Tensor, thread: In
     own = const_expr(t.height // t.COPIERS)
     for i in range_constexpr(own):
         for m in range_constexpr(t.row_factors):
-            f = Float32(1.0)
-            if const_expr(t.scaled):
-                f = ptx.ue8m0_to_f32(Uint32(scales[i]))
-            if const_expr(t.weight == "fp8"):
-                f = f * ptx.ue8m0_to_f32(Uint32(scales[own + m]))
+            f = ptx.ue8m0_to_f32(Uint32(scales[i])) * ptx.ue8m0_to_f32(Uint32(scales[own + m]))
             ptx.sts_f32(s_f + 512 * m + (thread + t.COPIERS * i) * 4, f)

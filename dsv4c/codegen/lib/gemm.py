@@ -1,8 +1,8 @@
 """Products of many rows on wgmma (sm_90a): copied tiles, which eight warps multiply.
 
 Weights come as the GEMVs read them (`units`): FP8 and BF16 units lie as wgmma reads them, rows of 128 bytes,
-eight 16-byte pieces swizzled to a row; others are expanded to such rows (`expanding`). FP8 tensor cores keep
-about 13 bits inside one instruction: so sums of 128 columns are scaled and added up in f32 registers.
+eight 16-byte pieces swizzled to a row. FP8 tensor cores keep about 13 bits inside one instruction: so sums of
+128 columns are scaled and added up in f32 registers.
 """
 
 import cutlass
@@ -12,7 +12,6 @@ from cutlass import (
     BFloat16,
     Constexpr,
     Float8E4M3FN,
-    Float16,
     Float32,
     Int32,
     Int64,
@@ -28,19 +27,15 @@ from dsv4c.codegen.lib.tiles import Tiles
 
 _asm = cute.arch.inline_ptx
 
-NUMBERS = {"e4m3": Float8E4M3FN, "bf16": BFloat16, "f16": Float16}
-
+NUMBERS = {True: Float8E4M3FN, False: BFloat16}  # of rows of x that have scales, and of others
 
 @cute.jit
 def open_ring(t: Constexpr[Tiles], s: Int32, thread: Int32):
-    """The barriers of every stage and every slot: full, and free. All threads."""
+    """The barriers of every stage: full, and free. All threads."""
     if thread == 0:
         for i in range_constexpr(t.stages):
             ptx.mbarrier_init(s + t.o_bars + 8 * i, t.arrivals)
             ptx.mbarrier_init(s + t.o_bars + 8 * (t.stages + i), t.CONSUMERS // 32)
-        for i in range_constexpr(t.slots):
-            ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + i), t.feeders)
-            ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + t.slots + i), 4)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
 
@@ -146,7 +141,7 @@ def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int
     """x w^T of a tile: f32 fragments of the warpgroup's 64 rows and `t.wide` columns; `at` steps were
     multiplied before.
     """
-    number = NUMBERS[t.kind]
+    number = NUMBERS[t.scaled]
     k_major = OperandMajorMode.K
     shape = const_expr((64, t.wide, t.each))
     mma = sm90.make_trivial_tiled_mma(number, number, k_major, k_major, Float32, (1, 1, 1), (64, t.wide))
@@ -163,27 +158,25 @@ def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int
     sums.fill(0.0)
     products = [cute.make_rmem_tensor(part_shape, Float32) for _ in range(t.apart)]
     row = thread % 128 // 32 * 16 + thread % 32 // 4 + (group * 64 if const_expr(x_parts == 2) else 0)
-    column = thread % 4 * 2 + (group * 64 if const_expr(w_parts == 2) else 0)
-    if const_expr(not t.promotes):
+    if const_expr(not t.scaled):
         products[0].fill(0.0)
         mma.set(warpgroup.Field.ACCUMULATE, True)
     for turn in cutlass.range(t.steps // t.flight, unroll=1):
-        full, s_f, factors = [], [], []
+        full, stages, factors = [], [], []
         for n in range_constexpr(t.flight):
             step = at + turn * t.flight + n
-            stage = step % t.stages
-            full.append(s + t.o_bars + 8 * stage)
+            stages.append(step % t.stages)
+            full.append(s + t.o_bars + 8 * stages[n])
             ptx.mbarrier_wait(full[n], step // t.stages & 1)
-            # Here and not where it was written: there it would wait for all loads in flight.
-            ptx.fence_async()
-            x_at = stage * 2 + group if const_expr(x_parts == 2) else stage
-            w_at = stage * 2 + group if const_expr(w_parts == 2) else stage
-            s_f.append(s + t.o_factors + stage * t.FACTORS)
-            factors.append(load_factors(t, s_f[n], row))
+            factors.append(load_factors(t, s + t.o_factors + stages[n] * t.FACTORS, row))
+        # Here and not where it was written: there it would wait for all loads in flight.
+        ptx.fence_async()
+        warpgroup.fence()
+        for n in range_constexpr(t.flight):
+            x_at = stages[n] * 2 + group if const_expr(x_parts == 2) else stages[n]
+            w_at = stages[n] * 2 + group if const_expr(w_parts == 2) else stages[n]
             own_products = products[n % t.apart]
-            if const_expr(n == 0):
-                warpgroup.fence()
-            if const_expr(t.promotes and n < t.apart):
+            if const_expr(t.scaled):
                 mma.set(warpgroup.Field.ACCUMULATE, False)
             for c in range_constexpr(4):
                 cute.gemm(mma, own_products, x[None, None, c, x_at], w[None, None, c, w_at], own_products)
@@ -192,48 +185,20 @@ def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int
         for n in range_constexpr(t.flight):
             warpgroup.wait_group(t.flight - 1 - n)
             own_products, f = products[n % t.apart], factors[n]
-            if const_expr(t.weight == "mxfp4"):
-                if f[1, 0] > Float32(0.0):
-                    release(t, full[n], thread)
-                    add_scaled(t, sums, own_products, f)
-                else:
-                    add_scaled_apart(t, sums, own_products, f, s_f[n], column)
-                    release(t, full[n], thread)
-            else:
-                release(t, full[n], thread)
-                if const_expr(t.promotes and n >= t.flight - t.apart):
-                    add_scaled(t, sums, own_products, f)
-    return sums if const_expr(t.promotes) else products[0]
+            release(t, full[n], thread)
+            if const_expr(t.scaled):
+                add_scaled(t, sums, own_products, f)
+    return sums if const_expr(t.scaled) else products[0]
 
 
 @cute.jit
 def load_factors(t: Constexpr[Tiles], s_f: Int32, row: Int32) -> cute.Tensor:
-    """What products of rows `row` and `row` + 8 are multiplied by, [matrix, row]. MXFP4's [0, ...] are times
-    the tile's, which [1, 0] is, 0 for none.
-    """
+    """What products of rows `row` and `row` + 8 are multiplied by, [matrix, row]."""
     f = cute.make_rmem_tensor((2, 2), Float32)
     for m in range_constexpr(t.row_factors):
         for half in range_constexpr(2):
             f[m, half] = ptx.lds_f32(s_f + 512 * m + (row + 8 * half) * 4)
-    if const_expr(t.weight == "mxfp4"):
-        f[1, 0] = ptx.lds_f32(s_f + 1024)
-        for half in range_constexpr(2):
-            if f[1, 0] > Float32(0.0):
-                f[0, half] = f[0, half] * f[1, 0]
     return f
-
-
-@cute.jit
-def add_scaled_apart(
-    t: Constexpr[Tiles], sums: cute.Tensor, products: cute.Tensor, f: cute.Tensor, s_f: Int32, column: Int32
-):
-    """sums += products times the factors of their row and of their column, from `column` on."""
-    for j in range_constexpr(t.wide // 8):
-        top = ptx.lds64(s_f + 512 + (column + 8 * j) * 4)
-        for i in range_constexpr(2):
-            for half in range_constexpr(2):
-                at = const_expr(4 * j + 2 * half + i)
-                sums[at] = sums[at] + products[at] * top[i].bitcast(Float32) * f[0, half]
 
 
 @cute.jit
@@ -312,15 +277,6 @@ def lds128_remote(s: Int32, rank: Int32):
 
 
 # Results ----------------------------------------------------------------------------------------------------
-
-
-@cute.jit
-def scale_sums(t: Constexpr[Tiles], sums: cute.Tensor, f: tuple):
-    """Sums times what they lack and their matrix's factor."""
-    for j in range_constexpr(t.summed):
-        own = f[j // 2 % len(f)] * Float32(t.finish)
-        for i in range_constexpr(4):
-            sums[4 * j + i] = sums[4 * j + i] * own
 
 
 @cute.jit

@@ -30,16 +30,17 @@ def e2m1x8_to_f16x2x4(r: Uint32):
 def place_e2m1x8(r: Uint32):
     """Eight pre-placed e2m1 codes -> four f16x2 of the value times 2^-14.
 
-    Bytes of these are looked up by magnitude; their lower bytes are 0.
+    Their upper bytes are looked up by magnitude, four of a row; their lower ones are 0. What logic takes away
+    is subtracted again by a multiplication, for which other units are free.
     """
     return cute.arch.inline_ptx(
-        "{ .reg .b32 s, p, low, high; mov.b32 low, 0x06040200; mov.b32 high, 0x0E0C0A08; "
+        "{ .reg .b32 s, p, t, low, high; mov.b32 low, 0x06040200; mov.b32 high, 0x0E0C0A08; "
         "and.b32 s, {$r0}, 0x77777777; prmt.b32 p, low, high, s; "
         "lop3.b32 p, {$r0}, 0x80808080, p, 0xEA; "
-        "prmt.b32 {$w0}, p, 0, 0x1404; prmt.b32 {$w2}, p, 0, 0x3424; "
+        "and.b32 {$w2}, p, 0xFF00FF00; shl.b32 t, p, 8; mad.lo.u32 {$w0}, {$w2}, 0xFFFFFF00, t; "
         "shr.u32 s, s, 16; prmt.b32 p, low, high, s; "
         "shl.b32 s, {$r0}, 4; lop3.b32 p, s, 0x80808080, p, 0xEA; "
-        "prmt.b32 {$w1}, p, 0, 0x1404; prmt.b32 {$w3}, p, 0, 0x3424; }",
+        "and.b32 {$w3}, p, 0xFF00FF00; shl.b32 t, p, 8; mad.lo.u32 {$w1}, {$w3}, 0xFFFFFF00, t; }",
         write_only_types=[Uint32] * 4,
         read_only_args=[r],
     )
