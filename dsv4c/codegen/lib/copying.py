@@ -6,7 +6,7 @@ are the last one again.
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
+from cutlass import Constexpr, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import ptx
 from dsv4c.codegen.lib.tiles import Tiles

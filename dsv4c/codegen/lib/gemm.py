@@ -29,6 +29,7 @@ _asm = cute.arch.inline_ptx
 
 NUMBERS = {True: Float8E4M3FN, False: BFloat16}  # of rows of x that have scales, and of others
 
+
 @cute.jit
 def open_ring(t: Constexpr[Tiles], s: Int32, thread: Int32):
     """The barriers of every stage: full, and free. All threads."""

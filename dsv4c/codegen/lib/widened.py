@@ -66,8 +66,8 @@ def copy(
     """A tile's weights and its `count` rows of x into the ring; `at` steps were copied before. Warp of
     `t.copiers`.
 
-    Of each matrix, one or two, the tile has the 16-row tiles from `first` on, none after `last`. A lane has 32
-    columns of rows `row_of`, which are `numbers` of x; of eight rows that are not there it copies none.
+    Of each matrix, one or two, the tile has the 16-row tiles from `first` on, none after `last`. A lane has
+    32 columns of rows `row_of`, which are `numbers` of x; of eight rows that are not there it copies none.
     """
     each = const_expr(8 // t.copiers)
     g_tiles = []
@@ -162,10 +162,11 @@ def _lay(
     s_row = s + (unit * 2 + chunk // 2) * (t.rows * 128) + row * 128
     for n in range_constexpr(4):
         ptx.sts128(s_row + ((chunk % 2 * 4 + n) ^ row % 8) * 16, *[pairs[4 * q + n] for q in range(4)])
-    if const_expr(t.scaled):
-        if chunk == 0:
-            f = ptx.ue8m0_to_f32(held[j, i, 8])
-            ptx.sts_f32(s + t.o_factors + (unit * t.rows + row) * 4, f)
+    if const_expr(not t.scaled):
+        return
+    if lane < 8:
+        f = ptx.ue8m0_to_f32(held[j, i, 8])
+        ptx.sts_f32(s + t.o_factors + (unit * t.rows + row) * 4, f)
 
 
 # Multiplying ------------------------------------------------------------------------------------------------
@@ -306,9 +307,7 @@ def _widen_nvfp4(words: cute.Tensor, s_unit: Int32, lane: Int32):
 @cute.jit
 def _halves(r: Uint32, selector: Constexpr[int]):
     """Two bytes of a word as halves of 16 bits."""
-    return _asm(
-        f"prmt.b32 {{$w0}}, {{$r0}}, 0, {selector};", write_only_types=[Uint32], read_only_args=[r]
-    )
+    return _asm(f"prmt.b32 {{$w0}}, {{$r0}}, 0, {selector};", write_only_types=[Uint32], read_only_args=[r])
 
 
 @cute.jit
@@ -366,8 +365,7 @@ def store(
     s_own = s + t.o_sums + lane % 4 * 2 * pitch + (warp * 16 + units.row_of(lane)) * 4
     factor = factors[0]
     if const_expr(t.paired):
-        if warp >= 4:
-            factor = factors[1]
+        factor = factors[1] if warp >= 4 else factors[0]
     for part in range_constexpr(width // 16):
         ptx.sync_threads(t.CONSUMERS)  # all have read what was there
         for j in range_constexpr(2):
