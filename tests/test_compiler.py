@@ -142,7 +142,21 @@ def test_what_a_plan_is_compiled_from() -> None:
         ),
         ({"draft": "given", "sampled": True}, "decode-1.sampled verify-1x4 prefill-64 accept-1x4.sampled"),
         ({"draft": "auto", "batch": 8}, "decode-8 verify-1x4 prefill-64"),
-        ({"target": "sm_90a"}, "decode-1 decode-2 decode-4 decode-8 verify-1x4 prefill-8"),
+        (
+            {"target": "sm_90a", "batch": (1, 8)},
+            "decode-1 decode-8 verify-1x4 prefill-64.last prefill-512.last prefill-4096.last",
+        ),
+        (
+            {"target": "sm_90a", "batch": 1, "max_context": 512},
+            "decode-1 verify-1x4 prefill-64.last prefill-512.last",
+        ),
+        (
+            {"target": "sm_90a", "batch": 1, "max_context": 70},
+            "decode-1 verify-1x4 prefill-64.last prefill-70.last",
+        ),
+        ({"target": "sm_90a", "batch": 1, "max_context": 7}, "decode-1 verify-1x4 prefill-7"),
+        ({"target": "sm_90a", "batch": 1, "ranks": 2}, "decode-1 verify-1x4 prefill-8"),
+        ({"target": "sm_100a"}, "decode-1 decode-2 decode-4 decode-8 verify-1x4 prefill-8"),
         ({"target": "sm_90a", "chunk": 1, "batch": 1}, "decode-1 verify-1x4"),
     ],
 )

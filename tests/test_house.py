@@ -112,12 +112,12 @@ HOUSE = {
     "certify": Room(1650, (*LEAVES, "ir", "numerics", "reference", "passes"), ("torch",)),
     "view": Room(1600, (*CONFIG, "plan", "ir", "models"), packages_inside=("graphviz",)),
     # Device code, imported by generated kernels. Host code may read the modules in it that need no cutlass.
-    "codegen.lib": Room(8700, ("numerics.forms", "exchange"), ("cutlass", "cuda")),
+    "codegen.lib": Room(9100, ("numerics.forms", "exchange"), ("cutlass", "cuda")),
     # What primitives mean on a device, imported by generated kernels alone.
     "codegen.meanings": Room(2050, ("types", "codegen.lib"), ("cutlass",)),
     # Launches are lowered to what plans hold, which is data.
     "codegen": Room(
-        7080,
+        7200,
         (*LEAVES, "ir", "passes", "codegen.lib", "plan", "numerics.forms", "numerics.resident"),
         ("jinja2",),
         packages_inside=("cutlass",),

@@ -18,7 +18,9 @@ from dsv4c.models.drafting import gain
 from dsv4c.passes.pipeline import Contributions, Pipeline, Quantize, Shard, parse_pipeline
 from dsv4c.passes.recipes import Recipe, recipe_for
 
-CHUNK = 64  # tokens per prefill call on the CPU, unless the context is shorter
+# Tokens per prefill call by target, none of them more than the context; elsewhere as many as a step takes.
+# On wgmma 64 read the weights as fast as a step does, and from 4096 on products take more time than weights.
+CHUNKS = {"cpu": (64,), "sm_90a": (64, 512, 4096)}
 BATCHES = (1, 2, 4, 8)  # sequences that decode together on a GPU
 VERIFY = 4  # tokens of a sequence that one step can verify
 
@@ -38,14 +40,15 @@ class Request:
     target: cpu, sm_90a or sm_100a. batch: sequences that decode together, a bucket for each number (1; on a
     GPU 1, 2, 4 and 8). slots: sequences whose state a plan holds (the largest batch). max_context: tokens
     that each has room for. verify: tokens of one sequence that a verify step takes, 1 for no such bucket.
-    chunk: tokens of one sequence that prefill calls take, a bucket for each size (64 or the context; on a
-    GPU 8). logits: of every token of a chunk, or of its last alone (of every one; on a GPU of the last alone
-    in chunks of more than 8). draft: adds rounds, which draft tokens and judge them, by the MTP block
-    ("mtp"), by DSpark's stages ("dspark"), or by what the checkpoint has, if anything ("auto": for as many
-    sequences as rows allow, on a GPU only where `models.drafting.gain` says that it pays); "given" adds steps
-    that judge the caller's. draft_tokens: drafts of a round (of MTP 1, else 3, or as many as the model's
-    block has rows). sampled: steps draw the next token as their slots say (temperature, top-p, ...), in place
-    of taking the likeliest. pipeline: passes (or their spec) in place of the default ones, whose recipe is
+    chunk: tokens of one sequence that prefill calls take, a bucket for each size, none beyond the context
+    (64; on sm_90a 64, 512 and 4096; on sm_100a, and where ranks exchange rows, 8). logits: of every token of
+    a chunk, or of its last alone (of every one; on a GPU of the last alone in chunks of more than 8). draft:
+    adds rounds, which draft tokens and judge them, by the MTP block ("mtp"), by DSpark's stages ("dspark"),
+    or by what the checkpoint has, if anything ("auto": for as many sequences as rows allow, on a GPU only
+    where `models.drafting.gain` says that it pays); "given" adds steps that judge the caller's. draft_tokens:
+    drafts of a round (of MTP 1, else 3, or as many as the model's block has rows). sampled: steps draw the
+    next token as their slots say (temperature, top-p, ...), in place of taking the likeliest. pipeline:
+    passes (or their spec) in place of the default ones, whose recipe is
     `recipe`. rules: what may fold, by default the built-in ones and those of installed packages, without
     those of `disable` ("all": every one) that `enable` does not take back. expected: applications by rule
     that must hold for the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever
@@ -99,7 +102,8 @@ class Request:
                 raise ConfigError(f"{name}: {given!r} is unknown; expected {choices}")
         on_cpu = self.target == "cpu"
         batches = _numbers("batch", self.batch, (1,) if on_cpu else BATCHES)
-        chunks = _numbers("chunk", self.chunk, (min(CHUNK if on_cpu else ROWS, self.max_context),))
+        sizes = (ROWS,) if self.ranks > 1 and not on_cpu else CHUNKS.get(self.target, (ROWS,))
+        chunks = _numbers("chunk", self.chunk, tuple({min(n, self.max_context) for n in sizes}))
         verify = self.verify if self.verify is not None else min(VERIFY, self.max_context)
         if not 1 <= verify <= ROWS:
             raise ConfigError(f"verify: {verify} tokens, expected 1 (no such bucket) to {ROWS}")

@@ -260,8 +260,9 @@ def layer_of(scope: str, name: str) -> int | None:
 
 
 def layers_alone(plan: Plan, bucket: str, first: int, last: int) -> Plan:
-    """The plan cut to the launches of layers `first` to `last` of a bucket, and to the weights that these
-    read. Raises PlanError if there are no such layers.
+    """The plan cut to the launches of layers `first` to `last` of a bucket, to those before all layers that
+    read no weights (where a call's rows are, which decides how much a layer does), and to the weights that
+    these read. Raises PlanError if there are no such layers.
     """
     program = plan.program(bucket)
     owners = [layer_of(launch.scope, launch.name) for launch in program.launches]
@@ -270,7 +271,12 @@ def layers_alone(plan: Plan, bucket: str, first: int, last: int) -> Plan:
     known = sorted({owner for owner in owners if owner is not None})
     if not inside:
         raise PlanError(f"plan {plan.name} has no layers {first} to {last}; it has {known[0]} to {known[-1]}")
-    kept = [i for i in range(min(inside), max(inside) + 1) if i in inside]
+    ahead = [
+        i
+        for i in range(min(inside))
+        if owners[i] is None and all(a.space != "weights" for a in program.launches[i].arguments)
+    ]
+    kept = [*ahead, *(i for i in range(min(inside), max(inside) + 1) if i in inside)]
     number = {old: new for new, old in enumerate(kept)}
     read = {a.value for i in kept for a in program.launches[i].arguments if a.space == "weights"}
     weights = [record for record in plan.weights if record["name"] in read]

@@ -170,7 +170,8 @@ class Session:
         progress: Callable[[int, int], None] | None = None,
     ) -> Tensor:
         """Consume `tokens` after what the slot has consumed so far. Returns logits f32 [len, vocab]: row i
-        predicts what follows tokens[i]; with "last" f32 [1, vocab], the last row alone.
+        predicts what follows tokens[i]; with "last" f32 [1, vocab], the last row alone: chunks that give no
+        others are for this.
 
         `progress(done, all)` is called after every chunk. What it raises, or an interrupt between chunks,
         leaves the slot reset, as a note on the exception says.

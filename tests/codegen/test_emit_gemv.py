@@ -229,13 +229,20 @@ def test_experts_of_many_rows_or_formats_are_one_kernel_for_any_batch() -> None:
 
 
 def test_the_rows_of_a_step_take_turns_on_the_same_ctas() -> None:
-    """At most two CTAs an SM in all, and the shared expert's weights are read once for all rows."""
+    """At most two CTAs an SM in all, one of `down` with the tiles of two, and the shared expert's weights are
+    read once for all rows.
+    """
     for rows in range(2, 9):
         spec = replace(experts("mxfp4", "fp8"), batch=rows, hidden=4096, intermediate=2048)
         up, down = emit_experts_up(spec, BY_SCORE, SM_90A), emit_experts_down(spec, SM_90A)
         assert up.grid[1] == down.grid[1] == 1
-        assert max(up.grid[0], down.grid[0]) <= 2 * SM_90A.sms
-        assert max(up.shared, down.shared) <= SM_90A.shared_of(2)
+        assert up.grid[0] <= 2 * SM_90A.sms
+        assert up.shared <= SM_90A.shared_of(2)
+        assert down.grid[0] <= SM_90A.sms
+        assert down.shared <= SM_90A.shared_of(1)
+        (ring,) = rings_of(down.source, "ROUTED")
+        assert (ring.matrices, ring.product.x) == (2, "f16")
+        assert ring.stages >= 3
         for emission in (up, down):
             assert f"rows={rows}, k=" in emission.source
             assert f"    turns={rows},\n" in emission.source
@@ -397,11 +404,12 @@ def test_every_small_kernel_assembles(store: Path, arch: Arch) -> None:
         else:
             assert first == "launch_dependents"
             assert set(rest) == {"wait"}
-        # What frees a slot of the ring stands behind a fence for the loads from it.
+        # What frees a slot of the ring stands behind a fence for its loads, or needs what they became.
         frees = [i for i, line in enumerate(lines) if "mbarrier.arrive.shared" in line]
-        assert all(any("fence.proxy.async" in line for line in lines[i - 25 : i]) for i in frees), (
-            kernel.symbol
-        )
+        assert all(
+            "_, [z]" in lines[i] or any("fence.proxy.async" in line for line in lines[i - 25 : i])
+            for i in frees
+        ), kernel.symbol
         refilled |= bool(frees)
         assert "cp.async.bulk.shared::cluster.global" in result.ptx
     assert refilled

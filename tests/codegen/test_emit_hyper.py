@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -159,7 +160,17 @@ def test_clusters_that_take_many_tokens_cover_them(rows: int):
     assert cut.tokens % TOGETHER == 0
     clusters = emit_hyper_norm(spec, SM_90A).grid[0] // cut.ctas
     assert (clusters - 1) * cut.tokens < rows <= clusters * cut.tokens
-    assert cut.kept * cut.ctas >= cut.tokens
+    assert cut.owned * cut.ctas >= TOGETHER
+
+
+def test_ctas_have_room_for_all_of_fn_wherever_a_row_has_clusters():
+    found = []
+    for hidden in range(256, 16384 + 1, 128):
+        spec = replace(FLASH, rows=4096, hidden=hidden)
+        with contextlib.suppress(BuildError):
+            found.append(spec.batch(spec.slice(SM_90A), SM_90A).shared)
+    assert len(found) > 40
+    assert max(found) <= SM_90A.shared_per_cta
 
 
 def test_boundaries_of_many_tokens_fit_an_sm_twice(golden: Golden, tmp_path: Path):
@@ -169,5 +180,7 @@ def test_boundaries_of_many_tokens_fit_an_sm_twice(golden: Golden, tmp_path: Pat
     assert kernel.resources.stack == 0
     assert 2 * kernel.resources.registers * emission.block <= 65536
     assert emission.shared <= SM_90A.shared_of(2)
-    # Each time that the inboxes are open, and each time that something is sent there.
-    assert kernel.ptx.count("barrier.cluster.arrive") == kernel.ptx.count("barrier.cluster.wait") == 2
+    # Once: owners answer when all have sent, so no inbox is written before what was there has been read.
+    assert kernel.ptx.count("barrier.cluster.arrive") == kernel.ptx.count("barrier.cluster.wait") == 1
+    pieces, tiles, halves, streams = 3, 24 // 8, 2, 4  # of fn, its rows, a thread's columns
+    assert kernel.ptx.count("mma.sync.aligned.m16n8k16") == pieces * tiles * halves * streams

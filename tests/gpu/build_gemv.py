@@ -219,7 +219,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--target", default="sm_90a", choices=ARCHS)
     parser.add_argument("--store", type=Path, default=Path("build/store"))
-    parser.add_argument("--only", default="", help="cases whose names contain this")
+    parser.add_argument("--only", default="", help="cases whose names contain this; experts")
     parser.add_argument("--folder", type=Path, default=FOLDER)
     options = parser.parse_args()
     folder = options.folder
@@ -237,7 +237,7 @@ def main() -> None:
         if options.only in spec.name or options.only == "w4a4"
     ]
     pairs = []
-    for spec, routing, timed in experts() if not options.only else []:
+    for spec, routing, timed in experts() if options.only in ("", "experts") else []:
         up = emit_experts_up(replace(spec, name=f"up_{routing.source}_{spec.name}"), routing, arch)
         down = emit_experts_down(replace(spec, name=f"down_{routing.source}_{spec.name}"), arch)
         pairs.append((spec, routing, timed, up, down))

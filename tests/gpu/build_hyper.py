@@ -21,7 +21,7 @@ from dsv4c.codegen.kernels import ends, gemv, hyper_norm, router
 FOLDER = Path("build/gpu/hyper")
 FLASH, PRO, TINY = 4096, 7168, 256
 BATCHES = (1, 2, 3, 8)
-MANY = 4096  # rows of a chunk, timed
+MANY = (64, 512, 4096)  # rows of chunks, timed
 
 
 def boundary(rows: int, hidden: int, **flags: Any) -> hyper_norm.HyperNormSpec:
@@ -48,7 +48,7 @@ def specs(arch: Arch) -> Iterator[tuple[str, Any, Emission]]:
     boundaries += [
         boundary(33, FLASH, mix=False, keep=False),
         boundary(40, FLASH, head=True, keep=False, fp8=False),
-        boundary(MANY, FLASH),
+        *(boundary(b, FLASH) for b in MANY),
     ]
     for spec in boundaries:
         yield "hyper", spec, hyper_norm.emit_hyper_norm(spec, arch)

@@ -44,6 +44,11 @@ class Case:
         names = [o if c == "data" else f"{o}_{c}" for o, c in self.parameters]
         return Launch(*self.shape, tuple(tensors[n].data_ptr() for n in names), self.cluster)
 
+    @property
+    def shares_clusters(self) -> bool:
+        """Does a cluster take several rows?"""
+        return self.kind == "hyper" and self.shape[1][0] < self.spec["rows"] * self.cluster[0]
+
     def __str__(self) -> str:
         return (
             self.kind
@@ -385,16 +390,21 @@ OF_ROWS = {
 
 def check_rows(cases: list[Case], report: Report) -> None:
     """A row gives the same bits in launches of any number of rows: the first and the last ones of each case
-    against those of the largest that is like it but for its rows.
+    against those of the largest that is like it but for its rows. Where a cluster takes several rows, it
+    projects them in another order, and only the mixed streams have the bits of those of one row a cluster.
     """
     alike: dict[str, list[Case]] = {}
     for case in cases:
         if case.kind in RESULTS:
-            key = json.dumps([case.kind, {**case.spec, "rows": None}])
-            alike.setdefault(key, []).append(case)
-    for same in alike.values():
+            same = [case.kind, {**case.spec, "rows": None}]
+            alike.setdefault(json.dumps([*same, case.shares_clusters]), []).append(case)
+            if case.kind == "hyper" and case.spec["keep"] and case.spec["mix"]:
+                alike.setdefault(json.dumps([*same, "mixed"]), []).append(case)
+    for key, same in alike.items():
         *fewer, most = sorted(same, key=lambda case: case.spec["rows"])
         written = [n for n in RESULTS[most.kind] if [n, "data"] in most.parameters or n == "q_scale"]
+        if json.loads(key)[-1] == "mixed":
+            written = ["x_out"]
         t = MAKERS[most.kind](most.spec)
         poison(t, *written)
         run(most, t)
@@ -553,7 +563,7 @@ def main() -> int:
     rows: list[str] = []
     for case in [] if options.no_time else cases:
         timed = case.spec.get("hidden", 4096) in (4096, 7168) and case.spec.get("experts", 256) > 8
-        if case.kind in MAKERS and timed and case.spec["rows"] in (1, 2, 8, 4096):
+        if case.kind in MAKERS and timed and case.spec["rows"] in (1, 2, 8, 64, 512, 4096):
             time_alone(case, rows)
     if not (options.no_time or options.only):
         time_together(cases, rows, "", 4096)

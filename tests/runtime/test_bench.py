@@ -22,8 +22,9 @@ def test_layers_cut_out_of_a_plan_keep_their_launches_and_their_weights(plan: Pl
     whole = plan.program("decode")
     cut = layers_alone(plan, "decode", 1, 2)
     (program,) = cut.buckets.values()
-    own = [x for x in whole.launches if layer_of(x.scope, x.name) in (1, 2)]
+    own = [x for x in whole.launches if layer_of(x.scope, x.name) in (1, 2) or x.name == "positions"]
     assert [x.name for x in program.launches] == [x.name for x in own]
+    assert own[0].name == "positions"  # without it, rows were nowhere, and layers had little to look at
     assert [x.code for x in program.launches] == [x.code for x in own]
     read = {a.value for x in own for a in x.arguments if a.space == "weights"}
     assert {record["name"] for record in cut.weights} == read
@@ -61,6 +62,7 @@ def test_layers_alone_are_given_what_others_make(plan: Plan) -> None:
     (program,) = layers_alone(plan, "decode", 1, 2).buckets.values()
     assert "layers.0.ffn.ffn_out" in given(program)
     assert all(name.startswith("layers.0.") or "." not in name for name in given(program))
+    assert "positions" not in given(program)
 
 
 def test_layers_that_are_not_there(plan: Plan) -> None:

@@ -6,6 +6,7 @@ and the stream of weights goes on from one to the next.
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 
@@ -15,18 +16,18 @@ from dsv4c.codegen.kernels.chunk_experts import down_launches, takes_many
 from dsv4c.codegen.kernels.experts import (
     ExpertsSpec,
     check_experts,
-    most_stages,
     row_parameters,
     weight_parameters,
 )
 from dsv4c.codegen.kernels.experts_up import hash_swiglu, padded, routed_experts
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds
-from dsv4c.codegen.kernels.gemv import WARPS, k_warps_of, span_of
+from dsv4c.codegen.kernels.gemv import STAGES, WARPS, k_warps_of, span_of
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.shapes import Layout, Product, Ring
 from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, Scratch, kernel, launchable
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
+from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.experts_down import ExpertsDown
 from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
@@ -50,6 +51,14 @@ class DownRings:
         return {n: f"{r.product.weight}/{r.tile_warps}x{r.span}" for n, r in rings.items()}
 
     @property
+    def window(self) -> int:
+        """Rounds whose partial sums are kept: a token's, and those that a warp may be ahead of one that adds
+        them up, as far as the ring is deep.
+        """
+        ahead = -(-self.routed.depth // self.routed.steps) if self.routed.turns > 1 else 0
+        return self.routed.rounds + ahead
+
+    @property
     def layout(self) -> Layout:
         """Shared arrays of a CTA."""
         return Layout(
@@ -61,11 +70,11 @@ class DownRings:
             shared_fx=self.shared.product.fx_bytes,
             scale=self.routed.scale_bytes,
             shared_scale=self.shared.scale_bytes,
-            part=self.routed.part_bytes,
+            part=self.window * (self.routed.part_bytes // self.routed.rounds),
             shared_part=self.shared.part_bytes,
             bars=self.routed.bars_bytes,
             shared_bars=self.shared.bars_bytes,
-            bar=16,
+            bar=0 if self.rows.fx_bytes else 16,
         )
 
 
@@ -74,27 +83,43 @@ def _down_rings(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED) -> DownRings:
     tile_warps = next(n for n in (1, 2, 4, 8) if n == 8 or -(-tiles // n) <= 2 * arch.sms)
     k_warps = k_warps_of(spec.intermediate, WARPS // tile_warps)
     kind = "bf16" if not spec.quantized else "f16" if spec.packed else "e4m3"
-    routed = Product(spec.routed, kind, 1, spec.intermediate)
     shared = Product(spec.shared, kind, spec.turns, spec.intermediate)
-    rows = Product(spec.routed, kind, spec.top_k, spec.intermediate)
 
-    def planned(stages: int, early: int) -> DownRings:
-        span = span_of(routed, k_warps)
+    def planned(side: int, kind: str, early: int, stages: int) -> DownRings:
+        routed = Product(spec.routed, kind, 1, spec.intermediate)
+        cuts, resident = (tile_warps, k_warps), 2 // side
         return DownRings(
-            Ring(shared, tile_warps, k_warps, span_of(shared, k_warps), early),
-            Ring(routed, tile_warps, k_warps, span, stages, spec.top_k, 1, spec.turns, flight=cut.ahead),
-            rows,
+            Ring(shared, *cuts, span_of(shared, k_warps), early, 1, side, resident=resident),
+            Ring(
+                *(routed, *cuts, span_of(routed, k_warps), stages, spec.top_k, side, spec.turns),
+                resident=resident,
+                flight=cut.ahead,
+            ),
+            Product(spec.routed, kind, spec.top_k, spec.intermediate),
         )
 
-    def most(early: int) -> DownRings:
-        return planned(most_stages(spec.name, lambda stages: planned(stages, early).layout, arch, cut), early)
+    # A CTA reads all hidden rows of a token, a quarter as many bytes as weights: one CTA on an SM, with twice
+    # the tiles, reads them once where two read them twice. FP4 is multiplied as f16: codes of rows that are
+    # widened once need no more of the pipe that places its bits, which turns keep busy. Many rows leave less
+    # room for that, and for what comes early.
+    groups = -(-tiles // tile_warps)
+    paired = spec.turns > 1 and groups % 2 == 0 and arch.sms < groups
+    wide = spec.turns > 1 and kind == "e4m3"
+    every = itertools.product(
+        (2, 1) if paired else (1,),
+        ("f16", kind) if wide else (kind,),
+        (cut.early,) if cut.early else (2, 1),
+        (cut.stages,) if cut.stages else range(STAGES, 1, -1),
+    )
 
-    def worth(rings: DownRings) -> tuple[bool, int]:
-        return rings.layout.end <= arch.shared_of(2), min(rings.routed.stages, 3)
+    def worth(rings: DownRings) -> tuple[int, int]:
+        resident = [n for n in (rings.routed.resident, 1) if rings.layout.end <= arch.shared_of(n)]
+        return len(resident), min(rings.routed.stages, 3)
 
-    if cut.early:
-        return most(cut.early)
-    return max(most(2), most(1), key=worth)  # many rows leave less room for what comes early
+    best = max(itertools.starmap(planned, every), key=worth)
+    if worth(best)[0] == 0:
+        raise BuildError(f"{spec.name}: the activations leave no shared memory for two stages of weights")
+    return best
 
 
 CHOICES = {
@@ -125,7 +150,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         Parameter("y"),
     )
     groups = -(-spec.hidden // (16 * rings.routed.tile_warps))
-    grid = (groups, spec.batch // spec.turns, 1)
+    grid = (groups // rings.routed.matrices, spec.batch // spec.turns, 1)
     source = render(
         "experts_down.py.jinja",
         spec=spec,
@@ -135,6 +160,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         padded=padded(spec.experts),
         pointers=[p.name for p in parameters],
         grid=grid,
+        groups=groups,
         warps=rings.routed.warps,
         shared=rings.layout.end,
         nbytes=spec.weight_bytes,

@@ -25,7 +25,6 @@ CLUSTER_LIMIT = 16
 FEW_ROWS = 16  # up to which each row has a cluster of its own
 MOST_TOKENS = 64  # that a cluster keeps fn for
 WAVES = 4
-HELD = 8  # rows of fn in registers where a cluster takes many tokens
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,7 @@ class HyperNormSpec:
         """
         clusters = WAVES * 2 * arch.sms // cut.ctas
         tokens = min(MOST_TOKENS, -(-self.rows // clusters // TOGETHER) * TOGETHER)
-        held = min(cut.rows, HELD)
-        return Batch(cut.hidden, cut.ctas, cut.rows, held, tokens=tokens, count=self.rows)
+        return Batch(cut.hidden, cut.ctas, cut.rows, tokens=tokens, count=self.rows)
 
     def _held(self, ctas: int) -> int:
         """Registers leave shared memory to the predecessor's weights: fn arrives while those still stream.

@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import ptx, quantize
-from dsv4c.codegen.lib.shapes import COLUMNS, Product
+from dsv4c.codegen.lib.shapes import COLUMNS, Product, Ring
 
 
 @cute.jit
@@ -130,17 +130,6 @@ def load_blocks(
 
 
 @cute.jit
-def load_run(g_x: Int64, number: Constexpr[int], thread: Int32, threads: Constexpr[int]):
-    """`load_blocks` of rows behind each other, whole rounds of them: one address for all."""
-    w = cute.make_rmem_tensor((4 * number,), Uint32)
-    for n in range_constexpr(number):
-        v = ptx.ldg128(g_x + Int64(thread * 16) + n * threads * 16)
-        for j in range_constexpr(4):
-            w[4 * n + j] = v[j]
-    return w
-
-
-@cute.jit
 def block_of(p: Constexpr[Product], n: Constexpr[int], thread: Int32, threads: Constexpr[int]):
     """Block of 128 that the thread's half-warp has in round `n`; the last round repeats the last block."""
     return cutlass.min(thread // 16 + n * (threads // 16), Int32(p.rows * p.blocks - 1))
@@ -192,6 +181,58 @@ def put_block(p: Constexpr[Product], r: cute.Tensor, s_row: Int32, s_scale: Int3
         ptx.sts128(s_row + unit * 256 + (lane % 16) * 16, w[0], w[1], w[2], w[3])
     else:
         quantize.scale_block_f16(r, s_row + unit * 256, s_scale, lane)
+
+
+@cute.jit
+def own_block(r: Constexpr[Ring], p: Constexpr[Product], n: Constexpr[int], warp: Int32, lane: Int32):
+    """Row and unit of the block of 128 that the lane's half-warp has in round `n` of its warp's own: of all
+    rows of `p`, what the warps of its part of k multiply. The last round repeats the last block.
+    """
+    units = const_expr(p.units // r.k_warps)
+    part = (warp // r.tile_warps) % r.k_warps
+    place = warp // (r.tile_warps * r.k_warps) * r.tile_warps + warp % r.tile_warps
+    place = place * 2 + lane // 16 + n * 2 * r.sharing
+    place = cutlass.min(place, Int32(p.rows * units - 1))
+    unit = place % units
+    return place // units, (unit // r.span * r.k_warps + part) * r.span + unit % r.span
+
+
+@cute.jit
+def load_own(
+    r: Constexpr[Ring], p: Constexpr[Product], g_x: Int64, row_bytes: Constexpr[int], warp: Int32, lane: Int32
+):
+    """The warp's own blocks of bf16 rows, in flight together."""
+    number = const_expr(r.own_rounds(p.rows))
+    w = cute.make_rmem_tensor((4 * number,), Uint32)
+    for n in range_constexpr(number):
+        row, unit = own_block(r, p, n, warp, lane)
+        v = ptx.ldg128(g_x + Int64(row * row_bytes + unit * 256 + lane % 16 * 16))
+        for j in range_constexpr(4):
+            w[4 * n + j] = v[j]
+    return w
+
+
+@cute.jit
+def store_own(
+    r: Constexpr[Ring],
+    p: Constexpr[Product],
+    w: cute.Tensor,
+    s_x: Int32,
+    s_fx: Int32,
+    warp: Int32,
+    lane: Int32,
+):
+    """What `load_own` loaded, FP8-quantized: codes as they are or, as p.x wants it, as f16, which spares
+    whoever multiplies f16 a conversion per unit. Visible behind `stream.meet_part`.
+    """
+    for n in range_constexpr(r.own_rounds(p.rows)):
+        row, unit = own_block(r, p, n, warp, lane)
+        s_row = s_x + row * p.x_stride
+        s_scale = s_fx + (row * p.units + unit) * 4
+        if const_expr(p.x == "e4m3"):
+            quantize.quantize_block(quantize.floats8(w, n), s_row + unit * 128, s_scale, lane)
+        else:
+            quantize.widen_block(quantize.floats8(w, n), s_row + unit * 256, s_scale, lane)
 
 
 @cute.jit

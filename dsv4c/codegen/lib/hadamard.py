@@ -40,7 +40,7 @@ def block32_exponent(r: cute.Tensor):
     """The ue8m0 byte of the block of 32 that this lane's four elements belong to. Whole warp."""
     amax = Float32(0.0)
     for j in range_constexpr(4):
-        amax = cute.arch.fmax(amax, cute.arch.fmax(r[j], -r[j]))
+        amax = cute.arch.fmax(amax, ptx.magnitude(r[j]))
     return mxfp4_exponent(ptx.lanes_max(amax, 8))
 
 
@@ -64,7 +64,7 @@ def round_e2m1(y: Float32):
 @cute.jit
 def e2m1_code(x: Float32, byte: Int32):
     """The 4-bit code of x under block scale `byte`."""
-    code = code_of(cute.arch.fmax(x, -x) * power(Int32(254) - byte))
+    code = code_of(ptx.magnitude(x) * power(Int32(254) - byte))
     return code | ((x.bitcast(Uint32) >> Uint32(31)) << Uint32(3))
 
 

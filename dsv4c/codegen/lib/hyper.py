@@ -10,7 +10,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import cluster, ptx, quantize
-from dsv4c.codegen.lib.slices import STREAMS, TOGETHER, Batch, Slice
+from dsv4c.codegen.lib.slices import STREAMS, Slice
 
 LOG2E = 1.4426950408889634
 
@@ -117,17 +117,16 @@ def load_early(t: Constexpr[Slice], g_x: Int64, g_post: Int64, token: Int32, str
 
 
 @cute.jit
-def load_comb(t: Constexpr[Slice], sm: Int32, number: Int32, stream: Int32):
-    """comb of `mix` for token `number` of the cluster, from shared memory."""
-    s = sm + t.o_comb + (number * STREAMS * STREAMS + stream) * 4
-    return [ptx.lds_f32(s + j * (STREAMS * 4)) for j in range(STREAMS)]
+def load_comb(t: Constexpr[Slice], sm: Int32, stream: Int32):
+    """comb of `mix`, from shared memory."""
+    return [ptx.lds_f32(sm + t.o_comb + (j * STREAMS + stream) * 4) for j in range(STREAMS)]
 
 
 @cute.jit
 def mix(f: tuple, x: list, post: Float32, comb: list):
-    """post_k f + sum_j comb[j, k] x_j of four columns of stream k, rounded once to bf16, as two words."""
+    """post_k f + sum_j comb[j, k] x_j of columns of stream k, rounded once to bf16, two in each word."""
     words = []
-    for i in range_constexpr(2):
+    for i in range_constexpr(len(f)):
         fl, fh = ptx.bf16x2_to_f32x2(f[i])
         xl, xh = ptx.bf16x2_to_f32x2(x[0][i])
         # Of two products one is rounded: which, must not depend on the code around, or ranks would differ
@@ -139,7 +138,7 @@ def mix(f: tuple, x: list, post: Float32, comb: list):
             lo = lo + comb[j] * xl
             hi = hi + comb[j] * xh
         words.append(ptx.f32x2_to_bf16x2(lo, hi))
-    return words[0], words[1]
+    return words
 
 
 @cute.jit
@@ -280,37 +279,16 @@ def normalize(
     lane: Int32,
 ):
     """bf16(a * rsqrt(mean(a^2) + eps) * gain) of four columns, as two words. The second reduction."""
-    share_squares(t, rA, sm + t.o_squares, sm + t.o_bars + 8, rank, group, lane)
-    gain = ptx.lds64(sm + t.o_gain + (group * 128 + lane * 4) * 2)
-    ptx.mbarrier_wait(sm + t.o_bars + 8, Int32(0))
-    return normalized(t, rA, gain, sm + t.o_squares, eps, lane)
-
-
-@cute.jit
-def share_squares(
-    t: Constexpr[Slice],
-    rA: cute.Tensor,
-    s_squares: Int32,
-    s_bar: Int32,
-    rank: Int32,
-    group: Int32,
-    lane: Int32,
-):
-    """Send a warp's sum of squares to every CTA."""
     squares = ptx.lanes_sum(rA[0] * rA[0] + rA[1] * rA[1] + rA[2] * rA[2] + rA[3] * rA[3], 32)
     if lane < t.ctas:
-        cluster.send_f32(s_squares + (rank * t.groups + group) * 4, s_bar, lane, squares)
-
-
-@cute.jit
-def normalized(
-    t: Constexpr[Slice], rA: cute.Tensor, gain: tuple, s_squares: Int32, eps: Constexpr[float], lane: Int32
-):
-    """The four columns under the sums of squares of all CTAs at `s_squares`, as two words."""
+        s_square = sm + t.o_squares + (rank * t.groups + group) * 4
+        cluster.send_f32(s_square, sm + t.o_bars + 8, lane, squares)
+    gain = ptx.lds64(sm + t.o_gain + (group * 128 + lane * 4) * 2)
+    ptx.mbarrier_wait(sm + t.o_bars + 8, Int32(0))
     total = Float32(0.0)
     for n in range_constexpr(-(-t.hidden // 4096)):
         if lane + n * 32 < t.hidden // 128:
-            total = total + ptx.lds_f32(s_squares + (lane + n * 32) * 4)
+            total = total + ptx.lds_f32(sm + t.o_squares + (lane + n * 32) * 4)
     total = ptx.lanes_sum(total, 32)
     inv = cute.math.rsqrt(total * Float32(1.0 / t.hidden) + Float32(eps), fastmath=True)
     words = []
@@ -435,191 +413,3 @@ def rows_and_columns(rK: cute.Tensor, rU: cute.Tensor, rV: cute.Tensor, eps: Con
 def dot(a: list, b: list):
     """The sum of four products."""
     return ptx.fma(a[0], b[0], a[1] * b[1]) + ptx.fma(a[2], b[2], a[3] * b[3])
-
-
-# Many tokens ------------------------------------------------------------------------------------------------
-
-
-@cute.jit
-def open_batch(t: Constexpr[Batch], sm: Int32, thread: Int32):
-    """`open_inboxes` for the first tokens. All threads."""
-    ptx.open_barrier(sm + t.o_bars, thread)
-    ptx.open_barrier(sm + t.o_bars + 8, thread)
-    expect_batch(t, sm, thread)
-    cluster.arrive()
-
-
-@cute.jit
-def mix_weights(
-    t: Constexpr[Batch],
-    sm: Int32,
-    g_logits: Int64,
-    begin: Int32,
-    iterations: Constexpr[int],
-    eps: Constexpr[float],
-    thread: Int32,
-):
-    """comb of the cluster's tokens, from token `begin` on, to shared memory, a thread each. All threads."""
-    for n in range_constexpr(-(-t.tokens // t.threads)):
-        own = thread + n * t.threads
-        if own < t.tokens and begin + own < t.count:
-            rK = cute.make_rmem_tensor((STREAMS * STREAMS,), Float32)
-            for j in range_constexpr(STREAMS):
-                w = ptx.ldg128(g_logits + ((begin + own) * STREAMS + j) * (STREAMS * 4))
-                for k in range_constexpr(STREAMS):
-                    rK[STREAMS * j + k] = w[k].bitcast(Float32)
-            sinkhorn(rK, iterations, eps)
-            store_comb(t, sm, rK, own)
-    cute.arch.sync_threads()
-
-
-@cute.jit
-def expect_batch(t: Constexpr[Batch], sm: Int32, thread: Int32):
-    """The inboxes' barriers count what comes next. All threads."""
-    if thread == 0:
-        ptx.mbarrier_expect(sm + t.o_bars, Int32(TOGETHER * t.ctas * t.sums * 4))
-        ptx.mbarrier_expect(sm + t.o_bars + 8, Int32(TOGETHER * t.hidden // 128 * 4))
-    cute.arch.sync_warp()
-
-
-@cute.jit
-def project_batch(
-    t: Constexpr[Batch],
-    sm: Int32,
-    rF: cute.Tensor,
-    mixes: Constexpr[bool],
-    addresses: tuple,
-    begin: Int32,
-    turn: Int32,
-    stream: Int32,
-    quad: Int32,
-    column: Int32,
-    warp: Int32,
-    lane: Int32,
-):
-    """Mix and project tokens of the turn: streams and partial sums to shared memory. `addresses` are those of
-    x, f and post. The next token's operands are in flight meanwhile.
-    """
-    own = lane // (32 // t.stride)
-    read = _read_token(t, sm, mixes, addresses, begin, turn * TOGETHER, stream, column)
-    for b in range_constexpr(TOGETHER):
-        now = read
-        if const_expr(b + 1 < TOGETHER):
-            read = _read_token(t, sm, mixes, addresses, begin, turn * TOGETHER + b + 1, stream, column)
-        x0, x1 = mix(*now) if const_expr(mixes) else now
-        ptx.sts64(sm + t.o_x + b * t.x_bytes + (stream * t.width + quad * 4) * 2, x0, x1)
-        r = project(t, sm, rF, x0, x1, stream, quad, lane)
-        if own < t.sums:
-            ptx.sts_f32(sm + t.o_part + b * t.part_bytes + (warp * t.stride + own) * 4, r)
-
-
-def _read_token(
-    t: Batch,
-    sm: Int32,
-    mixes: bool,
-    addresses: tuple,
-    begin: Int32,
-    number: Int32,
-    stream: Int32,
-    column: Int32,
-) -> tuple:
-    """Operands of the cluster's token `number`, in flight; the last token's in place of one that does not
-    exist.
-    """
-    number = cutlass.min(number, Int32(t.count - 1) - begin)
-    token = begin + number
-    if not mixes:
-        return load_stream(t, addresses[0], token, stream, column)
-    g_x, g_f, g_post = addresses
-    x = [load_stream(t, g_x, token, Int32(j), column) for j in range(STREAMS)]
-    post = ptx.ldg_f32(g_post + (token * STREAMS + stream) * 4)
-    return load_row(t, g_f, token, column), x, post, load_comb(t, sm, number, stream)
-
-
-@cute.jit
-def share_batch(t: Constexpr[Batch], sm: Int32, rank: Int32, thread: Int32):
-    """Add the warps' parts of all tokens and send the CTA's sums to every CTA. All threads."""
-    cute.arch.sync_threads()
-    cluster.meet()
-    for n in range_constexpr(-(-TOGETHER * 32 // t.threads)):
-        b, i = (thread + n * t.threads) // 32, thread % 32
-        if b < TOGETHER and i < t.sums:
-            value = cluster.inbox_sum(sm + t.o_part + b * t.part_bytes, t.stride, t.warps, i)
-            s_sum = sm + t.o_sums + b * t.sums_bytes + (rank * t.stride + i) * 4
-            for peer in range_constexpr(t.ctas):
-                cluster.send_f32(s_sum, sm + t.o_bars, Int32(peer), value)
-
-
-@cute.jit
-def store_batch(
-    t: Constexpr[Batch], sm: Int32, g_x: Int64, first: Int32, stream: Int32, quad: Int32, column: Int32
-):
-    """The mixed streams to memory, after `share_batch`: in place of those that were read."""
-    for b in range_constexpr(TOGETHER):
-        if first + b < t.count:
-            x = ptx.lds64(sm + t.o_x + b * t.x_bytes + (stream * t.width + quad * 4) * 2)
-            store_stream(t, g_x, first + b, stream, column, x[0], x[1])
-
-
-@cute.jit
-def collapse_pair(
-    t: Constexpr[Batch],
-    sm: Int32,
-    norm_eps: Constexpr[float],
-    hc_eps: Constexpr[float],
-    turn: Int32,
-    rank: Int32,
-    warp: Int32,
-    lane: Int32,
-):
-    """Collapse a warp's columns of two tokens and normalize them, as two words each; also as they were
-    before. What the next mixing is made of goes to the CTA's own memory. Waits for all CTAs twice.
-    """
-    group, pair = warp % t.groups, warp // t.groups
-    ptx.mbarrier_wait(sm + t.o_bars, turn & 1)
-    rows = []
-    for n in range_constexpr(2):
-        b = 2 * pair + n
-        z = affine_of(t, sm, sm + t.o_sums + b * t.sums_bytes, norm_eps, lane)
-        number = turn * TOGETHER + b  # of the cluster's tokens
-        if group == 0 and number % t.ctas == rank:
-            ptx.sts_f32(sm + t.o_kept + number // t.ctas * 128 + lane * 4, z)
-        row = collapse(t, sm + b * t.x_bytes, z, hc_eps, group, lane)
-        share_squares(t, row, sm + t.o_squares + b * t.squares_bytes, sm + t.o_bars + 8, rank, group, lane)
-        rows.append(row)
-    gain = ptx.lds64(sm + t.o_gain + (group * 128 + lane * 4) * 2)
-    ptx.mbarrier_wait(sm + t.o_bars + 8, turn & 1)
-    s_squares = sm + t.o_squares + 2 * pair * t.squares_bytes
-    words = [normalized(t, rows[n], gain, s_squares + n * t.squares_bytes, norm_eps, lane) for n in range(2)]
-    return words, rows
-
-
-@cute.jit
-def next_turn(t: Constexpr[Batch], sm: Int32, thread: Int32):
-    """Everything of these tokens has been read: the inboxes may be filled, the CTA's memory written. All
-    threads.
-    """
-    expect_batch(t, sm, thread)
-    cute.arch.cluster_arrive()
-    cute.arch.sync_threads()
-
-
-@cute.jit
-def store_mixings(
-    t: Constexpr[Batch],
-    sm: Int32,
-    g_post: Int64,
-    g_logits: Int64,
-    begin: Int32,
-    rank: Int32,
-    warp: Int32,
-    lane: Int32,
-):
-    """post and logits of the tokens that `collapse_pair` kept here, a warp each. All threads."""
-    cute.arch.sync_threads()
-    for n in range_constexpr(-(-t.kept // t.warps)):
-        own = warp + n * t.warps
-        number = own * t.ctas + rank
-        if own < t.kept and number < t.tokens and begin + number < t.count:
-            z = ptx.lds_f32(sm + t.o_kept + own * 128 + lane * 4)
-            store_mixing(g_post, g_logits, begin + number, z, lane)

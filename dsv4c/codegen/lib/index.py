@@ -100,7 +100,7 @@ def _quantize(r: cute.Tensor):
     """A block of 32 rounded to MXFP4 and scaled back, times 2^64: exact in bf16."""
     amax = Float32(0.0)
     for n in range_constexpr(32):
-        amax = cute.arch.fmax(amax, cute.arch.fmax(r[n], -r[n]))
+        amax = cute.arch.fmax(amax, ptx.magnitude(r[n]))
     byte = hadamard.mxfp4_exponent(amax)
     down, up = hadamard.power(Int32(254) - byte), hadamard.power(byte) * Float32(_CARRY)
     if const_expr(ptx.converts_e2m1()):

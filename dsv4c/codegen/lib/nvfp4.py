@@ -132,7 +132,7 @@ def codes8(r: cute.Tensor, first: Constexpr[int], divisor: Float32):
     else:
         for i in range_constexpr(8):
             x = r[first + i]
-            y = cute.arch.fmin(ptx.divide(cute.arch.fmax(x, -x), divisor), Float32(6.0))
+            y = cute.arch.fmin(ptx.divide(ptx.magnitude(x), divisor), Float32(6.0))
             sign = (x.bitcast(Uint32) >> Uint32(31)) << Uint32(3)
             word = word | ((hadamard.code_of(y) | sign) << Uint32(4 * i))
     return word

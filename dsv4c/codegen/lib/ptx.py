@@ -270,10 +270,24 @@ def mbarrier_arrive(s: Int32):
 
 
 @cute.jit
+def mbarrier_arrive_after(s: Int32, r: Float32):
+    """Arrive once `r` has been computed, hence what it was computed from has been loaded: the address takes
+    16 bits of the CTA's row of the grid that are always 0, masked by it. An arrival alone overtakes loads
+    whose results nothing has asked for yet, and the next bulk copy then them (seen on H200s: one step in 160
+    had a tile with bytes of it); a fence would wait for all loads that the thread has under way.
+    """
+    _, row, _ = cute.arch.block_idx()
+    _asm(
+        "{ .reg .b32 z; shr.u32 z, {$r2}, 16; and.b32 z, z, {$r1}; add.u32 z, z, {$r0}; "
+        "mbarrier.arrive.shared::cta.b64 _, [z]; }",
+        read_only_args=[s, r.bitcast(Uint32), row],
+    )
+
+
+@cute.jit
 def fence_async():
     """What this thread wrote to shared memory, or loaded from it, comes before what bulk copies and tensor
-    cores do there. An arrival alone does not do: it overtakes loads whose results nothing has asked for yet
-    (seen on H200s: one step in 160 had a tile with bytes of the next copy).
+    cores do there. Waits for all that the thread is loading, from global memory too.
     """
     _asm("fence.proxy.async.shared::cta;")
 
@@ -297,6 +311,12 @@ def bulk_load(s: Int32, g: Int64, nbytes: Int32, bar: Int32):
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
         read_only_args=[s, g, nbytes, bar],
     )
+
+
+@cute.jit
+def prefetch_l2(g: Int64):
+    """Bring the line of 128 bytes that has this address to L2."""
+    _asm("prefetch.global.L2 [{$r0}];", read_only_args=[g])
 
 
 @cute.jit
@@ -351,9 +371,10 @@ def sync_threads(threads: Constexpr[int]):
     cute.arch.barrier(barrier_id=1, number_of_threads=threads)
 
 
-OPEN, SCORED, CHOSEN = 2, 3, 4
+OPEN, SCORED, CHOSEN, SUMMED, PARTS = 2, 3, 4, 5, 6
 """Barriers between the warp that reads the weights and the others: its ring is open; the router's scores are
-there; it has chosen experts. Whoever does not wait may be ahead by one, so each has a number of its own.
+there; it has chosen experts. Between the others: a token's products are there; from `PARTS` on one for each
+part of k. Whoever does not wait may be ahead by one, so each has a number of its own.
 """
 
 
@@ -537,6 +558,12 @@ def fma(a: Float32, b: Float32, c: Float32):
     return _asm(
         "fma.rn.f32 {$w0}, {$r0}, {$r1}, {$r2};", write_only_types=[Float32], read_only_args=[a, b, c]
     )
+
+
+@cute.jit
+def magnitude(a: Float32):
+    """|a|: costs nothing where it is an operand."""
+    return (a.bitcast(Uint32) & Uint32(0x7FFFFFFF)).bitcast(Float32)
 
 
 @cute.jit

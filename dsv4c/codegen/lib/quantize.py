@@ -53,7 +53,7 @@ def block_amax(r: cute.Tensor):
     """Largest magnitude of a block of 128 held by 16 lanes, 8 floats each."""
     amax = Float32(0.0)
     for i in range_constexpr(8):
-        amax = cute.arch.fmax(amax, cute.arch.fmax(r[i], -r[i]))
+        amax = cute.arch.fmax(amax, ptx.magnitude(r[i]))
     return ptx.lanes_max(amax, 16)
 
 
@@ -62,13 +62,30 @@ def quantize_block(r: cute.Tensor, s_codes: Int32, s_scale: Int32, lane: Int32):
     """Quantize a block of 128 held by 16 lanes, 8 floats each: codes to `s_codes`, the scale as f32 to
     `s_scale`.
     """
+    lo, hi, byte = codes8(r)
+    ptx.sts64(s_codes + (lane % 16) * 8, lo, hi)
+    if lane % 16 == 0:
+        ptx.sts_f32(s_scale, exponent_to_f32(byte))
+
+
+@cute.jit
+def widen_block(r: cute.Tensor, s_values: Int32, s_scale: Int32, lane: Int32):
+    """`quantize_block` with every code as an f16, exact: whoever multiplies f16 converts none."""
+    lo, hi, byte = codes8(r)
+    a, b = ptx.e4m3x4_to_f16x2x2(lo), ptx.e4m3x4_to_f16x2x2(hi)
+    ptx.sts128(s_values + (lane % 16) * 16, a[0], a[1], b[0], b[1])
+    if lane % 16 == 0:
+        ptx.sts_f32(s_scale, exponent_to_f32(byte))
+
+
+@cute.jit
+def codes8(r: cute.Tensor):
+    """The lane's codes of a block of 128 held by 16 lanes, 8 floats each, in two words; the scale's byte."""
     byte = fp8_exponent(block_amax(r))
     f = reciprocal(byte)
     lo = codes4(r[0] * f, r[1] * f, r[2] * f, r[3] * f)
     hi = codes4(r[4] * f, r[5] * f, r[6] * f, r[7] * f)
-    ptx.sts64(s_codes + (lane % 16) * 8, lo, hi)
-    if lane % 16 == 0:
-        ptx.sts_f32(s_scale, exponent_to_f32(byte))
+    return lo, hi, byte
 
 
 @cute.jit

@@ -154,6 +154,15 @@ class Ring:
         return self.steps * self.stride
 
     @property
+    def sharing(self) -> int:
+        """Warps that share a part of k."""
+        return self.matrices * self.tile_warps
+
+    def own_rounds(self, rows: int) -> int:
+        """Rounds in which the warps of a part of k, a half-warp to a block, stage its blocks of the rows."""
+        return -(-rows * (self.product.units // self.k_warps) // (2 * self.sharing))
+
+    @property
     def depth(self) -> int:
         """Stages that the stream can use."""
         return min(self.stages, self.steps * self.rounds * self.turns)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 STREAMS = 4
-TOGETHER = 8  # tokens that a cluster takes at a time where it takes many
+TOGETHER = 16  # tokens that a cluster takes at a time where it takes many
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Slice:
     hidden: int
     ctas: int
     rows: int
-    held: int
+    held: int = 0
     ranks: int = 1
 
     @property
@@ -107,8 +107,9 @@ class Slice:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch(Slice):
-    """The same cut for `tokens` of `count` tokens, of which a cluster takes `TOGETHER` at a time. It keeps
-    fn, and what each reduction adds up travels for all of them at once.
+    """The same cut for `tokens` of `count` tokens, of which a cluster takes `TOGETHER` at a time: the rows of
+    its MMAs. A warp has 32 columns of every stream, a thread eight of them of two tokens. All of fn waits in
+    shared memory. What a token's CTAs make of it is added up by one of them, its owner.
     """
 
     tokens: int
@@ -120,64 +121,74 @@ class Batch(Slice):
         return self.tokens // TOGETHER
 
     @property
-    def pairs(self) -> int:
-        """Warps that collapse the same columns: of two tokens each."""
-        return self.warps // self.groups
+    def tiles(self) -> int:
+        """MMAs side by side: of eight rows of fn each."""
+        return -(-self.rows // 8)
 
     @property
-    def kept(self) -> int:
-        """Tokens of whose next mixing a CTA keeps what it is made of."""
-        return -(-self.tokens // self.ctas)
+    def pitch(self) -> int:
+        """Bytes of a row of fn, f32 [4][width]: eight rows of it lie in different banks."""
+        return STREAMS * self.width * 4 + 16
 
     @property
-    def x_bytes(self) -> int:
-        """Of a token's mixed streams."""
-        return STREAMS * self.width * 2
+    def owned(self) -> int:
+        """Tokens of a turn that a CTA owns at most."""
+        return -(-TOGETHER // self.ctas)
 
     @property
-    def part_bytes(self) -> int:
-        """Of a token's partial sums."""
-        return self.warps * self.stride * 4
-
-    @property
-    def sums_bytes(self) -> int:
-        """Of a token's part of the first inbox."""
-        return self.ctas * self.stride * 4
-
-    @property
-    def squares_bytes(self) -> int:
-        """Of a token's part of the second inbox."""
-        return -(-self.hidden // 1024) * 32
+    def o_gain(self) -> int:
+        """After fn: gain bf16 [width]."""
+        return 8 * self.tiles * self.pitch
 
     @property
     def o_part(self) -> int:
-        """The warps' partial sums f32 [token][warps][stride]."""
-        return self.o_x + TOGETHER * self.x_bytes
-
-    @property
-    def o_sums(self) -> int:
-        """Inbox of the first reduction f32 [token][ctas][stride]."""
-        return self.o_part + TOGETHER * self.part_bytes
+        """Partial sums of half of the warps f32 [warps / 2][token][8 tiles]."""
+        return self.o_affine + 256
 
     @property
     def o_squares(self) -> int:
-        """Inbox of the second reduction f32 [token][hidden / 128]."""
-        return self.o_sums + TOGETHER * self.sums_bytes
+        """The warps' sums of squares f32 [warps][token]."""
+        return self.o_part + self.warps // 2 * TOGETHER * 8 * self.tiles * 4
 
     @property
-    def o_kept(self) -> int:
-        """What the next mixing is made of f32 [kept][32]."""
-        return self.o_squares + TOGETHER * self.squares_bytes
+    def o_tops(self) -> int:
+        """The warps' largest magnitudes f32 [token][warps]."""
+        return self.o_squares + self.warps * TOGETHER * 4
+
+    @property
+    def o_sums(self) -> int:
+        """Inbox of an owner: what CTAs made of its tokens f32 [owned][ctas][stride]."""
+        return self.o_tops + TOGETHER * self.warps * 4
+
+    @property
+    def o_weights(self) -> int:
+        """Inbox of what owners say: the streams' weights f32 [token][4]."""
+        return self.o_sums + self.owned * self.ctas * self.stride * 4
+
+    @property
+    def o_totals(self) -> int:
+        """Inbox of the collapsed rows' sums of squares f32 [token][ctas]."""
+        return self.o_weights + TOGETHER * STREAMS * 4
 
     @property
     def o_bars(self) -> int:
-        """Barriers of the two inboxes."""
-        return self.o_kept + self.kept * 128
+        """Barriers of the three inboxes."""
+        return self.o_totals + -(-TOGETHER * self.ctas // 2) * 8
+
+    @property
+    def o_comb(self) -> int:
+        """By what the tokens' streams are mixed f32 [tokens][4][4]."""
+        return self.o_bars + 32
+
+    @property
+    def o_post(self) -> int:
+        """By what f is mixed in f32 [tokens][4]."""
+        return self.o_comb + self.tokens * STREAMS * STREAMS * 4
 
     @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
-        return self.o_comb + self.tokens * STREAMS * STREAMS * 4
+        return self.o_post + self.tokens * STREAMS * 4
 
 
 @dataclass(frozen=True)

@@ -84,12 +84,14 @@ def consume(
     x_round: Constexpr[int] = 0,
     fx_round: Constexpr[int] = 0,
     first: Int32 = 0,
+    window: Constexpr[int] = 0,
 ):
     """Multiply the warp's part of the stream with the staged activations, and free the slots behind it: of
     so many rounds from step `first` on.
 
     `s_scale` holds the FP8 block scales of the warp's matrix; round i reads activations `x_round` and
-    `fx_round` bytes after round i-1's. Leaves the warp's sums at s_part as f32 [round][warp][rows][16].
+    `fx_round` bytes after round i-1's. Leaves the warp's sums at s_part as f32 [round][warp][rows][16], or
+    [round of the stream modulo `window`].
     """
     p = r.product
     tile = warp % r.tile_warps
@@ -110,15 +112,34 @@ def consume(
                 s_unit = s_step + j * BYTES[p.weight]
                 units.accumulate(p, rC, s_unit, s_x + i * x_round, s_fx + i * fx_round, unit, scale, lane)
             if const_expr(r.depth < r.steps * r.rounds * r.turns):
-                ptx.fence_async()
+                # What the next turn multiplies is on its way to registers, and a fence would wait for it.
+                if const_expr(r.turns == 1):
+                    ptx.fence_async()
                 cute.arch.sync_warp()
                 if lane == 0:
-                    ptx.mbarrier_arrive(s_bars + (r.depth + slot) * 8)
+                    s_free = s_bars + (r.depth + slot) * 8
+                    if const_expr(r.turns == 1):
+                        ptx.mbarrier_arrive(s_free)
+                    else:
+                        ptx.mbarrier_arrive_after(s_free, rC[0])
             slot = slot + 1
             if slot == r.depth:
                 slot = Int32(0)
                 phase = phase ^ 1
-        store_partials(p, rC, s_part + (i * r.warps + warp) * (p.rows * 64), lane)
+        at = Int32(i)
+        if const_expr(window > 0):
+            at = (first // r.steps + i) % window
+        store_partials(p, rC, s_part + (at * r.warps + warp) * (p.rows * 64), lane)
+
+
+@cute.jit
+def meet_part(r: Constexpr[Ring], warp: Int32):
+    """The warps of a part of k wait for each other: what they staged is there, what they read is free."""
+    if const_expr(r.sharing == 1):
+        cute.arch.sync_warp()
+    else:
+        part = (warp // r.tile_warps) % r.k_warps
+        cute.arch.barrier(barrier_id=ptx.PARTS + part, number_of_threads=32 * r.sharing)
 
 
 @cute.jit
