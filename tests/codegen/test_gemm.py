@@ -18,8 +18,7 @@ from dsv4c.codegen.kernels.chunk_rows import (
     emit_quantize_fp8,
     emit_sum_experts,
 )
-from dsv4c.codegen.kernels.gemm import GemmMatrix, GemmSpec, emit_gemm, tiles_of
-from dsv4c.codegen.lib.tiles import Tiles, Widened
+from dsv4c.codegen.kernels.gemm import GemmMatrix, GemmSpec, emit_gemm, few_of, tiles_of
 from dsv4c.compiler.verify import check
 from dsv4c.errors import BuildError
 from tests.codegen.lowered import gpu_plan
@@ -72,27 +71,20 @@ def test_texts(golden: Golden) -> None:
 
 
 def test_they_assemble_and_multiply_without_waits_between(tmp_path: Path) -> None:
-    """A step's products are in flight together: four of FP8 or BF16, or eight of widened ones, for a wait."""
+    """A step is four products in flight together; registers hold what the loading warps have in flight."""
     emissions = [*(emit_gemm(spec, SM_90A) for spec in KINDS), *ROWS]
     built = build([Source(e.symbol, e.source) for e in emissions], "sm_90a", tmp_path)
-    for i, (emission, kernel) in enumerate(zip(emissions, built, strict=True)):
-        assert kernel.resources.stack <= 16, (emission.symbol, kernel.resources)
+    for emission, kernel in zip(emissions, built, strict=True):
+        assert kernel.resources.stack <= 96, (emission.symbol, kernel.resources)
         code = disassemble(kernel.cubin, tmp_path)
         products = len(re.findall(r"[HQ]GMMA\.64x", code))
         waits = code.count("WARPGROUP.DEPBAR")
-        if emission in ROWS:
-            assert (products, waits) == (0, 0), emission.symbol
-            continue
-        t = tiles_of(KINDS[i], SM_90A.sms)
-        steps = t.flight if isinstance(t, Tiles) else len(t.widths)
-        assert waits == steps, emission.symbol
-        assert products == (4 if isinstance(t, Tiles) else 8) * steps, emission.symbol
+        assert (products, waits) == ((4, 1) if emission not in ROWS else (0, 0)), emission.symbol
 
 
 def covered(spec: GemmSpec) -> list[int]:
     """How many clusters have each tile of a bucket that is full."""
     t, emission = tiles_of(spec, SM_90A.sms), emit_gemm(spec, SM_90A)
-    assert isinstance(t, Tiles)
     tiles = -(-spec.rows // t.height) * sum(-(-m.rows // t.made) for m in spec.matrices)
     clusters = emission.grid[0] // t.splits
     taken = [0] * tiles
@@ -108,10 +100,9 @@ def test_every_tile_is_taken_once(rows: int, columns: int) -> None:
     spec = replace(DENSE, rows=rows, k=4096, matrices=(GemmMatrix(("w",), columns, "y"),))
     assert set(covered(spec)) == {1}
     t = tiles_of(spec, SM_90A.sms)
-    assert isinstance(t, Tiles)
     assert t.steps * t.splits * t.each == spec.k
-    assert t.steps % t.flight == 0
-    assert t.stages > t.flight  # stages are filled while others are multiplied
+    assert t.steps % (t.ahead * t.loaders) == 0
+    assert t.stages > t.loaders  # a team fills a stage while others are multiplied
     assert t.shared <= SM_90A.shared_per_cta
 
 
@@ -124,26 +115,29 @@ def test_what_they_do_not_take_is_said() -> None:
         emit_gemm(replace(DENSE, k=1000), SM_90A)
 
 
-@pytest.mark.parametrize(("rows", "few"), [(64, True), (512, True), (4096, False)])
-@pytest.mark.parametrize("packing", ["mxfp4/1x4", "nvfp4/1x2", "mxfp4/1x1"])
-def test_experts_with_few_rows_have_two_ctas_on_an_sm(rows: int, few: bool, packing: str) -> None:
-    spec = replace(UP, rows=rows * 6, packing=packing)
-    t = tiles_of(spec, SM_90A.sms)
-    assert isinstance(t, Widened)
-    assert t.few == few
-    assert t.steps * t.together * 128 == spec.k
-    assert t.stages > 1
-    assert t.shared <= SM_90A.shared_of(t.resident)
-    assert emit_gemm(spec, SM_90A).grid == (t.resident * SM_90A.sms, 1, 1)
+@pytest.mark.parametrize(("rows", "each"), [(64, True), (512, True), (4096, False)])
+def test_experts_with_few_rows_multiply_out_of_registers(rows: int, each: bool) -> None:
+    spec = replace(UP, rows=rows * 6)
+    few = few_of(spec)
+    assert (few is not None) == each
+    if few is not None:
+        assert few.steps * few.together * 128 == spec.k
+        assert few.stages > 1
+        assert few.shared <= SM_90A.shared_of(few.RESIDENT)
+        assert emit_gemm(spec, SM_90A).grid == (few.RESIDENT * SM_90A.sms, 1, 1)
+    for other in (replace(spec, packing="nvfp4/1x2"), replace(spec, k=384), replace(spec, experts=0)):
+        assert few_of(other) is None
 
 
-@pytest.mark.parametrize("count", [1, 15, 32, 33, 64, 97, 112, 113, 128])
-def test_an_instruction_has_as_many_rows_as_there_are_and_few_more(count: int) -> None:
-    t = tiles_of(UP, SM_90A.sms)
-    assert isinstance(t, Widened)
-    width = next(n for n in t.widths if n >= count)
-    assert width - count < 32
-    assert max(t.widths) == t.rows
+@pytest.mark.parametrize("packing", ["mxfp4/1x4", "mxfp4/1x2", "mxfp4/2x1"])
+@pytest.mark.parametrize("rows", [64, 4096])
+def test_expanded_weights_have_slots_of_their_own(rows: int, packing: str) -> None:
+    t = tiles_of(replace(UP, rows=rows, experts=0, packing=packing), SM_90A.sms)
+    assert t.expands
+    assert t.steps % t.together == 0
+    assert t.span % t.together == 0
+    assert t.slots > 1
+    assert t.shared <= SM_90A.shared_per_cta
 
 
 def test_a_product_ahead_of_what_its_rows_come_from_is_found() -> None:

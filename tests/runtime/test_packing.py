@@ -8,7 +8,16 @@ import torch
 from dsv4c.numerics.forms import Packing, parse_packing
 from dsv4c.numerics.packing import pack, unpack
 
-REVERSED = (0, 4, 2, 6, 1, 5, 3, 7)  # the first of the two rows that lanes 4g..4g+3 work on, by g
+REVERSED = (
+    0,
+    4,
+    2,
+    6,
+    1,
+    5,
+    3,
+    7,
+)  # the first of the two rows of an FP4 unit that lanes 4g..4g+3 work on, by g
 
 
 def _matrix(format: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -83,31 +92,19 @@ def test_stages_of_tcgen05_hold_swizzled_codes_and_atoms_of_scales(rows: int, co
     assert torch.equal(scale.view(torch.uint8), scale2.view(torch.uint8))
 
 
-@pytest.mark.parametrize("format", ["fp8", "bf16"])
-def test_rows_of_a_unit_are_swizzled_as_wgmma_reads_them(format: str) -> None:
-    data, _ = _matrix(format, 16, 128 if format == "fp8" else 64)
-    unit = pack(Packing(format, 1, 1), data).view(16, 8, 16)
-    pieces = data.view(torch.uint8).view(16, 8, 16)
-    for row, piece in ((0, 3), (5, 6), (8, 0), (14, 1)):
-        assert torch.equal(unit[row, piece ^ row % 8], pieces[row, piece])
-
-
-@pytest.mark.parametrize(("size", "columns"), [(8, 8), (16, 8)])
-def test_lanes_that_read_a_unit_together_meet_in_no_bank(size: int, columns: int) -> None:
-    """Loads of 8 bytes, a half of a warp at a time, and of 16, a quarter: e4m3 and bf16 of 8 columns."""
-    lanes = 128 // size
-    for first in range(0, 32, lanes):
-        for chunk in range(2):
-            banks = set()
-            for lane in range(first, first + lanes):
-                row, byte = REVERSED[lane // 4], (chunk * 32 + lane % 4 * 8) * size // columns
-                at = row * 128 + (byte // 16 ^ row) * 16 + byte % 16
-                banks |= {at // 4 % 32 + i for i in range(size // 4)}
-            assert len(banks) == 32
+def test_fp8_lane_reads_row_g_then_row_g_plus_8() -> None:
+    data, _ = _matrix("fp8", 16, 128)
+    unit = pack(Packing("fp8", 1, 1), data).view(4, 8, 4, 16)
+    codes = data.view(torch.uint8)
+    chunk, g, q = 2, 5, 3
+    assert torch.equal(unit[chunk, g, q, :8], codes[g, 32 * chunk + 8 * q :][:8])
+    assert torch.equal(unit[chunk, g, q, 8:], codes[g + 8, 32 * chunk + 8 * q :][:8])
 
 
 def test_fp4_word_expands_to_the_registers_of_one_mma() -> None:
-    """The kernel's logic operations on a word give f16 values of e2m1 * 2^-14 in mma register order."""
+    """The kernel's byte permutes of a word give f16 values of e2m1 * 2^-14 in mma register order, or e4m3
+    ones of both rows along k.
+    """
     data, scale = _matrix("mxfp4", 16, 128)
     words = (
         pack(Packing("mxfp4", 1, 1), data, scale)[:1024].view(torch.int32).view(2, 8, 4, 4).to(torch.int64)
@@ -117,21 +114,23 @@ def test_fp4_word_expands_to_the_registers_of_one_mma() -> None:
     values = torch.cat([values, -values])[codes]
     chunk, g, q, j = 1, 6, 2, 3
     word = words[chunk, g, q, j].item() & 0xFFFFFFFF
-
-    def f16(register: int) -> list[float]:
-        halves = torch.tensor([register & 0xFFFF, register >> 16 & 0xFFFF], dtype=torch.int32).to(torch.int16)
-        return (halves.view(torch.float16).float() * 2**14).tolist()
-
-    a0 = word & 0x8E008E00
-    a1 = word << 8 & 0x8E008E00
-    a2 = word << 7 & 0x80008000 | word << 5 & 0x0E000E00
-    a3 = word << 15 & 0x80008000 | word >> 3 & 0x0E000E00
     k = 64 * chunk + 32 * (j // 2) + 8 * q + 4 * (j % 2)
     row = REVERSED[g]
-    assert f16(a0) == values[row, k : k + 2].tolist()
-    assert f16(a1) == values[row + 8, k : k + 2].tolist()
-    assert f16(a2) == values[row, k + 2 : k + 4].tolist()
-    assert f16(a3) == values[row + 8, k + 2 : k + 4].tolist()
+
+    def looked_up(table: tuple[int, ...], of: int) -> bytes:
+        """Bytes of the word's row 0 or 1, signs on top."""
+        magnitudes, signs = word >> 16 * of, word << 4 * of
+        return bytes(table[magnitudes >> 4 * i & 7] | (signs >> 8 * i & 0x80) for i in range(4))
+
+    for of in range(2):
+        want = values[row + 8 * of, k : k + 4]
+        high = looked_up((0x00, 0x02, 0x04, 0x06, 0x08, 0x0A, 0x0C, 0x0E), of)  # of f16, below 2^-14 * 8
+        halves = torch.tensor([byte << 8 for byte in high], dtype=torch.int32).to(torch.int16)
+        assert torch.equal(halves.view(torch.float16).float() * 2**14, want)
+        e4m3 = looked_up((0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C), of)
+        assert torch.equal(
+            torch.tensor(list(e4m3), dtype=torch.uint8).view(torch.float8_e4m3fn).float(), want
+        )
 
 
 def test_steps_of_a_tile_group_are_side_by_side() -> None:

@@ -16,7 +16,7 @@ from dsv4c.codegen.kernels.chunk_rows import emit_norm_quantize_fp8, emit_quanti
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
 from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, plan_parts
 from dsv4c.codegen.kernels.quantize import scratch_for
-from dsv4c.codegen.lib.tiles import WIDENED, Tiles, Widened
+from dsv4c.codegen.lib.tiles import PIECES, Few, Tiles
 from dsv4c.codegen.registry import Launchable, Request, Scratch, launchable
 from dsv4c.errors import BuildError
 from dsv4c.numerics.forms import Packing, parse_packing
@@ -25,7 +25,7 @@ from dsv4c.types import FP8_ROW, QuantType
 
 FEWEST_ROWS = 9  # a GEMV serves fewer
 MOST_OF_FEW = 16  # rows of each expert, on the average, whose time is that of its weights
-SKEW = 2  # an expert may have as many times its share of the rows, before tiles of 128 serve it better
+FEW = 2  # an expert may have as many times its share of the rows, before tiles of 128 serve it better
 
 
 @dataclass(frozen=True)
@@ -93,56 +93,53 @@ class Place:
     first: int
 
 
-def tiles_of(spec: GemmSpec, sms: int) -> Tiles | Widened:
+def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     """How a launch is cut for a GPU of so many SMs. Raises BuildError for what the family does not cover."""
     packing = Packing("plain", 1, 1) if spec.packing == PLAIN else parse_packing(spec.packing)
-    if (packing.format, spec.scaled) not in WIDENED:
+    kind = "bf16" if not spec.scaled else "f16" if packing.format == "nvfp4" else "e4m3"
+    if (packing.format, kind) not in PIECES:
         rows = "e4m3 rows with scales" if spec.scaled else "bf16 rows"
         raise BuildError(f"{spec.name}: does not multiply {rows} with {packing.format}")
     if spec.k % 128:
         raise BuildError(f"{spec.name}: rows of {spec.k} columns: want a multiple of 128")
-    stride = spec.groups * spec.k * (1 if spec.scaled else 2)
-    share = spec.rows / max(1, spec.experts)
-    if WIDENED[packing.format, spec.scaled]:
-        return Widened(
-            weight=packing.format,
-            k=spec.k,
-            stride=stride,
-            rows=16 if share <= MOST_OF_FEW else 128,
-            tiles=packing.tiles,
-            span=packing.span,
-            scaled=spec.scaled,
-            paired=spec.paired,
-            experts=spec.experts,
-        )
-    height = 64 if share * (SKEW if spec.experts else 1) <= 64 else 128
+    height = 64 if spec.rows // max(1, spec.experts // FEW) <= 64 else 128
+    splits = _splits(spec, height, kind, sms)
+    steps = spec.k // (128 if kind == "e4m3" else 64) // splits
+    as_it_is = packing.format == "fp8" and kind == "e4m3"
+    expands = packing.format == "mxfp4"
+    loaders = 2 if expands or ((as_it_is or packing.format == "nvfp4") and steps % 2 == 0) else 1
+    # Two teams with a step of FP8 each, which takes most registers, beat one with two and two with two.
+    ahead = 1 if as_it_is or steps % (2 * loaders) else 2
     return Tiles(
         weight=packing.format,
+        kind=kind,
         k=spec.k,
-        stride=stride,
+        stride=spec.groups * spec.k * (1 if spec.scaled else 2),
         height=height,
         tiles=packing.tiles,
         span=packing.span,
-        stages=8 if height == 64 else 6,
+        stages=(5 if height == 64 else 4) if expands else (7 if height == 64 else 5),
+        loaders=loaders,
+        ahead=ahead,
         scaled=spec.scaled,
         paired=spec.paired,
         experts=spec.experts,
-        splits=_splits(spec, height, sms),
+        splits=splits,
     )
 
 
-def _splits(spec: GemmSpec, height: int, sms: int) -> int:
+def _splits(spec: GemmSpec, height: int, kind: str, sms: int) -> int:
     """CTAs that share a tile's k: as many as SMs would have nothing to do otherwise, four steps each."""
     made = 64 if spec.paired else 128
     tiles = -(-spec.rows // height) * sum(-(-m.rows // made) for m in spec.matrices)
-    steps = spec.k // (128 if spec.scaled else 64)
+    steps = spec.k // (128 if kind == "e4m3" else 64)
     least = 4 if spec.paired else 1  # groups of 8 columns of a warpgroup
     groups = (16 if height == 128 else 8) // least
     fitting = [n for n in (2, 4, 8) if n * tiles <= sms and n <= groups and steps % (4 * n) == 0]
     return max(fitting, default=1) if not spec.experts else 1
 
 
-def _places(spec: GemmSpec, t: Tiles | Widened) -> tuple[Place, ...]:
+def _places(spec: GemmSpec, t: Tiles | Few) -> tuple[Place, ...]:
     found: list[Place] = []
     first = 0
     for m in spec.matrices:
@@ -157,29 +154,32 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes and architectures that the family does not cover."""
     if arch.tensor_memory:
         raise BuildError(f"{spec.name}: is written in wgmma, which {arch.name} has not")
+    if (few := few_of(spec)) is not None:
+        return _emit_few(spec, few, arch)
     t = tiles_of(spec, arch.sms)
-    splits, resident = (t.splits, 1) if isinstance(t, Tiles) else (1, t.resident)
     matrices = _places(spec, t)
     column_tiles = matrices[-1].first + -(-matrices[-1].rows // t.made)
     row_tiles = -(-spec.rows // t.height) + spec.experts
-    ctas = min(resident * arch.sms // splits, row_tiles * column_tiles) * splits
-    cluster = (splits, 1, 1)
+    ctas = min(arch.sms // t.splits, row_tiles * column_tiles) * t.splits
+    cluster = (t.splits, 1, 1)
     parameters = spec.parameters
+    pointers = [p.name for p in parameters]
     source = render(
-        "gemm.py.jinja" if isinstance(t, Tiles) else "widened.py.jinja",
+        "gemm.py.jinja",
         spec=spec,
         t=t,
         fields=[(f.name, _literal(getattr(t, f.name))) for f in fields(t)],
         matrices=matrices,
         column_tiles=column_tiles,
         ctas=ctas,
-        cluster=cluster if splits > 1 else None,
-        pointers=[p.name for p in parameters],
+        cluster=cluster if t.splits > 1 else None,
+        pointers=pointers,
         experts=bool(spec.experts),
         format=WEIGHT_FORMATS.get(t.weight, "bf16"),
         packed="as it lies" if spec.packing == PLAIN else f"packed {spec.packing}",
         size=2 if spec.out_dtype == "bf16" else 4,
         x_text=_x_text(spec),
+        out_rows="N",
         formula=_formula(spec),
         expert_bytes=parse_packing(spec.packing).nbytes(matrices[0].rows, t.k) if spec.experts else 0,
         expert_scales=-(-matrices[0].rows // 128) * t.blocks,
@@ -191,6 +191,48 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
     return Emission(
         f"{spec.name}_0", source, (ctas, 1, 1), t.threads, t.shared, parameters, cluster, packing=packing
     )
+
+
+def few_of(spec: GemmSpec) -> Few | None:
+    """How a launch is cut whose experts have few rows each, if the spec is one of those."""
+    if not spec.experts or not spec.scaled or spec.out_dtype != "bf16":
+        return None
+    packing = parse_packing(spec.packing)
+    if packing.format != "mxfp4" or spec.rows / spec.experts > MOST_OF_FEW or spec.k % 128:
+        return None
+    if packing.span not in (1, 2, 4, 8) or spec.k // 128 % packing.span:
+        return None
+    return Few(
+        k=spec.k,
+        stride=spec.k,
+        tiles=packing.tiles,
+        span=packing.span,
+        experts=spec.experts,
+        paired=spec.paired,
+    )
+
+
+def _emit_few(spec: GemmSpec, t: Few, arch: Arch) -> Emission:
+    """The kernel of experts who have few rows each."""
+    (m,) = _places(spec, t)
+    column_tiles = -(-m.rows // t.made)
+    ctas = min(t.RESIDENT * arch.sms, (-(-spec.rows // t.height) + spec.experts) * column_tiles)
+    parameters = spec.parameters
+    source = render(
+        "few_rows.py.jinja",
+        spec=spec,
+        t=t,
+        fields=[(f.name, _literal(getattr(t, f.name))) for f in fields(t)],
+        matrix=m,
+        column_tiles=column_tiles,
+        ctas=ctas,
+        pointers=[p.name for p in parameters],
+        format=WEIGHT_FORMATS["mxfp4"],
+        formula=_formula(spec),
+        expert_bytes=parse_packing(spec.packing).nbytes(m.rows, t.k),
+    )
+    packing = dict.fromkeys(m.names, spec.packing)
+    return Emission(f"{spec.name}_0", source, (ctas, 1, 1), t.threads, t.shared, parameters, packing=packing)
 
 
 def _formula(spec: GemmSpec) -> str:

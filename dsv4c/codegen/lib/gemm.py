@@ -1,8 +1,9 @@
-"""Products of many rows on wgmma (sm_90a): copied tiles, which eight warps multiply.
+"""Products of many rows on wgmma (sm_90a): loading warps lay down tiles, eight warps multiply them.
 
-Weights come as the GEMVs read them (`units`): FP8 and BF16 units lie as wgmma reads them, rows of 128 bytes,
-eight 16-byte pieces swizzled to a row. FP8 tensor cores keep about 13 bits inside one instruction: so sums of
-128 columns are scaled and added up in f32 registers.
+Weights come as the GEMVs read them (`units`). Loading threads hold steps in registers, widen what tensor
+cores do not multiply, and write rows of 128 bytes, eight 16-byte pieces swizzled to a row, as wgmma reads
+them; of MXFP4 weights `expanding` does. FP8 tensor cores keep about 13 bits inside one instruction: so sums
+of 128 columns are scaled and added up in f32 registers.
 """
 
 import cutlass
@@ -12,6 +13,7 @@ from cutlass import (
     BFloat16,
     Constexpr,
     Float8E4M3FN,
+    Float16,
     Float32,
     Int32,
     Int64,
@@ -22,23 +24,32 @@ from cutlass import (
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils.layout import LayoutEnum
 
-from dsv4c.codegen.lib import ptx, swiglu
+from dsv4c.codegen.lib import ptx, swiglu, units
 from dsv4c.codegen.lib.tiles import Tiles
 
 _asm = cute.arch.inline_ptx
 
-NUMBERS = {True: Float8E4M3FN, False: BFloat16}  # of rows of x that have scales, and of others
+NUMBERS = {"e4m3": Float8E4M3FN, "bf16": BFloat16, "f16": Float16}
 
 
 @cute.jit
 def open_ring(t: Constexpr[Tiles], s: Int32, thread: Int32):
-    """The barriers of every stage: full, and free. All threads."""
+    """The barriers of every stage and every slot: full, and free. All threads."""
     if thread == 0:
         for i in range_constexpr(t.stages):
             ptx.mbarrier_init(s + t.o_bars + 8 * i, t.arrivals)
             ptx.mbarrier_init(s + t.o_bars + 8 * (t.stages + i), t.CONSUMERS // 32)
+        for i in range_constexpr(t.slots):
+            ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + i), t.FEEDERS)
+            ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + t.slots + i), 4)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
+
+
+@cute.jit
+def wait_free(t: Constexpr[Tiles], s: Int32, step: Int32):
+    """Until what was in step `step`'s stage before is multiplied."""
+    ptx.mbarrier_wait(s + t.o_bars + 8 * (t.stages + step % t.stages), (step // t.stages & 1) ^ 1)
 
 
 # Rows by expert ---------------------------------------------------------------------------------------------
@@ -134,15 +145,292 @@ def _chosen(g_experts: Int64, expert: Int32, number: Int32, count: Int32):
     return Uint32(cute.arch.vote_ballot_sync(own == expert and number < count))
 
 
+# Loading ----------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def load(
+    t: Constexpr[Tiles],
+    s: Int32,
+    at: Int32,
+    g_x: Int64,
+    g_fx: Int64,
+    rows: cute.Tensor,
+    scaled_row: Int32,
+    g_w: tuple,
+    g_fw: tuple,
+    first: Int32,
+    last: Int32,
+    begin: Int32,
+    team: Int32,
+    thread: Int32,
+):
+    """A tile's steps from `begin` on into the ring; `at` steps were laid down before. Thread of `team`, four
+    warps.
+
+    `rows` are the thread's rows of x, `scaled_row` the one whose scale it loads. Of each matrix, one or two,
+    the tile has the 16-row tiles from `first` on, none after `last`; `g_fw` is where FP8 block scales of
+    these rows start.
+    """
+    lane, warp = thread % 32, thread // 32
+    g_units = unit_places(t, g_w, first, last, lane, warp) if const_expr(t.pieces) else None
+    g_rows = cute.make_rmem_tensor((t.own_rows,), Int64)
+    for i in range_constexpr(t.own_rows):
+        g_rows[i] = g_x + (Int64(rows[i]) * t.stride + thread % 8 * 16)
+    held = cute.make_rmem_tensor((t.ahead, max(t.words, 1)), Uint32)
+    scales = cute.make_rmem_tensor((t.ahead, 2), Int32)
+    for i in range_constexpr(t.ahead):
+        step = begin + i * t.loaders + team
+        fetch(t, held, scales, i, g_x, g_fx, rows, scaled_row, g_units, g_fw, step, lane, warp)
+    for group in cutlass.range(t.steps // (t.ahead * t.loaders), unroll=1):
+        for i in range_constexpr(t.ahead):
+            step = (group * t.ahead + i) * t.loaders + team
+            now = at + step
+            stage = now % t.stages
+            wait_free(t, s, now)
+            full, s_x = s + t.o_bars + 8 * stage, s + stage * t.x_stage
+            if const_expr(t.kind == "f16"):
+                lay_x(t, s_x, held, i, thread)
+            else:
+                copy_x(t, s_x, g_rows, begin + step, thread)
+            if const_expr(t.weight == "plain"):
+                copy_weights(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, begin + step, thread)
+            if const_expr(t.kind != "f16"):
+                ptx.cp_async_arrive(full)
+            lay_factors(t, s + t.o_factors + stage * t.FACTORS, scales, i, thread)
+            lay_weights(t, s, stage, held, i, lane, warp)
+            cute.arch.sync_warp()
+            if lane == 0:
+                ptx.mbarrier_arrive(full)
+            following = begin + cutlass.min(step + t.ahead * t.loaders, Int32(t.steps - 1))
+            fetch(t, held, scales, i, g_x, g_fx, rows, scaled_row, g_units, g_fw, following, lane, warp)
+
+
+@cute.jit
+def x_row(t: Constexpr[Tiles], i: Constexpr[int], thread: Int32):
+    """The tile's row that is number `i` of those a loading thread lays pieces of."""
+    threads = const_expr(t.COPIERS if t.expands else 128)
+    return thread // (threads // t.row_step) + i * t.row_step
+
+
+@cute.jit
+def copy_x(t: Constexpr[Tiles], s_x: Int32, g_rows: cute.Tensor, step: Int32, thread: Int32):
+    """A step of the tile's rows of x, as they lie in memory, in flight."""
+    s_own = s_x + thread // 8 * 128 + (thread % 8 ^ thread // 8 % 8) * 16  # rows are 16 apart
+    for i in range_constexpr(t.own_rows):
+        ptx.cp_async16(s_own + i * 2048, g_rows[i] + Int64(step * 128))
+
+
+@cute.jit
+def copy_weights(
+    t: Constexpr[Tiles], s_w: Int32, g_w: Int64, first: Int32, last: Int32, step: Int32, thread: Int32
+):
+    """A step of rows of w as they lie in memory, those of 16-row tiles from `first` to `last`, in flight."""
+    piece = thread % 8
+    for i in range_constexpr(8):
+        row = thread // 8 + 16 * i
+        own = cutlass.min(first + i, last) * 16 + thread // 8
+        g = g_w + Int64(own) * (2 * t.k) + step * 128 + piece * 16
+        ptx.cp_async16(s_w + row * 128 + (piece ^ row % 8) * 16, g)
+
+
+@cute.jit
+def lay_x(t: Constexpr[Tiles], s_x: Int32, held: cute.Tensor, i: Constexpr[int], thread: Int32):
+    """A step of e4m3 rows as f16."""
+    piece = thread % 4 * 2
+    for n in range_constexpr(t.own_rows):
+        row = x_row(t, n, thread)
+        w = [ptx.e4m3x4_to_f16x2x2(held[i, t.words - 4 * t.own_rows + 4 * n + j]) for j in range(4)]
+        for half in range_constexpr(2):
+            s_piece = s_x + row * 128 + ((piece + half) ^ row % 8) * 16
+            ptx.sts128(s_piece, *w[2 * half], *w[2 * half + 1])
+
+
+@cute.jit
+def lay_factors(t: Constexpr[Tiles], s_f: Int32, scales: cute.Tensor, i: Constexpr[int], thread: Int32):
+    """What each row's products of the step are multiplied by: the scales of x, and of FP8 weights."""
+    if const_expr(not t.promotes):
+        return
+    if thread < t.height:
+        x = Float32(1.0)
+        if const_expr(t.scaled):
+            x = ptx.ue8m0_to_f32(Uint32(scales[i, 0]))
+        for m in range_constexpr(t.row_factors):
+            f = x
+            if const_expr(t.weight == "fp8"):
+                f = x * ptx.ue8m0_to_f32(Uint32(scales[i, 1] >> Int32(8 * m) & Int32(255)))
+            ptx.sts_f32(s_f + 512 * m + thread * 4, f)
+
+
+@cute.jit
+def lane_place(t: Constexpr[Tiles], lane: Int32):
+    """(g, q) of a lane, so that what neighbors store does not meet in a bank: half-warps of even and odd g
+    where they store 8 bytes each, quarters of g and g + 4 where they store 16. Of FP4 as it reads them.
+    """
+    if const_expr(t.weight == "nvfp4"):
+        return lane // 4, lane % 4
+    if const_expr(t.kind == "e4m3"):
+        return lane % 16 // 4 * 2 + lane // 16, lane % 4
+    return lane // 8 + lane // 4 % 2 * 4, lane % 4
+
+
+@cute.jit
+def unit_of(t: Constexpr[Tiles], n: Constexpr[int], warp: Int32):
+    """Which of the tile's eight units a warp's piece `n` is of. Warps share a unit's columns: all four in FP8
+    as such, two where a step has 64 pieces of a unit, none where it has 32.
+    """
+    if const_expr(t.weight == "fp8" and t.kind == "e4m3"):
+        return Int32(n)
+    if const_expr(t.weight == "nvfp4"):
+        return 4 * n + warp
+    if const_expr(t.weight == "bf16"):
+        return n // 2 * 2 + warp // 2
+    return 2 * n + warp // 2
+
+
+@cute.jit
+def unit_places(
+    t: Constexpr[Tiles], g_w: tuple, first: Int32, last: Int32, lane: Int32, warp: Int32
+) -> cute.Tensor:
+    """Where the lane's pieces of the first unit along k lie; BF16's come in twos."""
+    g, q = lane_place(t, lane)
+    apart = const_expr(2 if t.weight == "bf16" else 1)
+    found = cute.make_rmem_tensor((t.pieces // apart,), Int64)
+    share = warp if const_expr(t.weight == "fp8" and t.kind == "e4m3") else warp % 2
+    inside = (g * 4 + q) * 16 + (share * t.share_bytes if const_expr(t.weight != "nvfp4") else 0)
+    for n in range_constexpr(t.pieces // apart):
+        unit = unit_of(t, n * apart, warp)
+        tile = unit
+        base = g_w[0]
+        if const_expr(t.paired):
+            tile = unit // 2
+            if unit % 2 == 1:
+                base = g_w[1]
+        tile = cutlass.min(first + tile, last)
+        at = tile // t.tiles * t.group_bytes + tile % t.tiles * (t.span * t.unit) + inside
+        found[n] = base + Int64(at)
+    return found
+
+
+@cute.jit
+def fetch(
+    t: Constexpr[Tiles],
+    held: cute.Tensor,
+    scales: cute.Tensor,
+    i: Constexpr[int],
+    g_x: Int64,
+    g_fx: Int64,
+    rows: cute.Tensor,
+    scaled_row: Int32,
+    g_units: cute.Tensor,
+    g_fw: tuple,
+    step: Int32,
+    lane: Int32,
+    warp: Int32,
+):
+    """The thread's share of a step's weights, in flight to registers `i`, and the scales of its row."""
+    if const_expr(t.weight == "plain"):
+        return
+    unit, part = step // t.per_unit, step % t.per_unit
+    behind = unit // t.span * (t.tiles * t.span * t.unit) + unit % t.span * t.unit
+    block = step * t.each // 128
+    if const_expr(t.scaled):
+        scales[i, 0] = Int32(ptx.ldg_u8(g_fx + Int64(scaled_row) * t.blocks + block))
+    if const_expr(t.weight == "fp8"):
+        scales[i, 1] = Int32(ptx.ldg_u8_constant(g_fw[0] + block))
+        if const_expr(t.paired):
+            scales[i, 1] = scales[i, 1] | Int32(ptx.ldg_u8_constant(g_fw[1] + block)) << Int32(8)
+    for n in range_constexpr(t.pieces):
+        if const_expr(t.weight == "bf16"):
+            g_piece = g_units[n // 2] + Int64(behind + n % 2 * 512)
+        else:
+            g_piece = g_units[n] + Int64(behind + part * t.part_bytes)
+        w = ptx.ldg128_constant(g_piece)
+        for j in range_constexpr(4):
+            held[i, n * 4 + j] = w[j]
+    g, q = lane_place(t, lane)
+    for n in range_constexpr(t.pieces):
+        if const_expr(t.weight == "nvfp4"):
+            inside = (g * 4 + q) * 16
+            at = behind + 1024 + (g * 2 + q // 2) * 8 + part * 4 - inside
+            held[i, t.pieces * 4 + n] = ptx.ldg32_constant(g_units[n] + Int64(at))
+    if const_expr(t.kind == "f16"):
+        for n in range_constexpr(t.own_rows):
+            v = ptx.ldg128(g_x + Int64(rows[n]) * t.stride + step * 64 + lane % 4 * 16)
+            for j in range_constexpr(4):
+                held[i, t.words - 4 * t.own_rows + 4 * n + j] = v[j]
+
+
+@cute.jit
+def lay_weights(
+    t: Constexpr[Tiles],
+    s: Int32,
+    stage: Int32,
+    held: cute.Tensor,
+    i: Constexpr[int],
+    lane: Int32,
+    warp: Int32,
+):
+    """The thread's share of a step's weights, as tensor cores multiply them, into their rows."""
+    g, q = lane_place(t, lane)
+    if const_expr(t.weight == "nvfp4"):
+        g = units.reversed_row(lane)
+    s_row = s + t.o_w + stage * t.w_stage + g * 128
+    for n in range_constexpr(t.pieces):
+        w = [held[i, 4 * n + j] for j in range(4)]
+        s_unit = s_row + unit_of(t, n, warp) * 2048
+        if const_expr(t.weight == "fp8" and t.kind == "e4m3"):
+            s_piece = s_unit + ((2 * warp + q // 2) ^ g) * 16 + q % 2 * 8
+            ptx.sts64(s_piece, w[0], w[1])
+            ptx.sts64(s_piece + 1024, w[2], w[3])
+        elif const_expr(t.weight == "fp8"):
+            s_piece = s_unit + ((4 * (warp % 2) + q) ^ g) * 16
+            for half in range_constexpr(2):
+                pairs = [pair for j in range(2) for pair in e4m3x4_to_bf16x2x2(w[2 * half + j])]
+                ptx.sts128(s_piece + 1024 * half, *pairs)
+        elif const_expr(t.weight == "bf16"):
+            if const_expr(n % 2 == 0):
+                v = [held[i, 4 * n + 4 + j] for j in range(4)]
+                s_piece = s_unit + ((4 * (warp % 2) + q) ^ g) * 16
+                ptx.sts128(s_piece, w[0], w[2], v[0], v[2])
+                ptx.sts128(s_piece + 1024, w[1], w[3], v[1], v[3])
+        else:
+            scales = ptx.e4m3x4_to_f16x2x2(held[i, 4 * t.pieces + n])
+            for half in range_constexpr(2):
+                f = units.spread_f16x2(units.carried(scales[half]))
+                pairs = [pair for h in range(2) for pair in units.e2m1x8_to_f16x2x4(w[2 * half + h])]
+                s_piece = s_unit + ((4 * half + q) ^ g) * 16
+                for r in range_constexpr(2):
+                    own = [ptx.mul_f16x2(pairs[k], f[r]) for k in (r, r + 2, r + 4, r + 6)]
+                    ptx.sts128(s_piece + 1024 * r, *own)
+
+
+# Widening ---------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def e4m3x4_to_bf16x2x2(r: Uint32):
+    """Four e4m3 -> two bf16x2, exact: the bits in place, times the 2^120 that they lack."""
+    return _asm(
+        "{ .reg .b32 t, u, m; mov.b32 m, 0x7B807B80; "
+        "prmt.b32 t, {$r0}, 0, 0x1404; shr.u32 u, t, 4; and.b32 u, u, 0x07F007F0; "
+        "lop3.b32 u, t, 0x80008000, u, 0xEA; mul.rn.bf16x2 {$w0}, u, m; "
+        "prmt.b32 t, {$r0}, 0, 0x3424; shr.u32 u, t, 4; and.b32 u, u, 0x07F007F0; "
+        "lop3.b32 u, t, 0x80008000, u, 0xEA; mul.rn.bf16x2 {$w1}, u, m; }",
+        write_only_types=[Uint32] * 2,
+        read_only_args=[r],
+    )
+
+
 # Multiplying ------------------------------------------------------------------------------------------------
 
 
 @cute.jit
-def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int32):
-    """x w^T of a tile: f32 fragments of the warpgroup's 64 rows and `t.wide` columns; `at` steps were
+def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group: Int32, thread: Int32):
+    """sums = x w^T of a tile, f32 fragments of the warpgroup's 64 rows and `t.wide` columns; `at` steps were
     multiplied before.
     """
-    number = NUMBERS[t.scaled]
+    number = NUMBERS[t.kind]
     k_major = OperandMajorMode.K
     shape = const_expr((64, t.wide, t.each))
     mma = sm90.make_trivial_tiled_mma(number, number, k_major, k_major, Float32, (1, 1, 1), (64, t.wide))
@@ -154,63 +442,81 @@ def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int
     own = mma.get_slice(thread % 128)
     x = mma.make_fragment_A(own.partition_A(s_x))
     w = mma.make_fragment_B(own.partition_B(s_w))
-    part_shape = const_expr(mma.partition_shape_C((64, t.wide)))
-    sums = cute.make_rmem_tensor((t.wide // 2,), Float32)
-    sums.fill(0.0)
-    products = [cute.make_rmem_tensor(part_shape, Float32) for _ in range(t.apart)]
+    products = cute.make_rmem_tensor(mma.partition_shape_C((64, t.wide)), Float32)
     row = thread % 128 // 32 * 16 + thread % 32 // 4 + (group * 64 if const_expr(x_parts == 2) else 0)
-    if const_expr(not t.scaled):
-        products[0].fill(0.0)
-        mma.set(warpgroup.Field.ACCUMULATE, True)
-    for turn in cutlass.range(t.steps // t.flight, unroll=1):
-        full, stages, factors = [], [], []
-        for n in range_constexpr(t.flight):
-            step = at + turn * t.flight + n
-            stages.append(step % t.stages)
-            full.append(s + t.o_bars + 8 * stages[n])
-            ptx.mbarrier_wait(full[n], step // t.stages & 1)
-            factors.append(load_factors(t, s + t.o_factors + stages[n] * t.FACTORS, row))
+    column = thread % 4 * 2 + (group * 64 if const_expr(w_parts == 2) else 0)
+    sums.fill(0.0)
+    for step in cutlass.range(t.steps, unroll=1):
+        stage = (at + step) % t.stages
+        full = s + t.o_bars + 8 * stage
+        ptx.mbarrier_wait(full, (at + step) // t.stages & 1)
         # Here and not where it was written: there it would wait for all loads in flight.
         ptx.fence_async()
+        x_at = stage * 2 + group if const_expr(x_parts == 2) else stage
+        w_at = stage * 2 + group if const_expr(w_parts == 2) else stage
+        s_f = s + t.o_factors + stage * t.FACTORS
+        f = load_factors(t, s_f, row)
         warpgroup.fence()
-        for n in range_constexpr(t.flight):
-            x_at = stages[n] * 2 + group if const_expr(x_parts == 2) else stages[n]
-            w_at = stages[n] * 2 + group if const_expr(w_parts == 2) else stages[n]
-            own_products = products[n % t.apart]
-            if const_expr(t.scaled):
-                mma.set(warpgroup.Field.ACCUMULATE, False)
-            for c in range_constexpr(4):
-                cute.gemm(mma, own_products, x[None, None, c, x_at], w[None, None, c, w_at], own_products)
-                mma.set(warpgroup.Field.ACCUMULATE, True)
-            warpgroup.commit_group()
-        for n in range_constexpr(t.flight):
-            warpgroup.wait_group(t.flight - 1 - n)
-            own_products, f = products[n % t.apart], factors[n]
-            release(t, full[n], thread)
-            if const_expr(t.scaled):
-                add_scaled(t, sums, own_products, f)
-    return sums if const_expr(t.scaled) else products[0]
+        mma.set(warpgroup.Field.ACCUMULATE, False)
+        for c in range_constexpr(4):
+            cute.gemm(mma, products, x[None, None, c, x_at], w[None, None, c, w_at], products)
+            mma.set(warpgroup.Field.ACCUMULATE, True)
+        warpgroup.commit_group()
+        warpgroup.wait_group(0)
+        if const_expr(t.expands):
+            if f[1, 0] > Float32(0.0):
+                release(t, full, thread)
+                add_scaled(t, sums, products, f)
+            else:
+                add_scaled_apart(t, sums, products, f, s_f, column)
+                release(t, full, thread)
+        else:
+            release(t, full, thread)
+            add_scaled(t, sums, products, f)
 
 
 @cute.jit
 def load_factors(t: Constexpr[Tiles], s_f: Int32, row: Int32) -> cute.Tensor:
-    """What products of rows `row` and `row` + 8 are multiplied by, [matrix, row]."""
+    """What products of rows `row` and `row` + 8 are multiplied by, [matrix, row]. MXFP4's [0, ...] are times
+    the tile's, which [1, 0] is, 0 for none.
+    """
     f = cute.make_rmem_tensor((2, 2), Float32)
     for m in range_constexpr(t.row_factors):
         for half in range_constexpr(2):
             f[m, half] = ptx.lds_f32(s_f + 512 * m + (row + 8 * half) * 4)
+    if const_expr(t.expands):
+        f[1, 0] = ptx.lds_f32(s_f + 1024)
+        for half in range_constexpr(2):
+            if f[1, 0] > Float32(0.0):
+                f[0, half] = f[0, half] * f[1, 0]
     return f
 
 
 @cute.jit
+def add_scaled_apart(
+    t: Constexpr[Tiles], sums: cute.Tensor, products: cute.Tensor, f: cute.Tensor, s_f: Int32, column: Int32
+):
+    """sums += products times the factors of their row and of their column, from `column` on."""
+    for j in range_constexpr(t.wide // 8):
+        top = ptx.lds64(s_f + 512 + (column + 8 * j) * 4)
+        for i in range_constexpr(2):
+            for half in range_constexpr(2):
+                at = const_expr(4 * j + 2 * half + i)
+                sums[at] = sums[at] + products[at] * top[i].bitcast(Float32) * f[0, half]
+
+
+@cute.jit
 def add_scaled(t: Constexpr[Tiles], sums: cute.Tensor, products: cute.Tensor, f: cute.Tensor):
-    """sums += products times the factors of their row and matrix."""
+    """sums += products, times the factors of their row and matrix where there are."""
     for j in range_constexpr(t.wide // 8):
         m = const_expr(j // 2 % 2 if t.row_factors == 2 else 0)
         for i in range_constexpr(2):
             for half in range_constexpr(2):
                 at = const_expr(4 * j + 2 * half + i)
-                sums[at] = sums[at] + products[at] * f[m, half]
+                value = products[at]
+                if const_expr(t.promotes):
+                    value = value * f[m, half]
+                sums[at] = sums[at] + value
 
 
 @cute.jit
@@ -278,6 +584,15 @@ def lds128_remote(s: Int32, rank: Int32):
 
 
 # Results ----------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def scale_sums(t: Constexpr[Tiles], sums: cute.Tensor, f: tuple):
+    """Sums times what they lack and their matrix's factor."""
+    for j in range_constexpr(t.summed):
+        own = f[j // 2 % len(f)] * Float32(t.finish)
+        for i in range_constexpr(4):
+            sums[4 * j + i] = sums[4 * j + i] * own
 
 
 @cute.jit

@@ -9,57 +9,67 @@ from typing import ClassVar
 
 from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
 
-WIDENED = {  # whether weights are widened before tensor cores multiply them
-    ("fp8", True): False,
-    ("fp8", False): True,
-    ("bf16", False): False,
-    ("mxfp4", True): True,
-    ("nvfp4", True): True,
-    ("plain", False): False,  # rows as they are
+PIECES = {  # 16-byte pieces of packed weights that a loading thread holds of a step of 128 rows
+    ("fp8", "e4m3"): 8,
+    ("fp8", "bf16"): 4,
+    ("bf16", "bf16"): 8,
+    ("mxfp4", "e4m3"): 0,  # warps of their own expand it
+    ("nvfp4", "f16"): 2,
+    ("plain", "bf16"): 0,  # BF16 rows as they are: copied
 }
-"""The weight formats, and whether rows of x are e4m3 with scales, else bf16."""
+"""The weight formats, and as what tensor cores multiply them."""
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """x[rows, k] times packed w[columns, k]^T on wgmma, both as they are: tiles of `height` rows of x and 128
-    of w, 128 bytes of k a step.
+    """x[rows, k] times packed w[columns, k]^T on wgmma: tiles of `height` rows of x and 128 of w.
 
-    x in memory is e4m3 with a ue8m0 scale per 128 (`scaled`) or bf16, rows `stride` bytes apart. `tiles`: how
-    w is packed. `paired`: the tile's rows are 16 of one matrix and 16 of another in turn. Eight warps
-    multiply, two copy x, two weights; shared memory holds `stages` steps. Rows of `experts` take tiles of
-    their own. `splits` CTAs of a cluster share a tile's k, and each adds up all of their sums for its part of
-    the columns.
+    Tensor cores multiply `kind` (e4m3, bf16, f16), 128 bytes of k a step. x in memory is e4m3 with a ue8m0
+    scale per 128 (`scaled`) or bf16, rows `stride` bytes apart. `tiles` x `span`: how w is packed. `paired`:
+    the tile's rows are 16 of one matrix and 16 of another in turn. Eight warps multiply; `loaders` times four
+    lay down steps, `stages` of which shared memory holds, and each four hold `ahead` of their own in
+    registers. Of MXFP4 four expand weights, and of the other four two copy x, two weights. Rows of `experts`
+    take tiles of their own. `splits` CTAs of a cluster share a tile's k, and
+    each adds up all of their sums for its part of the columns.
     """
 
     weight: str
+    kind: str
     k: int
     stride: int
     height: int
     tiles: int
     span: int
     stages: int
+    loaders: int
+    ahead: int
     scaled: bool = True
     paired: bool = False
     experts: int = 0
     splits: int = 1
 
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
-    COPIERS: ClassVar[int] = 64  # threads that copy x; two warps that copy weights are the last
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     STEP: ClassVar[int] = 128  # bytes of k of an operand in a step
-    FACTORS: ClassVar[int] = 1024  # bytes of a stage's factors
+    FACTORS: ClassVar[int] = 1152  # bytes of a stage's factors
     UNITS: ClassVar[int] = 8  # of 16 rows, in a tile
+    COPIERS: ClassVar[int] = 64  # threads that copy x where warps of their own expand w
+    FEEDERS: ClassVar[int] = 2  # warps that copy w there
+
+    @property
+    def expands(self) -> bool:
+        """Whether warps of their own expand w, which is copied as it is packed."""
+        return self.weight == "mxfp4"
 
     @property
     def threads(self) -> int:
         """Of a CTA."""
-        return self.CONSUMERS + 128
+        return self.CONSUMERS + 128 * self.loaders
 
     @property
     def each(self) -> int:
         """Columns of k in a step."""
-        return self.STEP if self.scaled else self.STEP // 2
+        return self.STEP if self.kind == "e4m3" else self.STEP // 2
 
     @property
     def steps(self) -> int:
@@ -87,51 +97,93 @@ class Tiles:
         return self.COLUMNS // 2 if self.paired else self.COLUMNS
 
     @property
-    def flight(self) -> int:
-        """Steps whose products are in flight together."""
-        return 1 if self.steps % 2 else 2
-
-    @property
-    def apart(self) -> int:
-        """Sums that these have: FP8's of each step are scaled on their own."""
-        return self.flight if self.scaled else 1
+    def promotes(self) -> bool:
+        """Whether each step's products are scaled on their own."""
+        return self.weight not in ("bf16", "plain")
 
     @property
     def row_factors(self) -> int:
         """Factors of a step per row of x: of both matrices' blocks, or one."""
-        return int(self.scaled) * (2 if self.paired else 1)
+        return 2 if self.paired and self.weight == "fp8" else int(self.promotes)
+
+    @property
+    def pieces(self) -> int:
+        """16-byte pieces of weights that a loading thread holds of a step."""
+        return PIECES[self.weight, self.kind]
+
+    @property
+    def words(self) -> int:
+        """Registers of a step that a loading thread holds: codes, block scales, what of x it converts."""
+        scales = int(self.weight == "nvfp4")
+        return self.pieces * (4 + scales) + (4 * self.own_rows if self.kind == "f16" else 0)
+
+    @property
+    def arrivals(self) -> int:
+        """That fill a stage: each warp's, and each thread's when its copies have come."""
+        if self.expands:
+            return 4 + self.COPIERS // 32 + self.COPIERS
+        return 4 if self.kind == "f16" else 4 + 128
+
+    @property
+    def row_step(self) -> int:
+        """How far apart the rows are that a thread lays pieces of 16 bytes of."""
+        if self.expands:
+            return self.COPIERS // 8
+        return 32 if self.kind == "f16" else 16
+
+    @property
+    def own_rows(self) -> int:
+        """How many these are."""
+        return self.height // self.row_step
+
+    # Copies of weights that are expanded: of `UNITS` tiles of 16 rows, `together` units of each along k.
+
+    @property
+    def together(self) -> int:
+        """Units of a tile that are copied at a time, and expanded in as many steps."""
+        return 2 if self.span % 2 == 0 and self.steps % 2 == 0 else 1
+
+    @property
+    def slot(self) -> int:
+        """Bytes that are copied at a time."""
+        return self.UNITS * self.together * self.unit if self.expands else 0
+
+    @property
+    def slots(self) -> int:
+        """How often shared memory holds these in front of those that expand them."""
+        return (72 << 10) // self.slot if self.expands else 0
+
+    @property
+    def share_bytes(self) -> int:
+        """From one warp's columns of a unit to the next one's."""
+        return 1024 if self.weight == "bf16" else 512
+
+    @property
+    def part_bytes(self) -> int:
+        """From one step's columns of a unit to the next one's."""
+        return 512 if self.weight == "nvfp4" else 1024
 
     @property
     def unit(self) -> int:
-        """Bytes of a packed unit: what a step has of 16 rows."""
+        """Bytes of a packed unit."""
         return BYTES[self.weight]
 
     @property
-    def run(self) -> int:
-        """Tiles of 16 rows whose units lie one behind the other."""
-        return min(self.tiles, self.UNITS) if self.span == 1 and not self.paired else 1
+    def finish(self) -> float:
+        """Power of two that sums lack in the end: NVFP4's scales carry the other half of what the bits do."""
+        return 2.0**7 if self.weight == "nvfp4" else 1.0
+
+    @property
+    def per_unit(self) -> int:
+        """Steps that a unit has columns for."""
+        return COLUMNS[self.weight] // self.each
 
     @property
     def group_bytes(self) -> int:
         """Bytes of one group of `tiles` tiles of 16 rows of w."""
         return self.k // COLUMNS[self.weight] * self.tiles * self.unit
 
-    @property
-    def feeders(self) -> int:
-        """Warps that copy weights."""
-        return 0 if self.weight == "plain" else min(2, self.UNITS // self.run)
-
-    @property
-    def arrivals(self) -> int:
-        """That fill a stage: of warps, and of threads whose copies of x have come."""
-        return self.COPIERS // 32 + self.feeders + self.COPIERS
-
-    @property
-    def x_rows(self) -> int:
-        """Rows of x that a thread copies 16 bytes of."""
-        return self.height * 8 // self.COPIERS
-
-    # Shared memory: x, w, factors, then what results go through, then barriers.
+    # Shared memory: x, w, factors, units to expand, then what results go through, then barriers.
 
     @property
     def x_stage(self) -> int:
@@ -147,8 +199,14 @@ class Tiles:
 
     @property
     def o_factors(self) -> int:
-        """Per stage f32 [128] by row, for one matrix or two."""
+        """Per stage f32 [128] by row, then [128] by column, or by row for the second matrix, then one of the
+        tile.
+        """
         return self.o_w + self.stages * self.w_stage
+
+    @property
+    def o_slots(self) -> int:
+        return self.o_factors + self.stages * self.FACTORS
 
     @property
     def pitch(self) -> int:
@@ -157,17 +215,17 @@ class Tiles:
 
     @property
     def o_out(self) -> int:
-        return self.o_factors + self.stages * self.FACTORS
+        return self.o_slots + self.slots * self.slot
 
     @property
     def o_bars(self) -> int:
-        """Stage i is full, then stage i is free."""
+        """Stage i is full, then stage i is free, then slot i is full, then slot i is free."""
         return self.o_out + 8 * 16 * self.pitch
 
     @property
     def o_tiles(self) -> int:
         """Per expert how many tiles of rows it and those before it have."""
-        return self.o_bars + 16 * self.stages
+        return self.o_bars + 16 * (self.stages + self.slots)
 
     @property
     def shared(self) -> int:
@@ -175,89 +233,60 @@ class Tiles:
         return 1024 + self.o_tiles + 4 * self.experts
 
     @property
-    def registers(self) -> tuple[int, int]:
-        """Of a thread that multiplies, and of one that copies."""
-        return (224, 56) if self.scaled else (168, 168)
+    def registers(self) -> tuple[int, ...]:
+        """Of a thread that multiplies, and of one that loads, or expands, and of one that copies."""
+        if self.expands:
+            return 168, 104, 72
+        if self.loaders == 2:
+            return 160, 96
+        return (168, 168) if self.ahead > 2 else (192, 120)
 
 
 @dataclass(frozen=True)
-class Widened:
-    """x[rows, k] times packed w[columns, k]^T on wgmma where weights have to be widened: tiles of 128 rows of
-    w, out of registers, and of up to `rows` rows of x, 16 or 128, of which an instruction takes as many as
-    there are, by one of `widths`.
+class Few:
+    """Rows of experts who have few: tiles of 128 rows of MXFP4 w, which tensor cores multiply out of
+    registers, and of 16 rows of x, e4m3 with a ue8m0 scale per 128, rows `stride` bytes apart.
 
-    x in memory is e4m3 with a ue8m0 scale per 128 (`scaled`), and becomes f16, or bf16, rows `stride` bytes
-    apart. `tiles` x `span`: how w is packed. `paired`: of the tile's rows 64 are of one matrix and 64 of
-    another. Eight warps widen and multiply, `copiers` warps copy. Rows of `experts` take tiles of their own.
+    Eight warps multiply, a warp copies weights, two copy x. `tiles` x `span`: how w is packed; a step is as
+    many units along k as lie together, four at most. `paired`: of the tile's rows 64 are of one matrix and 64
+    of another.
     """
 
-    weight: str
     k: int
     stride: int
-    rows: int
     tiles: int
     span: int
-    scaled: bool = True
+    experts: int
     paired: bool = False
-    experts: int = 0
 
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
+    COPIERS: ClassVar[int] = 64  # threads that copy x; the last
+    RESIDENT: ClassVar[int] = 2  # CTAs that fit an SM
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
-
-    @property
-    def few(self) -> bool:
-        """Whether what a tile takes is to read its weights."""
-        return self.rows == 16
-
-    @property
-    def resident(self) -> int:
-        """CTAs that fit an SM."""
-        return 2 if self.few else 1
-
-    @property
-    def copiers(self) -> int:
-        """Warps that copy."""
-        return 2 if self.few else 4
+    UNIT: ClassVar[int] = BYTES["mxfp4"]
+    PITCH: ClassVar[int] = 4 * (128 + 4)  # bytes between rows of sums: padded off each other's banks
+    ROWS: ClassVar[int] = 16  # of x in a tile
+    FINISH: ClassVar[float] = 2.0**6  # what sums lack in the end
 
     @property
     def threads(self) -> int:
-        """Of a CTA."""
-        return self.CONSUMERS + 32 * self.copiers
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Of a thread that multiplies, and of one that copies, where they have not equally many."""
-        return 200, 104
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        """Rows of x of an instruction: the least of them that a tile's rows fit."""
-        return (16,) if self.few else (32, 64, 96, 112, 128)
+        """Of a CTA: a warp between those that multiply and those that copy x copies weights."""
+        return self.CONSUMERS + 32 + self.COPIERS
 
     @property
     def height(self) -> int:
         """Rows of x in a tile."""
-        return self.rows
-
-    @property
-    def own_rows(self) -> int:
-        """Rows of x that a lane copies parts of."""
-        return self.rows // (8 * self.copiers)
-
-    @property
-    def part(self) -> int:
-        """Bytes of 32 columns of a row of x in memory."""
-        return 32 if self.scaled else 64
+        return self.ROWS
 
     @property
     def blocks(self) -> int:
-        """Blocks of 128 columns of k, which a unit has."""
+        """Blocks of 128 columns of k."""
         return self.k // 128
 
     @property
     def together(self) -> int:
-        """Units along k in a step: where weights are most of it, as many as lie together, two at most."""
-        return min(self.span, 2) if self.few else 1
+        """Units along k in a step."""
+        return min(self.span, 4)
 
     @property
     def steps(self) -> int:
@@ -266,8 +295,8 @@ class Widened:
 
     @property
     def stages(self) -> int:
-        """Steps in shared memory: what leaves room for two CTAs on an SM, or four."""
-        return 104_000 // (self.x_stage + self.w_stage + self.together * self.rows * 4) if self.few else 4
+        """Steps in shared memory: 87 KB of weights and rows in each of an SM's CTAs."""
+        return 8 // self.together
 
     @property
     def made(self) -> int:
@@ -275,24 +304,14 @@ class Widened:
         return self.COLUMNS // 2 if self.paired else self.COLUMNS
 
     @property
-    def unit(self) -> int:
-        """Bytes of a packed unit."""
-        return BYTES[self.weight]
-
-    @property
-    def finish(self) -> float:
-        """Power of two that sums lack in the end: NVFP4's scales carry the other half of what the bits do."""
-        return 2.0**7 if self.weight == "nvfp4" else 1.0
-
-    @property
     def group_bytes(self) -> int:
         """Bytes of one group of `tiles` tiles of 16 rows of w."""
-        return self.blocks * self.tiles * self.unit
+        return self.blocks * self.tiles * self.UNIT
 
     @property
     def w_tile(self) -> int:
         """Bytes of a step of a tile of 16 rows."""
-        return self.together * self.unit
+        return self.together * self.UNIT
 
     @property
     def w_stage(self) -> int:
@@ -300,8 +319,7 @@ class Widened:
 
     @property
     def x_stage(self) -> int:
-        """Two times 64 columns for each unit."""
-        return self.together * 2 * self.rows * 128
+        return self.together * self.ROWS * 128
 
     @property
     def o_w(self) -> int:
@@ -309,18 +327,18 @@ class Widened:
 
     @property
     def o_factors(self) -> int:
-        """Per stage and unit f32 [rows]: scales of rows of x."""
+        """Per stage and unit f32 [16]: scales of rows of x."""
         return self.o_w + self.stages * self.w_stage
 
     @property
     def o_sums(self) -> int:
         """f32 [16][128], what results are made of."""
-        return self.o_factors + self.stages * self.together * self.rows * 4
+        return self.o_factors + self.stages * self.together * self.ROWS * 4
 
     @property
     def o_bars(self) -> int:
         """Stage i is full, then stage i is free."""
-        return self.o_sums + 16 * 4 * (128 + 4)
+        return self.o_sums + self.ROWS * self.PITCH
 
     @property
     def o_tiles(self) -> int:

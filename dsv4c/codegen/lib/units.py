@@ -30,17 +30,16 @@ def e2m1x8_to_f16x2x4(r: Uint32):
 def place_e2m1x8(r: Uint32):
     """Eight pre-placed e2m1 codes -> four f16x2 of the value times 2^-14.
 
-    Their upper bytes are looked up by magnitude, four of a row; their lower ones are 0. What logic takes away
-    is subtracted again by a multiplication, for which other units are free.
+    Bytes of these are looked up by magnitude; their lower bytes are 0.
     """
     return cute.arch.inline_ptx(
-        "{ .reg .b32 s, p, t, low, high; mov.b32 low, 0x06040200; mov.b32 high, 0x0E0C0A08; "
+        "{ .reg .b32 s, p, low, high; mov.b32 low, 0x06040200; mov.b32 high, 0x0E0C0A08; "
         "and.b32 s, {$r0}, 0x77777777; prmt.b32 p, low, high, s; "
         "lop3.b32 p, {$r0}, 0x80808080, p, 0xEA; "
-        "and.b32 {$w2}, p, 0xFF00FF00; shl.b32 t, p, 8; mad.lo.u32 {$w0}, {$w2}, 0xFFFFFF00, t; "
+        "prmt.b32 {$w0}, p, 0, 0x1404; prmt.b32 {$w2}, p, 0, 0x3424; "
         "shr.u32 s, s, 16; prmt.b32 p, low, high, s; "
         "shl.b32 s, {$r0}, 4; lop3.b32 p, s, 0x80808080, p, 0xEA; "
-        "and.b32 {$w3}, p, 0xFF00FF00; shl.b32 t, p, 8; mad.lo.u32 {$w1}, {$w3}, 0xFFFFFF00, t; }",
+        "prmt.b32 {$w1}, p, 0, 0x1404; prmt.b32 {$w3}, p, 0, 0x3424; }",
         write_only_types=[Uint32] * 4,
         read_only_args=[r],
     )
@@ -98,6 +97,21 @@ def x_words(p: Constexpr[Product], s_x: Int32, unit: Int32, chunk: Constexpr[int
 
 
 @cute.jit
+def reversed_row(lane: Int32):
+    """lane / 4 with its bits reversed: the row, of eight, of an FP4 unit that a lane works on."""
+    g = lane // 4
+    return (g & 1) * 4 + (g & 2) + g // 4
+
+
+@cute.jit
+def row_of(p: Constexpr[Product], lane: Int32):
+    """The row of a unit, of the first eight, that a lane works on."""
+    if const_expr(p.weight in ("mxfp4", "nvfp4")):
+        return reversed_row(lane)
+    return lane // 4
+
+
+@cute.jit
 def accumulate(
     p: Constexpr[Product],
     rC: cute.Tensor,
@@ -144,36 +158,25 @@ def x_scale(p: Constexpr[Product], s_fx: Int32, row: Int32, unit: Int32):
 
 
 @cute.jit
-def row_of(lane: Int32):
-    """The unit's row, of the first eight, that a lane works on: lane / 4 with its bits reversed."""
-    g = lane // 4
-    return (g & 1) * 4 + (g & 2) + g // 4
-
-
-@cute.jit
 def dot_fp8(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, unit: Int32, lane: Int32):
     """rD += e4m3 unit x e4m3 or f16 activations, products exact."""
-    row, q = row_of(lane), lane % 4
     for c in range_constexpr(4):
-        s_own = s_unit + (row * 128 + q % 2 * 8 + (q // 2 ^ row) * 16 ^ c * 32)
-        low, high = ptx.lds64(s_own), ptx.lds64(s_own + 1024)
+        a = ptx.lds128(s_unit + 512 * c + lane * 16)
         b = x_words(p, s_x, unit, c, lane)
         for h in range_constexpr(2):
-            u = ptx.e4m3x4_to_f16x2x2(low[h])
-            v = ptx.e4m3x4_to_f16x2x2(high[h])
+            u = ptx.e4m3x4_to_f16x2x2(a[h])
+            v = ptx.e4m3x4_to_f16x2x2(a[2 + h])
             ptx.mma_f16(rD, u[0], v[0], u[1], v[1], b[2 * h], b[2 * h + 1])
 
 
 @cute.jit
 def dot_bf16(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, unit: Int32, lane: Int32):
     """rD += bf16 unit x bf16 activations."""
-    row, q = row_of(lane), lane % 4
     for c in range_constexpr(2):
         b = x_words(p, s_x, unit, c, lane)
-        s_own = s_unit + (row * 128 + (q ^ row) * 16 ^ c * 64)
-        low, high = ptx.lds128(s_own), ptx.lds128(s_own + 1024)
         for h in range_constexpr(2):
-            ptx.mma_bf16(rD, low[2 * h], high[2 * h], low[2 * h + 1], high[2 * h + 1], b[2 * h], b[2 * h + 1])
+            a = ptx.lds128(s_unit + 1024 * c + 512 * h + lane * 16)
+            ptx.mma_bf16(rD, a[0], a[1], a[2], a[3], b[2 * h], b[2 * h + 1])
 
 
 @cute.jit
