@@ -19,17 +19,16 @@ from dsv4c.codegen.kernels.experts import (
     row_parameters,
     weight_parameters,
 )
-from dsv4c.codegen.kernels.experts_up import hash_swiglu, padded, routed_experts
+from dsv4c.codegen.kernels.experts_up import CHOSEN, HASH_SWIGLU, hash_swiglu, padded, routed_experts
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds
 from dsv4c.codegen.kernels.gemv import STAGES, WARPS, k_warps_of, span_of
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.shapes import Layout, Product, Ring
-from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.experts_down import ExpertsDown
-from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
 from dsv4c.types import BF16, F32, FP8_ROW, NVFP4_ROW, QuantType
 
@@ -215,7 +214,10 @@ def _values(call: Call) -> dict[str, int]:
     return {**x, "shared_h": x["h_shared"], "expert_ids": x["experts"], "y": call.outputs[0]}
 
 
-@kernel(Router, HashRouter, Swiglu, HashSwiglu, ExpertsDown, chained=True)
+DOWN = takes(ExpertsDown, "out", "format", "shared_format")
+
+
+@kernel(*CHOSEN, HASH_SWIGLU, DOWN, chained=True)
 def experts(request: Request) -> Answer:
     """Both halves of a layer's experts. What the first one chose them by is old when the second one begins,
     which makes the choice again and so need not wait for it.
@@ -246,7 +248,7 @@ def experts(request: Request) -> Answer:
     ]
 
 
-@kernel(ExpertsDown)
+@kernel(DOWN)
 def experts_down(request: Request) -> Answer:
     spec = _spec(request, request.call)
     if isinstance(spec, No):

@@ -34,7 +34,7 @@ from dsv4c.codegen.kernels.gemv import (
 )
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
 from dsv4c.codegen.lib.shapes import Layout, Product, Ring
-from dsv4c.codegen.registry import Answer, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.registry import Answer, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
 from dsv4c.errors import BuildError
@@ -301,7 +301,15 @@ def _routed(
     ]
 
 
-@kernel(Router, HashRouter, Swiglu, chained=True)
+CHOSEN = (
+    takes(Router, "k", "factor"),
+    takes(HashRouter, "factor"),
+    takes(Swiglu, "out", "limit"),
+)
+HASH_SWIGLU = takes(HashSwiglu, "out", "limit", "factor")
+
+
+@kernel(*CHOSEN, chained=True)
 def routed_experts(request: Request) -> Answer:
     """A router and the experts that it chooses: nobody else reads its weights, so each CTA makes its own."""
     first, last = request.calls[0], request.calls[-1]
@@ -318,7 +326,7 @@ def routed_experts(request: Request) -> Answer:
     return _routed(request, first.op, _experts(request, "experts_up", last.op, x, k), values)
 
 
-@kernel(HashSwiglu)
+@kernel(HASH_SWIGLU)
 def hash_swiglu(request: Request) -> Answer:
     call = request.call
     op, x = call.op, call.operands
