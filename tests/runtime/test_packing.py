@@ -102,9 +102,7 @@ def test_fp8_lane_reads_row_g_then_row_g_plus_8() -> None:
 
 
 def test_fp4_word_expands_to_the_registers_of_one_mma() -> None:
-    """The kernel's byte permutes of a word give f16 values of e2m1 * 2^-14 in mma register order, or e4m3
-    ones of both rows along k.
-    """
+    """The kernel's logic operations on a word give f16 values of e2m1 * 2^-14 in mma register order."""
     data, scale = _matrix("mxfp4", 16, 128)
     words = (
         pack(Packing("mxfp4", 1, 1), data, scale)[:1024].view(torch.int32).view(2, 8, 4, 4).to(torch.int64)
@@ -114,23 +112,21 @@ def test_fp4_word_expands_to_the_registers_of_one_mma() -> None:
     values = torch.cat([values, -values])[codes]
     chunk, g, q, j = 1, 6, 2, 3
     word = words[chunk, g, q, j].item() & 0xFFFFFFFF
+
+    def f16(register: int) -> list[float]:
+        halves = torch.tensor([register & 0xFFFF, register >> 16 & 0xFFFF], dtype=torch.int32).to(torch.int16)
+        return (halves.view(torch.float16).float() * 2**14).tolist()
+
+    a0 = word & 0x8E008E00
+    a1 = word << 8 & 0x8E008E00
+    a2 = word << 7 & 0x80008000 | word << 5 & 0x0E000E00
+    a3 = word << 15 & 0x80008000 | word >> 3 & 0x0E000E00
     k = 64 * chunk + 32 * (j // 2) + 8 * q + 4 * (j % 2)
     row = REVERSED[g]
-
-    def looked_up(table: tuple[int, ...], of: int) -> bytes:
-        """Bytes of the word's row 0 or 1, signs on top."""
-        magnitudes, signs = word >> 16 * of, word << 4 * of
-        return bytes(table[magnitudes >> 4 * i & 7] | (signs >> 8 * i & 0x80) for i in range(4))
-
-    for of in range(2):
-        want = values[row + 8 * of, k : k + 4]
-        high = looked_up((0x00, 0x02, 0x04, 0x06, 0x08, 0x0A, 0x0C, 0x0E), of)  # of f16, below 2^-14 * 8
-        halves = torch.tensor([byte << 8 for byte in high], dtype=torch.int32).to(torch.int16)
-        assert torch.equal(halves.view(torch.float16).float() * 2**14, want)
-        e4m3 = looked_up((0x00, 0x30, 0x38, 0x3C, 0x40, 0x44, 0x48, 0x4C), of)
-        assert torch.equal(
-            torch.tensor(list(e4m3), dtype=torch.uint8).view(torch.float8_e4m3fn).float(), want
-        )
+    assert f16(a0) == values[row, k : k + 2].tolist()
+    assert f16(a1) == values[row + 8, k : k + 2].tolist()
+    assert f16(a2) == values[row, k + 2 : k + 4].tolist()
+    assert f16(a3) == values[row + 8, k + 2 : k + 4].tolist()
 
 
 def test_steps_of_a_tile_group_are_side_by_side() -> None:

@@ -182,16 +182,20 @@ def lay_e4m3(
 
 @cute.jit
 def e2m1x8_to_e4m3x4x2(r: Uint32, low: Uint32, high: Uint32, low8: Uint32, high8: Uint32):
-    """A word of FP4 codes as placed -> four e4m3 of one row, four of the other, neighbors along k.
+    """A word of MXFP4 codes as placed -> four e4m3 of row g, four of row g + 8, neighbors along k.
 
     Magnitudes are looked up in the rows' tables of e4m3 bytes, of codes 0..3 and 4..7; signs are bits.
     """
     return _asm(
-        "{ .reg .b32 s, p; "
-        "and.b32 s, {$r0}, 0x77777777; prmt.b32 p, {$r1}, {$r2}, s; "
-        "lop3.b32 {$w0}, {$r0}, 0x80808080, p, 0xEA; "
-        "shr.u32 s, s, 16; prmt.b32 p, {$r3}, {$r4}, s; "
-        "shl.b32 s, {$r0}, 4; lop3.b32 {$w1}, s, 0x80808080, p, 0xEA; }",
+        "{ .reg .b32 t, u, s, p; "
+        "shr.u32 t, {$r0}, 1; and.b32 u, t, 0x07070707; lop3.b32 s, {$r0}, 0x70707070, u, 0xEA; "
+        "shf.r.wrap.b32 s, s, s, 12; prmt.b32 s, s, s, 0x2013; "
+        "prmt.b32 p, {$r1}, {$r2}, s; lop3.b32 p, {$r0}, 0x80008000, p, 0xEA; "
+        "lop3.b32 p, t, 0x00800080, p, 0xEA; prmt.b32 {$w0}, p, p, 0x2031; "
+        "shr.u32 u, s, 16; prmt.b32 p, {$r3}, {$r4}, u; "
+        "shl.b32 u, {$r0}, 7; lop3.b32 p, u, 0x00800080, p, 0xEA; "
+        "shf.r.wrap.b32 u, {$r0}, {$r0}, 8; lop3.b32 p, u, 0x80008000, p, 0xEA; "
+        "prmt.b32 {$w1}, p, p, 0x2013; }",
         write_only_types=[Uint32] * 2,
         read_only_args=[r, low, high, low8, high8],
     )

@@ -3,7 +3,8 @@ weights. They come by bulk copies as the GEMVs read them, and go through registe
 are the other operand, in shared memory. Exact up to the sums: an instruction's 32 columns are a block, whose
 scale its sums are multiplied by.
 
-Rows of x are laid down in the order of columns that words of weights have: of 32, the words 0 2 4 6 1 3 5 7.
+Moved bits make e4m3 of e2m1, in an order of columns that rows of x are laid down in, too: of 32, the words
+0 2 4 6 1 3 5 7, of a word the bytes 2 0 3 1.
 """
 
 import cutlass
@@ -13,7 +14,7 @@ from cutlass import Constexpr, Float8E4M3FN, Float32, Int32, Int64, Uint32, cons
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils.layout import LayoutEnum
 
-from dsv4c.codegen.lib import expanding, gemm, ptx, swiglu, units
+from dsv4c.codegen.lib import gemm, ptx, swiglu, units
 from dsv4c.codegen.lib.tiles import Few
 
 
@@ -91,7 +92,7 @@ def copy_rows(
             unit = stage * t.together + i
             for n in range_constexpr(8 // each):
                 s_piece = s + unit * (t.ROWS * 128) + row * 128 + ((own + n) ^ row % 8) * 16
-                ptx.sts128(s_piece, *[held[i, 8 * (n // 2) + 2 * j + n % 2] for j in range(4)])
+                ptx.sts128(s_piece, *[_ordered(held[i, 8 * (n // 2) + 2 * j + n % 2]) for j in range(4)])
             if thread % each == 0:
                 f = ptx.ue8m0_to_f32(held[i, 32 // each])
                 ptx.sts_f32(s + t.o_factors + (unit * t.ROWS + row) * 4, f)
@@ -112,6 +113,35 @@ def _fetch(t: Constexpr[Few], held: cute.Tensor, g_row: Int64, g_scales: Int64, 
             for j in range_constexpr(4):
                 held[i, 4 * n + j] = w[j]
         held[i, words] = ptx.ldg_u8(g_scales + unit)
+
+
+@cute.jit
+def _ordered(r: Uint32):
+    """Bytes 2 0 3 1 of a word."""
+    return cute.arch.inline_ptx(
+        "prmt.b32 {$w0}, {$r0}, 0, 0x1302;", write_only_types=[Uint32], read_only_args=[r]
+    )
+
+
+@cute.jit
+def e2m1x8_to_e4m3x4x2(r: Uint32):
+    """A word of MXFP4 codes as placed -> four e4m3 of row g, four of row g + 8: all times 2^-6, exact.
+
+    Of row g signs are bits 15 31 8 24, magnitudes from bits 9 25 4 20 up; of row g + 8 7 23 0 16, 1 17 12 28.
+    """
+    return cute.arch.inline_ptx(
+        "{ .reg .b32 t; "
+        "and.b32 {$w0}, {$r0}, 0x80008000; "
+        "shl.b32 t, {$r0}, 1; lop3.b32 {$w0}, t, 0x1C001C00, {$w0}, 0xEA; "
+        "shr.u32 t, {$r0}, 1; lop3.b32 {$w0}, t, 0x00800080, {$w0}, 0xEA; "
+        "shr.u32 t, {$r0}, 2; lop3.b32 {$w0}, t, 0x001C001C, {$w0}, 0xEA; "
+        "shl.b32 t, {$r0}, 8; and.b32 {$w1}, t, 0x80008000; "
+        "shl.b32 t, {$r0}, 9; lop3.b32 {$w1}, t, 0x1C001C00, {$w1}, 0xEA; "
+        "shl.b32 t, {$r0}, 7; lop3.b32 {$w1}, t, 0x00800080, {$w1}, 0xEA; "
+        "shr.u32 t, {$r0}, 10; lop3.b32 {$w1}, t, 0x001C001C, {$w1}, 0xEA; }",
+        write_only_types=[Uint32] * 2,
+        read_only_args=[r],
+    )
 
 
 @cute.jit
@@ -140,7 +170,6 @@ def multiply(t: Constexpr[Few], s: Int32, at: Int32, warp: Int32, lane: Int32):
     products = [cute.make_rmem_tensor(mma.partition_shape_C((64, t.ROWS)), Float32) for _ in range(4)]
     sums = cute.make_rmem_tensor((t.ROWS // 2,), Float32)
     sums.fill(0.0)
-    low, high = Uint32(0x0C080400), Uint32(0x1C181410)  # e4m3 of 2^-6 times 0 .5 1 1.5 and 2 3 4 6
     mma.set(warpgroup.Field.ACCUMULATE, False)
     for step in cutlass.range(t.steps, unroll=1):
         stage = (at + step) % t.stages
@@ -156,7 +185,7 @@ def multiply(t: Constexpr[Few], s: Int32, at: Int32, warp: Int32, lane: Int32):
             for share in range_constexpr(2):
                 r = ptx.lds128(s_unit + 512 * share + lane * 16)
                 for n in range_constexpr(4):
-                    pair = expanding.e2m1x8_to_e4m3x4x2(r[n], low, high, low, high)
+                    pair = e2m1x8_to_e4m3x4x2(r[n])
                     words[8 * share + 2 * n] = pair[0]
                     words[8 * share + 2 * n + 1] = pair[1]
             warpgroup.fence()

@@ -28,18 +28,14 @@ def e2m1x8_to_f16x2x4(r: Uint32):
 
 @cute.jit
 def place_e2m1x8(r: Uint32):
-    """Eight pre-placed e2m1 codes -> four f16x2 of the value times 2^-14.
-
-    Bytes of these are looked up by magnitude; their lower bytes are 0.
-    """
+    """Eight pre-placed e2m1 codes -> four f16x2 of the value times 2^-14."""
     return cute.arch.inline_ptx(
-        "{ .reg .b32 s, p, low, high; mov.b32 low, 0x06040200; mov.b32 high, 0x0E0C0A08; "
-        "and.b32 s, {$r0}, 0x77777777; prmt.b32 p, low, high, s; "
-        "lop3.b32 p, {$r0}, 0x80808080, p, 0xEA; "
-        "prmt.b32 {$w0}, p, 0, 0x1404; prmt.b32 {$w2}, p, 0, 0x3424; "
-        "shr.u32 s, s, 16; prmt.b32 p, low, high, s; "
-        "shl.b32 s, {$r0}, 4; lop3.b32 p, s, 0x80808080, p, 0xEA; "
-        "prmt.b32 {$w1}, p, 0, 0x1404; prmt.b32 {$w3}, p, 0, 0x3424; }",
+        "{ .reg .b32 a, b; and.b32 {$w0}, {$r0}, 0x8E008E00; "
+        "shl.b32 a, {$r0}, 8; and.b32 {$w1}, a, 0x8E008E00; "
+        "shl.b32 a, {$r0}, 5; shl.b32 b, {$r0}, 7; and.b32 a, a, 0x0E000E00; "
+        "lop3.b32 {$w2}, b, 0x80008000, a, 0xEA; "
+        "shr.u32 a, {$r0}, 3; shl.b32 b, {$r0}, 15; and.b32 a, a, 0x0E000E00; "
+        "lop3.b32 {$w3}, b, 0x80008000, a, 0xEA; }",
         write_only_types=[Uint32] * 4,
         read_only_args=[r],
     )
