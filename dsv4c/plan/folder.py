@@ -35,7 +35,7 @@ from dsv4c.types import TypeSyntaxError, parse_type
 if TYPE_CHECKING:
     from dsv4c.runtime.session import Session
 
-SCHEMA = 3
+SCHEMA = 4
 """Version of the folder's form; a reader refuses any other."""
 
 LARGEST_FILE = 1 << 30

@@ -121,11 +121,23 @@ def test_experts_with_few_rows_multiply_out_of_registers(rows: int, each: bool) 
     few = few_of(spec)
     assert (few is not None) == each
     if few is not None:
-        assert few.steps % few.ahead == 0
+        assert few.steps * few.together * 128 == spec.k
+        assert few.stages > 1
         assert few.shared <= SM_90A.shared_of(few.RESIDENT)
         assert emit_gemm(spec, SM_90A).grid == (few.RESIDENT * SM_90A.sms, 1, 1)
     for other in (replace(spec, packing="nvfp4/1x2"), replace(spec, k=384), replace(spec, experts=0)):
         assert few_of(other) is None
+
+
+@pytest.mark.parametrize("packing", ["mxfp4/1x4", "mxfp4/1x2", "mxfp4/2x1"])
+@pytest.mark.parametrize("rows", [64, 4096])
+def test_expanded_weights_have_slots_of_their_own(rows: int, packing: str) -> None:
+    t = tiles_of(replace(UP, rows=rows, experts=0, packing=packing), SM_90A.sms)
+    assert t.expands
+    assert t.steps % t.together == 0
+    assert t.span % t.together == 0
+    assert t.slots > 1
+    assert t.shared <= SM_90A.shared_per_cta
 
 
 def test_a_product_ahead_of_what_its_rows_come_from_is_found() -> None:

@@ -106,7 +106,8 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     splits = _splits(spec, height, kind, sms)
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
     as_it_is = packing.format == "fp8" and kind == "e4m3"
-    loaders = 2 if (as_it_is or packing.format in ("mxfp4", "nvfp4")) and steps % 2 == 0 else 1
+    expands = packing.format == "mxfp4"
+    loaders = 2 if expands or ((as_it_is or packing.format == "nvfp4") and steps % 2 == 0) else 1
     # Two teams with a step of FP8 each, which takes most registers, beat one with two and two with two.
     ahead = 1 if as_it_is or steps % (2 * loaders) else 2
     return Tiles(
@@ -117,7 +118,7 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
         height=height,
         tiles=packing.tiles,
         span=packing.span,
-        stages=7 if height == 64 else 5,
+        stages=(5 if height == 64 else 4) if expands else (7 if height == 64 else 5),
         loaders=loaders,
         ahead=ahead,
         scaled=spec.scaled,
@@ -197,16 +198,15 @@ def few_of(spec: GemmSpec) -> Few | None:
     if not spec.experts or not spec.scaled or spec.out_dtype != "bf16":
         return None
     packing = parse_packing(spec.packing)
-    share, steps = spec.rows / spec.experts, spec.k // 128
-    if packing.format != "mxfp4" or share > MOST_OF_FEW or spec.k % 256 or steps % packing.span:
+    if packing.format != "mxfp4" or spec.rows / spec.experts > MOST_OF_FEW or spec.k % 128:
+        return None
+    if packing.span not in (1, 2, 4, 8) or spec.k // 128 % packing.span:
         return None
     return Few(
         k=spec.k,
         stride=spec.k,
         tiles=packing.tiles,
         span=packing.span,
-        stages=min(6, steps),
-        ahead=4 if steps % 4 == 0 else 2,
         experts=spec.experts,
         paired=spec.paired,
     )

@@ -14,7 +14,7 @@ from cutlass import Constexpr, Float8E4M3FN, Float32, Int32, Int64, Uint32, cons
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils.layout import LayoutEnum
 
-from dsv4c.codegen.lib import gemm, ptx, swiglu
+from dsv4c.codegen.lib import gemm, ptx, swiglu, units
 from dsv4c.codegen.lib.tiles import Few
 
 
@@ -56,10 +56,10 @@ def copy_weights(t: Constexpr[Few], s: Int32, at: Int32, g_w: tuple, first: Int3
             ptx.mbarrier_expect(bar, Int32(t.w_stage))
         cute.arch.sync_warp()
         if lane < 8:
-            behind = step // t.span * (t.tiles * t.span * t.UNIT) + step % t.span * t.UNIT
-            ptx.bulk_load(
-                s + t.o_w + stage * t.w_stage + lane * t.UNIT, g + Int64(behind), Int32(t.UNIT), bar
-            )
+            unit = step * t.together
+            behind = unit // t.span * (t.tiles * t.span * t.UNIT) + unit % t.span * t.UNIT
+            s_tile = s + t.o_w + stage * t.w_stage + lane * t.w_tile
+            ptx.bulk_load(s_tile, g + Int64(behind), Int32(t.w_tile), bar)
 
 
 @cute.jit
@@ -81,38 +81,38 @@ def copy_rows(
     row, own = thread // each, thread % each * (8 // each)
     number = Int32(ptx.ldg32(g_order + Int64(cutlass.min(row, rows - 1)) * 4)) // divide
     g_row = g_x + Int64(number) * t.stride + own * 16
-    g_scales = g_fx + Int64(number) * t.steps
-    held = cute.make_rmem_tensor((t.ahead, 32 // each + 1), Uint32)
-    for i in range_constexpr(t.ahead):
-        _fetch(held, i, g_row, g_scales, Int32(i))
-    for group in cutlass.range(t.steps // t.ahead, unroll=1):
-        for i in range_constexpr(t.ahead):
-            step = t.ahead * group + i
-            now = at + step
-            stage = now % t.stages
-            wait_free(t, s, now)
+    g_scales = g_fx + Int64(number) * t.blocks
+    held = cute.make_rmem_tensor((t.together, 32 // each + 1), Uint32)
+    _fetch(t, held, g_row, g_scales, Int32(0))
+    for step in cutlass.range(t.steps, unroll=1):
+        now = at + step
+        stage = now % t.stages
+        wait_free(t, s, now)
+        for i in range_constexpr(t.together):
+            unit = stage * t.together + i
             for n in range_constexpr(8 // each):
-                s_piece = s + stage * (t.ROWS * 128) + row * 128 + ((own + n) ^ row % 8) * 16
-                words = [held[i, 8 * (n // 2) + 2 * j + n % 2] for j in range(4)]
-                ptx.sts128(s_piece, *[_ordered(word) for word in words])
+                s_piece = s + unit * (t.ROWS * 128) + row * 128 + ((own + n) ^ row % 8) * 16
+                ptx.sts128(s_piece, *[_ordered(held[i, 8 * (n // 2) + 2 * j + n % 2]) for j in range(4)])
             if thread % each == 0:
                 f = ptx.ue8m0_to_f32(held[i, 32 // each])
-                ptx.sts_f32(s + t.o_factors + (stage * t.ROWS + row) * 4, f)
-            cute.arch.sync_warp()
-            if thread % 32 == 0:
-                ptx.mbarrier_arrive(s + t.o_bars + stage * 8)
-            _fetch(held, i, g_row, g_scales, cutlass.min(step + t.ahead, Int32(t.steps - 1)))
+                ptx.sts_f32(s + t.o_factors + (unit * t.ROWS + row) * 4, f)
+        cute.arch.sync_warp()
+        if thread % 32 == 0:
+            ptx.mbarrier_arrive(s + t.o_bars + stage * 8)
+        _fetch(t, held, g_row, g_scales, cutlass.min(step + 1, Int32(t.steps - 1)))
 
 
 @cute.jit
-def _fetch(held: cute.Tensor, i: Constexpr[int], g_row: Int64, g_scales: Int64, step: Int32):
-    """The thread's bytes of a row in step `step` and its scale, in flight to registers `i`."""
+def _fetch(t: Constexpr[Few], held: cute.Tensor, g_row: Int64, g_scales: Int64, step: Int32):
+    """The thread's bytes of a row in step `step` and its scales, in flight to registers."""
     words = const_expr(held.shape[1] - 1)
-    for n in range_constexpr(words // 4):
-        w = ptx.ldg128(g_row + Int64(step * 128 + n * 16))
-        for j in range_constexpr(4):
-            held[i, 4 * n + j] = w[j]
-    held[i, words] = ptx.ldg_u8(g_scales + step)
+    for i in range_constexpr(t.together):
+        unit = step * t.together + i
+        for n in range_constexpr(words // 4):
+            w = ptx.ldg128(g_row + Int64(unit * 128 + n * 16))
+            for j in range_constexpr(4):
+                held[i, 4 * n + j] = w[j]
+        held[i, words] = ptx.ldg_u8(g_scales + unit)
 
 
 @cute.jit
@@ -162,7 +162,8 @@ def multiply(t: Constexpr[Few], s: Int32, at: Int32, warp: Int32, lane: Int32):
         a_source=warpgroup.OperandSource.RMEM,
     )
     shape = const_expr((64, t.ROWS, 128))
-    s_x = gemm.operand(number, s, sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, shape, number, t.stages))
+    parts = const_expr(t.stages * t.together)
+    s_x = gemm.operand(number, s, sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, shape, number, parts))
     w = mma.make_fragment_A(mma.partition_shape_A((64, 128)))
     x = mma.make_fragment_B(mma.get_slice(warp % 4 * 32 + lane).partition_B(s_x))
     words = cute.recast_tensor(w, Uint32)
@@ -176,39 +177,42 @@ def multiply(t: Constexpr[Few], s: Int32, at: Int32, warp: Int32, lane: Int32):
         ptx.mbarrier_wait(full, (at + step) // t.stages & 1)
         # Here and not where rows of x were written: there it would wait for all loads in flight.
         ptx.fence_async()
-        s_unit = s + t.o_w + stage * t.w_stage + warp * t.UNIT
-        scales = ptx.lds64(s_unit + 1024 + lane // 4 * 8)
-        for share in range_constexpr(2):
-            r = ptx.lds128(s_unit + 512 * share + lane * 16)
-            for i in range_constexpr(4):
-                pair = e2m1x8_to_e4m3x4x2(r[i])
-                words[8 * share + 2 * i] = pair[0]
-                words[8 * share + 2 * i + 1] = pair[1]
-        warpgroup.fence()
-        for c in range_constexpr(4):
-            cute.gemm(mma, products[c], w[None, None, c], x[None, None, c, stage], products[c])
-        warpgroup.commit_group()
-        s_f = s + t.o_factors + stage * (t.ROWS * 4) + lane % 4 * 8
-        fx = [ptx.lds64(s_f + 32 * j) for j in range(t.ROWS // 8)]
-        warpgroup.wait_group(0)
+        s_units = s + t.o_w + stage * t.w_stage + warp * t.w_tile
+        for i in cutlass.range(t.together, unroll=1):
+            s_unit = s_units + i * t.UNIT
+            part = stage * t.together + i
+            scales = ptx.lds64(s_unit + 1024 + lane // 4 * 8)
+            for share in range_constexpr(2):
+                r = ptx.lds128(s_unit + 512 * share + lane * 16)
+                for n in range_constexpr(4):
+                    pair = e2m1x8_to_e4m3x4x2(r[n])
+                    words[8 * share + 2 * n] = pair[0]
+                    words[8 * share + 2 * n + 1] = pair[1]
+            warpgroup.fence()
+            for c in range_constexpr(4):
+                cute.gemm(mma, products[c], w[None, None, c], x[None, None, c, part], products[c])
+            warpgroup.commit_group()
+            s_f = s + t.o_factors + part * (t.ROWS * 4) + lane % 4 * 8
+            fx = [ptx.lds64(s_f + 32 * j) for j in range(t.ROWS // 8)]
+            # Of the lane's rows: bytes 0 and 1 are of the first block's scales, 2 and 3 of the next one's.
+            fw = [
+                ptx.ue8m0_to_f32(scales[c // 2] >> Uint32(16 * (c % 2) + 8 * row) & Uint32(255))
+                for c in range(4)
+                for row in range(2)
+            ]
+            warpgroup.wait_group(0)
+            for j in range_constexpr(t.ROWS // 8):
+                for row in range_constexpr(2):
+                    for k in range_constexpr(2):
+                        n = const_expr(4 * j + 2 * row + k)
+                        block = products[0][n] * fw[row]
+                        for c in range_constexpr(1, 4):
+                            block = block + products[c][n] * fw[2 * c + row]
+                        sums[n] = sums[n] + block * fx[j][k].bitcast(Float32)
         ptx.fence_async()
         cute.arch.sync_warp()
         if lane == 0:
             ptx.mbarrier_arrive(full + 8 * t.stages)
-        # Of row g and of row g + 8: bytes 0 and 1 are of the first block's scales, 2 and 3 of the next one's.
-        fw = [
-            ptx.ue8m0_to_f32(scales[c // 2] >> Uint32(16 * (c % 2) + 8 * row) & Uint32(255))
-            for c in range(4)
-            for row in range(2)
-        ]
-        for j in range_constexpr(t.ROWS // 8):
-            for row in range_constexpr(2):
-                for i in range_constexpr(2):
-                    n = const_expr(4 * j + 2 * row + i)
-                    block = products[0][n] * fw[row]
-                    for c in range_constexpr(1, 4):
-                        block = block + products[c][n] * fw[2 * c + row]
-                    sums[n] = sums[n] + block * fx[j][i].bitcast(Float32)
     return sums
 
 
@@ -216,7 +220,7 @@ def multiply(t: Constexpr[Few], s: Int32, at: Int32, warp: Int32, lane: Int32):
 def meet_sums(t: Constexpr[Few], s: Int32, sums: cute.Tensor, warp: Int32, lane: Int32):
     """The tile's sums in shared memory, f32 [height][128]. All that multiply."""
     ptx.sync_threads(t.CONSUMERS)  # all have read the last tile's
-    s_own = s + t.o_sums + lane % 4 * 2 * t.PITCH + (warp * 16 + lane // 4) * 4
+    s_own = s + t.o_sums + lane % 4 * 2 * t.PITCH + (warp * 16 + units.reversed_row(lane)) * 4
     for j in range_constexpr(t.ROWS // 8):
         for row in range_constexpr(2):
             for i in range_constexpr(2):

@@ -2,8 +2,8 @@
 
 Weights come as the GEMVs read them (`units`). Loading threads hold steps in registers, widen what tensor
 cores do not multiply, and write rows of 128 bytes, eight 16-byte pieces swizzled to a row, as wgmma reads
-them. FP8 tensor cores keep about 13 bits inside one instruction: so sums of 128 columns are scaled and added
-up in f32 registers.
+them; of MXFP4 weights `expanding` does. FP8 tensor cores keep about 13 bits inside one instruction: so sums
+of 128 columns are scaled and added up in f32 registers.
 """
 
 import cutlass
@@ -24,7 +24,7 @@ from cutlass import (
 from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils.layout import LayoutEnum
 
-from dsv4c.codegen.lib import ptx, quantize, swiglu, units
+from dsv4c.codegen.lib import ptx, swiglu, units
 from dsv4c.codegen.lib.tiles import Tiles
 
 _asm = cute.arch.inline_ptx
@@ -34,13 +34,22 @@ NUMBERS = {"e4m3": Float8E4M3FN, "bf16": BFloat16, "f16": Float16}
 
 @cute.jit
 def open_ring(t: Constexpr[Tiles], s: Int32, thread: Int32):
-    """The barriers of every stage: full, and free. All threads."""
+    """The barriers of every stage and every slot: full, and free. All threads."""
     if thread == 0:
         for i in range_constexpr(t.stages):
             ptx.mbarrier_init(s + t.o_bars + 8 * i, t.arrivals)
             ptx.mbarrier_init(s + t.o_bars + 8 * (t.stages + i), t.CONSUMERS // 32)
+        for i in range_constexpr(t.slots):
+            ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + i), t.FEEDERS)
+            ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + t.slots + i), 4)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
+
+
+@cute.jit
+def wait_free(t: Constexpr[Tiles], s: Int32, step: Int32):
+    """Until what was in step `step`'s stage before is multiplied."""
+    ptx.mbarrier_wait(s + t.o_bars + 8 * (t.stages + step % t.stages), (step // t.stages & 1) ^ 1)
 
 
 # Rows by expert ---------------------------------------------------------------------------------------------
@@ -178,7 +187,7 @@ def load(
             step = (group * t.ahead + i) * t.loaders + team
             now = at + step
             stage = now % t.stages
-            ptx.mbarrier_wait(s + t.o_bars + 8 * (t.stages + stage), (now // t.stages & 1) ^ 1)
+            wait_free(t, s, now)
             full, s_x = s + t.o_bars + 8 * stage, s + stage * t.x_stage
             if const_expr(t.kind == "f16"):
                 lay_x(t, s_x, held, i, thread)
@@ -188,7 +197,7 @@ def load(
                 copy_weights(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, begin + step, thread)
             if const_expr(t.kind != "f16"):
                 ptx.cp_async_arrive(full)
-            lay_factors(t, s + t.o_factors + stage * 1024, scales, i, thread)
+            lay_factors(t, s + t.o_factors + stage * t.FACTORS, scales, i, thread)
             lay_weights(t, s, stage, held, i, lane, warp)
             cute.arch.sync_warp()
             if lane == 0:
@@ -200,7 +209,8 @@ def load(
 @cute.jit
 def x_row(t: Constexpr[Tiles], i: Constexpr[int], thread: Int32):
     """The tile's row that is number `i` of those a loading thread lays pieces of."""
-    return thread // (128 // t.row_step) + i * t.row_step
+    threads = const_expr(t.COPIERS if t.expands else 128)
+    return thread // (threads // t.row_step) + i * t.row_step
 
 
 @cute.jit
@@ -255,8 +265,10 @@ def lay_factors(t: Constexpr[Tiles], s_f: Int32, scales: cute.Tensor, i: Constex
 @cute.jit
 def lane_place(t: Constexpr[Tiles], lane: Int32):
     """(g, q) of a lane, so that what neighbors store does not meet in a bank: half-warps of even and odd g
-    where they store 8 bytes each, quarters of g and g + 4 where they store 16.
+    where they store 8 bytes each, quarters of g and g + 4 where they store 16. Of FP4 as it reads them.
     """
+    if const_expr(t.weight == "nvfp4"):
+        return lane // 4, lane % 4
     if const_expr(t.kind == "e4m3"):
         return lane % 16 // 4 * 2 + lane // 16, lane % 4
     return lane // 8 + lane // 4 % 2 * 4, lane % 4
@@ -338,11 +350,6 @@ def fetch(
             held[i, n * 4 + j] = w[j]
     g, q = lane_place(t, lane)
     for n in range_constexpr(t.pieces):
-        if const_expr(t.weight == "mxfp4"):
-            inside = (g * 4 + q) * 16 + warp % 2 * t.share_bytes
-            pair = ldg64_constant(g_units[n] + Int64(behind + 1024 + g * 8 - inside))
-            held[i, t.pieces * 4 + 2 * n] = pair[0]
-            held[i, t.pieces * 4 + 2 * n + 1] = pair[1]
         if const_expr(t.weight == "nvfp4"):
             inside = (g * 4 + q) * 16
             at = behind + 1024 + (g * 2 + q // 2) * 8 + part * 4 - inside
@@ -352,14 +359,6 @@ def fetch(
             v = ptx.ldg128(g_x + Int64(rows[n]) * t.stride + step * 64 + lane % 4 * 16)
             for j in range_constexpr(4):
                 held[i, t.words - 4 * t.own_rows + 4 * n + j] = v[j]
-
-
-@cute.jit
-def ldg64_constant(g: Int64):
-    """Two words that no launch of the graph writes."""
-    return _asm(
-        "ld.global.nc.v2.b32 {{$w0},{$w1}}, [{$r0}];", write_only_types=[Uint32] * 2, read_only_args=[g]
-    )
 
 
 @cute.jit
@@ -373,10 +372,9 @@ def lay_weights(
     warp: Int32,
 ):
     """The thread's share of a step's weights, as tensor cores multiply them, into their rows."""
-    if const_expr(t.weight == "mxfp4"):
-        _lay_mxfp4(t, s, stage, held, i, lane, warp)
-        return
     g, q = lane_place(t, lane)
+    if const_expr(t.weight == "nvfp4"):
+        g = units.reversed_row(lane)
     s_row = s + t.o_w + stage * t.w_stage + g * 128
     for n in range_constexpr(t.pieces):
         w = [held[i, 4 * n + j] for j in range(4)]
@@ -407,68 +405,6 @@ def lay_weights(
                     ptx.sts128(s_piece + 1024 * r, *own)
 
 
-@cute.jit
-def _lay_mxfp4(
-    t: Constexpr[Tiles],
-    s: Int32,
-    stage: Int32,
-    held: cute.Tensor,
-    i: Constexpr[int],
-    lane: Int32,
-    warp: Int32,
-):
-    """The same of MXFP4 as e4m3, and the rows' largest block scales among the factors."""
-    g, q = lane_place(t, lane)
-    tops, below = [], []  # the latter: how far scales are below the largest of their row, of two blocks
-    for n in range_constexpr(t.pieces):
-        low, high = held[i, 4 * t.pieces + 2 * n], held[i, 4 * t.pieces + 2 * n + 1]
-        tops.append(row_tops(low, high))
-        own = low if warp % 2 == 0 else high
-        for r in range_constexpr(2):
-            below.append(tops[n][r] * Uint32(0x00010001) - (own >> Uint32(8 * r) & Uint32(0x00FF00FF)))
-        if q == 0 and warp % 2 == 0:
-            s_top = s + t.o_factors + stage * 1024 + 512 + unit_of(t, n, warp) * 64 + g * 4
-            for r in range_constexpr(2):
-                ptx.sts_f32(s_top + 32 * r, scaled_down(tops[n][r]))
-    most = below[0]
-    for n in range_constexpr(1, 2 * t.pieces):
-        most = _max16x2(most, below[n])
-    if cutlass.max(most >> Uint32(16), most & Uint32(0xFFFF)) > Uint32(11):
-        _lay_e4m3(t, s, stage, held, i, tops, False, lane, warp)
-    else:
-        _lay_e4m3(t, s, stage, held, i, tops, True, lane, warp)
-
-
-@cute.jit
-def _lay_e4m3(
-    t: Constexpr[Tiles],
-    s: Int32,
-    stage: Int32,
-    held: cute.Tensor,
-    i: Constexpr[int],
-    tops: list,
-    near: Constexpr[bool],
-    lane: Int32,
-    warp: Int32,
-):
-    """MXFP4 codes in their rows; `near`: their scales are 2^-11 of their row's largest or more."""
-    g, q = lane_place(t, lane)
-    s_row = s + t.o_w + stage * t.w_stage + g * 128
-    for n in range_constexpr(t.pieces):
-        w = [held[i, 4 * n + j] for j in range(4)]
-        own = held[i, 4 * t.pieces + 2 * n] if warp % 2 == 0 else held[i, 4 * t.pieces + 2 * n + 1]
-        for half in range_constexpr(2):
-            tables = []
-            for r in range_constexpr(2):
-                tables.extend(e4m3_table(own >> Uint32(16 * half + 8 * r) & Uint32(255), tops[n][r], near))
-            a = e2m1x8_to_e4m3x4x2(w[2 * half], *tables)
-            b = e2m1x8_to_e4m3x4x2(w[2 * half + 1], *tables)
-            s_piece = s_row + unit_of(t, n, warp) * 2048
-            s_piece = s_piece + ((4 * (warp % 2) + 2 * half + q // 2) ^ g) * 16 + q % 2 * 8
-            ptx.sts64(s_piece, a[0], b[0])
-            ptx.sts64(s_piece + 1024, a[1], b[1])
-
-
 # Widening ---------------------------------------------------------------------------------------------------
 
 
@@ -484,69 +420,6 @@ def e4m3x4_to_bf16x2x2(r: Uint32):
         write_only_types=[Uint32] * 2,
         read_only_args=[r],
     )
-
-
-@cute.jit
-def e2m1x8_to_e4m3x4x2(r: Uint32, low: Uint32, high: Uint32, low8: Uint32, high8: Uint32):
-    """A word of MXFP4 codes as placed -> four e4m3 of row g, four of row g + 8, neighbors along k.
-
-    Magnitudes are looked up in the rows' tables of e4m3 bytes, of codes 0..3 and 4..7; signs are bits.
-    """
-    return _asm(
-        "{ .reg .b32 t, u, s, p; "
-        "shr.u32 t, {$r0}, 1; and.b32 u, t, 0x07070707; lop3.b32 s, {$r0}, 0x70707070, u, 0xEA; "
-        "shf.r.wrap.b32 s, s, s, 12; prmt.b32 s, s, s, 0x2013; "
-        "prmt.b32 p, {$r1}, {$r2}, s; lop3.b32 p, {$r0}, 0x80008000, p, 0xEA; "
-        "lop3.b32 p, t, 0x00800080, p, 0xEA; prmt.b32 {$w0}, p, p, 0x2031; "
-        "shr.u32 u, s, 16; prmt.b32 p, {$r3}, {$r4}, u; "
-        "shl.b32 u, {$r0}, 7; lop3.b32 p, u, 0x00800080, p, 0xEA; "
-        "shf.r.wrap.b32 u, {$r0}, {$r0}, 8; lop3.b32 p, u, 0x80008000, p, 0xEA; "
-        "prmt.b32 {$w1}, p, p, 0x2013; }",
-        write_only_types=[Uint32] * 2,
-        read_only_args=[r, low, high, low8, high8],
-    )
-
-
-@cute.jit
-def row_tops(low: Uint32, high: Uint32):
-    """The largest of the four block scales of row g and of row g + 8: bytes (g, g + 8) of block 0 and 1, then
-    of block 2 and 3.
-    """
-    tops = []
-    for r in range_constexpr(2):
-        a = low >> Uint32(8 * r) & Uint32(0x00FF00FF)
-        b = high >> Uint32(8 * r) & Uint32(0x00FF00FF)
-        top = _max16x2(a, b)
-        tops.append(cutlass.max(top >> Uint32(16), top & Uint32(255)))
-    return tops
-
-
-@cute.jit
-def _max16x2(a: Uint32, b: Uint32):
-    """The larger of each half."""
-    return _asm("max.u16x2 {$w0}, {$r0}, {$r1};", write_only_types=[Uint32], read_only_args=[a, b])
-
-
-@cute.jit
-def scaled_down(top: Uint32):
-    """2^(top - 6 - 127), what the tables of `e4m3_table` leave out; no less than 0."""
-    return Uint32(cutlass.max(Int32(top) - 6, Int32(0)) << Int32(23)).bitcast(Float32)
-
-
-@cute.jit
-def e4m3_table(scale: Uint32, top: Uint32, near: Constexpr[bool]):
-    """e4m3 bytes of 2^(scale - top + 6) times 0 .5 1 1.5 and 2 3 4 6. Exact down to 2^-14 of the row's
-    largest scale in these 128 columns; what is below is rounded as e4m3 rounds. `near`: 2^-11 or more.
-    """
-    j = Int32(scale) - Int32(top) + 6  # at most 6
-    low = Uint32(j * Int32(0x08080800) + Int32(0x3C383000))
-    high = Uint32(j * Int32(0x08080808) + Int32(0x4C484440))
-    if const_expr(not near):
-        f = Uint32(cutlass.max(j + 127, Int32(0)) << Int32(23)).bitcast(Float32)
-        zero = Float32(0.0)
-        low = quantize.codes4(zero, f * Float32(0.5), f, f * Float32(1.5))
-        high = quantize.codes4(f * Float32(2.0), f * Float32(3.0), f * Float32(4.0), f * Float32(6.0))
-    return low, high
 
 
 # Multiplying ------------------------------------------------------------------------------------------------
@@ -581,11 +454,8 @@ def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group:
         ptx.fence_async()
         x_at = stage * 2 + group if const_expr(x_parts == 2) else stage
         w_at = stage * 2 + group if const_expr(w_parts == 2) else stage
-        s_f = s + t.o_factors + stage * 1024
-        f = cute.make_rmem_tensor((2, 2), Float32)
-        for m in range_constexpr(t.row_factors):
-            for half in range_constexpr(2):
-                f[m, half] = ptx.lds_f32(s_f + 512 * m + (row + 8 * half) * 4)
+        s_f = s + t.o_factors + stage * t.FACTORS
+        f = load_factors(t, s_f, row)
         warpgroup.fence()
         mma.set(warpgroup.Field.ACCUMULATE, False)
         for c in range_constexpr(4):
@@ -593,25 +463,69 @@ def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group:
             mma.set(warpgroup.Field.ACCUMULATE, True)
         warpgroup.commit_group()
         warpgroup.wait_group(0)
-        if const_expr(not t.column_factors):
+        if const_expr(t.expands):
+            if f[1, 0] > Float32(0.0):
+                release(t, full, thread)
+                add_scaled(t, sums, products, f)
+            else:
+                add_scaled_apart(t, sums, products, f, s_f, column)
+                release(t, full, thread)
+        else:
             release(t, full, thread)
-        for j in range_constexpr(t.wide // 8):
-            m = const_expr(j // 2 % 2 if t.row_factors == 2 else 0)
-            top = ()
-            if const_expr(t.column_factors):
-                top = ptx.lds64(s_f + 512 + (column + 8 * j) * 4)
-            for i in range_constexpr(2):
-                for half in range_constexpr(2):
-                    value = products[4 * j + 2 * half + i]
-                    if const_expr(t.column_factors):
-                        value = value * top[i].bitcast(Float32)
-                    if const_expr(t.promotes):
-                        value = value * f[m, half]
-                    at_sum = const_expr(4 * j + 2 * half + i)
-                    sums[at_sum] = sums[at_sum] + value
-        # Factors of columns are read as they are used: in registers for all, ptxas waits for each product.
-        if const_expr(t.column_factors):
-            release(t, full, thread)
+            add_scaled(t, sums, products, f)
+
+
+@cute.jit
+def load_factors(t: Constexpr[Tiles], s_f: Int32, row: Int32) -> cute.Tensor:
+    """What products of rows `row` and `row` + 8 are multiplied by, [matrix, row]. MXFP4's [0, ...] are times
+    the tile's, which [1, 0] is, 0 for none.
+    """
+    f = cute.make_rmem_tensor((2, 2), Float32)
+    for m in range_constexpr(t.row_factors):
+        for half in range_constexpr(2):
+            f[m, half] = ptx.lds_f32(s_f + 512 * m + (row + 8 * half) * 4)
+    if const_expr(t.expands):
+        f[1, 0] = ptx.lds_f32(s_f + 1024)
+        for half in range_constexpr(2):
+            if f[1, 0] > Float32(0.0):
+                f[0, half] = f[0, half] * f[1, 0]
+    return f
+
+
+@cute.jit
+def add_scaled_apart(
+    t: Constexpr[Tiles], sums: cute.Tensor, products: cute.Tensor, f: cute.Tensor, s_f: Int32, column: Int32
+):
+    """sums += products times the factors of their row and of their column, from `column` on."""
+    for j in range_constexpr(t.wide // 8):
+        top = ptx.lds64(s_f + 512 + (column + 8 * j) * 4)
+        for i in range_constexpr(2):
+            for half in range_constexpr(2):
+                at = const_expr(4 * j + 2 * half + i)
+                sums[at] = sums[at] + products[at] * top[i].bitcast(Float32) * f[0, half]
+
+
+@cute.jit
+def add_scaled(t: Constexpr[Tiles], sums: cute.Tensor, products: cute.Tensor, f: cute.Tensor):
+    """sums += products, times the factors of their row and matrix where there are."""
+    for j in range_constexpr(t.wide // 8):
+        m = const_expr(j // 2 % 2 if t.row_factors == 2 else 0)
+        for i in range_constexpr(2):
+            for half in range_constexpr(2):
+                at = const_expr(4 * j + 2 * half + i)
+                value = products[at]
+                if const_expr(t.promotes):
+                    value = value * f[m, half]
+                sums[at] = sums[at] + value
+
+
+@cute.jit
+def pass_by(t: Constexpr[Tiles], s: Int32, at: Int32, thread: Int32):
+    """A tile of which the warpgroup has no rows: its stages fall free."""
+    for step in cutlass.range(at, at + t.steps, unroll=1):
+        full = s + t.o_bars + 8 * (step % t.stages)
+        ptx.mbarrier_wait(full, step // t.stages & 1)
+        release(t, full, thread)
 
 
 @cute.jit
@@ -713,7 +627,7 @@ def store(
     Columns are those from `column` on, of which the ones below `columns` exist.
     """
     tiles = const_expr(cute.size(values) // 4)
-    each = const_expr(min(tiles, 32 // size))  # n8 tiles that go through shared memory together
+    each = const_expr(min(tiles, 16 // size))  # n8 tiles that go through shared memory together
     pieces = const_expr(each * size // 2)  # of 16 bytes of a row
     s_rows = s + t.o_out + warp * (16 * t.pitch)
     s_own = s_rows + lane // 4 * t.pitch + lane % 4 * (2 * size)

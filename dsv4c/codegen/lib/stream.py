@@ -145,13 +145,13 @@ def meet_part(r: Constexpr[Ring], warp: Int32):
 @cute.jit
 def store_partials(p: Constexpr[Product], rC: cute.Tensor, s_part: Int32, lane: Int32):
     """Write a warp's fragment as f32 [rows][16]."""
-    g = lane // 4
+    row = units.row_of(p, lane)
     column = (lane % 4) * 2
     for i in range_constexpr(2):
         if column < p.rows:
-            ptx.sts_f32(s_part + column * 64 + (g + 8 * i) * 4, rC[2 * i])
+            ptx.sts_f32(s_part + column * 64 + (row + 8 * i) * 4, rC[2 * i])
         if column + 1 < p.rows:
-            ptx.sts_f32(s_part + column * 64 + 64 + (g + 8 * i) * 4, rC[2 * i + 1])
+            ptx.sts_f32(s_part + column * 64 + 64 + (row + 8 * i) * 4, rC[2 * i + 1])
 
 
 @cute.jit

@@ -13,7 +13,7 @@ PIECES = {  # 16-byte pieces of packed weights that a loading thread holds of a 
     ("fp8", "e4m3"): 8,
     ("fp8", "bf16"): 4,
     ("bf16", "bf16"): 8,
-    ("mxfp4", "e4m3"): 4,
+    ("mxfp4", "e4m3"): 0,  # warps of their own expand it
     ("nvfp4", "f16"): 2,
     ("plain", "bf16"): 0,  # BF16 rows as they are: copied
 }
@@ -28,7 +28,8 @@ class Tiles:
     scale per 128 (`scaled`) or bf16, rows `stride` bytes apart. `tiles` x `span`: how w is packed. `paired`:
     the tile's rows are 16 of one matrix and 16 of another in turn. Eight warps multiply; `loaders` times four
     lay down steps, `stages` of which shared memory holds, and each four hold `ahead` of their own in
-    registers. Rows of `experts` take tiles of their own. `splits` CTAs of a cluster share a tile's k, and
+    registers. Of MXFP4 four expand weights, and of the other four two copy x, two weights. Rows of `experts`
+    take tiles of their own. `splits` CTAs of a cluster share a tile's k, and
     each adds up all of their sums for its part of the columns.
     """
 
@@ -50,6 +51,15 @@ class Tiles:
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     STEP: ClassVar[int] = 128  # bytes of k of an operand in a step
+    FACTORS: ClassVar[int] = 1152  # bytes of a stage's factors
+    UNITS: ClassVar[int] = 8  # of 16 rows, in a tile
+    COPIERS: ClassVar[int] = 64  # threads that copy x where warps of their own expand w
+    FEEDERS: ClassVar[int] = 2  # warps that copy w there
+
+    @property
+    def expands(self) -> bool:
+        """Whether warps of their own expand w, which is copied as it is packed."""
+        return self.weight == "mxfp4"
 
     @property
     def threads(self) -> int:
@@ -97,11 +107,6 @@ class Tiles:
         return 2 if self.paired and self.weight == "fp8" else int(self.promotes)
 
     @property
-    def column_factors(self) -> bool:
-        """Whether a step has a factor per column, too: the largest block scale of the row of w."""
-        return self.weight == "mxfp4"
-
-    @property
     def pieces(self) -> int:
         """16-byte pieces of weights that a loading thread holds of a step."""
         return PIECES[self.weight, self.kind]
@@ -109,23 +114,44 @@ class Tiles:
     @property
     def words(self) -> int:
         """Registers of a step that a loading thread holds: codes, block scales, what of x it converts."""
-        scales = {"mxfp4": 2, "nvfp4": 1}.get(self.weight, 0)
+        scales = int(self.weight == "nvfp4")
         return self.pieces * (4 + scales) + (4 * self.own_rows if self.kind == "f16" else 0)
 
     @property
     def arrivals(self) -> int:
         """That fill a stage: each warp's, and each thread's when its copies have come."""
+        if self.expands:
+            return 4 + self.COPIERS // 32 + self.COPIERS
         return 4 if self.kind == "f16" else 4 + 128
 
     @property
     def row_step(self) -> int:
-        """How far apart the rows are that a loading thread lays pieces of 16 bytes of."""
+        """How far apart the rows are that a thread lays pieces of 16 bytes of."""
+        if self.expands:
+            return self.COPIERS // 8
         return 32 if self.kind == "f16" else 16
 
     @property
     def own_rows(self) -> int:
         """How many these are."""
         return self.height // self.row_step
+
+    # Copies of weights that are expanded: of `UNITS` tiles of 16 rows, `together` units of each along k.
+
+    @property
+    def together(self) -> int:
+        """Units of a tile that are copied at a time, and expanded in as many steps."""
+        return 2 if self.span % 2 == 0 and self.steps % 2 == 0 else 1
+
+    @property
+    def slot(self) -> int:
+        """Bytes that are copied at a time."""
+        return self.UNITS * self.together * self.unit if self.expands else 0
+
+    @property
+    def slots(self) -> int:
+        """How often shared memory holds these in front of those that expand them."""
+        return (72 << 10) // self.slot if self.expands else 0
 
     @property
     def share_bytes(self) -> int:
@@ -157,7 +183,7 @@ class Tiles:
         """Bytes of one group of `tiles` tiles of 16 rows of w."""
         return self.k // COLUMNS[self.weight] * self.tiles * self.unit
 
-    # Shared memory: x, w, factors, then what results go through, then barriers.
+    # Shared memory: x, w, factors, units to expand, then what results go through, then barriers.
 
     @property
     def x_stage(self) -> int:
@@ -173,27 +199,33 @@ class Tiles:
 
     @property
     def o_factors(self) -> int:
-        """Per stage f32 [128] by row, then [128] by column, or by row for the second matrix."""
+        """Per stage f32 [128] by row, then [128] by column, or by row for the second matrix, then one of the
+        tile.
+        """
         return self.o_w + self.stages * self.w_stage
+
+    @property
+    def o_slots(self) -> int:
+        return self.o_factors + self.stages * self.FACTORS
 
     @property
     def pitch(self) -> int:
         """Bytes between rows of results on their way out: the pad keeps eight rows off each other's banks."""
-        return 256 + 16
+        return 128 + 16
 
     @property
     def o_out(self) -> int:
-        return self.o_factors + self.stages * 1024
+        return self.o_slots + self.slots * self.slot
 
     @property
     def o_bars(self) -> int:
-        """Stage i is full, then stage i is free."""
+        """Stage i is full, then stage i is free, then slot i is full, then slot i is free."""
         return self.o_out + 8 * 16 * self.pitch
 
     @property
     def o_tiles(self) -> int:
         """Per expert how many tiles of rows it and those before it have."""
-        return self.o_bars + 16 * self.stages
+        return self.o_bars + 16 * (self.stages + self.slots)
 
     @property
     def shared(self) -> int:
@@ -201,8 +233,10 @@ class Tiles:
         return 1024 + self.o_tiles + 4 * self.experts
 
     @property
-    def registers(self) -> tuple[int, int]:
-        """Of a thread that multiplies, and of one that loads."""
+    def registers(self) -> tuple[int, ...]:
+        """Of a thread that multiplies, and of one that loads, or expands, and of one that copies."""
+        if self.expands:
+            return 168, 104, 72
         if self.loaders == 2:
             return 160, 96
         return (168, 168) if self.ahead > 2 else (192, 120)
@@ -213,17 +247,15 @@ class Few:
     """Rows of experts who have few: tiles of 128 rows of MXFP4 w, which tensor cores multiply out of
     registers, and of 16 rows of x, e4m3 with a ue8m0 scale per 128, rows `stride` bytes apart.
 
-    Eight warps multiply, a warp copies weights, two copy x, of which they hold `ahead` steps in registers;
-    shared memory holds `stages` steps of 128 columns. `tiles` x `span`: how w is packed. `paired`: of the
-    tile's rows 64 are of one matrix and 64 of another.
+    Eight warps multiply, a warp copies weights, two copy x. `tiles` x `span`: how w is packed; a step is as
+    many units along k as lie together, four at most. `paired`: of the tile's rows 64 are of one matrix and 64
+    of another.
     """
 
     k: int
     stride: int
     tiles: int
     span: int
-    stages: int
-    ahead: int
     experts: int
     paired: bool = False
 
@@ -232,9 +264,7 @@ class Few:
     RESIDENT: ClassVar[int] = 2  # CTAs that fit an SM
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     UNIT: ClassVar[int] = BYTES["mxfp4"]
-    PITCH: ClassVar[int] = 4 * (
-        128 + 4
-    )  # bytes between rows of sums; the pad keeps them off each other's banks
+    PITCH: ClassVar[int] = 4 * (128 + 4)  # bytes between rows of sums: padded off each other's banks
     ROWS: ClassVar[int] = 16  # of x in a tile
     FINISH: ClassVar[float] = 2.0**6  # what sums lack in the end
 
@@ -249,9 +279,24 @@ class Few:
         return self.ROWS
 
     @property
+    def blocks(self) -> int:
+        """Blocks of 128 columns of k."""
+        return self.k // 128
+
+    @property
+    def together(self) -> int:
+        """Units along k in a step."""
+        return min(self.span, 4)
+
+    @property
     def steps(self) -> int:
         """Steps of a tile."""
-        return self.k // 128
+        return self.blocks // self.together
+
+    @property
+    def stages(self) -> int:
+        """Steps in shared memory: 87 KB of weights and rows in each of an SM's CTAs."""
+        return 8 // self.together
 
     @property
     def made(self) -> int:
@@ -261,25 +306,34 @@ class Few:
     @property
     def group_bytes(self) -> int:
         """Bytes of one group of `tiles` tiles of 16 rows of w."""
-        return self.steps * self.tiles * self.UNIT
+        return self.blocks * self.tiles * self.UNIT
+
+    @property
+    def w_tile(self) -> int:
+        """Bytes of a step of a tile of 16 rows."""
+        return self.together * self.UNIT
 
     @property
     def w_stage(self) -> int:
-        return 8 * self.UNIT
+        return 8 * self.w_tile
+
+    @property
+    def x_stage(self) -> int:
+        return self.together * self.ROWS * 128
 
     @property
     def o_w(self) -> int:
-        return self.stages * self.ROWS * 128
+        return self.stages * self.x_stage
 
     @property
     def o_factors(self) -> int:
-        """Per stage f32 [16]: scales of rows of x."""
+        """Per stage and unit f32 [16]: scales of rows of x."""
         return self.o_w + self.stages * self.w_stage
 
     @property
     def o_sums(self) -> int:
         """f32 [16][128], what results are made of."""
-        return self.o_factors + self.stages * self.ROWS * 4
+        return self.o_factors + self.stages * self.together * self.ROWS * 4
 
     @property
     def o_bars(self) -> int:

@@ -2,8 +2,8 @@
 activation rows.
 
 `accumulate` adds a unit's products, block scales included, to a warp's fragment: lane (g, q) = (lane/4,
-lane%4) holds rows g and g+8 of activation rows 2q and 2q+1, in mma.sync order. `numerics/packing.py` writes
-the units. What a format leaves to the end, a power of two, is `finish`.
+lane%4) holds rows r and r+8, r = `row_of`, of activation rows 2q and 2q+1, in mma.sync order.
+`numerics/packing.py` writes the units. What a format leaves to the end, a power of two, is `finish`.
 """
 
 import cutlass
@@ -90,6 +90,21 @@ def x_words(p: Constexpr[Product], s_x: Int32, unit: Int32, chunk: Constexpr[int
         return lo[0], lo[1], hi[0], hi[1]
     w = ptx.lds128(s_x + row * p.x_stride + column * 2)
     return w[0], w[1], w[2], w[3]
+
+
+@cute.jit
+def reversed_row(lane: Int32):
+    """lane / 4 with its bits reversed: the row, of eight, of an FP4 unit that a lane works on."""
+    g = lane // 4
+    return (g & 1) * 4 + (g & 2) + g // 4
+
+
+@cute.jit
+def row_of(p: Constexpr[Product], lane: Int32):
+    """The row of a unit, of the first eight, that a lane works on."""
+    if const_expr(p.weight in ("mxfp4", "nvfp4")):
+        return reversed_row(lane)
+    return lane // 4
 
 
 @cute.jit
