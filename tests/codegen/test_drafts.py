@@ -74,3 +74,15 @@ def test_a_block_that_sees_itself_gives_attention_its_last_row(plan: Plan) -> No
     (block,) = [text for text in swa if "m_last" in text]
     assert "        last=m_last,\n" in block
     assert "window=133,\n" in block
+
+
+def test_every_stream_of_a_token_is_projected() -> None:
+    """MTP's `h_proj` takes a row for each of a token's streams: as many rows as its norm has."""
+    config = replace(load_config("tiny"), num_layers=1, compress_ratios=(0,), num_hash_layers=1)
+    plan = gpu_plan(config, batch=1, verify=2, chunk=8, draft="mtp", draft_tokens=1, certify=False)
+    kernels = {
+        launch.name: plan.files[f"kernels/{launch.kernel.kernel}.py"].decode()
+        for launch in plan.program("decode").launches
+    }
+    assert "x: bf16[1," in kernels["mtp.0.e_out"]
+    assert "x: bf16[4," in kernels["mtp.0.h_out"]

@@ -83,7 +83,8 @@ def product(
         matrix = Matrix(label, height, format_, x, f"{label}_out", str(result.dtype), after)
         values |= {matrix.name: w, matrix.out: y}
         matrices.append(matrix)
-    rows = math.prod(request.types[products[0][2]].shape[:1])
+    shape = request.types[products[0][2]].shape
+    rows = shape[0] if groups > 1 else math.prod(shape[:-1])  # of several streams each is a row
     spec = GemvSpec(
         name,
         rows,
@@ -207,6 +208,8 @@ def q_norm_quantize(request: Request) -> Answer:
     riding = riding_of(request, row.shape[0])
     if isinstance(riding, No):
         return riding
+    if riding.riders and len(row.shape) != 2:
+        return No(f"takes rows [N,K] where state writes ride, not {row}")
     if riding.apart:
         product = _q_projections(request, call, Riding(lanes=lanes(riding.riders)))
         if isinstance(product, No):
