@@ -19,7 +19,7 @@ from dsv4c.codegen.kernels.experts import (
     row_parameters,
     weight_parameters,
 )
-from dsv4c.codegen.kernels.experts_up import hash_swiglu, padded, routed_experts
+from dsv4c.codegen.kernels.experts_up import hash_swiglu, padded, positions_of, routed_experts
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds
 from dsv4c.codegen.kernels.gemv import STAGES, WARPS, k_warps_of, span_of
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
@@ -28,6 +28,7 @@ from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, Scratc
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
 from dsv4c.errors import BuildError
+from dsv4c.ir.ops.moe import Present
 from dsv4c.passes.fusions.experts_down import ExpertsDown
 from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
@@ -144,6 +145,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         *row_parameters("h", spec, spec.packed),
         *row_parameters("shared_h", spec, spec.packed),
         Parameter("expert_ids"),
+        *([Parameter("positions")] if spec.skips else []),
         *CHOICES[by],
         *weight_parameters("w2", spec.routed),
         *weight_parameters("shared_w2", spec.shared),
@@ -156,7 +158,11 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         spec=spec,
         rings=rings,
         by=by,
-        choosing=[*(["m_expert_ids"] if not by or spec.turns > 1 else []), *(p.name for p in CHOICES[by])],
+        choosing=[
+            *(["m_expert_ids"] if not by or spec.turns > 1 else []),
+            *(["m_positions"] if spec.skips else []),
+            *(p.name for p in CHOICES[by]),
+        ],
         padded=padded(spec.experts),
         pointers=[p.name for p in parameters],
         grid=grid,
@@ -181,7 +187,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-def _spec(request: Request, call: Call) -> ExpertsSpec | No:
+def _spec(request: Request, call: Call, *, judged: bool = False) -> ExpertsSpec | No:
     op, x = call.op, call.operands
     assert isinstance(op, ExpertsDown)
     h, routed, shared = (request.types[x[n]] for n in ("h", "w2", "shared_w2"))
@@ -207,6 +213,7 @@ def _spec(request: Request, call: Call) -> ExpertsSpec | No:
         math.inf,
         packed,
         str(op.out),
+        judged,
     )
 
 
@@ -215,7 +222,7 @@ def _values(call: Call) -> dict[str, int]:
     return {**x, "shared_h": x["h_shared"], "expert_ids": x["experts"], "y": call.outputs[0]}
 
 
-@kernel(Router, HashRouter, Swiglu, HashSwiglu, ExpertsDown, chained=True)
+@kernel(Router, HashRouter, Present, Swiglu, HashSwiglu, ExpertsDown, chained=True)
 def experts(request: Request) -> Answer:
     """Both halves of a layer's experts. What the first one chose them by is old when the second one begins,
     which makes the choice again and so need not wait for it.
@@ -223,7 +230,8 @@ def experts(request: Request) -> Answer:
     *first, last = request.calls
     if not first or not isinstance(last.op, ExpertsDown) or not isinstance(first[-1].op, Swiglu | HashSwiglu):
         return No("takes a router, the experts' first half and their second")
-    spec = _spec(request, last)
+    places = positions_of(first)
+    spec = _spec(request, last, judged=bool(places))
     if isinstance(spec, No):
         return spec
     if spec.packed or takes_many(spec, request.arch):
@@ -237,7 +245,7 @@ def experts(request: Request) -> Answer:
         return up
     by = "table" if "tokens" in router else "scores"
     names = [p.operand for p in CHOICES[by] if p.operand in router]
-    values = _values(last) | {name: router[name] for name in names}
+    values = _values(last) | {name: router[name] for name in names} | places
     logits = {} if by == "table" else {"logits": Scratch("logits", up[-1].scratch["logits"], "early")}
     down = emit_experts_down(spec, request.arch, by)
     return [

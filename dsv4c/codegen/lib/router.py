@@ -259,14 +259,38 @@ def keep_experts(s: Int32, expert: Int32, k: Constexpr[int], lane: Int32):
 
 
 @cute.jit
-def keep_weights(s: Int32, chosen: Float32, k: Constexpr[int], factor: Constexpr[float], lane: Int32):
-    """Weights = score / sum * factor to f32 [k] behind the experts at `s`; lanes beyond k hold scores of 0.
-    One warp; returns the lane's weight.
+def keep_weights(
+    s: Int32, chosen: Float32, k: Constexpr[int], factor: Constexpr[float], lane: Int32, position: Int32 = 0
+):
+    """Weights = score / sum * factor to f32 [k] behind the experts at `s`, 0 if the row's position is -1;
+    lanes beyond k hold scores of 0. One warp; returns the lane's weight.
     """
     weight = ptx.divide(chosen, ptx.lanes_sum(chosen, 32)) * Float32(factor)
+    if Int32(position) < 0:
+        weight = Float32(0.0)
     if lane < k:
         ptx.sts_f32(s + (k + lane) * 4, weight)
     return weight
+
+
+@cute.jit
+def rows_present(g_positions: Int64, rows: Constexpr[int]):
+    """(order, count): the rows of a call of at most 8 that have a position, and the first one, whose turn
+    begins before anybody knows. Row n of them is `nth_row(order, n)`.
+    """
+    order = Int32(0)
+    count = Int32(1)
+    for row in range_constexpr(1, rows):
+        if ptx.ldg32(g_positions + row * 4).to(Int32) >= 0:
+            order = order | (Int32(row) << (count * 4))
+            count = count + 1
+    return order, count
+
+
+@cute.jit
+def nth_row(order: Int32, n: Int32):
+    """Its number, of those that `rows_present` found."""
+    return (order >> (n * 4)) & 15
 
 
 # Scores of a table's experts, from their own rows of the gate -----------------------------------------------
