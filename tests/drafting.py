@@ -78,6 +78,7 @@ def learned(folder: Path, head: Head, *, quantized: bool = False, seed: int = 1)
         names = [f"mtp.2.markov_head.markov_w{i}.weight" for i in (1, 2)]
         tensors[names[0]], tensors[names[1]] = known, torch.empty_like(known)
         tensors[names[1]][after] = 4 * known
+        tensors["mtp.2.confidence_head.proj.weight"] *= 0.125  # so that it is sure of little
         for token in range(0, VOCABULARY, 4):  # of some it has learned another
             tensors[names[1]][after[[token, token + 1]]] = tensors[names[1]][after[[token + 1, token]]]
     plain = {"embed.weight", "head.weight"} | {n for n in tensors if "markov" in n or "e_proj.weight" in n}

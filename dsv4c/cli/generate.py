@@ -23,6 +23,7 @@ from dsv4c.compiler.kept import kept_plan
 from dsv4c.compiler.request import Request
 from dsv4c.config import ModelConfig, load_config
 from dsv4c.errors import ConfigError, PromptError
+from dsv4c.models.drafting import worth
 from dsv4c.models.encoding.messages import Conversation, read_conversation
 from dsv4c.models.encoding.render import render
 from dsv4c.models.encoding.rules import rules_of
@@ -41,7 +42,7 @@ from dsv4c.runtime.answer import (
 )
 from dsv4c.runtime.bind import machine_target
 from dsv4c.runtime.checkpoint import Checkpoint
-from dsv4c.runtime.sampling import Sampling
+from dsv4c.runtime.sampling import LEAST, Sampling
 from dsv4c.runtime.session import token_id
 
 INTERRUPTED = 130
@@ -99,6 +100,16 @@ DraftOption = Annotated[
     Draft, typer.Option(help="Say several tokens a step, drafted by what the checkpoint has (auto), or off.")
 ]
 DraftTokensOption = Annotated[int | None, _optional("Tokens drafted in a round.", "K", "1, of DSpark 3")]
+ConfidenceOption = Annotated[
+    float | None,
+    _optional(
+        "How likely a DSpark draft must be to be judged; 0: all are.",
+        "P",
+        "on a GPU as `roofline --draft` says, else 0",
+        min=0,
+        max=1,
+    ),
+]
 CacheOption = Annotated[
     Path | None, _optional("Folder of kept plans and kernels.", "DIR", "the user's cache")
 ]
@@ -134,6 +145,7 @@ def generate_command(
     max_context: ContextOption = 4096,
     draft: DraftOption = Draft.OFF,
     draft_tokens: DraftTokensOption = None,
+    draft_confidence: ConfidenceOption = None,
     cache: CacheOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -184,6 +196,7 @@ def generate_command(
         plan = _plan(folder, target, recipe, max_context, draft.value, draft_tokens, cache)
     if draft is not Draft.OFF:
         check_drafts(plan, draft, draft_tokens)
+    least = _least(plan, draft, draft_confidence)
     if temperature is None and not any(program.shape.sampled for program in plan.buckets.values()):
         note("this plan always takes the likeliest token; one of `dsv4c compile --sampled` would draw it")
         sampling = Sampling(seed=seed)
@@ -197,6 +210,7 @@ def generate_command(
         "logprobs": logprobs,
         "encoding": encoding,
         "drafting": draft is not Draft.OFF,
+        "draft_confidence": least,
     }
     if chatting:
         chat(
@@ -270,6 +284,20 @@ def check_drafts(plan: Plan, draft: Draft, tokens: int | None) -> None:
     if tokens is not None and all(shape.tokens != 1 + tokens for shape in rounds):
         sizes = ", ".join(str(shape.tokens - 1) for shape in rounds) or "none"
         raise ConfigError(f"--draft-tokens {tokens}: plan {plan.name} drafts {sizes} tokens a round")
+
+
+def _least(plan: Plan, draft: Draft, given: float | None) -> float:
+    """How likely a draft must be to be judged. Raises ConfigError where nothing says how likely one is."""
+    knows = draft is not Draft.OFF and any(slot.name == LEAST for slot in plan.state)
+    if given and not knows:
+        raise ConfigError(
+            f"--draft-confidence {given}: no draft of plan {plan.name} comes with a confidence; expected "
+            "--draft dspark, of a checkpoint that has it"
+        )
+    if given is not None or not knows or plan.target == "cpu":
+        return given or 0.0
+    drafts = min(p.shape.tokens - 1 for p in plan.buckets.values() if p.shape.kind == "round")
+    return round(worth(ModelConfig.from_dict(plan.config), drafts), 2)
 
 
 def _question(
