@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 import statistics
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -51,6 +53,15 @@ def bench_command(
             show_default=False,
         ),
     ] = None,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write when every CTA of one step begins, has waited and ends: for ui.perfetto.dev, smaller "
+            "as .json.gz.",
+            metavar="FILE",
+            show_default=False,
+        ),
+    ] = None,
     position: Annotated[int, typer.Option(help="Tokens before the step.", min=0)] = 8192,
     replays: Annotated[int, typer.Option(help="Of every part; a time is their median.", min=3)] = 31,
     json: JsonOption = False,
@@ -66,6 +77,8 @@ def bench_command(
       dsv4c bench flash.plan --random-weights --layers 0:11
 
       dsv4c bench tiny.plan --weights tiny-weights --bucket decode-8 --json
+
+      dsv4c bench flash.plan --random-weights --layers 0:11 --trace step.json.gz
     """
     if random_weights == (weights is not None):
         raise ConfigError("give either --weights DIR or --random-weights")
@@ -74,7 +87,11 @@ def bench_command(
         raise ConfigError("--layers takes --random-weights: a checkpoint is bound whole")
     if alone is not None and weights is not None:
         raise ConfigError("--alone takes --random-weights: a checkpoint is bound whole")
+    if trace is not None and not trace.parent.is_dir():
+        raise ConfigError(f"--trace {trace}: there is no folder {trace.parent}; make it first")
     compiled = load(plan)
+    if trace is not None and compiled.ranks > 1:
+        raise ConfigError(f"--trace: {plan} is for {compiled.ranks} ranks, a trace is of a plan for one GPU")
     if compiled.target == "cpu":
         raise PlanError(
             f"{plan}: is compiled for the CPU; bench times GPU plans, compile with --target sm_90a"
@@ -82,6 +99,7 @@ def bench_command(
     from dsv4c.runtime.bench import bench, layers_alone, random_executor  # loads torch and the driver
     from dsv4c.runtime.cuda import CudaExecutor  # loads torch and the driver
     from dsv4c.runtime.ranks import CudaRanks  # loads torch and the driver
+    from dsv4c.runtime.trace import perfetto, record  # loads torch and the driver
 
     if cut is not None:
         compiled = layers_alone(compiled, bucket, *cut)
@@ -91,6 +109,12 @@ def bench_command(
         found = bench(
             compiled, executor, bucket=bucket, position=position, replays=replays, progress=progress
         )
+    if trace is not None:
+        assert isinstance(executor, CudaExecutor)  # of one rank
+        spans = record(compiled, executor.blocks["weights"], found.bucket, found.position)
+        launches = compiled.buckets[found.bucket].launches
+        data = dumps(perfetto(launches, spans)).encode()
+        trace.write_bytes(gzip.compress(data) if trace.suffix == ".gz" else data)
     if json:
         print_json(found.to_dict() | ({} if alone is None else {"alone": alone}))
         return
@@ -99,6 +123,8 @@ def bench_command(
             f"rank {alone} of {compiled.ranks} alone, on one GPU: exchanges cost what an answer at once does"
         )
     print(text(found), end="")
+    if trace is not None:
+        print(f"{trace}: {len(spans)} CTAs of {len(launches)} launches, to be opened at ui.perfetto.dev")
 
 
 def text(found: Bench) -> str:

@@ -7,15 +7,18 @@ compiler or a device.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
+from dsv4c.arch import Arch
 from dsv4c.cuts import Cut
+from dsv4c.plan.declared import read_source
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -104,3 +107,91 @@ def host(
     """
     module: Any = environment().get_template("stages.py.jinja").module
     return str(module.host(symbol, pointers, grid, cluster, resident)).strip() + "\n"
+
+
+def compose(
+    symbol: str,
+    what: str,
+    operands: Mapping[Parameter, str | None],
+    launch: str,
+    stages: Sequence[str],
+    *,
+    threads: int,
+    grid: Sequence[int | str],
+    sizes: Mapping[str, int] | None = None,
+    cluster: int = 1,
+    spec: object = None,
+    record: str = "",
+    given: Mapping[str, str] | None = None,
+) -> Emission:
+    """A kernel whose code is in `dsv4c.codegen.lib`: its text says what it computes, the `spec` by which it
+    is cut, and its `stages` in order. These are calls of the library on `SPEC`, on `m`, the `record` of its
+    operands' pointers (by default `Operands` of the last stage's module), and on what stages before returned.
+
+    what, launch: for people, as the operands' types are, by parameter; None is one that the record has and
+    this kernel does without. grid: counts in numbers, or in those of `sizes` as `host` does. cluster: so many
+    CTAs in a row. given: what the record's fields are given, if not a pointer each.
+    """
+    parameters = tuple(p for p, type_ in operands.items() if type_ is not None)
+    types = {p.name.removeprefix("m_"): type_ for p, type_ in operands.items()}
+    record = record or f"{_CALLED.findall(stages[-1])[0]}.Operands"
+    given = given or {name: "None" if type_ is None else f"m_{name}" for name, type_ in types.items()}
+    made = "\n".join(_call(record, [f"{name}={value}" for name, value in given.items()]))
+    source = render(
+        "kernel.py.jinja",
+        symbol=symbol,
+        what=what,
+        types={name: type_ for name, type_ in types.items() if type_},
+        launch=launch,
+        counts=bool(sizes),
+        libs=sorted({name for line in (made, *stages) for name in _CALLED.findall(line)}),
+        shapes=_classes(spec),
+        threads=threads,
+        spec=None if spec is None else literal(spec),
+        pointers=[p.name for p in parameters],
+        record=record,
+        given=made,
+        stages=stages,
+        grid=grid,
+        cluster=[cluster, 1, 1] if cluster > 1 else None,
+    )
+    said = read_source(source)
+    x, y, z = said.grid_of(sizes or {})
+    return Emission(f"{symbol}_0", source, (x, y, z), threads, said.shared, parameters, said.cluster)
+
+
+_CALLED = re.compile(r"(?:^| )([a-z]\w*)\.\w+\(")  # modules whose functions a line calls
+
+
+def _call(name: str, arguments: Sequence[str]) -> list[str]:
+    """Lines of a call: one, or one for each argument where that is too long."""
+    line = f"{name}({', '.join(arguments)})"
+    return [line] if len(line) <= 100 else [f"{name}(", *(f"    {a}," for a in arguments), ")"]
+
+
+def literal(value: object) -> str:
+    """The expression that makes numbers, texts, and frozen dataclasses of them."""
+    if not is_dataclass(value):
+        return f'"{value}"' if isinstance(value, str) else repr(value)
+    given = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+    return "\n".join(_call(type(value).__name__, [f"{name}={literal(v)}" for name, v in given.items()]))
+
+
+def _classes(value: object) -> dict[str, list[str]]:
+    """The classes that `literal` names, by module."""
+    found: dict[str, set[str]] = {}
+
+    def visit(value: object) -> None:
+        if is_dataclass(value):
+            found.setdefault(type(value).__module__, set()).add(type(value).__name__)
+            for f in fields(value):
+                visit(getattr(value, f.name))
+
+    visit(value)
+    return {module: sorted(names) for module, names in sorted(found.items())}
+
+
+def floor_text(nbytes: int, arch: Arch, each: str = "") -> str:
+    """What reading so many bytes, for `each` where that is said, takes at least: for a kernel's text."""
+    per = f" per {each}" if each else ""
+    return f"Reads {nbytes} B{per}: {arch.floor_us(nbytes):.2f} us at the read bandwidth of the {arch.gpu}."

@@ -7,7 +7,7 @@ the reason. If all say no, `choose` raises BuildError with every reason. Equal r
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property
 from itertools import chain
 from types import ModuleType
@@ -156,28 +156,82 @@ Candidate = Callable[[Request], Answer]
 
 
 @dataclass(frozen=True)
+class Takes:
+    """An op that a candidate takes, and what of it the candidate follows or says no to: these attributes, and
+    all operands but those of `without`, which decide nothing.
+    """
+
+    op: type[Op]
+    attributes: frozenset[str] = frozenset()
+    without: frozenset[str] = frozenset()
+
+
+def takes(op: type[Op], *attributes: str, without: Collection[str] = ()) -> Takes:
+    """An op with what a candidate knows of it. Raises BuildError for an attribute that it has not."""
+    known = {f.name for f in fields(op)}  # type: ignore[arg-type]  # `@primitive`, `@fused`: dataclasses
+    if missing := sorted({*attributes} - known):
+        raise BuildError(f"{op.name} has no attribute {', '.join(missing)} that a kernel could know")
+    return Takes(op, frozenset(attributes), frozenset(without))
+
+
+@dataclass(frozen=True)
 class Kernel:
-    """A candidate: the ops it covers, any op if none are named; whether one launch may hold several of them,
+    """A candidate: the ops it takes, any op if none are named; whether one launch may hold several of them,
     in that order, whether the later of them then read what the first makes, and whether the others then read
     the `lead`'s results and nothing of each other. `package` contributed it, if it is not dsv4c's.
     """
 
     name: str
-    ops: tuple[type[Op], ...]
+    takes: tuple[Takes, ...]
     several: bool
     chained: bool
     ask: Candidate
     package: Package | None = None
     lead: bool = False
 
+    @property
+    def ops(self) -> tuple[type[Op], ...]:
+        """The kinds of ops."""
+        return tuple(taken.op for taken in self.takes)
+
+    def ignored(self, request: Request) -> str:
+        """An attribute that means what the candidate does not know, as a reason; "" for none. It knows
+        nothing of one that it does not name: at its default that is as if it were not there.
+        """
+        known = {taken.op: taken.attributes | taken.op.geometry for taken in self.takes}
+        for op in (call.op for call in request.calls if self.takes):
+            for f in fields(op):  # type: ignore[arg-type]
+                value = getattr(op, f.name)
+                given = f.default is MISSING or value != f.default
+                if given and f.name not in known[type(op)] and f.name != "keep":
+                    return f"does not know {f.name} of {op.name}, which is {print_attribute(value)}"
+        return ""
+
+    def unbound(self, request: Request, answer: Sequence[Launchable]) -> str:
+        """An operand or a result that an answer leaves out, as a reason; "" for none."""
+        spared = {taken.op: taken.without for taken in self.takes}
+        read = {i for call in request.calls for i in call.inputs}
+        made = {i for call in request.calls for i in call.outputs}
+        bound = {b.value for launch in answer for b in launch.bindings} | (read & made)
+        for call in request.calls:
+            for name, number in call.operands.items():
+                if number not in bound and name not in spared.get(type(call.op), ()):
+                    return f"does not read {name} of {call.op.name}"
+            for place, number in enumerate(call.outputs):
+                if number not in bound and place not in call.op.alias:
+                    return f"does not make result {call.results[place]} of {call.op.name}"
+        return ""
+
 
 def kernel(
-    *ops: type[Op], several: bool = False, chained: bool = False, lead: bool = False
+    *ops: type[Op] | Takes, several: bool = False, chained: bool = False, lead: bool = False
 ) -> Callable[[Candidate], Kernel]:
-    """Make a function a candidate for launches of these ops; `several` of them may be one launch, `chained`
-    if the later ones read what the first makes, with a `lead` if all read what an op of the first kind makes.
+    """Make a function a candidate for launches of these ops, of whose attributes it knows what `takes` says;
+    `several` of them may be one launch, `chained` if the later ones read what the first makes, with a `lead`
+    if all read what an op of the first kind makes.
     """
-    return lambda ask: Kernel(ask.__name__, ops, several or chained or lead, chained, ask, lead=lead)
+    taken = tuple(op if isinstance(op, Takes) else Takes(op) for op in ops)
+    return lambda ask: Kernel(ask.__name__, taken, several or chained or lead, chained, ask, lead=lead)
 
 
 def kernels_in(module: ModuleType) -> tuple[Kernel, ...]:
@@ -199,13 +253,16 @@ def choose(request: Request, known: tuple[Kernel, ...]) -> tuple[Launchable, ...
         if len(request.calls) > 1 and not candidate.several:
             reasons.append(f"{candidate.name}: takes one op per launch, not {len(request.calls)}")
             continue
-        try:
-            answer = candidate.ask(request)
-        except BuildError as error:
-            answer = No(str(error))
-        if not isinstance(answer, No):
-            return _in_turn(answer, candidate.package)
-        reasons.append(f"{candidate.name}: {answer.reason}")
+        reason = candidate.ignored(request)
+        if not reason:
+            try:
+                answer = candidate.ask(request)
+            except BuildError as error:
+                answer = No(str(error))
+            reason = answer.reason if isinstance(answer, No) else candidate.unbound(request, answer)
+            if not isinstance(answer, No) and not reason:
+                return _in_turn(answer, candidate.package)
+        reasons.append(f"{candidate.name}: {reason}")
     names = " + ".join(call.op.name for call in request.calls)
     why = reasons or [f"no kernel is registered for {names}; expected the graph's ops folded into fused ones"]
     raise BuildError(f"no kernel for {request.text}\n  " + "\n  ".join(why))

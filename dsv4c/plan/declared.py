@@ -19,6 +19,8 @@ _SHARED = re.compile(r"\bptx\.shared\((.*?)\)")
 _GRID = re.compile(r"^        grid=\[(.*?), (.*?), (.*?)\],$", re.MULTILINE)
 _CLUSTER = re.compile(r"^        cluster=\[(\d{1,3}), (\d{1,3}), (\d{1,3})\],$", re.MULTILINE)
 _BEHIND_WAIT = re.compile(r"^( +)ptx\.wait\(\)\n\1ptx\.launch_dependents\(\)$", re.MULTILINE)
+_WHOLE = re.compile(r"\b(exchange\.(?:gather|sum_rows|join_rows))\(")  # gives, takes, meets and lets begin
+_WHOLE_BEHIND_WAIT = re.compile(rf"^ +ptx\.wait\(\)\n +{_WHOLE.pattern}", re.MULTILINE)
 _TERM = re.compile(r"(\d{1,9})|(\w+)(?: \* (\d{1,9}))?")
 
 
@@ -96,14 +98,12 @@ def _exchange(text: str) -> str:
     """Waits for predecessors, gives words, gets words, meets, lets the successor begin: in this order, else
     what is not.
     """
-    if "exchange.gather(" in text:  # gives, takes, meets and lets begin
-        stages = len(re.findall(r"\bexchange\.gather\(", text))
-        if len(re.findall(r"^ +ptx\.wait\(\)\n +exchange\.gather\(", text, re.MULTILINE)) != stages:
-            return (
-                "its kernel has exchange.gather that is not right behind ptx.wait(): others may wait for it"
-            )
+    if whole := _WHOLE.findall(text):
+        name = whole[0]
+        if len(_WHOLE_BEHIND_WAIT.findall(text)) != len(whole):
+            return f"its kernel has {name} that is not right behind ptx.wait(): others may wait for it"
         if "ptx.launch_dependents()" in text:
-            return "its kernel has ptx.launch_dependents() beside exchange.gather: it would slow ranks down"
+            return f"its kernel has ptx.launch_dependents() beside {name}: it would slow ranks down"
         return ""
     steps = ("ptx.wait()", "exchange.push(", "exchange.receive", "sync_threads()", "ptx.launch_dependents()")
     kernel = text[text.index("@cute.kernel") :] if "@cute.kernel" in text else ""

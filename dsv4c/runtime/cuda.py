@@ -127,9 +127,9 @@ class CudaExecutor:
         constants = constants_of(plan, _read_at_load(plan, weights))
         self.blocks |= {"weights": weights, "constants": constants.to(device)}
         self.states = states_of(plan, self.blocks)
-        libraries = Libraries(plan)
+        self.libraries = Libraries(plan)
         self.programs = {
-            name: BoundProgram(plan, program, self.blocks, libraries)
+            name: BoundProgram(plan, program, self.blocks, self.libraries)
             for name, program in plan.buckets.items()
         }
         self.clear()

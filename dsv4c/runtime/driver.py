@@ -71,9 +71,28 @@ class Library:
             call(f"{what}: {key.name} = {value}", cuda.cuFuncSetAttribute(function, key, value))
         return Kernel(symbol, function)
 
+    def set_pointer(self, variable: str, address: int) -> None:
+        """Let a global variable of 8 bytes hold `address`."""
+        what = f"{variable} of {self.name}"
+        place, size = call(what, cuda.cuLibraryGetGlobal(self._handle, variable.encode()))
+        call(what, cuda.cuMemcpyHtoD(place, address.to_bytes(8, "little"), size))
+
     def close(self) -> None:
         """Unload the library."""
         call(f"unload {self.name}", cuda.cuLibraryUnload(self._handle))
+
+
+def assemble(ptx: str, name: str) -> bytes:
+    """A cubin of PTX for the current device, by the driver's own assembler; `name` is what errors call it."""
+    what = f"assemble {name}"
+    state = call(what, cuda.cuLinkCreate(0, [], []))
+    data = ptx.encode() + b"\0"
+    kind = cuda.CUjitInputType.CU_JIT_INPUT_PTX
+    call(what, cuda.cuLinkAddData(state, kind, data, len(data), name.encode(), 0, [], []))
+    address, size = call(what, cuda.cuLinkComplete(state))
+    cubin = ctypes.string_at(address, size)
+    call(what, cuda.cuLinkDestroy(state))
+    return cubin
 
 
 @dataclass(frozen=True)

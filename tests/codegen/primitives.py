@@ -216,6 +216,12 @@ class _Body:
             return self.random.choice(known)
         return self.builder.input(f"a{len(self.builder.inputs)}", type_)
 
+    def _read_whole(self, type_: TensorType) -> Value:
+        """The same, or what is computed of it, which is one for all rows where it is."""
+        operand, op = self._given(type_), self.random.choice((None, Silu(), Scale(0.75)))
+        made: Value = operand if op is None else op(operand)
+        return made
+
     def unary(self, x: Value) -> Any:
         ops: list[Op] = [Silu(), Sigmoid(), SqrtSoftplus(), Scale(0.75), Shift(0.5), Clamp(-3.0, None)]
         ops += [Cast(self.random.choice((F32, BF16)))]
@@ -231,16 +237,15 @@ class _Body:
         other = (
             self.random.choice(others)
             if self.random.random() < 0.6
-            else self._given(TensorType(dtype, self.random.choice(kinds)))
+            else self._read_whole(TensorType(dtype, self.random.choice(kinds)))
         )
         return op(x, other)
 
     def norm(self, x: Value) -> Any:
-        dtype = x.type.components[0].dtype
-        gain = self._given(TensorType(dtype, x.type.shape[-1:]))
         if self.random.random() < 0.3:
             return RmsNorm(1e-6, BF16)(x)
-        return RmsNorm(1e-6)(x, gain)
+        dtype = x.type.components[0].dtype
+        return RmsNorm(1e-6)(x, self._read_whole(TensorType(dtype, x.type.shape[-1:])))
 
     def reduce(self, x: Value) -> Any:
         axis = -1 if len(x.type.shape) < 3 else self.random.choice((-1, 1))

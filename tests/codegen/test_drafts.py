@@ -72,5 +72,5 @@ def test_a_block_that_sees_itself_gives_attention_its_last_row(plan: Plan) -> No
     ends = sorted("m_last: cute.Pointer" in text for text in swa)
     assert ends == [False, True]
     (block,) = [text for text in swa if "m_last" in text]
-    assert "find_key(A, key, entry, last, visible)" in block
+    assert "        last=m_last,\n" in block
     assert "window=133,\n" in block

@@ -90,7 +90,7 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "more shared memory": (replaced("ptx.shared(", "ptx.shared(9"), r"has shared 9\d+; .* shared \d+"),
     "no wait": (replaced("ptx.wait()", "pass"), r"has waits False; .* waits True"),
-    "no Python": (replaced("def kernel(", "def kernel(("), r"line \d+: .*never closed"),
+    "no Python": (replaced("ptx.wait()", "ptx.wait(("), r"line \d+: .*never closed"),
     "no kernel": (lambda p: p.write_text("x = 1\n"), r"has no host function"),
     "a name of nothing": (
         lambda p: p.rename(p.with_stem("argmax_0123abcd")),

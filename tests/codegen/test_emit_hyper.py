@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from dsv4c.codegen.kernels.ends import (
     EmbedSpec,
     LastRowsSpec,
     PositionsSpec,
+    cut_logits,
     emit_advance,
     emit_argmax,
     emit_embed,
@@ -148,9 +148,9 @@ def test_a_gate_covers_every_expert_once():
 def test_an_argmax_covers_every_column_once():
     for vocabulary in (129280, 512, 250, 7):
         emission = emit_argmax(ArgmaxSpec(rows=1, vocabulary=vocabulary), SM_90A)
-        columns = int(re.search(r"first = rank \* (\d+)", emission.source)[1])
-        ctas = emission.cluster[0]
-        assert (ctas - 1) * columns < vocabulary <= ctas * columns
+        cut = cut_logits(vocabulary)
+        assert emission.cluster[0] == cut.ctas
+        assert (cut.ctas - 1) * cut.width < vocabulary <= cut.ctas * cut.width
 
 
 @pytest.mark.parametrize("rows", [17, 500, 4096])

@@ -84,29 +84,32 @@ EDITS = [  # what a kernel's text is changed to, and what is said of it
 
 
 @pytest.mark.parametrize(("old", "new", "said"), EDITS)
-@pytest.mark.parametrize(
-    "emission", [emit_all_reduce(SUM), emit_all_gather(JOIN), mixed()], ids=lambda e: e.symbol
-)
-def test_a_kernel_that_would_make_ranks_wait_is_found(
-    emission: Emission, old: str, new: str, said: str
-) -> None:
-    assert read_source(emission.source).exchange == ""
-    assert old in emission.source
-    assert said in read_source(emission.source.replace(old, new, 1)).exchange
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "said"),
-    [
-        ("    ptx.wait()\n    exchange.gather(", "    exchange.gather(", "not right behind ptx.wait()"),
-        ("    smem = ptx.", "    ptx.launch_dependents()\n    smem = ptx.", "beside exchange.gather"),
-    ],
-)
-def test_a_launch_that_gathers_as_it_must_not_is_found(old: str, new: str, said: str) -> None:
-    source = read().source
+def test_a_kernel_that_would_make_ranks_wait_is_found(old: str, new: str, said: str) -> None:
+    source = mixed().source
     assert read_source(source).exchange == ""
     assert old in source
     assert said in read_source(source.replace(old, new, 1)).exchange
+
+
+@pytest.mark.parametrize(
+    ("emission", "stage"),
+    [
+        (emit_all_reduce(SUM), "exchange.sum_rows"),
+        (emit_all_gather(JOIN), "exchange.join_rows"),
+        (read(), "exchange.gather"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_stage_that_exchanges_where_it_must_not_is_found(emission: Emission, stage: str) -> None:
+    """It gives, takes, meets and lets the successor start."""
+    source, wait, trigger = emission.source, "    ptx.wait()\n", "    ptx.launch_dependents()\n"
+    assert read_source(source).exchange == ""
+    behind = f"{wait}    {stage}("
+    assert behind in source
+    early = source.replace(behind, behind.removeprefix(wait), 1)
+    assert f"{stage} that is not right behind ptx.wait()" in read_source(early).exchange
+    slow = source.replace(behind, trigger + behind, 1)
+    assert f"ptx.launch_dependents() beside {stage}" in read_source(slow).exchange
 
 
 def test_no_generated_kernel_takes_an_exchange() -> None:

@@ -45,7 +45,7 @@ def test_every_node_of_a_tiny_model_has_a_kernel(recipe: str) -> None:
     assert plan.report["unfolded"] == []
     for launch in (launch for program in plan.buckets.values() for launch in program.launches):
         pointers = plan.files[plan.kernels[launch.kernel.kernel]["source"]].decode().count(": cute.Pointer,")
-        assert pointers >= 2 * len(launch.arguments)  # of the kernel and of its host function
+        assert pointers >= len(launch.arguments)  # of the host function; the kernel may take a record of them
 
 
 @pytest.mark.parametrize("model", ["deepseek-v4-flash", "deepseek-v4-pro"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from random import Random
 
 import pytest
@@ -14,7 +15,7 @@ from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels.row_program import Copy, Loop, index_text, nodes_of, program_of
 from dsv4c.codegen.kernels.rows import Built, kernel_of, primitives
 from dsv4c.codegen.registry import No
-from dsv4c.ir.graph import Builder, Graph
+from dsv4c.ir.graph import Builder, Graph, Value
 from dsv4c.ir.ops import (
     add,
     cache_write,
@@ -22,9 +23,12 @@ from dsv4c.ir.ops import (
     linear,
     mul,
     reshape,
+    rms_norm,
+    scale,
     silu,
     slice_,
     softmax,
+    sum_,
     top_k,
 )
 from dsv4c.passes.fusions.inverse_rope import InverseRope
@@ -147,11 +151,42 @@ def test_what_is_one_for_all_rows_every_row_makes() -> None:
     assert {v.name for v in program.by_row} == {"x", "add"}
 
 
+WHOLE: dict[str, Callable[[Value, Value], Value]] = {
+    "is broadcast": lambda x, w: add(x, w),
+    "scales a norm": lambda x, w: rms_norm(x, w, eps=1e-6),
+    "is broadcast, and read by row by nobody else": lambda x, w: mul(add(x, w), silu(w)),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64])
+@pytest.mark.parametrize("reads", WHOLE.values(), ids=WHOLE)
+@pytest.mark.parametrize(
+    "first", [lambda w: cast(w, to=F32), lambda w: silu(scale(cast(w, to=F32), factor=2.0))]
+)
+def test_what_all_rows_read_may_be_computed_first(
+    rows: int, reads: Callable[[Value, Value], Value], first: Callable[[Value], Value]
+) -> None:
+    """Though its length is a multiple of the rows, and its first reader keeps rows apart."""
+    with Builder("body") as builder:
+        x, w = (builder.input(n, t) for n, t in zip("xw", types(f"f32[{rows},64]", "bf16[64]"), strict=True))
+        graph = builder.finish({"0": silu(reads(x, first(w)))})
+    program = program_of(graph, rows)
+    assert {"x", *(v.name for v in graph.outputs.values())} <= {v.name for v in program.by_row}
+    assert w not in program.by_row
+    emission = emission_of(graph)
+    assert emission.grid == (rows, 1, 1)
+    assert "m_w, (64,)" in emission.source
+
+
 def test_rows_that_meet_are_refused_with_the_op() -> None:
     with Builder("body") as builder:
         x = builder.input("x", parse_type("f32[2,4]"))
         graph = builder.finish({"0": silu(softmax(silu(x), axis=0))})
     assert kernel_of(graph, True, "body", "", SM_90A) == No("rows meet in softmax")
+    with Builder("body") as builder:
+        x = builder.input("x", parse_type("f32[2,4]"))
+        graph = builder.finish({"0": add(x, sum_(x, axis=0, out=F32))})
+    assert kernel_of(graph, True, "body", "", SM_90A) == No("rows meet in sum")
 
 
 def test_large_matrices_and_state_are_refused() -> None:

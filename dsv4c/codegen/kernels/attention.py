@@ -1,7 +1,7 @@
 """The decode attention family: query norm, RoPE, window and compressed keys, sink softmax, inverse RoPE.
 
-`AttentionSpec` says what to compute; `emit_attention` splits the keys over a cluster and stitches
-`templates/attention.py.jinja`. K = V is one head, so 16 query heads are the rows of every MMA.
+`AttentionSpec` says what to compute; `emit_attention` splits the keys over a cluster. K = V is one
+head, so 16 query heads are the rows of every MMA.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 from dataclasses import dataclass, fields
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text, render
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.geometry import HEADS, Attention, Chunk, Row
-from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable, takes
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.attention import Attention as FusedAttention
 from dsv4c.types import BF16, KV_FP8, NVFP4_ROW, TensorType
@@ -67,17 +67,39 @@ class AttentionSpec:
         return {"none": 0, "selected": self.selected_count, "all": self.capacity}[self.entries]
 
     @property
+    def operands(self) -> dict[Parameter, str | None]:
+        """Types by parameter, in ABI order; None for what the kernel does without. What the selection was
+        made for is older than it, and is read before the wait.
+        """
+        early, heads = self.entries == "selected", f"bf16[N,{self.heads},{self.width}]"
+        return {
+            Parameter(self.q, early=early): heads,
+            **self._cache(self.window_operand, self.ring),
+            **self._cache(self.entries_operand, self.capacity if self.entries != "none" else 0),
+            Parameter(self.selected): f"i32[N,{self.selected_count}]" if early else None,
+            Parameter(self.sink): f"f32[{self.heads}]",
+            Parameter(self.frequencies): "f32[32]",
+            Parameter(self.positions, early=early): "i32[N], -1 for none (gives zeros)",
+            Parameter("last", early=early): "i32[N]" if self.last != self.positions else None,
+            Parameter("ring_slots", early=early): "i32[N]" if self.ring_slots != self.slots else None,
+            Parameter(self.slots, early=early): "i32[N]",
+            Parameter(self.out): heads,
+        }
+
+    def _cache(self, name: str, rows: int) -> dict[Parameter, str | None]:
+        """The components that formats have, of `rows` for each slot if there are any."""
+        there = Row(self.width, self.format).components if rows else ()
+        types = {
+            "data": f"{CACHE_FORMATS[self.format]}[S,{rows},{self.width}]",
+            "scale": "its scales",
+            "tail": "its last 64 columns, bf16",
+        }
+        return {Parameter(name, c): type_ if c in there else None for c, type_ in types.items()}
+
+    @property
     def parameters(self) -> tuple[Parameter, ...]:
-        """In ABI order. What the selection was made for is older than it, and is read before the wait."""
-        row, early = Row(self.width, self.format), self.entries == "selected"
-        caches = [Parameter(self.window_operand, c) for c in row.components]
-        if self.entries != "none":
-            caches += [Parameter(self.entries_operand, c) for c in row.components]
-        chosen = [Parameter(self.selected)] if self.entries == "selected" else []
-        constants = Parameter(self.sink), Parameter(self.frequencies)
-        names = dict.fromkeys((self.positions, self.last, self.ring_slots, self.slots))
-        places = (Parameter(name, early=early) for name in names)
-        return (Parameter(self.q, early=early), *caches, *chosen, *constants, *places, Parameter(self.out))
+        """In ABI order."""
+        return tuple(p for p, type_ in self.operands.items() if type_ is not None)
 
 
 def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
@@ -86,20 +108,39 @@ def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
     _check(spec, a, arch)
     row = spec.width * 2 if spec.format == "bf16" else (spec.width - 64) + (spec.width - 64) // 64 + 128
     nbytes = (spec.window + spec.extra) * row + spec.heads * spec.width * 4
-    source = render(
-        "attention.py.jinja",
-        spec=spec,
-        a=a,
-        fields=[(f.name, _literal(getattr(a, f.name))) for f in fields(a)],
-        keys_text=_keys_text(spec),
-        signature=_signature(spec),
-        pointers=[p.name for p in spec.parameters],
-        nbytes=nbytes,
-        arch=arch,
+    stages = [
+        "ptx.launch_dependents()",
+        f"s = ptx.shared({a.shared})",
+        "at = attention.enter(SPEC, m, s)",
+        "ptx.wait()",
+        "attention.attend(SPEC, m, s, at)",
+    ]
+    if spec.entries == "selected":
+        stages[3:] = [
+            "early = attention.prepare_early(SPEC, m, s, at)",
+            "ptx.wait()",
+            "attention.attend(SPEC, m, s, at, early)",
+        ]
+    steps = ", bf16 steps" if a.exact_norm else ""
+    ends = ", which ends at last" if spec.last != spec.positions else ""
+    return compose(
+        spec.name,
+        f"{spec.name}: {a.heads} heads x {a.width} of each token over one KV head (K = V) of its slot.\n\n"
+        f"    q'  = rope(rms_norm(q, eps={a.eps}{steps}), t)\n"
+        f"    l_j = q' . k_j * {a.width}^-0.5;  p_j = bf16(exp(l_j - m));  z = sum_j exp(l_j - m) + "
+        "exp(sink - m)\n"
+        "    out = rope^-1(bf16(sum_j p_j k_j / z), t)\n"
+        f"    keys: {a.window} of the window{ends}{_keys_text(spec)}",
+        spec.operands,
+        f"Launch: clusters of {a.splits} CTAs (keys in tiles of {a.tile}), one per 16 heads and token; "
+        f"{a.warps * 32} threads, {a.shared} B shared each.\n{floor_text(nbytes, arch, 'token')}",
+        stages,
+        threads=a.warps * 32,
+        grid=(f"rows * {a.splits * a.head_tiles}", 1, 1),
+        sizes={"rows": spec.rows},
+        cluster=a.splits,
+        spec=a,
     )
-    ctas = a.splits * a.head_tiles * spec.rows
-    cluster = (a.splits, 1, 1)
-    return Emission(f"{spec.name}_0", source, (ctas, 1, 1), a.warps * 32, a.shared, spec.parameters, cluster)
 
 
 def emit_chunk_attention(spec: AttentionSpec, arch: Arch) -> Emission:
@@ -227,7 +268,7 @@ def _signature(spec: AttentionSpec) -> str:
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(FusedAttention)
+@kernel(takes(FusedAttention, "eps", "precision", "window", "scale", "groups", "format", "ratio"))
 def attention(request: Request) -> Answer:
     call = request.call
     op, x = call.op, call.operands

@@ -6,12 +6,12 @@ multiply them. It assembles for sm_100a; it has not been run on that hardware.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, compose
 from dsv4c.codegen.lib.geometry import Gemm
-from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable, takes
 from dsv4c.errors import BuildError
 from dsv4c.ir.ops.linear import Linear
 from dsv4c.types import BF16, NVFP4, NVFP4_ROW, QuantType
@@ -52,25 +52,38 @@ def emit_blockscaled(spec: BlockScaledSpec, arch: Arch) -> Emission:
         raise BuildError(f"{spec.name}: rows of {spec.k} elements: want a multiple of {Gemm.K_TILE}")
     if spec.columns % 8:
         raise BuildError(f"{spec.name}: rows of {spec.columns} results are not a multiple of 16 bytes")
-    parameters = (
-        *(Parameter("x", component) for component in ("data", "scale", "global_scale")),
-        *(Parameter(spec.w, component) for component in ("data", "global_scale")),
-        Parameter("y"),
+    x, flops = spec.shape, 2e-9 * spec.rows * spec.columns * spec.k
+    weight = {"w": f"m_{spec.w}", "w_global_scale": f"m_{spec.w}_global_scale"}
+    emission = compose(
+        spec.name,
+        f"{spec.name}: block-scaled NVFP4 GEMM, {spec.rows} rows, on tcgen05 (sm_100a only; not run on that "
+        f"hardware).\n\n    y = bf16(x . {spec.w})",
+        {
+            Parameter("x"): f"{NVFP4_ROW}[{spec.rows},{spec.k}]",
+            Parameter("x", "scale"): "its block scales",
+            Parameter("x", "global_scale"): "its global scales, f32[N]",
+            Parameter(spec.w): f"{NVFP4}[{spec.columns},{spec.k}], packed with its block scales",
+            Parameter(spec.w, "global_scale"): "its global scale, f32[1]",
+            Parameter("y"): f"bf16[{spec.rows},{spec.columns}]",
+        },
+        f"Launch: grid {x.grid[0]} x {x.grid[1]}, block {x.TILE}, {x.shared} B of shared memory, 256 columns "
+        f"of tensor memory.\nReads {spec.weight_bytes / 1e6:.1f} MB of weights; {flops:.2f} GFLOP.",
+        (
+            "ptx.launch_dependents()",
+            f"s = ptx.shared({x.shared})",
+            "at = blockscaled.enter(SPEC, m, s)",
+            "ptx.wait()",
+            "blockscaled.gemm(SPEC, m, at)",
+        ),
+        threads=x.TILE,
+        grid=x.grid,
+        spec=x,
+        given={n: f"m_{n}" for n in ("x", "x_scale", "x_global_scale")} | weight | {"y": "m_y"},
     )
-    pointers = [p.name for p in parameters]
-    source = render("blockscaled.py.jinja", spec=spec, x=spec.shape, pointers=pointers)
-    return Emission(
-        symbol=f"{spec.name}_0",
-        source=source,
-        grid=spec.shape.grid,
-        block=Gemm.TILE,
-        shared=spec.shape.shared,
-        parameters=parameters,
-        packing={spec.w: PACKING},
-    )
+    return replace(emission, packing={spec.w: PACKING})
 
 
-@kernel(Linear)
+@kernel(takes(Linear, "out"))
 def blockscaled(request: Request) -> Answer:
     """A linear layer of NVFP4 rows and weights, for more rows than a GEMV takes."""
     call = request.call

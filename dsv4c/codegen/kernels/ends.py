@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
 from dsv4c.codegen.kernels.formats import holds
-from dsv4c.codegen.lib.slices import STREAMS
-from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
+from dsv4c.codegen.lib.slices import STREAMS, Draft, Embedding, Largest, LastRow, Run
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable, takes
 from dsv4c.errors import BuildError
 from dsv4c.ir.ops.sample import Argmax, LastRows
 from dsv4c.ir.ops.state import Advance, Positions
@@ -81,25 +80,24 @@ def emit_embed(spec: EmbedSpec) -> Emission:
     """The embedding's copy. Raises BuildError unless rows are whole 16-byte pieces."""
     if spec.hidden % 8:
         raise BuildError(f"embedding of {spec.hidden} columns: want a multiple of 8, for 16-byte copies")
-    threads = min(128, -(-spec.hidden // 256) * 32)
-    ctas = -(-spec.hidden // (8 * threads))
-    types = {
-        "table": f"bf16[*,{spec.hidden}]",
-        "ids": "i32[N]",
-        "x": f"bf16[N,{STREAMS},{spec.hidden}]",
-    }
-    parameters = tuple(map(Parameter, types))
-    source = render(
-        "embed.py.jinja",
-        symbol="embed",
-        parameters=[p.name for p in parameters],
-        signature=_signature(types, parameters),
-        hidden=spec.hidden,
-        streams=STREAMS,
-        threads=threads,
-        ctas=ctas,
+    e = Embedding(spec.hidden, STREAMS, threads=min(128, -(-spec.hidden // 256) * 32))
+    ctas = -(-spec.hidden // (8 * e.threads))
+    return compose(
+        "embed",
+        f"Embedding: the row of each of N tokens, copied to {STREAMS} streams.",
+        {
+            Parameter("table"): f"bf16[*,{spec.hidden}]",
+            Parameter("ids"): "i32[N]",
+            Parameter("x"): f"bf16[N,{STREAMS},{spec.hidden}]",
+        },
+        f"Launch: {ctas} CTAs x {e.threads} threads per token, 8 columns each.\n"
+        f"Reads {2 * spec.hidden} B and writes {2 * STREAMS * spec.hidden} B per token.",
+        ("ptx.launch_dependents()", "ptx.wait()", "embed.copy_row(SPEC, m)"),
+        threads=e.threads,
+        grid=(ctas, "rows", 1),
+        sizes={"rows": spec.rows},
+        spec=e,
     )
-    return Emission("embed_0", source, (ctas, spec.rows, 1), threads, 0, parameters)
 
 
 def emit_last_rows(spec: LastRowsSpec) -> Emission:
@@ -107,32 +105,41 @@ def emit_last_rows(spec: LastRowsSpec) -> Emission:
     if spec.hidden % 8:
         raise BuildError(f"last rows of {spec.hidden} columns: want a multiple of 8, for 16-byte copies")
     pieces = spec.hidden // 8
-    threads = min(256, -(-pieces // 32) * 32)
-    ctas = -(-pieces // threads)
-    types = {
-        "x": f"bf16[B * {spec.tokens},{spec.hidden}]",
-        "lengths": "i32[B]",
-        "y": f"bf16[B,{spec.hidden}]",
-    }
-    parameters = tuple(map(Parameter, types))
-    source = render(
-        "last_rows.py.jinja",
-        symbol="last_rows",
-        parameters=[p.name for p in parameters],
-        signature=_signature(types, parameters),
-        tokens=spec.tokens,
-        row_bytes=2 * spec.hidden,
-        threads=threads,
-        ctas=ctas,
+    r = LastRow(spec.tokens, spec.hidden, threads=min(256, -(-pieces // 32) * 32))
+    ctas, several = -(-pieces // r.threads), "s" if spec.tokens > 1 else ""
+    return compose(
+        "last_rows",
+        f"The last of up to {spec.tokens} row{several} of each of B sequences, copied; zeros where there is "
+        "none.",
+        {
+            Parameter("x"): f"bf16[B * {spec.tokens},{spec.hidden}]",
+            Parameter("lengths"): "i32[B]",
+            Parameter("y"): f"bf16[B,{spec.hidden}]",
+        },
+        f"Launch: {ctas} CTAs x {r.threads} threads per sequence, 16 bytes each.",
+        ("ptx.launch_dependents()", "ptx.wait()", "last_rows.copy_row(SPEC, m)"),
+        threads=r.threads,
+        grid=(ctas, "sequences", 1),
+        sizes={"sequences": spec.sequences},
+        spec=r,
     )
-    return Emission("last_rows_0", source, (ctas, spec.sequences, 1), threads, 0, parameters)
 
 
 def emit_argmax(spec: ArgmaxSpec, arch: Arch) -> Emission:
     """The argmax: a cluster per row."""
-    types = {"logits": f"f32[N,{spec.vocabulary}]", "token": "i32[N]"}
-    nbytes = spec.vocabulary * 4
-    return _largest("head_argmax.py.jinja", "argmax", types, spec.rows, spec.vocabulary, nbytes, arch)
+    c = cut_logits(spec.vocabulary)
+    return compose(
+        "argmax",
+        f"The next token: column of the largest of {c.columns} logits, the lowest on ties, of each row.",
+        {Parameter("logits"): f"f32[N,{c.columns}]", Parameter("token"): "i32[N]"},
+        _launch(c, "row", 4, arch),
+        _stages(c.shared, "SPEC", "argmax.choose"),
+        threads=c.threads,
+        grid=(f"rows * {c.ctas}", 1, 1),
+        sizes={"rows": spec.rows},
+        cluster=c.ctas,
+        spec=c,
+    )
 
 
 def emit_pick_draft(spec: PickDraftSpec, arch: Arch) -> Emission:
@@ -141,100 +148,101 @@ def emit_pick_draft(spec: PickDraftSpec, arch: Arch) -> Emission:
     """
     if spec.width % 8:
         raise BuildError(f"a table of {spec.width} columns: want a multiple of 8, for 16-byte copies")
-    types = {"base": f"f32[N,{spec.block},{spec.vocabulary}]", "bias": f"f32[N,{spec.vocabulary}]"}
-    types |= {"table": f"bf16[*,{spec.width}]"} if spec.width else {}
-    types |= {"logits": f"f32[N,{spec.vocabulary}]"} if spec.logits else {}
-    types |= {"token": "i32[N]"} | ({"known": f"bf16[N,{spec.width}]"} if spec.width else {})
-    return _largest(
-        "pick_draft.py.jinja",
+    c, n = cut_logits(spec.vocabulary), spec.vocabulary
+    known = ";  known = table[token]" if spec.width else ""
+    return compose(
         "pick_draft",
-        types,
-        spec.sequences,
-        spec.vocabulary,
-        spec.vocabulary * 8,
-        arch,
-        block=spec.block,
-        step=spec.step,
-        width=spec.width,
-        known=bool(spec.width),
-        logits=spec.logits,
+        f"A draft: of {n} biased logits the largest one's column, the lowest on ties, of each sequence.\n\n"
+        f"    logits = base[:, {spec.step}] + bias;  token = argmax(logits){known}",
+        {
+            Parameter("base"): f"f32[N,{spec.block},{n}]",
+            Parameter("bias"): f"f32[N,{n}]",
+            Parameter("table"): f"bf16[*,{spec.width}]" if spec.width else None,
+            Parameter("logits"): f"f32[N,{n}]" if spec.logits else None,
+            Parameter("token"): "i32[N]",
+            Parameter("known"): f"bf16[N,{spec.width}]" if spec.width else None,
+        },
+        _launch(c, "sequence", 8, arch),
+        _stages(c.shared, "SPEC.cut", "pick_draft.choose"),
+        threads=c.threads,
+        grid=(f"rows * {c.ctas}", 1, 1),
+        sizes={"rows": spec.sequences},
+        cluster=c.ctas,
+        spec=Draft(c, spec.block, spec.step, spec.width),
     )
 
 
-def _largest(
-    template: str,
-    symbol: str,
-    types: Mapping[str, str],
-    rows: int,
-    vocabulary: int,
-    nbytes: int,
-    arch: Arch,
-    **more: int,
-) -> Emission:
-    """A kernel that finds the largest of a row of logits: a cluster per row."""
-    vector = 1 if vocabulary % 4 else 4
-    pieces = vocabulary // vector
+def cut_logits(vocabulary: int) -> Largest:
+    """A cluster for a row of logits: of as many CTAs as there is work for."""
+    pieces = vocabulary // (1 if vocabulary % 4 else 4)
     ctas = next(c for c in (16, 8, 4, 2) if c == 2 or pieces >= 128 * c)
-    each = -(-pieces // ctas)
-    threads = min(512, -(-each // 32) * 32)
-    inbox = threads // 32 * 8
-    shared = inbox + ctas * 8 + 8
-    parameters = tuple(map(Parameter, types))
-    source = render(
-        template,
-        symbol=symbol,
-        parameters=[p.name for p in parameters],
-        signature=_signature(types, parameters),
-        vocabulary=vocabulary,
-        ctas=ctas,
-        threads=threads,
-        columns=each * vector,
-        vector=vector,
-        steps=-(-each // threads),
-        inbox=inbox,
-        bar=inbox + ctas * 8,
-        shared=shared,
-        nbytes=nbytes,
-        arch=arch,
-        **more,
+    return Largest(vocabulary, ctas, threads=min(512, -(-pieces // (32 * ctas)) * 32))
+
+
+def _launch(c: Largest, each: str, read: int, arch: Arch) -> str:
+    return (
+        f"Launch: a cluster of {c.ctas} CTAs x {c.threads} threads per {each}, {c.width} columns each; "
+        f"{c.shared} B shared each.\n{floor_text(read * c.columns, arch, each)}"
     )
-    return Emission(
-        f"{symbol}_0", source, (rows * ctas, 1, 1), threads, shared, parameters, cluster=(ctas, 1, 1)
+
+
+def _stages(shared: int, cut: str, choose: str) -> tuple[str, ...]:
+    return (
+        "ptx.launch_dependents()",
+        f"s = ptx.shared({shared})",
+        f"at = head.enter({cut}, s)",
+        "ptx.wait()",
+        f"{choose}(SPEC, m, s, at)",
     )
 
 
 def emit_positions(spec: PositionsSpec) -> Emission:
     """The positions of a step's tokens."""
-    parameters = tuple(map(Parameter, ("start", "slots", "lengths", "positions", "row_slots")))
-    threads = min(256, -(-spec.tokens // 32) * 32)
-    ctas = -(-spec.tokens // threads)
-    names = [p.name for p in parameters]
-    source = render(
-        "positions.py.jinja",
-        symbol="positions",
-        parameters=names,
-        tokens=spec.tokens,
-        threads=threads,
-        ctas=ctas,
+    p = Run(spec.tokens, threads=min(256, -(-spec.tokens // 32) * 32))
+    several = "s" if spec.tokens > 1 else ""
+    return compose(
+        "positions",
+        f"Positions of {spec.tokens} token{several} of each of B sequences, and their slots: start + t, -1 "
+        "from lengths on.",
+        {
+            Parameter("start"): "i32[S]",
+            Parameter("slots"): "i32[B], of S; any for a length of 0",
+            Parameter("lengths"): "i32[B]",
+            Parameter("positions"): f"i32[B * {spec.tokens}]",
+            Parameter("row_slots"): f"i32[B * {spec.tokens}], 0 where there is no position",
+        },
+        f"Launch: {p.ctas} CTA{'s' if p.ctas > 1 else ''} of {p.threads} threads per sequence.",
+        ("ptx.launch_dependents()", "ptx.wait()", "positions.count(SPEC, m)"),
+        threads=p.threads,
+        grid=("sequences", p.ctas, 1),
+        sizes={"sequences": spec.sequences},
+        spec=p,
     )
-    return Emission("positions_0", source, (spec.sequences, ctas, 1), threads, 0, parameters)
 
 
 def emit_advance(spec: AdvanceSpec) -> Emission:
     """The positions' update."""
-    parameters = tuple(map(Parameter, ("start", "slots", "lengths")))
-    source = render("advance.py.jinja", symbol="advance", parameters=[p.name for p in parameters])
-    return Emission("advance_0", source, (spec.sequences, 1, 1), 32, 0, parameters)
-
-
-def _signature(types: Mapping[str, str], parameters: tuple[Parameter, ...]) -> str:
-    return "\n".join(f"{p.name}: {types[p.operand]}" for p in parameters)
+    return compose(
+        "advance",
+        "Positions move on: start += lengths of each of B sequences at its slot, in place. Last of a step.",
+        {
+            Parameter("start"): "i32[S]",
+            Parameter("slots"): "i32[B], of S; any for a length of 0",
+            Parameter("lengths"): "i32[B]",
+        },
+        "Launch: one CTA of 32 threads per sequence.",
+        ("ptx.launch_dependents()", "ptx.wait()", "positions.advance(m)"),
+        threads=32,
+        grid=("sequences", 1, 1),
+        sizes={"sequences": spec.sequences},
+        record="positions.Advanced",
+    )
 
 
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(Positions)
+@kernel(takes(Positions, "tokens"))
 def positions(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, Positions)
@@ -244,7 +252,7 @@ def positions(request: Request) -> Answer:
     return [launchable(request, emit_positions(spec), values)]
 
 
-@kernel(Embed)
+@kernel(takes(Embed, "streams"))
 def embed(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, Embed)
@@ -280,7 +288,7 @@ def argmax(request: Request) -> Answer:
     return [launchable(request, emit_argmax(ArgmaxSpec(*logits.shape), request.arch), values)]
 
 
-@kernel(PickDraft)
+@kernel(takes(PickDraft, "step"))
 def pick_draft(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, PickDraft)

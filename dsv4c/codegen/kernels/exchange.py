@@ -6,12 +6,13 @@ tokens would want plain stores instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, compose
 from dsv4c.codegen.kernels.formats import holds
-from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.lib.slices import Joining, Summing
+from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.exchange import MOST_ROWS, PAYLOAD, WORD
 from dsv4c.ir.ops.collective import AllGather, AllReduce
 from dsv4c.types import BF16, F32, I32, TensorType
@@ -20,6 +21,7 @@ THREADS = 256
 MOST_CTAS = 32  # for a row: all CTAs of a step's rows are on the device together
 
 EXCHANGE = (Parameter("exchange"), Parameter("site", early=True))
+EXCHANGED = dict(zip(EXCHANGE, ("the block of exchanges", "u32, the number of this one"), strict=True))
 
 
 @dataclass(frozen=True)
@@ -64,36 +66,70 @@ class GatherSpec:
 
 def emit_all_reduce(spec: ReduceSpec) -> Emission:
     """The kernel of a sum."""
-    ctas = -(-spec.width // THREADS)
-    parameters = (Parameter("x"), *EXCHANGE, Parameter("y"))
-    pointers = [p.name for p in parameters]
-    source = render("all_reduce.py.jinja", spec=spec, pointers=pointers, ctas=ctas, threads=THREADS)
-    return Emission("all_reduce_0", source, (ctas, spec.rows, 1), THREADS, 0, parameters)
+    t = Summing(spec.ranks, spec.width, 4 if spec.out == "f32" else 2, THREADS)
+    return compose(
+        "all_reduce",
+        f"all_reduce: the sum of {spec.ranks} ranks' rows, in f32 and in order of the ranks.",
+        {
+            Parameter("x"): f"f32[N,{spec.width}], this rank's addends",
+            **EXCHANGED,
+            Parameter("y"): f"{spec.out}[N,{spec.width}] = the sum, the same bits on every rank",
+        },
+        f"Launch: {t.ctas} CTAs x {THREADS} threads per row. Puts {WORD * spec.width} B per row into each "
+        "other rank's inbox.",
+        _stages(spec.ranks, "exchange.sum_rows(SPEC, m, at)"),
+        threads=THREADS,
+        grid=(t.ctas, "rows", 1),
+        sizes={"rows": spec.rows},
+        spec=t,
+        record="exchange.Addends",
+    )
 
 
 def emit_all_gather(spec: GatherSpec) -> Emission:
     """The kernel of a gather."""
     pieces = spec.pieces
-    words = sum(p.words for p in pieces)
-    ctas = min(MOST_CTAS, -(-words // THREADS))
-    parameters = (*(Parameter(p.x) for p in pieces), *EXCHANGE, *(Parameter(p.y) for p in pieces))
-    source = render(
-        "all_gather.py.jinja",
-        spec=spec,
-        pieces=pieces,
-        words=words,
-        pointers=[p.name for p in parameters],
-        ctas=ctas,
+    words = tuple(p.words for p in pieces)
+    t = Joining(spec.ranks, words, min(MOST_CTAS, -(-sum(words) // THREADS)), THREADS)
+    several = "s" if t.steps > 1 else ""
+    return compose(
+        "all_gather",
+        f"all_gather: the columns of {spec.ranks} ranks, joined in order of the ranks.",
+        {
+            **{Parameter(p.x): f"{p.dtype}[N,{p.width}]" for p in pieces},
+            **EXCHANGED,
+            **{Parameter(p.y): f"{p.dtype}[N,{p.width * spec.ranks}]" for p in pieces},
+        },
+        f"Launch: {t.ctas} CTAs x {THREADS} threads per row, {t.steps} word{several} of 4 B each. Puts "
+        f"{WORD * t.width} B per row into each other rank's inbox.",
+        _stages(spec.ranks, "exchange.join_rows(SPEC, m, at)"),
         threads=THREADS,
-        steps=-(-words // (THREADS * ctas)),
+        grid=(t.ctas, "rows", 1),
+        sizes={"rows": spec.rows},
+        spec=t,
+        record="exchange.Columns",
+        given={
+            "x": _tuple(p.x for p in pieces),
+            "exchange": "m_exchange",
+            "site": "m_site",
+            "y": _tuple(p.y for p in pieces),
+        },
     )
-    return Emission("all_gather_0", source, (ctas, spec.rows, 1), THREADS, 0, parameters)
+
+
+def _tuple(operands: Iterable[str]) -> str:
+    pointers = [f"m_{operand}" for operand in operands]
+    return f"({', '.join(pointers)}{',' * (len(pointers) == 1)})"
+
+
+def _stages(ranks: int, exchange: str) -> tuple[str, ...]:
+    return (f"at = exchange.enter(m.exchange, m.site, {ranks})", "ptx.wait()", exchange)
 
 
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(AllReduce)
+@kernel(takes(AllReduce, "ranks", "out"))
 def all_reduce(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, AllReduce)
@@ -107,7 +143,7 @@ def all_reduce(request: Request) -> Answer:
     return [exchanging(request, emit_all_reduce(spec), values, x.shape[0] * x.shape[1])]
 
 
-@kernel(AllGather)
+@kernel(takes(AllGather, "axis", "ranks"))
 def all_gather(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, AllGather)

@@ -19,18 +19,23 @@ from dsv4c.codegen.kernels.experts import (
     row_parameters,
     weight_parameters,
 )
-from dsv4c.codegen.kernels.experts_up import hash_swiglu, padded, positions_of, routed_experts
+from dsv4c.codegen.kernels.experts_up import (
+    CHOSEN,
+    HASH_SWIGLU,
+    hash_swiglu,
+    padded,
+    positions_of,
+    routed_experts,
+)
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds
 from dsv4c.codegen.kernels.gemv import STAGES, WARPS, k_warps_of, span_of
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.shapes import Layout, Product, Ring
-from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
 from dsv4c.errors import BuildError
-from dsv4c.ir.ops.moe import Present
 from dsv4c.passes.fusions.experts_down import ExpertsDown
-from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
 from dsv4c.types import BF16, F32, FP8_ROW, NVFP4_ROW, QuantType
 
@@ -222,10 +227,13 @@ def _values(call: Call) -> dict[str, int]:
     return {**x, "shared_h": x["h_shared"], "expert_ids": x["experts"], "y": call.outputs[0]}
 
 
-@kernel(Router, HashRouter, Present, Swiglu, HashSwiglu, ExpertsDown, chained=True)
+DOWN = takes(ExpertsDown, "out", "format", "shared_format")
+
+
+@kernel(*CHOSEN, HASH_SWIGLU, DOWN, chained=True)
 def experts(request: Request) -> Answer:
     """Both halves of a layer's experts. What the first one chose them by is old when the second one begins,
-    which makes the choice again and so need not wait for it.
+    which makes the choice again and so need not wait for it, unless tokens that the call makes are looked up in a table.
     """
     *first, last = request.calls
     if not first or not isinstance(last.op, ExpertsDown) or not isinstance(first[-1].op, Swiglu | HashSwiglu):
@@ -237,16 +245,14 @@ def experts(request: Request) -> Answer:
     if spec.packed or takes_many(spec, request.arch):
         return No(f"takes few rows of bf16, not {spec.batch}{' of NVFP4' if spec.packed else ''}")
     router = first[0].operands
-    if "tokens" in router and router["tokens"] not in request.given:
-        return No("reads a table before the wait: its tokens must be the call's input")
     half = replace(request, calls=tuple(first))
     up = hash_swiglu.ask(half) if isinstance(first[0].op, HashSwiglu) else routed_experts.ask(half)
     if isinstance(up, No):
         return up
-    by = "table" if "tokens" in router else "scores"
+    by = "table" if router.get("tokens") in request.given else "" if "tokens" in router else "scores"
     names = [p.operand for p in CHOICES[by] if p.operand in router]
     values = _values(last) | {name: router[name] for name in names} | places
-    logits = {} if by == "table" else {"logits": Scratch("logits", up[-1].scratch["logits"], "early")}
+    logits = {"logits": Scratch("logits", up[-1].scratch["logits"], "early")} if by == "scores" else {}
     down = emit_experts_down(spec, request.arch, by)
     return [
         *(replace(launch, stage=launch.stage or "up") for launch in up),
@@ -254,7 +260,7 @@ def experts(request: Request) -> Answer:
     ]
 
 
-@kernel(ExpertsDown)
+@kernel(DOWN)
 def experts_down(request: Request) -> Answer:
     spec = _spec(request, request.call)
     if isinstance(spec, No):

@@ -35,7 +35,7 @@ from dsv4c.codegen.kernels.gemv import (
 )
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
 from dsv4c.codegen.lib.shapes import Layout, Product, Ring
-from dsv4c.codegen.registry import Answer, Call, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.registry import Answer, Call, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
 from dsv4c.errors import BuildError
@@ -310,12 +310,21 @@ def _routed(
     ]
 
 
+CHOSEN = (
+    takes(Router, "k", "factor"),
+    takes(HashRouter, "factor"),
+    takes(Present),
+    takes(Swiglu, "out", "limit"),
+)
+HASH_SWIGLU = takes(HashSwiglu, "out", "limit", "factor")
+
+
 def positions_of(calls: Sequence[Call]) -> dict[str, int]:
     """The positions that say which rows of a router's are there, if some may not be."""
     return {"positions": c.operands["positions"] for c in calls if isinstance(c.op, Present)}
 
 
-@kernel(Router, HashRouter, Present, Swiglu, chained=True)
+@kernel(*CHOSEN, chained=True)
 def routed_experts(request: Request) -> Answer:
     """A router and the experts that it chooses: nobody else reads its weights, so each CTA makes its own, or
     none for rows that are not there.
@@ -340,7 +349,7 @@ def routed_experts(request: Request) -> Answer:
     return _routed(request, first.op, _experts(request, "experts_up", last.op, x, k, judged=judged), values)
 
 
-@kernel(HashSwiglu)
+@kernel(HASH_SWIGLU)
 def hash_swiglu(request: Request) -> Answer:
     call = request.call
     op, x = call.op, call.operands

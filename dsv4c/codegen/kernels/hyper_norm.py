@@ -14,7 +14,7 @@ from dsv4c.codegen.kernels.exchange import EXCHANGE, exchanging
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.slices import STREAMS, TOGETHER, Batch, Slice
-from dsv4c.codegen.registry import Answer, Call, No, Request, kernel
+from dsv4c.codegen.registry import Answer, Call, No, Request, kernel, takes
 from dsv4c.errors import BuildError
 from dsv4c.ir.ops.collective import AllReduce
 from dsv4c.passes.fusions.head import Head
@@ -169,12 +169,16 @@ def _signature(spec: HyperNormSpec, cut: Slice) -> str:
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(HyperNorm, HyperNormFirst, Head)
+MIXED = takes(HyperNorm, "norm_eps", "hc_eps", "format", "iterations")
+HEAD = takes(Head, "norm_eps", "hc_eps", "iterations")
+
+
+@kernel(MIXED, takes(HyperNormFirst, "norm_eps", "hc_eps", "format"), HEAD)
 def hyper_norm(request: Request) -> Answer:
     return _boundary(request, request.call, None)
 
 
-@kernel(AllReduce, HyperNorm, Head, chained=True)
+@kernel(takes(AllReduce, "ranks", "out"), MIXED, HEAD, chained=True)
 def summed_hyper_norm(request: Request) -> Answer:
     if len(request.calls) != 2 or not isinstance(request.calls[0].op, AllReduce):
         return No("takes a sum over ranks, and the boundary that mixes it")

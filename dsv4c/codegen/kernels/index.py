@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
-from dsv4c.codegen.lib.geometry import Index, Row, Selection
-from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
+from dsv4c.codegen.lib.geometry import Index, Selection
+from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable, takes
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.index_topk import IndexTopk
 from dsv4c.passes.fusions.indexer import Indexer
@@ -27,7 +27,7 @@ WIDTH = 128  # of a head
 class IndexScoresSpec:
     """q bf16[rows, heads, 128] before RoPE, keys [S, capacity, 128] in `format`, weights bf16[rows, heads] ->
     scores f32[rows, capacity] of the keys of each row's slot, written only where visible, and only if more
-    than `k` entries are. Strings name operands. Queries are Hadamard-transformed, and quantized like the
+    than `k` entries are. Queries are Hadamard-transformed, and quantized like the
     keys; weights are taken times `factor`, rounded to bf16.
     """
 
@@ -39,20 +39,6 @@ class IndexScoresSpec:
     ratio: int
     k: int
     factor: float = 1.0
-    q: str = "q"
-    keys: str = "keys"
-    weights: str = "weights"
-    frequencies: str = "frequencies"
-    positions: str = "positions"
-    slots: str = "slots"
-    scores: str = "scores"
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """In ABI order."""
-        keys = (Parameter(self.keys, c) for c in Row(128, self.format).components)
-        rest = (self.weights, self.frequencies, self.positions, self.slots, self.scores)
-        return (Parameter(self.q), *keys, *map(Parameter, rest))
 
 
 def emit_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
@@ -63,22 +49,42 @@ def emit_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
         raise BuildError(f"{spec.name}: heads come in eights, got {spec.heads}")
     tiles = 2 if spec.format == "mxfp4" and spec.capacity > 32768 else 1  # pays once queries are reread often
     ctas = min(-(-spec.capacity // (128 * tiles)), max(1, 2 * arch.sms // spec.rows))
-    x = Index(spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, tiles)
+    x = Index(spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, tiles, spec.factor)
     nbytes = spec.capacity * (68 if spec.format == "mxfp4" else 256) + spec.heads * 256
-    source = render(
-        "index_scores.py.jinja",
-        spec=spec,
-        x=x,
-        signature=(
-            f"q: bf16[N,{spec.heads},128]; keys: {CACHE_FORMATS[spec.format]}[S,{spec.capacity},128];\n"
-            f"weights: bf16[N,{spec.heads}]; frequencies: f32[32]; positions: i32[N], -1 for none; "
-            f"slots: i32[N]; scores: f32[N,{spec.capacity}]."
+    quantized = spec.format == "mxfp4"
+    turned = "hadamard(rope(q, t))"
+    weight = f"    weight  = bf16(weights * {x.factor})\n" if x.factor != 1.0 else ""
+    return compose(
+        spec.name,
+        f"{spec.name}: index scores of each token against up to {x.capacity} keys of its slot.\n\n"
+        f"    q'      = {f'mxfp4({turned})' if quantized else turned}\n"
+        f"    score_w = bf16(sum_h bf16(relu(bf16(q'_h . key_w)) * weight_h)) for w < (t + 1) // {x.ratio}; "
+        f"others are not written\n{weight}    While at most {x.k} keys are visible the best {x.k} are known "
+        "without scores: nothing is written.",
+        {
+            Parameter("q"): f"bf16[N,{x.heads},128]",
+            Parameter("keys"): f"{CACHE_FORMATS[x.format]}[S,{x.capacity},128]",
+            Parameter("keys", "scale"): "their scales" if quantized else None,
+            Parameter("weights"): f"bf16[N,{x.heads}]",
+            Parameter("frequencies"): "f32[32]",
+            Parameter("positions"): "i32[N], -1 for none",
+            Parameter("slots"): "i32[N]",
+            Parameter("scores"): f"f32[N,{x.capacity}]",
+        },
+        f"Launch: per token as many CTAs as the grid is wide, {x.keys} keys at a time; 256 threads, "
+        f"{x.shared} B shared each.\n{floor_text(nbytes, arch, 'token with all keys visible')}",
+        (
+            f"s = ptx.shared({x.shared})",
+            "at = index.enter(SPEC, m)",
+            "ptx.wait()",
+            "ptx.launch_dependents()",
+            "index.score_keys(SPEC, m, s, at)",
         ),
-        pointers=[p.name for p in spec.parameters],
-        nbytes=nbytes,
-        arch=arch,
+        threads=256,
+        grid=("parts", "rows", 1),
+        sizes={"parts": ctas, "rows": spec.rows},
+        spec=x,
     )
-    return Emission(f"{spec.name}_0", source, (ctas, spec.rows, 1), 256, x.shared, spec.parameters)
 
 
 @dataclass(frozen=True)
@@ -91,14 +97,6 @@ class TopKSpec:
     k: int
     ratio: int
     bits: int = 16
-    scores: str = "scores"
-    positions: str = "positions"
-    out: str = "out"
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """In ABI order."""
-        return tuple(map(Parameter, (self.scores, self.positions, self.out)))
 
 
 def emit_top_k(spec: TopKSpec, arch: Arch) -> Emission:
@@ -114,31 +112,37 @@ def emit_top_k(spec: TopKSpec, arch: Arch) -> Emission:
     splits = next((n for n in (1, 2, 4, 8) if spec.capacity <= (8192 if n == 1 else 4096 * n)), 16)
     threads = min(1024, -(-spec.capacity // (4 * 32)) * 32)
     t = Selection(spec.capacity, spec.k, spec.ratio, spec.bits, splits, threads)
-    nbytes = spec.capacity * 4
-    source = render(
-        "top_k.py.jinja",
-        spec=spec,
-        t=t,
-        signature=f"scores: f32[N,{spec.capacity}]; positions: i32[N], -1: none; out: i32[N,{t.out}]",
-        pointers=[p.name for p in spec.parameters],
-        nbytes=nbytes,
-        arch=arch,
-    )
-    return Emission(
-        f"{spec.name}_0",
-        source,
-        (splits * spec.rows, 1, 1),
-        threads,
-        t.shared,
-        spec.parameters,
-        (splits, 1, 1),
+    return compose(
+        spec.name,
+        f"{spec.name}: the {t.k} largest of up to {t.capacity} scores of each row; ties go to the lower "
+        f"index.\n\n    out = indices w < (t + 1) // {t.ratio} of the largest scores, ascending, then -1; "
+        f"all of them while at most {t.k} exist",
+        {
+            Parameter("scores"): f"f32[N,{t.capacity}]",
+            Parameter("positions"): "i32[N], -1: none",
+            Parameter("out"): f"i32[N,{t.out}]",
+        },
+        f"Launch: a cluster of {t.splits} CTAs x {t.threads} threads per row, {t.shared} B shared each.\n"
+        f"{floor_text(4 * t.capacity, arch, 'row of which every score exists')}",
+        (
+            "ptx.launch_dependents()",
+            f"s = ptx.shared({t.shared})",
+            "topk.open_counts(SPEC, s)",
+            "ptx.wait()",
+            "topk.choose(SPEC, m, s)",
+        ),
+        threads=t.threads,
+        grid=(f"rows * {t.splits}", 1, 1),
+        sizes={"rows": spec.rows},
+        cluster=t.splits,
+        spec=t,
     )
 
 
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-@kernel(Indexer, IndexTopk, chained=True)
+@kernel(takes(Indexer, "ratio", "factor"), takes(IndexTopk, "k"), chained=True)
 def indexer(request: Request) -> Answer:
     """Scores, then the best of them: the first leaves out what the second need not look at."""
     op, best = request.calls[0].op, request.calls[-1].op

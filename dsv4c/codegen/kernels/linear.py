@@ -12,15 +12,13 @@ from dsv4c.codegen.kernels.formats import WEIGHTS, format_name, holds, is_packed
 from dsv4c.codegen.kernels.gemm import gemm_launches, takes_gemm
 from dsv4c.codegen.kernels.gemv import Activations, Epilogue, Gathered, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
-from dsv4c.codegen.kernels.riders import NOBODY, Riding, lanes, riding_of
+from dsv4c.codegen.kernels.riders import NOBODY, WRITTEN, Riding, lanes, riding_of
 from dsv4c.codegen.kernels.state import state_launches
 from dsv4c.codegen.lib.shapes import Gather
-from dsv4c.codegen.registry import Answer, Call, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.registry import Answer, Call, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.ir.ops.collective import AllGather
 from dsv4c.ir.ops.linear import GroupedLinear, Linear
-from dsv4c.passes.fusions.compressor import Compressor
 from dsv4c.passes.fusions.in_proj import InProj
-from dsv4c.passes.fusions.kv_norm_rope_store import KvNormRopeStore
 from dsv4c.passes.fusions.q_norm_quantize import QNormQuantize
 from dsv4c.passes.fusions.quantize_linear import QuantizeLinear
 from dsv4c.types import BF16, F32, FP8_ROW, NVFP4, NVFP4_ROW, QuantFormat, QuantType
@@ -132,7 +130,7 @@ def _packed_gemv(
     return second if isinstance(second, No) else [first, *second]
 
 
-@kernel(InProj, Linear, several=True)
+@kernel(takes(InProj, "outs"), takes(Linear, "out"), several=True)
 def linears(request: Request) -> Answer:
     """Projections of one row, or of the same row encoded in several ways."""
     products: list[tuple[Activations, int, int]] = []
@@ -156,7 +154,7 @@ def linears(request: Request) -> Answer:
     return product(request, name, products, values, widths.pop())
 
 
-@kernel(QuantizeLinear)
+@kernel(takes(QuantizeLinear, "format", "out"))
 def quantize_linear(request: Request) -> Answer:
     """A sublayer's last product."""
     call = request.call
@@ -175,7 +173,7 @@ def quantize_linear(request: Request) -> Answer:
     return product(request, name, products, {"x": x}, request.types[x].shape[-1], late=True)
 
 
-@kernel(GroupedLinear)
+@kernel(takes(GroupedLinear, "out"))
 def grouped_linear(request: Request) -> Answer:
     call = request.call
     x, w = call.inputs
@@ -191,7 +189,10 @@ def grouped_linear(request: Request) -> Answer:
     return product(request, name, [(staged, w, call.outputs[0])], {"x": x}, k, groups)
 
 
-@kernel(QNormQuantize, KvNormRopeStore, Compressor, several=True)
+Q_NORM = takes(QNormQuantize, "eps", "format", "out")
+
+
+@kernel(Q_NORM, *WRITTEN, several=True)
 def q_norm_quantize(request: Request) -> Answer:
     """The queries' projections; the token's state writes ride along, small work beside a large stream."""
     calls = [c for c in request.calls if isinstance(c.op, QNormQuantize)]
@@ -217,7 +218,7 @@ def q_norm_quantize(request: Request) -> Answer:
     return _q_projections(request, call, riding)
 
 
-@kernel(AllGather, QNormQuantize, KvNormRopeStore, Compressor, several=True, lead=True)
+@kernel(takes(AllGather, "axis", "ranks"), Q_NORM, *WRITTEN, several=True, lead=True)
 def gathered_q_norm_quantize(request: Request) -> Answer:
     """The same behind a gather: a launch whose CTAs take what they read, or two launches."""
     first, *others = request.calls

@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, compose
+from dsv4c.codegen.lib.slices import Nvfp4Row
 from dsv4c.codegen.registry import Launchable, Request, Scratch, launchable
 from dsv4c.errors import BuildError
 from dsv4c.types import BF16, NVFP4_ROW, QuantType, TensorType, Type
@@ -35,13 +36,27 @@ def emit_quantize(spec: QuantizeSpec) -> Emission:
     """The kernel of a spec. Raises BuildError for rows that it cannot cut."""
     if spec.k % 16 or spec.k > LONGEST:
         raise BuildError(f"{spec.name}: rows of {spec.k}: want blocks of 16, at most {LONGEST} columns")
-    threads = min(THREADS, -(-spec.k // 512) * 32)
-    gain = () if spec.eps is None else (Parameter("gain"),)
-    q = (Parameter("q"), Parameter("q", "scale"), Parameter("q", "global_scale"))
-    parameters = (Parameter("x"), *gain, *q)
-    pointers = [p.name for p in parameters]
-    source = render("quantize.py.jinja", spec=spec, threads=threads, pointers=pointers)
-    return Emission(f"{spec.name}_0", source, (spec.rows, 1, 1), threads, 256, parameters)
+    row = Nvfp4Row(spec.k, threads=min(THREADS, -(-spec.k // 512) * 32), eps=spec.eps)
+    normed = spec.eps is not None
+    norm = f"    y = bf16(x * rsqrt(mean(x^2) + {spec.eps}) * gain)\n" if normed else ""
+    return compose(
+        spec.name,
+        f"{spec.name}: N rows to NVFP4.\n\n"
+        f"{norm}    q = nvfp4({'y' if normed else 'x'}), with global scale max|row| / (6 * 448)",
+        {
+            Parameter("x"): f"bf16[N,{spec.k}]",
+            Parameter("gain"): f"bf16[{spec.k}]" if normed else None,
+            Parameter("q"): f"{NVFP4_ROW}[N,{spec.k}]",
+            Parameter("q", "scale"): "its block scales",
+            Parameter("q", "global_scale"): "its global scales, f32[N]",
+        },
+        f"Launch: a CTA of {row.threads} threads per row; 256 B shared each. Reads {2 * spec.k} B per row.",
+        ("ptx.launch_dependents()", "s = ptx.shared(256)", "ptx.wait()", "nvfp4.quantize_row(SPEC, m, s)"),
+        threads=row.threads,
+        grid=("vectors", 1, 1),
+        sizes={"vectors": spec.rows},
+        spec=row,
+    )
 
 
 # Binding ----------------------------------------------------------------------------------------------------

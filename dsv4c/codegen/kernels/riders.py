@@ -14,7 +14,7 @@ from typing import Literal
 from dsv4c.codegen.emit import Parameter
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name
 from dsv4c.codegen.lib.geometry import Pool, Row
-from dsv4c.codegen.registry import Call, No, Request
+from dsv4c.codegen.registry import Call, No, Request, takes
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.compressor import Compressor
 from dsv4c.passes.fusions.kv_norm_rope_store import KvNormRopeStore
@@ -275,6 +275,13 @@ class Riding:
 
 
 NOBODY = Riding()
+
+# Compressors pool a chunk's rows where they are, so that neither the copies that others pool from nor the
+# sequences of their rows matter: a chunk has one.
+WRITTEN = (
+    takes(KvNormRopeStore, "eps", "beside", "tokens"),
+    takes(Compressor, "ratio", "overlap", "tokens", "eps", "rotated", "beside", without=("owners",)),
+)
 
 
 def riding_of(request: Request, rows: int) -> Riding | No:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
 from dsv4c.codegen.lib.slices import Gate
 from dsv4c.errors import BuildError
 
@@ -35,24 +35,39 @@ class RouterGateSpec:
                 f"router of {self.hidden} columns x {self.experts} experts: want columns a multiple of 256 "
                 f"and at most {MOST_SUMS} experts per CTA, not {each}"
             )
-        return Gate(min(self.rows, MOST_SUMS // each), self.hidden, self.experts, each, threads)
+        tokens = min(self.rows, MOST_SUMS // each)
+        return Gate(self.rows, tokens, self.hidden, self.experts, each, threads)
 
 
 def emit_router_gate(spec: RouterGateSpec, arch: Arch) -> Emission:
     """The gate's products. Raises BuildError for shapes it cannot cut."""
     gate = spec.gate(arch)
-    ctas, blocks = spec.experts // gate.rows, -(-spec.rows // gate.tokens)
+    ctas = spec.experts // gate.rows
     nbytes = spec.experts * spec.hidden * 2 + spec.rows * spec.hidden * 2
-    parameters = tuple(map(Parameter, ("x", "gate", "logits")))
-    source = render(
-        "router_gate.py.jinja",
-        symbol="router_gate",
-        parameters=[p.name for p in parameters],
-        gate=gate,
-        rows=spec.rows,
-        ctas=ctas,
-        blocks=blocks,
-        nbytes=nbytes,
-        arch=arch,
+    several, own = "s" if spec.rows > 1 else "", f"{gate.rows} expert{'s' if gate.rows > 1 else ''}"
+    if gate.blocks > 1:
+        ctas_text, own = f"{ctas} x {gate.blocks}", f"{own} and {gate.tokens} tokens"
+    else:
+        ctas_text = f"{ctas}"
+    return compose(
+        "router_gate",
+        f"Router products: logits = x . gate, {spec.rows} token{several}, f32 accumulation.",
+        {
+            Parameter("x"): f"bf16[{spec.rows},{spec.hidden}]",
+            Parameter("gate"): f"bf16[{spec.experts},{spec.hidden}]",
+            Parameter("logits"): f"f32[{spec.rows},{spec.experts}]",
+        },
+        f"Launch: {ctas_text} CTAs x {gate.threads} threads, {own} each; {gate.shared} B shared each.\n"
+        f"{floor_text(nbytes, arch)}",
+        (
+            "ptx.launch_dependents()",
+            f"s = ptx.shared({gate.shared})",
+            "at = router.enter(SPEC, m, s)",
+            "ptx.wait()",
+            "router.multiply(SPEC, s, at)",
+        ),
+        threads=gate.threads,
+        grid=(ctas, gate.blocks, 1),
+        spec=gate,
+        record="router.GateOperands",
     )
-    return Emission("router_gate_0", source, (ctas, blocks, 1), gate.threads, gate.shared, parameters)

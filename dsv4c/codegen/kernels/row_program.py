@@ -161,30 +161,39 @@ def _values(nodes: Sequence[Node], graph: Graph) -> Iterator[Value]:
 
 
 def _by_row(nodes: Sequence[Node], graph: Graph, rows: int) -> set[Value]:
-    """The values that have a part for each row. An operand has one if its first reader wants it to."""
+    """The values that have a part for each row.
+
+    A node keeps rows apart, and then what it reads by row and what it makes have one, or is one for all rows,
+    and they are, too; what it reads whole always is. So what is whole spreads from there, through nodes, and
+    from those where rows meet. A result that it comes to has no rows: that is an error where they met.
+    """
     if rows == 1 and len(nodes) == 1:
         return set()
-    decided: dict[Value, bool] = {}
+    linked: dict[Value, list[Value]] = {}
+    why: dict[Value, str] = {}  # of what is whole; "" for what is read so
     for node in nodes:
         wanted = node.op.rows_of(tuple(v.type for v in node.inputs))
+        together = [v for i, v in enumerate(node.inputs) if wanted and i in wanted] + [*node.outputs]
+        if wanted is None:
+            why |= dict.fromkeys((*node.inputs, *node.outputs), f"rows meet in {node.op.name}")
         for i, value in enumerate(node.inputs):
-            if value not in decided:
-                fits = bool(value.type.shape) and value.type.shape[0] % rows == 0
-                decided[value] = wanted is not None and i in wanted and fits
-        parted = [i for i, v in enumerate(node.inputs) if decided[v]]
-        if parted and (wanted is None or not wanted.issuperset(parted)):
-            raise UnfitError(f"rows meet in {node.op.name}")
-        if parted and wanted != frozenset(parted):
-            raise UnfitError(f"{node.op.name} wants a row of what is one for all rows")
-        for value in node.outputs:
-            decided[value] = bool(parted)
-            if parted and not _divides(value.type, rows):
-                raise UnfitError(f"{node.op.name} gives {value.type}, which is not {rows} rows")
-    by_row = {v for v, parted in decided.items() if parted}
-    lost = [v for v in graph.inputs if v in by_row and not _divides(v.type, rows)]
-    if lost:
-        raise UnfitError(f"{lost[0].type} is not {rows} rows")
-    return by_row
+            if wanted is not None and i not in wanted:
+                why.setdefault(value, "")
+        for value in together:
+            linked.setdefault(value, []).extend(together)
+            if not _divides(value.type, rows):
+                why.setdefault(value, f"{node.op.name} has {value.type}, which is not {rows} rows")
+    spreads = list(why)
+    while spreads:
+        value = spreads.pop()
+        for other in linked.get(value, ()):
+            if other not in why:
+                why[other] = why[value]
+                spreads.append(other)
+    for result in graph.outputs.values():
+        if reason := why.get(result):
+            raise UnfitError(reason)
+    return {v for v in _values(nodes, graph) if v in linked and v not in why}
 
 
 def _divides(type_: Type, rows: int) -> bool:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
 from dsv4c.codegen.kernels.formats import holds
-from dsv4c.codegen.lib.geometry import Spread
+from dsv4c.codegen.lib.geometry import Sampling, Spread
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable
 from dsv4c.errors import BuildError
 from dsv4c.ir.ops.sample import KNOBS, STOPS
@@ -18,6 +18,14 @@ RESULTS = ("chosen", "said", "going", "history")
 THREADS = 512  # of a CTA
 MOST_EACH = 16224  # columns of a CTA: a thread holds 32, and what half the lanes weigh adds up in 32 bits
 WIDE_ROWS = 4  # each with a cluster of 16 CTAs; of more such clusters some would wait for others
+
+WHAT = """\
+The next token of each of N rows, by the knobs of its slot, and what was said in the slot's history.
+
+    x       = logits, lowered by penalties of what the history has up to the row's position
+    p       = exp((x - max x) / temperature) of the top_k largest, of those the top_p share, at least min_p
+    next    = the first column whose p, summed from 0 on, exceed philox(seed, position + 1 - origin) of all
+    said    = next, -1 where length is 0;  going = 0 after a stop, else length"""
 
 
 @dataclass(frozen=True)
@@ -56,20 +64,25 @@ def emit_sampler(spec: SamplerSpec, arch: Arch) -> Emission:
         "said": "i32[N]",
         "going": "i32[N]",
     }
-    parameters = tuple(map(Parameter, types))
-    source = render(
-        "sampler.py.jinja",
-        t=t,
-        signature="\n".join(f"m_{name}: {type_}" for name, type_ in types.items()),
-        pointers=[p.name for p in parameters],
-        capacity=spec.capacity,
-        knobs=len(KNOBS),
-        stops=STOPS,
-        nbytes=4 * n,
-        arch=arch,
+    return compose(
+        "sampler",
+        WHAT,
+        {Parameter(name): type_ for name, type_ in types.items()},
+        f"Launch: a cluster of {t.ctas} CTAs x {t.threads} threads per row, {t.each} columns each; "
+        f"{t.shared} B shared each.\n{floor_text(4 * n, arch, 'row')}",
+        (
+            "ptx.launch_dependents()",
+            f"s = ptx.shared({t.shared})",
+            "at = sampler.enter(SPEC, s)",
+            "ptx.wait()",
+            "sampler.choose(SPEC, m, s, at)",
+        ),
+        threads=t.threads,
+        grid=(f"rows * {ctas}", 1, 1),
+        sizes={"rows": spec.rows},
+        cluster=ctas,
+        spec=Sampling(t, spec.capacity, len(KNOBS), STOPS),
     )
-    grid = (spec.rows * ctas, 1, 1)
-    return Emission("sampler_0", source, grid, t.threads, t.shared, parameters, (ctas, 1, 1))
 
 
 # Binding ----------------------------------------------------------------------------------------------------

@@ -11,10 +11,8 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from dsv4c.codegen.emit import Emission, render
-from dsv4c.codegen.kernels.riders import THREADS, CompressSpec, Rider, Riding, riding_of, seated
+from dsv4c.codegen.kernels.riders import THREADS, WRITTEN, CompressSpec, Rider, Riding, riding_of, seated
 from dsv4c.codegen.registry import Answer, Launchable, No, Request, kernel, launchable
-from dsv4c.passes.fusions.compressor import Compressor
-from dsv4c.passes.fusions.kv_norm_rope_store import KvNormRopeStore
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def state_launches(request: Request, riding: Riding, threads: int = THREADS) -> 
     return launches
 
 
-@kernel(KvNormRopeStore, Compressor, several=True)
+@kernel(*WRITTEN, several=True)
 def state_writes(request: Request) -> Answer:
     """Where no product takes them along."""
     call = request.calls[0]

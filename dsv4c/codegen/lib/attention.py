@@ -10,6 +10,8 @@ order: lane (g, q) = (lane / 4, lane % 4) takes dimensions 32h + 8q..+7 of a sco
 as columns.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
@@ -18,6 +20,165 @@ from dsv4c.codegen.lib import cluster, ptx, rope, softmax, stream
 from dsv4c.codegen.lib.geometry import HEADS, ROPE, Attention, Chunk
 
 _asm = cute.arch.inline_ptx
+
+
+class Operands(NamedTuple):
+    """q, out bf16[N, heads, width]; window [S, ring, width], entries [S, capacity, width], of FP8 with scales
+    and a tail; selected i32[N, extra]; sink f32[heads]; frequencies f32[32]; positions, last, ring_slots,
+    slots i32[N]. Without `last` windows end at positions, without `ring_slots` they are of `slots`.
+    """
+
+    q: cute.Pointer
+    window: cute.Pointer
+    window_scale: cute.Pointer | None
+    window_tail: cute.Pointer | None
+    entries: cute.Pointer | None
+    entries_scale: cute.Pointer | None
+    entries_tail: cute.Pointer | None
+    selected: cute.Pointer | None
+    sink: cute.Pointer
+    frequencies: cute.Pointer
+    positions: cute.Pointer
+    last: cute.Pointer | None
+    ring_slots: cute.Pointer | None
+    slots: cute.Pointer
+    out: cute.Pointer
+
+
+class Place(NamedTuple):
+    """Where a thread works: which of the cluster's CTAs, on 16 heads from `head` on of a token."""
+
+    rank: Int32
+    head: Int32
+    token: Int32
+    tid: Int32
+    warp: Int32
+    lane: Int32
+    frequency: Float32
+
+
+class Token(NamedTuple):
+    """What is known of a token: its query, as words of q or as fragments, and where it and its keys are."""
+
+    query: cute.Tensor
+    position: Int32
+    last: Int32
+    ring_slot: Int32
+    slot: Int32
+
+
+# The kernel -------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def enter(a: Constexpr[Attention], m: Operands, s: Int32) -> Place:
+    """Open the exchange, and read constants."""
+    tid, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+    rank = block % a.splits
+    head = block // a.splits % a.head_tiles * HEADS
+    token = block // (a.splits * a.head_tiles)
+    open_exchange(a, s, m.sink.toint(), head, tid)
+    frequency = ptx.ldg_f32_constant(m.frequencies.toint() + lane * 4)
+    return Place(rank, head, token, tid, warp, lane, frequency)
+
+
+@cute.jit
+def read_token(a: Constexpr[Attention], m: Operands, at: Place) -> Token:
+    """The words of its query, and numbers."""
+    words = read_query(a, m.q.toint(), at.token, at.head, at.warp, at.lane)
+    position = _number(a, m.positions, at.token)
+    last = position if const_expr(m.last is None) else _number(a, m.last, at.token)
+    slot = _number(a, m.slots, at.token)
+    ring_slot = slot if const_expr(m.ring_slots is None) else _number(a, m.ring_slots, at.token)
+    return Token(words, position, last, ring_slot, slot)
+
+
+@cute.jit
+def _number(a: Constexpr[Attention], m_numbers: cute.Pointer, token: Int32) -> Int32:
+    g = m_numbers.toint() + token * 4
+    word = ptx.ldg_early32(g) if const_expr(a.entries == "selected") else ptx.ldg32(g)
+    return word.bitcast(Int32)
+
+
+@cute.jit
+def prepare(a: Constexpr[Attention], s: Int32, at: Place, t: Token) -> Token:
+    """Its query's fragments."""
+    q = prepare_query(a, s, t.query, at.frequency, t.position, at.warp, at.lane)
+    return Token(q, t.position, t.last, t.ring_slot, t.slot)
+
+
+@cute.jit
+def prepare_early(a: Constexpr[Attention], m: Operands, s: Int32, at: Place) -> Token:
+    """Before the wait, where entries are selected: the query is older than the selection, and whoever lets
+    this kernel begin has waited for it.
+    """
+    return prepare(a, s, at, read_token(a, m, at))
+
+
+@cute.jit
+def attend(a: Constexpr[Attention], m: Operands, s: Int32, at: Place, early: Token | None = None) -> None:
+    """The heads' results. A query that was not prepared `early` is while keys are on their way.
+
+    This CTA's tiles are rank, rank + splits, ...; lane i of a warp looks after one key of each.
+    """
+    warp, lane = at.warp, at.lane
+    window = _addresses(m.window, m.window_scale, m.window_tail)
+    entries = _addresses(m.entries, m.entries_scale, m.entries_tail)
+    g_selected = _address(m.selected)
+    key = at.rank * a.tile + warp * a.tile_rows + lane
+    t = read_token(a, m, at) if const_expr(early is None) else early
+    entry = read_selection(a, g_selected, at.token, key)
+    visible = visible_entries(a, t.position)
+    tiles = Int32(0)
+    if t.position >= 0:
+        tiles = (a.window + a.tile - 1 + visible) // a.tile
+    steps = (tiles - at.rank + a.splits - 1) // a.splits
+    place = find_key(a, key, entry, t.last, visible)
+    scales = cute.make_rmem_tensor(((a.tile_rows + 3) // 4,), Uint32)
+    fetch_tile(a, s + a.o_keys, window, entries, scales, t.ring_slot, t.slot, place, warp, lane)
+    if const_expr(early is None):
+        t = prepare(a, s, at, t)
+
+    o = cute.make_rmem_tensor((4, 4), Float32)
+    o.fill(0.0)
+    stats = cute.make_rmem_tensor((HEADS // a.warps, 2), Float32)
+    for i in range_constexpr(HEADS // a.warps):
+        stats[i, 0] = -Float32.inf
+        stats[i, 1] = Float32(0.0)
+    for step in cutlass.range(steps, unroll=1):
+        publish_tile(a, s, scales, place, warp, lane)
+        ptx.cp_async_wait(0)
+        cute.arch.sync_threads()
+        s_keys = s + a.o_keys
+        if const_expr(a.stages > 1):
+            s_keys = s + a.o_keys + step % 2 * (a.tile * a.row_bytes)
+            if step + 1 < steps:
+                key = key + a.splits * a.tile
+                entry = read_selection(a, g_selected, at.token, key)
+                place = find_key(a, key, entry, t.last, visible)
+                s_next = s + a.o_keys + (step + 1) % 2 * (a.tile * a.row_bytes)
+                fetch_tile(a, s_next, window, entries, scales, t.ring_slot, t.slot, place, warp, lane)
+        scale = scores(a, s, s_keys, t.query, warp, lane)
+        cute.arch.sync_threads()
+        soften(a, s, stats, warp, lane)
+        cute.arch.sync_threads()
+        values(a, s, s_keys, o, scale, warp, lane)
+
+    exchange(a, s, o, stats, at.rank, warp, lane)
+    finish(a, s, m.out.toint(), at.token, at.head, at.rank, at.tid)
+
+
+@cute.jit
+def _addresses(*components: cute.Pointer | None) -> tuple:
+    return tuple(_address(c) for c in components)
+
+
+@cute.jit
+def _address(pointer: cute.Pointer | None) -> Int64:
+    """Where an operand is, 0 for one that there is not."""
+    return Int64(0) if const_expr(pointer is None) else pointer.toint()
 
 
 # Instructions -----------------------------------------------------------------------------------------------

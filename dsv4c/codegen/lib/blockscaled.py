@@ -6,6 +6,8 @@ of row r at r % 32 * 16 + r / 32 * 4. Weights come so from `numerics/packing.py`
 per stage; activations are put in order here, 16 and 4 bytes at a time.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
@@ -168,18 +170,31 @@ def multiply_stage(s_stage: Int32, tensor: Uint32, first: Int32):
         multiply(tensor, s_stage + 32 * j, s_stage + CODES + 32 * j, x_scales, w_scales, add)
 
 
+class Operands(NamedTuple):
+    """x NVFP4[rows, k] with a global scale per row, w NVFP4[columns, k] with one -> y bf16[rows, columns]."""
+
+    x: cute.Pointer
+    x_scale: cute.Pointer
+    x_global_scale: cute.Pointer
+    w: cute.Pointer
+    w_global_scale: cute.Pointer
+    y: cute.Pointer
+
+
+class Place(NamedTuple):
+    """Where a thread works: the aligned allocation, the sums' address, the tile."""
+
+    s: Int32
+    tensor: Uint32
+    column_tile: Int32
+    row_tile: Int32
+    warp: Int32
+    tid: Int32
+
+
 @cute.jit
-def gemm(
-    x: Constexpr[Gemm],
-    smem: Int32,
-    g_x: Int64,
-    g_x_scale: Int64,
-    g_x_global: Int64,
-    g_w: Int64,
-    g_w_global: Int64,
-    g_y: Int64,
-):
-    """The CTA's tile: y = bf16(sum * g_x[row] * g_w)."""
+def enter(x: Constexpr[Gemm], m: Operands, smem: Int32) -> Place:
+    """Take tensor memory, and put the first weights in flight; a grid of (columns, rows) in tiles."""
     tid, _, _ = cute.arch.thread_idx()
     column_tile, row_tile, _ = cute.arch.block_idx()
     warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
@@ -194,12 +209,19 @@ def gemm(
         ptx.mbarrier_init(s_done, 1)
         cute.arch.mbarrier_init_fence()
         for step in range_constexpr(min(x.stages - 1, x.steps)):
-            start_weights(x, s, g_w, Int32(step), column_tile)
+            start_weights(x, s, m.w.toint(), Int32(step), column_tile)
     before_barrier()
     cute.arch.sync_threads()
     after_barrier()
-    tensor = ptx.lds32(s_done + 8)
-    ptx.wait()
+    return Place(s, ptx.lds32(s_done + 8), column_tile, row_tile, warp, tid)
+
+
+@cute.jit
+def gemm(x: Constexpr[Gemm], m: Operands, at: Place) -> None:
+    """The CTA's tile: y = bf16(sum * x_global_scale[row] * w_global_scale)."""
+    s, tensor, column_tile, row_tile, warp, tid = at
+    s_done = s + (x.bars + 16 * x.stages)
+    g_x, g_x_scale, g_w = m.x.toint(), m.x_scale.toint(), m.w.toint()
     for step in range_constexpr(x.stages - 1):
         if const_expr(step < x.steps):
             start_rows(x, s, g_x, g_x_scale, Int32(step), row_tile, tid)
@@ -229,15 +251,17 @@ def gemm(
     ptx.mbarrier_wait(s_done, Int32(0))
     after_barrier()
     row = row_tile * TILE + tid
-    scale = ptx.ldg_f32(g_x_global + Int64(cutlass.min(row, Int32(x.rows - 1))) * 4)
-    scale = scale * ptx.ldg_f32_constant(g_w_global)
+    scale = ptx.ldg_f32(m.x_global_scale.toint() + Int64(cutlass.min(row, Int32(x.rows - 1))) * 4)
+    scale = scale * ptx.ldg_f32_constant(m.w_global_scale.toint())
     for n in range_constexpr(TILE // 32):
         r = load32(tensor + (warp.to(Uint32) << Uint32(21)) + Uint32(32 * n))
         column = column_tile * TILE + 32 * n
         for i in range_constexpr(4):
             w = [_pair(r[8 * i + 2 * j], r[8 * i + 2 * j + 1], scale) for j in range(4)]
             if row < x.rows and column + 8 * i < x.columns:
-                ptx.stg128(g_y + (Int64(row) * x.columns + column + 8 * i) * 2, w[0], w[1], w[2], w[3])
+                ptx.stg128(
+                    m.y.toint() + (Int64(row) * x.columns + column + 8 * i) * 2, w[0], w[1], w[2], w[3]
+                )
     before_barrier()
     cute.arch.sync_threads()
     if warp == 0:

@@ -1,9 +1,148 @@
-"""What happens to many rows between products: their FP8 codes, under a norm or not, and sums over experts."""
+"""What happens to many rows between products: their FP8 codes, under a norm or not, the choice of experts,
+rows listed by expert, and sums over experts.
+
+Rows past `lengths`, where it is given, are left alone.
+"""
+
+from typing import NamedTuple
 
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
-from dsv4c.codegen.lib import ptx, quantize
+from dsv4c.codegen.lib import gemm, ptx, quantize, router
+from dsv4c.codegen.lib.slices import Choice, Codes, Listing, NormedCodes, Sum
+
+# Kernels ----------------------------------------------------------------------------------------------------
+
+
+class Coded(NamedTuple):
+    """x bf16[rows, k] -> q FP8 in blocks of 128; lengths i32[1]."""
+
+    x: cute.Pointer
+    q: cute.Pointer
+    q_scale: cute.Pointer
+    lengths: cute.Pointer | None
+
+
+class NormCoded(NamedTuple):
+    """The same under a norm with gain f32[k]."""
+
+    x: cute.Pointer
+    gain: cute.Pointer
+    q: cute.Pointer
+    q_scale: cute.Pointer
+    lengths: cute.Pointer | None
+
+
+class Listed(NamedTuple):
+    """experts i32[rows, top_k] -> order i32[experts, rows * top_k], counts i32[experts]; lengths i32[1]."""
+
+    experts: cute.Pointer
+    order: cute.Pointer
+    counts: cute.Pointer
+    lengths: cute.Pointer | None
+
+
+class Summed(NamedTuple):
+    """routed bf16[rows, top_k, hidden], shared bf16[rows, hidden] -> y [rows, hidden]; lengths i32[1]."""
+
+    routed: cute.Pointer
+    shared: cute.Pointer
+    y: cute.Pointer
+    lengths: cute.Pointer | None
+
+
+class Chosen(NamedTuple):
+    """logits f32[rows, experts], with bias f32[experts] or table i32[*, top_k] and tokens i32[rows] ->
+    experts i32, weights f32 [rows, top_k]; lengths i32[1].
+    """
+
+    logits: cute.Pointer
+    bias: cute.Pointer | None
+    table: cute.Pointer | None
+    tokens: cute.Pointer | None
+    experts: cute.Pointer
+    weights: cute.Pointer
+    lengths: cute.Pointer | None
+
+
+@cute.jit
+def counted(m_lengths: cute.Pointer | None, rows: Constexpr[int], each: Constexpr[int]) -> Int32:
+    """`each` for every row that there is: `rows` where none are counted."""
+    if const_expr(m_lengths is None):
+        return Int32(rows * each)
+    return Int32(ptx.ldg32(m_lengths.toint())) * each
+
+
+@cute.jit
+def quantize_rows(c: Constexpr[Codes], m: Coded) -> None:
+    """Rows to FP8."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    own = block * c.together + thread // 16
+    if own < counted(m.lengths, c.rows // c.each, c.each * c.blocks):
+        quantize_block(m.x.toint(), m.q.toint(), m.q_scale.toint(), Int64(own), thread % 32)
+
+
+@cute.jit
+def normalize_rows(c: Constexpr[NormedCodes], m: NormCoded, s: Int32) -> None:
+    """Rows to FP8 under a norm."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    if block < counted(m.lengths, c.rows, 1):
+        g_x, g_gain, g_codes, g_scales = m.x.toint(), m.gain.toint(), m.q.toint(), m.q_scale.toint()
+        normalize_quantize(s, g_x, g_gain, g_codes, g_scales, Int64(block), c.k, c.eps, thread)
+
+
+@cute.jit
+def list_rows(t: Constexpr[Listing], m: Listed, s: Int32) -> None:
+    """The numbers that chose the CTA's expert."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    g_order = m.order.toint() + Int64(block) * (t.numbers * 4)
+    count = counted(m.lengths, t.rows, t.top_k)
+    gemm.list_rows(m.experts.toint(), g_order, m.counts.toint(), s, block, count, thread, t.threads)
+
+
+@cute.jit
+def sum_experts(t: Constexpr[Sum], m: Summed) -> None:
+    """A row's sum over its experts."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    row = block // t.ctas
+    piece = block % t.ctas * t.threads + thread
+    if row < counted(m.lengths, t.rows, 1) and piece < t.hidden // 8:
+        g_rows, g_shared = m.routed.toint(), m.shared.toint()
+        sum_rows(g_rows, g_shared, m.y.toint(), Int64(row), piece, t.hidden, t.top_k, t.size)
+
+
+@cute.jit
+def choose_experts(t: Constexpr[Choice], m: Chosen, s: Int32) -> None:
+    """A row's experts, the best of score + bias or the table's, and their weights."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    if block < counted(m.lengths, t.rows, 1):
+        g_logits = m.logits.toint() + Int64(block) * (4 * t.experts)
+        if const_expr(m.table is None):
+            router.stage_bias(s, m.bias.toint(), t.experts, t.padded, thread, t.threads)
+            logits = router.load_logits(g_logits, t.experts, thread, t.threads)
+            router.stage_scores(s, logits, t.experts, t.padded, thread, t.threads)
+            cute.arch.sync_threads()
+        if thread < 32:
+            if const_expr(m.table is None):
+                expert, chosen = router.top_experts(s, t.padded, t.top_k, thread)
+            else:
+                number = ptx.ldg32(m.tokens.toint() + block * 4).to(Int64)
+                expert = router.table_experts(m.table.toint() + number * (4 * t.top_k), t.top_k, thread)
+                chosen = router.logit_scores(g_logits, expert, t.top_k, thread)
+            weight = router.keep_weights(s + t.o_kept, chosen, t.top_k, t.factor, thread)
+            if thread < t.top_k:
+                at = Int64(block * t.top_k + thread) * 4
+                ptx.stg32(m.experts.toint() + at, expert.bitcast(Uint32))
+                ptx.stg_f32(m.weights.toint() + at, weight)
+
+
+# Rows -------------------------------------------------------------------------------------------------------
 
 
 @cute.jit

@@ -5,11 +5,14 @@ for any of theirs, and lets its successor start only behind the last of them: wh
 slows the waiting down.
 """
 
+from typing import NamedTuple
+
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import ptx
 from dsv4c.codegen.lib.shapes import Gather
+from dsv4c.codegen.lib.slices import Joining, Summing
 from dsv4c.exchange import EPOCH, GIVEN_UP, INBOXES, LIMIT, RANK, REGION, SITE_BITS, STATUS, WORD
 
 LOOKS = 4096  # at all words together, a millisecond or more, before each is waited for until the limit
@@ -209,3 +212,93 @@ def give_up(g: Int64, status: Uint32):
     cute.arch.inline_ptx(
         "{ .reg .b32 s; atom.relaxed.sys.global.cas.b32 s, [{$r0}], 0, {$r1}; }", read_only_args=[g, status]
     )
+
+
+# Launches ---------------------------------------------------------------------------------------------------
+
+
+class Addends(NamedTuple):
+    """x f32[N, width], of this rank -> y [N, width], the same bits on every rank; the block and the site."""
+
+    x: cute.Pointer
+    exchange: cute.Pointer
+    site: cute.Pointer
+    y: cute.Pointer
+
+
+class Columns(NamedTuple):
+    """x[i] [N, words[i]], of this rank -> y[i] [N, ranks * words[i]], in words of 4 bytes; the block and the
+    site.
+    """
+
+    x: tuple[cute.Pointer, ...]
+    exchange: cute.Pointer
+    site: cute.Pointer
+    y: tuple[cute.Pointer, ...]
+
+
+class Place(NamedTuple):
+    """Where a thread works, of a grid of (parts, rows), and what `open_site` says."""
+
+    thread: Int32
+    part: Int32
+    row: Int32
+    rank: Int32
+    flag: Uint32
+    to: cute.Tensor
+    here: cute.Tensor
+
+
+@cute.jit
+def enter(m_exchange: cute.Pointer, m_site: cute.Pointer, ranks: Constexpr[int]) -> Place:
+    """Before the wait."""
+    thread, _, _ = cute.arch.thread_idx()
+    part, row, _ = cute.arch.block_idx()
+    rank, flag, to, here = open_site(m_exchange, m_site, ranks)
+    return Place(thread, part, row, rank, flag, to, here)
+
+
+@cute.jit
+def sum_rows(t: Constexpr[Summing], m: Addends, at: Place) -> None:
+    """Give, take and add up a column, meet, let the successor start."""
+    thread, part, row, rank, flag, to, here = at
+    column = part * t.threads + thread
+    number = Int64(row) * t.width + column
+    if column < t.width:
+        own = ptx.ldg_f32(m.x.toint() + number * 4)
+        push(to, rank, flag, number, own.bitcast(Uint32), t.ranks)
+        total = receive_sum(m.exchange, here, rank, flag, number, own, t.ranks)
+        if const_expr(t.size == 4):
+            ptx.stg_f32(m.y.toint() + number * 4, total)
+        else:
+            ptx.stg16(m.y.toint() + number * 2, ptx.f32x2_to_bf16x2(total, total))
+    cute.arch.sync_threads()
+    ptx.launch_dependents()
+
+
+@cute.jit
+def join_rows(t: Constexpr[Joining], m: Columns, at: Place) -> None:
+    """Give words and store them, take the others' and store these, meet, let the successor start."""
+    thread, part, row, rank, flag, to, here = at
+    for n in range_constexpr(t.steps):
+        i = (part + n * t.ctas) * t.threads + thread
+        for value in range_constexpr(len(t.words)):
+            words, first = const_expr(t.words[value]), const_expr(t.first(value))
+            if i >= first and i < first + words:
+                word = ptx.ldg32(m.x[value].toint() + (Int64(row) * words + i - first) * 4)
+                push(to, rank, flag, Int64(row) * t.width + i, word, t.ranks)
+                column = rank * words + i - first
+                ptx.stg32(m.y[value].toint() + (Int64(row) * (words * t.ranks) + column) * 4, word)
+    for n in range_constexpr(t.steps):
+        i = (part + n * t.ctas) * t.threads + thread
+        for peer in range_constexpr(t.ranks):
+            if rank != peer and i < t.width:
+                number = Int64(row) * t.width + i
+                other = receive(m.exchange, here, flag, number, peer)
+                for value in range_constexpr(len(t.words)):
+                    words, first = const_expr(t.words[value]), const_expr(t.first(value))
+                    if i >= first and i < first + words:
+                        column = Int64(row) * (words * t.ranks) + peer * words + i - first
+                        ptx.stg32(m.y[value].toint() + column * 4, other)
+    cute.arch.sync_threads()
+    ptx.launch_dependents()

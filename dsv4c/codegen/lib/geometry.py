@@ -332,7 +332,8 @@ class Index:
     """Index scores: `heads` queries of 128 against up to `capacity` keys, one per `ratio` tokens.
 
     A warp scores `tiles` times 16 keys at a time; CTAs of 8 warps, as many as there are, share a slot's keys.
-    Nothing is scored while at most `k` keys exist. format: "mxfp4" or "bf16", of queries and keys.
+    Nothing is scored while at most `k` keys exist. format: "mxfp4" or "bf16", of queries and keys. Weights of
+    heads are taken times `factor`.
     """
 
     heads: int
@@ -341,11 +342,17 @@ class Index:
     ratio: int
     k: int
     tiles: int
+    factor: float = 1.0
 
     @property
     def warps(self) -> int:
         """Warps of a CTA."""
         return 8
+
+    @property
+    def words(self) -> int:
+        """Words of a lane's part of a key; of FP4 its scale is one."""
+        return 5 if self.format == "mxfp4" else 16
 
     @property
     def keys(self) -> int:
@@ -495,6 +502,16 @@ class Spread:
     def shared(self) -> int:
         """Bytes."""
         return self.o_counts + max(self.counts, self.ctas * self.BINS * 8)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A token of a row, by `knobs` and up to `stops` of a slot whose history has `capacity` tokens."""
+
+    spread: Spread
+    capacity: int
+    knobs: int
+    stops: int
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,16 @@
-"""The ends of a step: embedding rows into streams, the largest logit's column, positions moving on.
+"""The largest logit's column, by a thread, a warp, a CTA, a cluster.
 
 A candidate of the argmax is one 64-bit key in two words: (order of the logit, complement of its column), so
 that the largest key is the largest logit, and the lowest column among equals.
 """
 
+from typing import NamedTuple
+
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import cluster, ptx
+from dsv4c.codegen.lib.slices import Largest
 
 
 @cute.jit
@@ -133,3 +136,26 @@ def cluster_max(
             high, low = ptx.lds64(s_inbox + lane * 8)
         high, low = warp_max(high, low)
     return high, low
+
+
+class Place(NamedTuple):
+    """Where a thread looks: among columns `first` and on, of a row."""
+
+    row: Int32
+    rank: Int32
+    first: Int32
+    thread: Int32
+    warp: Int32
+    lane: Int32
+
+
+@cute.jit
+def enter(c: Constexpr[Largest], s: Int32) -> Place:
+    """Open the inbox of the cluster's keys, and say so. All threads."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+    row, rank = block // c.ctas, cute.arch.block_idx_in_cluster()
+    cluster.open_inbox(s + c.o_bar, c.ctas * 8, thread)
+    cluster.arrive()
+    return Place(row, rank, rank * c.width, thread, warp, lane)

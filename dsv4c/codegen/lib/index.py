@@ -6,6 +6,9 @@ one MMA, (1,5), (0,4) in the next; queries are stored in that order. Keys expand
 2^64, which keeps bf16 in range.
 """
 
+from typing import NamedTuple
+
+import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
@@ -14,6 +17,68 @@ from dsv4c.codegen.lib.geometry import Index
 
 _asm = cute.arch.inline_ptx
 _CARRY = 2.0**64
+
+
+class Operands(NamedTuple):
+    """q bf16[N, heads, 128] before RoPE, keys [S, capacity, 128], weights bf16[N, heads], frequencies
+    f32[32], positions, slots i32[N] -> scores f32[N, capacity]. Plain keys have no scale.
+    """
+
+    q: cute.Pointer
+    keys: cute.Pointer
+    keys_scale: cute.Pointer | None
+    weights: cute.Pointer
+    frequencies: cute.Pointer
+    positions: cute.Pointer
+    slots: cute.Pointer
+    scores: cute.Pointer
+
+
+class Place(NamedTuple):
+    """Where a thread works: on keys `first` and on, every `stride`, of a token; the frequency of its pair."""
+
+    token: Int32
+    warp: Int32
+    lane: Int32
+    first: Int32
+    stride: Int32
+    frequency: Float32
+
+
+@cute.jit
+def enter(x: Constexpr[Index], m: Operands) -> Place:
+    """Of a grid of (parts, tokens). Frequencies are constants."""
+    part, token, _ = cute.arch.block_idx()
+    parts, _, _ = cute.arch.grid_dim()
+    warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+    frequency = ptx.ldg_f32_constant(m.frequencies.toint() + lane * 4)
+    return Place(token, warp, lane, part * x.keys, parts * x.keys, frequency)
+
+
+@cute.jit
+def score_keys(x: Constexpr[Index], m: Operands, s: Int32, at: Place) -> None:
+    """The scores of a token's visible keys, if there are more than k."""
+    token, warp, lane, first, stride, frequency = at
+    g_data = m.keys.toint()
+    g_scale = Int64(0) if const_expr(m.keys_scale is None) else m.keys_scale.toint()
+    position = ptx.ldg32(m.positions.toint() + token * 4).bitcast(Int32)
+    slot = ptx.ldg32(m.slots.toint() + token * 4).bitcast(Int32)
+    visible = cutlass.min((position + 1) // x.ratio, Int32(x.capacity))
+    if visible > x.k and first < visible:
+        keys = cute.make_rmem_tensor((x.tiles, 2, x.words), Uint32)
+        keys.fill(0)
+        own = warp * (x.tiles * 16)
+        load_keys(x, keys, g_data, g_scale, slot, first + own, lane)
+        weights = load_weights(x, m.weights.toint(), x.factor, token, lane)
+        s_turns = s + x.o_turns + warp * 256
+        prepare_turns(s_turns, frequency, position, lane)
+        prepare_queries(x, s, s_turns, m.q.toint(), token, warp, lane)
+        cute.arch.sync_threads()
+        for key in cutlass.range(first, visible, stride, unroll=1):
+            a = fragments(x, keys)
+            load_keys(x, keys, g_data, g_scale, slot, key + stride + own, lane)
+            total = score(x, s, a, weights, lane)
+            store_scores(x, total, m.scores.toint(), token, key + own, visible, lane)
 
 
 @cute.jit

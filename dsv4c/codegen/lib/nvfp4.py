@@ -4,17 +4,47 @@ As `numerics/codec.py`: g = amax(row) / (6 * 448), scale = e4m3(amax16 / (6 g)),
 code times its scale has six significant bits and lies within 2^-10 .. 2688: exact in f16.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import hadamard, ptx
 from dsv4c.codegen.lib.shapes import Product
+from dsv4c.codegen.lib.slices import Nvfp4Row
 
 _2P14 = 0x74007400  # f16x2
 
 
 # Quantize ---------------------------------------------------------------------------------------------------
+
+
+class Operands(NamedTuple):
+    """x bf16[N, k], under a norm with gain bf16[k] -> q NVFP4[N, k] with a global scale per row."""
+
+    x: cute.Pointer
+    gain: cute.Pointer | None
+    q: cute.Pointer
+    q_scale: cute.Pointer
+    q_global_scale: cute.Pointer
+
+
+@cute.jit
+def quantize_row(v: Constexpr[Nvfp4Row], m: Operands, s: Int32) -> None:
+    """A row by each CTA. `s`: 256 bytes."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    row = Int64(block)
+    r = load_row(m.x.toint() + row * (2 * v.k), v.k, thread, v.threads)
+    if const_expr(v.eps is not None):
+        normalize(r, s, m.gain.toint(), v.k, v.eps, thread, v.threads)
+    scale = row_scale(r, s + 128, v.held, thread, v.threads)
+    g_codes = m.q.toint() + row * (v.k // 2)
+    g_scales = m.q_scale.toint() + row * (v.k // 16)
+    store_row(r, scale, g_codes, g_scales, v.k, thread, v.threads)
+    if thread == 0:
+        ptx.stg_f32(m.q_global_scale.toint() + row * 4, scale)
 
 
 @cute.jit

@@ -4,6 +4,8 @@ Formulas: DeepSeek-V4 inference/model.py, Gate: s = sqrt(softplus(x . gate)); ex
 table of the token; weights s[experts] / sum * factor.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
@@ -15,6 +17,46 @@ LOWEST = -(2**31)
 
 
 # Gate products ----------------------------------------------------------------------------------------------
+
+
+class GateOperands(NamedTuple):
+    """x bf16[count, hidden], gate bf16[experts, hidden] -> logits f32[count, experts]."""
+
+    x: cute.Pointer
+    gate: cute.Pointer
+    logits: cute.Pointer
+
+
+class GatePlace(NamedTuple):
+    """Where a thread works: a block of experts, its tokens' rows and logits."""
+
+    block: Int32
+    thread: Int32
+    lane: Int32
+    g_x: Int64
+    g_logits: Int64
+
+
+@cute.jit
+def enter(t: Constexpr[Gate], m: GateOperands, s: Int32) -> GatePlace:
+    """Ask for the CTA's weights; a grid of (experts, tokens)."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, tokens, _ = cute.arch.block_idx()
+    lane = cute.arch.lane_idx()
+    g_x, g_logits = m.x.toint(), m.logits.toint()
+    if const_expr(t.blocks > 1):
+        # The last block's tokens start early. What two CTAs compute they compute alike, and store the same.
+        first = Int64(cutlass.min(tokens * t.tokens, Int32(t.count - t.tokens)))
+        g_x, g_logits = g_x + first * (t.hidden * 2), g_logits + first * (t.experts * 4)
+    prefetch(t, s, m.gate.toint(), block, thread)
+    return GatePlace(block, thread, lane, g_x, g_logits)
+
+
+@cute.jit
+def multiply(t: Constexpr[Gate], s: Int32, at: GatePlace) -> None:
+    """The logits of its experts, of its tokens."""
+    part = products(t, s, at.g_x, at.thread, at.lane)
+    store_logits(t, s, at.g_logits, part, at.block, at.thread, at.lane)
 
 
 @cute.jit

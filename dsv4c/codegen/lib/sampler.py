@@ -6,12 +6,14 @@ largest key that enough of the row's keys reach: CTAs add up their weights by bi
 sum is reached is looked at again, until what is in it is few enough to be compared one by one.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Boolean, Constexpr, Float32, Float64, Int32, Int64, Uint32, range_constexpr
 
 from dsv4c.codegen.lib import cluster, ptx
-from dsv4c.codegen.lib.geometry import Spread
+from dsv4c.codegen.lib.geometry import Sampling, Spread
 
 TOPS, SUMS, HEADS, CANDIDATES, TOTALS = range(0, 40, 8)  # barriers
 TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(7)  # columns of the knobs
@@ -23,6 +25,101 @@ LN_2 = 0.6931471805599453
 UPPER, LOWER = 16.0, 2.0**-15  # numbers whose last bits are 2^-19 and 2^-38
 
 _asm = cute.arch.inline_ptx
+
+
+class Operands(NamedTuple):
+    """logits f32[N, columns]; tokens, lengths, positions, slots i32[N]; history i32[S, capacity],
+    origin i32[S], knobs f32[S, knobs], seeds i32[S, 2], stops i32[S, stops] -> chosen, said, going i32[N].
+    """
+
+    logits: cute.Pointer
+    tokens: cute.Pointer
+    lengths: cute.Pointer
+    positions: cute.Pointer
+    slots: cute.Pointer
+    history: cute.Pointer
+    origin: cute.Pointer
+    knobs: cute.Pointer
+    seeds: cute.Pointer
+    stops: cute.Pointer
+    chosen: cute.Pointer
+    said: cute.Pointer
+    going: cute.Pointer
+
+
+class Place(NamedTuple):
+    """Which row a thread works on, in a launch of so many CTAs, and in which of its cluster."""
+
+    row: Int32
+    blocks: Int32
+    rank: Int32
+    thread: Int32
+
+
+@cute.jit
+def enter(k: Constexpr[Sampling], sm: Int32) -> Place:
+    """Open the inboxes of a cluster per row. All threads."""
+    t = k.spread
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    blocks, _, _ = cute.arch.grid_dim()
+    row, rank = block // t.ctas, cute.arch.block_idx_in_cluster()
+    open_inboxes(t, sm, thread)
+    return Place(row, blocks, rank, thread)
+
+
+@cute.jit
+def choose(k: Constexpr[Sampling], m: Operands, sm: Int32, place: Place) -> None:
+    """The row's token."""
+    t = k.spread
+    row, blocks, rank, thread = place
+    x = load(t, m.logits.toint() + Int64(row) * (t.columns * 4), rank, thread)
+    position = ptx.ldg32(m.positions.toint() + row * 4).bitcast(Int32)
+    slot = ptx.ldg32(m.slots.toint() + row * 4).bitcast(Int32)
+    knobs = load_knobs(m.knobs.toint() + slot * (k.knobs * 4))
+    origin = ptx.ldg32(m.origin.toint() + slot * 4).bitcast(Int32)
+    g_said = m.history.toint() + Int64(slot) * (k.capacity * 4)
+    repetition, presence, frequency = knobs[REPETITION], knobs[PRESENCE], knobs[FREQUENCY]
+    penalized = repetition != Float32(0.0) or presence != Float32(0.0) or frequency != Float32(0.0)
+    if thread < 32 and (rank == 0 or penalized):
+        rows = blocks // t.ctas
+        g_tokens, g_positions, g_slots = m.tokens.toint(), m.positions.toint(), m.slots.toint()
+        remember(g_said, k.capacity, g_tokens, g_positions, g_slots, slot, rows, thread)
+    if thread // 32 == (1 if t.threads > 32 else 0):
+        g_length, g_stops = m.lengths.toint() + row * 4, m.stops.toint() + slot * (k.stops * 4)
+        g_seed = m.seeds.toint() + slot * 8
+        prepare(sm, g_seed, position + 1 - origin, g_length, g_stops, k.stops, thread % 32)
+    cluster.meet()
+
+    if penalized:
+        last = cutlass.min(position, Int32(k.capacity - 1))
+        count(t, sm, g_said, last, origin, rank, thread)
+        lower(t, sm, x, repetition, presence, frequency, thread)
+    send_highest(t, sm, x, rank, thread)
+    temperature, scale = knobs[TEMPERATURE], (Float32(0.0), Float32(0.0))
+    if temperature > Float32(0.0):
+        scale = scales(temperature)
+    top = highest(t, sm, thread)
+
+    p = weights(t, x, top, temperature, scale)
+    column, few, known, number = Int32(-1), Int32(0), Boolean(False), Float64(0.0)
+    if temperature > Float32(0.0):
+        many, share, least = knobs[TOP_K].to(Int32), knobs[TOP_P], knobs[MIN_P]
+        few, known = keep_largest(t, sm, p, x, many, share, rank, thread)
+        number = number_drawn(sm)
+        if few == 0:
+            keep_likely(p, least)
+            known = known and not least > Float32(0.0)
+        elif rank == 0:
+            column = draw_of_few(t, sm, few, many, share, least, number, thread)
+    if few == 0:
+        column = draw(t, sm, p, known, number, rank, thread)
+    if column >= 0:
+        length, going = ends(sm, k.stops, column)
+        said = column if length > 0 else Int32(-1)
+        ptx.stg32(m.chosen.toint() + row * 4, column.bitcast(Uint32))
+        ptx.stg32(m.said.toint() + row * 4, said.bitcast(Uint32))
+        ptx.stg32(m.going.toint() + row * 4, going.bitcast(Uint32))
 
 
 # What decides -----------------------------------------------------------------------------------------------

@@ -193,13 +193,19 @@ class Batch(Slice):
 
 @dataclass(frozen=True)
 class Gate:
-    """How the router's [experts, hidden] meets `tokens` rows: `rows` experts per CTA."""
+    """How the router's [experts, hidden] meets `count` rows, `tokens` at a time: `rows` experts per CTA."""
 
+    count: int
     tokens: int
     hidden: int
     experts: int
     rows: int
     threads: int
+
+    @property
+    def blocks(self) -> int:
+        """CTAs for the same experts."""
+        return -(-self.count // self.tokens)
 
     @property
     def pieces(self) -> int:
@@ -225,3 +231,264 @@ class Gate:
     def shared(self) -> int:
         """Bytes of dynamic shared memory."""
         return self.o_part + self.threads // 32 * self.stride * 4
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """How a row of `hidden` columns is copied to `streams`: 8 columns a thread."""
+
+    hidden: int
+    streams: int
+    threads: int
+
+
+@dataclass(frozen=True)
+class LastRow:
+    """How a row of `hidden` bf16 columns is copied, the last of up to `tokens`: 8 columns a thread."""
+
+    tokens: int
+    hidden: int
+    threads: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row."""
+        return 2 * self.hidden
+
+
+@dataclass(frozen=True)
+class Run:
+    """How a run of `tokens` of a sequence is cut: a thread each, of `ctas` CTAs."""
+
+    tokens: int
+    threads: int
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of a sequence."""
+        return -(-self.tokens // self.threads)
+
+
+@dataclass(frozen=True)
+class Largest:
+    """How the largest of a row of `columns` logits is found: by a cluster of `ctas` CTAs."""
+
+    columns: int
+    ctas: int
+    threads: int
+
+    @property
+    def vector(self) -> int:
+        """Columns that a thread reads at once: 16 bytes where rows are aligned."""
+        return 1 if self.columns % 4 else 4
+
+    @property
+    def pieces(self) -> int:
+        """Vectors of a CTA."""
+        return -(-self.columns // self.vector // self.ctas)
+
+    @property
+    def width(self) -> int:
+        """Columns of a CTA."""
+        return self.pieces * self.vector
+
+    @property
+    def steps(self) -> int:
+        """Vectors of a thread."""
+        return -(-self.pieces // self.threads)
+
+    @property
+    def warps(self) -> int:
+        """Warps of a CTA."""
+        return self.threads // 32
+
+    @property
+    def o_inbox(self) -> int:
+        """Behind the best key of each warp: that of each CTA u64 [ctas]."""
+        return self.warps * 8
+
+    @property
+    def o_bar(self) -> int:
+        """The inbox's barrier."""
+        return self.o_inbox + self.ctas * 8
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return self.o_bar + 8
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The choice of a draft from row `step` of a sequence's `block`, under a bias; `width` columns are known
+    of the token, if any.
+    """
+
+    cut: Largest
+    block: int
+    step: int
+    width: int = 0
+
+
+@dataclass(frozen=True)
+class Nvfp4Row:
+    """How a row of `k` is quantized to NVFP4 by a CTA, blocks of 16 by each thread; under an RMSNorm if there
+    is an `eps`.
+    """
+
+    k: int
+    threads: int
+    eps: float | None = None
+
+    @property
+    def held(self) -> int:
+        """Elements of a thread."""
+        return -(-self.k // (16 * self.threads)) * 16
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How `rows` of `k` become FP8: half a warp to a block of 128. `each` rows go to a counted one."""
+
+    rows: int
+    k: int
+    each: int
+    threads: int
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a row."""
+        return self.k // 128
+
+    @property
+    def together(self) -> int:
+        """Blocks of a CTA."""
+        return self.threads // 16
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of all rows."""
+        return -(-self.rows * self.blocks // self.together)
+
+
+@dataclass(frozen=True)
+class NormedCodes:
+    """How one of `rows` of `k` becomes FP8 under an RMSNorm: by a CTA."""
+
+    rows: int
+    k: int
+    eps: float
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return self.k // 8
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: a sum of each block's squares."""
+        return self.k // 128 * 4
+
+
+@dataclass(frozen=True)
+class Listing:
+    """How the numbers n < rows * top_k are listed by the experts that they chose: a CTA for an expert."""
+
+    rows: int
+    top_k: int
+    threads: int
+
+    @property
+    def numbers(self) -> int:
+        """All of them, for which an expert has room: a table may name it twice in a row."""
+        return self.rows * self.top_k
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory: a count of each warp."""
+        return self.threads // 32 * 4
+
+
+@dataclass(frozen=True)
+class Sum:
+    """How one of `rows` of `hidden` is summed over `top_k` experts and the shared one, to numbers of `size`
+    bytes, 2 for bf16 or 4 for f32: 8 columns a thread.
+    """
+
+    rows: int
+    hidden: int
+    top_k: int
+    size: int
+    threads: int
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of a row."""
+        return -(-self.hidden // 8 // self.threads)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How `top_k` of `experts` are chosen for one of `rows`, by a CTA; weights add up to `factor`."""
+
+    rows: int
+    experts: int
+    top_k: int
+    factor: float
+    threads: int
+
+    @property
+    def padded(self) -> int:
+        """Experts that a warp's lanes look at."""
+        return -(-self.experts // 32) * 32
+
+    @property
+    def o_kept(self) -> int:
+        """Behind scores f32 [padded] and keys i32 [padded]: experts i32 [top_k], weights f32 [top_k]."""
+        return 8 * self.padded
+
+    @property
+    def shared(self) -> int:
+        """Bytes of dynamic shared memory."""
+        return self.o_kept + 8 * self.top_k
+
+
+@dataclass(frozen=True)
+class Summing:
+    """How rows of `width` f32 are summed over `ranks`, to numbers of `size` bytes, 2 for bf16 or 4 for f32: a
+    column a thread.
+    """
+
+    ranks: int
+    width: int
+    size: int
+    threads: int
+
+    @property
+    def ctas(self) -> int:
+        """CTAs of a row."""
+        return -(-self.width // self.threads)
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How columns of `ranks` are joined: of each value, a rank has `words[i]` words of 4 bytes in a row."""
+
+    ranks: int
+    words: tuple[int, ...]
+    ctas: int
+    threads: int
+
+    @property
+    def width(self) -> int:
+        """Words of a row of all values, on each rank."""
+        return sum(self.words)
+
+    @property
+    def steps(self) -> int:
+        """Words of a thread."""
+        return -(-self.width // (self.threads * self.ctas))
+
+    def first(self, value: int) -> int:
+        """The first of a value's words in a row of all."""
+        return sum(self.words[:value])

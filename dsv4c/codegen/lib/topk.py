@@ -5,6 +5,8 @@ their own, and every CTA adds the cluster's up. Equal scores at the threshold ar
 on; the result ascends.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
@@ -235,3 +237,44 @@ def select(
     key, first = load(t, g_scores, visible, rank * t.threads + tid)
     prefix, need = threshold(t, sm, key, tid)
     place(t, sm, key, first, prefix, need, g_out, rank, tid)
+
+
+class Operands(NamedTuple):
+    """scores f32[N, capacity], positions i32[N] -> out i32[N, min(k, capacity)]."""
+
+    scores: cute.Pointer
+    positions: cute.Pointer
+    out: cute.Pointer
+
+
+@cute.jit
+def open_counts(t: Constexpr[Selection], s: Int32) -> None:
+    """Zero what is counted in. All threads."""
+    tid, _, _ = cute.arch.thread_idx()
+    clear(t, s, tid)
+    cute.arch.sync_threads()
+
+
+@cute.jit
+def choose(t: Constexpr[Selection], m: Operands, s: Int32) -> None:
+    """A row's best by a cluster, by one of its CTAs where there are few; all while at most k are visible."""
+    tid, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    rank, row = block % t.splits, block // t.splits
+    position = ptx.ldg32(m.positions.toint() + row * 4).bitcast(Int32)
+    visible = cutlass.min((position + 1) // t.ratio, Int32(t.capacity))
+    g_out = m.out.toint() + Int64(row) * (t.out * 4)
+    g_scores = m.scores.toint() + Int64(row) * (t.capacity * 4)
+    if const_expr(t.splits > 1):
+        if visible > t.alone.capacity:
+            select(t, s, g_scores, g_out, visible, rank, tid)
+        elif visible > t.k:
+            if rank == 0:
+                select(t.alone, s, g_scores, g_out, visible, rank, tid)
+        elif rank == 0:
+            identity(t, g_out, visible, tid)
+    else:
+        if visible > t.k:
+            select(t, s, g_scores, g_out, visible, rank, tid)
+        elif rank == 0:
+            identity(t, g_out, visible, tid)

@@ -3,7 +3,7 @@
 from dsv4c_greedy_head import GreedyHead
 
 from dsv4c.codegen.emit import Emission, Parameter, host
-from dsv4c.codegen.registry import Answer, No, Request, Scratch, kernel, launchable
+from dsv4c.codegen.registry import Answer, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.types import BF16, F32
 
 WARPS = 8
@@ -104,7 +104,7 @@ def kernel(
 '''
 
 
-@kernel(GreedyHead)
+@kernel(takes(GreedyHead, "out"))
 def greedy_head(request: Request) -> Answer:
     call = request.call
     x, head = (request.types[i] for i in call.inputs)
