@@ -67,7 +67,8 @@ def measure(path: Path, replays: int, opened: Sequence[str]) -> None:
         floor = 1e12 * size / read
         above = above or spent - floor
         print(
-            f"{name:12} {rows} rows {len(launches):4} launches {spent:8.1f} us, {size:9.1f} MB, floor {floor:7.1f} us, "
+            f"{name:12} {rows} rows {len(launches):4} launches {spent:8.1f} us, {size:9.1f} MB, "
+            f"floor {floor:7.1f} us, "
             f"{spent / floor:.3f} times it, {spent / (floor + above):.3f} times it and what a step adds",
             flush=True,
         )

@@ -46,8 +46,8 @@ def gain(config: ModelConfig, drafts: int, sequences: int) -> float:
 
 
 def worth(config: ModelConfig, drafts: int) -> float:
-    """How likely a draft of one sequence must be to be said that judging it pays: the bytes that its row reads
-    over those that a token takes in rounds of so many, if drafts hold so often.
+    """From which probability to be said on a draft of one sequence is worth judging: the bytes that its row
+    reads over those that a token takes in rounds of so many, if drafts hold so often.
     """
     step = _read(config, 1)
     return (_read(config, 2) - step) / step * gain(config, drafts, 1)

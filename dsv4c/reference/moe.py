@@ -1,4 +1,6 @@
-"""Table lookups, and which rows have experts. An index outside its table raises IndexError; nothing wraps around."""
+"""Table lookups, and which rows have experts. An index outside its table raises IndexError: nothing wraps
+around.
+"""
 
 from __future__ import annotations
 

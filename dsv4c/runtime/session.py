@@ -26,8 +26,8 @@ from dsv4c.runtime import state
 from dsv4c.runtime.answer import Answers, Memory, asks_of, check_tokenizer, generation_defaults
 from dsv4c.runtime.executor import Executor, states_of
 from dsv4c.runtime.residence import Loaded
-from dsv4c.runtime.sampling import STATES as SAMPLED
 from dsv4c.runtime.sampling import LEAST, Said, Sampling, SamplingState
+from dsv4c.runtime.sampling import STATES as SAMPLED
 
 POSITION = "position"
 """The state that counts each slot's tokens."""
@@ -312,8 +312,8 @@ class Session:
             self.executor.share([LEAST])
         elif least:
             raise SessionError(
-                f"plan {self.plan.name}: its drafts come with no confidence, so that all of a round are judged; "
-                "those of DSpark do"
+                f"plan {self.plan.name}: its drafts come with no confidence, so that all of a round are "
+                "judged; those of DSpark do"
             )
 
     @_one_at_a_time

@@ -249,7 +249,7 @@ def test_what_cannot_be_asked(judging: Session, drafting: dict[Head, Session]) -
         judging.accept({0: [1, 2, 3, 4, 5]})
     with pytest.raises(SessionError, match="its drafts come with no confidence, so that all of a round"):
         judging.trust(0, 0.5)
-    with pytest.raises(SessionError, match="judged from 1.5 on, expected a probability of 0 to 1"):
+    with pytest.raises(SessionError, match=r"judged from 1\.5 on, expected a probability of 0 to 1"):
         drafting["dspark"].trust(0, 1.5)
     judging.trust(0, 0)
     assert judging.positions == [0]

@@ -25,8 +25,8 @@ class ExpertsSpec:
     Formats are fp8, bf16, mxfp4 or nvfp4. With bf16 weights x is bf16 and the hidden rows stay so; else x is
     FP8 (e4m3 with ue8m0 scales per 128) and the hidden rows are quantized to FP8. `packed`: x and the rows
     that `down` reads are NVFP4 with a global scale each. `out`: what `down` makes, bf16, or f32 for addends.
-    `judged`: rows come with positions, and those of position -1 have weights of 0; where rows take turns, they
-    have none, and their experts are not read.
+    `judged`: rows come with positions, and those of position -1 have weights of 0; where rows take turns,
+    these take none, and their experts are not read.
     """
 
     name: str

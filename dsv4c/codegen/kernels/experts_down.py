@@ -233,7 +233,8 @@ DOWN = takes(ExpertsDown, "out", "format", "shared_format")
 @kernel(*CHOSEN, HASH_SWIGLU, DOWN, chained=True)
 def experts(request: Request) -> Answer:
     """Both halves of a layer's experts. What the first one chose them by is old when the second one begins,
-    which makes the choice again and so need not wait for it, unless tokens that the call makes are looked up in a table.
+    which makes the choice again and so need not wait for it, unless a table is asked for tokens that the call
+    itself makes.
     """
     *first, last = request.calls
     if not first or not isinstance(last.op, ExpertsDown) or not isinstance(first[-1].op, Swiglu | HashSwiglu):

@@ -321,7 +321,9 @@ HASH_SWIGLU = takes(HashSwiglu, "out", "limit", "factor")
 
 def positions_of(calls: Sequence[Call]) -> dict[str, int]:
     """The positions that say which rows of a router's are there, if some may not be."""
-    return {"positions": c.operands["positions"] for c in calls if isinstance(c.op, Present)}
+    places = (call.operands["positions"] for call in calls if isinstance(call.op, Present))
+    found = next(places, None)
+    return {} if found is None else {"positions": found}
 
 
 @kernel(*CHOSEN, chained=True)
