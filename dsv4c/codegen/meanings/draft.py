@@ -4,6 +4,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float64, Int32, Int64
 
+from dsv4c.codegen.meanings.math import sigmoid
 from dsv4c.codegen.meanings.values import Team, array, at, put, size, wide
 
 
@@ -96,10 +97,9 @@ def trusted(
     for sequence in cutlass.range(team.thread, lengths.shape[0], team.threads):
         length, count = at(lengths, sequence), Int32(0)
         if length > 0:
-            wanted, survival = Float64(at(least, at(slots, sequence))), Float64(1.0)
-            for step in cutlass.range(drafts):
-                logit = wide(at(confidence, sequence * drafts + step))
-                survival = survival / (Float64(1.0) + cute.math.exp(-logit))
+            wanted, survival = wide(at(least, at(slots, sequence))), Float64(1.0)
+            for step in cutlass.range(drafts, unroll=1):
+                survival = survival * sigmoid(wide(at(confidence, sequence * drafts + step)))
                 if survival >= wanted and step == count:
                     count = count + 1
             count = cutlass.min(1 + count, length)
