@@ -17,17 +17,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dsv4c.buckets import Bucket
+from dsv4c.buckets import Bucket, Kind
 from dsv4c.models.drafting import with_dspark
 from dsv4c.plan.folder import load
 
 CONTEXT, POSITION = 8448, 8192
+KINDS: tuple[Kind, ...] = ("round", "accept")
 BUCKETS = (
     Bucket("decode"),
     *(Bucket("verify", tokens=rows) for rows in (2, 3, 4, 6)),
     *(Bucket("draft", tokens=count) for count in (3, 5)),
     *(Bucket("round", tokens=rows) for rows in (4, 6)),
-    *(Bucket("accept", tokens=rows) for rows in (4, 6)),
+    *(Bucket(kind, tokens=rows, trusts=True) for kind in KINDS for rows in (4, 6)),
 )
 
 

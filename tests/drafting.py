@@ -265,7 +265,10 @@ def main() -> int:
                 continue
             weights = learned(Path(scratch) / head, head)
             drafting, judging = (
-                compile_for(weights, draft=draft, draft_tokens=count, **sizes) for draft in (head, "given")
+                compile_for(
+                    weights, draft=draft, draft_tokens=count, draft_confidence=draft == "dspark", **sizes
+                )
+                for draft in (head, "given")
             )
             wrongs += compare(drafting, judging, head, asked.prompts, asked.new)
     return wrongs

@@ -23,7 +23,6 @@ from dsv4c.compiler.kept import kept_plan
 from dsv4c.compiler.request import Request
 from dsv4c.config import ModelConfig, load_config
 from dsv4c.errors import ConfigError, PromptError
-from dsv4c.models.drafting import worth
 from dsv4c.models.encoding.messages import Conversation, read_conversation
 from dsv4c.models.encoding.render import render
 from dsv4c.models.encoding.rules import rules_of
@@ -105,7 +104,7 @@ ConfidenceOption = Annotated[
     _optional(
         "How likely a DSpark draft must be to be judged; 0: all are.",
         "P",
-        "on a GPU as `roofline --draft` says, else 0",
+        "0",
         min=0,
         max=1,
     ),
@@ -193,10 +192,15 @@ def generate_command(
     first = question if question is not None else _asking("a line of the chat", thinking, effort)
     _check_question(first, tokenizer, encoding, folder, config, max_context)
     if plan is None:
-        plan = _plan(folder, target, recipe, max_context, draft.value, draft_tokens, cache)
+        trusts = bool(draft_confidence)
+        plan = _plan(folder, target, recipe, max_context, draft.value, draft_tokens, trusts, cache)
     if draft is not Draft.OFF:
         check_drafts(plan, draft, draft_tokens)
-    least = _least(plan, draft, draft_confidence)
+    if draft_confidence and (draft is Draft.OFF or all(slot.name != LEAST for slot in plan.state)):
+        raise ConfigError(
+            f"--draft-confidence {draft_confidence}: no draft of plan {plan.name} comes with a confidence; "
+            "expected --draft dspark, and of a plan one of `dsv4c compile --draft-confidence`"
+        )
     if temperature is None and not any(program.shape.sampled for program in plan.buckets.values()):
         note("this plan always takes the likeliest token; one of `dsv4c compile --sampled` would draw it")
         sampling = Sampling(seed=seed)
@@ -210,7 +214,7 @@ def generate_command(
         "logprobs": logprobs,
         "encoding": encoding,
         "drafting": draft is not Draft.OFF,
-        "draft_confidence": least,
+        "draft_confidence": draft_confidence or 0.0,
     }
     if chatting:
         chat(
@@ -248,6 +252,7 @@ def _plan(
     max_context: int,
     draft: str,
     draft_tokens: int | None,
+    confidence: bool,
     cache: Path | None,
 ) -> Plan:
     request = Request(
@@ -260,6 +265,7 @@ def _plan(
         sampled=True,
         draft=draft,  # type: ignore[arg-type]  # an option's value
         draft_tokens=draft_tokens,
+        draft_confidence=confidence,
     )
     with progress_bar("compile") as progress:
         return kept_plan(request, cache=cache, progress=progress, note=note)
@@ -284,20 +290,6 @@ def check_drafts(plan: Plan, draft: Draft, tokens: int | None) -> None:
     if tokens is not None and all(shape.tokens != 1 + tokens for shape in rounds):
         sizes = ", ".join(str(shape.tokens - 1) for shape in rounds) or "none"
         raise ConfigError(f"--draft-tokens {tokens}: plan {plan.name} drafts {sizes} tokens a round")
-
-
-def _least(plan: Plan, draft: Draft, given: float | None) -> float:
-    """How likely a draft must be to be judged. Raises ConfigError where nothing says how likely one is."""
-    knows = draft is not Draft.OFF and any(slot.name == LEAST for slot in plan.state)
-    if given and not knows:
-        raise ConfigError(
-            f"--draft-confidence {given}: no draft of plan {plan.name} comes with a confidence; expected "
-            "--draft dspark, of a checkpoint that has it"
-        )
-    if given is not None or not knows or plan.target == "cpu":
-        return given or 0.0
-    drafts = min(p.shape.tokens - 1 for p in plan.buckets.values() if p.shape.kind == "round")
-    return round(worth(ModelConfig.from_dict(plan.config), drafts), 2)
 
 
 def _question(

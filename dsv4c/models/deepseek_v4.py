@@ -253,7 +253,7 @@ class Model:
         assert self.head is not None
         drafted = self.head.draft(self.bucket.tokens - 1)
         tokens, lengths = candidates(self.tokens, drafted.tokens, self.lengths, name="tokens")
-        if drafted.confidence is not None:
+        if self.bucket.trusts and drafted.confidence is not None:
             least = self.state("drafting.least", F32)
             lengths = trusted(lengths, drafted.confidence, self.slots, least, name="trusted")
         self.builder.rename(lengths, "row_lengths")
@@ -264,10 +264,8 @@ class Model:
         return self.judge(self.tokens, self.lengths)
 
     def judge(self, tokens: Value, lengths: Value) -> dict[str, Value]:
-        """What the model says of them, as long as it agrees; as many are consumed. Of rows beyond the lengths
-        nothing is said, and no experts are read.
-        """
-        rows = replace(self.rows(tokens, lengths), judged=True)
+        """What the model says of them, as long as it agrees; as many are consumed."""
+        rows = replace(self.rows(tokens, lengths), judged=self.bucket.trusts)
         streams = self.body(rows)
         with self.builder.scope("output"):
             logits = self.logits(streams)

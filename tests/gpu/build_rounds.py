@@ -34,7 +34,7 @@ def main() -> None:
             "draft_tokens": count,
         }
         for name, more in {
-            "rounds": {"draft": head, "batch": (1, 2)},
+            "rounds": {"draft": head, "batch": (1, 2), "draft_confidence": head == "dspark"},
             "sampled": {"draft": head, "batch": (1, 2), "sampled": True},
             "given": {"draft": "given", "batch": 1},
         }.items():

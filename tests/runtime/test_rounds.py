@@ -44,7 +44,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[Head, Path]:
 def drafting(weights: dict[Head, Path]) -> dict[Head, Session]:
     """Two sequences that draft for themselves, in steps that sample if they are told to."""
     sizes = {"batch": (1, 2), "chunk": 64, "draft_tokens": COUNT, "sampled": True}
-    return {head: compile_for(folder, draft=head, **sizes) for head, folder in weights.items()}
+    return {
+        head: compile_for(folder, draft=head, draft_confidence=head == "dspark", **sizes)
+        for head, folder in weights.items()
+    }
 
 
 @pytest.fixture(scope="module")

@@ -246,11 +246,14 @@ def experts(request: Request) -> Answer:
     if spec.packed or takes_many(spec, request.arch):
         return No(f"takes few rows of bf16, not {spec.batch}{' of NVFP4' if spec.packed else ''}")
     router = first[0].operands
+    given = "tokens" not in router or router["tokens"] in request.given
+    if not given and not places:
+        return No("reads a table before the wait: its tokens must be the call's input")
     half = replace(request, calls=tuple(first))
     up = hash_swiglu.ask(half) if isinstance(first[0].op, HashSwiglu) else routed_experts.ask(half)
     if isinstance(up, No):
         return up
-    by = "table" if router.get("tokens") in request.given else "" if "tokens" in router else "scores"
+    by = "" if not given else "table" if "tokens" in router else "scores"
     names = [p.operand for p in CHOICES[by] if p.operand in router]
     values = _values(last) | {name: router[name] for name in names} | places
     logits = {"logits": Scratch("logits", up[-1].scratch["logits"], "early")} if by == "scores" else {}

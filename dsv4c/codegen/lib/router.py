@@ -301,17 +301,23 @@ def keep_experts(s: Int32, expert: Int32, k: Constexpr[int], lane: Int32):
 
 
 @cute.jit
-def keep_weights(
-    s: Int32, chosen: Float32, k: Constexpr[int], factor: Constexpr[float], lane: Int32, position: Int32 = 0
-):
-    """Weights = score / sum * factor to f32 [k] behind the experts at `s`, 0 if the row's position is -1;
-    lanes beyond k hold scores of 0. One warp; returns the lane's weight.
+def keep_weights(s: Int32, chosen: Float32, k: Constexpr[int], factor: Constexpr[float], lane: Int32):
+    """Weights = score / sum * factor to f32 [k] behind the experts at `s`; lanes beyond k hold scores of 0.
+    One warp; returns the lane's weight.
     """
     weight = ptx.divide(chosen, ptx.lanes_sum(chosen, 32)) * Float32(factor)
-    if Int32(position) < 0:
-        weight = Float32(0.0)
     if lane < k:
         ptx.sts_f32(s + (k + lane) * 4, weight)
+    return weight
+
+
+@cute.jit
+def drop_weights(s: Int32, weight: Float32, k: Constexpr[int], position: Int32, lane: Int32):
+    """What `keep_weights` kept becomes 0 if the row's position is -1. One warp; returns the lane's weight."""
+    if position < 0:
+        weight = Float32(0.0)
+        if lane < k:
+            ptx.sts_f32(s + (k + lane) * 4, weight)
     return weight
 
 
