@@ -264,12 +264,9 @@ def main() -> int:
             if asked.head not in (None, head):
                 continue
             weights = learned(Path(scratch) / head, head)
-            drafting, judging = (
-                compile_for(
-                    weights, draft=draft, draft_tokens=count, draft_confidence=draft == "dspark", **sizes
-                )
-                for draft in (head, "given")
-            )
+            own = {**sizes, "draft_tokens": count}
+            judging = compile_for(weights, draft="given", **own)
+            drafting = compile_for(weights, draft=head, draft_confidence=head == "dspark", **own)
             wrongs += compare(drafting, judging, head, asked.prompts, asked.new)
     return wrongs
 
