@@ -6,7 +6,8 @@ compiles PLAN where there is no GPU: a model's first layers in full width, with 
 that judge 2, 3, 4 and 6 rows, drafts of 3 and 5, and rounds of both. Times are medians of replays of a whole
 call from a flushed L2, on random weights; floors are bytes over the bandwidth that the same run reads with,
 every row with experts of its own. A call of several rows should take at most 1.05 times its floor and what a
-step takes above its own. `--launches BUCKET` says what each launch of a bucket adds.
+step takes above its own. Calls that judge given drafts also run with fewer of them than they have rows,
+as rounds do that end at their confidence. `--launches BUCKET` says what each launch of a bucket adds.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dsv4c.buckets import Bucket
+from dsv4c.buckets import Bucket, Kind
 from dsv4c.models.drafting import with_dspark
 from dsv4c.plan.folder import load
 
 CONTEXT, POSITION = 8448, 8192
+KINDS: tuple[Kind, ...] = ("round", "accept")
 BUCKETS = (
     Bucket("decode"),
     *(Bucket("verify", tokens=rows) for rows in (2, 3, 4, 6)),
     *(Bucket("draft", tokens=count) for count in (3, 5)),
     *(Bucket("round", tokens=rows) for rows in (4, 6)),
+    *(Bucket(kind, tokens=rows, trusts=True) for kind in KINDS for rows in (4, 6)),
 )
 
 
@@ -41,6 +44,11 @@ def build(path: Path, model: str, layers: int, target: str, recipe: str) -> None
     print(compile(job, certify=False).save(path, overwrite=True))
 
 
+def given(bucket: Bucket) -> range:
+    """How many tokens its sequence is given: all, or where it takes fewer, any number."""
+    return range(1 if bucket.kind == "accept" else bucket.tokens, bucket.tokens + 1)
+
+
 def measure(path: Path, replays: int, opened: Sequence[str]) -> None:
     """Print a line per bucket, and a line per launch of those that are opened."""
     from dsv4c.runtime.bench import Clock, bandwidths, moved_bytes, random_executor
@@ -50,16 +58,18 @@ def measure(path: Path, replays: int, opened: Sequence[str]) -> None:
     _, read = bandwidths()
     print(f"{plan.name}: reads {read / 1e12:.2f} TB/s", flush=True)
     above = 0.0  # what a step takes above its floor
-    for name, program in plan.buckets.items():
+    for name, rows in [(name, n) for name, p in plan.buckets.items() for n in given(p.shape)]:
+        program = replace(plan.buckets[name], bucket=replace(plan.buckets[name].shape, tokens=rows))
         launches = program.launches
         sizes = [moved_bytes(plan, program, launch, POSITION) / 1e6 for launch in launches]
         ends = range(len(launches) + 1) if name in opened else [len(launches)]
-        times = Clock(executor, name, POSITION, replays).prefixes(ends)
+        times = Clock(executor, name, POSITION, replays, rows).prefixes(ends)
         spent, size = times[len(launches)], sum(sizes)
         floor = 1e12 * size / read
         above = above or spent - floor
         print(
-            f"{name:12} {len(launches):4} launches {spent:8.1f} us, {size:9.1f} MB, floor {floor:7.1f} us, "
+            f"{name:12} {rows} rows {len(launches):4} launches {spent:8.1f} us, {size:9.1f} MB, "
+            f"floor {floor:7.1f} us, "
             f"{spent / floor:.3f} times it, {spent / (floor + above):.3f} times it and what a step adds",
             flush=True,
         )

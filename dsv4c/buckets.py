@@ -24,7 +24,9 @@ class Bucket:
     kind: decode steps (one token each), verify steps (a few, to be kept or taken back), a prompt's chunks;
     tokens drafted behind each sequence's one; accept steps, which judge a token and others drafted behind it
     and consume those that hold; or rounds, which draft and judge. logits: of every row, or of each sequence's
-    last one. sampled: a step draws the next token as its slot says, in place of taking the likeliest.
+    last one. sampled: a step draws the next token as its slot says, in place of taking the likeliest. trusts:
+    of what it judges, rows that are not there read no experts, and in a round the drafts' confidence says
+    which those are.
     """
 
     kind: Kind
@@ -32,17 +34,18 @@ class Bucket:
     tokens: int = 1
     logits: Logits = "all"
     sampled: bool = False
+    trusts: bool = False
 
     @property
     def name(self) -> str:
-        """decode-8, verify-1x4, prefill-64, draft-3, round-1x4; a suffix tells those with the last row's
-        logits, and those that sample.
+        """decode-8, verify-1x4, prefill-64, draft-3, round-1x4; suffixes tell those with the last row's
+        logits, those that sample, and those that trust a confidence.
         """
         shape = f"{self.sequences}" if self.kind == "decode" else f"{self.sequences}x{self.tokens}"
         if self.kind in ("prefill", "draft") and self.sequences == 1:
             shape = f"{self.tokens}"
         suffix = ".last" if self.logits == "last" else ".sampled" if self.sampled else ""
-        return f"{self.kind}-{shape}{suffix}"
+        return f"{self.kind}-{shape}{suffix}{'.trusts' if self.trusts else ''}"
 
     @property
     def rows(self) -> int:
@@ -77,13 +80,14 @@ class Bucket:
 
 def bucket_named(name: str) -> Bucket:
     """The bucket of that name. Raises ValueError for what is none."""
-    match = re.fullmatch(r"([a-z]+)-(?:([1-9]\d{0,5})x)?([1-9]\d{0,6})(\.last|\.sampled)?", name, re.ASCII)
+    shape = r"(?:([1-9]\d{0,5})x)?([1-9]\d{0,6})"
+    match = re.fullmatch(rf"([a-z]+)-{shape}(\.last|\.sampled)?(\.trusts)?", name, re.ASCII)
     if match is None or match[1] not in get_args(Kind):
         raise ValueError(f"{name!r} names no bucket; expected decode-8, verify-1x4, prefill-64 or draft-3")
-    kind, first, last, suffix = match.groups()
+    kind, first, last, suffix, trusts = match.groups()
     sequences, tokens = (int(last), 1) if kind == "decode" else (int(first or 1), int(last))
     logits: Logits = "last" if suffix == ".last" else "all"
-    bucket = Bucket(kind, sequences, tokens, logits, suffix == ".sampled")  # type: ignore[arg-type]
+    bucket = Bucket(kind, sequences, tokens, logits, suffix == ".sampled", trusts is not None)  # type: ignore[arg-type]
     if bucket.name != name:
         raise ValueError(f"{name!r} names no bucket; {bucket.name} is how it is written")
     return bucket

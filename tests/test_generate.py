@@ -12,12 +12,14 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dsv4c.models.encoding.marks import USER
 from dsv4c.plan.folder import load
 from tests.commands import Result, command
+from tests.goldens import golden_case
 from tests.words import small_checkpoint, write_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
@@ -93,10 +95,26 @@ def test_drafts_change_nothing_but_the_rounds(folder: Path) -> None:
         (("--draft", "dspark"), "drafts with mtp"),
         (("--draft", "mtp", "--draft-tokens", 3), "drafts 2 tokens a round"),
         (("--draft", "given"), "nobody gives drafts here"),
+        (("--draft", "mtp", "--draft-confidence", 0.5), "no draft of plan weights comes with a confidence"),
+        (("--draft-confidence", 1.5), "Invalid value for '--draft-confidence'"),
     ):
         refused = command(*given, *wrong)
         assert refused.code == 2
         assert message in refused.err
+
+
+def test_confidence_changes_nothing_but_how_many_drafts_are_judged(tmp_path: Path) -> None:
+    asked = (golden_case("dspark-fp32"), "--tokens", "3,17,5", "--seed", 3, "--max-new-tokens", 7)
+    common = (*asked, "--recipe", "fp32", "--max-context", 64, "--cache", tmp_path, "--json")
+
+    def done(*more: object) -> dict[str, Any]:
+        made: dict[str, Any] = json.loads(command("generate", *common, *more).out.splitlines()[-1])
+        return made
+
+    plain, drafting = done(), ("--draft", "dspark", "--draft-tokens", 2)
+    found = {least: done(*drafting, "--draft-confidence", least) for least in (0, 1)}
+    assert all(each["ids"] == plain["ids"] for each in found.values())
+    assert len(found[1]["accepted"]) == 1  # none was judged, so none held
 
 
 def test_events_are_objects_a_line(folder: Path) -> None:

@@ -81,6 +81,13 @@ DraftTokensOption = Annotated[
     int | None,
     typer.Option(help="Tokens drafted in a round.", metavar="K", show_default="1, of DSpark 3"),
 ]
+ConfidenceOption = Annotated[
+    bool,
+    typer.Option(
+        "--draft-confidence",
+        help="DSpark's confidence may say how many drafts of a round are judged.",
+    ),
+]
 SampledOption = Annotated[
     bool,
     typer.Option(
@@ -193,6 +200,7 @@ DECIDED = (
     "logits",
     "draft",
     "draft_tokens",
+    "draft_confidence",
     "sampled",
     "ranks",
     "pipeline",
@@ -220,6 +228,7 @@ def compile_command(
     logits: LogitsOption = None,
     draft: DraftOption = Draft.OFF,
     draft_tokens: DraftTokensOption = None,
+    draft_confidence: ConfidenceOption = False,
     sampled: SampledOption = False,
     ranks: RanksOption = 1,
     disable: DisableOption = None,
@@ -283,6 +292,7 @@ def compile_command(
             logits=None if logits is None else logits.value,
             draft=draft.value,
             draft_tokens=draft_tokens,
+            draft_confidence=draft_confidence,
             sampled=sampled,
             ranks=ranks,
             pipeline=pipeline,

@@ -43,7 +43,7 @@ from dsv4c.runtime.answer import (
 from dsv4c.runtime.bind import machine_target
 from dsv4c.runtime.checkpoint import Checkpoint
 from dsv4c.runtime.processes import world_of
-from dsv4c.runtime.sampling import Sampling
+from dsv4c.runtime.sampling import LEAST, Sampling
 from dsv4c.runtime.session import token_id
 
 INTERRUPTED = 130
@@ -101,6 +101,16 @@ DraftOption = Annotated[
     Draft, typer.Option(help="Say several tokens a step, drafted by what the checkpoint has (auto), or off.")
 ]
 DraftTokensOption = Annotated[int | None, _optional("Tokens drafted in a round.", "K", "1, of DSpark 3")]
+ConfidenceOption = Annotated[
+    float | None,
+    _optional(
+        "How likely a DSpark draft must be to be judged; 0: all are.",
+        "P",
+        "0",
+        min=0,
+        max=1,
+    ),
+]
 CacheOption = Annotated[
     Path | None, _optional("Folder of kept plans and kernels.", "DIR", "the user's cache")
 ]
@@ -136,6 +146,7 @@ def generate_command(
     max_context: ContextOption = 4096,
     draft: DraftOption = Draft.OFF,
     draft_tokens: DraftTokensOption = None,
+    draft_confidence: ConfidenceOption = None,
     cache: CacheOption = None,
     json: JsonOption = False,
 ) -> None:
@@ -183,9 +194,15 @@ def generate_command(
     first = question if question is not None else _asking("a line of the chat", thinking, effort)
     _check_question(first, tokenizer, encoding, folder, config, max_context)
     if plan is None:
-        plan = _plan(folder, target, recipe, max_context, draft.value, draft_tokens, cache)
+        trusts = bool(draft_confidence)
+        plan = _plan(folder, target, recipe, max_context, draft.value, draft_tokens, trusts, cache)
     if draft is not Draft.OFF:
         check_drafts(plan, draft, draft_tokens)
+    if draft_confidence and (draft is Draft.OFF or all(slot.name != LEAST for slot in plan.state)):
+        raise ConfigError(
+            f"--draft-confidence {draft_confidence}: no draft of plan {plan.name} comes with a confidence; "
+            "expected --draft dspark, and of a plan one of `dsv4c compile --draft-confidence`"
+        )
     if temperature is None and not any(program.shape.sampled for program in plan.buckets.values()):
         note("this plan always takes the likeliest token; one of `dsv4c compile --sampled` would draw it")
         sampling = Sampling(seed=seed)
@@ -204,6 +221,7 @@ def generate_command(
         "logprobs": logprobs,
         "encoding": encoding,
         "drafting": draft is not Draft.OFF,
+        "draft_confidence": draft_confidence or 0.0,
     }
     if chatting:
         chat(
@@ -241,6 +259,7 @@ def _plan(
     max_context: int,
     draft: str,
     draft_tokens: int | None,
+    confidence: bool,
     cache: Path | None,
 ) -> Plan:
     request = Request(
@@ -253,6 +272,7 @@ def _plan(
         sampled=True,
         draft=draft,  # type: ignore[arg-type]  # an option's value
         draft_tokens=draft_tokens,
+        draft_confidence=confidence,
     )
     with progress_bar("compile") as progress:
         return kept_plan(request, cache=cache, progress=progress, note=note)

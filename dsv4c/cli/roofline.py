@@ -23,7 +23,9 @@ from dsv4c.cli.options import (
 from dsv4c.cli.show import LayerOption, OutputOption
 from dsv4c.cli.subject import Subject, ask_with, refuse_decided
 from dsv4c.compiler.job import Job
+from dsv4c.compiler.request import DSPARK_TOKENS
 from dsv4c.errors import ConfigError, GraphError, listed
+from dsv4c.models.drafting import worth
 from dsv4c.view import drafting
 from dsv4c.view.roofline import roofline, svg, text
 
@@ -128,4 +130,5 @@ def drafting_of(job: Job, arch: Arch) -> drafting.Drafting:
         own, _ = floor(decode, Bucket("draft", tokens=drafts))
         whole, moved = floor(decode, Bucket("round", tokens=1 + drafts))
         rounds.append(drafting.Round(drafts, whole, own, moved / 1e9))
-    return drafting.Drafting(config.name, arch.gpu, config.drafts_with, step, tuple(rounds))
+    trusts = worth(config, min(DSPARK_TOKENS, len(rounds))) if config.dspark_stages else None
+    return drafting.Drafting(config.name, arch.gpu, config.drafts_with, step, tuple(rounds), trusts)

@@ -45,10 +45,11 @@ class Request:
     adds rounds, which draft tokens and judge them, by the MTP block ("mtp"), by DSpark's stages ("dspark"),
     or by what the checkpoint has, if anything ("auto": for as many sequences as rows allow, on a GPU only
     where `models.drafting.gain` says that it pays); "given" adds steps that judge the caller's. draft_tokens:
-    drafts of a round (of MTP 1, else 3, or as many as the model's block has rows). sampled: steps draw the
-    next token as their slots say (temperature, top-p, ...), in place of taking the likeliest. pipeline:
-    passes (or their spec) in place of the default ones, whose recipe is
-    `recipe`. rules: what may fold, by default the built-in ones and those of installed packages, without
+    drafts of a round (of MTP 1, else 3, or as many as the model's block has rows). draft_confidence: rounds
+    of DSpark judge as many drafts as their slots' trust in them says, steps that judge given drafts read
+    experts for those that are given. sampled: steps draw the next token as their slots say (temperature,
+    top-p, ...), in place of taking the likeliest. pipeline: passes (or their spec) in place of the default
+    ones, whose recipe is `recipe`. rules: what may fold, by default the built-in ones and those of installed packages, without
     those of `disable` ("all": every one) that `enable` does not take back. expected: applications by rule
     that must hold for the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever
     they apply. kernels: a folder of edited kernel files, which take the place of generated ones of the same
@@ -66,6 +67,7 @@ class Request:
     logits: Logits | None = None
     draft: Draft = "off"
     draft_tokens: int | None = None
+    draft_confidence: bool = False
     sampled: bool = False
     ranks: int = 1
     pipeline: str | Pipeline | None = None
@@ -123,6 +125,10 @@ class Request:
     def _drafting(self, config: ModelConfig, batches: Sequence[int]) -> list[Bucket]:
         """Buckets that draft, or judge drafts, for as many sequences as their rows allow."""
         draft = (config.drafts_with or "off") if self.draft == "auto" else self.draft
+        if self.draft_confidence and draft not in ("dspark", "given"):
+            raise ConfigError(
+                f"draft_confidence: draft {draft!r} comes with none; expected 'dspark' or 'given'"
+            )
         if draft == "off":
             if self.draft_tokens is not None:
                 raise ConfigError(f"draft_tokens: {self.draft_tokens}, but nothing drafts; give a draft, too")
@@ -152,7 +158,9 @@ class Request:
                 f"{min(batches) * rows} rows; a step takes {ROWS}: give fewer, or a smaller batch"
             )
         kind: Kind = "accept" if draft == "given" else "round"
-        steps = [Bucket(kind, n, 1 + count, sampled=self.sampled) for n in fitting]
+        steps = [
+            Bucket(kind, n, 1 + count, sampled=self.sampled, trusts=self.draft_confidence) for n in fitting
+        ]
         return [Bucket("draft", tokens=count), *steps] if steps and draft != "given" else steps
 
 

@@ -12,7 +12,7 @@ rows, and writes the last of them to the ring: what a sequence keeps does not gr
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4c.buckets import ROWS, Bucket
 from dsv4c.config import Deployment, ModelConfig
@@ -51,6 +51,7 @@ from dsv4c.ir.ops import (
     owners,
     penalize,
     positions,
+    present,
     reshape,
     rms_norm,
     rope,
@@ -70,6 +71,7 @@ from dsv4c.ir.ops import (
     take_along,
     token_probabilities,
     top_k,
+    trusted,
     visible_entries,
     window_index,
 )
@@ -251,6 +253,9 @@ class Model:
         assert self.head is not None
         drafted = self.head.draft(self.bucket.tokens - 1)
         tokens, lengths = candidates(self.tokens, drafted.tokens, self.lengths, name="tokens")
+        if self.bucket.trusts and drafted.confidence is not None:
+            least = self.state("drafting.least", F32)
+            lengths = trusted(lengths, drafted.confidence, self.slots, least, name="trusted")
         self.builder.rename(lengths, "row_lengths")
         return self.judge(tokens, lengths)
 
@@ -260,7 +265,7 @@ class Model:
 
     def judge(self, tokens: Value, lengths: Value) -> dict[str, Value]:
         """What the model says of them, as long as it agrees; as many are consumed."""
-        rows = self.rows(tokens, lengths)
+        rows = replace(self.rows(tokens, lengths), judged=self.bucket.trusts)
         streams = self.body(rows)
         with self.builder.scope("output"):
             logits = self.logits(streams)
@@ -522,7 +527,10 @@ class Model:
                 biased = add(scores, self.weight(f"{gate}.bias"))
                 experts = top_k(biased, k=c.num_experts_per_tok, name="experts")
             chosen = normalize(take_along(scores, experts), axis=-1, eps=0.0)
-            return experts, scale(chosen, factor=c.routed_scaling_factor, name="weights")
+            weights = scale(chosen, factor=c.routed_scaling_factor, name="weights")
+            if rows.judged:
+                weights = present(weights, rows.positions, name="present")
+            return experts, weights
 
     def swiglu(self, gate: Value, up: Value, weights: Value | None) -> Value:
         """silu(min(gate, limit)) * clamp(up, ±limit), times the routing weight, in f32."""

@@ -45,6 +45,14 @@ def gain(config: ModelConfig, drafts: int, sequences: int) -> float:
     return said * _read(config, sequences) / (judged + _drafted(config, drafts, sequences))
 
 
+def worth(config: ModelConfig, drafts: int) -> float:
+    """From which probability to be said on a draft of one sequence is worth judging: the bytes that its row
+    reads over those that a token takes in rounds of so many, if drafts hold so often.
+    """
+    step = _read(config, 1)
+    return (_read(config, 2) - step) / step * gain(config, drafts, 1)
+
+
 def _read(config: ModelConfig, rows: int) -> float:
     """Bytes of the model's weights that a call of so many rows reads."""
     return sum(_bytes(config, p, rows) for p in layout(config) if not p.place.draft)

@@ -21,7 +21,8 @@ class Rows:
     and where each finds what `Model.remember` returns, i32[N] all.
 
     A row's window is the `window` positions up to its `last`. Rings of these layers serve rows that look
-    `reach` rows back; `beside`: rows are kept beside them until the call ends.
+    `reach` rows back; `beside`: rows are kept beside them until the call ends; `judged`: as many rows count
+    as hold, and padding has no experts.
     """
 
     tokens: Value
@@ -32,3 +33,4 @@ class Rows:
     window: int
     reach: int
     beside: bool = False
+    judged: bool = False

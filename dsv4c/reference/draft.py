@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dsv4c.ir.ops.draft import Accept, Candidates, DraftRows, Preceding, Stop
+from dsv4c.ir.ops.draft import Accept, Candidates, DraftRows, Preceding, Stop, Trusted
 from dsv4c.reference.registry import meaning
 
 
@@ -39,6 +39,14 @@ def draft_rows(
 def candidates(op: Candidates, tokens: Tensor, drafts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
     rows = torch.cat([tokens[:, None], drafts.reshape(tokens.numel(), -1)], dim=1)
     return rows.reshape(-1), torch.where(lengths > 0, rows.shape[1], 0).to(torch.int32)
+
+
+@meaning(Trusted)
+def trusted(op: Trusted, lengths: Tensor, confidence: Tensor, slots: Tensor, least: Tensor) -> Tensor:
+    survival = confidence.reshape(lengths.numel(), -1).double().sigmoid().cumprod(1)
+    enough = survival >= least[torch.where(lengths > 0, slots, 0)].double()[:, None]
+    rows = 1 + enough.int().cumprod(1).sum(1)
+    return torch.minimum(lengths, rows).to(torch.int32)
 
 
 @meaning(Accept)

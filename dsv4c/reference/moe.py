@@ -1,11 +1,13 @@
-"""Table lookups. An index outside its table raises IndexError; nothing wraps around."""
+"""Table lookups, and which rows have experts. An index outside its table raises IndexError: nothing wraps
+around.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from dsv4c.ir.ops.moe import Embedding, TakeAlong
+from dsv4c.ir.ops.moe import Embedding, Present, TakeAlong
 from dsv4c.reference.registry import meaning
 
 
@@ -19,6 +21,11 @@ def embedding(op: Embedding, table: Tensor, ids: Tensor) -> Tensor:
 def take_along(op: TakeAlong, x: Tensor, index: Tensor) -> Tensor:
     _check(index, x.shape[-1])
     return x[index.to(torch.int64)] if x.ndim == 1 else x.gather(1, index.to(torch.int64))
+
+
+@meaning(Present)
+def present(op: Present, weights: Tensor, positions: Tensor) -> Tensor:
+    return weights.where((positions >= 0)[:, None], 0.0)
 
 
 def _check(index: Tensor, size: int) -> None:

@@ -330,8 +330,9 @@ class Answers:
         slots: Sequence[int],
         logprobs: int | None = None,
         drafting: bool = True,
+        least: float = 0.0,
     ) -> None:
-        self._drafting = drafting and logprobs is None
+        self._drafting, self._least = drafting and logprobs is None, least
         self._session, self._tokenizer, self._rules = session, tokenizer, rules
         self._stopping, self._logprobs = False, logprobs
         end = tokenizer.id_of(END) if tokenizer is not None else session.plan.config.get("eos_token_id")
@@ -421,6 +422,7 @@ class Answers:
         if rest:
             session.prefill(rest, slot, logits="last" if session.gives_last else "all")
         session.choose(slot, sequence.ask.sampling, self._stops)
+        session.trust(slot, self._least)
 
     def _take(
         self, sequence: _Sequence, tokens: Sequence[int], started: float, chances: Chances | None

@@ -24,6 +24,7 @@ from dsv4c.runtime.processes import World, devices_of
 from dsv4c.runtime.random_fill import fill_state, fill_value, fill_weight
 from dsv4c.runtime.ranks import CudaRanks, alone, check_devices, cuda_executor
 from dsv4c.runtime.residence import Resident
+from dsv4c.runtime.sampling import LEAST
 from dsv4c.scope import LAYERS, Scope
 
 KINDS = {0: "SWA", 4: "CSA", 128: "HCA"}
@@ -95,11 +96,19 @@ def node_us(step: BoundProgram, count: int = 64) -> float:
 
 class Clock:
     """Replays of parts of a step's graph, on all ranks, each from the same position and a flushed L2. Times
-    are the first rank's.
+    are the first rank's. Sequences are given `tokens` each, or as many as the bucket has.
     """
 
-    def __init__(self, executor: CudaExecutor | CudaRanks, bucket: str, position: int, replays: int) -> None:
+    def __init__(
+        self,
+        executor: CudaExecutor | CudaRanks,
+        bucket: str,
+        position: int,
+        replays: int,
+        tokens: int | None = None,
+    ) -> None:
         self.executor, self.bucket, self.position, self.replays = executor, bucket, position, replays
+        self.tokens = tokens
         self._flush = [torch.empty(FLUSH, dtype=torch.uint8, device="cuda") for _ in executor.bound(bucket)]
 
     def prefixes(self, ends: Sequence[int], progress: Progress | None = None) -> dict[int, float]:
@@ -141,7 +150,7 @@ class Clock:
             tokens = step.inputs["tokens"]  # unlike ones: like ones choose the same experts by hash
             torch.arange(len(tokens), out=tokens).mul_(7919).add_(17)
             tokens.remainder_(int(step.plan.config["vocab_size"]))
-            step.inputs["lengths"].fill_(step.program.shape.tokens)
+            step.inputs["lengths"].fill_(self.tokens or step.program.shape.tokens)
             torch.arange(len(slots), out=slots)
             torch.cuda.manual_seed(self.position)  # the same on all ranks
             for name in given(step.program):
@@ -332,9 +341,11 @@ def random_executor(
 
 
 def fill_caches(executor: CudaExecutor | CudaRanks) -> None:
-    """Random numbers of each state's type, the same on all ranks."""
+    """Random numbers of each state's type, the same on all ranks; rounds judge all of their drafts."""
     for slot in executor.plan.state:
         fill_state(executor.blocks["state"], slot.type, slot.offset)
+        if slot.name == LEAST:
+            executor.blocks["state"][slot.offset :][: slot.type.nbytes].zero_()
     executor.share(slot.name for slot in executor.plan.state)
 
 

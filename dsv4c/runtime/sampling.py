@@ -15,6 +15,9 @@ from dsv4c.numerics.codec import Value
 STATES = {name: f"sampling.{name}" for name in ("history", "origin", "knobs", "seeds", "stops")}
 """The states of plans whose decode steps sample."""
 
+LEAST = "drafting.least"
+"""The state of plans whose drafts come with a confidence: by slot how likely one must be to be judged."""
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -26,8 +26,8 @@ from dsv4c.runtime import state
 from dsv4c.runtime.answer import Answers, Memory, asks_of, check_tokenizer, generation_defaults
 from dsv4c.runtime.executor import Executor, states_of
 from dsv4c.runtime.residence import Loaded
+from dsv4c.runtime.sampling import LEAST, Said, Sampling, SamplingState
 from dsv4c.runtime.sampling import STATES as SAMPLED
-from dsv4c.runtime.sampling import Said, Sampling, SamplingState
 
 POSITION = "position"
 """The state that counts each slot's tokens."""
@@ -294,6 +294,29 @@ class Session:
             )
 
     @_one_at_a_time
+    def trust(self, slot: int, least: float) -> None:
+        """Let rounds of the slot judge drafts no further than they are likely to be said: by the model's own
+        confidence, each of them together with those before it with a probability of `least` or more. 0 judges
+        all, as after `reset`. What is said stays the same.
+
+        Raises SessionError for no such slot, what is no probability, or a plan whose drafts come with no
+        confidence, unless all are judged.
+        """
+        self._check_slot(slot)
+        if isinstance(least, bool) or not isinstance(least, int | float) or not 0 <= least <= 1:
+            raise SessionError(f"drafts are to be judged from {least!r} on, expected a probability of 0 to 1")
+        if LEAST in self._states:
+            value = self._states[LEAST]
+            assert isinstance(value, Tensor)
+            value[slot] = least
+            self.executor.share([LEAST])
+        elif least:
+            raise SessionError(
+                f"plan {self.plan.name}: its drafts come with no confidence, so that all of a round are "
+                "judged; those of DSpark do"
+            )
+
+    @_one_at_a_time
     def say(
         self,
         count: int,
@@ -441,6 +464,7 @@ class Session:
             if self._sampling is not None:
                 self._sampling.set(s, Sampling(), (), 1)
                 self.executor.share(SAMPLING)
+            self.trust(s, 0)
             self.memories[s] = Memory()
             self._followed[s] = False
             self._tainted[s] = 0
@@ -484,6 +508,7 @@ class Session:
         encoding: str = "auto",
         slots: Sequence[int] | None = None,
         drafting: bool = True,
+        draft_confidence: float = 0.0,
     ) -> Answers:
         """Answer, event by event: `for event in session.generate(messages)`.
 
@@ -495,6 +520,7 @@ class Session:
         between. encoding: rules of which release
         (preview, 0731, auto). slots: where the sequences are, by default the first ones. drafting: in rounds,
         where the plan has some for as many sequences, and no log-probabilities are asked for.
+        draft_confidence: how likely a draft must be for a round to judge it, as `trust` takes it.
 
         Raises PromptError for messages that make no prompt or a tokenizer that does not fit, SessionError for
         a prompt that is too long, values that are out of range, or more sequences than a step takes.
@@ -509,7 +535,7 @@ class Session:
         rules, _ = rules_of(encoding, self.checkpoint)
         texts = any(isinstance(ask.prompt, Conversation) for ask in asks)
         tokenizer = self.tokenizer if texts else None
-        return Answers(self, asks, tokenizer, rules, list(chosen), logprobs, drafting)
+        return Answers(self, asks, tokenizer, rules, list(chosen), logprobs, drafting, draft_confidence)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -33,16 +33,30 @@ class Round:
         """How many times as fast as plain steps, if drafts hold so often."""
         return tokens_per_round(self.drafts, share) * step_us / self.floor_us
 
+    def row_us(self, step_us: float) -> float:
+        """What a judged draft adds: experts of its own."""
+        return (self.floor_us - self.draft_us - step_us) / self.drafts
+
+    def foreseen(self, step_us: float, share: float) -> float:
+        """The same where a confidence that is never wrong ends a round behind the last draft that holds, so
+        that as many rows are judged as tokens are said.
+        """
+        said = tokens_per_round(self.drafts, share)
+        return said * step_us / (self.floor_us - (1 + self.drafts - said) * self.row_us(step_us))
+
 
 @dataclass(frozen=True)
 class Drafting:
-    """A model's plain step and its rounds on one GPU."""
+    """A model's plain step and its rounds on one GPU. worth: how likely a draft must be that judging it pays,
+    where drafts come with a confidence.
+    """
 
     model: str
     gpu: str
     head: str
     step_us: float
     rounds: tuple[Round, ...]
+    worth: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the gains and the tokens per round that a round must say to pay."""
@@ -50,6 +64,9 @@ class Drafting:
         for made, round_ in zip(described["rounds"], self.rounds, strict=True):
             made["pays_from"] = round_.floor_us / self.step_us
             made["gains"] = {str(share): round_.gain(self.step_us, share) for share in SHARES}
+            if self.worth is not None:
+                made["row_us"] = round_.row_us(self.step_us)
+                made["foreseen"] = {str(share): round_.foreseen(self.step_us, share) for share in SHARES}
         return described
 
 
@@ -68,6 +85,13 @@ def text(found: Drafting) -> str:
             f"{each.drafts:6} {each.floor_us:9,.0f} {each.draft_us:13,.0f} {each.gigabytes:6.1f} "
             f"{each.floor_us / found.step_us:10.2f}   {gains}"
         )
+    if found.worth is not None:
+        lines += ["", "drafts  us a row   gain if a confidence that is never wrong ends rounds (rows judged)"]
+        for each in found.rounds:
+            columns = _columns(f"{each.foreseen(found.step_us, share):.2f}" for share in SHARES)
+            rows = " ".join(f"{tokens_per_round(each.drafts, share):.1f}" for share in SHARES)
+            lines.append(f"{each.drafts:6} {each.row_us(found.step_us):9,.0f}   {columns}   ({rows})")
+        lines += ["", f"worth judging: a draft that will be said with a probability of {found.worth:.2f}"]
     lines += ["", "pays from: tokens per round, bonus included, from which a round beats plain steps"]
     return "\n".join(lines) + "\n"
 

@@ -17,12 +17,12 @@ from dsv4c.ir.ops.attention import (
     WindowIndex,
 )
 from dsv4c.ir.ops.compress import AddPositionBias, CompletedEntries, CompressPool
-from dsv4c.ir.ops.draft import Accept, Candidates, DraftRows, Preceding, Stop
+from dsv4c.ir.ops.draft import Accept, Candidates, DraftRows, Preceding, Stop, Trusted
 from dsv4c.ir.ops.hyper import CollapseStreams, ExpandStreams, MixStreams, SpreadStreams
 from dsv4c.ir.ops.index import IndexScores, TopK
 from dsv4c.ir.ops.linear import ExpertLinear, GroupedLinear, Linear
 from dsv4c.ir.ops.math import Add, Cast, Clamp, Mul, Scale, Shift, Sigmoid, Silu, SqrtSoftplus, Sum
-from dsv4c.ir.ops.moe import Embedding, TakeAlong
+from dsv4c.ir.ops.moe import Embedding, Present, TakeAlong
 from dsv4c.ir.ops.norm import Normalize, RmsNorm, RsqrtMeanSquare, Softmax
 from dsv4c.ir.ops.quant import Dequantize, Hadamard, Quantize
 from dsv4c.ir.ops.rope import Rope, RopeFrequencies
@@ -107,6 +107,8 @@ PRIMITIVES: Sequence[tuple[Op, tuple[str, ...]]] = (
     (DraftRows(5, 0, 7), ("i32[N]", "i32[N]", "i32[N]", "i32[11]")),
     (DraftRows(1, -1, 0), ("i32[N]", "i32[N]", "i32[N]", "i32[11]")),
     (Candidates(), ("i32[N]", "i32[3N]", "i32[N]")),
+    (Trusted(), ("i32[N]", "f32[3N,1]", "i32[N]", "f32[3]")),
+    (Present(), ("f32[N,6]", "i32[N]")),
     (Accept(), ("i32[4N]", "i32[4N]", "i32[N]")),
     (Stop(), ("i32[4N]", "i32[4N]", "i32[N]", "i32[N]", "i32[3,8]")),
     (Reshape((-1, 96)), ("bf16[N,384]",)),

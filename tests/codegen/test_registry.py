@@ -11,7 +11,7 @@ from dsv4c.arch import SM_90A, SM_100A, Arch
 from dsv4c.codegen.registry import Launchable, Request, choose, request_of
 from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Builder, Graph, Node, Value
-from dsv4c.ir.ops import add, candidates, linear, positions
+from dsv4c.ir.ops import add, candidates, linear, positions, present
 from dsv4c.passes.fusions.attention import Attention
 from dsv4c.passes.fusions.compressor import Compressor
 from dsv4c.passes.fusions.experts_down import ExpertsDown
@@ -279,6 +279,52 @@ def test_a_router_and_its_experts_are_one_request(hashed: bool) -> None:
     assert written == {"experts", "weights", "h", "shared_h"}
     with pytest.raises(BuildError, match="takes a router and the swiglu of its experts together, not"):
         together(graph, graph.nodes[0])
+
+
+@pytest.mark.parametrize("tokens", [None, "given", "made"])
+def test_experts_of_rows_that_may_not_be_there_read_where_rows_are(tokens: str | None) -> None:
+    """Behind the wait, in both halves and by all warps, however experts are chosen."""
+
+    def make(p: Values, _: Values) -> object:
+        row, gate, x = p("row", "bf16[2,256]"), p("gate", "bf16[8,256]"), p("x", f"{FP8_ROW}[2,256]")
+        ids = p("tokens", "i32[2]")
+        if tokens == "made":
+            ids, _lengths = candidates(p("anchors", "i32[1]"), p("drafts", "i32[1]"), p("lengths", "i32[1]"))
+        table = HashRouter(factor=1.5), (row, gate, p("table", "i32[64,2]"), ids)
+        scores = Router(k=2, factor=1.5), (row, gate, p("bias", "f32[8]"))
+        router, operands = table if tokens else scores
+        experts, weights = router(*operands)
+        weights = present(weights, p("positions", "i32[2]"))
+        taken = (x, experts, weights, p("w1", EXPERTS), p("w3", EXPERTS), x, p("s1", SHARED), p("s3", SHARED))
+        h, shared_h = Swiglu(out=BF16, limit=10.0)(*taken)
+        down = ExpertsDown(out=BF16, format=FP8_ROW, shared_format=FP8_ROW)
+        return down(h, shared_h, experts, p("w2", f"{MXFP4}[8,256,128]"), p("s2", f"{FP8_WEIGHT}[256,128]"))
+
+    graph = graph_of(make)
+    launches = together(graph, *graph.nodes[-4:])
+    assert [launch.stage for launch in launches] == [*([] if tokens else ["gate"]), "up", "down"]
+    for launch in launches[-2:]:
+        names = [p.operand for p in launch.emission.parameters]
+        assert launch.bindings[names.index("positions")].access == "r"
+        paths = re.split(r"\n@cute\.(?:jit|kernel)\n", launch.emission.source)
+        reading = [path for path in paths if "router.rows_present(" in path]
+        assert len(reading) == 2  # that reads weights, that multiplies
+        assert all(path.index("ptx.wait()") < path.index("rows_present(") for path in reading)
+
+
+def test_weights_of_rows_that_are_there_are_one_routers() -> None:
+    """Another reader of the weights as they were before wants them in memory."""
+
+    def make(p: Values, _: Values) -> object:
+        row, gate, x = p("row", "bf16[2,256]"), p("gate", "bf16[8,256]"), p("x", f"{FP8_ROW}[2,256]")
+        experts, weights = Router(k=2, factor=1.5)(row, gate, p("bias", "f32[8]"))
+        kept = present(weights, p("positions", "i32[2]"))
+        operands = (x, experts, kept, p("w1", EXPERTS), p("w3", EXPERTS), x, p("s1", SHARED), p("s3", SHARED))
+        return (*Swiglu(out=BF16, limit=10.0)(*operands), add(weights, weights))
+
+    graph = graph_of(make)
+    with pytest.raises(BuildError, match="takes the weights of its own router, which nobody else reads"):
+        together(graph, *(node for node in graph.nodes if node.op.name != "add"))
 
 
 def test_rows_are_quantized_to_nvfp4_once_for_all_their_readers() -> None:

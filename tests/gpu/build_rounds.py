@@ -36,7 +36,7 @@ def main() -> None:
             "ranks": asked.ranks,
         }
         for name, more in {
-            "rounds": {"draft": head, "batch": (1, 2)},
+            "rounds": {"draft": head, "batch": (1, 2), "draft_confidence": head == "dspark"},
             "sampled": {"draft": head, "batch": (1, 2), "sampled": True},
             "given": {"draft": "given", "batch": 1},
         }.items():

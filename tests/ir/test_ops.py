@@ -117,6 +117,8 @@ RULES = [  # op, operands, results
         "i32[10] i32[10] i32[10] i32[10]",
     ),
     ("candidates", "i32[2] i32[6] i32[2]", "i32[8] i32[2]"),
+    ("trusted", "i32[2] f32[6,1] i32[2] f32[4]", "i32[2]"),
+    ("present", "f32[3,6] i32[3]", "f32[3,6]"),
     ("accept", "i32[8] i32[8] i32[2]", "i32[8] i32[2] i32[2]"),
     ("stop", "i32[8] i32[8] i32[2] i32[2] i32[4,8]", "i32[8] i32[2] i32[2] i32[2]"),
 ]
@@ -346,6 +348,9 @@ REFUSALS = [  # op, operands, what the message says
         "a block of 0 rows, expected at least 1",
     ),
     ("candidates", "i32[2] i32[5] i32[2]", "i32[5] are not drafts of 2 sequences"),
+    ("trusted", "i32[2] f32[5,1] i32[2] f32[4]", "f32[5,1] is no confidence in drafts of 2 sequences"),
+    ("trusted", "i32[2] f32[6,1] i32[3] f32[4]", "slots i32[3] and lengths i32[2] differ"),
+    ("present", "f32[3,6] i32[2]", "weights f32[3,6] and positions i32[2] differ"),
     ("accept", "i32[8] i32[7] i32[2]", "tokens i32[7] and chosen i32[8] differ"),
     ("accept", "i32[8] i32[8] i32[3]", "i32[8] are not rows of 3 sequences"),
     ("stop", "i32[8] i32[8] i32[2] i32[1] i32[4,8]", "following i32[1] and counts i32[2] differ"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from dsv4c.ir.ops.draft import Accept, Candidates, DraftRows, Preceding, Stop
+from dsv4c.ir.ops.draft import Accept, Candidates, DraftRows, Preceding, Stop, Trusted
+from dsv4c.ir.ops.moe import Present
 from dsv4c.ir.ops.sample import Draw
 from dsv4c.reference import run
 
@@ -44,6 +47,31 @@ def test_rows_that_draft() -> None:
 def test_candidates_are_an_anchor_and_its_drafts() -> None:
     rows, lengths = run(Candidates(), i32(7, 8), i32(1, 2, 3, 4), i32(1, 0))
     assert lists(rows, lengths) == [[7, 1, 2, 8, 3, 4], [3, 0]]
+
+
+def test_drafts_are_judged_as_long_as_all_of_them_are_likely_to_hold() -> None:
+    """Sequences of confidence 0.9, 0.5, 0.9 each; one that is idle in no slot."""
+    likely, even = math.log(9), 0.0
+    confidence = torch.tensor([likely, even, likely] * 4)[:, None]
+    least = torch.tensor([0.0, 0.44, 0.46, 0.91])
+    given = i32(4, 4, 4, 0), confidence, i32(3, 2, 1, -1), least
+    assert run(Trusted(), *given).tolist() == [1, 2, 3, 0]
+    assert run(Trusted(), i32(4, 4, 2, 0), confidence, i32(0, 0, 0, -1), least).tolist() == [4, 4, 2, 0]
+
+
+def test_a_confidence_behind_a_draft_does_not_decide_about_it() -> None:
+    """Nor does one that is likely go on behind one that is not, or one that is no number."""
+    least = torch.tensor([0.3])
+    for confidence, rows in {(-9.0, 9.0, 9.0): 1, (9.0, -9.0, 9.0): 2, (9.0, math.nan, 9.0): 2}.items():
+        drafts = torch.tensor(confidence)[:, None]
+        assert run(Trusted(), i32(4), drafts, i32(0), least).tolist() == [rows]
+    certain = torch.tensor([[math.inf], [99.0], [-math.inf]])
+    assert run(Trusted(), i32(4), certain, i32(0), torch.ones(1)).tolist() == [3]
+
+
+def test_rows_that_are_not_there_have_no_experts() -> None:
+    weights = torch.tensor([[1.0, 2.0], [3.0, 4.0], [math.nan, 5.0]])
+    assert run(Present(), weights, i32(0, 7, -1)).tolist() == [[1, 2], [3, 4], [0, 0]]
 
 
 def test_drafts_hold_up_to_the_first_wrong_one() -> None:

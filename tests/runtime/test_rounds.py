@@ -44,7 +44,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[Head, Path]:
 def drafting(weights: dict[Head, Path]) -> dict[Head, Session]:
     """Two sequences that draft for themselves, in steps that sample if they are told to."""
     sizes = {"batch": (1, 2), "chunk": 64, "draft_tokens": COUNT, "sampled": True}
-    return {head: compile_for(folder, draft=head, **sizes) for head, folder in weights.items()}
+    return {
+        head: compile_for(folder, draft=head, draft_confidence=head == "dspark", **sizes)
+        for head, folder in weights.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +74,55 @@ def test_drafts_by_a_copy_of_the_head_change_nothing_but_the_rounds(weights: dic
     said, held = zip(*(in_rounds(session, p, 6) for p in prompts(6, 3)), strict=True)
     assert list(said) == [plainly(session, p, 6) for p in prompts(6, 3)]
     assert sum(held, Counter())[COUNT] > 0
+
+
+@pytest.mark.parametrize("least", [0.0, 0.3, 0.5, 1.0])
+def test_however_many_drafts_are_judged_the_same_is_said(drafting: dict[Head, Session], least: float) -> None:
+    """As many as their confidence says: all, none, and between them every number of both judged and held."""
+    session, held, judged = drafting["dspark"], Counter[int](), Counter[int]()
+    for prompt in prompts(3, 7):
+        truth = plainly(session, prompt, 20)
+        begin(session, prompt)
+        session.trust(0, least)
+        said: list[int] = []
+        while len(said) < 20:
+            anchor = said[-1] if said else prompt[-1]
+            confidence = session.draft({0: anchor})[0].confidence
+            assert confidence is not None
+            most = int((confidence.double().sigmoid().cumprod(0) >= least).int().cumprod(0).sum())
+            tokens = session.settle(session.say(1, {0: anchor}, rounds=True))[0]
+            assert len(tokens) <= 1 + most
+            held[len(tokens) - 1] += 1
+            judged[most] += 1
+            said += tokens
+        assert said[:20] == truth
+    assert set(judged) == {0.0: {3}, 1.0: {0}}.get(least, set(judged))
+    if least == 0.3:
+        assert set(judged) == set(held) == set(range(COUNT + 1)), (judged, held)
+
+
+def test_each_slot_trusts_its_own_drafts(drafting: dict[Head, Session]) -> None:
+    """Of two that draft together one judges all, one none, and neither changes what the other says."""
+    session = drafting["dspark"]
+    asked = list(prompts(2, 21))
+    alone = [plainly(session, prompt, 16) for prompt in asked]
+    session.reset()
+    for slot, prompt in enumerate(asked):
+        begin(session, prompt, slot)
+    session.trust(1, 1.0)
+    said: dict[int, list[int]] = {0: [], 1: []}
+    start = {slot: prompt[-1] for slot, prompt in enumerate(asked)}
+    for _ in range(16):
+        found = session.settle(session.say(1, start, [] if start else [0, 1], rounds=True))
+        start = {}
+        for slot, tokens in found.items():
+            said[slot] += tokens
+    assert said[0][:16] == alone[0]
+    assert said[1] == alone[1]
+    assert len(said[0]) > 16
+    session.reset(1)
+    begin(session, asked[1], 1)
+    assert len(session.settle(session.say(12, {1: asked[1][-1]}, rounds=True))[1]) > 12  # forgotten
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -198,5 +250,10 @@ def test_what_cannot_be_asked(judging: Session, drafting: dict[Head, Session]) -
         judging.draft({0: 3})
     with pytest.raises(SessionError, match="accept got 5 tokens of 1 slots; no bucket of the plan judges"):
         judging.accept({0: [1, 2, 3, 4, 5]})
+    with pytest.raises(SessionError, match="its drafts come with no confidence, so that all of a round"):
+        judging.trust(0, 0.5)
+    with pytest.raises(SessionError, match=r"judged from 1\.5 on, expected a probability of 0 to 1"):
+        drafting["dspark"].trust(0, 1.5)
+    judging.trust(0, 0)
     assert judging.positions == [0]
     assert drafting["mtp"].rounds(3) == 0

@@ -10,7 +10,7 @@ from dsv4c.arch import SM_90A
 from dsv4c.cli.roofline import drafting_of
 from dsv4c.compiler.request import DSPARK_TOKENS, MTP_TOKENS, Draft, Request
 from dsv4c.config import ModelConfig, load_config
-from dsv4c.models.drafting import HELD, gain, with_dspark
+from dsv4c.models.drafting import HELD, gain, with_dspark, worth
 from dsv4c.view.drafting import Drafting, Round, text, tokens_per_round
 from tests.commands import command
 from tests.goldens import golden_case
@@ -27,6 +27,26 @@ def test_a_gain_is_tokens_over_time() -> None:
     assert found.rounds[0].gain(100.0, 0.5) == pytest.approx(1.0)
     assert found.to_dict()["rounds"][0]["pays_from"] == 1.5
     assert "  1.00" in text(found)
+    assert "worth judging" not in text(found)
+
+
+def test_a_confidence_that_is_never_wrong_saves_the_rows_that_say_nothing() -> None:
+    """Three drafts, each held with one half, say 1.875 tokens by as many rows: 60 + 100 + 0.875 · 40 us."""
+    found = Drafting("m", "H200", "dspark", 100.0, (Round(3, 280.0, 60.0, 0.5),), worth=0.41)
+    (each,) = found.rounds
+    assert each.row_us(100.0) == 40
+    assert each.foreseen(100.0, 0.5) == pytest.approx(187.5 / 195)
+    assert each.foreseen(100.0, 1.0) == each.gain(100.0, 1.0)
+    assert "worth judging: a draft that will be said with a probability of 0.41" in text(found)
+    assert found.to_dict()["rounds"][0]["foreseen"]["0.5"] == each.foreseen(100.0, 0.5)
+
+
+def test_what_is_worth_judging_is_what_a_row_costs() -> None:
+    """As often as was published the third draft is said, and not the fourth."""
+    config = with_dspark(load_config("deepseek-v4-flash"))
+    least = worth(config, 3)
+    assert HELD["dspark"][2] > least > HELD["dspark"][3]  # so that three are judged by default
+    assert 0.38 < least < 0.45
 
 
 def test_the_table_of_a_model() -> None:

@@ -25,6 +25,8 @@ class ExpertsSpec:
     Formats are fp8, bf16, mxfp4 or nvfp4. With bf16 weights x is bf16 and the hidden rows stay so; else x is
     FP8 (e4m3 with ue8m0 scales per 128) and the hidden rows are quantized to FP8. `packed`: x and the rows
     that `down` reads are NVFP4 with a global scale each. `out`: what `down` makes, bf16, or f32 for addends.
+    `judged`: rows come with positions, and those of position -1 have weights of 0; where rows take turns,
+    these take none, and their experts are not read.
     """
 
     name: str
@@ -38,6 +40,7 @@ class ExpertsSpec:
     limit: float
     packed: bool = False
     out: str = "bf16"
+    judged: bool = False
 
     @property
     def quantized(self) -> bool:
@@ -51,6 +54,11 @@ class ExpertsSpec:
         """
         several = self.routed in ("mxfp4", "nvfp4") and self.shared == "fp8"
         return self.batch if several and self.batch <= MMA_ROWS else 1
+
+    @property
+    def skips(self) -> bool:
+        """Do rows that are not there take no turn?"""
+        return self.judged and self.turns > 1
 
     @property
     def weight_bytes(self) -> int:

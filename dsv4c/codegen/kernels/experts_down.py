@@ -19,7 +19,14 @@ from dsv4c.codegen.kernels.experts import (
     row_parameters,
     weight_parameters,
 )
-from dsv4c.codegen.kernels.experts_up import CHOSEN, HASH_SWIGLU, hash_swiglu, padded, routed_experts
+from dsv4c.codegen.kernels.experts_up import (
+    CHOSEN,
+    HASH_SWIGLU,
+    hash_swiglu,
+    padded,
+    positions_of,
+    routed_experts,
+)
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds
 from dsv4c.codegen.kernels.gemv import STAGES, WARPS, k_warps_of, span_of
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
@@ -143,6 +150,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         *row_parameters("h", spec, spec.packed),
         *row_parameters("shared_h", spec, spec.packed),
         Parameter("expert_ids"),
+        *([Parameter("positions")] if spec.skips else []),
         *CHOICES[by],
         *weight_parameters("w2", spec.routed),
         *weight_parameters("shared_w2", spec.shared),
@@ -155,7 +163,11 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         spec=spec,
         rings=rings,
         by=by,
-        choosing=[*(["m_expert_ids"] if not by or spec.turns > 1 else []), *(p.name for p in CHOICES[by])],
+        choosing=[
+            *(["m_expert_ids"] if not by or spec.turns > 1 else []),
+            *(["m_positions"] if spec.skips else []),
+            *(p.name for p in CHOICES[by]),
+        ],
         padded=padded(spec.experts),
         pointers=[p.name for p in parameters],
         grid=grid,
@@ -180,7 +192,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
 # Binding ----------------------------------------------------------------------------------------------------
 
 
-def _spec(request: Request, call: Call) -> ExpertsSpec | No:
+def _spec(request: Request, call: Call, *, judged: bool = False) -> ExpertsSpec | No:
     op, x = call.op, call.operands
     assert isinstance(op, ExpertsDown)
     h, routed, shared = (request.types[x[n]] for n in ("h", "w2", "shared_w2"))
@@ -206,6 +218,7 @@ def _spec(request: Request, call: Call) -> ExpertsSpec | No:
         math.inf,
         packed,
         str(op.out),
+        judged,
     )
 
 
@@ -220,27 +233,30 @@ DOWN = takes(ExpertsDown, "out", "format", "shared_format")
 @kernel(*CHOSEN, HASH_SWIGLU, DOWN, chained=True)
 def experts(request: Request) -> Answer:
     """Both halves of a layer's experts. What the first one chose them by is old when the second one begins,
-    which makes the choice again and so need not wait for it.
+    which makes the choice again and so need not wait for it, unless a table is asked for tokens that the call
+    itself makes.
     """
     *first, last = request.calls
     if not first or not isinstance(last.op, ExpertsDown) or not isinstance(first[-1].op, Swiglu | HashSwiglu):
         return No("takes a router, the experts' first half and their second")
-    spec = _spec(request, last)
+    places = positions_of(first)
+    spec = _spec(request, last, judged=bool(places))
     if isinstance(spec, No):
         return spec
     if spec.packed or takes_many(spec, request.arch):
         return No(f"takes few rows of bf16, not {spec.batch}{' of NVFP4' if spec.packed else ''}")
     router = first[0].operands
-    if "tokens" in router and router["tokens"] not in request.given:
+    given = "tokens" not in router or router["tokens"] in request.given
+    if not given and not places:
         return No("reads a table before the wait: its tokens must be the call's input")
     half = replace(request, calls=tuple(first))
     up = hash_swiglu.ask(half) if isinstance(first[0].op, HashSwiglu) else routed_experts.ask(half)
     if isinstance(up, No):
         return up
-    by = "table" if "tokens" in router else "scores"
+    by = "" if not given else "table" if "tokens" in router else "scores"
     names = [p.operand for p in CHOICES[by] if p.operand in router]
-    values = _values(last) | {name: router[name] for name in names}
-    logits = {} if by == "table" else {"logits": Scratch("logits", up[-1].scratch["logits"], "early")}
+    values = _values(last) | {name: router[name] for name in names} | places
+    logits = {"logits": Scratch("logits", up[-1].scratch["logits"], "early")} if by == "scores" else {}
     down = emit_experts_down(spec, request.arch, by)
     return [
         *(replace(launch, stage=launch.stage or "up") for launch in up),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dsv4c.arch import Arch
@@ -34,10 +35,11 @@ from dsv4c.codegen.kernels.gemv import (
 )
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
 from dsv4c.codegen.lib.shapes import Layout, Product, Ring
-from dsv4c.codegen.registry import Answer, No, Request, Scratch, kernel, launchable, takes
+from dsv4c.codegen.registry import Answer, Call, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
 from dsv4c.errors import BuildError
+from dsv4c.ir.ops.moe import Present
 from dsv4c.passes.fusions.router import HashRouter, Router
 from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
 from dsv4c.types import BF16, FP8_ROW, NVFP4, NVFP4_ROW, QuantType
@@ -184,6 +186,7 @@ def _emitted(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut) -> Emiss
     parameters = (
         *row_parameters("x", spec, spec.quantized),
         *routing.parameters,
+        *([Parameter("positions")] if spec.judged else []),
         *weight_parameters("w1", spec.routed),
         *weight_parameters("w3", spec.routed),
         *weight_parameters("shared_w1", spec.shared),
@@ -203,7 +206,8 @@ def _emitted(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut) -> Emiss
         if not routed:
             return ["m_shared_w1", "m_shared_w3"]
         known = ("m_table", "m_tokens") if routing.source != "scores" else ("m_experts", "m_weights")
-        return [name for name in names if name in (*known, "m_w1", "m_w3")]
+        place = ("m_positions",) if spec.skips or (spec.judged and routing.source == "scores") else ()
+        return [name for name in names if name in (*known, *place, "m_w1", "m_w3")]
 
     source = render(
         "experts_up.py.jinja",
@@ -242,7 +246,7 @@ def _emitted(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut) -> Emiss
 
 
 def _experts(
-    request: Request, name: str, op: Swiglu | HashSwiglu, x: dict[str, int], k: int
+    request: Request, name: str, op: Swiglu | HashSwiglu, x: dict[str, int], k: int, *, judged: bool = False
 ) -> ExpertsSpec | No:
     row, shared_row = request.types[x["x"]], x.get("x_shared", x["x"])
     if shared_row != x["x"]:
@@ -261,7 +265,12 @@ def _experts(
     experts, intermediate, hidden = routed.shape
     if shared.shape[0] != intermediate:
         return No(f"has a shared expert as wide as the routed ones, not {shared} beside {routed}")
-    return ExpertsSpec(name, row.shape[0], hidden, intermediate, experts, k, *formats, op.limit, packed)
+    return ExpertsSpec(
+        *(name, row.shape[0], hidden, intermediate, experts, k, *formats),
+        limit=op.limit,
+        packed=packed,
+        judged=judged,
+    )
 
 
 def _routed(
@@ -304,26 +313,42 @@ def _routed(
 CHOSEN = (
     takes(Router, "k", "factor"),
     takes(HashRouter, "factor"),
+    takes(Present),
     takes(Swiglu, "out", "limit"),
 )
 HASH_SWIGLU = takes(HashSwiglu, "out", "limit", "factor")
 
 
+def positions_of(calls: Sequence[Call]) -> dict[str, int]:
+    """The positions that say which rows of a router's are there, if some may not be."""
+    places = (call.operands["positions"] for call in calls if isinstance(call.op, Present))
+    found = next(places, None)
+    return {} if found is None else {"positions": found}
+
+
 @kernel(*CHOSEN, chained=True)
 def routed_experts(request: Request) -> Answer:
-    """A router and the experts that it chooses: nobody else reads its weights, so each CTA makes its own."""
-    first, last = request.calls[0], request.calls[-1]
-    if len(request.calls) != 2 or not isinstance(last.op, Swiglu) or isinstance(first.op, Swiglu):
+    """A router and the experts that it chooses: nobody else reads its weights, so each CTA makes its own, or
+    none for rows that are not there.
+    """
+    first, between, last = request.calls[0], request.calls[1:-1], request.calls[-1]
+    judged = len(between) == 1 and isinstance(between[0].op, Present)
+    if not isinstance(last.op, Swiglu) or isinstance(first.op, Swiglu | Present) or between[judged:]:
         names = ", ".join(call.op.name for call in request.calls)
         return No(f"takes a router and the swiglu of its experts together, not {names}")
     router, x = first.operands, last.operands
     assert isinstance(first.op, Router | HashRouter)
-    if first.outputs != (x["experts"], x["weights"]):
+    experts, weights = first.outputs
+    if judged:
+        if between[0].operands["weights"] != weights or request.readers[weights]:
+            return No("takes the weights of its own router, which nobody else reads")
+        (weights,) = between[0].outputs
+    if (experts, weights) != (x["experts"], x["weights"]):
         return No("takes experts and weights of one router")
     k = request.types[x["experts"]].shape[1]
     h, shared_h = last.outputs
-    values = {**router, **x, "row": router["x"], "h": h, "shared_h": shared_h}
-    return _routed(request, first.op, _experts(request, "experts_up", last.op, x, k), values)
+    values = {**router, **x, **positions_of(between), "row": router["x"], "h": h, "shared_h": shared_h}
+    return _routed(request, first.op, _experts(request, "experts_up", last.op, x, k, judged=judged), values)
 
 
 @kernel(HASH_SWIGLU)

@@ -311,6 +311,36 @@ def keep_weights(s: Int32, chosen: Float32, k: Constexpr[int], factor: Constexpr
     return weight
 
 
+@cute.jit
+def drop_weights(s: Int32, weight: Float32, k: Constexpr[int], position: Int32, lane: Int32):
+    """What `keep_weights` kept becomes 0 if the row's position is -1. One warp; returns the lane's weight."""
+    if position < 0:
+        weight = Float32(0.0)
+        if lane < k:
+            ptx.sts_f32(s + (k + lane) * 4, weight)
+    return weight
+
+
+@cute.jit
+def rows_present(g_positions: Int64, rows: Constexpr[int]):
+    """(order, count): the rows of a call of at most 8 that have a position, and the first one, whose turn
+    begins before anybody knows. Row n of them is `nth_row(order, n)`.
+    """
+    order = Int32(0)
+    count = Int32(1)
+    for row in range_constexpr(1, rows):
+        if ptx.ldg32(g_positions + row * 4).to(Int32) >= 0:
+            order = order | (Int32(row) << (count * 4))
+            count = count + 1
+    return order, count
+
+
+@cute.jit
+def nth_row(order: Int32, n: Int32):
+    """Its number, of those that `rows_present` found."""
+    return (order >> (n * 4)) & 15
+
+
 # Scores of a table's experts, from their own rows of the gate -----------------------------------------------
 
 

@@ -2,9 +2,10 @@
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64
+from cutlass import Constexpr, Float64, Int32, Int64
 
-from dsv4c.codegen.meanings.values import Team, array, at, put, size
+from dsv4c.codegen.meanings.math import sigmoid
+from dsv4c.codegen.meanings.values import Team, array, at, put, size, wide
 
 
 @cute.jit
@@ -80,6 +81,29 @@ def candidates(
         put(rows, i, at(tokens, sequence) if step == 0 else at(drafts, drafted))
         if step == 0:
             put(row_lengths, sequence, Int32(each) if at(lengths, sequence) > 0 else Int32(0))
+
+
+@cute.jit
+def trusted(
+    team: Team,
+    lengths: cute.Tensor,
+    confidence: cute.Tensor,
+    slots: cute.Tensor,
+    least: cute.Tensor,
+    rows: cute.Tensor,
+):
+    """A thread per sequence."""
+    drafts = confidence.shape[0] // lengths.shape[0]
+    for sequence in cutlass.range(team.thread, lengths.shape[0], team.threads):
+        length, count = at(lengths, sequence), Int32(0)
+        if length > 0:
+            wanted, survival = wide(at(least, at(slots, sequence))), Float64(1.0)
+            for step in cutlass.range(drafts, unroll=1):
+                survival = survival * sigmoid(wide(at(confidence, sequence * drafts + step)))
+                if survival >= wanted and step == count:
+                    count = count + 1
+            count = cutlass.min(1 + count, length)
+        put(rows, sequence, count)
 
 
 @cute.jit

@@ -10,12 +10,12 @@ from dsv4c.ir.ops.attention import (
 )
 from dsv4c.ir.ops.collective import all_gather, all_reduce
 from dsv4c.ir.ops.compress import add_position_bias, completed_entries, compress_pool
-from dsv4c.ir.ops.draft import accept, candidates, draft_rows, preceding, stop
+from dsv4c.ir.ops.draft import accept, candidates, draft_rows, preceding, stop, trusted
 from dsv4c.ir.ops.hyper import collapse_streams, expand_streams, mix_streams, spread_streams
 from dsv4c.ir.ops.index import index_scores, top_k
 from dsv4c.ir.ops.linear import expert_linear, grouped_linear, linear
 from dsv4c.ir.ops.math import add, cast, clamp, mul, scale, shift, sigmoid, silu, sqrt_softplus, sum_
-from dsv4c.ir.ops.moe import embedding, take_along
+from dsv4c.ir.ops.moe import embedding, present, take_along
 from dsv4c.ir.ops.norm import normalize, rms_norm, rsqrt_mean_square, softmax
 from dsv4c.ir.ops.quant import dequantize, hadamard, quantize
 from dsv4c.ir.ops.rope import rope, rope_frequencies
@@ -62,6 +62,7 @@ __all__ = [
     "penalize",
     "positions",
     "preceding",
+    "present",
     "quantize",
     "reshape",
     "rms_norm",
@@ -82,6 +83,7 @@ __all__ = [
     "take_along",
     "token_probabilities",
     "top_k",
+    "trusted",
     "visible_entries",
     "window_index",
 ]

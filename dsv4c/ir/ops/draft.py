@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from dsv4c.ir.op import Cost, Op, expect, expect_tensor, primitive
 from dsv4c.ir.ops.sample import STOPS
-from dsv4c.types import I32, TensorType, Type
+from dsv4c.types import F32, I32, TensorType, Type
 
 
 @primitive
@@ -82,6 +82,29 @@ class Candidates(Op):
         return TensorType(I32, (sequences + drafted.shape[0],)), given
 
 
+@primitive
+class Trusted(Op):
+    """How many rows of a round are worth judging: lengths i32[B] -> i32[B].
+
+    confidence f32[B·k, 1] are logits of each draft to hold behind one that holds, so that the product of
+    their sigmoids up to a draft is its own probability to be said. The anchor stays, and the drafts before
+    the first whose product is below what its slot asks for, least f32[S] by slots i32[B]: with 0 all of
+    them. A sequence of length 0 may have any slot. Whether a draft stays depends on none behind it.
+    """
+
+    by_slot: ClassVar = True
+    picks: ClassVar = {2: (3, 0)}
+
+    def infer(self, lengths: Type, confidence: Type, slots: Type, least: Type) -> TensorType:
+        given = expect_tensor(lengths, "lengths", 1, I32)
+        expect(slots == lengths, f"slots {slots} and lengths {lengths} differ")
+        drafts = expect_tensor(confidence, "confidence", 2, F32).shape
+        fits = drafts[0] % given.shape[0] == 0 and drafts[1] == 1
+        expect(fits, f"{confidence} is no confidence in drafts of {given.shape[0]} sequences")
+        expect_tensor(least, "least", 1, F32)
+        return given
+
+
 def _expect_rounds(rows: TensorType, sequences: Type, name: str) -> None:
     count = expect_tensor(sequences, name, 1, I32).shape[0]
     expect(rows.shape[0] % count == 0, f"{rows} are not rows of {count} sequences")
@@ -133,4 +156,4 @@ class Stop(Op):
 
 
 preceding, draft_rows, candidates = Preceding.apply, DraftRows.apply, Candidates.apply
-accept, stop = Accept.apply, Stop.apply
+trusted, accept, stop = Trusted.apply, Accept.apply, Stop.apply

@@ -1,11 +1,11 @@
-"""Table lookups of the embedding and of the routers."""
+"""Table lookups of the embedding and of the routers, and which rows have experts."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
-from dsv4c.ir.op import Cost, Op, expect, expect_tensor, primitive
-from dsv4c.types import I32, TensorType, Type
+from dsv4c.ir.op import Cost, Op, Rounding, expect, expect_tensor, primitive
+from dsv4c.types import F32, I32, TensorType, Type
 
 
 @primitive
@@ -53,4 +53,21 @@ class TakeAlong(Op):
         return Cost(0, (results[0].nbytes, operands[1].nbytes), (results[0].nbytes,))
 
 
-embedding, take_along = Embedding.apply, TakeAlong.apply
+@primitive
+class Present(Op):
+    """Routing weights of the rows that are there: weights f32[N, k], 0 where positions i32[N] are -1.
+
+    Experts of weight 0 add nothing, so that nobody needs to read them.
+    """
+
+    by_row: ClassVar = frozenset({0, 1})
+    rounding: ClassVar = Rounding.NOWHERE
+
+    def infer(self, weights: Type, positions: Type) -> TensorType:
+        tensor = expect_tensor(weights, "weights", 2, F32)
+        expect_tensor(positions, "positions", 1, I32)
+        expect(positions.shape == tensor.shape[:1], f"weights {weights} and positions {positions} differ")
+        return tensor
+
+
+embedding, take_along, present = Embedding.apply, TakeAlong.apply, Present.apply
