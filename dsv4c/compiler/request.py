@@ -52,8 +52,8 @@ class Request:
     ones, whose recipe is `recipe`. rules: what may fold, by default the built-in ones and those of installed
     packages, without those of `disable` ("all": every one) that `enable` does not take back. expected:
     applications by rule that must hold for the smallest decode bucket. require_fused: rules whose ops must
-    find a kernel wherever they apply. kernels: a folder of edited kernel files, which take the place of generated ones of the same
-    names. tuned: a table that `dsv4c tune` wrote, in place of dsv4c's own.
+    find a kernel wherever they apply. kernels: a folder of edited kernel files, which take the place of
+    generated ones of the same names. tuned: a table that `dsv4c tune` wrote, in place of dsv4c's own.
     """
 
     model: ModelConfig | str | Path | Mapping[str, Any]
