@@ -50,7 +50,8 @@ class Request:
     of DSpark judge as many drafts as their slots' trust in them says, steps that judge given drafts read
     experts for those that are given. sampled: steps draw the next token as their slots say (temperature,
     top-p, ...), in place of taking the likeliest. pipeline: passes (or their spec) in place of the default
-    ones, whose recipe is `recipe`. rules: what may fold, by default the built-in ones and those of installed packages, without
+    ones, whose recipe is `recipe`. rules: what may fold, by default the built-in ones and those of installed
+    packages, without
     those of `disable` ("all": every one) that `enable` does not take back. expected: applications by rule
     that must hold for the smallest decode bucket. require_fused: rules whose ops must find a kernel wherever
     they apply. kernels: a folder of edited kernel files, which take the place of generated ones of the same
