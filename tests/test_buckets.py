@@ -7,6 +7,8 @@ import pytest
 from dsv4c.buckets import ROWS, Bucket, bucket_named
 
 NAMED = {
+    "round-1x4.trusts": Bucket("round", 1, 4, trusts=True),
+    "accept-2x4.sampled.trusts": Bucket("accept", 2, 4, sampled=True, trusts=True),
     "decode-1": Bucket("decode"),
     "decode-8": Bucket("decode", 8),
     "verify-1x4": Bucket("verify", 1, 4),

@@ -91,6 +91,7 @@ def test_public_names_are_there_and_importing_them_costs_nothing() -> None:
         ({"draft": "mtp", "draft_tokens": 0}, r"draft_tokens: 0, expected 1 to 7"),
         ({"draft": "mtp", "draft_tokens": 3, "batch": 3}, r"draft_tokens: 3 behind .* of 3 .* are 12 rows"),
         ({"draft_tokens": 3}, r"draft_tokens: 3, but nothing drafts"),
+        ({"draft": "mtp", "draft_confidence": True}, r"draft_confidence: draft 'mtp' comes with none"),
         ({"draft": "dspark"}, r"tiny: draft 'dspark', but the model drafts with an MTP block; compile with"),
     ],
 )

@@ -289,7 +289,7 @@ def _lines(value: Any, depth: int = 0) -> Iterator[str]:
 def _program_to_json(program: Program) -> dict[str, Any]:
     data: dict[str, Any] = {"graph": program.graph}
     if program.bucket is not None:
-        data |= {f.name: getattr(program.bucket, f.name) for f in fields(program.bucket)}
+        data |= {name: getattr(program.bucket, name) for name in _SHAPE}
     return data | {
         "arena_bytes": program.arena_bytes,
         "inputs": program.inputs,
@@ -442,7 +442,8 @@ def _exactly(data: Mapping[str, Any], names: frozenset[str]) -> Mapping[str, Any
 _PLAN = frozenset(f.name for f in fields(Plan)) - {"timings", "cache_hits"} | {"digest", "schema"}
 _STATE, _VALUE = frozenset({"name", "type", "offset"}), frozenset({"type", "space", "offset"})
 _LOAD = frozenset({"graph", "arena_bytes", "inputs", "outputs", "values", "launches"})
-_BUCKET = _LOAD | {f.name for f in fields(Bucket)}
+_SHAPE = tuple(f.name for f in fields(Bucket) if f.name != "trusts")  # that, the bucket's name alone says
+_BUCKET = _LOAD | set(_SHAPE)
 _CALLED = frozenset(f.name for f in fields(Launch)) - {"code"}
 _BODY, _KERNEL = (_CALLED | {f.name for f in fields(code)} for code in (BodyCode, KernelCode))
 
@@ -487,7 +488,7 @@ def _place_from_json(data: Mapping[str, Any]) -> Place:
 def _program_from_json(data: Mapping[str, Any], name: str | None) -> Program:
     _exactly(data, _LOAD if name is None else _BUCKET)
     bucket = None if name is None else bucket_named(name)
-    if bucket is not None and any(data[f.name] != getattr(bucket, f.name) for f in fields(bucket)):
+    if bucket is not None and any(data[field] != getattr(bucket, field) for field in _SHAPE):
         raise ValueError(f"bucket {name} says that it is another")
     return Program(
         graph=data["graph"],

@@ -74,6 +74,9 @@ class Scripted:
     def choose(self, slot: int, sampling: Sampling, stops: Sequence[int]) -> None:
         self.stops[slot] = stops
 
+    def trust(self, slot: int, least: float) -> None:
+        assert least == 0.0
+
     def say(
         self, count: int, tokens: Mapping[int, int], slots: Sequence[int], *, best: int | None, rounds: bool
     ) -> SimpleNamespace:

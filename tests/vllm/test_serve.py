@@ -77,9 +77,6 @@ def test_a_checkpoint_is_compiled_for_so_many_ranks(ranked: tuple[Path, Path], t
     made = command("serve", ranked[0], *given, "--ranks", 2)
     assert made.code == 0, made.err
     assert json.loads((Path(made.json["plan"]) / "plan.json").read_text())["deployment"]["ranks"] == 2
-    refused = command("serve", ranked[0], *given, "--ranks", 2, "--draft", "mtp")
-    assert refused.code == 2
-    assert "blocks that draft are not cut over ranks" in refused.err
 
 
 @pytest.mark.parametrize(
