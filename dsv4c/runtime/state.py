@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsv4c.errors import SessionError
-from dsv4c.numerics.codec import Quantized, Value, parts_of
-from dsv4c.numerics.soundness import not_finite
+from dsv4c.numerics.codec import Value, parts_of
 from dsv4c.plan.folder import Plan
 from dsv4c.publish import published
 
@@ -50,17 +49,6 @@ def copy_slot(states: Mapping[str, Value], source: int, target: int) -> None:
     """Let one slot hold what another holds."""
     for _, part in _parts(states):
         part[target].copy_(part[source])
-
-
-def check_numbers(states: Mapping[str, Value]) -> None:
-    """Raise SessionError for a state that holds what is no finite number. Packed elements are all numbers."""
-    for name, value in states.items():
-        parts = tuple(parts_of(value).values())
-        packed = isinstance(value, Quantized) and value.data.dtype is torch.uint8
-        for part in parts[1:] if packed else parts:
-            fault = not_finite(part)
-            if fault is not None:
-                raise SessionError(f"the state {name} {fault} and will not be saved; call reset()")
 
 
 def write(
