@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import jinja2
@@ -120,61 +121,88 @@ def compose(
     grid: Sequence[int | str],
     sizes: Mapping[str, int] | None = None,
     cluster: int = 1,
+    resident: int | None = None,
     spec: object = None,
-    record: str = "",
+    record: str | None = "",
     given: Mapping[str, str] | None = None,
 ) -> Emission:
     """A kernel whose code is in `dsv4c.codegen.lib`: its text says what it computes, the `spec` by which it
     is cut, and its `stages` in order. These are calls of the library on `SPEC`, on `m`, the `record` of its
     operands' pointers (by default `Operands` of the last stage's module), and on what stages before returned.
+    A kernel of several parts has a spec for each, by name, and no record: its stages make theirs.
 
     what, launch: for people, as the operands' types are, by parameter; None is one that the record has and
-    this kernel does without. grid: counts in numbers, or in those of `sizes` as `host` does. cluster: so many
-    CTAs in a row. given: what the record's fields are given, if not a pointer each.
+    this kernel does without, and of an empty one `what` tells. grid: counts in numbers, or in those of
+    `sizes` as `host` does. cluster: so many CTAs in a row. resident: as for `host`. given: what the record's
+    fields are given, if not a pointer each.
     """
     parameters = tuple(p for p, type_ in operands.items() if type_ is not None)
     types = {p.name.removeprefix("m_"): type_ for p, type_ in operands.items()}
-    record = record or f"{_CALLED.findall(stages[-1])[0]}.Operands"
-    given = given or {name: "None" if type_ is None else f"m_{name}" for name, type_ in types.items()}
-    made = "\n".join(_call(record, [f"{name}={value}" for name, value in given.items()]))
+    made = None
+    if record is not None:
+        record = record or f"{_CALLED.findall(stages[-1])[0]}.Operands"
+        given = given or {name: "None" if type_ is None else f"m_{name}" for name, type_ in types.items()}
+        made = call_text(record, [f"{name}={value}" for name, value in given.items()])
+    specs = spec if isinstance(spec, Mapping) else {} if spec is None else {"SPEC": spec}
+    code = "\n".join([made or "", *stages])
     source = render(
         "kernel.py.jinja",
         symbol=symbol,
         what=what,
         types={name: type_ for name, type_ in types.items() if type_},
         launch=launch,
-        counts=bool(sizes),
-        libs=sorted({name for line in (made, *stages) for name in _CALLED.findall(line)}),
-        shapes=_classes(spec),
+        numbers=sorted({*_NUMBER.findall(code), *(["Int32"] if sizes else [])}),
+        libs=sorted(set(_CALLED.findall(code))),
+        shapes=_classes(tuple(specs.values())),
         threads=threads,
-        spec=None if spec is None else literal(spec),
+        specs={name: literal(value) for name, value in specs.items()},
         pointers=[p.name for p in parameters],
         record=record,
         given=made,
         stages=stages,
         grid=grid,
         cluster=[cluster, 1, 1] if cluster > 1 else None,
+        resident=resident,
     )
     said = read_source(source)
     x, y, z = said.grid_of(sizes or {})
     return Emission(f"{symbol}_0", source, (x, y, z), threads, said.shared, parameters, said.cluster)
 
 
-_CALLED = re.compile(r"(?:^| )([a-z]\w*)\.\w+\(")  # modules whose functions a line calls
+_CALLED = re.compile(r"(?:^|[ (])([a-z]\w*)\.\w+\(", re.MULTILINE)  # modules whose functions a line calls
+_NUMBER = re.compile(r"\b(?:Float|Int|Uint)\d+\b")
 
 
-def _call(name: str, arguments: Sequence[str]) -> list[str]:
-    """Lines of a call: one, or one for each argument where that is too long."""
+def call_text(name: str, arguments: Sequence[str]) -> str:
+    """A call on one line, or with a line for each argument where that is too long."""
     line = f"{name}({', '.join(arguments)})"
-    return [line] if len(line) <= 100 else [f"{name}(", *(f"    {a}," for a in arguments), ")"]
+    if len(line) <= 100 and "\n" not in line:
+        return line
+    return f"{name}(\n" + "".join(f"{indent(a, '    ')},\n" for a in arguments) + ")"
+
+
+def place_of(block: str, first: int) -> str:
+    """A CTA's number among those from number `first` on."""
+    return f"{block} - {first}" if first else block
+
+
+def branches(bodies: Sequence[str], ends: Sequence[int]) -> str:
+    """Each body for the CTAs up to number `ends` of it, behind those of the one before; alone, for all."""
+    if len(bodies) == 1:
+        return bodies[0]
+    heads = [f"block < {end}:" for end in ends[: len(bodies) - 1]]
+    heads = [f"if {heads[0]}", *(f"elif {head}" for head in heads[1:]), "else:"]
+    return "\n".join(f"{head}\n{indent(body, '    ')}" for head, body in zip(heads, bodies, strict=True))
 
 
 def literal(value: object) -> str:
-    """The expression that makes numbers, texts, and frozen dataclasses of them."""
+    """The expression that makes numbers, texts, frozen dataclasses, and tuples of them."""
+    if isinstance(value, tuple):
+        return call_text("", [literal(v) for v in value]) if len(value) != 1 else f"({literal(value[0])},)"
     if not is_dataclass(value):
         return f'"{value}"' if isinstance(value, str) else repr(value)
     given = {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
-    return "\n".join(_call(type(value).__name__, [f"{name}={literal(v)}" for name, v in given.items()]))
+    return call_text(type(value).__name__, [f"{name}={literal(v)}" for name, v in given.items()])
 
 
 def _classes(value: object) -> dict[str, list[str]]:
@@ -182,10 +210,14 @@ def _classes(value: object) -> dict[str, list[str]]:
     found: dict[str, set[str]] = {}
 
     def visit(value: object) -> None:
+        if isinstance(value, tuple):
+            for v in value:
+                visit(v)
         if is_dataclass(value):
             found.setdefault(type(value).__module__, set()).add(type(value).__name__)
             for f in fields(value):
-                visit(getattr(value, f.name))
+                if getattr(value, f.name) != f.default:
+                    visit(getattr(value, f.name))
 
     visit(value)
     return {module: sorted(names) for module, names in sorted(found.items())}

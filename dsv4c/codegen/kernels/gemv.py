@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, literal, render
 from dsv4c.codegen.kernels.exchange import EXCHANGE
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
-from dsv4c.codegen.kernels.riders import CompressSpec, Rider, lanes, seated
+from dsv4c.codegen.kernels.riders import CompressSpec, Rider, lanes, parameters_of, seated, stage_of
 from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Gather, Layout, Product, Ring
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
@@ -225,8 +225,9 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
     warps = parts[0].ring.warps
     riders = seated(spec.name, spec.riders, warps * 32)
     gather = spec.gather
-    seats = (*parts, *riders, *([gather] if gather else []))
-    parameters = tuple(dict.fromkeys(p for seat in seats for p in seat.parameters))
+    found = [part.parameters for part in parts] + [parameters_of(rider) for rider in riders]
+    found += [gather.parameters] if gather else []
+    parameters = tuple(dict.fromkeys(p for parameters in found for p in parameters))
     epilogues = [part.epilogue for part in parts if part.epilogue is not None]
     shared = max([part.layout.end for part in parts] + [rider.shared for rider in riders])
     grid = parts[-1].last
@@ -236,6 +237,8 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
         spec=spec,
         parts=parts,
         riders=riders,
+        rider_specs={rider.name.upper(): literal(rider.shape(warps * 32)) for rider in riders},
+        stage_of=stage_of,
         gather=gather,
         elements={p.name: n for e in epilogues for p, n in zip(e.parameters, e.numbers, strict=True)},
         numbers=sorted({"Float32", "Int32", "Int64"}.union(*(e.numbers for e in epilogues))),

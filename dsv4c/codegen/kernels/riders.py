@@ -1,8 +1,7 @@
 """State writes of a step: the window's KV rows, the compressors' rows and entries.
 
-`KvStoreSpec` and `CompressSpec` are stages of one CTA per row, which rides in another launch: a skeleton
-gives them CTAs of its own size (`templates/state_stages.py.jinja` holds the calls). For chunks of many tokens
-`kernels/state.py` makes launches of them.
+`KvStoreSpec` and `CompressSpec` are stages of one CTA per row, which rides in another launch, on CTAs of that
+launch's size. For chunks of many tokens `kernels/state.py` makes launches of them.
 """
 
 from __future__ import annotations
@@ -11,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from dsv4c.codegen.emit import Parameter
+from dsv4c.codegen.emit import Parameter, call_text
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name
-from dsv4c.codegen.lib.geometry import Pool, Row
+from dsv4c.codegen.lib.geometry import Pool, Row, Window
 from dsv4c.codegen.registry import Call, No, Request, takes
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.compressor import Compressor
@@ -53,6 +52,19 @@ class KvStoreSpec:
         """Which stage it is."""
         return "kv_extend" if self.capacity else "kv_store"
 
+    def shape(self, threads: int) -> Window:
+        """What the device library writes by, on CTAs of `threads` threads."""
+        return Window(self.row, self.ring, self.eps, threads, self.capacity, self.tokens, self.crowded)
+
+    @property
+    def fields(self) -> dict[str, tuple[Parameter, ...]]:
+        """Operands of the device library, by name."""
+        names = ("kv", "gain", "frequencies", "positions", "slots")
+        caches = ("window", "beside") if self.capacity else ("window",)
+        return {name: (Parameter(getattr(self, name)),) for name in names} | {
+            name: tuple(Parameter(getattr(self, name), c) for c in self.row.components) for name in caches
+        }
+
     @property
     def projected(self) -> tuple[str, ...]:
         """Operands that a launch before it has projected."""
@@ -71,13 +83,6 @@ class KvStoreSpec:
     def shared(self) -> int:
         """Bytes of shared memory: a sum of squares per warp of the row."""
         return self.row.lanes // 8
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """In ABI order."""
-        names = (self.kv, self.gain, self.frequencies, self.positions, self.slots)
-        caches = (self.window, self.beside) if self.capacity else (self.window,)
-        return (*map(Parameter, names), *(Parameter(x, c) for x in caches for c in self.row.components))
 
     @property
     def text(self) -> str:
@@ -172,10 +177,15 @@ class CompressSpec:
         """A row of the cache of entries."""
         return Row(self.width, self.format, self.hadamard)
 
+    def shape(self, threads: int) -> Pool:
+        """What the device library pools by, on CTAs of `threads` threads."""
+        row, ring, capacity = self.row, self.ring, self.capacity
+        return Pool(row, self.ratio, self.overlap, ring, capacity, threads, self.eps, self.tokens)
+
     @property
     def pool(self) -> Pool:
-        """The device library's view."""
-        return Pool(self.row, self.ratio, self.overlap, self.ring, self.capacity, self.threads, self.tokens)
+        """The same, on those that it has."""
+        return self.shape(self.threads)
 
     @property
     def shared(self) -> int:
@@ -183,21 +193,15 @@ class CompressSpec:
         return self.pool.shared
 
     @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """In ABI order."""
-        return (*map(Parameter, self.plain), *(Parameter(self.entries, c) for c in self.caches))
-
-    @property
-    def plain(self) -> tuple[str, ...]:
-        """Operands of one array."""
-        constants = (self.gain, self.frequencies) if self.half != "rings" else ()
-        places = (self.positions, self.slots, self.kv_ring, self.score_ring)
-        return (self.u, self.s, self.ape, *constants, *places)
-
-    @property
-    def caches(self) -> tuple[str, ...]:
-        """Arrays of the cache of entries that it writes."""
-        return self.row.components if self.half != "rings" else ()
+    def fields(self) -> dict[str, tuple[Parameter, ...]]:
+        """Operands of the device library, by name."""
+        constants = ("gain", "frequencies") if self.half != "rings" else ()
+        names = ("u", "s", "ape", *constants, "positions", "slots", "kv_ring", "score_ring")
+        entries = tuple(Parameter(self.entries, c) for c in self.row.components)
+        return {
+            **{name.removesuffix("_ring"): (Parameter(getattr(self, name)),) for name in names},
+            **({"entries": entries} if self.half != "rings" else {}),
+        }
 
     @property
     def text(self) -> str:
@@ -220,6 +224,27 @@ class CompressSpec:
 
 
 Rider = KvStoreSpec | CompressSpec
+
+
+def parameters_of(rider: Rider) -> tuple[Parameter, ...]:
+    """Its parameters, in ABI order."""
+    return tuple(p for parameters in rider.fields.values() for p in parameters)
+
+
+def stage_of(rider: Rider, place: str, shared: str = "s") -> str:
+    """The call that does its work on CTA `place` of its own, whose threads are `tid`."""
+    module = "cache" if isinstance(rider, KvStoreSpec) else "compress"
+    operands = [f"{name}={_pointers(name, parameters)}" for name, parameters in rider.fields.items()]
+    given = [rider.name.upper(), call_text(f"{module}.Operands", operands), shared, place, "tid"]
+    return call_text(f"{module}.{rider.kind}", given)
+
+
+def _pointers(name: str, parameters: tuple[Parameter, ...]) -> str:
+    """A pointer, or those of a cache's components."""
+    names = ", ".join(p.name for p in parameters)
+    return (
+        names if name not in ("window", "beside", "entries") else f"({names}{',' * (len(parameters) == 1)})"
+    )
 
 
 def lanes(riders: Iterable[Rider]) -> int:

@@ -10,8 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from dsv4c.codegen.emit import Emission, render
-from dsv4c.codegen.kernels.riders import THREADS, WRITTEN, CompressSpec, Rider, Riding, riding_of, seated
+from dsv4c.codegen.emit import Emission, branches, compose, place_of
+from dsv4c.codegen.kernels.riders import (
+    THREADS,
+    WRITTEN,
+    CompressSpec,
+    Rider,
+    Riding,
+    parameters_of,
+    riding_of,
+    seated,
+    stage_of,
+)
 from dsv4c.codegen.registry import Answer, Launchable, No, Request, kernel, launchable
 
 
@@ -28,24 +38,30 @@ class StateSpec:
 def emit_state(spec: StateSpec) -> Emission:
     """The kernel of a spec. Raises BuildError for rows that a CTA cannot hold."""
     riders = seated(spec.name, spec.riders, spec.threads)
-    parameters = tuple(dict.fromkeys(p for rider in riders for p in rider.parameters))
     firsts = tuple(accumulate((rider.ctas(spec.rows) for rider in riders), initial=0))
     shared = max(rider.shared for rider in riders)
-    compress = any(isinstance(rider, CompressSpec) for rider in riders)
-    store = any(not isinstance(rider, CompressSpec) for rider in riders)
-    source = render(
-        "state.py.jinja",
-        spec=spec,
-        riders=riders,
-        pointers=[p.name for p in parameters],
-        firsts=firsts,
-        grid=firsts[-1],
+    texts = "\n".join(f"    {rider.text}" for rider in riders)
+    stages = [stage_of(rider, place_of("block", first)) for rider, first in zip(riders, firsts, strict=False)]
+    return compose(
+        spec.name,
+        f"{spec.name}: state of {spec.rows} rows.\n\n{texts}\n\n"
+        f"N = {spec.rows}; positions: i32[N], of a sequence from its first row on, -1 for none (writes "
+        "nothing);\nslots: i32[N], of S; frequencies: f32[32].",
+        {p: "" for rider in riders for p in parameters_of(rider)},
+        f"Launch: grid {firsts[-1]}, block {spec.threads}, {shared} bytes of shared memory, programmatic "
+        "edges allowed.",
+        [
+            "ptx.launch_dependents()",
+            f"s = ptx.shared({shared})",
+            "block, _, _ = cute.arch.block_idx()",
+            "tid, _, _ = cute.arch.thread_idx()",
+            branches(stages, firsts[1:]),
+        ],
         threads=spec.threads,
-        shared=shared,
-        libs=", ".join([*(["cache"] * store), *(["compress"] * compress), "ptx"]),
-        shapes="Pool, Row" if compress else "Row",
+        grid=(firsts[-1], 1, 1),
+        spec={rider.name.upper(): rider.shape(spec.threads) for rider in riders},
+        record=None,
     )
-    return Emission(f"{spec.name}_0", source, (firsts[-1], 1, 1), spec.threads, shared, parameters)
 
 
 # Binding ----------------------------------------------------------------------------------------------------

@@ -4,11 +4,33 @@ A row is held by the first `width / 4` threads of a CTA, four neighboring elemen
 thread runs every line (there are barriers inside); the others carry zeros and store nothing.
 """
 
+from typing import NamedTuple
+
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import hadamard, ptx, quantize, rope
-from dsv4c.codegen.lib.geometry import ROPE, Row
+from dsv4c.codegen.lib.geometry import ROPE, Row, Window
+
+
+class Operands(NamedTuple):
+    """kv bf16[N, width], gain bf16[width], frequencies f32[32], positions and slots i32[N] -> window [S,
+    ring, width] and beside [B, capacity, width], the components of their format.
+    """
+
+    kv: cute.Pointer
+    gain: cute.Pointer
+    frequencies: cute.Pointer
+    positions: cute.Pointer
+    slots: cute.Pointer
+    window: tuple[cute.Pointer, ...]
+    beside: tuple[cute.Pointer, ...] = ()
+
+
+def addresses(components: tuple[cute.Pointer, ...]) -> tuple[Int64, Int64, Int64]:
+    """Data, scale and tail of a cache; zeros for what its format does not have."""
+    data, scale, tail = (m.toint() for m in components), Int64(0), Int64(0)
+    return tuple([*data, scale, tail][:3])  # type: ignore[return-value]
 
 
 @cute.jit
@@ -127,49 +149,41 @@ def _store_mxfp4(r: cute.Tensor, g_data: Int64, g_scale: Int64, place: Int64, ti
 
 
 @cute.jit
-def kv_store(
-    row: Constexpr[Row],
-    ring: Constexpr[int],
-    eps: Constexpr[float],
-    s: Int32,
-    g_kv: Int64,
-    g_gain: Int64,
-    g_frequencies: Int64,
-    g_positions: Int64,
-    g_slots: Int64,
-    g_data: Int64,
-    g_scale: Int64,
-    g_tail: Int64,
-    token: Int32,
-    tid: Int32,
-    threads: Constexpr[int],
-    rows: Constexpr[int] = 1,
-):
-    """`threads` threads: row `token` of kv bf16[N, width], normed and rotated, into its slot's window.
+def kv_store(w: Constexpr[Window], m: Operands, s: Int32, token: Int32, tid: Int32) -> None:
+    """`w.threads` threads: row `token`, normed and rotated, into its slot's window.
 
-    16 bytes of shared memory. Position -1 writes nothing. Of `rows`, more than the ring has, a sequence's
-    follow each other, and one for whose place a later one comes writes nothing.
+    16 bytes of shared memory. Position -1 writes nothing. Of more rows than the ring has, a sequence's follow
+    each other, and one for whose place a later one comes writes nothing.
     """
-    constants = prefetch(row, g_gain, g_frequencies, tid)
+    row = w.row
+    constants = prefetch(row, m.gain.toint(), m.frequencies.toint(), tid)
     ptx.wait()
+    g_positions, g_slots = m.positions.toint(), m.slots.toint()
     position = ptx.ldg32(g_positions + token * 4).bitcast(Int32)
     slot = ptx.ldg32(g_slots + token * 4).to(Int64)
-    r = cute.make_rmem_tensor((4,), Float32)
-    r.fill(0.0)
-    if tid < row.lanes:
-        w = ptx.ldg64(g_kv + (Int64(token) * row.lanes + tid) * 8)
-        for i in range_constexpr(2):
-            r[2 * i], r[2 * i + 1] = ptx.bf16x2_to_f32x2(w[i])
-    normalize(row, s, r, constants, eps, tid, threads)
-    if const_expr(rows > ring):
-        later = token + ring
-        if later < rows:
+    r = load(row, m.kv.toint(), Int64(token), tid)
+    normalize(row, s, r, constants, w.eps, tid, w.threads)
+    if const_expr(w.crowded > w.ring):
+        later = token + w.ring
+        if later < w.crowded:
             same = ptx.ldg32(g_slots + later * 4).to(Int64) == slot
-            if same and ptx.ldg32(g_positions + later * 4).bitcast(Int32) == position + ring:
+            if same and ptx.ldg32(g_positions + later * 4).bitcast(Int32) == position + w.ring:
                 position = Int32(-1)
     if position >= 0:
         rotate(row, r, constants, position, tid)
-        store(row, r, g_data, g_scale, g_tail, slot * ring + position % ring, tid)
+        store(row, r, *addresses(m.window), slot * w.ring + position % w.ring, tid)
+
+
+@cute.jit
+def load(row: Constexpr[Row], g_kv: Int64, number: Int64, tid: Int32) -> cute.Tensor:
+    """Row `number` of kv, as floats."""
+    r = cute.make_rmem_tensor((4,), Float32)
+    r.fill(0.0)
+    if tid < row.lanes:
+        w = ptx.ldg64(g_kv + (number * row.lanes + tid) * 8)
+        for i in range_constexpr(2):
+            r[2 * i], r[2 * i + 1] = ptx.bf16x2_to_f32x2(w[i])
+    return r
 
 
 # Chunks of many tokens --------------------------------------------------------------------------------------
@@ -236,57 +250,37 @@ def _move_codes(
 
 
 @cute.jit
-def kv_extend(
-    row: Constexpr[Row],
-    ring: Constexpr[int],
-    capacity: Constexpr[int],
-    tokens: Constexpr[int],
-    eps: Constexpr[float],
-    s: Int32,
-    g_kv: Int64,
-    g_gain: Int64,
-    g_frequencies: Int64,
-    g_positions: Int64,
-    g_slots: Int64,
-    window: tuple,
-    beside: tuple,
-    block: Int32,
-    tid: Int32,
-    threads: Constexpr[int],
-):
-    """`threads` threads: one row of the copies [B, capacity, width] beside the windows of B sequences.
+def kv_extend(w: Constexpr[Window], m: Operands, s: Int32, block: Int32, tid: Int32) -> None:
+    """`w.threads` threads: one row of the copies [B, capacity, width] beside the windows of B sequences.
 
     The row is that of the latest position of its residue: a token of this call, normed and rotated, or what
     the ring holds. The last `ring` tokens go to the ring, too. Whose place in the ring a token takes is read
     by that token's CTA, before it writes. 16 bytes of shared memory.
     """
-    constants = prefetch(row, g_gain, g_frequencies, tid)
+    row, ring, capacity, tokens = w.row, w.ring, w.capacity, w.tokens
+    constants = prefetch(row, m.gain.toint(), m.frequencies.toint(), tid)
     ptx.wait()
+    window, beside = addresses(m.window), addresses(m.beside)
     sequence, place = block // capacity, block % capacity
-    g_positions = g_positions + Int64(sequence) * (tokens * 4)
+    g_positions = m.positions.toint() + Int64(sequence) * (tokens * 4)
     count = tokens_of(g_positions, tokens, tid % 32)
     first = ptx.ldg32(g_positions).bitcast(Int32)
     last = first + count - 1
-    to, own = Int64(block), ptx.ldg32(g_slots + Int64(sequence) * (tokens * 4)).to(Int64) * ring
+    to, own = Int64(block), ptx.ldg32(m.slots.toint() + Int64(sequence) * (tokens * 4)).to(Int64) * ring
     position = last - (last - place + capacity) % capacity  # `last` may be before all places
     if count > 0 and position >= first:
         number = Int64(sequence) * tokens + position - first
-        r = cute.make_rmem_tensor((4,), Float32)
-        r.fill(0.0)
-        if tid < row.lanes:
-            w = ptx.ldg64(g_kv + (number * row.lanes + tid) * 8)
-            for i in range_constexpr(2):
-                r[2 * i], r[2 * i + 1] = ptx.bf16x2_to_f32x2(w[i])
-        normalize(row, s, r, constants, eps, tid, threads)
+        r = load(row, m.kv.toint(), number, tid)
+        normalize(row, s, r, constants, w.eps, tid, w.threads)
         rotate(row, r, constants, position, tid)
-        store(row, r, beside[0], beside[1], beside[2], to, tid)
+        store(row, r, *beside, to, tid)
         if position > last - ring:
             old = position - ((position - first) // ring + 1) * ring
             if old >= 0 and old > last - capacity:
                 there = Int64(sequence) * capacity + old % capacity
                 move(row, window, own + old % ring, beside, there, True, tid)
-            ptx.sync_threads(threads)
-            store(row, r, window[0], window[1], window[2], own + position % ring, tid)
+            ptx.sync_threads(w.threads)
+            store(row, r, *window, own + position % ring, tid)
     elif position >= 0 and position >= first - ring:
         if position + ring > last:
             move(row, window, own + position % ring, beside, to, True, tid)

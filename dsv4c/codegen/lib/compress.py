@@ -7,6 +7,8 @@ write, nobody reads: with `pooled + tokens - 1` rows in a ring, the new rows of 
 the oldest of them pools. Tokens before position 0 are never read.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, const_expr, range_constexpr
@@ -15,52 +17,50 @@ from dsv4c.codegen.lib import cache, ptx, softmax
 from dsv4c.codegen.lib.geometry import Pool
 
 
+class Operands(NamedTuple):
+    """u and s f32[N, channels], ape f32[ratio, channels], gain bf16[width], frequencies f32[32], positions
+    and slots i32[N]; kv and score f32[S, ring, channels] -> entries [S, capacity, width], the components of
+    their format. Who writes the rings alone has neither gain nor frequencies nor entries.
+    """
+
+    u: cute.Pointer
+    s: cute.Pointer
+    ape: cute.Pointer
+    positions: cute.Pointer
+    slots: cute.Pointer
+    kv: cute.Pointer
+    score: cute.Pointer
+    gain: cute.Pointer | None = None
+    frequencies: cute.Pointer | None = None
+    entries: tuple[cute.Pointer, ...] = ()
+
+
 @cute.jit
-def compress(
-    pool: Constexpr[Pool],
-    eps: Constexpr[float],
-    s: Int32,
-    g_u: Int64,
-    g_s: Int64,
-    g_ape: Int64,
-    g_gain: Int64,
-    g_frequencies: Int64,
-    g_positions: Int64,
-    g_slots: Int64,
-    g_kv: Int64,
-    g_score: Int64,
-    g_data: Int64,
-    g_scale: Int64,
-    g_tail: Int64,
-    token: Int32,
-    tid: Int32,
-):
-    """`pool.threads` threads: u and s f32[N, channels] of row `token`, ape f32[ratio, channels].
+def compress(pool: Constexpr[Pool], m: Operands, s: Int32, token: Int32, tid: Int32) -> None:
+    """`pool.threads` threads: row `token` of u and s.
 
     `pool.shared` bytes of shared memory. Position -1 writes nothing.
     """
-    row = pool.row
-    constants = cache.prefetch(row, g_gain, g_frequencies, tid)
+    constants = cache.prefetch(pool.row, m.gain.toint(), m.frequencies.toint(), tid)
     ptx.wait()
-    position = ptx.ldg32(g_positions + token * 4).bitcast(Int32)
-    slot = ptx.ldg32(g_slots + token * 4).to(Int64)
+    position = ptx.ldg32(m.positions.toint() + token * 4).bitcast(Int32)
+    slot = ptx.ldg32(m.slots.toint() + token * 4).to(Int64)
+    g_ape, g_kv, g_score = m.ape.toint(), m.kv.toint(), m.score.toint()
     if position >= 0:
         at = Int64(token) * (pool.channels * 4)
-        g_u_row, g_s_row = g_u + at, g_s + at
+        g_u_row, g_s_row = m.u.toint() + at, m.s.toint() + at
         g_ape_row = g_ape + position % pool.ratio * (pool.channels * 4)
         ring = slot * pool.ring
         remember(pool, g_u_row, g_s_row, g_ape_row, g_kv, g_score, ring + position % pool.ring, tid)
         if (position + 1) % pool.ratio == 0:
             before = token % pool.tokens  # rows of the sequence ahead of this one
             rows = (g_u_row, g_s_row, g_ape, g_kv, g_score)
-            cache_entry = (g_data, g_scale, g_tail)
-            make_entry(pool, eps, s, rows, cache_entry, constants, slot, position, before, tid)
+            make_entry(pool, s, rows, cache.addresses(m.entries), constants, slot, position, before, tid)
 
 
 @cute.jit
 def make_entry(
     pool: Constexpr[Pool],
-    eps: Constexpr[float],
     s: Int32,
     rows: tuple[Int64, Int64, Int64, Int64, Int64],
     entries: tuple[Int64, Int64, Int64],
@@ -76,73 +76,48 @@ def make_entry(
     row, entry = pool.row, position // pool.ratio
     total = pool_group(pool, *rows, slot * pool.ring, position, before, tid)
     r = combine(pool, s + 128, total, tid)
-    cache.normalize(row, s, r, constants, eps, tid, pool.threads)
+    cache.normalize(row, s, r, constants, pool.eps, tid, pool.threads)
     cache.rotate(row, r, constants, entry * pool.ratio, tid)
     cache.store(row, r, *entries, slot * pool.capacity + entry, tid)
 
 
 @cute.jit
-def compress_entries(
-    pool: Constexpr[Pool],
-    eps: Constexpr[float],
-    s: Int32,
-    g_u: Int64,
-    g_s: Int64,
-    g_ape: Int64,
-    g_gain: Int64,
-    g_frequencies: Int64,
-    g_positions: Int64,
-    g_slots: Int64,
-    g_kv: Int64,
-    g_score: Int64,
-    g_data: Int64,
-    g_scale: Int64,
-    g_tail: Int64,
-    block: Int32,
-    tid: Int32,
-):
+def compress_entries(pool: Constexpr[Pool], m: Operands, s: Int32, block: Int32, tid: Int32) -> None:
     """`compress` for chunks of many tokens, its first half: CTA `block` makes one of the entries that a
     sequence completes. Tokens before the chunk are read from rings that nobody writes meanwhile.
     """
-    constants = cache.prefetch(pool.row, g_gain, g_frequencies, tid)
+    constants = cache.prefetch(pool.row, m.gain.toint(), m.frequencies.toint(), tid)
     ptx.wait()
     sequence, number = block // pool.most_entries, block % pool.most_entries
     begins = Int64(sequence) * pool.tokens  # the sequence's first row
-    count = cache.tokens_of(g_positions + begins * 4, pool.tokens, tid % 32)
-    first = ptx.ldg32(g_positions + begins * 4).bitcast(Int32)
+    g_positions = m.positions.toint() + begins * 4
+    count = cache.tokens_of(g_positions, pool.tokens, tid % 32)
+    first = ptx.ldg32(g_positions).bitcast(Int32)
     before = (first // pool.ratio + number + 1) * pool.ratio - 1 - first
     if before < count:
-        slot = ptx.ldg32(g_slots + begins * 4).to(Int64)
+        slot = ptx.ldg32(m.slots.toint() + begins * 4).to(Int64)
         at = (begins + before) * (pool.channels * 4)
-        rows, entries = (g_u + at, g_s + at, g_ape, g_kv, g_score), (g_data, g_scale, g_tail)
-        make_entry(pool, eps, s, rows, entries, constants, slot, first + before, before, tid)
+        rows = (m.u.toint() + at, m.s.toint() + at, m.ape.toint(), m.kv.toint(), m.score.toint())
+        entries = cache.addresses(m.entries)
+        make_entry(pool, s, rows, entries, constants, slot, first + before, before, tid)
 
 
 @cute.jit
-def compress_rings(
-    pool: Constexpr[Pool],
-    g_u: Int64,
-    g_s: Int64,
-    g_ape: Int64,
-    g_positions: Int64,
-    g_slots: Int64,
-    g_kv: Int64,
-    g_score: Int64,
-    block: Int32,
-    tid: Int32,
-):
+def compress_rings(pool: Constexpr[Pool], m: Operands, s: Int32, block: Int32, tid: Int32) -> None:
     """The second half: CTA `block` writes one of the last tokens of a sequence to its place in the rings."""
     ptx.wait()
     sequence, back = block // pool.most_kept, block % pool.most_kept
     begins = Int64(sequence) * pool.tokens
+    g_positions = m.positions.toint()
     count = cache.tokens_of(g_positions + begins * 4, pool.tokens, tid % 32)
     if back < count:
         row = begins + count - 1 - back
         position = ptx.ldg32(g_positions + row * 4).bitcast(Int32)
-        place = ptx.ldg32(g_slots + row * 4).to(Int64) * pool.ring + position % pool.ring
+        place = ptx.ldg32(m.slots.toint() + row * 4).to(Int64) * pool.ring + position % pool.ring
         at = row * (pool.channels * 4)
-        g_bias = g_ape + position % pool.ratio * (pool.channels * 4)
-        remember(pool, g_u + at, g_s + at, g_bias, g_kv, g_score, place, tid)
+        g_bias = m.ape.toint() + position % pool.ratio * (pool.channels * 4)
+        g_u, g_s = m.u.toint() + at, m.s.toint() + at
+        remember(pool, g_u, g_s, g_bias, m.kv.toint(), m.score.toint(), place, tid)
 
 
 @cute.jit

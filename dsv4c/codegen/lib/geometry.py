@@ -37,6 +37,22 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Window:
+    """Where rows of keys go: `ring` of a slot's rows, row p % ring for position p; with a `capacity`, to
+    copies beside it, of `tokens` rows of each sequence. `threads` write a row. `crowded` is the number of
+    rows where a ring has no room for all of them, or 0.
+    """
+
+    row: Row
+    ring: int
+    eps: float
+    threads: int
+    capacity: int = 0
+    tokens: int = 1
+    crowded: int = 0
+
+
+@dataclass(frozen=True)
 class Pool:
     """How a compressor pools: an entry is the softmax-weighted sum of `ratio` tokens (or 2 * `ratio`).
 
@@ -51,6 +67,7 @@ class Pool:
     ring: int
     capacity: int
     threads: int
+    eps: float
     tokens: int = 1
 
     @property
