@@ -125,6 +125,9 @@ def compose(
     spec: object = None,
     record: str | None = "",
     given: Mapping[str, str] | None = None,
+    functions: Sequence[str] = (),
+    elements: Mapping[str, str] | None = None,
+    meanings: Sequence[str] = (),
 ) -> Emission:
     """A kernel whose code is in `dsv4c.codegen.lib`: its text says what it computes, the `spec` by which it
     is cut, and its `stages` in order. These are calls of the library on `SPEC`, on `m`, the `record` of its
@@ -134,7 +137,8 @@ def compose(
     what, launch: for people, as the operands' types are, by parameter; None is one that the record has and
     this kernel does without, and of an empty one `what` tells. grid: counts in numbers, or in those of
     `sizes` as `host` does. cluster: so many CTAs in a row. resident: as for `host`. given: what the record's
-    fields are given, if not a pointer each.
+    fields are given, if not a pointer each. functions: that stages are given, on the `meanings` of primitives
+    (modules of that package); elements: what their pointers, by name, lead to.
     """
     parameters = tuple(p for p, type_ in operands.items() if type_ is not None)
     types = {p.name.removeprefix("m_"): type_ for p, type_ in operands.items()}
@@ -144,15 +148,20 @@ def compose(
         given = given or {name: "None" if type_ is None else f"m_{name}" for name, type_ in types.items()}
         made = call_text(record, [f"{name}={value}" for name, value in given.items()])
     specs = spec if isinstance(spec, Mapping) else {} if spec is None else {"SPEC": spec}
-    code = "\n".join([made or "", *stages])
+    code = "\n".join([made or "", *functions, *stages])
     source = render(
         "kernel.py.jinja",
         symbol=symbol,
         what=what,
         types={name: type_ for name, type_ in types.items() if type_},
         launch=launch,
-        numbers=sorted({*_NUMBER.findall(code), *(["Int32"] if sizes else [])}),
-        libs=sorted(set(_CALLED.findall(code))),
+        numbers=sorted({*_NUMBER.findall(code), *(["Int32"] if sizes else []), *(elements or {}).values()}),
+        libs=sorted({*_CALLED.findall("\n".join([made or "", *stages]))} - {*meanings}),
+        meanings=meanings,
+        uses=sorted(set(_ELEMENT.findall(code))) if meanings else [],
+        numbers_of=elements or {},
+        functions=functions,
+        loops="cutlass." in code,
         shapes=_classes(tuple(specs.values())),
         threads=threads,
         specs={name: literal(value) for name, value in specs.items()},
@@ -169,8 +178,9 @@ def compose(
     return Emission(f"{symbol}_0", source, (x, y, z), threads, said.shared, parameters, said.cluster)
 
 
-_CALLED = re.compile(r"(?:^|[ (])([a-z]\w*)\.\w+\(", re.MULTILINE)  # modules whose functions a line calls
-_NUMBER = re.compile(r"\b(?:Float|Int|Uint)\d+\b")
+_CALLED = re.compile(r"(?:^|[ (])(?!cutlass\.)([a-z]\w*)\.\w+\(", re.MULTILINE)  # modules whose functions a line calls
+_ELEMENT = re.compile(r"(?<!\.)\b(at|put)\(")  # of arrays
+_NUMBER = re.compile(r"\b(?:B?Float|Int|Uint)\d+\b")
 
 
 def call_text(name: str, arguments: Sequence[str]) -> str:

@@ -8,7 +8,6 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +20,7 @@ from dsv4c.codegen.kernels.experts_up import Routing, emit_experts_up
 from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv, plan_parts
 from dsv4c.codegen.kernels.quantize import QuantizeSpec, emit_quantize
 from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec, Rider, seated
+from dsv4c.codegen.lib.gemv import first_row
 from dsv4c.codegen.lib.shapes import Layout, Product, Ring
 from dsv4c.errors import BuildError
 from dsv4c.numerics.forms import parse_packing
@@ -186,15 +186,11 @@ def test_rows_are_split_only_where_they_do_not_fit() -> None:
 @pytest.mark.parametrize("batch", range(1, 9))
 @pytest.mark.parametrize("k", [16384, 49152])
 def test_the_splits_of_a_row_make_all_rows(batch: int, k: int) -> None:
-    """By the text's own arithmetic; two may share some."""
-    spec = dense("rows", 48, k, "bf16", ROWS, batch)
-    (part,) = plan_parts(spec, SM_90A)
-    found = re.search(r"\n    first = (.*)\n", emit_gemv(spec, SM_90A).source)
-    assert (found is None) == (part.splits == 1)
-    scope = {"cutlass": SimpleNamespace(min=min), "Int32": int}
-    starts = [eval(found[1], {"block": block, **scope}) if found else 0 for block in range(part.splits)]
-    own = part.ring.product.rows
-    assert sorted({row for first in starts for row in range(first, first + own)}) == list(range(batch))
+    """By the kernel's own arithmetic; two may share some."""
+    (part,) = plan_parts(dense("rows", 48, k, "bf16", ROWS, batch), SM_90A)
+    p = part.products
+    starts = [first_row(p, block) for block in range(p.splits)]
+    assert sorted({row for first in starts for row in range(first, first + p.own)}) == list(range(batch))
 
 
 def test_packing_does_not_depend_on_the_batch() -> None:
@@ -250,7 +246,7 @@ def test_the_rows_of_a_step_take_turns_on_the_same_ctas() -> None:
 
 def test_shared_arrays_do_not_overlap() -> None:
     for part in plan_parts(in_proj(3), SM_90A):
-        at = part.layout
+        at = part.products.at
         assert at.x - at.ring >= part.ring.ring_bytes
         assert at.fx - at.x >= part.ring.product.x_bytes
         assert at.bars - at.part >= part.ring.part_bytes
@@ -258,38 +254,22 @@ def test_shared_arrays_do_not_overlap() -> None:
         assert all(getattr(at, name) % 16 == 0 for name in (*at.sizes, "end"))
 
 
-def test_one_warp_reads_the_weights_and_the_others_wait_once() -> None:
+def test_those_that_multiply_wait_once_before_they_read_rows() -> None:
+    parts = 0
     for emission in small_kernels(SM_90A):
-        assert emission.source.index("ptx.launch_dependents()") == emission.source.index("ptx.launch_dep")
-        paths = re.split(r"\n@cute\.(?:jit|kernel)\n", emission.source)[1:]
-        for path in paths:
-            waits, streams = path.count("ptx.wait()"), path.count("stream.produce(")
-            if "stream.consume(" in path:
-                assert (waits, streams) == (1, 0)
-            if streams:
-                dependent = "router.top_experts(" in path or "m_expert_ids.toint()" in path  # which weights
-                assert waits == dependent
-            stages = ("copy", "load", "expand", "quantize")
-            reads = [path.find(f"{lib}.{stage}_") for lib in ("activations", "nvfp4") for stage in stages]
-            assert all(at == -1 or path.index("ptx.wait()") < at for at in reads if "load_gain" not in path)
-
-
-def test_the_warps_beside_the_one_that_reads_have_a_barrier_of_their_own() -> None:
-    for emission in small_kernels(SM_90A):
-        (threads,) = map(int, re.findall(r"^THREADS = (\d+)$", emission.source, re.MULTILINE))
-        (consumers,) = map(int, re.findall(r"^CONSUMERS = (\d+)", emission.source, re.MULTILINE))
-        assert (emission.block, threads) == (consumers + 32, consumers + 32)
-        sides = re.findall(r"ptx\.(meet|arrive)\(ptx\.(\w+), THREADS\)", emission.source)
-        for barrier in {barrier for _, barrier in sides}:  # as many that wait as that do not
-            assert sides.count(("meet", barrier)) == sides.count(("arrive", barrier))
-        assert ("arrive", "OPEN") in sides
+        assert emission.source.count("ptx.launch_dependents()") == 1 or is_late(emission.source)
+        for part in re.findall(r"gemv\.enter\(.*?gemv\.multiply\(", emission.source, re.DOTALL):
+            assert part.count("ptx.wait()") == 1
+            assert part.index("ptx.wait()") < re.search(r"gemv\.(copy|stage)_rows\(", part).start()  # type: ignore[union-attr]
+            parts += 1
+    assert parts > 20
 
 
 def test_an_sm_has_at_most_64_kb_in_flight_and_uses_what_it_can() -> None:
     for spec in FLASH + SMALL + SPLIT:
         for part in plan_parts(spec, SM_90A):
             ring, most = part.ring, 64 * 1024 // part.ring.resident
-            assert part.layout.end <= SM_90A.shared_of(ring.resident)
+            assert part.products.at.end <= SM_90A.shared_of(ring.resident)
             assert 1 <= ring.ahead <= ring.depth
             assert ring.ahead == 1 or ring.ahead * ring.slot_bytes <= most
             assert ring.ahead == ring.depth or (ring.ahead + 1) * ring.slot_bytes > most
@@ -333,7 +313,7 @@ def test_riders_take_the_first_ctas_and_change_no_weight() -> None:
     assert len(set(names)) == len(names)  # riders share positions, slots and frequencies
     bounds = re.findall(r"\b(?:if|elif) block < (\d+):", emission.source.split("@cute.kernel")[1])
     assert bounds == ["2", "4", "6"]
-    assert re.search(r"else:\n        if warp < \d:\n            \w+\(\s*smem, block - 6,", emission.source)
+    assert re.search(r"else:\n        if warp < \d:\n            at = gemv\.enter\(\w+, \w+, s, block - 6\)", emission.source)
 
 
 def test_a_launch_has_the_threads_that_its_riders_rows_take() -> None:
@@ -404,6 +384,10 @@ def test_every_small_kernel_assembles(store: Path, arch: Arch) -> None:
         else:
             assert first == "launch_dependents"
             assert set(rest) == {"wait"}
+        # Whom the warp that reads the weights meets, without waiting: all the others.
+        arrivals = re.findall(r"\bbar\.arrive\s+(\d+), (\d+);", result.ptx)
+        assert {int(threads) for _, threads in arrivals} == {kernel.block}
+        assert {*arrivals} <= {*re.findall(r"\bbar\.sync\s+(\d+), (\d+);", result.ptx)}
         # What frees a slot of the ring stands behind a fence for its loads, or needs what they became.
         frees = [i for i, line in enumerate(lines) if "mbarrier.arrive.shared" in line]
         assert all(

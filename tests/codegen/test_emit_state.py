@@ -42,8 +42,8 @@ def test_of_rows_for_one_place_the_last_one_stays(tmp_path: Path) -> None:
     """Which rings of what drafts have, that no copy stands beside, where a chunk is longer than they are."""
     few, many = (KvStoreSpec(128, "fp8", 144, 1e-6, crowded=rows) for rows in (0, 256))
     texts = [emit_state(StateSpec("state", 256, (spec,))).source for spec in (few, many)]
-    assert "rows=" not in texts[0]
-    assert "rows=256" in texts[1]
+    assert "crowded=" not in texts[0]
+    assert "crowded=256" in texts[1]
     (kernel,) = build([Source("state_0", texts[1])], "sm_90a", tmp_path)
     assert kernel.resources.stack == 0
     config = replace(load_config("tiny"), num_layers=1, compress_ratios=(0,), num_hash_layers=1)
@@ -52,6 +52,6 @@ def test_of_rows_for_one_place_the_last_one_stays(tmp_path: Path) -> None:
         name
         for name, program in plan.buckets.items()
         for launch in program.launches
-        if b"rows=256" in plan.files.get(f"kernels/{launch.kernel.kernel}.py", b"")
+        if b"crowded=256" in plan.files.get(f"kernels/{launch.kernel.kernel}.py", b"")
     }
     assert found == {"prefill-256.last"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,9 +103,9 @@ def test_launches_of_tiles(tmp_path: Path) -> None:
         assert wait < data < release < flag < made < trigger
 
 
-EARLY = "    ptx.launch_dependents()\n    thread, _, _"
+EARLY = "    ptx.launch_dependents()\n    s = ptx.shared("
 EDITS = [  # what a kernel's text is changed to, and what is said of it
-    ("    thread, _, _", EARLY, "ptx.launch_dependents() before sync_threads()"),
+    ("    s = ptx.shared(", EARLY, "ptx.launch_dependents() before sync_threads()"),
     ("    ptx.wait()\n", "", "exchange.push before ptx.wait()"),
     ("exchange.push(", "exchange.receive(", "or lacks one of them"),
     ("    cute.arch.sync_threads()\n", "", "sync_threads() before exchange.receive"),
@@ -132,13 +133,13 @@ def test_a_kernel_that_would_make_ranks_wait_is_found(old: str, new: str, said: 
 )
 def test_a_stage_that_exchanges_where_it_must_not_is_found(emission: Emission, stage: str) -> None:
     """It gives, takes, meets and lets the successor start."""
-    source, wait, trigger = emission.source, "    ptx.wait()\n", "    ptx.launch_dependents()\n"
+    source, trigger = emission.source, "    ptx.launch_dependents()\n"
     assert read_source(source).exchange == ""
-    behind = f"{wait}    {stage}("
-    assert behind in source
-    early = source.replace(behind, behind.removeprefix(wait), 1)
+    behind = re.compile(rf"^( +)ptx\.wait\(\)\n(?=\1{stage}\()", re.MULTILINE)
+    early, count = behind.subn("", source, count=1)
+    assert count == 1
     assert f"{stage} that is not right behind ptx.wait()" in read_source(early).exchange
-    slow = source.replace(behind, trigger + behind, 1)
+    slow = behind.sub(rf"{trigger}\g<0>", source, count=1)
     assert f"ptx.launch_dependents() beside {stage}" in read_source(slow).exchange
 
 

@@ -1,7 +1,7 @@
 """The decode GEMV family: y[M, N] = x[M, K] w[N, K]^T for up to 8 rows, one or several matrices per launch.
 
-`GemvSpec` says what to compute, `emit_gemv` plans tiles, warps, stages and rows and stitches the kernel from
-`templates/gemv.py.jinja`. Matrices that share a weight format and activations form a part; a CTA works on one
+`GemvSpec` says what to compute, `emit_gemv` plans tiles, warps, stages and rows, and puts the stages of
+`lib/gemv.py` in order. Matrices that share a weight format and activations form a part; a CTA works on one
 part, and on some of the rows where all do not fit.
 """
 
@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from textwrap import indent
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, literal, render
+from dsv4c.codegen.emit import Emission, Parameter, branches, call_text, compose, place_of
 from dsv4c.codegen.kernels.exchange import EXCHANGE
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
-from dsv4c.codegen.kernels.riders import CompressSpec, Rider, lanes, parameters_of, seated, stage_of
-from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Gather, Layout, Product, Ring
+from dsv4c.codegen.kernels.riders import Rider, lanes, parameters_of, seated, stage_of
+from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Gather, Product, Products, Ring, Seat
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
 from dsv4c.errors import BuildError
@@ -62,9 +63,15 @@ class Activations:
         """Whether the operand is quantized in memory, so that it has scales there."""
         return self.prologue in ("expand", "unpack") or (self.prologue == "copy" and self.kind == "e4m3")
 
-    def row_bytes(self, k: int) -> int:
-        """Bytes of `k` columns in memory, without scales."""
-        return k // 2 if self.prologue == "unpack" else k if self.scaled else 2 * k
+    def text(self, batch: int, k: int) -> str:
+        """What is multiplied with weights."""
+        rows = f"{self.name}: bf16[{batch},{k}]"
+        if self.prologue == "normalize":
+            rows = f"rms_norm({rows}, {self.gain}: f32[{k}], eps={self.eps})"
+        elif self.scaled:
+            packed = "q[e2m1,e4m3,1x16,row]" if self.prologue == "unpack" else "q[e4m3,ue8m0,1x128]"
+            return f"{self.name}: {packed}[{batch},{k}]"
+        return f"fp8({rows})" if self.prologue in ("normalize", "quantize") and self.kind == "e4m3" else rows
 
 
 @dataclass(frozen=True)
@@ -112,10 +119,18 @@ class Gathered:
         """In ABI order."""
         return (*EXCHANGE, *(Parameter(name) for n in self.names for name in (f"{n}_piece", n)))
 
-    def call(self, *wanted: str) -> str:
+    @property
+    def record(self) -> str:
+        """What CTAs gather of."""
+        pieces, whole = (pointers([f"m_{name}{end}" for name in self.names]) for end in ("_piece", ""))
+        return call_text(
+            "exchange.GatherOperands", ["exchange=m_exchange", f"pieces={pieces}", f"whole={whole}"]
+        )
+
+    def call(self, tid: str, threads: int, *wanted: str) -> str:
         """The stage of a CTA that reads these operands."""
         values = tuple(self.names.index(name) for name in wanted)
-        return f"exchange.gather(GATHER, *given, {values}, tid, CONSUMERS)"
+        return f"exchange.gather(GATHER, given, site, block, {values}, {tid}, {threads})"
 
 
 @dataclass(frozen=True)
@@ -158,13 +173,23 @@ class Part:
 
     name: str
     ring: Ring
+    batch: int
     splits: int
+    groups: int
     x: Activations
     out_dtype: str
     slots: tuple[Slot, ...]
     first: int
     ctas: int
     nbytes: int
+
+    @property
+    def products(self) -> Products:
+        """What the device library cuts it by."""
+        seats = tuple(Seat(slot.matrix.rows, slot.first, slot.ctas) for slot in self.slots)
+        out = "" if self.epilogue else self.out_dtype
+        x = self.x
+        return Products(self.ring, x.prologue, seats, out, self.batch, self.splits, self.groups, x.eps)
 
     @property
     def last(self) -> int:
@@ -174,18 +199,25 @@ class Part:
     @property
     def parameters(self) -> tuple[Parameter, ...]:
         """Activations, gain, then per matrix weight, scales and output."""
-        x = [Parameter(self.x.name)]
-        if self.x.scaled:
-            x.append(Parameter(self.x.name, "scale"))
-        if self.x.prologue == "unpack":
-            x.append(Parameter(self.x.name, "global_scale"))
-        if self.x.gain:
-            x.append(Parameter(self.x.gain))
-        scales = {"fp8": ["scale"], "nvfp4": ["global_scale"]}.get(self.ring.product.weight, [])
+        x = [p for p in self._x.values() if p is not None]
         for slot in self.slots:
-            weight = slot.matrix.name
-            x += [Parameter(weight), *(Parameter(weight, c) for c in scales), *slot.matrix.results]
+            x += [Parameter(slot.matrix.name), *self._scales(slot), *slot.matrix.results]
         return tuple(dict.fromkeys(x))
+
+    @property
+    def _x(self) -> dict[str, Parameter | None]:
+        """Operands of the device library that all matrices share."""
+        x = self.x
+        return {
+            "x": Parameter(x.name),
+            "x_scale": Parameter(x.name, "scale") if x.scaled else None,
+            "x_global": Parameter(x.name, "global_scale") if x.prologue == "unpack" else None,
+            "gain": Parameter(x.gain) if x.gain else None,
+        }
+
+    def _scales(self, slot: Slot) -> list[Parameter]:
+        component = {"fp8": "scale", "nvfp4": "global_scale"}.get(self.ring.product.weight)
+        return [Parameter(slot.matrix.name, component)] if component else []
 
     @property
     def epilogue(self) -> Epilogue | None:
@@ -193,25 +225,62 @@ class Part:
         return self.slots[0].matrix.epilogue
 
     @property
-    def weights(self) -> list[str]:
-        """Parameters of the warp that reads the weights."""
-        return [f"m_{slot.matrix.name}" for slot in self.slots]
+    def record(self) -> str:
+        """Its operands, as the device library takes them."""
+        given = [f"{name}={p.name}" for name, p in self._x.items() if p is not None]
+        scales = [p.name for slot in self.slots for p in self._scales(slot)]
+        results = (
+            [p.name for slot in self.slots for p in slot.matrix.results] if self.epilogue is None else []
+        )
+        matrices = {
+            "weights": [f"m_{slot.matrix.name}" for slot in self.slots],
+            "scales": scales,
+            "results": results,
+        }
+        given += [f"{name}={pointers(values)}" for name, values in matrices.items() if values]
+        return f"{self.name} = " + call_text("gemv.Operands", given)
 
     @property
-    def layout(self) -> Layout:
-        """Shared arrays of a CTA of the part."""
-        r = self.ring
-        normalized = {"squares": r.product.rows * r.product.blocks * 4, "gain": 4 * r.product.k}
-        return Layout(
-            ring=r.ring_bytes,
-            x=r.product.x_bytes,
-            fx=r.product.fx_bytes,
-            **(normalized if self.x.prologue == "normalize" else {}),
-            scale=r.scale_bytes,
-            part=r.part_bytes,
-            bars=r.bars_bytes,
-            bar=8,
+    def function(self) -> str:
+        """Its epilogue."""
+        assert self.epilogue is not None
+        signature = "".join(f"    {p.name}: cute.Pointer,\n" for p in self.epilogue.parameters)
+        return (
+            f"@cute.jit\ndef {self.name}_epilogue(\n    value: Float32,\n    i: Int32,\n{signature}):\n"
+            f'    """What becomes of element `i` of {self.slots[0].matrix.out}."""\n'
+            + indent("\n".join(self.epilogue.lines), "    ")
         )
+
+    def stages(self, late: bool, gather: Gathered | None) -> str:
+        """What a CTA of the part does, in order."""
+        name, spec, block = self.name, self.name.upper(), place_of("block", self.first)
+        threads = self.ring.warps * 32
+        wait = ["ptx.wait()", *(["ptx.launch_dependents()"] if late else [])]
+        if self.x.prologue == "copy":
+            copy = [*wait, f"gemv.copy_rows({spec}, at)"]
+            staged = ["if at.warp == 0:", *(f"    {line}" for line in copy)]
+        else:
+            taken = (
+                [gather.call("at.tid", threads, self.x.name)]
+                if gather and self.x.prologue == "normalize"
+                else []
+            )
+            staged = [*wait, *taken, f"gemv.stage_rows({spec}, at)"]
+        after = []
+        if self.epilogue is not None:
+            after = [f"{name}_epilogue", pointers([p.name for p in self.epilogue.parameters])]
+        lines = [
+            f"at = gemv.enter({spec}, {name}, s, {block})",
+            *staged,
+            call_text("gemv.multiply", [spec, "at", *after]),
+        ]
+        reads = f"gemv.read_weights({spec}, {name}, s, {block})"
+        return f"if warp < {self.ring.warps}:\n{indent(chr(10).join(lines), '    ')}\nelse:\n    {reads}"
+
+
+def pointers(names: Sequence[str]) -> str:
+    """A tuple of them."""
+    return call_text("", names) if len(names) != 1 else f"({names[0]},)"
 
 
 def emit_gemv(spec: GemvSpec, arch: Arch) -> Emission:
@@ -227,53 +296,87 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
     gather = spec.gather
     found = [part.parameters for part in parts] + [parameters_of(rider) for rider in riders]
     found += [gather.parameters] if gather else []
-    parameters = tuple(dict.fromkeys(p for parameters in found for p in parameters))
     epilogues = [part.epilogue for part in parts if part.epilogue is not None]
-    shared = max([part.layout.end for part in parts] + [rider.shared for rider in riders])
+    shared = max([part.products.at.end for part in parts] + [rider.shared for rider in riders])
     grid = parts[-1].last
-    nbytes = sum(part.nbytes for part in parts)
-    source = render(
-        "gemv.py.jinja",
-        spec=spec,
-        parts=parts,
-        riders=riders,
-        rider_specs={rider.name.upper(): literal(rider.shape(warps * 32)) for rider in riders},
-        stage_of=stage_of,
-        gather=gather,
+    emission = compose(
+        spec.name,
+        _what(spec, parts, riders),
+        {p: "" for parameters in found for p in parameters},
+        f"Launch: grid {grid}, block {warps * 32 + 32}, {shared} bytes of shared memory, programmatic edges "
+        f"allowed.\n{weights_text(sum(part.nbytes for part in parts), arch)}",
+        [
+            *([] if gather or spec.late else ["ptx.launch_dependents()"]),
+            f"s = ptx.shared({shared})",
+            "block, _, _ = cute.arch.block_idx()",
+            *(["tid, _, _ = cute.arch.thread_idx()"] if riders else []),
+            "warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())",
+            *([f"site = exchange.open_site(m_exchange, m_site, {gather.gather.ranks})"] if gather else []),
+            *([f"given = {gather.record}"] if gather else []),
+            *(part.record for part in parts),
+            *([STATE_FIRST] if riders else []),
+            branches(
+                [*(_riding(rider, n, spec, warps) for n, rider in enumerate(riders))]
+                + [part.stages(spec.late, gather) for part in parts],
+                [(n + 1) * spec.batch for n in range(len(riders))] + [part.last for part in parts],
+            ),
+        ],
+        threads=warps * 32 + 32,
+        grid=(grid, 1, 1),
+        resident=2 if riders else None,
+        spec={
+            **({"GATHER": gather.gather} if gather else {}),
+            **{rider.name.upper(): rider.shape(warps * 32) for rider in riders},
+            **{part.name.upper(): part.products for part in parts},
+        },
+        record=None,
+        functions=[part.function for part in parts if part.epilogue is not None],
         elements={p.name: n for e in epilogues for p, n in zip(e.parameters, e.numbers, strict=True)},
-        numbers=sorted({"Float32", "Int32", "Int64"}.union(*(e.numbers for e in epilogues))),
-        uses=[use for use in ("at", "put") if any(f"{use}(" in line for e in epilogues for line in e.lines)],
-        parameters=parameters,
-        grid=grid,
-        warps=warps,
-        shared=shared,
-        nbytes=nbytes,
-        arch=arch,
-        formats=WEIGHT_FORMATS,
-        libs=libs_of((part.x.prologue for part in parts), riders, gather is not None),
+        meanings=("math", "values") if epilogues else (),
     )
     packing = {
         slot.matrix.name: f"{slot.matrix.format}/{part.ring.tile_warps}x{part.ring.span}"
         for part in parts
         for slot in part.slots
     }
-    return Emission(
-        symbol=f"{spec.name}_0",
-        source=source,
-        grid=(grid, 1, 1),
-        block=warps * 32 + 32,
-        shared=shared,
-        parameters=parameters,
-        packing=packing,
-    )
+    return replace(emission, packing=packing)
 
 
-def libs_of(prologues: Iterable[str], riders: Iterable[Rider] = (), exchanges: bool = False) -> str:
-    """Modules that a kernel with these prologues and riders imports."""
-    used = set(prologues)
-    names = {"ptx", "stream", *(["nvfp4"] if "unpack" in used else []), *(["exchange"] if exchanges else [])}
-    names |= {"compress" if isinstance(rider, CompressSpec) else "cache" for rider in riders}
-    return ", ".join(sorted(names | ({"activations"} if used - {"unpack"} else set())))
+STATE_FIRST = """\
+# State first: low numbers are resident before the grid fills the SMs, so that what these CTAs wait for
+# and read, one after the other, passes while the rest streams weights. As the last ones they would start
+# when others end."""
+
+
+def _riding(rider: Rider, number: int, spec: GemvSpec, warps: int) -> str:
+    """What the CTAs of a rider do."""
+    lines = [stage_of(rider, place_of("block", number * spec.batch))]
+    if spec.gather:
+        lines = ["ptx.wait()", spec.gather.call("tid", warps * 32, *rider.projected), *lines]
+    return f"if warp < {warps}:\n" + indent("\n".join(lines), "    ")
+
+
+def _what(spec: GemvSpec, parts: Sequence[Part], riders: Sequence[Rider]) -> str:
+    """For people."""
+    batch, k = spec.batch, spec.groups * spec.k
+    diagonal = f", {spec.groups} diagonal blocks" if spec.groups > 1 else ""
+    lines = [f"{spec.name}: decode GEMV, {batch} row{'s' if batch > 1 else ''}{diagonal}.", ""]
+    for part in parts:
+        for m in (slot.matrix for slot in part.slots):
+            weight = f"{m.name}: {WEIGHT_FORMATS[m.format]}[{m.rows},{spec.k}]"
+            lines.append(f"    {m.out}: {m.out_dtype}[{batch},{m.rows}] = {part.x.text(batch, k)} x {weight}")
+            lines += [f"    {m.epilogue.text}"] if m.epilogue else []
+    lines += [f"    {rider.text}" for rider in riders]
+    if riders:
+        places = "positions: i32[N], -1 for none (writes nothing); slots: i32[N], of S"
+        lines += ["", f"N = {batch}; {places}; frequencies: f32[32]."]
+    return "\n".join(lines)
+
+
+def weights_text(nbytes: int, arch: Arch, each: str = "") -> str:
+    """What reading so many bytes of weights, for `each` where that is said, takes at least: for people."""
+    read = f"{nbytes / 1e6:.1f} MB of weights{f' per {each}' if each else ''}"
+    return f"Reads {read}: {arch.floor_us(nbytes):.1f} us at the read bandwidth of the {arch.gpu}."
 
 
 def _check(spec: GemvSpec) -> None:
@@ -394,12 +497,13 @@ def _part(
         product = Product(format, x.kind, -(-spec.batch // splits), spec.k)
         span = span_of(product, k_warps, rounds)
         ring = Ring(product, tile_warps, k_warps, span, stages, rounds, 1, 1, resident, cut.ahead)
-        return Part(name, ring, splits, x, out_dtype, tuple(slots), first, at * splits, nbytes)
+        batch, groups = spec.batch, spec.groups
+        return Part(name, ring, batch, splits, groups, x, out_dtype, tuple(slots), first, at * splits, nbytes)
 
     for splits in range(-(-spec.batch // MMA_ROWS), spec.batch + 1):
         for resident in (2, 1):
             for stages in (cut.stages,) if cut.stages else range(STAGES, 1, -1):
                 part = planned(splits, stages, resident)
-                if part.layout.end <= arch.shared_of(resident):
+                if part.products.at.end <= arch.shared_of(resident):
                     return part
     raise BuildError(f"{spec.name}: a row of {spec.k} leaves no shared memory for two stages of weights")

@@ -1,16 +1,16 @@
 """Hyper-connection kernels: streams mixed, projected, collapsed and normalized by one cluster per token.
 
-One skeleton serves every sublayer boundary and the head: what is mixed, kept, normalized and quantized are
-literals.
+One skeleton serves every sublayer boundary and the head: operands that are there say what is mixed, kept,
+normalized and quantized.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
-from dsv4c.codegen.kernels.exchange import EXCHANGE, exchanging
+from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
+from dsv4c.codegen.kernels.exchange import EXCHANGE, EXCHANGED, exchanging
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.slices import STREAMS, TOGETHER, Batch, Slice
@@ -57,7 +57,16 @@ class HyperNormSpec:
         """The cut of a row. Raises BuildError when no cluster can hold `fn`."""
         projected = STREAMS if self.head else STREAMS * (STREAMS + 2)
         for ctas in [self.ctas] if self.ctas else range(CLUSTER_LIMIT, 1, -1):
-            cut = Slice(self.hidden, ctas, projected, min(projected, self._held(ctas)), self.ranks)
+            cut = Slice(
+                self.hidden,
+                ctas,
+                projected,
+                self.norm_eps,
+                self.hc_eps,
+                self.iterations if self.mix else 0,
+                held=min(projected, self._held(ctas)),
+                ranks=self.ranks,
+            )
             if self.hidden % (128 * ctas) == 0 and cut.width <= 1024 and cut.shared <= arch.shared_per_cta:
                 return cut
         raise BuildError(
@@ -71,7 +80,7 @@ class HyperNormSpec:
         """
         clusters = WAVES * 2 * arch.sms // cut.ctas
         tokens = min(MOST_TOKENS, -(-self.rows // clusters // TOGETHER) * TOGETHER)
-        return Batch(cut.hidden, cut.ctas, cut.rows, tokens=tokens, count=self.rows)
+        return Batch(**asdict(replace(cut, held=0)), tokens=tokens, count=self.rows)
 
     def _held(self, ctas: int) -> int:
         """Registers leave shared memory to the predecessor's weights: fn arrives while those still stream.
@@ -93,77 +102,100 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
     cut = spec.slice(arch)
     if spec.rows > FEW_ROWS:
         cut = spec.batch(cut, arch)
-    symbol = "hyper_head" if spec.head else "hyper_norm" if spec.mix else "hyper_norm_first"
-    parameters = _parameters(spec)
-    nbytes = cut.rows * (STREAMS * spec.hidden + 2) * 4 + spec.hidden * 2
-    nbytes += spec.hidden * 2 * (STREAMS + spec.mix * (1 if spec.ranks == 1 else 2))
-    grid = -(-spec.rows // cut.tokens) * cut.ctas if isinstance(cut, Batch) else spec.rows * cut.ctas
-    source = render(
-        "hyper_norm_batch.py.jinja" if isinstance(cut, Batch) else "hyper_norm.py.jinja",
-        what="The head's collapse and norm" if spec.head else "Streams mixed, collapsed and normalized",
-        symbol=symbol,
-        parameters=[p.name for p in parameters],
-        signature=_signature(spec, cut),
-        slice=cut,
+    many = isinstance(cut, Batch)
+    library = "hyper_batch" if many else "hyper"
+    wait = ["ptx.wait()", "hyper.arrived()"]
+    if spec.ranks > 1:
+        wait = [
+            "ptx.wait()",
+            "number, addend, word = hyper.addend(SPEC, m, at)",
+            f"exchange.push(to, own, flag, number, word, {spec.ranks})",
+            f"total = exchange.receive_sum(m.exchange, here, own, flag, number, addend, {spec.ranks})",
+            "hyper.keep_sum(SPEC, s, at, total)",
+            "cute.arch.sync_threads()",
+            "ptx.launch_dependents()",
+        ]
+    site = f"own, flag, to, here = exchange.open_site(m.exchange, m.site, {spec.ranks})"
+    if isinstance(cut, Batch):
+        grid: tuple[int | str, int, int] = (-(-spec.rows // cut.tokens) * cut.ctas, 1, 1)
+        launch = f"for {cut.tokens} tokens, {TOGETHER} at a time; {cut.shared} B shared each."
+    else:
+        grid = (f"rows * {cut.ctas}", 1, 1)
+        nbytes = cut.rows * (STREAMS * spec.hidden + 2) * 4 + spec.hidden * 2
+        nbytes += spec.hidden * 2 * (STREAMS + spec.mix * (1 if spec.ranks == 1 else 2))
+        launch = f"per token; {cut.shared} B shared each.\n{floor_text(nbytes, arch, 'token')}"
+    return compose(
+        "hyper_head" if spec.head else "hyper_norm" if spec.mix else "hyper_norm_first",
+        _what(spec),
+        _operands(spec, cut),
+        f"Launch: a cluster of {cut.ctas} CTAs x {cut.threads} threads {launch}",
+        [
+            *(["ptx.launch_dependents()"] if spec.ranks == 1 else []),
+            f"s = ptx.shared({cut.shared})",
+            *([site] if spec.ranks > 1 else []),
+            f"at = {library}.enter(SPEC, m, s)",
+            *wait,
+            f"{library}.cross(SPEC, m, s, at)",
+        ],
+        threads=cut.threads,
         grid=grid,
-        together=TOGETHER,
-        norm_eps=spec.norm_eps,
-        hc_eps=spec.hc_eps,
-        iterations=spec.iterations,
-        mix=spec.mix,
-        keep=spec.keep,
-        weights=not spec.head,
-        bf16=spec.bf16,
-        fp8=spec.fp8,
-        plain=spec.plain,
-        ranks=spec.ranks,
-        nbytes=nbytes,
-        arch=arch,
-    )
-    return Emission(
-        symbol=f"{symbol}_0",
-        source=source,
-        grid=(grid, 1, 1),
-        block=cut.threads,
-        shared=cut.shared,
-        parameters=parameters,
-        cluster=(cut.ctas, 1, 1),
+        sizes={"rows": spec.rows},
+        cluster=cut.ctas,
+        resident=2 if many and cut.threads <= 256 else None,
+        spec=cut,
+        record="hyper.Operands",
     )
 
 
-def _parameters(spec: HyperNormSpec) -> tuple[Parameter, ...]:
-    early = spec.mix and spec.rows <= FEW_ROWS
-    older = [Parameter(name, early=early) for name in ("post", "logits")] if spec.mix else []
-    mixed = [Parameter("f"), *(EXCHANGE if spec.ranks > 1 else ()), *older] if spec.mix else []
-    names = ["fn", "base", "scale", "gain"]
-    names += [*(["x_out"] if spec.keep else []), *([] if spec.head else ["post_out", "logits_out"])]
-    names += ["normed"] * spec.bf16 + ["plain"] * spec.plain
-    quantized = (Parameter("q"), Parameter("q", "scale")) if spec.fp8 else ()
-    return (Parameter("x", early=early), *mixed, *map(Parameter, names), *quantized)
+def _what(spec: HyperNormSpec) -> str:
+    """For people."""
+    what = "The head's collapse and norm" if spec.head else "Streams mixed, collapsed and normalized"
+    tokens = spec.rows if spec.rows > FEW_ROWS else "N"
+    lines = [f"{what}: {tokens} tokens of {STREAMS} streams x {spec.hidden} columns.", ""]
+    if spec.ranks > 1:
+        lines += [f"    f       = bf16(the sum of {spec.ranks} ranks' rows, in f32 and in order of the ranks)"]
+    comb = f"comb = sinkhorn(logits), {spec.iterations} iterations"
+    mixed = f"    x'_k    = bf16(post_k f + sum_j comb[j,k] x_j), {comb}"
+    lines += [
+        mixed if spec.mix else "    x'      = x",
+        f"    m       = (x' . fn) * rsqrt(mean(x'^2) + {spec.norm_eps});  z_i = m_i * scale + base_i",
+        f"    a       = bf16(sum_i (sigmoid(z_i) + {spec.hc_eps}) x'_i)",
+        f"    normed  = bf16(a * rsqrt(mean(a^2) + {spec.norm_eps}) * gain)",
+        *([] if spec.head else ["    post'_k = 2 sigmoid(z_4+k);  logits' = z_8..23"]),
+        *(["    q       = normed as e4m3 with one ue8m0 scale per 128"] if spec.fp8 else []),
+    ]
+    return "\n".join(lines)
 
 
-def _signature(spec: HyperNormSpec, cut: Slice) -> str:
-    """Operands and results with their types, in ABI order, one a line."""
+def _operands(spec: HyperNormSpec, cut: Slice) -> dict[Parameter, str | None]:
+    """Types by parameter, in ABI order; None for what the kernel does without."""
     h, p = spec.hidden, cut.rows
-    types = {
-        "x": f"bf16[N,4,{h}]",
-        "f": f"bf16[N,{h}]" if spec.ranks == 1 else f"f32[N,{h}], this rank's addends",
-        "post": "f32[N,4]",
-        "logits": "f32[N,4,4]",
-        "fn": f"f32[{p},{4 * h}]",
-        "base": f"f32[{p}]",
-        "scale": f"f32[{1 if spec.head else 3}]",
-        "gain": f"bf16[{h}]",
-        "x_out": f"bf16[N,4,{h}]",
-        "post_out": "f32[N,4]",
-        "logits_out": "f32[N,4,4]",
-        "normed": f"bf16[N,{h}]",
-        "plain": f"bf16[N,{h}]",
-        "q": f"e4m3[N,{h}]",
-        "q_scale": f"ue8m0[N,{h // 128}]",
+    early = spec.mix and spec.rows <= FEW_ROWS
+
+    def some(there: bool, text: str) -> str | None:
+        return text if there else None
+
+    exchange, site = EXCHANGE
+    addends = spec.mix and spec.ranks > 1
+    return {
+        Parameter("x", early=early): f"bf16[N,4,{h}]",
+        Parameter("f"): some(spec.mix, f"f32[N,{h}], this rank's addends" if addends else f"bf16[N,{h}]"),
+        exchange: some(addends, EXCHANGED[exchange]),
+        site: some(addends, EXCHANGED[site]),
+        Parameter("post", early=early): some(spec.mix, "f32[N,4]"),
+        Parameter("logits", early=early): some(spec.mix, "f32[N,4,4]"),
+        Parameter("fn"): f"f32[{p},{4 * h}]",
+        Parameter("base"): f"f32[{p}]",
+        Parameter("scale"): f"f32[{1 if spec.head else 3}]",
+        Parameter("gain"): f"bf16[{h}]",
+        Parameter("x_out"): some(spec.keep, f"bf16[N,4,{h}]"),
+        Parameter("post_out"): some(not spec.head, "f32[N,4]"),
+        Parameter("logits_out"): some(not spec.head, "f32[N,4,4]"),
+        Parameter("normed"): some(spec.bf16, f"bf16[N,{h}]"),
+        Parameter("plain"): some(spec.plain, f"bf16[N,{h}]"),
+        Parameter("q"): some(spec.fp8, f"e4m3[N,{h}]"),
+        Parameter("q", "scale"): some(spec.fp8, f"ue8m0[N,{h // 128}]"),
     }
-    named = [p for p in _parameters(spec) if p not in EXCHANGE]
-    return "\n".join(f"{p.name}: {types[p.name.removeprefix('m_')]}" for p in named)
 
 
 # Binding ----------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, compose
 from dsv4c.codegen.kernels.row_program import (
     MEANINGS,
     NUMBERS,
@@ -155,35 +155,38 @@ def _emit(name: str, what: str, program: Program, graph: Graph, ctas: int) -> Bu
     components = [(home.name, c) for home in outside for c in home.type.components]
     parameters = tuple(Parameter(operand, c.name) for operand, c in components)
     numbers = {p.name: NUMBERS.get(c.dtype) for p, (_, c) in zip(parameters, components, strict=True)}
-    places, steps = place_lines(program), [step_lines(program, step) for step in program.steps]
-    text = "\n".join((*places, *(line for step in steps for line in step)))
-    for lines, step in zip(steps[:-1], program.steps, strict=False):
-        if not isinstance(step, Copy):  # nobody reads what it writes
-            lines.append("cute.arch.sync_threads()")
-    threads = THREADS if ctas > 1 else _threads(program)
-    source = render(
-        "row_program.py.jinja",
-        name=name,
-        what=what,
-        signature=list(_signature(operands, graph)),
-        threads=threads,
-        elements={pointer: number for pointer, number in numbers.items() if number},
-        numbers=[
-            n
-            for n in ("BFloat16", "Float16", "Float32", "Int32", "Int64", "Uint8")
-            if re.search(rf"\b{n}\b", f"{text} {numbers}")
+    steps: list[str] = []
+    for step in program.steps:
+        steps += step_lines(program, step)
+        if step is not program.steps[-1] and not isinstance(step, Copy):  # nobody reads what that writes
+            steps.append("cute.arch.sync_threads()")
+    code = [*place_lines(program), "ptx.wait()", *steps]
+    threads, rows, shared = THREADS if ctas > 1 else _threads(program), program.rows, program.shared
+    number = "row" if rows > 1 else "block" if ctas > 1 else ""
+    if ctas > 1:
+        launch = f"Launch: {ctas} CTAs of {threads} threads."
+        team = [f"team = values.Team(block * THREADS + thread, {ctas} * THREADS)"]
+    else:
+        launch = f"Launch: a CTA of {threads} threads for each of {rows} rows; {shared} B shared each."
+        team = [f"shared = ptx.shared({shared})", "team = values.Team(thread, THREADS, shared)"]
+    emission = compose(
+        name,
+        "\n".join([what, "", *(f"    {line}" for line in _signature(operands, graph))]),
+        dict.fromkeys(parameters, ""),
+        launch,
+        [
+            "ptx.launch_dependents()",
+            "thread, _, _ = cute.arch.thread_idx()",
+            *([f"{number}, _, _ = cute.arch.block_idx()"] if number else []),
+            *team,
+            *code,
         ],
-        modules=sorted({m for m in MEANINGS if f"{m}." in text} | {"values"}),
-        uses=[name for name in ("at", "put") if f"{name}(" in text],
-        pointers=[p.name for p in parameters],
-        rows=program.rows,
-        ctas=ctas,
-        shared=program.shared,
-        places=places,
-        steps=steps,
+        threads=threads,
+        grid=(rows * ctas, 1, 1),
+        record=None,
+        elements={pointer: number for pointer, number in numbers.items() if number},
+        meanings=sorted({m for m in MEANINGS if f"{m}." in "\n".join(code)} | {"values"}),
     )
-    shared = program.shared if ctas == 1 else 0
-    emission = Emission(f"{name}_0", source, (program.rows * ctas, 1, 1), threads, shared, parameters)
     return Built(emission, operands)
 
 

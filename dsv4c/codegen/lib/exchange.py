@@ -168,18 +168,24 @@ def receive_sum(
     return total
 
 
+class GatherOperands(NamedTuple):
+    """Of each value this rank's pieces [rows, words], and all ranks' [rows, ranks * words]."""
+
+    exchange: cute.Pointer
+    pieces: tuple[cute.Pointer, ...]
+    whole: tuple[cute.Pointer, ...]
+
+
 @cute.jit
 def gather(
     t: Constexpr[Gather],
+    m: GatherOperands,
     site: tuple,
-    m_exchange: cute.Pointer,
-    pieces: tuple,
-    whole: tuple,
     block: Int32,
-    wanted: Constexpr[tuple],
+    wanted: Constexpr[tuple[int, ...]],
     thread: Int32,
     threads: Constexpr[int],
-):
+) -> None:
     """Give this CTA's share of all values, take the `wanted` ones, then let the successor start.
 
     Behind the wait, by `threads` threads, which find those values in memory after it: other CTAs store the
@@ -193,7 +199,7 @@ def gather(
             n = const_expr(t.words[value])
             j = i - t.first(value)
             if j >= 0 and j < n:
-                word = ptx.ldg32(pieces[value] + (Int64(row) * n + j) * 4)
+                word = ptx.ldg32(m.pieces[value].toint() + (Int64(row) * n + j) * 4)
                 push(to, rank, flag, Int64(mine), word, t.ranks)
     for value in wanted:
         n = const_expr(t.words[value])
@@ -201,12 +207,12 @@ def gather(
             k = turn * threads + thread
             if k < t.rows * n:
                 row, j = k // n, k % n
-                own = ptx.ldg32(pieces[value] + Int64(k) * 4)
+                own = ptx.ldg32(m.pieces[value].toint() + Int64(k) * 4)
                 number = Int64(row) * t.width + t.first(value) + j
-                words = receive_all(m_exchange, here, rank, flag, number, own, t.ranks)
+                words = receive_all(m.exchange, here, rank, flag, number, own, t.ranks)
                 for peer in range_constexpr(t.ranks):
                     at = Int64(row) * (n * t.ranks) + peer * n + j
-                    ptx.stg32(whole[value] + at * 4, words[peer])
+                    ptx.stg32(m.whole[value].toint() + at * 4, words[peer])
     ptx.sync_threads(threads)
     ptx.launch_dependents()
 

@@ -5,6 +5,8 @@ A thread holds four neighboring columns of one stream while the streams are mixe
 inference/model.py, hc_pre, hc_post and hc_head.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
@@ -13,6 +15,131 @@ from dsv4c.codegen.lib import cluster, ptx, quantize
 from dsv4c.codegen.lib.slices import STREAMS, Slice
 
 LOG2E = 1.4426950408889634
+
+
+class Operands(NamedTuple):
+    """x bf16[N, 4, hidden]; to mix f bf16[N, hidden] (or f32, this rank's addends), post f32[N, 4] and logits
+    f32[N, 4, 4]; fn f32[rows, 4 hidden], base f32[rows], scale f32[3] or [1], gain bf16[hidden] -> x_out like
+    x; post_out and logits_out of the next mixing; normed and, before its norm, plain bf16[N, hidden]; q, the
+    normed row in FP8. Without f nothing is mixed; of the results there are some.
+    """
+
+    x: cute.Pointer
+    f: cute.Pointer | None
+    exchange: cute.Pointer | None
+    site: cute.Pointer | None
+    post: cute.Pointer | None
+    logits: cute.Pointer | None
+    fn: cute.Pointer
+    base: cute.Pointer
+    scale: cute.Pointer
+    gain: cute.Pointer
+    x_out: cute.Pointer | None
+    post_out: cute.Pointer | None
+    logits_out: cute.Pointer | None
+    normed: cute.Pointer | None
+    plain: cute.Pointer | None
+    q: cute.Pointer | None
+    q_scale: cute.Pointer | None
+
+
+class Place(NamedTuple):
+    """What a thread works on: of `token`, on CTA `rank` of its cluster, four columns from `column` on of one
+    stream; with the weights of its columns and, where they are mixed, all streams of them.
+    """
+
+    thread: Int32
+    warp: Int32
+    lane: Int32
+    token: Int32
+    rank: Int32
+    quad: Int32
+    stream: Int32
+    column: Int32
+    weights: cute.Tensor
+    x: tuple
+    post: Float32
+
+
+# One token's boundary ---------------------------------------------------------------------------------------
+
+
+@cute.jit
+def enter(t: Constexpr[Slice], m: Operands, sm: Int32) -> Place:
+    """Before the wait: inboxes open, weights under way; what is older than the predecessor, who lets this
+    kernel begin behind its own wait, is read.
+    """
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+    token, rank = block // t.ctas, cute.arch.block_idx_in_cluster()
+    quad, stream = thread % (t.width // 4), thread // (t.width // 4)
+    column = rank * t.width + quad * 4
+    open_inboxes(t, sm, thread)
+    if const_expr(m.f is not None):
+        early_comb(t, sm, m.logits.toint(), token, t.iterations, t.hc_eps, warp, lane)
+    weights = prefetch(t, sm, m.fn.toint(), stream, quad, column)
+    stage_vectors(t, sm, m.base.toint(), m.scale.toint(), m.gain.toint(), rank, thread)
+    x, post = [], Float32(0.0)
+    if const_expr(m.f is not None):
+        x, post = load_early(t, m.x.toint(), m.post.toint(), token, stream, column)
+    return Place(thread, warp, lane, token, rank, quad, stream, column, weights, tuple(x), post)
+
+
+@cute.jit
+def addend(t: Constexpr[Slice], m: Operands, at: Place) -> tuple[Int64, Float32, Uint32]:
+    """Of a sum over ranks that is mixed, the thread's number, and this rank's part of it, also as a word."""
+    number = Int64(at.token) * t.hidden + at.rank * t.width + at.thread
+    own = ptx.ldg_f32(m.f.toint() + number * 4)
+    return number, own, own.bitcast(Uint32)
+
+
+@cute.jit
+def keep_sum(t: Constexpr[Slice], sm: Int32, at: Place, total: Float32) -> None:
+    """The sum, rounded, for `cross`; and what `enter` has put under way is there. Behind it a CTA barrier."""
+    ptx.sts16(sm + t.o_f + at.thread * 2, ptx.f32x2_to_bf16x2(total, total))
+    ptx.cp_async_wait(0)
+
+
+@cute.jit
+def arrived() -> None:
+    """Behind the wait: what `enter` has stored and put under way is there. All threads."""
+    ptx.cp_async_wait(0)
+    cute.arch.sync_threads()
+
+
+@cute.jit
+def cross(t: Constexpr[Slice], m: Operands, sm: Int32, at: Place) -> None:
+    """Streams mixed, projected, collapsed and normalized."""
+    warp, lane, token = at.warp, at.lane, at.token
+    if const_expr(m.f is not None):
+        if const_expr(t.ranks > 1):
+            f = ptx.lds64(sm + t.o_f + at.quad * 8)
+        else:
+            f = load_row(t, m.f.toint(), token, at.column)
+        x0, x1 = mix(f, at.x, at.post, load_comb(t, sm, at.stream))
+    else:
+        x0, x1 = load_stream(t, m.x.toint(), token, at.stream, at.column)
+    ptx.sts64(sm + t.o_x + (at.stream * t.width + at.quad * 4) * 2, x0, x1)
+    part = project(t, sm, at.weights, x0, x1, at.stream, at.quad, lane)
+    share_sums(t, sm, part, at.rank, warp, lane)
+    if const_expr(m.x_out is not None):
+        store_stream(t, m.x_out.toint(), token, at.stream, at.column, x0, x1)
+    if warp < t.groups:
+        z = affine(t, sm, t.norm_eps, lane)
+        a = collapse(t, sm, z, t.hc_eps, warp, lane)
+        w0, w1 = normalize(t, sm, a, t.norm_eps, at.rank, warp, lane)
+        own = at.rank * t.width + warp * 128 + lane * 4
+        if const_expr(m.normed is not None):
+            store_row(t, m.normed.toint(), token, own, w0, w1)
+        if const_expr(m.plain is not None):
+            store_row(t, m.plain.toint(), token, own, *as_words(a))
+        if const_expr(m.q is not None):
+            store_fp8(t, m.q.toint(), m.q_scale.toint(), token, own, w0, w1, lane)
+    if const_expr(m.post_out is not None):
+        if warp == t.groups and at.rank == 0:  # needed by the next mixing alone: nobody here waits for it
+            z = affine(t, sm, t.norm_eps, lane)
+            store_mixing(m.post_out.toint(), m.logits_out.toint(), token, z, lane)
 
 
 # Before the wait --------------------------------------------------------------------------------------------
@@ -38,7 +165,7 @@ def early_comb(
     lane: Int32,
 ):
     """comb of `mix` to shared memory, by the last warp: of logits older than the predecessor. Before
-    `prefetch`, which takes the registers that this does. See `wait_all`.
+    `prefetch`, which takes the registers that this does. See `arrived`.
     """
     if warp == t.warps - 1:
         z = ptx.ldg_early32(g_logits + (token * STREAMS * STREAMS + lane % (STREAMS * STREAMS)) * 4)
@@ -70,7 +197,7 @@ def prefetch(t: Constexpr[Slice], sm: Int32, g_fn: Int64, stream: Int32, quad: I
 def stage_vectors(
     t: Constexpr[Slice], sm: Int32, g_base: Int64, g_scale: Int64, g_gain: Int64, rank: Int32, thread: Int32
 ):
-    """The CTA's gains to shared memory; base and scale of projection i to place i. See `wait_all`."""
+    """The CTA's gains to shared memory; base and scale of projection i to place i. See `arrived`."""
     if thread < t.width // 8:
         ptx.cp_async16(sm + t.o_gain + thread * 16, g_gain + rank * (t.width * 2) + thread * 16)
     ptx.cp_async_commit()
@@ -83,14 +210,6 @@ def stage_vectors(
             kind = Int32(2)
         ptx.sts_f32(sm + t.o_affine + i * 4, ptx.ldg_f32_constant(g_base + i * 4))
         ptx.sts_f32(sm + t.o_affine + 128 + i * 4, ptx.ldg_f32_constant(g_scale + kind * 4))
-
-
-@cute.jit
-def wait_all():
-    """Wait for the predecessors, then for what `stage_vectors` and `early_comb` stored. All threads."""
-    ptx.wait()
-    ptx.cp_async_wait(0)
-    cute.arch.sync_threads()
 
 
 # Streams ----------------------------------------------------------------------------------------------------
@@ -123,7 +242,7 @@ def load_comb(t: Constexpr[Slice], sm: Int32, stream: Int32):
 
 
 @cute.jit
-def mix(f: tuple, x: list, post: Float32, comb: list):
+def mix(f: tuple, x: tuple, post: Float32, comb: list):
     """post_k f + sum_j comb[j, k] x_j of columns of stream k, rounded once to bf16, two in each word."""
     words = []
     for i in range_constexpr(len(f)):

@@ -11,6 +11,8 @@ Each token has an owner in the cluster, who adds up what all CTAs made of it and
 its streams. Formulas: DeepSeek-V4 inference/model.py, hc_pre, hc_post and hc_head.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
@@ -19,6 +21,62 @@ from dsv4c.codegen.lib import cluster, hyper, ptx, quantize
 from dsv4c.codegen.lib.slices import STREAMS, TOGETHER, Batch
 
 PIECES = 3  # bf16 that an f32 is the sum of
+
+
+class Place(NamedTuple):
+    """What a thread works on: of a cluster's tokens, from `begin` on, eight columns from `column` on."""
+
+    thread: Int32
+    warp: Int32
+    lane: Int32
+    begin: Int32
+    rank: Int32
+    column: Int32
+
+
+# A cluster's boundaries -------------------------------------------------------------------------------------
+
+
+@cute.jit
+def enter(t: Constexpr[Batch], m: hyper.Operands, sm: Int32) -> Place:
+    """Before the wait: inboxes open, all of fn under way."""
+    thread, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
+    begin, rank = block // t.ctas * t.tokens, cute.arch.block_idx_in_cluster()
+    column = rank * t.width + warp * 32 + lane % 4 * 8
+    open_inboxes(t, sm, rank, thread)
+    keep_fn(t, sm, m.fn.toint(), rank, thread)
+    hyper.stage_vectors(t, sm, m.base.toint(), m.scale.toint(), m.gain.toint(), rank, thread)
+    return Place(thread, warp, lane, begin, rank, column)
+
+
+@cute.jit
+def cross(t: Constexpr[Batch], m: hyper.Operands, sm: Int32, at: Place) -> None:
+    """Streams of the cluster's tokens mixed, projected, collapsed and normalized, `TOGETHER` at a time."""
+    thread, lane, rank, column = at.thread, at.lane, at.rank, at.column
+    addresses = (m.x.toint(), m.f.toint()) if const_expr(m.f is not None) else (m.x.toint(),)
+    mixing = (m.post_out.toint(), m.logits_out.toint()) if const_expr(m.post_out is not None) else ()
+    if const_expr(m.f is not None):
+        made = m.logits.toint(), m.post.toint()
+        mix_weights(t, sm, *made, at.begin, t.iterations, t.hc_eps, thread)
+    cute.arch.cluster_wait()
+    for turn in cutlass.range(t.turns, unroll=1):
+        first = at.begin + turn * TOGETHER
+        x = mix_turn(t, sm, addresses, at.begin, turn, column, lane)
+        read_ahead(t, addresses, first, turn, rank, thread)
+        if const_expr(m.x_out is not None):
+            store_streams(t, m.x_out.toint(), x, first, column, lane)
+        project(t, sm, x, rank, thread)
+        weigh(t, sm, t.norm_eps, t.hc_eps, mixing, first, turn, rank, at.warp, lane)
+        rows = collapse(t, sm, x, turn, thread)
+        if const_expr(m.plain is not None):
+            store_rows(t, m.plain.toint(), as_words(rows), first, column, lane)
+        words = normalize(t, sm, rows, t.norm_eps, turn, rank, thread)
+        if const_expr(m.normed is not None):
+            store_rows(t, m.normed.toint(), words, first, column, lane)
+        if const_expr(m.q is not None):
+            store_fp8(t, sm, m.q.toint(), m.q_scale.toint(), words, first, column, thread)
 
 
 # Before the wait --------------------------------------------------------------------------------------------

@@ -203,3 +203,72 @@ class Ring:
     def part_bytes(self) -> int:
         """Shared bytes of the warps' partial sums: f32 [rounds][warps][rows][16]."""
         return self.rounds * self.warps * self.product.rows * 64
+
+
+@dataclass(frozen=True)
+class Seat:
+    """A matrix's place in a launch: its `rows`, on `ctas` CTAs from number `first` of its part on."""
+
+    rows: int
+    first: int
+    ctas: int
+
+
+@dataclass(frozen=True)
+class Products:
+    """A part of a launch: matrices of one weight format times the same `batch` rows, of `groups` diagonal
+    blocks, staged by `prologue` (`kernels.gemv.Activations` says which there are). `splits` neighboring CTAs
+    share a seat: each takes `own` of the rows. `out` is the results' element type; an epilogue has its own.
+    """
+
+    ring: Ring
+    prologue: str
+    seats: tuple[Seat, ...]
+    out: str
+    batch: int
+    splits: int = 1
+    groups: int = 1
+    eps: float = 0.0
+
+    @property
+    def consumers(self) -> int:
+        """Threads that multiply; the last warp reads the weights."""
+        return self.ring.warps * 32
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return self.consumers + 32
+
+    @property
+    def own(self) -> int:
+        """Activation rows of a CTA."""
+        return self.ring.product.rows
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of `k` columns of x in memory, without scales."""
+        p = self.ring.product
+        coded = self.prologue == "expand" or (self.prologue == "copy" and p.x == "e4m3")
+        return p.k // 2 if self.prologue == "unpack" else p.k if coded else 2 * p.k
+
+    @property
+    def out_bytes(self) -> int:
+        """Bytes of an element of a result."""
+        return 2 if self.out == "bf16" else 4
+
+    @property
+    def at(self) -> Layout:
+        """Shared arrays of a CTA."""
+        r, p = self.ring, self.ring.product
+        normed = {"squares": p.rows * p.blocks * 4, "gain": 4 * p.k} if self.prologue == "normalize" else {}
+        return Layout(
+            ring=r.ring_bytes,
+            x=p.x_bytes,
+            fx=p.fx_bytes,
+            **normed,
+            scale=r.scale_bytes,
+            part=r.part_bytes,
+            bars=r.bars_bytes,
+            bar=8,
+        )

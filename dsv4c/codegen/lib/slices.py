@@ -11,7 +11,7 @@ TOGETHER = 16  # tokens that a cluster takes at a time where it takes many
 @dataclass(frozen=True)
 class Slice:
     """How a hidden row of `hidden` columns is cut: over `ctas` CTAs; `rows` of `fn` are projected (24, or 4
-    in the head), and what is mixed in is a sum over `ranks`.
+    in the head), and what is mixed in is a sum over `ranks`. comb is of so many `iterations`.
 
     A thread keeps its four columns of `held` rows of fn in registers; the other rows wait in shared memory.
     """
@@ -19,6 +19,9 @@ class Slice:
     hidden: int
     ctas: int
     rows: int
+    norm_eps: float
+    hc_eps: float
+    iterations: int
     held: int = 0
     ranks: int = 1
 
