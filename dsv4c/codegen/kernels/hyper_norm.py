@@ -107,6 +107,7 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
     wait = ["ptx.wait()", "hyper.arrived()"]
     if spec.ranks > 1:
         wait = [
+            "own, flag, to, here = at.site",
             "ptx.wait()",
             "number, addend, word = hyper.addend(SPEC, m, at)",
             f"exchange.push(to, own, flag, number, word, {spec.ranks})",
@@ -115,7 +116,6 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
             "cute.arch.sync_threads()",
             "ptx.launch_dependents()",
         ]
-    site = f"own, flag, to, here = exchange.open_site(m.exchange, m.site, {spec.ranks})"
     if isinstance(cut, Batch):
         grid: tuple[int | str, int, int] = (-(-spec.rows // cut.tokens) * cut.ctas, 1, 1)
         launch = f"for {cut.tokens} tokens, {TOGETHER} at a time; {cut.shared} B shared each."
@@ -132,7 +132,6 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
         [
             *(["ptx.launch_dependents()"] if spec.ranks == 1 else []),
             f"s = ptx.shared({cut.shared})",
-            *([site] if spec.ranks > 1 else []),
             f"at = {library}.enter(SPEC, m, s)",
             *wait,
             f"{library}.cross(SPEC, m, s, at)",

@@ -11,7 +11,7 @@ import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
-from dsv4c.codegen.lib import cluster, ptx, quantize
+from dsv4c.codegen.lib import cluster, exchange, ptx, quantize
 from dsv4c.codegen.lib.slices import STREAMS, Slice
 
 LOG2E = 1.4426950408889634
@@ -45,7 +45,8 @@ class Operands(NamedTuple):
 
 class Place(NamedTuple):
     """What a thread works on: of `token`, on CTA `rank` of its cluster, four columns from `column` on of one
-    stream; with the weights of its columns and, where they are mixed, all streams of them.
+    stream; with the weights of its columns and, where they are mixed, all streams of them. `site`: of an
+    exchange, as `exchange.open_site` gives it.
     """
 
     thread: Int32
@@ -59,6 +60,7 @@ class Place(NamedTuple):
     weights: cute.Tensor
     x: tuple
     post: Float32
+    site: tuple
 
 
 # One token's boundary ---------------------------------------------------------------------------------------
@@ -75,6 +77,7 @@ def enter(t: Constexpr[Slice], m: Operands, sm: Int32) -> Place:
     token, rank = block // t.ctas, cute.arch.block_idx_in_cluster()
     quad, stream = thread % (t.width // 4), thread // (t.width // 4)
     column = rank * t.width + quad * 4
+    site = exchange.open_site(m.exchange, m.site, t.ranks) if const_expr(t.ranks > 1) else ()
     open_inboxes(t, sm, thread)
     if const_expr(m.f is not None):
         early_comb(t, sm, m.logits.toint(), token, t.iterations, t.hc_eps, warp, lane)
@@ -83,7 +86,7 @@ def enter(t: Constexpr[Slice], m: Operands, sm: Int32) -> Place:
     x, post = [], Float32(0.0)
     if const_expr(m.f is not None):
         x, post = load_early(t, m.x.toint(), m.post.toint(), token, stream, column)
-    return Place(thread, warp, lane, token, rank, quad, stream, column, weights, tuple(x), post)
+    return Place(thread, warp, lane, token, rank, quad, stream, column, weights, tuple(x), post, site)
 
 
 @cute.jit
