@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dsv4c.arch import ARCHS, SM_90A, Arch
-from dsv4c.codegen.build import Source, build
+from dsv4c.codegen.build import LIB, Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels.ends import (
     AdvanceSpec,
@@ -184,3 +185,19 @@ def test_boundaries_of_many_tokens_fit_an_sm_twice(golden: Golden, tmp_path: Pat
     assert kernel.ptx.count("barrier.cluster.arrive") == kernel.ptx.count("barrier.cluster.wait") == 1
     pieces, tiles, halves, streams = 3, 24 // 8, 2, 4  # of fn, its rows, a thread's columns
     assert kernel.ptx.count("mma.sync.aligned.m16n8k16") == pieces * tiles * halves * streams
+
+
+def test_lanes_that_send_meet_those_that_wait(tmp_path: Path) -> None:
+    """Or a warp could wait forever for what some of its own lanes have yet to send, as with 5 CTAs of 4 warps."""
+    for path in LIB.glob("*.py"):
+        text = path.read_text()
+        if path.stem != "cluster":
+            assert not ("cluster.send_" in text and "mbarrier_wait(" in text), path.name
+    emissions = [
+        emit_hyper_norm(replace(FLASH, hidden=hidden, mix=False, keep=False), SM_90A) for hidden in (640, 2560)
+    ]
+    for kernel in build([Source(e.symbol, e.source) for e in emissions], "sm_90a", tmp_path):
+        _, *behind = re.split(r"\bst\.async\.", kernel.ptx)
+        waits = [re.search(r"bar\.warp\.sync|mbarrier\.try_wait", text) for text in behind]
+        assert any(waits)
+        assert all(found is None or found[0] == "bar.warp.sync" for found in waits)

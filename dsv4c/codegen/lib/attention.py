@@ -736,7 +736,7 @@ def finish(
     tid: Int32,
 ):
     """Merge the splits, divide by the denominator, turn the last 64 dimensions back, store bf16."""
-    ptx.mbarrier_wait(sm + a.o_barrier, Int32(0))
+    cluster.receive(sm + a.o_barrier, Int32(0))
     pairs = a.slice // 2
     for n in range_constexpr(-(-HEADS * pairs // (a.warps * 32))):
         unit = tid + n * (a.warps * 32)

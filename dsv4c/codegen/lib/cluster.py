@@ -67,6 +67,15 @@ def meet() -> None:
 
 
 @cute.jit
+def receive(s_bar: Int32, phase: Int32) -> None:
+    """Wait until an inbox is full. Whole warps, which meet first: lanes that had nothing to send would look
+    again and again while others of their warp still have, and those would never get to it.
+    """
+    cute.arch.sync_warp()
+    ptx.mbarrier_wait(s_bar, phase)
+
+
+@cute.jit
 def inbox_sum(s_inbox: Int32, values: Constexpr[int], ranks: Constexpr[int], index: Int32):
     """Sum of value `index` over the CTAs of origin, in rank order (two interleaved chains)."""
     even = ptx.lds_f32(s_inbox + index * 4)

@@ -129,7 +129,7 @@ def cluster_max(
         cluster.send_f32(s_inbox + rank * 8, s_bar, Int32(0), high.bitcast(Float32))
         cluster.send_f32(s_inbox + rank * 8 + 4, s_bar, Int32(0), low.bitcast(Float32))
     if rank == 0:
-        ptx.mbarrier_wait(s_bar, Int32(0))
+        cluster.receive(s_bar, Int32(0))
         high = Uint32(0)
         low = Uint32(0)
         if lane < ranks:

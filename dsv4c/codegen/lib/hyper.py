@@ -348,7 +348,7 @@ def share_sums(t: Constexpr[Slice], sm: Int32, r: Float32, rank: Int32, warp: In
 @cute.jit
 def affine(t: Constexpr[Slice], sm: Int32, eps: Constexpr[float], lane: Int32):
     """m_i scale + base in lane i; m = x . fn * rsqrt(mean(x^2) + eps). Waits for all CTAs."""
-    ptx.mbarrier_wait(sm + t.o_bars, Int32(0))
+    cluster.receive(sm + t.o_bars, Int32(0))
     return affine_of(t, sm, sm + t.o_sums, eps, lane)
 
 
@@ -406,7 +406,7 @@ def normalize(
         s_square = sm + t.o_squares + (rank * t.groups + group) * 4
         cluster.send_f32(s_square, sm + t.o_bars + 8, lane, squares)
     gain = ptx.lds64(sm + t.o_gain + (group * 128 + lane * 4) * 2)
-    ptx.mbarrier_wait(sm + t.o_bars + 8, Int32(0))
+    cluster.receive(sm + t.o_bars + 8, Int32(0))
     total = Float32(0.0)
     for n in range_constexpr(-(-t.hidden // 4096)):
         if lane + n * 32 < t.hidden // 128:

@@ -341,7 +341,7 @@ def weigh(
         own = warp + n * t.warps
         place = own * t.ctas + rank
         if own < t.owned and place < TOGETHER:
-            ptx.mbarrier_wait(sm + t.o_bars, turn & 1)
+            cluster.receive(sm + t.o_bars, turn & 1)
             z = hyper.affine_of(t, sm, sm + t.o_sums + own * (t.ctas * t.stride * 4), norm_eps, lane)
             weight = hyper.sigmoid(z) + Float32(hc_eps)
             w = [cute.arch.shuffle_sync(weight, i).bitcast(Uint32) for i in range(STREAMS)]
@@ -363,7 +363,7 @@ def collapse(t: Constexpr[Batch], sm: Int32, rX: cute.Tensor, turn: Int32, threa
     """bf16(sum_i pre_i x_i) of eight columns of two tokens, as floats [2][8]. Waits for all owners."""
     rA = cute.make_rmem_tensor((2, 8), Float32)
     rA.fill(0.0)
-    ptx.mbarrier_wait(sm + t.o_bars + 8, turn & 1)
+    cluster.receive(sm + t.o_bars + 8, turn & 1)
     _expect_weights(t, sm, thread)
     for n in range_constexpr(2):
         pre = ptx.lds128(sm + t.o_weights + (8 * n + thread % 32 // 4) * (STREAMS * 4))
@@ -407,7 +407,7 @@ def normalize(
             s_total = sm + t.o_totals + (token * t.ctas + rank) * 4
             cluster.send_f32(s_total, sm + t.o_bars + 16, peer, value)
     gain = ptx.lds128(sm + t.o_gain + (warp * 32 + lane % 4 * 8) * 2)
-    ptx.mbarrier_wait(sm + t.o_bars + 16, turn & 1)
+    cluster.receive(sm + t.o_bars + 16, turn & 1)
     _expect_totals(t, sm, thread)
     words = []
     for n in range_constexpr(2):

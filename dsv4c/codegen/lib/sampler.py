@@ -362,7 +362,7 @@ def send_highest(t: Constexpr[Spread], sm: Int32, x: cute.Tensor, rank: Int32, t
 @cute.jit
 def highest(t: Constexpr[Spread], sm: Int32, thread: Int32):
     """The largest of what was sent, in all threads."""
-    ptx.mbarrier_wait(sm + t.o_bars + TOPS, Int32(0))
+    cluster.receive(sm + t.o_bars + TOPS, Int32(0))
     best = ptx.lds32(sm + t.o_tops + cutlass.min(thread % 32, Int32(t.ctas - 1)) * 4)
     return number_of(cute.arch.warp_redux_sync(best, kind="max"))
 
@@ -614,7 +614,7 @@ def _add_up(t: Constexpr[Spread], sm: Int32, step: Int32, power: Int32, rank: In
             for other in range_constexpr(-(-t.ctas // 4)):
                 if i % 4 + 4 * other < t.ctas:
                     cluster.send_128(s, s_bar, i % 4 + 4 * other, *_words(first), *_words(second))
-    ptx.mbarrier_wait(s_bar, step % 2)
+    cluster.receive(s_bar, step % 2)
     if thread == 0:
         ptx.mbarrier_expect(s_bar, Int32(8 * t.BINS * t.ctas))
         ptx.sts128(sm + t.o_found, Uint32(0), Uint32(0), Uint32(0), Uint32(0))
@@ -741,7 +741,7 @@ def _send_members(
 def _await_members(t: Constexpr[Spread], sm: Int32, step: Int32, thread: Int32):
     """Wait until all that was sent is here."""
     s_heads, s_candidates = sm + t.o_bars + HEADS, sm + t.o_bars + CANDIDATES
-    ptx.mbarrier_wait(s_heads, step % 2)
+    cluster.receive(s_heads, step % 2)
     if thread < 32:
         sent = Uint32(0)
         if thread < t.ctas:
@@ -750,7 +750,7 @@ def _await_members(t: Constexpr[Spread], sm: Int32, step: Int32, thread: Int32):
         if thread == 0:
             ptx.mbarrier_expect(s_heads, Int32(16 * t.ctas))
             ptx.mbarrier_expect(s_candidates, sent.bitcast(Int32) * 16)
-    ptx.mbarrier_wait(s_candidates, step % 2)
+    cluster.receive(s_candidates, step % 2)
 
 
 @cute.jit
@@ -990,7 +990,7 @@ def draw(
     if not known:
         if thread < t.ctas:
             cluster.send_i64(sm + t.o_totals + rank * 8, sm + t.o_bars + TOTALS, thread, of_cta)
-        ptx.mbarrier_wait(sm + t.o_bars + TOTALS, Int32(0))
+        cluster.receive(sm + t.o_bars + TOTALS, Int32(0))
     total = Int64(0)
     if lane < t.ctas:
         total = ptx.lds_i64(sm + t.o_totals + lane * 8)
