@@ -178,7 +178,9 @@ def compose(
     return Emission(f"{symbol}_0", source, (x, y, z), threads, said.shared, parameters, said.cluster)
 
 
-_CALLED = re.compile(r"(?:^|[ (])(?!cutlass\.)([a-z]\w*)\.\w+\(", re.MULTILINE)  # modules whose functions a line calls
+_CALLED = re.compile(
+    r"(?:^|[ (])(?!cutlass\.)([a-z]\w*)\.\w+\(", re.MULTILINE
+)  # modules whose functions a line calls
 _ELEMENT = re.compile(r"(?<!\.)\b(at|put)\(")  # of arrays
 _NUMBER = re.compile(r"\b(?:B?Float|Int|Uint)\d+\b")
 

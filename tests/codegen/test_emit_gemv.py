@@ -313,7 +313,10 @@ def test_riders_take_the_first_ctas_and_change_no_weight() -> None:
     assert len(set(names)) == len(names)  # riders share positions, slots and frequencies
     bounds = re.findall(r"\b(?:if|elif) block < (\d+):", emission.source.split("@cute.kernel")[1])
     assert bounds == ["2", "4", "6"]
-    assert re.search(r"else:\n        if warp < \d:\n            at = gemv\.enter\(\w+, \w+, s, block - 6\)", emission.source)
+    assert re.search(
+        r"else:\n        if warp < \d:\n            at = gemv\.enter\(\w+, \w+, s, block - 6\)",
+        emission.source,
+    )
 
 
 def test_a_launch_has_the_threads_that_its_riders_rows_take() -> None:

@@ -188,13 +188,16 @@ def test_boundaries_of_many_tokens_fit_an_sm_twice(golden: Golden, tmp_path: Pat
 
 
 def test_lanes_that_send_meet_those_that_wait(tmp_path: Path) -> None:
-    """Or a warp could wait forever for what some of its own lanes have yet to send, as with 5 CTAs of 4 warps."""
+    """Or a warp could wait forever for what some of its own lanes have yet to send, as with 5 CTAs of 4
+    warps.
+    """
     for path in LIB.glob("*.py"):
         text = path.read_text()
         if path.stem != "cluster":
             assert not ("cluster.send_" in text and "mbarrier_wait(" in text), path.name
     emissions = [
-        emit_hyper_norm(replace(FLASH, hidden=hidden, mix=False, keep=False), SM_90A) for hidden in (640, 2560)
+        emit_hyper_norm(replace(FLASH, hidden=hidden, mix=False, keep=False), SM_90A)
+        for hidden in (640, 2560)
     ]
     for kernel in build([Source(e.symbol, e.source) for e in emissions], "sm_90a", tmp_path):
         _, *behind = re.split(r"\bst\.async\.", kernel.ptx)

@@ -152,7 +152,9 @@ def _what(spec: HyperNormSpec) -> str:
     tokens = spec.rows if spec.rows > FEW_ROWS else "N"
     lines = [f"{what}: {tokens} tokens of {STREAMS} streams x {spec.hidden} columns.", ""]
     if spec.ranks > 1:
-        lines += [f"    f       = bf16(the sum of {spec.ranks} ranks' rows, in f32 and in order of the ranks)"]
+        lines += [
+            f"    f       = bf16(the sum of {spec.ranks} ranks' rows, in f32 and in order of the ranks)"
+        ]
     comb = f"comb = sinkhorn(logits), {spec.iterations} iterations"
     mixed = f"    x'_k    = bf16(post_k f + sum_j comb[j,k] x_j), {comb}"
     lines += [

@@ -7,7 +7,6 @@ as many CTAs as it has work for, or a CTA per row where its threads must wait fo
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

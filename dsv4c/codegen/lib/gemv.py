@@ -66,8 +66,9 @@ class Place(NamedTuple):
 
 
 def first_row(p: Products, block: Int32) -> Int32:
-    """The first of CTA `block`'s activation rows, where neighbors share the weights: whoever comes later reads
-    them from L2. The last one's start early: what two CTAs compute they compute alike, and store the same bytes.
+    """The first of CTA `block`'s activation rows, where neighbors share the weights: whoever comes later
+    reads them from L2. The last one's start early: what two CTAs compute they compute alike, and store the
+    same bytes.
     """
     first = block % p.splits * p.own
     return cutlass.min(first, p.batch - p.own) if p.batch % p.own else first

@@ -77,7 +77,9 @@ def enter(t: Constexpr[Slice], m: Operands, sm: Int32) -> Place:
     token, rank = block // t.ctas, cute.arch.block_idx_in_cluster()
     quad, stream = thread % (t.width // 4), thread // (t.width // 4)
     column = rank * t.width + quad * 4
-    site = exchange.open_site(m.exchange, m.site, t.ranks) if const_expr(t.ranks > 1) else ()
+    site: tuple = ()
+    if const_expr(t.ranks > 1):
+        site = exchange.open_site(m.exchange, m.site, t.ranks)  # type: ignore[arg-type]
     open_inboxes(t, sm, thread)
     if const_expr(m.f is not None):
         early_comb(t, sm, m.logits.toint(), token, t.iterations, t.hc_eps, warp, lane)
@@ -140,9 +142,10 @@ def cross(t: Constexpr[Slice], m: Operands, sm: Int32, at: Place) -> None:
         if const_expr(m.q is not None):
             store_fp8(t, m.q.toint(), m.q_scale.toint(), token, own, w0, w1, lane)
     if const_expr(m.post_out is not None):
+        g_post, g_logits = m.post_out.toint(), m.logits_out.toint()
         if warp == t.groups and at.rank == 0:  # needed by the next mixing alone: nobody here waits for it
             z = affine(t, sm, t.norm_eps, lane)
-            store_mixing(m.post_out.toint(), m.logits_out.toint(), token, z, lane)
+            store_mixing(g_post, g_logits, token, z, lane)
 
 
 # Before the wait --------------------------------------------------------------------------------------------
