@@ -5,6 +5,7 @@ A thread holds four neighboring columns of one stream while the streams are mixe
 inference/model.py, hc_pre, hc_post and hc_head.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import cutlass
@@ -248,7 +249,7 @@ def load_comb(t: Constexpr[Slice], sm: Int32, stream: Int32):
 
 
 @cute.jit
-def mix(f: tuple, x: tuple, post: Float32, comb: list):
+def mix(f: tuple, x: Sequence[tuple], post: Float32, comb: list):
     """post_k f + sum_j comb[j, k] x_j of columns of stream k, rounded once to bf16, two in each word."""
     words = []
     for i in range_constexpr(len(f)):

@@ -247,7 +247,7 @@ def project(t: Constexpr[Batch], sm: Int32, rX: cute.Tensor, rank: Int32, thread
                 b.append((_pieces(w[0], w[1]), _pieces(w[2], w[3])))
             for piece in range_constexpr(PIECES):
                 for i in range_constexpr(t.tiles):
-                    ptx.mma_bf16(rC[i], *a, b[i][0][piece], b[i][1][piece])
+                    ptx.mma_bf16(rC[i], a[0], a[1], a[2], a[3], b[i][0][piece], b[i][1][piece])
     _share_sums(t, sm, rC, [_squares(rX, n) for n in range(2)], rank, thread)
 
 

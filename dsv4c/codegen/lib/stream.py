@@ -83,7 +83,7 @@ def consume(
     rounds: Int32,
     x_round: Constexpr[int] = 0,
     fx_round: Constexpr[int] = 0,
-    first: Int32 = 0,
+    first: Int32 | int = 0,
     window: Constexpr[int] = 0,
 ):
     """Multiply the warp's part of the stream with the staged activations, and free the slots behind it: of
