@@ -300,14 +300,15 @@ def _share_sums(t: Constexpr[Batch], sm: Int32, rC: list, squares: list, rank: I
     cute.arch.sync_threads()
     for n in range_constexpr(-(-TOGETHER * 32 // t.threads)):
         token, i = (thread + n * t.threads) // 32, thread % 32
-        if token < TOGETHER and i < t.sums:
+        if token < TOGETHER:
             value = Float32(0.0)
             if i < t.rows:
                 value = cluster.inbox_sum(sm + t.o_part + token * (columns * 4), TOGETHER * columns, half, i)
             else:
                 value = cluster.inbox_sum(sm + t.o_squares, TOGETHER, t.warps, token)
             place = (token // t.ctas * t.ctas + rank) * t.stride + i
-            cluster.send_f32(sm + t.o_sums + place * 4, sm + t.o_bars, token % t.ctas, value)
+            s_sum = sm + t.o_sums + place * 4
+            cluster.send_f32(s_sum, sm + t.o_bars, token % t.ctas, value, i < t.sums)
 
 
 @cute.jit
@@ -341,13 +342,12 @@ def weigh(
         own = warp + n * t.warps
         place = own * t.ctas + rank
         if own < t.owned and place < TOGETHER:
-            cluster.receive(sm + t.o_bars, turn & 1)
+            ptx.mbarrier_wait(sm + t.o_bars, turn & 1)
             z = hyper.affine_of(t, sm, sm + t.o_sums + own * (t.ctas * t.stride * 4), norm_eps, lane)
             weight = hyper.sigmoid(z) + Float32(hc_eps)
             w = [cute.arch.shuffle_sync(weight, i).bitcast(Uint32) for i in range(STREAMS)]
-            if lane < t.ctas:
-                s = sm + t.o_weights + place * (STREAMS * 4)
-                cluster.send_128(s, sm + t.o_bars + 8, lane, *w)
+            s = sm + t.o_weights + place * (STREAMS * 4)
+            cluster.send_128(s, sm + t.o_bars + 8, lane, w[0], w[1], w[2], w[3], lane < t.ctas)
             if const_expr(len(mixing) > 0):
                 token = first + place
                 if token < t.count:
@@ -363,7 +363,7 @@ def collapse(t: Constexpr[Batch], sm: Int32, rX: cute.Tensor, turn: Int32, threa
     """bf16(sum_i pre_i x_i) of eight columns of two tokens, as floats [2][8]. Waits for all owners."""
     rA = cute.make_rmem_tensor((2, 8), Float32)
     rA.fill(0.0)
-    cluster.receive(sm + t.o_bars + 8, turn & 1)
+    ptx.mbarrier_wait(sm + t.o_bars + 8, turn & 1)
     _expect_weights(t, sm, thread)
     for n in range_constexpr(2):
         pre = ptx.lds128(sm + t.o_weights + (8 * n + thread % 32 // 4) * (STREAMS * 4))
@@ -402,12 +402,11 @@ def normalize(
     cute.arch.sync_threads()
     for n in range_constexpr(-(-TOGETHER * t.ctas // t.threads)):
         token, peer = (thread + n * t.threads) % TOGETHER, (thread + n * t.threads) // TOGETHER
-        if peer < t.ctas:
-            value = cluster.inbox_sum(sm + t.o_squares, TOGETHER, t.warps, token)
-            s_total = sm + t.o_totals + (token * t.ctas + rank) * 4
-            cluster.send_f32(s_total, sm + t.o_bars + 16, peer, value)
+        value = cluster.inbox_sum(sm + t.o_squares, TOGETHER, t.warps, token)
+        s_total = sm + t.o_totals + (token * t.ctas + rank) * 4
+        cluster.send_f32(s_total, sm + t.o_bars + 16, peer, value, peer < t.ctas)
     gain = ptx.lds128(sm + t.o_gain + (warp * 32 + lane % 4 * 8) * 2)
-    cluster.receive(sm + t.o_bars + 16, turn & 1)
+    ptx.mbarrier_wait(sm + t.o_bars + 16, turn & 1)
     _expect_totals(t, sm, thread)
     words = []
     for n in range_constexpr(2):
