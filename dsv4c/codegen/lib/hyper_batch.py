@@ -300,15 +300,15 @@ def _share_sums(t: Constexpr[Batch], sm: Int32, rC: list, squares: list, rank: I
     cute.arch.sync_threads()
     for n in range_constexpr(-(-TOGETHER * 32 // t.threads)):
         token, i = (thread + n * t.threads) // 32, thread % 32
-        if token < TOGETHER:
+        if token < TOGETHER and i < t.sums:
             value = Float32(0.0)
             if i < t.rows:
                 value = cluster.inbox_sum(sm + t.o_part + token * (columns * 4), TOGETHER * columns, half, i)
             else:
                 value = cluster.inbox_sum(sm + t.o_squares, TOGETHER, t.warps, token)
             place = (token // t.ctas * t.ctas + rank) * t.stride + i
-            s_sum = sm + t.o_sums + place * 4
-            cluster.send_f32(s_sum, sm + t.o_bars, token % t.ctas, value, i < t.sums)
+            cluster.send_f32(sm + t.o_sums + place * 4, sm + t.o_bars, token % t.ctas, value)
+    cute.arch.sync_threads()  # lanes beyond the sums would wait before the others have sent
 
 
 @cute.jit
