@@ -14,9 +14,9 @@ from dsv4c.codegen.lib import ptx
 def _send(kind: str, words: str, s: Int32, s_bar: Int32, rank: Int32, when: Boolean, *given) -> None:
     """`words` of type `kind` to shared address `s` of CTA `rank`, counted by the barrier at `s_bar` there.
 
-    Nothing unless `when` holds. No lane branches: one that had nothing to send would go on to the wait for what
-    is sent, and look again and again while the others, which that wait is for, never got to their part. ptxas
-    joins such branches with those behind them, even over `bar.warp.sync`.
+    Nothing unless `when` holds. No lane branches: one that had nothing to send would go on to the wait for
+    what is sent, and look again and again while the others, which that wait is for, never got to their part.
+    ptxas joins such branches with those behind them, even over `bar.warp.sync`.
     """
     cute.arch.inline_ptx(
         "{ .reg .pred p; .reg .b32 a, b; setp.ne.u32 p, {$r3}, 0; "
@@ -28,8 +28,8 @@ def _send(kind: str, words: str, s: Int32, s_bar: Int32, rank: Int32, when: Bool
 
 @cute.jit
 def send_f32(s: Int32, s_bar: Int32, rank: Int32, r: Float32, when: Boolean = True) -> None:
-    """Store a float at shared address `s` of CTA `rank`, counted by the barrier at `s_bar` there; in lanes for
-    which `when` holds. Whole warps.
+    """Store a float at shared address `s` of CTA `rank`, counted by the barrier at `s_bar` there; in lanes
+    for which `when` holds. Whole warps.
     """
     _send("f32", "{$r4}", s, s_bar, rank, when, r)
 

@@ -613,7 +613,8 @@ def _add_up(t: Constexpr[Spread], sm: Int32, step: Int32, power: Int32, rank: In
             s = sm + t.o_inbox + (rank * t.BINS + i // 4 * 2) * 8
             for other in range_constexpr(-(-t.ctas // 4)):
                 peer = i % 4 + 4 * other
-                cluster.send_128(s, s_bar, peer, *_words(first), *_words(second), when=peer < t.ctas)
+                a, b = _words(first), _words(second)
+                cluster.send_128(s, s_bar, peer, a[0], a[1], b[0], b[1], peer < t.ctas)
     ptx.mbarrier_wait(s_bar, step % 2)
     if thread == 0:
         ptx.mbarrier_expect(s_bar, Int32(8 * t.BINS * t.ctas))
