@@ -44,8 +44,6 @@ def specs(arch: Arch) -> Iterator[tuple[str, Any, Emission]]:
     boundaries += [boundary(1, FLASH, held=held) for held in (0, 12)]
     boundaries += [boundary(1, PRO, held=held) for held in (0, 18)]
     boundaries += [boundary(1, 512), boundary(1, 2560), boundary(1, 384)]
-    for hidden in (640, 1152, 2560):  # whose last CTAs some warps send to, and others do not
-        boundaries += [boundary(2, hidden), boundary(2, hidden, mix=False, keep=False)]
     boundaries += [boundary(b, h) for h, b in ((FLASH, 17), (FLASH, 72), (FLASH, 300), (PRO, 40), (TINY, 99))]
     boundaries += [
         boundary(33, FLASH, mix=False, keep=False),

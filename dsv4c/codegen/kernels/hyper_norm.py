@@ -67,11 +67,12 @@ class HyperNormSpec:
                 held=min(projected, self._held(ctas)),
                 ranks=self.ranks,
             )
-            if self.hidden % (128 * ctas) == 0 and cut.width <= 1024 and cut.shared <= arch.shared_per_cta:
+            fits = self.hidden % (128 * ctas) == 0 and cut.width <= 1024 and cut.shared <= arch.shared_per_cta
+            if fits and cut.ends:
                 return cut
         raise BuildError(
             f"hyper_norm of {self.hidden} columns: no cluster of 2 to {CLUSTER_LIMIT} CTAs cuts them into "
-            f"whole groups of 128 with at most 1024 columns and {arch.shared_per_cta} B of fn each"
+            f"whole groups of 128 with at most 1024 columns and {arch.shared_per_cta} B of fn each, and ends"
         )
 
     def batch(self, cut: Slice, arch: Arch) -> Batch:

@@ -201,7 +201,6 @@ def gather(
             if j >= 0 and j < n:
                 word = ptx.ldg32(m.pieces[value].toint() + (Int64(row) * n + j) * 4)
                 push(to, rank, flag, Int64(mine), word, t.ranks)
-    ptx.sync_threads(threads)  # whose lanes have nothing to give would wait before others of its warp gave
     for value in wanted:
         n = const_expr(t.words[value])
         for turn in range_constexpr(-(-t.rows * n // threads)):
@@ -390,7 +389,6 @@ def join_rows(t: Constexpr[Joining], m: Columns, at: Place) -> None:
                 push(to, rank, flag, Int64(row) * t.width + i, word, t.ranks)
                 column = rank * words + i - first
                 ptx.stg32(m.y[value].toint() + (Int64(row) * (words * t.ranks) + column) * 4, word)
-    cute.arch.sync_threads()  # as in `gather`
     for n in range_constexpr(t.steps):
         i = (part + n * t.ctas) * t.threads + thread
         for peer in range_constexpr(t.ranks):
