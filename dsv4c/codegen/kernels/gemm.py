@@ -200,9 +200,7 @@ def few_of(spec: GemmSpec) -> Few | None:
     packing = parse_packing(spec.packing)
     if packing.format != "mxfp4" or spec.rows / spec.experts > MOST_OF_FEW or spec.k % 128:
         return None
-    if packing.span not in (1, 2, 4, 8) or spec.k // 128 % packing.span:
-        return None
-    return Few(
+    few = Few(
         k=spec.k,
         stride=spec.k,
         tiles=packing.tiles,
@@ -210,6 +208,7 @@ def few_of(spec: GemmSpec) -> Few | None:
         experts=spec.experts,
         paired=spec.paired,
     )
+    return few if few.blocks % packing.span == 0 and few.together % few.PARTS == 0 else None
 
 
 def _emit_few(spec: GemmSpec, t: Few, arch: Arch) -> Emission:

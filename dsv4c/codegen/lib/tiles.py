@@ -244,12 +244,12 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Few:
-    """Rows of experts who have few: tiles of 128 rows of MXFP4 w, which tensor cores multiply out of
-    registers, and of 16 rows of x, e4m3 with a ue8m0 scale per 128, rows `stride` bytes apart.
+    """Rows of experts who have few: tiles of 128 rows of MXFP4 w and of 16 rows of x, e4m3 with a ue8m0 scale
+    per 128, rows `stride` bytes apart. Both are multiplied as f16.
 
-    Eight warps multiply, a warp copies weights, two copy x. `tiles` x `span`: how w is packed; a step is as
-    many units along k as lie together, four at most. `paired`: of the tile's rows 64 are of one matrix and 64
-    of another.
+    Eight warps multiply, a warp copies weights, another rows of x. `tiles` x `span`: how w is packed; a step is
+    two or four units along k that lie together. `paired`: of the tile's rows 64 are of one matrix and 64 of
+    another.
     """
 
     k: int
@@ -260,18 +260,20 @@ class Few:
     paired: bool = False
 
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
-    COPIERS: ClassVar[int] = 64  # threads that copy x; the last
+    PLACES: ClassVar[int] = 4  # of 32 rows of w, that a warp multiplies
+    PARTS: ClassVar[int] = 2  # of a step's units, that a warp multiplies
     RESIDENT: ClassVar[int] = 2  # CTAs that fit an SM
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     UNIT: ClassVar[int] = BYTES["mxfp4"]
     PITCH: ClassVar[int] = 4 * (128 + 4)  # bytes between rows of sums: padded off each other's banks
     ROWS: ClassVar[int] = 16  # of x in a tile
-    FINISH: ClassVar[float] = 2.0**6  # what sums lack in the end
+    X_UNIT: ClassVar[int] = 16 * 128 * 2  # bytes of these along a unit
+    FINISH: ClassVar[float] = 2.0**14  # what sums lack in the end
 
     @property
     def threads(self) -> int:
-        """Of a CTA: a warp between those that multiply and those that copy x copies weights."""
-        return self.CONSUMERS + 32 + self.COPIERS
+        """Of a CTA: behind those that multiply a warp copies weights, the last one rows of x."""
+        return self.CONSUMERS + 64
 
     @property
     def height(self) -> int:
@@ -285,8 +287,9 @@ class Few:
 
     @property
     def together(self) -> int:
-        """Units along k in a step."""
-        return min(self.span, 4)
+        """Units along k in a step, where they lie one behind the other."""
+        lying = self.blocks if self.tiles == 1 else self.span
+        return 4 if lying % 4 == 0 else 2 if lying % 2 == 0 else 1
 
     @property
     def steps(self) -> int:
@@ -295,7 +298,7 @@ class Few:
 
     @property
     def stages(self) -> int:
-        """Steps in shared memory: 87 KB of weights and rows in each of an SM's CTAs."""
+        """Steps in shared memory: 102 KB of weights and rows in each of an SM's CTAs."""
         return 8 // self.together
 
     @property
@@ -319,7 +322,7 @@ class Few:
 
     @property
     def x_stage(self) -> int:
-        return self.together * self.ROWS * 128
+        return self.together * self.X_UNIT
 
     @property
     def o_w(self) -> int:
