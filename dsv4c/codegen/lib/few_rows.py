@@ -27,15 +27,25 @@ def open_ring(t: Constexpr[Few], s: Int32, thread: Int32):
 
 
 @cute.jit
-def wait_free(t: Constexpr[Few], s: Int32, step: Int32):
-    """Until what was in step `step`'s stage before is used up."""
-    ptx.mbarrier_wait(s + t.o_bars + 8 * (t.stages + step % t.stages), (step // t.stages & 1) ^ 1)
+def copy(
+    t: Constexpr[Few],
+    s: Int32,
+    at: Int32,
+    g_w: tuple,
+    first: Int32,
+    last: Int32,
+    g_x: Int64,
+    g_fx: Int64,
+    g_order: Int64,
+    rows: Int32,
+    divide: Constexpr[int],
+    lane: Int32,
+):
+    """A tile's weights and rows of x into the ring; `at` steps were laid down before. A warp.
 
-
-@cute.jit
-def copy_weights(t: Constexpr[Few], s: Int32, at: Int32, g_w: tuple, first: Int32, last: Int32, lane: Int32):
-    """A tile's weights into the ring, of each matrix the 16-row tiles from `first` on, none after `last`;
-    `at` steps were laid down before. A warp: eight lanes have a tile each.
+    Of each matrix the 16-row tiles from `first` on, none after `last`: eight lanes copy a tile each. Of x the
+    rows that `g_order` lists, of which there are `rows`, and the last one again in place of others of its eight:
+    a lane has every other 16 columns of a row, and of another if there are more than 16.
     """
     tile, base = lane % 8, g_w[0]
     if const_expr(t.paired):
@@ -44,130 +54,130 @@ def copy_weights(t: Constexpr[Few], s: Int32, at: Int32, g_w: tuple, first: Int3
             base = g_w[1]
     tile = cutlass.min(first + tile, last)
     g = base + Int64(tile // t.tiles * t.group_bytes + tile % t.tiles * (t.span * t.UNIT))
-    for step in cutlass.range(t.steps, unroll=1):
-        now = at + step
-        stage = now % t.stages
-        wait_free(t, s, now)
-        bar = s + t.o_bars + 8 * stage
-        if lane == 0:
-            ptx.mbarrier_expect(bar, Int32(t.w_stage))
-        cute.arch.sync_warp()
-        if lane < 8:
-            unit = step * t.together
-            behind = unit // t.span * (t.tiles * t.span * t.UNIT) + unit % t.span * t.UNIT
-            s_tile = s + t.o_w + stage * t.w_stage + lane * t.w_tile
-            ptx.bulk_load(s_tile, g + Int64(behind), Int32(t.w_tile), bar)
-
-
-@cute.jit
-def copy_rows(
-    t: Constexpr[Few],
-    s: Int32,
-    at: Int32,
-    g_x: Int64,
-    g_fx: Int64,
-    g_order: Int64,
-    rows: Int32,
-    divide: Constexpr[int],
-    lane: Int32,
-):
-    """A tile's rows of x and their scales into the ring: those that `g_order` lists, of which there are
-    `rows`; `at` steps were laid down before. Rows that are not there are the last one again. A warp: a lane
-    has every other 16 columns of a row.
-    """
     row, half = lane // 2, lane % 2
-    number = Int32(ptx.ldg32(g_order + Int64(cutlass.min(row, rows - 1)) * 4)) // divide
-    g_row = g_x + Int64(number) * t.stride + half * 16
-    g_scales = g_fx + Int64(number) * t.blocks
-    held = cute.make_rmem_tensor((t.together, 17), Uint32)
-    _fetch(t, held, g_row, g_scales, Int32(0))
-    # Its first 16 bytes of a chunk; bits swapped so that eight lanes that write together meet in no bank.
+    g_rows, g_scales = [], []
+    for turn in range_constexpr(t.TURNS):
+        own = cutlass.min(row + 16 * turn, rows - 1)
+        number = Int32(ptx.ldg32(g_order + Int64(own) * 4)) // divide
+        g_rows.append(g_x + Int64(number) * t.stride + half * 16)
+        g_scales.append(g_fx + Int64(number) * t.blocks)
+    held = cute.make_rmem_tensor((t.TURNS, t.together, 17), Uint32)
+    _fetch(t, held, g_rows, g_scales, rows, Int32(0))
+    # A lane's first 16 bytes of 32 columns; bits swapped so that eight lanes that write together meet in no bank.
     s_own = s + row // 8 * 512 + row % 8 * 64 + half * 32 + row // 2 % 2 * 16
     across = 16 - row // 2 % 2 * 32
     for step in cutlass.range(t.steps, unroll=1):
         now = at + step
         stage = now % t.stages
-        wait_free(t, s, now)
-        for i in range_constexpr(t.together):
-            unit = stage * t.together + i
-            for n in range_constexpr(4):
-                s_piece = s_own + unit * t.X_UNIT + n * 1024
-                w = [ptx.e4m3x4_to_f16x2x2(held[i, 4 * n + j]) for j in range(4)]
-                ptx.sts128(s_piece, *w[0], *w[1])
-                ptx.sts128(s_piece + across, *w[2], *w[3])
-            if half == 0:
-                f = ptx.ue8m0_to_f32(held[i, 16])
-                ptx.sts_f32(s + t.o_factors + (unit * t.ROWS + row) * 4, f)
+        full = s + t.o_bars + 8 * stage
+        ptx.mbarrier_wait(full + 8 * t.stages, (now // t.stages & 1) ^ 1)  # what was there before is used up
+        if lane == 0:
+            ptx.mbarrier_expect(full, Int32(t.w_stage))
+        cute.arch.sync_warp()
+        if lane < 8:
+            unit = step * t.together
+            behind = unit // t.span * (t.tiles * t.span * t.UNIT) + unit % t.span * t.UNIT
+            s_tile = s + t.o_w + stage * t.w_stage + lane * t.w_tile
+            ptx.bulk_load(s_tile, g + Int64(behind), Int32(t.w_tile), full)
+        for turn in range_constexpr(t.TURNS):
+            if 16 * turn < rows:
+                for i in range_constexpr(t.together):
+                    unit = stage * t.together + i
+                    if row + 16 * turn < t.ROWS:
+                        s_unit = s_own + unit * t.x_unit + turn * 1024
+                        for n in range_constexpr(4):
+                            w = [ptx.e4m3x4_to_f16x2x2(held[turn, i, 4 * n + j]) for j in range(4)]
+                            ptx.sts128(s_unit + n * t.x_chunk, *w[0], *w[1])
+                            ptx.sts128(s_unit + n * t.x_chunk + across, *w[2], *w[3])
+                        if half == 0:
+                            f = ptx.ue8m0_to_f32(held[turn, i, 16])
+                            ptx.sts_f32(s + t.o_factors + (unit * t.ROWS + row + 16 * turn) * 4, f)
         cute.arch.sync_warp()
         if lane == 0:
-            ptx.mbarrier_arrive(s + t.o_bars + stage * 8)
-        _fetch(t, held, g_row, g_scales, cutlass.min(step + 1, Int32(t.steps - 1)))
+            ptx.mbarrier_arrive(full)
+        _fetch(t, held, g_rows, g_scales, rows, cutlass.min(step + 1, Int32(t.steps - 1)))
 
 
 @cute.jit
-def _fetch(t: Constexpr[Few], held: cute.Tensor, g_row: Int64, g_scales: Int64, step: Int32):
-    """The lane's bytes of a row in step `step` and its scales, in flight to registers."""
-    for i in range_constexpr(t.together):
-        unit = step * t.together + i
-        for n in range_constexpr(4):
-            w = ptx.ldg128(g_row + Int64(unit * 128 + n * 32))
-            for j in range_constexpr(4):
-                held[i, 4 * n + j] = w[j]
-        held[i, 16] = ptx.ldg_u8(g_scales + unit)
+def _fetch(t: Constexpr[Few], held: cute.Tensor, g_rows: list, g_scales: list, rows: Int32, step: Int32):
+    """The lane's bytes of its rows in step `step` and their scales, in flight to registers."""
+    for turn in range_constexpr(t.TURNS):
+        if 16 * turn < rows:
+            for i in range_constexpr(t.together):
+                unit = step * t.together + i
+                for n in range_constexpr(4):
+                    w = ptx.ldg128(g_rows[turn] + Int64(unit * 128 + n * 32))
+                    for j in range_constexpr(4):
+                        held[turn, i, 4 * n + j] = w[j]
+                held[turn, i, 16] = ptx.ldg_u8(g_scales[turn] + unit)
 
 
 @cute.jit
-def multiply(t: Constexpr[Few], s: Int32, at: Int32, warp: Int32, lane: Int32):
-    """A tile's sums times 2^-14 over the warp's part of k: f32 [16 rows of w][8 rows of x][fragment of
-    mma.sync]; `at` steps were multiplied before.
+def multiply(
+    t: Constexpr[Few], s: Int32, at: Int32, sums: cute.Tensor, eights: Constexpr[int], warp: Int32, lane: Int32
+):
+    """Add a tile's products times 2^-14 over the warp's part of k, of `eights` times 8 rows of x, to its sums:
+    f32 [fragment of mma.sync][8 rows of x][16 rows of w]; `at` steps were multiplied before.
     """
     place, part = warp % t.PLACES, warp // t.PLACES
-    sums = cute.make_rmem_tensor((4, 2, 2), Float32)
-    sums.fill(0.0)
-    s_own = s + (lane ^ lane // 8 % 2) * 16
-    for step in cutlass.range(t.steps, unroll=1):
-        stage = (at + step) % t.stages
-        full = s + t.o_bars + 8 * stage
-        ptx.mbarrier_wait(full, (at + step) // t.stages & 1)
-        s_units = s + t.o_w + stage * t.w_stage + place * (2 * t.w_tile)
-        for i in cutlass.range(t.together // t.PARTS, unroll=1):
-            unit = i * t.PARTS + part
-            number = stage * t.together + unit
-            s_f = s + t.o_factors + number * (t.ROWS * 4) + lane % 4 * 8
-            _multiply_unit(t, sums, s_units + unit * t.UNIT, s_own + number * t.X_UNIT, s_f, lane)
+    s_w = s + t.o_w + place * (2 * t.w_tile) + part * t.UNIT
+    s_x = s + part * t.x_unit + (lane ^ lane // 8 % 2) * 16
+    s_f = s + t.o_factors + part * (t.ROWS * 4) + lane % 4 * 8
+    s_bars = s + t.o_bars
+    stage, phase = at % t.stages, at // t.stages & 1
+    for _ in cutlass.range(t.steps, unroll=1):
+        ptx.mbarrier_wait(s_bars + 8 * stage, phase)
+        _multiply_unit(
+            t,
+            sums,
+            eights,
+            s_w + stage * t.w_stage,
+            s_x + stage * t.x_stage,
+            s_f + stage * (t.together * t.ROWS * 4),
+            lane,
+        )
         ptx.fence_async()
         cute.arch.sync_warp()
         if lane == 0:
-            ptx.mbarrier_arrive(full + 8 * t.stages)
-    return sums
+            ptx.mbarrier_arrive(s_bars + 8 * (t.stages + stage))
+        stage = stage + 1
+        if stage == t.stages:
+            stage = Int32(0)
+            phase = phase ^ 1
 
 
 @cute.jit
 def _multiply_unit(
-    t: Constexpr[Few], sums: cute.Tensor, s_unit: Int32, s_x: Int32, s_f: Int32, lane: Int32
+    t: Constexpr[Few],
+    sums: cute.Tensor,
+    eights: Constexpr[int],
+    s_unit: Int32,
+    s_x: Int32,
+    s_f: Int32,
+    lane: Int32,
 ):
     """Two units of w by one of x, scales included, to the sums."""
     scales = [ptx.lds64(s_unit + m * t.w_tile + 1024 + lane // 4 * 8) for m in range(2)]
-    blocks = cute.make_rmem_tensor((4, 2, 2), Float32)
+    blocks = cute.make_rmem_tensor((4, eights, 2), Float32)
     blocks.fill(0.0)
     for c in range_constexpr(4):
         if const_expr(c % 2 == 0):
             w = [ptx.lds128(s_unit + m * t.w_tile + 256 * c + lane * 16) for m in range(2)]
-        x = [ptx.lds128(s_x + (2 * c + j) * 512) for j in range(2)]
+        x = [ptx.lds128(s_x + c * t.x_chunk + j * 512) for j in range(eights)]
         for m in range_constexpr(2):
-            products = cute.make_rmem_tensor((4, 2), Float32)
+            products = cute.make_rmem_tensor((4, eights), Float32)
             products.fill(0.0)
             for h in range_constexpr(2):
                 a = units.place_e2m1x8(w[m][c % 2 * 2 + h])
-                for j in range_constexpr(2):
+                for j in range_constexpr(eights):
                     ptx.mma_f16(products[None, j], *a, x[j][2 * h], x[j][2 * h + 1])
             for row in range_constexpr(2):
                 f = units.scale_byte(scales[m][c // 2], 2 * (c % 2) + row)
-                for j in range_constexpr(2):
+                for j in range_constexpr(eights):
                     for k in range_constexpr(2):
                         n = const_expr(2 * row + k)
                         blocks[n, j, m] = blocks[n, j, m] + products[n, j] * f
-    for j in range_constexpr(2):
+    for j in range_constexpr(eights):
         fx = ptx.lds64(s_f + 32 * j)
         for m in range_constexpr(2):
             for n in range_constexpr(4):
@@ -175,21 +185,22 @@ def _multiply_unit(
 
 
 @cute.jit
-def meet_sums(t: Constexpr[Few], s: Int32, sums: cute.Tensor, warp: Int32, lane: Int32):
+def meet_sums(t: Constexpr[Few], s: Int32, sums: cute.Tensor, rows: Int32, warp: Int32, lane: Int32):
     """The tile's sums in shared memory, f32 [height][128]. All that multiply."""
     place, part = warp % t.PLACES, warp // t.PLACES
     s_own = s + t.o_sums + lane % 4 * 2 * t.PITCH + (place * 32 + units.reversed_row(lane)) * 4
     for turn in range_constexpr(t.PARTS):
         ptx.sync_threads(t.CONSUMERS)  # all have read the last tile's, or the other part is there
         if part == turn:
-            for m in range_constexpr(2):
-                for j in range_constexpr(2):
-                    for n in range_constexpr(4):
-                        s_sum = s_own + (8 * j + n % 2) * t.PITCH + 64 * m + 32 * (n // 2)
-                        total = sums[n, j, m] * Float32(t.FINISH)
-                        if const_expr(turn > 0):
-                            total = total + ptx.lds_f32(s_sum)
-                        ptx.sts_f32(s_sum, total)
+            for j in range_constexpr(t.ROWS // 8):
+                if 8 * j < rows:
+                    for m in range_constexpr(2):
+                        for n in range_constexpr(4):
+                            s_sum = s_own + (8 * j + n % 2) * t.PITCH + 64 * m + 32 * (n // 2)
+                            total = sums[n, j, m] * Float32(t.FINISH)
+                            if const_expr(turn > 0):
+                                total = total + ptx.lds_f32(s_sum)
+                            ptx.sts_f32(s_sum, total)
     ptx.sync_threads(t.CONSUMERS)
 
 
@@ -198,6 +209,7 @@ def store(
     t: Constexpr[Few],
     s: Int32,
     g_y: Int64,
+    turn: Constexpr[int],
     row: Int32,
     columns: Int32,
     column: Int32,
@@ -206,9 +218,9 @@ def store(
     thread: Int32,
 ):
     """bf16 results from `column` on, of which those below `columns` exist, to `row` of y, -1 for none: row
-    thread / 16 of the tile. Of paired matrices SwiGLU under `weight`.
+    thread / 16 of the tile's 16 of this turn. Of paired matrices SwiGLU under `weight`.
     """
-    s_row = s + t.o_sums + thread // 16 * t.PITCH
+    s_row = s + t.o_sums + (16 * turn + thread // 16) * t.PITCH
     first = column + thread % 16 * (t.made // 16)
     if row >= 0 and first < columns:
         g = g_y + (Int64(row) * columns + first) * 2

@@ -244,10 +244,10 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Few:
-    """Rows of experts who have few: tiles of 128 rows of MXFP4 w and of 16 rows of x, e4m3 with a ue8m0 scale
+    """Rows of experts who have few: tiles of 128 rows of MXFP4 w and of 24 rows of x, e4m3 with a ue8m0 scale
     per 128, rows `stride` bytes apart. Both are multiplied as f16.
 
-    Eight warps multiply, a warp copies weights, another rows of x. `tiles` x `span`: how w is packed; a step is
+    Eight warps multiply, another copies weights and rows of x. `tiles` x `span`: how w is packed; a step is
     two or four units along k that lie together. `paired`: of the tile's rows 64 are of one matrix and 64 of
     another.
     """
@@ -266,14 +266,14 @@ class Few:
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     UNIT: ClassVar[int] = BYTES["mxfp4"]
     PITCH: ClassVar[int] = 4 * (128 + 4)  # bytes between rows of sums: padded off each other's banks
-    ROWS: ClassVar[int] = 16  # of x in a tile
-    X_UNIT: ClassVar[int] = 16 * 128 * 2  # bytes of these along a unit
+    ROWS: ClassVar[int] = 24  # of x in a tile
+    TURNS: ClassVar[int] = 2  # of 16 rows of x, of which the last is half
     FINISH: ClassVar[float] = 2.0**14  # what sums lack in the end
 
     @property
     def threads(self) -> int:
-        """Of a CTA: behind those that multiply a warp copies weights, the last one rows of x."""
-        return self.CONSUMERS + 64
+        """Of a CTA: behind those that multiply a warp copies."""
+        return self.CONSUMERS + 32
 
     @property
     def height(self) -> int:
@@ -289,7 +289,7 @@ class Few:
     def together(self) -> int:
         """Units along k in a step, where they lie one behind the other."""
         lying = self.blocks if self.tiles == 1 else self.span
-        return 4 if lying % 4 == 0 else 2 if lying % 2 == 0 else 1
+        return 2 if lying % 2 == 0 else 1
 
     @property
     def steps(self) -> int:
@@ -298,8 +298,8 @@ class Few:
 
     @property
     def stages(self) -> int:
-        """Steps in shared memory: 102 KB of weights and rows in each of an SM's CTAs."""
-        return 8 // self.together
+        """Steps in shared memory: 89 KB of weights and rows in each of an SM's CTAs."""
+        return 6 // self.together
 
     @property
     def made(self) -> int:
@@ -321,8 +321,18 @@ class Few:
         return 8 * self.w_tile
 
     @property
+    def x_chunk(self) -> int:
+        """Bytes of 32 columns of rows of x."""
+        return self.ROWS * 64
+
+    @property
+    def x_unit(self) -> int:
+        """Bytes of rows of x along a unit."""
+        return 4 * self.x_chunk
+
+    @property
     def x_stage(self) -> int:
-        return self.together * self.X_UNIT
+        return self.together * self.x_unit
 
     @property
     def o_w(self) -> int:
@@ -330,12 +340,12 @@ class Few:
 
     @property
     def o_factors(self) -> int:
-        """Per stage and unit f32 [16]: scales of rows of x."""
+        """Per stage and unit f32 [24]: scales of rows of x."""
         return self.o_w + self.stages * self.w_stage
 
     @property
     def o_sums(self) -> int:
-        """f32 [16][128], what results are made of."""
+        """f32 [24][128], what results are made of."""
         return self.o_factors + self.stages * self.together * self.ROWS * 4
 
     @property
