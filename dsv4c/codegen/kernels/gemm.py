@@ -208,7 +208,7 @@ def few_of(spec: GemmSpec) -> Few | None:
         experts=spec.experts,
         paired=spec.paired,
     )
-    return few if few.blocks % packing.span == 0 and few.together % few.PARTS == 0 else None
+    return few if few.covered else None
 
 
 def _emit_few(spec: GemmSpec, t: Few, arch: Arch) -> Emission:

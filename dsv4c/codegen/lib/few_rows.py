@@ -16,36 +16,27 @@ from dsv4c.codegen.lib.tiles import Few
 
 
 @cute.jit
-def open_ring(t: Constexpr[Few], s: Int32, thread: Int32):
-    """The barriers of every stage: full, and free. All threads."""
+def open_rings(t: Constexpr[Few], s: Int32, thread: Int32):
+    """The barriers of every stage of weights and of rows: full, and free. All threads."""
     if thread == 0:
-        for i in range_constexpr(t.stages):
-            ptx.mbarrier_init(s + t.o_bars + 8 * i, 2)
-            ptx.mbarrier_init(s + t.o_bars + 8 * (t.stages + i), t.CONSUMERS // 32)
+        for i in range_constexpr(t.STAGES + t.X_STAGES):
+            ptx.mbarrier_init(s + t.o_bars + 16 * i, 1)
+            ptx.mbarrier_init(s + t.o_bars + 16 * i + 8, t.CONSUMERS // 32)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
 
 
 @cute.jit
-def copy(
-    t: Constexpr[Few],
-    s: Int32,
-    at: Int32,
-    g_w: tuple,
-    first: Int32,
-    last: Int32,
-    g_x: Int64,
-    g_fx: Int64,
-    g_order: Int64,
-    rows: Int32,
-    divide: Constexpr[int],
-    lane: Int32,
-):
-    """A tile's weights and rows of x into the ring; `at` steps were laid down before. A warp.
+def stage_of(s_bars: Int32, stages: Constexpr[int], step: Int32):
+    """(A step's stage of a ring of so many, a power of two; its barriers; the parity of its turn.)"""
+    stage = step & (stages - 1)
+    return stage, s_bars + 16 * stage, step >> (stages.bit_length() - 1) & 1
 
-    Of each matrix the 16-row tiles from `first` on, none after `last`: eight lanes copy a tile each. Of x the
-    rows that `g_order` lists, of which there are `rows`, and the last one again in place of others of its eight:
-    a lane has every other 16 columns of a row, and of another if there are more than 16.
+
+@cute.jit
+def copy_weights(t: Constexpr[Few], s: Int32, at: Int32, g_w: tuple, first: Int32, last: Int32, lane: Int32):
+    """A tile's weights into their ring, of each matrix the 16-row tiles from `first` on, none after `last`;
+    `at` steps were laid down before. A warp: eight lanes have a tile each.
     """
     tile, base = lane % 8, g_w[0]
     if const_expr(t.paired):
@@ -54,6 +45,35 @@ def copy(
             base = g_w[1]
     tile = cutlass.min(first + tile, last)
     g = base + Int64(tile // t.tiles * t.group_bytes + tile % t.tiles * (t.span * t.UNIT))
+    for step in cutlass.range(t.steps, unroll=1):
+        stage, bar, turn = stage_of(s + t.o_bars, t.STAGES, at + step)
+        ptx.mbarrier_wait(bar + 8, turn ^ 1)
+        if lane == 0:
+            ptx.mbarrier_expect(bar, Int32(t.w_stage))
+        cute.arch.sync_warp()
+        if lane < 8:
+            unit = step * t.TOGETHER
+            behind = unit // t.span * (t.tiles * t.span * t.UNIT) + unit % t.span * t.UNIT
+            s_tile = s + t.o_w + stage * t.w_stage + lane * t.w_tile
+            ptx.bulk_load(s_tile, g + Int64(behind), Int32(t.w_tile), bar)
+
+
+@cute.jit
+def copy_rows(
+    t: Constexpr[Few],
+    s: Int32,
+    at: Int32,
+    g_x: Int64,
+    g_fx: Int64,
+    g_order: Int64,
+    rows: Int32,
+    divide: Constexpr[int],
+    lane: Int32,
+):
+    """A tile's rows of x, as f16, and their scales into their ring: those that `g_order` lists, of which there
+    are `rows`, and the last one in place of others of its eight; `at` steps were laid down before. A warp: a
+    lane has every other 16 columns of a row, and of another where there are more than 16.
+    """
     row, half = lane // 2, lane % 2
     g_rows, g_scales = [], []
     for turn in range_constexpr(t.TURNS):
@@ -61,40 +81,29 @@ def copy(
         number = Int32(ptx.ldg32(g_order + Int64(own) * 4)) // divide
         g_rows.append(g_x + Int64(number) * t.stride + half * 16)
         g_scales.append(g_fx + Int64(number) * t.blocks)
-    held = cute.make_rmem_tensor((t.TURNS, t.together, 17), Uint32)
+    held = cute.make_rmem_tensor((t.TURNS, t.TOGETHER, 17), Uint32)
     _fetch(t, held, g_rows, g_scales, rows, Int32(0))
     # A lane's first 16 bytes of 32 columns; bits swapped so that eight lanes that write together meet in no bank.
     s_own = s + row // 8 * 512 + row % 8 * 64 + half * 32 + row // 2 % 2 * 16
     across = 16 - row // 2 % 2 * 32
     for step in cutlass.range(t.steps, unroll=1):
-        now = at + step
-        stage = now % t.stages
-        full = s + t.o_bars + 8 * stage
-        ptx.mbarrier_wait(full + 8 * t.stages, (now // t.stages & 1) ^ 1)  # what was there before is used up
-        if lane == 0:
-            ptx.mbarrier_expect(full, Int32(t.w_stage))
-        cute.arch.sync_warp()
-        if lane < 8:
-            unit = step * t.together
-            behind = unit // t.span * (t.tiles * t.span * t.UNIT) + unit % t.span * t.UNIT
-            s_tile = s + t.o_w + stage * t.w_stage + lane * t.w_tile
-            ptx.bulk_load(s_tile, g + Int64(behind), Int32(t.w_tile), full)
+        stage, bar, parity = stage_of(s + t.o_x_bars, t.X_STAGES, at + step)
+        ptx.mbarrier_wait(bar + 8, parity ^ 1)
         for turn in range_constexpr(t.TURNS):
-            if 16 * turn < rows:
-                for i in range_constexpr(t.together):
-                    unit = stage * t.together + i
-                    if row + 16 * turn < t.ROWS:
-                        s_unit = s_own + unit * t.x_unit + turn * 1024
-                        for n in range_constexpr(4):
-                            w = [ptx.e4m3x4_to_f16x2x2(held[turn, i, 4 * n + j]) for j in range(4)]
-                            ptx.sts128(s_unit + n * t.x_chunk, *w[0], *w[1])
-                            ptx.sts128(s_unit + n * t.x_chunk + across, *w[2], *w[3])
-                        if half == 0:
-                            f = ptx.ue8m0_to_f32(held[turn, i, 16])
-                            ptx.sts_f32(s + t.o_factors + (unit * t.ROWS + row + 16 * turn) * 4, f)
+            if row + 16 * turn < t.ROWS and 16 * turn < rows:
+                for i in range_constexpr(t.TOGETHER):
+                    unit = stage * t.TOGETHER + i
+                    s_unit = s_own + unit * t.X_UNIT + turn * 1024
+                    for n in range_constexpr(4):
+                        w = [ptx.e4m3x4_to_f16x2x2(held[turn, i, 4 * n + j]) for j in range(4)]
+                        ptx.sts128(s_unit + n * t.X_CHUNK, *w[0], *w[1])
+                        ptx.sts128(s_unit + n * t.X_CHUNK + across, *w[2], *w[3])
+                    if half == 0:
+                        f = ptx.ue8m0_to_f32(held[turn, i, 16])
+                        ptx.sts_f32(s + t.o_factors + (unit * t.ROWS + row + 16 * turn) * 4, f)
         cute.arch.sync_warp()
         if lane == 0:
-            ptx.mbarrier_arrive(full)
+            ptx.mbarrier_arrive(bar)
         _fetch(t, held, g_rows, g_scales, rows, cutlass.min(step + 1, Int32(t.steps - 1)))
 
 
@@ -103,8 +112,8 @@ def _fetch(t: Constexpr[Few], held: cute.Tensor, g_rows: list, g_scales: list, r
     """The lane's bytes of its rows in step `step` and their scales, in flight to registers."""
     for turn in range_constexpr(t.TURNS):
         if 16 * turn < rows:
-            for i in range_constexpr(t.together):
-                unit = step * t.together + i
+            for i in range_constexpr(t.TOGETHER):
+                unit = step * t.TOGETHER + i
                 for n in range_constexpr(4):
                     w = ptx.ldg128(g_rows[turn] + Int64(unit * 128 + n * 32))
                     for j in range_constexpr(4):
@@ -121,29 +130,20 @@ def multiply(
     """
     place, part = warp % t.PLACES, warp // t.PLACES
     s_w = s + t.o_w + place * (2 * t.w_tile) + part * t.UNIT
-    s_x = s + part * t.x_unit + (lane ^ lane // 8 % 2) * 16
+    s_x = s + part * t.X_UNIT + (lane ^ lane // 8 % 2) * 16
     s_f = s + t.o_factors + part * (t.ROWS * 4) + lane % 4 * 8
-    s_bars = s + t.o_bars
-    stage, phase = at % t.stages, at // t.stages & 1
-    for _ in cutlass.range(t.steps, unroll=1):
-        ptx.mbarrier_wait(s_bars + 8 * stage, phase)
-        _multiply_unit(
-            t,
-            sums,
-            eights,
-            s_w + stage * t.w_stage,
-            s_x + stage * t.x_stage,
-            s_f + stage * (t.together * t.ROWS * 4),
-            lane,
-        )
+    for step in cutlass.range(t.steps, unroll=1):
+        stage, bar, parity = stage_of(s + t.o_bars, t.STAGES, at + step)
+        x_stage, x_bar, x_parity = stage_of(s + t.o_x_bars, t.X_STAGES, at + step)
+        ptx.mbarrier_wait(x_bar, x_parity)
+        ptx.mbarrier_wait(bar, parity)
+        s_unit, s_row, s_scale = s_w + stage * t.w_stage, s_x + x_stage * t.x_stage, s_f + x_stage * t.F_STAGE
+        _multiply_unit(t, sums, eights, s_unit, s_row, s_scale, lane)
         ptx.fence_async()
         cute.arch.sync_warp()
         if lane == 0:
-            ptx.mbarrier_arrive(s_bars + 8 * (t.stages + stage))
-        stage = stage + 1
-        if stage == t.stages:
-            stage = Int32(0)
-            phase = phase ^ 1
+            ptx.mbarrier_arrive(bar + 8)
+            ptx.mbarrier_arrive(x_bar + 8)
 
 
 @cute.jit
@@ -163,7 +163,7 @@ def _multiply_unit(
     for c in range_constexpr(4):
         if const_expr(c % 2 == 0):
             w = [ptx.lds128(s_unit + m * t.w_tile + 256 * c + lane * 16) for m in range(2)]
-        x = [ptx.lds128(s_x + c * t.x_chunk + j * 512) for j in range(eights)]
+        x = [ptx.lds128(s_x + c * t.X_CHUNK + j * 512) for j in range(eights)]
         for m in range_constexpr(2):
             products = cute.make_rmem_tensor((4, eights), Float32)
             products.fill(0.0)
@@ -189,7 +189,7 @@ def meet_sums(t: Constexpr[Few], s: Int32, sums: cute.Tensor, rows: Int32, warp:
     """The tile's sums in shared memory, f32 [height][128]. All that multiply."""
     place, part = warp % t.PLACES, warp // t.PLACES
     s_own = s + t.o_sums + lane % 4 * 2 * t.PITCH + (place * 32 + units.reversed_row(lane)) * 4
-    for turn in range_constexpr(t.PARTS):
+    for turn in range_constexpr(t.TOGETHER):
         ptx.sync_threads(t.CONSUMERS)  # all have read the last tile's, or the other part is there
         if part == turn:
             for j in range_constexpr(t.ROWS // 8):

@@ -247,9 +247,9 @@ class Few:
     """Rows of experts who have few: tiles of 128 rows of MXFP4 w and of 24 rows of x, e4m3 with a ue8m0 scale
     per 128, rows `stride` bytes apart. Both are multiplied as f16.
 
-    Eight warps multiply, another copies weights and rows of x. `tiles` x `span`: how w is packed; a step is
-    two or four units along k that lie together. `paired`: of the tile's rows 64 are of one matrix and 64 of
-    another.
+    Eight warps multiply, another copies weights, the last one rows of x. `tiles` x `span`: how w is packed; a
+    step is two units along k that lie together, one for each warp of 32 rows of w. `paired`: of the tile's rows
+    64 are of one matrix and 64 of another.
     """
 
     k: int
@@ -260,20 +260,25 @@ class Few:
     paired: bool = False
 
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
-    PLACES: ClassVar[int] = 4  # of 32 rows of w, that a warp multiplies
-    PARTS: ClassVar[int] = 2  # of a step's units, that a warp multiplies
+    PLACES: ClassVar[int] = 4  # of 32 rows of w
+    TOGETHER: ClassVar[int] = 2  # units along k in a step, whose products are added up in the end
+    STAGES: ClassVar[int] = 4  # steps of weights in shared memory, 70 KB in each of an SM's CTAs
+    X_STAGES: ClassVar[int] = 2  # of rows of x, 25 KB
     RESIDENT: ClassVar[int] = 2  # CTAs that fit an SM
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     UNIT: ClassVar[int] = BYTES["mxfp4"]
     PITCH: ClassVar[int] = 4 * (128 + 4)  # bytes between rows of sums: padded off each other's banks
     ROWS: ClassVar[int] = 24  # of x in a tile
-    TURNS: ClassVar[int] = 2  # of 16 rows of x, of which the last is half
+    TURNS: ClassVar[int] = 2  # of 16 rows, of which the last is half
+    X_CHUNK: ClassVar[int] = 24 * 32 * 2  # bytes of 32 columns of rows of x
+    X_UNIT: ClassVar[int] = 4 * X_CHUNK  # of a unit's columns
+    F_STAGE: ClassVar[int] = TOGETHER * ROWS * 4  # bytes of a step's scales of x
     FINISH: ClassVar[float] = 2.0**14  # what sums lack in the end
 
     @property
     def threads(self) -> int:
-        """Of a CTA: behind those that multiply a warp copies."""
-        return self.CONSUMERS + 32
+        """Of a CTA."""
+        return self.CONSUMERS + 64
 
     @property
     def height(self) -> int:
@@ -286,20 +291,15 @@ class Few:
         return self.k // 128
 
     @property
-    def together(self) -> int:
-        """Units along k in a step, where they lie one behind the other."""
+    def covered(self) -> bool:
+        """Whether k is whole steps of units that lie together, and whole groups of the packing."""
         lying = self.blocks if self.tiles == 1 else self.span
-        return 2 if lying % 2 == 0 else 1
+        return self.blocks % self.span == 0 and lying % self.TOGETHER == 0
 
     @property
     def steps(self) -> int:
         """Steps of a tile."""
-        return self.blocks // self.together
-
-    @property
-    def stages(self) -> int:
-        """Steps in shared memory: 89 KB of weights and rows in each of an SM's CTAs."""
-        return 6 // self.together
+        return self.blocks // self.TOGETHER
 
     @property
     def made(self) -> int:
@@ -314,49 +314,44 @@ class Few:
     @property
     def w_tile(self) -> int:
         """Bytes of a step of a tile of 16 rows."""
-        return self.together * self.UNIT
+        return self.TOGETHER * self.UNIT
 
     @property
     def w_stage(self) -> int:
         return 8 * self.w_tile
 
     @property
-    def x_chunk(self) -> int:
-        """Bytes of 32 columns of rows of x."""
-        return self.ROWS * 64
-
-    @property
-    def x_unit(self) -> int:
-        """Bytes of rows of x along a unit."""
-        return 4 * self.x_chunk
-
-    @property
     def x_stage(self) -> int:
-        return self.together * self.x_unit
+        return self.TOGETHER * self.X_UNIT
 
     @property
     def o_w(self) -> int:
-        return self.stages * self.x_stage
+        return self.X_STAGES * self.x_stage
 
     @property
     def o_factors(self) -> int:
-        """Per stage and unit f32 [24]: scales of rows of x."""
-        return self.o_w + self.stages * self.w_stage
+        """Per stage of rows and unit f32 [24]: scales of rows of x."""
+        return self.o_w + self.STAGES * self.w_stage
 
     @property
     def o_sums(self) -> int:
         """f32 [24][128], what results are made of."""
-        return self.o_factors + self.stages * self.together * self.ROWS * 4
+        return self.o_factors + self.X_STAGES * self.F_STAGE
 
     @property
     def o_bars(self) -> int:
-        """Stage i is full, then stage i is free."""
+        """Stage i of weights is full, then it is free, then the next one."""
         return self.o_sums + self.ROWS * self.PITCH
+
+    @property
+    def o_x_bars(self) -> int:
+        """The same of rows of x."""
+        return self.o_bars + 16 * self.STAGES
 
     @property
     def o_tiles(self) -> int:
         """Per expert how many tiles of rows it and those before it have."""
-        return self.o_bars + 16 * self.stages
+        return self.o_x_bars + 16 * self.X_STAGES
 
     @property
     def shared(self) -> int:
