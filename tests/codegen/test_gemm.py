@@ -38,7 +38,7 @@ UP = GemmSpec(
     experts=256,
     divide=6,
 )
-UP_FEW = replace(UP, rows=64 * 6)
+UP_FEW = replace(UP, name="up_few", rows=64 * 6)
 KINDS = (
     DENSE,
     FEW,
@@ -71,15 +71,17 @@ def test_texts(golden: Golden) -> None:
 
 
 def test_they_assemble_and_multiply_without_waits_between(tmp_path: Path) -> None:
-    """A step is four products in flight together; registers hold what the loading warps have in flight."""
+    """A step is four products in flight together; registers hold what the loading warps have in flight. Few
+    rows meet 16 x 16 weights at a time, two units of them for 8, 16 or 24 rows.
+    """
     emissions = [*(emit_gemm(spec, SM_90A) for spec in KINDS), *ROWS]
     built = build([Source(e.symbol, e.source) for e in emissions], "sm_90a", tmp_path)
     for emission, kernel in zip(emissions, built, strict=True):
         assert kernel.resources.stack <= 96, (emission.symbol, kernel.resources)
         code = disassemble(kernel.cubin, tmp_path)
-        products = len(re.findall(r"[HQ]GMMA\.64x", code))
-        waits = code.count("WARPGROUP.DEPBAR")
-        assert (products, waits) == ((4, 1) if emission not in ROWS else (0, 0)), emission.symbol
+        found = [len(re.findall(p, code)) for p in (r"[HQ]GMMA\.64x", r"WARPGROUP\.DEPBAR", r"HMMA\.16816")]
+        few = emission.symbol in ("up_few_0", "down_few_0")
+        assert found == ([0, 0, 0] if emission in ROWS else [0, 0, 96] if few else [4, 1, 0]), emission.symbol
 
 
 def covered(spec: GemmSpec) -> list[int]:
@@ -116,16 +118,20 @@ def test_what_they_do_not_take_is_said() -> None:
 
 
 @pytest.mark.parametrize(("rows", "each"), [(64, True), (512, True), (4096, False)])
-def test_experts_with_few_rows_multiply_out_of_registers(rows: int, each: bool) -> None:
+def test_experts_with_few_rows_have_tiles_of_their_own(rows: int, each: bool) -> None:
     spec = replace(UP, rows=rows * 6)
     few = few_of(spec)
     assert (few is not None) == each
     if few is not None:
-        assert few.steps * few.together * 128 == spec.k
-        assert few.stages > 1
+        assert few.steps * few.TOGETHER * 128 == spec.k
         assert few.shared <= SM_90A.shared_of(few.RESIDENT)
         assert emit_gemm(spec, SM_90A).grid == (few.RESIDENT * SM_90A.sms, 1, 1)
-    for other in (replace(spec, packing="nvfp4/1x2"), replace(spec, k=384), replace(spec, experts=0)):
+    others = ("nvfp4/1x2", "mxfp4/2x1", "mxfp4/2x3")
+    for other in (
+        *(replace(spec, packing=p) for p in others),
+        replace(spec, k=384),
+        replace(spec, experts=0),
+    ):
         assert few_of(other) is None
 
 

@@ -1,10 +1,10 @@
 """Products of few rows of each expert with MXFP4 weights on tensor cores (sm_90a): what it takes is to read
-the weights. They come by bulk copies as the GEMVs read them, and are multiplied as the GEMVs do it, by mma.sync:
-16 rows of w and 16 columns of k out of registers by 8 rows of x. Exact up to the sums: those of 32 columns, a
-block, are multiplied by its scale.
+the weights. They come by bulk copies as the GEMVs read them, and are multiplied as the GEMVs do it, out of
+registers by 8 rows of x at a time. Exact up to the sums: those of 32 columns, a block, are multiplied by its
+scale.
 
-Two warps share 32 rows of w, each with every other unit along k. Rows of x lie as f16 in the order in which
-lanes read them.
+Rows of x lie as f16 in the order in which lanes read them. Two warps have the same 32 rows of w, each every
+other unit along k.
 """
 
 import cutlass
@@ -70,9 +70,9 @@ def copy_rows(
     divide: Constexpr[int],
     lane: Int32,
 ):
-    """A tile's rows of x, as f16, and their scales into their ring: those that `g_order` lists, of which there
-    are `rows`, and the last one in place of others of its eight; `at` steps were laid down before. A warp: a
-    lane has every other 16 columns of a row, and of another where there are more than 16.
+    """A tile's rows of x, as f16, their scales and how many they are into their ring: `rows` that `g_order`
+    lists, and the last one in place of others of its eight; `at` steps were laid down before. A warp: a lane
+    has every other 16 columns of a row, and of another where there are more than 16.
     """
     row, half = lane // 2, lane % 2
     g_rows, g_scales = [], []
@@ -83,7 +83,7 @@ def copy_rows(
         g_scales.append(g_fx + Int64(number) * t.blocks)
     held = cute.make_rmem_tensor((t.TURNS, t.TOGETHER, 17), Uint32)
     _fetch(t, held, g_rows, g_scales, rows, Int32(0))
-    # A lane's first 16 bytes of 32 columns; bits swapped so that eight lanes that write together meet in no bank.
+    # Of 32 columns; two pieces of 16 bytes change places so that lanes that write together meet in no bank.
     s_own = s + row // 8 * 512 + row % 8 * 64 + half * 32 + row // 2 % 2 * 16
     across = 16 - row // 2 % 2 * 32
     for step in cutlass.range(t.steps, unroll=1):
@@ -100,7 +100,10 @@ def copy_rows(
                         ptx.sts128(s_unit + n * t.X_CHUNK + across, *w[2], *w[3])
                     if half == 0:
                         f = ptx.ue8m0_to_f32(held[turn, i, 16])
-                        ptx.sts_f32(s + t.o_factors + (unit * t.ROWS + row + 16 * turn) * 4, f)
+                        s_f = s + t.o_factors + stage * t.F_STAGE + (i * t.ROWS + row + 16 * turn) * 4
+                        ptx.sts_f32(s_f, f)
+        if lane == 0:
+            ptx.sts32(s + t.o_factors + stage * t.F_STAGE + t.F_ROWS, Uint32(rows))
         cute.arch.sync_warp()
         if lane == 0:
             ptx.mbarrier_arrive(bar)
@@ -122,11 +125,37 @@ def _fetch(t: Constexpr[Few], held: cute.Tensor, g_rows: list, g_scales: list, r
 
 
 @cute.jit
+def list_numbers(t: Constexpr[Few], g_order: Int64, most: Int32, thread: Int32):
+    """In flight, which rows of results those are that the thread stores a part of: rows thread / 16 and 16
+    further of the tile's, of which a list has room for `most`. All that multiply.
+    """
+    numbers = cute.make_rmem_tensor((t.TURNS,), Int32)
+    for turn in range_constexpr(t.TURNS):
+        own = cutlass.min(thread // 16 + 16 * turn, most - 1)
+        numbers[turn] = Int32(ptx.ldg32(g_order + Int64(own) * 4))
+    return numbers
+
+
+@cute.jit
+def count_rows(t: Constexpr[Few], s: Int32, at: Int32):
+    """How many rows a tile has, once its first are there; `at` steps were multiplied before."""
+    stage, bar, parity = stage_of(s + t.o_x_bars, t.X_STAGES, at)
+    ptx.mbarrier_wait(bar, parity)
+    return Int32(ptx.lds32(s + t.o_factors + stage * t.F_STAGE + t.F_ROWS))
+
+
+@cute.jit
 def multiply(
-    t: Constexpr[Few], s: Int32, at: Int32, sums: cute.Tensor, eights: Constexpr[int], warp: Int32, lane: Int32
+    t: Constexpr[Few],
+    s: Int32,
+    at: Int32,
+    sums: cute.Tensor,
+    eights: Constexpr[int],
+    warp: Int32,
+    lane: Int32,
 ):
-    """Add a tile's products times 2^-14 over the warp's part of k, of `eights` times 8 rows of x, to its sums:
-    f32 [fragment of mma.sync][8 rows of x][16 rows of w]; `at` steps were multiplied before.
+    """Add the products of the warp's rows of w and part of k with `eights` times 8 rows of x, times 2^-14, to
+    `sums`: f32 [4, a fragment of mma.sync][8 rows of x][16 rows of w]; `at` steps were multiplied before.
     """
     place, part = warp % t.PLACES, warp // t.PLACES
     s_w = s + t.o_w + place * (2 * t.w_tile) + part * t.UNIT
@@ -170,7 +199,7 @@ def _multiply_unit(
             for h in range_constexpr(2):
                 a = units.place_e2m1x8(w[m][c % 2 * 2 + h])
                 for j in range_constexpr(eights):
-                    ptx.mma_f16(products[None, j], *a, x[j][2 * h], x[j][2 * h + 1])
+                    ptx.mma_f16(products[None, j], a[0], a[1], a[2], a[3], x[j][2 * h], x[j][2 * h + 1])
             for row in range_constexpr(2):
                 f = units.scale_byte(scales[m][c // 2], 2 * (c % 2) + row)
                 for j in range_constexpr(eights):
@@ -209,29 +238,32 @@ def store(
     t: Constexpr[Few],
     s: Int32,
     g_y: Int64,
-    turn: Constexpr[int],
-    row: Int32,
+    g_weights: Int64,
+    numbers: cute.Tensor,
+    rows: Int32,
     columns: Int32,
     column: Int32,
-    weight: Float32,
     limit: Constexpr[float],
     thread: Int32,
 ):
-    """bf16 results from `column` on, of which those below `columns` exist, to `row` of y, -1 for none: row
-    thread / 16 of the tile's 16 of this turn. Of paired matrices SwiGLU under `weight`.
+    """bf16 results from `column` on, of which those below `columns` exist, to rows `numbers` of y, as many as
+    are the tile's. Of paired matrices SwiGLU under the row's weight.
     """
-    s_row = s + t.o_sums + (16 * turn + thread // 16) * t.PITCH
     first = column + thread % 16 * (t.made // 16)
-    if row >= 0 and first < columns:
-        g = g_y + (Int64(row) * columns + first) * 2
-        if const_expr(t.paired):
-            gate, up = ptx.lds128(s_row + thread % 16 * 16), ptx.lds128(s_row + 256 + thread % 16 * 16)
-            made = [
-                swiglu.swiglu(gate[i].bitcast(Float32), up[i].bitcast(Float32), limit, weight)
-                for i in range(4)
-            ]
-            ptx.stg64(g, ptx.f32x2_to_bf16x2(made[0], made[1]), ptx.f32x2_to_bf16x2(made[2], made[3]))
-        else:
-            r = [*ptx.lds128(s_row + thread % 16 * 32), *ptx.lds128(s_row + thread % 16 * 32 + 16)]
-            f = [word.bitcast(Float32) for word in r]
-            ptx.stg128(g, *[ptx.f32x2_to_bf16x2(f[2 * i], f[2 * i + 1]) for i in range(4)])
+    for turn in range_constexpr(t.TURNS):
+        row = thread // 16 + 16 * turn
+        if row < rows and first < columns:
+            s_row = s + t.o_sums + row * t.PITCH
+            g = g_y + (Int64(numbers[turn]) * columns + first) * 2
+            if const_expr(t.paired):
+                weight = ptx.ldg_f32(g_weights + Int64(numbers[turn]) * 4)
+                gate, up = ptx.lds128(s_row + thread % 16 * 16), ptx.lds128(s_row + 256 + thread % 16 * 16)
+                made = [
+                    swiglu.swiglu(gate[i].bitcast(Float32), up[i].bitcast(Float32), limit, weight)
+                    for i in range(4)
+                ]
+                ptx.stg64(g, ptx.f32x2_to_bf16x2(made[0], made[1]), ptx.f32x2_to_bf16x2(made[2], made[3]))
+            else:
+                r = [*ptx.lds128(s_row + thread % 16 * 32), *ptx.lds128(s_row + thread % 16 * 32 + 16)]
+                f = [word.bitcast(Float32) for word in r]
+                ptx.stg128(g, *[ptx.f32x2_to_bf16x2(f[2 * i], f[2 * i + 1]) for i in range(4)])

@@ -248,8 +248,8 @@ class Few:
     per 128, rows `stride` bytes apart. Both are multiplied as f16.
 
     Eight warps multiply, another copies weights, the last one rows of x. `tiles` x `span`: how w is packed; a
-    step is two units along k that lie together, one for each warp of 32 rows of w. `paired`: of the tile's rows
-    64 are of one matrix and 64 of another.
+    step is two units along k that lie together, one for each of two warps. `paired`: 64 of the tile's rows are
+    of one matrix, 64 of another.
     """
 
     k: int
@@ -272,7 +272,10 @@ class Few:
     TURNS: ClassVar[int] = 2  # of 16 rows, of which the last is half
     X_CHUNK: ClassVar[int] = 24 * 32 * 2  # bytes of 32 columns of rows of x
     X_UNIT: ClassVar[int] = 4 * X_CHUNK  # of a unit's columns
-    F_STAGE: ClassVar[int] = TOGETHER * ROWS * 4  # bytes of a step's scales of x
+    F_ROWS: ClassVar[int] = (
+        TOGETHER * ROWS * 4
+    )  # bytes of a step's scales of x, behind which stands how many rows
+    F_STAGE: ClassVar[int] = F_ROWS + 16
     FINISH: ClassVar[float] = 2.0**14  # what sums lack in the end
 
     @property
@@ -330,7 +333,7 @@ class Few:
 
     @property
     def o_factors(self) -> int:
-        """Per stage of rows and unit f32 [24]: scales of rows of x."""
+        """Per stage of rows and unit f32 [24], scales of rows of x; then how many rows the tile has."""
         return self.o_w + self.STAGES * self.w_stage
 
     @property
