@@ -70,9 +70,9 @@ def copy_rows(
     divide: Constexpr[int],
     lane: Int32,
 ):
-    """A tile's rows of x, as f16, their scales and how many they are into their ring: `rows` that `g_order`
-    lists, and the last one in place of others of its eight; `at` steps were laid down before. A warp: a lane
-    has every other 16 columns of a row, and of another where there are more than 16.
+    """A tile's rows of x, as f16, and their scales into their ring: `rows` that `g_order` lists, and the last
+    one in place of others; `at` steps were laid down before. A warp: a lane has every other 16 columns of a
+    row of each turn.
     """
     row, half = lane // 2, lane % 2
     g_rows, g_scales = [], []
@@ -100,10 +100,7 @@ def copy_rows(
                         ptx.sts128(s_unit + n * t.X_CHUNK + across, *w[2], *w[3])
                     if half == 0:
                         f = ptx.ue8m0_to_f32(held[turn, i, 16])
-                        s_f = s + t.o_factors + stage * t.F_STAGE + (i * t.ROWS + row + 16 * turn) * 4
-                        ptx.sts_f32(s_f, f)
-        if lane == 0:
-            ptx.sts32(s + t.o_factors + stage * t.F_STAGE + t.F_ROWS, Uint32(rows))
+                        ptx.sts_f32(s + t.o_factors + (unit * t.ROWS + row + 16 * turn) * 4, f)
         cute.arch.sync_warp()
         if lane == 0:
             ptx.mbarrier_arrive(bar)
@@ -122,26 +119,6 @@ def _fetch(t: Constexpr[Few], held: cute.Tensor, g_rows: list, g_scales: list, r
                     for j in range_constexpr(4):
                         held[turn, i, 4 * n + j] = w[j]
                 held[turn, i, 16] = ptx.ldg_u8(g_scales[turn] + unit)
-
-
-@cute.jit
-def list_numbers(t: Constexpr[Few], g_order: Int64, most: Int32, thread: Int32):
-    """In flight, which rows of results those are that the thread stores a part of: rows thread / 16 and 16
-    further of the tile's, of which a list has room for `most`. All that multiply.
-    """
-    numbers = cute.make_rmem_tensor((t.TURNS,), Int32)
-    for turn in range_constexpr(t.TURNS):
-        own = cutlass.min(thread // 16 + 16 * turn, most - 1)
-        numbers[turn] = Int32(ptx.ldg32(g_order + Int64(own) * 4))
-    return numbers
-
-
-@cute.jit
-def count_rows(t: Constexpr[Few], s: Int32, at: Int32):
-    """How many rows a tile has, once its first are there; `at` steps were multiplied before."""
-    stage, bar, parity = stage_of(s + t.o_x_bars, t.X_STAGES, at)
-    ptx.mbarrier_wait(bar, parity)
-    return Int32(ptx.lds32(s + t.o_factors + stage * t.F_STAGE + t.F_ROWS))
 
 
 @cute.jit
@@ -238,32 +215,29 @@ def store(
     t: Constexpr[Few],
     s: Int32,
     g_y: Int64,
-    g_weights: Int64,
-    numbers: cute.Tensor,
-    rows: Int32,
+    turn: Constexpr[int],
+    row: Int32,
     columns: Int32,
     column: Int32,
+    weight: Float32,
     limit: Constexpr[float],
     thread: Int32,
 ):
-    """bf16 results from `column` on, of which those below `columns` exist, to rows `numbers` of y, as many as
-    are the tile's. Of paired matrices SwiGLU under the row's weight.
+    """bf16 results from `column` on, of which those below `columns` exist, to `row` of y, -1 for none: row
+    thread / 16 of the tile's 16 of this turn. Of paired matrices SwiGLU under `weight`.
     """
+    s_row = s + t.o_sums + (16 * turn + thread // 16) * t.PITCH
     first = column + thread % 16 * (t.made // 16)
-    for turn in range_constexpr(t.TURNS):
-        row = thread // 16 + 16 * turn
-        if row < rows and first < columns:
-            s_row = s + t.o_sums + row * t.PITCH
-            g = g_y + (Int64(numbers[turn]) * columns + first) * 2
-            if const_expr(t.paired):
-                weight = ptx.ldg_f32(g_weights + Int64(numbers[turn]) * 4)
-                gate, up = ptx.lds128(s_row + thread % 16 * 16), ptx.lds128(s_row + 256 + thread % 16 * 16)
-                made = [
-                    swiglu.swiglu(gate[i].bitcast(Float32), up[i].bitcast(Float32), limit, weight)
-                    for i in range(4)
-                ]
-                ptx.stg64(g, ptx.f32x2_to_bf16x2(made[0], made[1]), ptx.f32x2_to_bf16x2(made[2], made[3]))
-            else:
-                r = [*ptx.lds128(s_row + thread % 16 * 32), *ptx.lds128(s_row + thread % 16 * 32 + 16)]
-                f = [word.bitcast(Float32) for word in r]
-                ptx.stg128(g, *[ptx.f32x2_to_bf16x2(f[2 * i], f[2 * i + 1]) for i in range(4)])
+    if row >= 0 and first < columns:
+        g = g_y + (Int64(row) * columns + first) * 2
+        if const_expr(t.paired):
+            gate, up = ptx.lds128(s_row + thread % 16 * 16), ptx.lds128(s_row + 256 + thread % 16 * 16)
+            made = [
+                swiglu.swiglu(gate[i].bitcast(Float32), up[i].bitcast(Float32), limit, weight)
+                for i in range(4)
+            ]
+            ptx.stg64(g, ptx.f32x2_to_bf16x2(made[0], made[1]), ptx.f32x2_to_bf16x2(made[2], made[3]))
+        else:
+            r = [*ptx.lds128(s_row + thread % 16 * 32), *ptx.lds128(s_row + thread % 16 * 32 + 16)]
+            f = [word.bitcast(Float32) for word in r]
+            ptx.stg128(g, *[ptx.f32x2_to_bf16x2(f[2 * i], f[2 * i + 1]) for i in range(4)])
