@@ -15,6 +15,7 @@ import random
 import statistics
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -124,6 +125,26 @@ def check_interrupted(session: Session, ids: list[int], slot: int) -> list[str]:
     return wrong + [f"{name} of the prompt read again" for name in read().differing(expected)]
 
 
+def check_again(session: Session, ids: list[int], count: int) -> list[str]:
+    """A prompt of as many tokens as each bucket has, and of all but one, `count` times: what a launch leaves
+    is no matter of who came first.
+    """
+    wrong, logits = [], "last" if session.gives_last else "all"
+    sizes = [p.shape.tokens for p in session.plan.buckets.values() if p.shape.keeps_beside]
+    for length in sorted({n for size in sizes for n in (size - 1, size)}):
+        expected, others = None, Counter[str]()
+        for _ in range(count):
+            session.reset()
+            rows = session.prefill(ids[:length], 0, logits=logits)
+            found = Left(rows, state_of(session, 0), rows[:0])
+            session.wait()
+            expected = expected or found
+            others.update(found.differing(expected))
+        print(f"{count} prompts of {length} tokens: {sum(others.values())} results differ from the first's")
+        wrong += [f"{name}: {n} of {count} prompts of {length} tokens" for name, n in others.items()]
+    return wrong
+
+
 def largest(session: Session) -> BoundProgram:
     """The program of the bucket of most tokens."""
     assert isinstance(session.executor, CudaExecutor)
@@ -210,6 +231,7 @@ def main() -> int:
     parser.add_argument("plan", type=Path)
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--bound", type=float, default=0.0, help="of a row of logits; 0: the same bits")
+    parser.add_argument("--again", type=int, default=0, help="only the same prompts, so many times")
     parser.add_argument(
         "--quiet", type=int, default=0, help="only so many chunks without an allocation or a wait"
     )
@@ -233,6 +255,10 @@ def main() -> int:
     if options.time:
         time_prompt(session, ids[: options.time])
         return 0
+    if options.again:
+        wrong = check_again(session, ids, options.again)
+        print("\n".join(wrong) or "always the same bits")
+        return int(bool(wrong))
     if options.quiet:
         wrong = check_quiet(session, ids, options.quiet)
         print("\n".join(wrong) or "nothing was allocated, nobody waited")
