@@ -84,7 +84,7 @@ def copy_rows(
         for i in range_constexpr(t.own_rows):
             ptx.cp_async16(s_own + i * 1024, g_rows[i] + Int64((begin + step) * 128))
         ptx.cp_async_arrive(full)
-        s_f = s + t.o_factors + stage * t.FACTORS + thread * 4
+        s_f = s + t.o_factors + stage * t.factors + thread * 4
         for i in range_constexpr(each):
             ptx.sts_f32(s_f + 4 * t.COPIERS * i, ptx.ue8m0_to_f32(scales[i]))
         cute.arch.sync_warp()
@@ -110,7 +110,7 @@ def expand(t: Constexpr[Tiles], s: Int32, at: Int32, warp: Int32, lane: Int32):
             step = at + n * t.together + i
             stage = step % t.stages
             gemm.wait_free(t, s, step)
-            s_w, s_f = s + t.o_w + stage * t.w_stage, s + t.o_factors + stage * t.FACTORS
+            s_w, s_f = s + t.o_w + stage * t.w_stage, s + t.o_factors + stage * t.factors
             lay_mxfp4(t, s_w, s_f, s + t.o_slots + slot * t.slot + i * t.unit, warp, lane)
             cute.arch.sync_warp()
             if lane == 0:
