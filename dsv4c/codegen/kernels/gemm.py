@@ -108,8 +108,8 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     splits = _splits(spec, height, kind, sms)
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
     expands = packing.format == "mxfp4"
-    # Registers: those that multiply 256 rows, with sums of their own, leave no room for a second team; a step of
-    # eight pieces each is what two teams hold, and as fast as two of theirs.
+    # Registers: sums of 256 rows beside their products leave no room for a second team; two teams hold a step of
+    # eight pieces each, which is as fast as two.
     teams = 1 if packing.format == "plain" or (height == 256 and spec.scaled) else 2
     loaders = 2 if expands or (teams == 2 and steps % 2 == 0) else 1
     ahead = 1 if pieces == 8 or steps % (2 * loaders) else 2
@@ -132,7 +132,7 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
 
 
 def _height(spec: GemmSpec, format: str, kind: str, sms: int) -> int:
-    """Rows of x in a tile: what takes the fewest bytes through shared memory in as many rounds as it takes."""
+    """Rows of x in a tile: those with which the busiest SM moves the fewest bytes through shared memory."""
     if spec.rows // max(1, spec.experts // FEW) <= 64:
         return 64
     if spec.experts or format not in WIDE:

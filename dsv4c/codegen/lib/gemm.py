@@ -41,7 +41,7 @@ def open_ring(t: Constexpr[Tiles], s: Int32, thread: Int32):
             ptx.mbarrier_init(s + t.o_bars + 8 * (t.stages + i), t.CONSUMERS // 32)
         for i in range_constexpr(t.slots):
             ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + i), t.FEEDERS)
-            ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + t.slots + i), 4)
+            ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + t.slots + i), t.EXPANDERS)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
 
@@ -330,21 +330,18 @@ def fetch(
     step: Int32,
     thread: Int32,
 ):
-    """The thread's share of a step's weights, in flight to registers `i`, and scales: of its rows of x, behind
-    those of the weights.
+    """The thread's share of a step's weights, in flight to registers `i`, and scales: those of the weights, then
+    of its rows of x.
     """
     if const_expr(t.weight == "plain"):
         return
-    lane, warp = thread % 32, thread // 32
+    lane = thread % 32
     unit, part = step // t.per_unit, step % t.per_unit
     behind = unit // t.span * (t.tiles * t.span * t.unit) + unit % t.span * t.unit
     block = step * t.each // 128
     if const_expr(t.scaled):
         for n in range_constexpr(t.halves):
-            if const_expr(t.experts):
-                row = rows[1]
-            else:
-                row = cutlass.min(rows[0] + thread + 128 * n, rows[1])
+            row = rows[1] if const_expr(t.experts) else cutlass.min(rows[0] + thread + 128 * n, rows[1])
             scales[i, 1 + n] = Int32(ptx.ldg_u8(g_fx + Int64(row) * t.blocks + block))
     if const_expr(t.weight == "fp8"):
         scales[i, 0] = Int32(ptx.ldg_u8_constant(g_fw[0] + block))
@@ -468,8 +465,8 @@ def e4m3x4_to_bf16x2x2(r: Uint32):
 
 @cute.jit
 def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int32):
-    """x w^T of a tile, f32 fragments of `t.halves` times 64 of the warpgroup's rows and `t.wide` columns each;
-    `at` steps were multiplied before.
+    """x w^T of a tile: f32 fragments of 64 rows and `t.wide` columns, `t.halves` of each warpgroup; `at` steps
+    were multiplied before.
     """
     number = NUMBERS[t.kind]
     k_major = OperandMajorMode.K
@@ -516,7 +513,7 @@ def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int
                     if const_expr(last):
                         release(t, full, thread)
                     add_scaled(t, sums[half], products, f)
-                elif f[1, 0] > Float32(0.0):
+                elif cute.arch.make_warp_uniform(f[1, 0].bitcast(Int32)) > 0:
                     release(t, full, thread)
                     add_scaled(t, sums[half], products, f)
                 else:

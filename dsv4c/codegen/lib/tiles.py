@@ -28,7 +28,7 @@ class Tiles:
     scale per 128 (`scaled`) or bf16, rows `stride` bytes apart. `tiles` x `span`: how w is packed. `paired`:
     the tile's rows are 16 of one matrix and 16 of another in turn. Eight warps multiply; `loaders` times four
     lay down steps, `stages` of which shared memory holds, and each four hold `ahead` of their own in
-    registers. Of MXFP4 four expand weights, and of the other four two copy x, two weights. Rows of `experts`
+    registers. Of MXFP4 eight expand weights, and of four more two copy x, two weights. Rows of `experts`
     take tiles of their own. `splits` CTAs of a cluster share a tile's k, and each adds up all of their sums
     for its part of the columns.
 
@@ -58,6 +58,7 @@ class Tiles:
     UNITS: ClassVar[int] = 8  # of 16 rows, in a tile
     COPIERS: ClassVar[int] = 64  # threads that copy x where warps of their own expand w
     FEEDERS: ClassVar[int] = 2  # warps that copy w there
+    EXPANDERS: ClassVar[int] = 8  # warps that expand it
 
     @property
     def expands(self) -> bool:
@@ -67,7 +68,7 @@ class Tiles:
     @property
     def threads(self) -> int:
         """Of a CTA."""
-        return self.CONSUMERS + 128 * self.loaders
+        return self.CONSUMERS + (32 * self.EXPANDERS + 128 if self.expands else 128 * self.loaders)
 
     @property
     def each(self) -> int:
@@ -139,7 +140,7 @@ class Tiles:
     def arrivals(self) -> int:
         """That fill a stage: each warp's, and each thread's when its copies have come."""
         if self.expands:
-            return 4 + self.COPIERS // 32 + self.COPIERS
+            return self.EXPANDERS + self.COPIERS // 32 + self.COPIERS
         return 4 if self.kind == "f16" else 4 + 128
 
     @property
@@ -252,7 +253,7 @@ class Tiles:
     def registers(self) -> tuple[int, ...]:
         """Of a thread that multiplies, and of one that loads, or expands, and of one that copies."""
         if self.expands:
-            return 168, 104, 72
+            return 144, 64, 64
         if self.loaders == 2:
             return 160, 96
         return (216, 72) if self.halves > 1 else (192, 120)
