@@ -185,8 +185,8 @@ def random_matrix(format: str, rows: int, k: int) -> codec.Quantized:
 
 
 def half_near(weight: codec.Quantized | Tensor) -> codec.Quantized | Tensor:
-    """The same, but MXFP4's block scales in the first half of the columns are within 2^9 of each other, as those
-    of trained weights are.
+    """The same, but MXFP4's block scales in the first half of the columns are within 2^9 of each other, as
+    those of trained weights are.
     """
     if isinstance(weight, codec.Quantized) and weight.format == MXFP4:
         weight.scale[:, : weight.scale.shape[1] // 2].random_(119, 129)

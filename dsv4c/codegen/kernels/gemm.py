@@ -108,8 +108,8 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     splits = _splits(spec, height, kind, sms)
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
     expands = packing.format == "mxfp4"
-    # Registers: sums of 256 rows beside their products leave no room for a second team; two teams hold a step of
-    # eight pieces each, which is as fast as two.
+    # Registers: sums of 256 rows beside products leave no room for a second team; of two each holds one step
+    # of eight pieces, which is as fast as two.
     teams = 1 if packing.format == "plain" or (height == 256 and spec.scaled) else 2
     loaders = 2 if expands or (teams == 2 and steps % 2 == 0) else 1
     ahead = 1 if pieces == 8 or steps % (2 * loaders) else 2

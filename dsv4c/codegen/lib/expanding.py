@@ -11,7 +11,7 @@ from dsv4c.codegen.lib.tiles import Tiles
 
 _asm = cute.arch.inline_ptx
 
-FAR = 9  # powers of two below the largest scale down to which e4m3 holds all e2m1 numbers, the largest being 12
+FAR = 9  # powers of two below the largest scale where e4m3 still holds all of e2m1, 12 being the largest
 
 # Copying ----------------------------------------------------------------------------------------------------
 

@@ -330,8 +330,8 @@ def fetch(
     step: Int32,
     thread: Int32,
 ):
-    """The thread's share of a step's weights, in flight to registers `i`, and scales: those of the weights, then
-    of its rows of x.
+    """The thread's share of a step's weights, in flight to registers `i`, and scales: those of the weights,
+    then of its rows of x.
     """
     if const_expr(t.weight == "plain"):
         return
@@ -465,8 +465,8 @@ def e4m3x4_to_bf16x2x2(r: Uint32):
 
 @cute.jit
 def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int32):
-    """x w^T of a tile: f32 fragments of 64 rows and `t.wide` columns, `t.halves` of each warpgroup; `at` steps
-    were multiplied before.
+    """x w^T of a tile: f32 fragments of 64 rows and `t.wide` columns, `t.halves` of each warpgroup; `at`
+    steps were multiplied before.
     """
     number = NUMBERS[t.kind]
     k_major = OperandMajorMode.K
