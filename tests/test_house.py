@@ -113,7 +113,7 @@ HOUSE = {
     "view": Room(1600, (*CONFIG, "plan", "ir", "models"), packages_inside=("graphviz",)),
     # Device code, imported by generated kernels: all of a kernel but the order of its stages. Host code may
     # read the modules in it that need no cutlass.
-    "codegen.lib": Room(11330, ("numerics.forms", "exchange"), ("cutlass", "cuda")),
+    "codegen.lib": Room(11130, ("numerics.forms", "exchange"), ("cutlass", "cuda")),
     # What primitives mean on a device, imported by generated kernels alone.
     "codegen.meanings": Room(2050, ("types", "codegen.lib"), ("cutlass",)),
     # Launches are lowered to what plans hold, which is data. What their kernels' texts say is said here.

@@ -10,7 +10,6 @@ import pytest
 from dsv4c.arch import ARCHS, SM_90A, SM_100A, Arch
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
-from dsv4c.codegen.kernels import index
 from dsv4c.codegen.kernels.attention import (
     AttentionSpec,
     emit_attention,
@@ -18,13 +17,7 @@ from dsv4c.codegen.kernels.attention import (
     plan_attention,
     takes_chunk,
 )
-from dsv4c.codegen.kernels.index import (
-    IndexScoresSpec,
-    TopKSpec,
-    emit_chunk_index_scores,
-    emit_index_scores,
-    emit_top_k,
-)
+from dsv4c.codegen.kernels.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
 from dsv4c.codegen.lib.geometry import Attention, Selection
 from dsv4c.errors import BuildError
 from tests.codegen.sass import disassemble
@@ -40,7 +33,6 @@ CHUNK = AttentionSpec(
 )
 SCORES = IndexScoresSpec("index_scores", 2, 32, "mxfp4", 50, 4, 6)
 SCORES_BF16 = replace(SCORES, name="index_scores_bf16", format="bf16")
-SCORES_CHUNK = replace(SCORES, name="index_scores_chunk", rows=500, heads=64, capacity=2048, k=512)
 TOP_K = TopKSpec("top_k", 2, 50, 6, 4)
 TOP_K_CLUSTER = TopKSpec("top_k_cluster", 1, 20000, 512, 4, bits=32)
 
@@ -188,25 +180,3 @@ def test_index_refuses():
         emit_index_scores(replace(SCORES, heads=12), SM_90A)
     with pytest.raises(BuildError, match="keys have 16 or 32 bits, got 8"):
         emit_top_k(replace(TOP_K, bits=8), SM_90A)
-
-
-def test_scores_of_many_tokens_multiply_without_waits_between(tmp_path: Path):
-    """Eight products of a token's heads are in flight together: of four tokens of a slot, or of one each."""
-    every = [emit_chunk_index_scores(replace(SCORES_CHUNK, format=f), SM_90A) for f in ("mxfp4", "bf16")]
-    for emission, kernel in zip(
-        every, build([Source(e.symbol, e.source) for e in every], "sm_90a", tmp_path), strict=True
-    ):
-        assert emission.grid == (125, 1, 1)
-        assert kernel.resources.stack == 0
-        assert kernel.resources.registers <= 128  # two CTAs to an SM
-        code = disassemble(kernel.cubin, tmp_path)
-        assert (code.count("HGMMA.64x64"), code.count("WARPGROUP.DEPBAR")) == (64, 8)
-
-
-def test_scores_of_few_tokens_have_a_kernel_of_their_own():
-    for spec in (replace(SCORES_CHUNK, rows=64), replace(SCORES_CHUNK, heads=8)):
-        assert not index.takes_chunk(spec, SM_90A)
-        with pytest.raises(BuildError, match="many rows of 32 or 64 heads"):
-            emit_chunk_index_scores(spec, SM_90A)
-    assert index.takes_chunk(SCORES_CHUNK, SM_90A)
-    assert not index.takes_chunk(SCORES_CHUNK, SM_100A)

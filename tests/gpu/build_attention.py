@@ -15,16 +15,9 @@ from pathlib import Path
 from dsv4c.arch import ARCHS, Arch
 from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
-from dsv4c.codegen.kernels import index
 from dsv4c.codegen.kernels.attention import AttentionSpec, emit_attention, emit_chunk_attention, takes_chunk
 from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv
-from dsv4c.codegen.kernels.index import (
-    IndexScoresSpec,
-    TopKSpec,
-    emit_chunk_index_scores,
-    emit_index_scores,
-    emit_top_k,
-)
+from dsv4c.codegen.kernels.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
 from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec
 
 FOLDER = Path("build/gpu/attention")
@@ -51,13 +44,7 @@ def emit(spec: Spec, arch: Arch) -> Emission:
         return emit_chunk_attention(spec, arch) if takes_chunk(spec, arch) else emit_attention(spec, arch)
     if isinstance(spec, GemvSpec):
         return emit_gemv(spec, arch)
-    if isinstance(spec, TopKSpec):
-        return emit_top_k(spec, arch)
-    return (
-        emit_chunk_index_scores(spec, arch)
-        if index.takes_chunk(spec, arch)
-        else emit_index_scores(spec, arch)
-    )
+    return emit_index_scores(spec, arch) if isinstance(spec, IndexScoresSpec) else emit_top_k(spec, arch)
 
 
 def attention(name: str, heads: int, rows: int = 1, **changes: object) -> AttentionSpec:
@@ -177,10 +164,6 @@ def cases() -> Iterator[Case]:
     yield Case(IndexScoresSpec("index_1x4", 4, 64, "mxfp4", 2048, 4, 512), 8000, 4)
     yield Case(IndexScoresSpec("index_8_by_4", 8, 64, "bf16", 2048, 4, 512), tokens=4)
     yield Case(IndexScoresSpec("index_tiny_8_by_2", 8, 32, "mxfp4", 50, 4, 6), tokens=2)
-    for rows, tokens in ((424, 8), (425, 425)):
-        name = f"index_chunk_{rows // tokens}x{tokens}"
-        yield Case(IndexScoresSpec(name, rows, 64, "mxfp4", 2048, 4, 512), tokens=tokens)
-    yield Case(IndexScoresSpec("index_chunk_bf16", 425, 32, "bf16", 700, 4, 6, 0.5), tokens=425)
     yield Case(TopKSpec("topk_2k", 1, 2048, 512, 4), 8191)
     yield Case(TopKSpec("topk_8k", 1, 8192, 1024, 4), 32767)
     yield Case(TopKSpec("topk_32k", 1, 32768, 512, 4), 131071)
@@ -193,41 +176,32 @@ def cases() -> Iterator[Case]:
     yield Case(TopKSpec("topk_tiny_f32", 3, 21, 8, 4, 32))
 
 
-def alone(case: Case, emission: Emission, arch: Arch) -> Emission | None:
-    """The kernel for one row, if rows have the same bits in it: the same, but for index scores of many."""
+def grid_of_one(case: Case, emission: Emission, arch: Arch) -> tuple[int, int, int] | None:
+    """The grid of the same kernel for one row; None where the kernel is another for every number of rows."""
     if isinstance(case.spec, GemvSpec) or (
         isinstance(case.spec, AttentionSpec) and takes_chunk(case.spec, arch)
     ):
         return None
-    one = emit(replace(case.spec, name=f"{case.spec.name}_one", rows=1), arch)
-    many = isinstance(case.spec, IndexScoresSpec) and index.takes_chunk(case.spec, arch)
-    same = one.source.replace("_one", "") == emission.source
-    assert many or same, f"{emission.symbol} is another kernel for one row"
-    return one if many else replace(one, symbol=emission.symbol)
+    one = emit(replace(case.spec, rows=1), arch)
+    assert one.source == emission.source, f"{emission.symbol} is another kernel for one row"
+    return one.grid
 
 
-def describe(case: Case, emission: Emission, one: Emission | None) -> dict[str, object]:
+def describe(case: Case, emission: Emission, arch: Arch) -> dict[str, object]:
     """What the device side needs to know, as JSON."""
     return {
-        **launch_of(emission),
-        "family": type(case.spec).__name__,
-        "alone": None if one is None else launch_of(one),
-        "rows": case.rows,
-        "tokens": case.tokens,
-        "timed_at": case.timed_at,
-        "spec": asdict(case.spec) | {"packing": dict(emission.packing)},
-    }
-
-
-def launch_of(emission: Emission) -> dict[str, object]:
-    """How a kernel is launched, as JSON."""
-    return {
         "symbol": emission.symbol,
+        "family": type(case.spec).__name__,
         "grid": emission.grid,
+        "grid_of_one": grid_of_one(case, emission, arch),
         "block": emission.block,
         "shared": emission.shared,
         "cluster": emission.cluster,
         "parameters": [[p.operand, p.component] for p in emission.parameters],
+        "rows": case.rows,
+        "tokens": case.tokens,
+        "timed_at": case.timed_at,
+        "spec": asdict(case.spec) | {"packing": dict(emission.packing)},
     }
 
 
@@ -242,18 +216,15 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     every, arch = list(cases()), ARCHS[options.target]
     emissions = [emit(case.spec, arch) for case in every]
-    ones = [alone(case, e, arch) for case, e in zip(every, emissions, strict=True)]
-    others = [o for o, e in zip(ones, emissions, strict=True) if o is not None and o.symbol != e.symbol]
-    sources = [Source(e.symbol, e.source) for e in (*emissions, *others)]
-    built = build(sources, options.target, options.store)
-    for emission, kernel in zip((*emissions, *others), built, strict=True):
+    built = build([Source(e.symbol, e.source) for e in emissions], options.target, options.store)
+    for emission, kernel in zip(emissions, built, strict=True):
         (folder / f"{emission.symbol}.cubin").write_bytes(kernel.cubin)
         r = kernel.resources
         print(
             f"{emission.symbol:24} grid {emission.grid[0]:5} shared {emission.shared:6} "
             f"regs {r.registers:3} stack {r.stack}"
         )
-    descriptions = [describe(c, e, o) for c, e, o in zip(every, emissions, ones, strict=True)]
+    descriptions = [describe(c, e, arch) for c, e in zip(every, emissions, strict=True)]
     (folder / "cases.json").write_text(json.dumps(descriptions, indent=1))
 
 

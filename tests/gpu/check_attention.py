@@ -16,7 +16,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -483,23 +482,23 @@ ROWS = {  # operands with a row for each row of the launch; the last is the resu
 }
 
 
-def check_alone(case: dict[str, Any], alone: Kernel, device: dict[tuple[str, str], Tensor]) -> None:
-    """Every row in a launch of its own leaves the bits that the launch of all left; of many rows some do.
+def check_alone(case: dict[str, Any], kernel: Kernel, device: dict[tuple[str, str], Tensor]) -> None:
+    """Every row in a launch of its own leaves the bits that the launch of all left.
 
     Raises WrongResultError if one does not.
     """
     of_rows = ROWS[case["family"]]
     result = of_rows[-1], "data"
-    for n in range(0, case["rows"], 1 + case["rows"] // 100):
+    for n in range(case["rows"]):
         one = {(o, c): t[n : n + 1].clone() if o in of_rows else t for (o, c), t in device.items()}
         one[result].copy_(torch.full_like(one[result], -1 if one[result].dtype is torch.int32 else math.nan))
-        run_once(launch_of(case["alone"], alone, one))
+        run_once(launch_of({**case, "grid": case["grid_of_one"]}, kernel, one))
         if not torch.equal(raw(one[result]), raw(device[result][n : n + 1])):
             raise WrongResultError(f"row {n} alone differs from row {n} of {case['rows']}")
 
 
-def check(case: dict[str, Any], kernel: Kernel, alone: Kernel | None) -> float:
-    """Worst error over all steps, 1 = the allowed one; `alone` is the kernel for one row."""
+def check(case: dict[str, Any], kernel: Kernel) -> float:
+    """Worst error over all steps, 1 = the allowed one."""
     inputs, expected = FAMILIES[case["family"]]
     limit, worst = limit_of(case), 0.0
     steps = steps_of(case, limit)
@@ -514,8 +513,8 @@ def check(case: dict[str, Any], kernel: Kernel, alone: Kernel | None) -> float:
             adversarial(case["family"], x, style)
         device = on_device(x)
         run_once(launch_of(case, kernel, device))
-        if alone is not None and case["rows"] > 1:
-            check_alone(case, alone, device)
+        if case["grid_of_one"] and case["rows"] > 1:
+            check_alone(case, kernel, device)
         for name, want in expected(case["spec"], x).items():
             error = compare(case, name, back(x, device, name), want)
             if not error <= 1.0:
@@ -537,13 +536,6 @@ def time_case(case: dict[str, Any], kernel: Kernel, programmatic: bool) -> float
     return measure(launches, programmatic) / count
 
 
-def load(folder: Path, launch: dict[str, Any]) -> Kernel:
-    """The kernel of a launch."""
-    symbol, cluster = launch["symbol"], math.prod(launch["cluster"])
-    library = Library((folder / f"{symbol}.cubin").read_bytes(), symbol)
-    return library.kernel(symbol, shared=launch["shared"], cluster=cluster)
-
-
 def main() -> int:
     """Check, time, print a table. Status 1 if anything is wrong."""
     options = options_parser(__doc__, "attention").parse_args()
@@ -554,10 +546,11 @@ def main() -> int:
         symbol = case["symbol"]
         if not wanted(symbol, options):
             continue
-        kernel = load(options.folder, case)
-        alone = load(options.folder, case["alone"]) if case["alone"] else None
+        library = Library((options.folder / f"{symbol}.cubin").read_bytes(), symbol)
+        cluster = math.prod(case["cluster"])
+        kernel = library.kernel(symbol, shared=case["shared"], cluster=cluster)
         try:
-            line = f"{symbol:24} error {check(case, kernel, alone):7.3f}"
+            line = f"{symbol:24} error {check(case, kernel):7.3f}"
             if case["timed_at"] is not None and not options.no_time:
                 plain, programmatic = (time_case(case, kernel, p) for p in (False, True))
                 line += f"   {plain:7.2f} {programmatic:7.2f} us"

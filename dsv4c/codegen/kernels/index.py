@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
-from dsv4c.codegen.lib.geometry import ChunkIndex, Index, Selection
+from dsv4c.codegen.lib.geometry import Index, Selection
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable, takes
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.index_topk import IndexTopk
@@ -41,34 +41,6 @@ class IndexScoresSpec:
     factor: float = 1.0
 
 
-def _formula(spec: IndexScoresSpec) -> str:
-    turned = "hadamard(rope(q, t))"
-    weight = f"    weight  = bf16(weights * {spec.factor})\n" if spec.factor != 1.0 else ""
-    return (
-        f"    q'      = {f'mxfp4({turned})' if spec.format == 'mxfp4' else turned}\n"
-        f"    score_w = bf16(sum_h bf16(relu(bf16(q'_h . key_w)) * weight_h)) for w < (t + 1) // {spec.ratio}"
-        f"; others are not written\n{weight}    While at most {spec.k} keys are visible the best {spec.k} "
-        "are known without scores: nothing is written."
-    )
-
-
-def _operands(spec: IndexScoresSpec) -> dict[Parameter, str | None]:
-    return {
-        Parameter("q"): f"bf16[N,{spec.heads},128]",
-        Parameter("keys"): f"{CACHE_FORMATS[spec.format]}[S,{spec.capacity},128]",
-        Parameter("keys", "scale"): "their scales" if spec.format == "mxfp4" else None,
-        Parameter("weights"): f"bf16[N,{spec.heads}]",
-        Parameter("frequencies"): "f32[32]",
-        Parameter("positions"): "i32[N], -1 for none",
-        Parameter("slots"): "i32[N]",
-        Parameter("scores"): f"f32[N,{spec.capacity}]",
-    }
-
-
-def _bytes(spec: IndexScoresSpec) -> int:
-    return spec.capacity * (68 if spec.format == "mxfp4" else 256) + spec.heads * 256
-
-
 def emit_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
     if spec.format not in KEYS:
@@ -78,13 +50,29 @@ def emit_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
     tiles = 2 if spec.format == "mxfp4" and spec.capacity > 32768 else 1  # pays once queries are reread often
     ctas = min(-(-spec.capacity // (128 * tiles)), max(1, 2 * arch.sms // spec.rows))
     x = Index(spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, tiles, spec.factor)
+    nbytes = spec.capacity * (68 if spec.format == "mxfp4" else 256) + spec.heads * 256
+    quantized = spec.format == "mxfp4"
+    turned = "hadamard(rope(q, t))"
+    weight = f"    weight  = bf16(weights * {x.factor})\n" if x.factor != 1.0 else ""
     return compose(
         spec.name,
         f"{spec.name}: index scores of each token against up to {x.capacity} keys of its slot.\n\n"
-        f"{_formula(spec)}",
-        _operands(spec),
+        f"    q'      = {f'mxfp4({turned})' if quantized else turned}\n"
+        f"    score_w = bf16(sum_h bf16(relu(bf16(q'_h . key_w)) * weight_h)) for w < (t + 1) // {x.ratio}; "
+        f"others are not written\n{weight}    While at most {x.k} keys are visible the best {x.k} are known "
+        "without scores: nothing is written.",
+        {
+            Parameter("q"): f"bf16[N,{x.heads},128]",
+            Parameter("keys"): f"{CACHE_FORMATS[x.format]}[S,{x.capacity},128]",
+            Parameter("keys", "scale"): "their scales" if quantized else None,
+            Parameter("weights"): f"bf16[N,{x.heads}]",
+            Parameter("frequencies"): "f32[32]",
+            Parameter("positions"): "i32[N], -1 for none",
+            Parameter("slots"): "i32[N]",
+            Parameter("scores"): f"f32[N,{x.capacity}]",
+        },
         f"Launch: per token as many CTAs as the grid is wide, {x.keys} keys at a time; 256 threads, "
-        f"{x.shared} B shared each.\n{floor_text(_bytes(spec), arch, 'token with all keys visible')}",
+        f"{x.shared} B shared each.\n{floor_text(nbytes, arch, 'token with all keys visible')}",
         (
             f"s = ptx.shared({x.shared})",
             "at = index.enter(SPEC, m)",
@@ -95,41 +83,6 @@ def emit_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
         threads=256,
         grid=("parts", "rows", 1),
         sizes={"parts": ctas, "rows": spec.rows},
-        spec=x,
-    )
-
-
-def takes_chunk(spec: IndexScoresSpec, arch: Arch) -> bool:
-    """Whether the kernel for many rows takes a spec: where CTAs of several tokens keep the SMs busy."""
-    return (
-        spec.heads in (32, 64)
-        and not arch.tensor_memory
-        and 5 * spec.rows >= 4 * ChunkIndex.TOKENS * arch.sms
-    )
-
-
-def emit_chunk_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
-    """The kernel of a spec for many rows, on wgmma, fastest where rows are of one slot. Raises BuildError for
-    what `takes_chunk` says no to.
-    """
-    if not takes_chunk(spec, arch):
-        raise BuildError(f"{spec.name}: takes many rows of 32 or 64 heads, on wgmma")
-    x = ChunkIndex(spec.rows, spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, spec.factor)
-    return compose(
-        spec.name,
-        f"{spec.name}: index scores of each token against up to {x.capacity} keys of its slot.\n\n"
-        f"{_formula(spec)}",
-        _operands(spec),
-        f"Launch: a CTA of 256 threads for {x.TOKENS} tokens, {x.keys} keys at a time; {x.shared} B shared.\n"
-        f"{floor_text(_bytes(spec), arch, 'token with all keys visible')}",
-        (
-            "ptx.launch_dependents()",
-            f"s = ptx.shared({x.shared})",
-            "ptx.wait()",
-            "chunk_index.score_keys(SPEC, m, s)",
-        ),
-        threads=256,
-        grid=(-(-spec.rows // x.TOKENS), 1, 1),
         spec=x,
     )
 
@@ -212,8 +165,7 @@ def indexer(request: Request) -> Answer:
     first = IndexScoresSpec("index_scores", rows, heads, format_, capacity, op.ratio, best.k, op.factor)
     second = TopKSpec("index_topk", rows, capacity, best.k, op.ratio)  # of scores rounded to bf16
     values = {**x, "scores": scores, "out": request.calls[1].outputs[0]}
-    emit = emit_chunk_index_scores if takes_chunk(first, request.arch) else emit_index_scores
     return [
-        launchable(request, emit(first, request.arch), values, stage="scores"),
+        launchable(request, emit_index_scores(first, request.arch), values, stage="scores"),
         launchable(request, emit_top_k(second, request.arch), values, stage="topk"),
     ]

@@ -374,55 +374,6 @@ class Index:
 
 
 @dataclass(frozen=True)
-class ChunkIndex:
-    """Index scores of `rows` tokens, `TOKENS` of them to a CTA of two warpgroups, each of which scores 64
-    keys at a time; the rest is as in `Index`.
-    """
-
-    rows: int
-    heads: int
-    format: str
-    capacity: int
-    ratio: int
-    k: int
-    factor: float = 1.0
-
-    TOKENS: ClassVar[int] = 4
-    tiles: ClassVar[int] = 1
-    warps: ClassVar[int] = 8
-
-    @property
-    def words(self) -> int:
-        """Words of a lane's part of a key; of FP4 its scale is one."""
-        return 5 if self.format == "mxfp4" else 16
-
-    @property
-    def keys(self) -> int:
-        """Keys that a CTA scores at a time."""
-        return self.warps * 16
-
-    @property
-    def groups(self) -> int:
-        """Eights of heads."""
-        return self.heads // 8
-
-    @property
-    def o_weights(self) -> int:
-        """After queries [token][half of k][head][128 bytes]: weights of heads bf16x2 [token][4][groups]."""
-        return self.TOKENS * self.heads * 256
-
-    @property
-    def o_turns(self) -> int:
-        """Each warp's cosines and sines f32 [32][2]."""
-        return self.o_weights + self.TOKENS * self.heads * 2
-
-    @property
-    def shared(self) -> int:
-        """Bytes; queries start at a multiple of 1024."""
-        return 1024 + self.o_turns + self.warps * 256
-
-
-@dataclass(frozen=True)
 class Selection:
     """Exact top-k of `capacity` scores, by digits of order-preserving keys, over a cluster of `splits` CTAs.
 

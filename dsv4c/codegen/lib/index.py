@@ -13,7 +13,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import hadamard, ptx, rope
-from dsv4c.codegen.lib.geometry import ChunkIndex, Index
+from dsv4c.codegen.lib.geometry import Index
 
 _asm = cute.arch.inline_ptx
 _CARRY = 2.0**64
@@ -118,42 +118,30 @@ def prepare_turns(sm: Int32, frequency: Float32, position: Int32, lane: Int32):
 def prepare_queries(
     x: Constexpr[Index], sm: Int32, s_turns: Int32, g_q: Int64, token: Int32, warp: Int32, lane: Int32
 ):
-    """Rotate, transform and quantize heads 8 * warp.. of q bf16[N, heads, 128] into MMA fragments."""
-    if warp < x.heads // 8:
-        fragments = prepare_heads(x, s_turns, g_q, token, warp, lane)
-        for w in range_constexpr(4):
-            ptx.sts128(sm + ((warp * 4 + w) * 32 + lane) * 16, *[fragments[w, n] for n in range(4)])
+    """Rotate, transform and quantize heads 8 * warp.. of q bf16[N, heads, 128] into MMA fragments.
 
-
-@cute.jit
-def prepare_heads(
-    x: Constexpr[Index | ChunkIndex], s_turns: Int32, g_q: Int64, token: Int32, eight: Int32, lane: Int32
-) -> cute.Tensor:
-    """Rotate, transform and quantize eight heads: bf16x2 [4][4], the lane's part of two MMAs' fragments each.
-
-    Lane (g, q) works on dimensions 32q..32q+31 of head g: one scale block.
+    Lane (g, q) works on dimensions 32q..32q+31 of head g: one scale block, and its own part of the fragments.
     """
-    r = cute.make_rmem_tensor((32,), Float32)
-    g = g_q + ((Int64(token) * x.heads + eight * 8 + lane // 4) * 128 + lane % 4 * 32) * 2
-    words = [ptx.ldg128(g + 16 * n) for n in range(4)]
-    for n in range_constexpr(16):
-        r[2 * n], r[2 * n + 1] = ptx.bf16x2_to_f32x2(words[n // 4][n % 4])
-    if lane % 4 >= 2:
-        for n in range_constexpr(8):
-            turns = ptx.lds128(s_turns + (lane % 4 - 2) * 128 + n * 16)
-            for i in range_constexpr(2):
-                c, s = turns[2 * i].bitcast(Float32), turns[2 * i + 1].bitcast(Float32)
-                even, odd = r[4 * n + 2 * i], r[4 * n + 2 * i + 1]
-                r[4 * n + 2 * i] = ptx.round_bf16(even * c - odd * s)
-                r[4 * n + 2 * i + 1] = ptx.round_bf16(even * s + odd * c)
-    _transform(r, lane)
-    if const_expr(x.format == "mxfp4"):
-        _quantize(r)
-    fragments = cute.make_rmem_tensor((4, 4), Uint32)
-    for w in range_constexpr(4):
-        for n in range_constexpr(4):
-            fragments[w, n] = ptx.f32x2_to_bf16x2(r[8 * w + 3 - n], r[8 * w + 7 - n])
-    return fragments
+    if warp < x.heads // 8:
+        r = cute.make_rmem_tensor((32,), Float32)
+        g = g_q + ((Int64(token) * x.heads + warp * 8 + lane // 4) * 128 + lane % 4 * 32) * 2
+        words = [ptx.ldg128(g + 16 * n) for n in range(4)]
+        for n in range_constexpr(16):
+            r[2 * n], r[2 * n + 1] = ptx.bf16x2_to_f32x2(words[n // 4][n % 4])
+        if lane % 4 >= 2:
+            for n in range_constexpr(8):
+                turns = ptx.lds128(s_turns + (lane % 4 - 2) * 128 + n * 16)
+                for i in range_constexpr(2):
+                    c, s = turns[2 * i].bitcast(Float32), turns[2 * i + 1].bitcast(Float32)
+                    even, odd = r[4 * n + 2 * i], r[4 * n + 2 * i + 1]
+                    r[4 * n + 2 * i] = ptx.round_bf16(even * c - odd * s)
+                    r[4 * n + 2 * i + 1] = ptx.round_bf16(even * s + odd * c)
+        _transform(r, lane)
+        if const_expr(x.format == "mxfp4"):
+            _quantize(r)
+        for w in range_constexpr(4):
+            fragment = [ptx.f32x2_to_bf16x2(r[8 * w + 3 - n], r[8 * w + 7 - n]) for n in range(4)]
+            ptx.sts128(sm + ((warp * 4 + w) * 32 + lane) * 16, *fragment)
 
 
 @cute.jit
@@ -194,7 +182,7 @@ def _quantize(r: cute.Tensor):
 
 @cute.jit
 def load_keys(
-    x: Constexpr[Index | ChunkIndex],
+    x: Constexpr[Index],
     keys: cute.Tensor,
     g_data: Int64,
     g_scale: Int64,
@@ -218,7 +206,7 @@ def load_keys(
 
 
 @cute.jit
-def fragments(x: Constexpr[Index | ChunkIndex], keys: cute.Tensor):
+def fragments(x: Constexpr[Index], keys: cute.Tensor):
     """A fragments [m][8][4] of the keys in registers."""
     a = cute.make_rmem_tensor((x.tiles, 8, 4), Uint32)
     for m in range_constexpr(x.tiles):
@@ -269,7 +257,9 @@ def score(x: Constexpr[Index], sm: Int32, a: cute.Tensor, weights: cute.Tensor, 
                     ptx.mma_bf16(r[m, None], f[0], f[1], f[2], f[3], b[2 * half], b[2 * half + 1])
         for m in range_constexpr(x.tiles):
             for i in range_constexpr(2):
-                total[m, i] = total[m, i] + weigh(r[m, 2 * i], r[m, 2 * i + 1], weights[n])
+                dots = _relu_bf16x2(r[m, 2 * i], r[m, 2 * i + 1])
+                lo, hi = ptx.bf16x2_to_f32x2(ptx.mul_bf16x2(dots, weights[n]))
+                total[m, i] = total[m, i] + (lo + hi)
     for m in range_constexpr(x.tiles):
         for i in range_constexpr(2):
             total[m, i] = ptx.round_bf16(ptx.lanes_sum(total[m, i], 4))
@@ -277,15 +267,8 @@ def score(x: Constexpr[Index], sm: Int32, a: cute.Tensor, weights: cute.Tensor, 
 
 
 @cute.jit
-def weigh(one: Float32, other: Float32, weights: Uint32):
-    """What the dots of two heads add to a score: each rounded to bf16, and with its weight again."""
-    lo, hi = ptx.bf16x2_to_f32x2(ptx.mul_bf16x2(_relu_bf16x2(one, other), weights))
-    return lo + hi
-
-
-@cute.jit
 def store_scores(
-    x: Constexpr[Index | ChunkIndex],
+    x: Constexpr[Index],
     total: cute.Tensor,
     g_scores: Int64,
     token: Int32,
