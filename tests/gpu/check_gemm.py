@@ -103,8 +103,11 @@ def silu_pair(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 def doubt(weight: codec.Quantized | Tensor, kind: str) -> Tensor:
-    """f32 [rows, k]: what a product of each weight may be off, over the magnitude of its row of x."""
-    off = SLACK[kind] * wide(weight).abs().float()
+    """f32 [rows, k]: what a product of each weight may be off, over the magnitude of its row of x: of sums of 128
+    twice as much, which may be all but one term's.
+    """
+    values = wide(weight).abs().float()
+    off = SLACK[kind] * max(1, 256 // values.shape[1]) * values
     if isinstance(weight, codec.Quantized) and weight.format == MXFP4:
         scales = torch.exp2(weight.scale.float() - 127)
         blocks = torch.nn.functional.pad(scales, (0, -scales.shape[1] % 4)).view(len(scales), -1, 4)
