@@ -103,8 +103,8 @@ def silu_pair(gate: Tensor, up: Tensor, limit: float) -> Tensor:
 
 
 def doubt(weight: codec.Quantized | Tensor, kind: str) -> Tensor:
-    """f32 [rows, k]: what a product of each weight may be off, over the magnitude of its row of x: of sums of 128
-    twice as much, which may be all but one term's.
+    """f32 [rows, k]: what a product of each weight may be off, over the magnitude of its row of x: of sums of
+    128 twice as much, which may be all but one term's.
     """
     values = wide(weight).abs().float()
     off = SLACK[kind] * max(1, 256 // values.shape[1]) * values
