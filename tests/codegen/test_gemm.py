@@ -19,7 +19,6 @@ from dsv4c.codegen.kernels.chunk_rows import (
     emit_sum_experts,
 )
 from dsv4c.codegen.kernels.gemm import GemmMatrix, GemmSpec, emit_gemm, few_of, tiles_of
-from dsv4c.codegen.lib.tiles import Few, Tiles
 from dsv4c.compiler.verify import check
 from dsv4c.errors import BuildError
 from tests.codegen.lowered import gpu_plan
@@ -72,34 +71,24 @@ def test_texts(golden: Golden) -> None:
 
 
 def test_they_assemble_and_multiply_without_waits_between(tmp_path: Path) -> None:
-<<<<<<< HEAD
-    """A step is four products in flight together; registers hold what the loading warps have in flight. Few
-    rows meet 16 x 16 weights at a time, two units of them for 8 or 16 rows.
-=======
     """A step is four products in flight together, or eight of 256 rows whose sums need no scales; registers
     hold what the loading warps have in flight. Descriptors are uniform: no lane's own branch is in the loop.
->>>>>>> main
+    Few rows meet 16 x 16 weights at a time, two units of them for 8 or 16 rows.
     """
     emissions = [*(emit_gemm(spec, SM_90A) for spec in KINDS), *ROWS]
     built = build([Source(e.symbol, e.source) for e in emissions], "sm_90a", tmp_path)
-    expected = [(0, 0)] * len(emissions)
+    expected = [(0, 0, 0)] * len(emissions)
     for i, spec in enumerate(KINDS):
-        t = few_of(spec) or tiles_of(spec, SM_90A.sms)
-        halves = t.halves if isinstance(t, Tiles) else 1
-        expected[i] = (4 * halves, halves if isinstance(t, Few) or t.promotes else 1)
+        t = tiles_of(spec, SM_90A.sms)
+        expected[i] = (0, 0, 48) if few_of(spec) else (4 * t.halves, t.halves if t.promotes else 1, 0)
     for emission, kernel, products in zip(emissions, built, expected, strict=True):
         assert kernel.resources.stack <= 96, (emission.symbol, kernel.resources)
         code = disassemble(kernel.cubin, tmp_path)
-<<<<<<< HEAD
-        found = [len(re.findall(p, code)) for p in (r"[HQ]GMMA\.64x", r"WARPGROUP\.DEPBAR", r"HMMA\.16816")]
-        few = emission.symbol in ("up_few_0", "down_few_0")
-        assert found == ([0, 0, 0] if emission in ROWS else [0, 0, 48] if few else [4, 1, 0]), emission.symbol
-=======
         found = list(re.finditer(r"[HQ]GMMA\.64x", code))
-        assert (len(found), code.count("WARPGROUP.DEPBAR")) == products, emission.symbol
-        if found and "few" not in emission.symbol:
+        counts = (len(found), code.count("WARPGROUP.DEPBAR"), code.count("HMMA.16816"))
+        assert counts == products, emission.symbol
+        if found:
             assert "R2UR" not in code[found[0].start() : found[-1].end()], emission.symbol
->>>>>>> main
 
 
 def covered(spec: GemmSpec) -> list[int]:
