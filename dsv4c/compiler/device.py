@@ -5,11 +5,14 @@ they leave there is compared with what their nodes mean on the same operands. We
 activations adversarial (`dsv4c.certify.adversarial`); integers what the graph makes of the call's tokens,
 so that positions, slots and selections are such as kernels meet. Launches that differ in nothing but places
 and layers are run once.
+
+Of a plan for several ranks one GPU is each of them in turn, twice: what a rank gives the others is there when
+they run again, and what nobody has given is NaN.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,10 +35,14 @@ from dsv4c.reference import run
 from dsv4c.reference.interpret import clone
 from dsv4c.runtime import driver
 from dsv4c.runtime.cuda import POISON, BoundProgram, Device, Libraries, check_architecture
+from dsv4c.runtime.ranks import BLOCKS, answer_at_once, become
 from dsv4c.runtime.residence import Resident
 
 WARM, COLD = (0.7, 20.0, 0.9, 0.02, 1.1, 0.5, 0.25), (0.0,) * 7
 """How slots are sampled, in turn (`dsv4c.ir.ops.sample.KNOBS`)."""
+
+NAN = 0x7FFFFFFF
+"""The bits of an f32 and of two bf16 that are none of anybody's."""
 
 LARGEST = 24.0
 """Root mean square of a row of operands: beyond what models have, f32 sums of a router's scores underflow."""
@@ -81,11 +88,6 @@ def check_kernels(plan: Plan, buckets: Iterable[str] = (), *, device: str = "cud
     """
     if not plan.kernels:
         raise PlanError(f"plan {plan.name} is for {plan.target}, which has no kernels; compile for sm_90a")
-    if plan.ranks > 1:
-        raise PlanError(
-            f"plan {plan.name} has {plan.ranks} ranks, whose kernels wait for each other; check those of a "
-            "plan for one"
-        )
     if device == "cuda":
         check_architecture(plan, Device.current())
     found: dict[object, list[tuple[Program, Graph, Turn]]] = {}
@@ -136,7 +138,9 @@ def _likeness(turn: Turn, program: Program) -> object:
 
 
 class Alone:
-    """One turn in memory of its own, with weights in their forms."""
+    """One turn in memory of its own, with weights in their forms. Where ranks exchange values in it, what
+    they give differs by rank, all else is alike.
+    """
 
     def __init__(
         self,
@@ -151,8 +155,12 @@ class Alone:
         self._once = {} if load is None else load.by_name  # what is computed when weights are there
         self._generator = torch.Generator(torch.get_default_device()).manual_seed(17)
         self._made = {v for node in turn.nodes for v in node.outputs}
+        self._pieces = {
+            v for node in turn.nodes if node.op.collective for v in node.inputs if v not in self._made
+        }
+        self._ranks = plan.ranks if any(launch.exchanges for launch in turn.launches) else 1
         self._params: dict[str, Value] = {}
-        places = _Places(program, turn)
+        places = _Places(plan, program, turn)
         blocks = {space: torch.zeros(size, dtype=torch.uint8) for space, size in places.sizes.items()}
         self.bound = BoundProgram(plan, places.program, blocks, libraries)
         residents = {r["name"]: r for r in plan.weights}
@@ -163,8 +171,26 @@ class Alone:
                 replace(resident, components=parts).store(blocks["weights"], self._param(variable))
 
     def check(self, pattern: str) -> list[Apart]:
-        """Run the launches on operands of a pattern; how far off each of their results is."""
+        """Run the launches on operands of a pattern; how far off each of their results is, on every rank."""
         self._generator.manual_seed(PATTERNS.index(pattern) * 1009 + 17)
+        given = self._given(pattern)
+        inner = self._meant(given, [{} for _ in given]) if self.turn.inner else given
+        if self._ranks > 1:
+            blocks = self.bound.blocks
+            answer_at_once(self.plan, 0, blocks["exchange"], blocks["tiles"], NAN)
+            for rank, own in enumerate(given):
+                self._run(pattern, rank, own, inner[rank])
+        found = [self._run(pattern, rank, own, inner[rank]) for rank, own in enumerate(given)]
+        expected = self._meant(given, found)
+        return [
+            each
+            for own in zip(given, expected, found, strict=True)
+            for node in self.turn.nodes
+            for each in self._apart(node, *own)
+        ]
+
+    def _given(self, pattern: str) -> list[dict[Variable, Value]]:
+        """Operands that come from outside, of every rank."""
         given: dict[Variable, Value] = {}
         choices = [node for node in self.turn.nodes if all(integers(v.type) for v in node.outputs)]
         chosen = {v for node in choices for v in node.inputs}
@@ -173,19 +199,26 @@ class Alone:
                 given[variable] = self._value(variable, pattern, given, chosen=variable in chosen)
         if (lengths := self._counts()) is not None and lengths not in given:  # no rows are padding
             given[lengths] = torch.full(lengths.type.shape, self.program.shape.tokens, dtype=torch.int32)
+        others = [
+            {v: floats(v.type, pattern, self._generator, LARGEST) for v in self._pieces}
+            for _ in range(1, self._ranks)
+        ]
+        return [given, *(given | pieces for pieces in others)]
+
+    def _run(
+        self, pattern: str, rank: int, given: Mapping[Variable, Value], inner: Mapping[Variable, Value]
+    ) -> dict[Variable, Value]:
+        """What the launches leave in memory, as one of the ranks."""
         self.bound.blocks["arena"].fill_(POISON)
         for variable, value in given.items():
             self._store(variable, value)
-        if self.turn.inner:  # what a launch leaves out of these, the next one does not need
-            made = self._meant(given, {})
-            for variable in self.turn.inner:
-                self._store(variable, made[variable])
+        for variable in self.turn.inner:  # what a launch leaves out of these, the next one does not need
+            self._store(variable, inner[variable])
+        if self._ranks > 1:
+            become(rank, self.bound.blocks["exchange"])
         self.bound.call()
         driver.synchronize(f"nodes {', '.join(node.name for node in self.turn.nodes)} ({pattern} operands)")
-        in_memory = (*self.turn.written, *self.turn.inner)
-        found = {v: clone(self.bound.value(v.name)) for v in in_memory}
-        expected = self._meant(given, found)
-        return [a for node in self.turn.nodes for a in self._apart(node, given, expected, found)]
+        return {v: clone(self.bound.value(v.name)) for v in (*self.turn.written, *self.turn.inner)}
 
     def _counts(self) -> Variable | None:
         """How many rows a call has, if the launches read that."""
@@ -198,13 +231,14 @@ class Alone:
         self, variable: Variable, pattern: str, known: dict[Variable, Value], *, chosen: bool = False
     ) -> Value:
         """An operand that comes from outside; all versions of a state are one. What is `chosen` from is made
-        by its own node: kernels believe that nothing is chosen that cannot be seen.
+        by its own node: kernels believe that nothing is chosen that cannot be seen. What ranks exchange is as
+        any other.
         """
         root = self.graph.root_of.get(variable, variable)
         if root in known:
             return known[root]
         once = self._once.get(root.name, root)
-        node = once.node
+        node = once.node if once.node is None or not once.node.op.collective else None
         if once.kind is Kind.PARAM:
             value = self._param(once)
         elif node is not None and (integers(root.type) or node.op.view or chosen or once is not root):
@@ -258,14 +292,22 @@ class Alone:
     # --- results ---
 
     def _meant(
-        self, given: Mapping[Variable, Value], found: Mapping[Variable, Value]
-    ) -> dict[Variable, Value]:
-        """What the nodes mean; each reads what launches left of an earlier one's results, if it is there."""
-        expected: dict[Variable, Value] = {}
+        self, given: Sequence[Mapping[Variable, Value]], found: Sequence[Mapping[Variable, Value]]
+    ) -> list[dict[Variable, Value]]:
+        """What the nodes mean, on every rank; each reads what launches left of an earlier one's results, if
+        it is there.
+        """
+        expected: list[dict[Variable, Value]] = [{} for _ in given]
         for node in self.turn.nodes:
-            operands = [found.get(v, expected.get(v, given.get(v))) for v in node.inputs]
-            results = _results(node, [clone(o) for o in operands if o is not None])
-            expected |= zip(node.outputs, results, strict=True)
+            operands = [
+                [left.get(v, meant.get(v, own.get(v))) for v in node.inputs]
+                for own, meant, left in zip(given, expected, found, strict=True)
+            ]
+            if node.op.collective:
+                operands = [[each for own in operands for each in own]] * len(operands)
+            for own, meant in zip(operands, expected, strict=True):
+                results = _results(node, [clone(o) for o in own if o is not None])
+                meant |= zip(node.outputs, results, strict=True)
         return expected
 
     def _apart(
@@ -302,9 +344,11 @@ def _results(node: Node, operands: list[Value]) -> list[Value]:
 
 
 class _Places:
-    """The bytes that a turn touches, moved together: sizes of its blocks, and its program on them."""
+    """The bytes that a turn touches, moved together: sizes of its blocks, and its program on them. What ranks
+    exchange stays where it is, since kernels find it by themselves.
+    """
 
-    def __init__(self, program: Program, turn: Turn) -> None:
+    def __init__(self, plan: Plan, program: Program, turn: Turn) -> None:
         arguments = [a for launch in turn.launches for a in launch.arguments]
         named = {a.value for a in arguments}
         for node in turn.nodes:
@@ -318,6 +362,8 @@ class _Places:
                 spans[place.space].append((place.offset, place.offset + place.type.extent))
         for a in arguments:
             spans[a.space].append((a.offset, a.offset + a.nbytes))
+        for space in BLOCKS:
+            spans[space] = [(0, plan.blocks[space])]
         self.sizes: dict[str, int] = {}
         self._spans: dict[str, list[tuple[int, int, int]]] = {}
         for space, found in spans.items():

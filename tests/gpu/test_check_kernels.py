@@ -20,6 +20,7 @@ from dsv4c.cli import app
 from dsv4c.compiler import device
 from dsv4c.compiler.device import Alone, Checked, check_kernels
 from dsv4c.errors import ConfigError, GraphError, PlanError
+from dsv4c.exchange import RANK
 from dsv4c.ir.graph import Kind, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph
@@ -32,6 +33,7 @@ from dsv4c.runtime.cuda import BoundProgram
 from dsv4c.types import BF16, I32, TensorType
 from tests.codegen.lowered import gpu_plan
 from tests.gpu.test_bisect import NoLibrary, rounded
+from tests.passes.test_shard import wide
 
 Fault = Callable[[Node, list[Value]], list[Value]]
 
@@ -47,9 +49,24 @@ class NoGraph:
 
 
 class Machine:
-    """Plays a turn: its nodes by the reference. `fault` changes what a node gives."""
+    """Plays a turn: its nodes by the reference. `fault` changes what a node gives, `given` what a rank gives
+    the others, which lies where they find it.
+    """
 
     fault: Fault = staticmethod(lambda node, results: results)
+    given: Callable[[int, Value], Value] = staticmethod(lambda rank, value: value)
+
+    def __init__(self) -> None:
+        self.inbox: dict[tuple[Node, int], list[Value]] = {}
+
+    def exchange(self, alone: Alone, node: Node, own: list[Value]) -> list[Value]:
+        """The operands of all ranks, those of the others as they have given them, or NaN."""
+        rank = int(alone.bound.blocks["exchange"][RANK])
+        self.inbox[node, rank] = [self.given(rank, clone(value)) for value in own]
+        nobody = [clone(value).fill_(torch.nan) for value in own]  # type: ignore[union-attr]
+        found = [self.inbox.get((node, peer), nobody) for peer in range(node.op.ranks)]  # type: ignore[attr-defined]
+        found[rank] = own
+        return [value for operands in found for value in operands]
 
     def play(self, alone: Alone) -> None:
         made: dict[str, Value] = {}
@@ -59,6 +76,8 @@ class Machine:
             operands = [
                 alone.bound.value(v.name) if o is None else o for v, o in zip(node.inputs, known, strict=True)
             ]
+            if node.op.collective:
+                operands = self.exchange(alone, node, operands)
             result = run(node.op, *map(clone, operands))
             results = self.fault(node, list(result) if type(result) is tuple else [result])
             made |= {v.name: clone(value) for v, value in zip(node.outputs, results, strict=True)}
@@ -86,6 +105,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     def watched(self: Alone, pattern: str) -> object:
         playing[:] = [self]
+        made.inbox.clear()
         return check(self, pattern)
 
     monkeypatch.setattr(Alone, "check", watched)
@@ -152,6 +172,41 @@ def test_a_wrong_kernel_is_named_with_its_nodes(
         v.name for n in parse_graph(plan.graph_text("decode-1")).nodes for v in n.outputs if n.op.name == op
     }
     assert {each.worst.result for each in wrong} <= results
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Plan:
+    return gpu_plan(wide(), ranks=2, batch=1, verify=1, chunk=1, max_context=64, certify=False)
+
+
+def exchanges(found: list[Checked]) -> list[Checked]:
+    return [each for each in found if {"all_reduce", "all_gather"} & set(each.op.split(" + "))]
+
+
+def test_right_ranks_hold_in_turn_on_one_gpu(ranks: Plan, machine: Machine) -> None:
+    machine.fault = rounded
+    found = checked(ranks)
+    assert [each for each in found if not each.holds] == []
+    assert {name for each in found for name in each.kernels} == set(ranks.kernels)
+    ops = {op for each in exchanges(found) for op in each.op.split(" + ")}
+    assert ops >= {"all_reduce", "all_gather"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        lambda rank, value: value.mul_(1 + 0.02 * rank),
+        lambda rank, value: value.fill_(torch.nan) if rank else value,
+    ],
+    ids=["wrong values", "nothing"],
+)
+def test_a_rank_that_gives_others_something_else_is_noticed(
+    ranks: Plan, machine: Machine, given: Callable[[int, Value], Value], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "PATTERNS", ("random",))
+    machine.given = given  # type: ignore[method-assign]
+    found = checked(ranks)
+    assert [each for each in found if not each.holds] == exchanges(found) != []
 
 
 def test_what_a_launch_does_not_write_is_noticed(
