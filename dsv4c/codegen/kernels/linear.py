@@ -85,6 +85,8 @@ def product(
         matrices.append(matrix)
     shape = request.types[products[0][2]].shape
     rows = shape[0] if groups > 1 else math.prod(shape[:-1])  # of several streams each is a row
+    if rows != shape[0]:  # which a chunk's length does not count
+        request = replace(request, lengths=None)
     spec = GemvSpec(
         name,
         rows,
