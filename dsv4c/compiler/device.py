@@ -6,8 +6,9 @@ activations adversarial (`dsv4c.certify.adversarial`); integers what the graph m
 so that positions, slots and selections are such as kernels meet. Launches that differ in nothing but places
 and layers are run once.
 
-Of a plan for several ranks one GPU is each of them in turn, twice: what a rank gives the others is there when
-they run again, and what nobody has given is NaN.
+Of a plan for several ranks one GPU is each of them in turn. The words of the others are put where a launch
+waits for them, and those that it gives are compared with what they say; tiles that a rank gives are there when
+the others run for the second time, and are NaN before.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dsv4c.certify.evaluate import PATTERNS
 from dsv4c.certify.rounding import Apart, apart, integers
 from dsv4c.compiler.turns import Turn, turns_of
 from dsv4c.errors import PlanError
+from dsv4c.exchange import MOST_ROWS
 from dsv4c.ir.graph import Graph, Kind, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph
@@ -35,7 +37,7 @@ from dsv4c.reference import run
 from dsv4c.reference.interpret import clone
 from dsv4c.runtime import driver
 from dsv4c.runtime.cuda import POISON, BoundProgram, Device, Libraries, check_architecture
-from dsv4c.runtime.ranks import BLOCKS, answer_at_once, become
+from dsv4c.runtime.ranks import BLOCKS, answer_at_once, as_words, become, words_of
 from dsv4c.runtime.residence import Resident
 
 WARM, COLD = (0.7, 20.0, 0.9, 0.02, 1.1, 0.5, 0.25), (0.0,) * 7
@@ -138,8 +140,8 @@ def _likeness(turn: Turn, program: Program) -> object:
 
 
 class Alone:
-    """One turn in memory of its own, with weights in their forms. Where ranks exchange values in it, what
-    they give differs by rank, all else is alike.
+    """One turn in memory of its own, with weights in their forms. Where ranks exchange values in it, each has
+    activations of its own: it takes those words of the others that an exchange joins, and gives its own.
     """
 
     def __init__(
@@ -155,10 +157,11 @@ class Alone:
         self._once = {} if load is None else load.by_name  # what is computed when weights are there
         self._generator = torch.Generator(torch.get_default_device()).manual_seed(17)
         self._made = {v for node in turn.nodes for v in node.outputs}
-        self._pieces = {
-            v for node in turn.nodes if node.op.collective for v in node.inputs if v not in self._made
-        }
-        self._ranks = plan.ranks if any(launch.exchanges for launch in turn.launches) else 1
+        gives = any(launch.gives for launch in turn.launches)
+        self._takes = next((n.inputs for n in turn.nodes if n.op.collective), ())
+        self._gives = _joined(graph, turn) if gives else () if _given_before(program, turn) else self._takes
+        self._tiled = any(v.type.shape[0] > MOST_ROWS for v in self._takes)
+        self._ranks = plan.ranks if self._takes or self._gives else 1
         self._params: dict[str, Value] = {}
         places = _Places(plan, program, turn)
         blocks = {space: torch.zeros(size, dtype=torch.uint8) for space, size in places.sizes.items()}
@@ -176,34 +179,51 @@ class Alone:
         given = self._given(pattern)
         inner = self._meant(given, [{} for _ in given]) if self.turn.inner else given
         if self._ranks > 1:
-            blocks = self.bound.blocks
-            answer_at_once(self.plan, 0, blocks["exchange"], blocks["tiles"], NAN)
+            answer_at_once(self.plan, 0, self._block("exchange"), self._block("tiles"), NAN)
+        results, found = list[Apart](), list[dict[Variable, Value]]()
+        for _ in range(2 if self._tiled else 1):
+            found.clear()
             for rank, own in enumerate(given):
-                self._run(pattern, rank, own, inner[rank])
-        found = [self._run(pattern, rank, own, inner[rank]) for rank, own in enumerate(given)]
+                self._put_words(rank, given)
+                found.append(self._run(pattern, rank, own, inner[rank]))
+                results += self._gave(rank, own | found[rank])
         expected = self._meant(given, found)
-        return [
-            each
-            for own in zip(given, expected, found, strict=True)
-            for node in self.turn.nodes
-            for each in self._apart(node, *own)
-        ]
+        for own in zip(given, expected, found, strict=True):
+            results += [each for node in self.turn.nodes for each in self._apart(node, *own)]
+        return results
+
+    def _block(self, name: str) -> Tensor:
+        return self.bound.blocks[name]
+
+    def _put_words(self, rank: int, given: Sequence[Mapping[Variable, Value]]) -> None:
+        """What the other ranks give this one."""
+        for peer, theirs in enumerate(given) if self._takes and not self._tiled else ():
+            words = _words(theirs[v] for v in self._takes)
+            if peer != rank:
+                words_of(self.plan, self._block("exchange"), peer)[: len(words)] = words
+
+    def _gave(self, rank: int, values: Mapping[Variable, Value]) -> Iterator[Apart]:
+        """Whether the words that a rank gave are those of the values."""
+        if self._gives and not self._tiled:
+            words = _words(values[v] for v in self._gives)
+            found = words_of(self.plan, self._block("exchange"), rank)[: len(words)]
+            wrong = float((found != words).float().mean())
+            yield Apart(f"words of {self._gives[0].name}", wrong, 0.0)
 
     def _given(self, pattern: str) -> list[dict[Variable, Value]]:
         """Operands that come from outside, of every rank."""
-        given: dict[Variable, Value] = {}
         choices = [node for node in self.turn.nodes if all(integers(v.type) for v in node.outputs)]
         chosen = {v for node in choices for v in node.inputs}
-        for variable in dict.fromkeys(v for node in self.turn.nodes for v in node.inputs):
-            if variable not in self._made:
-                given[variable] = self._value(variable, pattern, given, chosen=variable in chosen)
-        if (lengths := self._counts()) is not None and lengths not in given:  # no rows are padding
-            given[lengths] = torch.full(lengths.type.shape, self.program.shape.tokens, dtype=torch.int32)
-        others = [
-            {v: floats(v.type, pattern, self._generator, LARGEST) for v in self._pieces}
-            for _ in range(1, self._ranks)
-        ]
-        return [given, *(given | pieces for pieces in others)]
+        operands = dict.fromkeys(v for node in self.turn.nodes for v in node.inputs if v not in self._made)
+        found: list[dict[Variable, Value]] = []
+        known: dict[Variable, Value] = {}
+        for _ in range(self._ranks):
+            known = {v: x for v, x in known.items() if v.kind is not Kind.RESULT or integers(v.type)}
+            given = {v: self._value(v, pattern, known, chosen=v in chosen) for v in operands}
+            if (lengths := self._counts()) is not None and lengths not in given:  # no rows are padding
+                given[lengths] = torch.full(lengths.type.shape, self.program.shape.tokens, dtype=torch.int32)
+            found.append(given)
+        return found
 
     def _run(
         self, pattern: str, rank: int, given: Mapping[Variable, Value], inner: Mapping[Variable, Value]
@@ -215,7 +235,7 @@ class Alone:
         for variable in self.turn.inner:  # what a launch leaves out of these, the next one does not need
             self._store(variable, inner[variable])
         if self._ranks > 1:
-            become(rank, self.bound.blocks["exchange"])
+            become(rank, self._block("exchange"))
         self.bound.call()
         driver.synchronize(f"nodes {', '.join(node.name for node in self.turn.nodes)} ({pattern} operands)")
         return {v: clone(self.bound.value(v.name)) for v in (*self.turn.written, *self.turn.inner)}
@@ -341,6 +361,27 @@ class Alone:
 def _results(node: Node, operands: list[Value]) -> list[Value]:
     result: Any = run(node.op, *operands)
     return [clone(value) for value in (result if type(result) is tuple else (result,))]
+
+
+def _joined(graph: Graph, turn: Turn) -> tuple[Variable, ...]:
+    """The values of the next exchange, which launches give words of."""
+    made = [v for node in turn.nodes for v in node.outputs]
+    return next(user.inputs for v in made for user in graph.users[v] if user.op.collective)
+
+
+def _given_before(program: Program, turn: Turn) -> bool:
+    """Have launches since the last exchange given what this turn waits for?"""
+    first = program.launches.index(turn.launches[0])
+    for launch in reversed(program.launches[:first]):
+        if launch.gives or launch.exchanges:
+            return launch.gives
+    return False
+
+
+def _words(values: Iterable[Value]) -> Tensor:
+    """Rows of several values, one behind the other, as words of an exchange."""
+    rows = [v.contiguous().view(torch.int32) for v in values if isinstance(v, Tensor)]
+    return as_words(torch.cat(rows, dim=1).flatten())
 
 
 class _Places:

@@ -131,10 +131,22 @@ def answer_at_once(plan: Plan, rank: int, exchange: Tensor, tiles: Tensor, word:
     exchange.copy_(_header(plan, layout, rank, inboxes, [tiles.data_ptr()] * plan.ranks, GUARD))
     _word(exchange, EPOCH).fill_(1)
     exchange[SITES : layout.inbox].zero_()
-    exchange[layout.inbox :].view(torch.int64).fill_((1 << SITE_BITS) << 32 | word)
+    exchange[layout.inbox :].view(torch.int64).fill_(1 << SITE_BITS + 32 | word)
     tiles.view(torch.int32).fill_(word)
     for flags in _tile_flags(plan, tiles):
         flags.fill_(1 << SITE_BITS)
+
+
+def words_of(plan: Plan, exchange: Tensor, rank: int) -> Tensor:
+    """Those that a rank has given to such a block, i64, in their order."""
+    layout = layout_of(plan.ranks, max(map(len, sites_of(plan).values())), plan.blocks["exchange"])
+    at = layout.inbox + (TURNS // 2 * plan.ranks + rank) * layout.region
+    return exchange[at : at + layout.region].view(torch.int64)
+
+
+def as_words(values: Tensor) -> Tensor:
+    """Values of 4 bytes, i32, as words of the exchange that such a block is in."""
+    return values.long() & 0xFFFFFFFF | 1 << SITE_BITS + 32
 
 
 def become(rank: int, exchange: Tensor) -> None:

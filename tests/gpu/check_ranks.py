@@ -132,12 +132,11 @@ def answer(session: Session, prompt: Sequence[int], steps: int) -> list[int]:
     return said
 
 
-def check(plan: Plan, length: int, steps: int, beside: int) -> tuple[int, Tensor]:
+def check(ranks: CudaRanks, length: int, steps: int, beside: int) -> tuple[int, Tensor]:
     """What failed, and the logits of the first step after a prompt of that length; `beside` steps run while
     other work loads the memory.
     """
-    ranks = random_executor(plan)
-    assert isinstance(ranks, CudaRanks), "a plan for several ranks"
+    plan = ranks.plan
     session = Session(plan, ranks)
     prompt = prompt_of(length, session.vocab_size)
     bucket = plan.program("decode").shape.name
@@ -321,8 +320,10 @@ def main() -> int:
         return sum(smoke(load(path), asked.prompt, asked.alone) for path in asked.plans)
     failed, first = 0, None
     for path in asked.plans:
-        plan = load(path)
-        wrong, logits = check(plan, asked.prompt, asked.steps, asked.beside or asked.steps)
+        ranks = random_executor(load(path))
+        assert isinstance(ranks, CudaRanks), "a plan for several ranks"
+        wrong, logits = check(ranks, asked.prompt, asked.steps, asked.beside or asked.steps)
+        del ranks
         if first is not None and not torch.equal(first, logits):
             print(
                 f"{path}: logits differ from {asked.plans[0]}'s, by {float((first - logits).abs().max()):.3g}"

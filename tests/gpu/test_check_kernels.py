@@ -30,6 +30,7 @@ from dsv4c.reference import run
 from dsv4c.reference.interpret import clone
 from dsv4c.runtime import driver
 from dsv4c.runtime.cuda import BoundProgram
+from dsv4c.runtime.ranks import words_of
 from dsv4c.types import BF16, I32, TensorType
 from tests.codegen.lowered import gpu_plan
 from tests.gpu.test_bisect import NoLibrary, rounded
@@ -49,24 +50,34 @@ class NoGraph:
 
 
 class Machine:
-    """Plays a turn: its nodes by the reference. `fault` changes what a node gives, `given` what a rank gives
-    the others, which lies where they find it.
+    """Plays a turn: its nodes by the reference. `fault` changes what a node gives, `taken` what it gets of
+    another rank, `given` what others get of it.
     """
 
     fault: Fault = staticmethod(lambda node, results: results)
+    taken: Callable[[Value, Value], Value] = staticmethod(lambda own, value: value)
     given: Callable[[int, Value], Value] = staticmethod(lambda rank, value: value)
 
-    def __init__(self) -> None:
-        self.inbox: dict[tuple[Node, int], list[Value]] = {}
-
-    def exchange(self, alone: Alone, node: Node, own: list[Value]) -> list[Value]:
-        """The operands of all ranks, those of the others as they have given them, or NaN."""
+    def take(self, alone: Alone, own: list[Value]) -> list[Value]:
+        """The operands of all ranks, those of the others as they have given them."""
         rank = int(alone.bound.blocks["exchange"][RANK])
-        self.inbox[node, rank] = [self.given(rank, clone(value)) for value in own]
-        nobody = [clone(value).fill_(torch.nan) for value in own]  # type: ignore[union-attr]
-        found = [self.inbox.get((node, peer), nobody) for peer in range(node.op.ranks)]  # type: ignore[attr-defined]
-        found[rank] = own
-        return [value for operands in found for value in operands]
+        found: list[Value] = []
+        for peer in range(alone.plan.ranks):
+            words = words_of(alone.plan, alone.bound.blocks["exchange"], peer).to(torch.int32)
+            rows = len(own[0])  # type: ignore[arg-type]
+            widths = [part.nbytes // rows // 4 for part in own]  # type: ignore[union-attr]
+            pieces = words[: rows * sum(widths)].view(rows, -1).split(widths, 1)
+            for mine, piece in zip(own, pieces, strict=True):
+                theirs = piece.contiguous().view(mine.dtype)  # type: ignore[union-attr]
+                found.append(mine if peer == rank else self.taken(mine, theirs))
+        return found
+
+    def give(self, alone: Alone, made: dict[str, Value]) -> None:
+        block = alone.bound.blocks["exchange"]
+        rank = int(block[RANK])
+        values = [made.get(v.name, alone.bound.value(v.name)) for v in alone._gives]
+        words = device._words(self.given(rank, clone(value)) for value in values)
+        words_of(alone.plan, block, rank)[: len(words)] = words
 
     def play(self, alone: Alone) -> None:
         made: dict[str, Value] = {}
@@ -77,7 +88,7 @@ class Machine:
                 alone.bound.value(v.name) if o is None else o for v, o in zip(node.inputs, known, strict=True)
             ]
             if node.op.collective:
-                operands = self.exchange(alone, node, operands)
+                operands = self.take(alone, operands)
             result = run(node.op, *map(clone, operands))
             results = self.fault(node, list(result) if type(result) is tuple else [result])
             made |= {v.name: clone(value) for v, value in zip(node.outputs, results, strict=True)}
@@ -90,6 +101,8 @@ class Machine:
                         strict=True,
                     ):
                         to.copy_(part)
+        if alone._gives:
+            self.give(alone, made)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +118,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
 
     def watched(self: Alone, pattern: str) -> object:
         playing[:] = [self]
-        made.inbox.clear()
         return check(self, pattern)
 
     monkeypatch.setattr(Alone, "check", watched)
@@ -192,19 +204,22 @@ def test_right_ranks_hold_in_turn_on_one_gpu(ranks: Plan, machine: Machine) -> N
     assert ops >= {"all_reduce", "all_gather"}
 
 
-@pytest.mark.parametrize(
-    "given",
-    [
-        lambda rank, value: value.mul_(1 + 0.02 * rank),
-        lambda rank, value: value.fill_(torch.nan) if rank else value,
-    ],
-    ids=["wrong values", "nothing"],
-)
 def test_a_rank_that_gives_others_something_else_is_noticed(
-    ranks: Plan, machine: Machine, given: Callable[[int, Value], Value], monkeypatch: pytest.MonkeyPatch
+    ranks: Plan, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device, "PATTERNS", ("random",))
-    machine.given = given  # type: ignore[method-assign]
+    machine.given = lambda rank, value: value.neg_() if rank else value  # type: ignore[method-assign, union-attr]
+    wrong = [each for each in checked(ranks) if not each.holds]
+    last = {each.op.split(" + ")[-1] for each in wrong}
+    assert last == {"in_proj", "quantize_linear", "experts_down", "linear"}
+    assert all(each.worst.result.startswith("words of ") for each in wrong)
+
+
+def test_a_rank_that_takes_its_own_for_another_s_is_noticed(
+    ranks: Plan, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "PATTERNS", ("random",))
+    machine.taken = lambda own, value: own  # type: ignore[method-assign]
     found = checked(ranks)
     assert [each for each in found if not each.holds] == exchanges(found) != []
 
