@@ -530,7 +530,7 @@ def _tiles(coded: Iterable[_Coded], ranks: int) -> int:
 
 
 def _exchanged(exchange: Layout, site: int, access: str) -> dict[str, Argument]:
-    """What an exchange takes beside its values: the block's header, which who waits writes, and its number."""
+    """What an exchange takes beside its values: the block's header, which who waits writes, and a number."""
     whole = Argument("exchange", 0, "exchange", "data", SITES, access)
     number = Argument("exchange", exchange.site(site), "exchange.site", "data", SITE, "early")
     return {"exchange": whole, "site": number}

@@ -7,8 +7,8 @@ so that positions, slots and selections are such as kernels meet. Launches that 
 and layers are run once.
 
 Of a plan for several ranks one GPU is each of them in turn. The words of the others are put where a launch
-waits for them, and those that it gives are compared with what they say; tiles that a rank gives are there when
-the others run for the second time, and are NaN before.
+waits for them, and those that it gives are compared with what they say; tiles that a rank gives are there
+when the others run for the second time, and are NaN before.
 """
 
 from __future__ import annotations
@@ -188,8 +188,8 @@ class Alone:
                 found.append(self._run(pattern, rank, own, inner[rank]))
                 results += self._gave(rank, own | found[rank])
         expected = self._meant(given, found)
-        for own in zip(given, expected, found, strict=True):
-            results += [each for node in self.turn.nodes for each in self._apart(node, *own)]
+        for values in zip(given, expected, found, strict=True):
+            results += [each for node in self.turn.nodes for each in self._apart(node, *values)]
         return results
 
     def _block(self, name: str) -> Tensor:

@@ -40,8 +40,8 @@ class Declared:
     """Launches of one kernel. parameters: pointers by name, in ABI order. sizes: names that the grid counts
     in. grid: in each direction a name, "" for none, and how many CTAs for each of it. late: its successor
     begins only when its own wait has returned, so that what it waited for is written by then. exchange: of a
-    kernel that waits for other ranks, or gives them what a later one waits for, what is wrong with the order in
-    which it does. pushes: it gives them something.
+    kernel that waits for other ranks, or gives them what a later one waits for, what is wrong with the order
+    in which it does. pushes: it gives them something.
     """
 
     parameters: tuple[str, ...]
@@ -115,9 +115,8 @@ def _exchange(text: str) -> str:
         if "ptx.launch_dependents()" in text:
             return f"its kernel has ptx.launch_dependents() beside {name}: it would slow ranks down"
         return ""
-    steps = ("ptx.wait()", "exchange.push(", "exchange.receive", "sync_threads()", "ptx.launch_dependents()")
-    if "exchange.push(" not in text:
-        steps = (steps[0], *steps[2:])
+    gives = ["exchange.push("] if "exchange.push(" in text else []
+    steps = ["ptx.wait()", *gives, "exchange.receive", "sync_threads()", "ptx.launch_dependents()"]
     kernel = text[text.index("@cute.kernel") :] if "@cute.kernel" in text else ""
     places = [(kernel.find(step), kernel.rfind(step)) for step in steps]
     for (one, (_, last)), (two, (first, _)) in pairwise(zip(steps, places, strict=True)):

@@ -120,7 +120,7 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Given:
-    """Results that other ranks wait for: where the words of each, by name, are in a row of `width` of them."""
+    """Results that other ranks wait for: the first word of each, by name, in a row of `width` of them."""
 
     ranks: int
     width: int
@@ -245,7 +245,7 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
     warps = parts[0].ring.warps
     riders = seated(spec.name, spec.riders, warps * 32)
     gather = spec.gather
-    seats = (*parts, *riders, *filter(None, (gather, spec.given)))
+    seats = (*parts, *riders, *([gather] if gather else []), *([spec.given] if spec.given else []))
     parameters = tuple(dict.fromkeys(p for seat in seats for p in seat.parameters))
     epilogues = [part.epilogue for part in parts if part.epilogue is not None]
     more = {"Uint32"} if spec.given and any(part.out_dtype == "f32" for part in parts) else set()

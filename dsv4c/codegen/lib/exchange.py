@@ -92,7 +92,7 @@ def push(to: cute.Tensor, rank: Int32, flag: Uint32, number: Int64, word: Uint32
 
 @cute.jit
 def give(site: tuple, number: Int64, word: Uint32, ranks: Constexpr[int]):
-    """Put a word of what this kernel makes, and a later one of all ranks waits for, into the others' inboxes."""
+    """Put a word of what this kernel makes, which a later one waits for, into the others' inboxes."""
     rank, flag, to, _ = site
     push(to, rank, flag, number, word, ranks)
 
