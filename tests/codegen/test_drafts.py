@@ -100,3 +100,6 @@ def test_a_chunk_s_length_counts_no_streams() -> None:
     }
     assert "lengths" in reads["mtp.0.e_out"]
     assert "lengths" not in reads["mtp.0.h_out"]
+    assert plan.report["unfolded"] == []
+    kept = [x.nodes for x in plan.program("decode").launches if any(n.startswith("mtp.") for n in x.nodes)]
+    assert len(kept) == 9  # of which one is the boundary before the block, whose coefficients nobody reads
