@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 from dsv4c.arch import SM_90A
-from dsv4c.codegen.lower import NOTHING, Around, Part
+from dsv4c.codegen.lower import Part
 from dsv4c.codegen.select import Kernels
 from dsv4c.compiler import limits as subject
 from dsv4c.compiler.compile import compile
@@ -32,11 +32,7 @@ class Picky(Kernels):
     """Kernels that do not take what has a size of ODD."""
 
     def code(
-        self,
-        graph: Graph,
-        nodes: Sequence[Node],
-        plain: frozenset[str] = frozenset(),
-        around: Around = NOTHING,
+        self, graph: Graph, nodes: Sequence[Node], plain: frozenset[str] = frozenset()
     ) -> tuple[Part, ...]:
         for node in nodes:
             sizes = {n for value in (*node.inputs, *node.outputs) for n in value.type.shape}
@@ -44,7 +40,7 @@ class Picky(Kernels):
                 raise BuildError(
                     f"no kernel for {node.op.name}\n  picky: {size} columns: want multiples of 256"
                 )
-        return super().code(graph, nodes, plain, around)
+        return super().code(graph, nodes, plain)
 
 
 @pytest.fixture

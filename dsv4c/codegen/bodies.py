@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from hashlib import sha256
 
-from dsv4c.codegen.lower import NOTHING, Around, Operand, Part
+from dsv4c.codegen.lower import Operand, Part
 from dsv4c.ir.fused import Fused, trace
 from dsv4c.ir.graph import Graph, Node
 from dsv4c.ir.text import print_attribute, print_graph
@@ -27,11 +27,7 @@ class Bodies:
         self._names: dict[tuple[Fused, tuple[Type, ...]], str] = {}
 
     def code(
-        self,
-        graph: Graph,
-        nodes: Sequence[Node],
-        plain: frozenset[str] = frozenset(),
-        around: Around = NOTHING,
+        self, graph: Graph, nodes: Sequence[Node], plain: frozenset[str] = frozenset()
     ) -> tuple[Part, ...]:
         (node,) = nodes
         fields = node.op.attributes()

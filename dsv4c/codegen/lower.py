@@ -51,9 +51,8 @@ class Part:
     """One launch before its bytes have places. `stage` tells the parts of one answer apart.
 
     scratch: bytes by name, which the parts of one answer share. forms: how a weight must lie in memory.
-    exchanged: bytes of words that it gets of every other rank. tiled: or of tiles. gives: values whose words
-    it gives the others, which a later launch of theirs waits for. late: its successor begins only when its
-    wait has returned.
+    exchanged: bytes of words that it gives every other rank. tiled: or of tiles. late: its successor begins
+    only when its wait has returned.
     """
 
     code: BodyCode | KernelCode
@@ -63,25 +62,11 @@ class Part:
     forms: Mapping[Value, str] = field(default_factory=dict)
     exchanged: int = 0
     tiled: int = 0
-    gives: frozenset[Value] = frozenset()
     late: bool = False
 
     @property
     def exchanges(self) -> bool:
         return bool(self.exchanged or self.tiled)
-
-
-@dataclass(frozen=True)
-class Around:
-    """What ranks exchange around a launch: the `next` node that joins values, in the launch or behind it, and
-    values that were `pushed`, given to the others by the launches that made them.
-    """
-
-    next: Node | None = None
-    pushed: frozenset[Value] = frozenset()
-
-
-NOTHING = Around()
 
 
 class Coder(Protocol):
@@ -93,11 +78,7 @@ class Coder(Protocol):
         ...
 
     def code(
-        self,
-        graph: Graph,
-        nodes: Sequence[Node],
-        plain: frozenset[str] = frozenset(),
-        around: Around = NOTHING,
+        self, graph: Graph, nodes: Sequence[Node], plain: frozenset[str] = frozenset()
     ) -> tuple[Part, ...]:
         """The launches that compute `nodes`, while weights named in `plain` lie in memory as their types say.
         Raises BuildError, with every reason, where there are none.
@@ -353,14 +334,11 @@ def _ask(
     launches: list[tuple[Node, ...]] = []
     steps: list[tuple[Part, ...]] = []
     refused: dict[Node, str] = {}
-    pushed = set[Value]()
-    exchanges = [node for nodes in order.launches for node in nodes if node.op.collective]
 
     def ask(nodes: tuple[Node, ...]) -> str:
         """The reason why not, or nothing."""
         try:
-            around = Around(exchanges[0] if exchanges else None, frozenset(pushed))
-            parts = coder.code(graph, nodes, plain, around)
+            parts = coder.code(graph, nodes, plain)
         except BuildError as error:
             return str(error)
         for value, form in (item for part in parts for item in part.forms.items()):
@@ -368,8 +346,6 @@ def _ask(
                 return f"wants %{value.name} as {form}, which other launches read as its type says"
         launches.append(nodes)
         steps.append(parts)
-        pushed.update(v for part in parts for v in part.gives)
-        del exchanges[: sum(node.op.collective for node in nodes)]
         return ""
 
     for nodes in order.launches:
@@ -455,7 +431,7 @@ def _launches(
         scratch = _scratch(step, coded.memory.bytes)
         name = nodes[0].name
         for part in step:
-            shared = {} if exchange is None else _exchanged(exchange, site, "r" if part.gives else "rw")
+            shared = {} if exchange is None or not part.exchanges else _exchanged(exchange, site)
             site += part.exchanges
             touched = [(_array(o, name, coded), o.access) for o in part.operands]
             early = (writers.get(array, -1) for array, access in touched if access == "early")
@@ -529,9 +505,9 @@ def _tiles(coded: Iterable[_Coded], ranks: int) -> int:
     return TURNS * ranks * aligned(TILE_FLAGS + largest) if largest else 0
 
 
-def _exchanged(exchange: Layout, site: int, access: str) -> dict[str, Argument]:
-    """What an exchange takes beside its values: the block's header, which who waits writes, and a number."""
-    whole = Argument("exchange", 0, "exchange", "data", SITES, access)
+def _exchanged(exchange: Layout, site: int) -> dict[str, Argument]:
+    """What an exchange takes beside its values: the block's header, and its own number."""
+    whole = Argument("exchange", 0, "exchange", "data", SITES, "rw")
     number = Argument("exchange", exchange.site(site), "exchange.site", "data", SITE, "early")
     return {"exchange": whole, "site": number}
 

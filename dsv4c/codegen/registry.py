@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache, cached_property
-from itertools import accumulate, chain
+from itertools import chain
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from dsv4c.arch import Arch
-from dsv4c.buckets import ROWS
 from dsv4c.codegen.build import Package
 from dsv4c.errors import BuildError
-from dsv4c.exchange import PAYLOAD
 from dsv4c.ir.fused import Fused, operand_labels, trace
 from dsv4c.ir.graph import Kind, Node, Value
 from dsv4c.ir.op import Op, operand_names
@@ -52,17 +50,6 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Words:
-    """Where the words of a value lie among all that a rank gives each of `ranks` others in an exchange: from
-    `first` on in a row of `width`.
-    """
-
-    ranks: int
-    width: int
-    first: int
-
-
-@dataclass(frozen=True)
 class Request:
     """A launch to find kernels for: what decides the choice and nothing else, so that equal layers are equal.
 
@@ -70,8 +57,6 @@ class Request:
     nodes outside of the launch read what it makes. `given` are those that
     no launch writes, `plain` weights that lie in memory as their types say, since other launches want them
     in other forms. `lengths` is the last value where rows are a chunk's: how many of them there are.
-    `exchanged` are results that the next exchange joins, which a kernel may give the other ranks at once;
-    `pushed` are operands that the kernels which made them have given them.
     """
 
     calls: tuple[Call, ...]
@@ -82,8 +67,6 @@ class Request:
     given: frozenset[int] = frozenset()
     lengths: int | None = None
     plain: frozenset[int] = frozenset()
-    exchanged: tuple[tuple[int, Words], ...] = ()
-    pushed: frozenset[int] = frozenset()
 
     @property
     def call(self) -> Call:
@@ -149,8 +132,7 @@ class Launchable:
 
     scratch: bytes by name, which the launches of one request share. forms: how a weight must lie in memory,
     by value number: a packing's name, or "f32". package: who contributed the kernel, if it is not dsv4c's.
-    exchanged: bytes of words that it gets of every other rank. tiled: or of tiles. gives: values whose words
-    it gives the others, which a later launch of theirs waits for.
+    exchanged: bytes of words that it gives every other rank. tiled: or of tiles.
     """
 
     emission: Emission
@@ -161,7 +143,6 @@ class Launchable:
     package: Package | None = None
     exchanged: int = 0
     tiled: int = 0
-    gives: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -309,12 +290,9 @@ def request_of(
     labels: Mapping[Value, str],
     lengths: Value | None = None,
     plain: Collection[str] = (),
-    exchange: Node | None = None,
-    pushed: Collection[Value] = (),
 ) -> tuple[Request, tuple[Value, ...]]:
     """The request of a launch of `nodes`, and the values by number; `lengths`, if given, is one of them, and
-    weights named in `plain` lie as their types say. `exchange` is the next node that joins what ranks have,
-    `pushed` are values that were given to all of them.
+    weights named in `plain` lie as their types say.
     """
     number: dict[Value, int] = {}
     for value in chain.from_iterable((*node.inputs, *node.outputs) for node in nodes):
@@ -333,25 +311,8 @@ def request_of(
         frozenset(n for v, n in number.items() if v.kind in (Kind.INPUT, Kind.PARAM)),
         None if lengths is None else number[lengths],
         frozenset(n for v, n in number.items() if v.name in plain),
-        _exchanged(exchange, {v: n for v, n in number.items() if v.node in own}),
-        frozenset(n for v, n in number.items() if v in pushed),
     )
     return request, tuple(number)
-
-
-def _exchanged(node: Node | None, made: Mapping[Value, int]) -> tuple[tuple[int, Words], ...]:
-    """Where the words of an exchange's operands lie, if a launch makes all of them, in few rows."""
-    if node is None or not made.keys() >= set(node.inputs):
-        return ()
-    types = [v.type for v in node.inputs]
-    if any(len(t.shape) != 2 or t.shape[0] > ROWS or t.nbytes % (PAYLOAD * t.shape[0]) for t in types):
-        return ()
-    words = [t.nbytes // (PAYLOAD * t.shape[0]) for t in types]
-    firsts = accumulate(words, initial=0)
-    ranks = node.op.attributes()["ranks"]
-    return tuple(
-        (made[v], Words(ranks, sum(words), first)) for v, first in zip(node.inputs, firsts, strict=False)
-    )
 
 
 def _call(node: Node, number: Mapping[Value, int]) -> Call:

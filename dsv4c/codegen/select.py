@@ -10,7 +10,7 @@ from dsv4c.buckets import ROWS
 from dsv4c.codegen.build import Source
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels import KERNELS
-from dsv4c.codegen.lower import NOTHING, Around, Operand, Part
+from dsv4c.codegen.lower import Operand, Part
 from dsv4c.codegen.registry import Kernel, Launchable, choose, request_of
 from dsv4c.ir.graph import Graph, Kind, Node, Value
 from dsv4c.ir.op import elements
@@ -39,18 +39,11 @@ class Kernels:
         )
 
     def code(
-        self,
-        graph: Graph,
-        nodes: Sequence[Node],
-        plain: frozenset[str] = frozenset(),
-        around: Around = NOTHING,
+        self, graph: Graph, nodes: Sequence[Node], plain: frozenset[str] = frozenset()
     ) -> tuple[Part, ...]:
         params = {p for node in nodes for p in node.inputs if p.kind is Kind.PARAM}
         labels = {p: p.place.role.replace(".", "_") for p in params}
-        lengths = _chunk_lengths(graph)
-        request, values = request_of(
-            nodes, self.arch, graph.users, labels, lengths, plain, around.next, around.pushed
-        )
+        request, values = request_of(nodes, self.arch, graph.users, labels, _chunk_lengths(graph), plain)
         return tuple(self._part(launch, values) for launch in choose(request, self.known))
 
     def keep(self, kernels: Collection[str]) -> None:
@@ -77,17 +70,8 @@ class Kernels:
             for b in launch.bindings
         )
         forms = {values[number]: form for number, form in launch.forms.items()}
-        return Part(
-            code,
-            operands,
-            launch.stage,
-            launch.scratch,
-            forms,
-            launch.exchanged,
-            launch.tiled,
-            frozenset(values[number] for number in launch.gives),
-            is_late(emission.source),
-        )
+        late = is_late(emission.source)
+        return Part(code, operands, launch.stage, launch.scratch, forms, launch.exchanged, launch.tiled, late)
 
 
 def _chunk_lengths(graph: Graph) -> Value | None:

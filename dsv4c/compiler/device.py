@@ -141,7 +141,7 @@ def _likeness(turn: Turn, program: Program) -> object:
 
 class Alone:
     """One turn in memory of its own, with weights in their forms. Where ranks exchange values in it, each has
-    activations of its own: it takes those words of the others that an exchange joins, and gives its own.
+    activations of its own: it gets the words of the others that an exchange joins, and gives its own.
     """
 
     def __init__(
@@ -157,11 +157,9 @@ class Alone:
         self._once = {} if load is None else load.by_name  # what is computed when weights are there
         self._generator = torch.Generator(torch.get_default_device()).manual_seed(17)
         self._made = {v for node in turn.nodes for v in node.outputs}
-        gives = any(launch.gives for launch in turn.launches)
-        self._takes = next((n.inputs for n in turn.nodes if n.op.collective), ())
-        self._gives = _joined(graph, turn) if gives else () if _given_before(program, turn) else self._takes
-        self._tiled = any(v.type.shape[0] > MOST_ROWS for v in self._takes)
-        self._ranks = plan.ranks if self._takes or self._gives else 1
+        self._joined = next((node.inputs for node in turn.nodes if node.op.collective), ())
+        self._tiled = any(v.type.shape[0] > MOST_ROWS for v in self._joined)
+        self._ranks = plan.ranks if self._joined else 1
         self._params: dict[str, Value] = {}
         places = _Places(plan, program, turn)
         blocks = {space: torch.zeros(size, dtype=torch.uint8) for space, size in places.sizes.items()}
@@ -186,7 +184,7 @@ class Alone:
             for rank, own in enumerate(given):
                 self._put_words(rank, given)
                 found.append(self._run(pattern, rank, own, inner[rank]))
-                results += self._gave(rank, own | found[rank])
+                results += self._gave(rank, own)
         expected = self._meant(given, found)
         for values in zip(given, expected, found, strict=True):
             results += [each for node in self.turn.nodes for each in self._apart(node, *values)]
@@ -197,18 +195,18 @@ class Alone:
 
     def _put_words(self, rank: int, given: Sequence[Mapping[Variable, Value]]) -> None:
         """What the other ranks give this one."""
-        for peer, theirs in enumerate(given) if self._takes and not self._tiled else ():
-            words = _words(theirs[v] for v in self._takes)
+        for peer, theirs in enumerate(given) if self._joined and not self._tiled else ():
+            words = _words(theirs[v] for v in self._joined)
             if peer != rank:
                 words_of(self.plan, self._block("exchange"), peer)[: len(words)] = words
 
     def _gave(self, rank: int, values: Mapping[Variable, Value]) -> Iterator[Apart]:
         """Whether the words that a rank gave are those of the values."""
-        if self._gives and not self._tiled:
-            words = _words(values[v] for v in self._gives)
+        if self._joined and not self._tiled:
+            words = _words(values[v] for v in self._joined)
             found = words_of(self.plan, self._block("exchange"), rank)[: len(words)]
             wrong = float((found != words).float().mean())
-            yield Apart(f"words of {self._gives[0].name}", wrong, 0.0)
+            yield Apart(f"words of {self._joined[0].name}", wrong, 0.0)
 
     def _given(self, pattern: str) -> list[dict[Variable, Value]]:
         """Operands that come from outside, of every rank."""
@@ -361,21 +359,6 @@ class Alone:
 def _results(node: Node, operands: list[Value]) -> list[Value]:
     result: Any = run(node.op, *operands)
     return [clone(value) for value in (result if type(result) is tuple else (result,))]
-
-
-def _joined(graph: Graph, turn: Turn) -> tuple[Variable, ...]:
-    """The values of the next exchange, which launches give words of."""
-    made = [v for node in turn.nodes for v in node.outputs]
-    return next(user.inputs for v in made for user in graph.users[v] if user.op.collective)
-
-
-def _given_before(program: Program, turn: Turn) -> bool:
-    """Have launches since the last exchange given what this turn waits for?"""
-    first = program.launches.index(turn.launches[0])
-    for launch in reversed(program.launches[:first]):
-        if launch.gives or launch.exchanges:
-            return launch.gives
-    return False
 
 
 def _words(values: Iterable[Value]) -> Tensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import re
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -472,25 +471,23 @@ def _exchanges(
     All ranks run these launches, so all come to the same exchanges in the same order if each has the next
     number. What a rank's kernel waits for, another's kernel of the same number gives: which must have begun
     there, whatever else waits. So launches are one chain from the first exchange to the last, each behind the
-    one before; and a kernel that waits for words gives its own first, or one behind the exchange before has
-    given them, and it lets its successor begin only then.
+    one before; and a kernel that waits for words gives its own first, and lets its successor begin only then.
     """
     if plan.ranks == 1 or program.bucket is None:
         for launch in program.launches:
-            if _exchanging(launch) or launch.gives:
+            if _exchanging(launch):
                 yield Violation("exchange", launch.name, f"exchanges values, in a plan for {plan.ranks} rank")
         return
-    waiting = {launch.nodes for launch in program.launches if launch.exchanges}
+    given = {launch.nodes for launch in program.launches if launch.exchanges}
     found = [
         i
         for i, launch in enumerate(program.launches)
-        if launch.exchanges or (_exchanging(launch) and launch.nodes not in waiting)
+        if launch.exchanges or (_exchanging(launch) and launch.nodes not in given)
     ]
     if not found:
         yield Violation("exchange", "", f"has no exchange, in a plan for {plan.ranks} ranks")
         return
-    givers = [i for i, launch in enumerate(program.launches) if launch.gives]
-    for i in range(min(found + givers) + 1, found[-1] + 1):
+    for i in range(found[0] + 1, found[-1] + 1):
         if program.launches[i].after != (i - 1,):
             yield Violation(
                 "exchange",
@@ -498,21 +495,10 @@ def _exchanges(
                 f"is behind {program.launches[i].after}, between two exchanges: expected {(i - 1,)}, or a "
                 "rank may hold what another waits for",
             )
-    given = {bisect_left(found, i) for i in givers}  # numbers of exchanges
-    for i in sorted(found + givers):
-        launch, number = program.launches[i], bisect_left(found, i)
-        if number == len(found):
-            yield Violation(
-                "exchange", launch.name, "gives words behind the last exchange, where nobody waits"
-            )
+    for number, i in enumerate(found):
+        launch = program.launches[i]
         if isinstance(launch.code, KernelCode):
             yield from _exchange(plan, launch, launch.code, number, kernels)
-            pushes = launch.gives or number not in given
-            if launch.code.kernel in kernels and kernels[launch.code.kernel][1].pushes != pushes:
-                wrong = (
-                    "gives no words that others wait for" if pushes else "gives words that were given before"
-                )
-                yield Violation("exchange", launch.name, f"its kernel {wrong}")
 
 
 def _exchanging(launch: Launch) -> bool:
@@ -526,7 +512,7 @@ def _exchange(
     number: int,
     kernels: Mapping[str, tuple[Cubin, Declared]],
 ) -> Iterator[Violation]:
-    """A launch of one exchange, the program's `number`-th from 0 on."""
+    """One exchange, the program's `number`-th from 0 on."""
     own = {a.value: a for a in launch.arguments if a.space == "exchange"}
     block, site = own.get("exchange"), own.get("exchange.site")
     if block is None or (block.offset, block.nbytes) != (0, SITES):

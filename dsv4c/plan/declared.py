@@ -23,7 +23,6 @@ _WHOLE = re.compile(
     r"\b(exchange\.(?:gather|(?:sum|join)_(?:rows|tiles)))\("
 )  # gives, takes, meets, lets begin
 _WHOLE_BEHIND_WAIT = re.compile(rf"^ +ptx\.wait\(\)\n +{_WHOLE.pattern}", re.MULTILINE)
-_FUNCTION = re.compile(r"^def (\w+)\(", re.MULTILINE)
 _TERM = re.compile(r"(\d{1,9})|(\w+)(?: \* (\d{1,9}))?")
 
 
@@ -40,8 +39,7 @@ class Declared:
     """Launches of one kernel. parameters: pointers by name, in ABI order. sizes: names that the grid counts
     in. grid: in each direction a name, "" for none, and how many CTAs for each of it. late: its successor
     begins only when its own wait has returned, so that what it waited for is written by then. exchange: of a
-    kernel that waits for other ranks, or gives them what a later one waits for, what is wrong with the order
-    in which it does. pushes: it gives them something.
+    kernel that waits for other ranks, what is wrong with the order in which it does.
     """
 
     parameters: tuple[str, ...]
@@ -54,7 +52,6 @@ class Declared:
     programmatic: bool
     late: bool
     exchange: str = ""
-    pushes: bool = False
 
     def grid_of(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         return tuple(count * sizes[name] if name else count for name, count in self.grid)
@@ -86,8 +83,6 @@ def read_source(text: str) -> Declared:
         programmatic="        use_pdl=True,\n" in body,
         late=is_late(text),
         exchange=_exchange(text) if "exchange." in text else "",
-        pushes=any(f"exchange.{step}(" in text for step in ("push", "give"))
-        or (_WHOLE.search(text) is not None and "given=True" not in text),
     )
 
 
@@ -103,11 +98,8 @@ def is_late(text: str) -> bool:
 
 def _exchange(text: str) -> str:
     """Waits for predecessors, gives words, gets words, meets, lets the successor begin: in this order, else
-    what is not. Only the first two, or all but the second.
+    what is not.
     """
-    if "exchange.give(" in text:
-        early = "exchange.receive" in text or _WHOLE.search(text) is not None or not _waited(text)
-        return "its kernel has exchange.give without ptx.wait() before, or waits for others" if early else ""
     if whole := _WHOLE.findall(text):
         name = whole[0]
         if len(_WHOLE_BEHIND_WAIT.findall(text)) != len(whole):
@@ -115,8 +107,7 @@ def _exchange(text: str) -> str:
         if "ptx.launch_dependents()" in text:
             return f"its kernel has ptx.launch_dependents() beside {name}: it would slow ranks down"
         return ""
-    gives = ["exchange.push("] if "exchange.push(" in text else []
-    steps = ["ptx.wait()", *gives, "exchange.receive", "sync_threads()", "ptx.launch_dependents()"]
+    steps = ("ptx.wait()", "exchange.push(", "exchange.receive", "sync_threads()", "ptx.launch_dependents()")
     kernel = text[text.index("@cute.kernel") :] if "@cute.kernel" in text else ""
     places = [(kernel.find(step), kernel.rfind(step)) for step in steps]
     for (one, (_, last)), (two, (first, _)) in pairwise(zip(steps, places, strict=True)):
@@ -124,22 +115,6 @@ def _exchange(text: str) -> str:
             wrong = f"its kernel has {two.rstrip('(')} before {one.rstrip('(')}, or lacks one of them"
             return f"{wrong}: ranks could wait for each other forever, or slow each other down"
     return ""
-
-
-def _waited(text: str) -> bool:
-    """Does every function that gives words do it behind a wait, its own or that of whoever calls it?"""
-    _, *parts = _FUNCTION.split(text)
-    bodies = dict(zip(parts[::2], parts[1::2], strict=True))
-
-    def behind(step: str, body: str) -> bool:
-        return "ptx.wait()" in body[: body.index(step)]
-
-    return all(
-        behind("exchange.give(", body)
-        or all(behind(f" {name}(", other) for other in bodies.values() if f" {name}(" in other)
-        for name, body in bodies.items()
-        if "exchange.give(" in body
-    )
 
 
 def _term(text: str, sizes: tuple[str, ...]) -> tuple[str, int]:

@@ -85,12 +85,7 @@ class Launch:
     @property
     def exchanges(self) -> bool:
         """Does its kernel wait for other ranks?"""
-        return any(a.space == "exchange" and a.access == "rw" for a in self.arguments)
-
-    @property
-    def gives(self) -> bool:
-        """Does its kernel give other ranks what a later launch of theirs waits for?"""
-        return any(a.space == "exchange" and a.access == "r" for a in self.arguments)
+        return any(a.space == "exchange" for a in self.arguments)
 
     @property
     def kernel(self) -> KernelCode:

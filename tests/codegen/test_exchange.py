@@ -18,9 +18,7 @@ from dsv4c.codegen.kernels.exchange import (
     emit_gather_of_tiles,
     emit_sum_of_tiles,
 )
-from dsv4c.codegen.kernels.experts import ExpertsSpec
-from dsv4c.codegen.kernels.experts_down import emit_experts_down
-from dsv4c.codegen.kernels.gemv import Activations, Gathered, GemvSpec, Given, Matrix, emit_gemv
+from dsv4c.codegen.kernels.gemv import Activations, Gathered, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.kernels.hyper_norm import HyperNormSpec, emit_hyper_norm
 from dsv4c.codegen.kernels.riders import KvStoreSpec
 from dsv4c.codegen.kernels.rows import row_program
@@ -108,6 +106,7 @@ EARLY = "    ptx.launch_dependents()\n    thread, _, _"
 EDITS = [  # what a kernel's text is changed to, and what is said of it
     ("    thread, _, _", EARLY, "ptx.launch_dependents() before sync_threads()"),
     ("    ptx.wait()\n", "", "exchange.push before ptx.wait()"),
+    ("exchange.push(", "exchange.receive(", "or lacks one of them"),
     ("    cute.arch.sync_threads()\n", "", "sync_threads() before exchange.receive"),
 ]
 
@@ -118,51 +117,6 @@ def test_a_kernel_that_would_make_ranks_wait_is_found(old: str, new: str, said: 
     assert read_source(source).exchange == ""
     assert old in source
     assert said in read_source(source.replace(old, new, 1)).exchange
-
-
-def given() -> tuple[Emission, ...]:
-    """Kernels that give what others wait for, and those that wait for it."""
-    rows = Activations("x", "e4m3")
-    small = Activations("x", "bf16")
-    projected = GemvSpec(
-        "in_proj",
-        2,
-        1024,
-        (Matrix("w", 512, "fp8", rows, "y"), Matrix("u", 64, "bf16", small, "z", "f32")),
-        given=Given(2, 320, (("y", 64), ("z", 0))),
-    )
-    sums = ExpertsSpec("experts_down", 2, 1024, 256, 8, 2, "mxfp4", "fp8", 7.0, out="f32")
-    return (
-        emit_gemv(projected, ARCHS["sm_90a"]),
-        emit_experts_down(sums, ARCHS["sm_90a"], ranks=2),
-        emit_hyper_norm(replace(MIXED, given=True), ARCHS["sm_90a"]),
-        emit_all_reduce(replace(SUM, given=True)),
-        emit_all_gather(replace(JOIN, given=True)),
-    )
-
-
-def test_words_are_given_behind_the_wait_and_once(golden: Golden, tmp_path: Path) -> None:
-    made = given()
-    golden(made[0].source, "kernels/in_proj_gives.py.txt")
-    golden(made[1].source, "kernels/experts_down_gives.py.txt")
-    assert [read_source(e.source).pushes for e in made] == [True, True, False, False, False]
-    assert [read_source(e.source).exchange for e in made] == [""] * 5
-    assert all(read_source(e.source).pushes for e in (mixed(), read(), *tiles()))
-    store = "st.relaxed.sys.global.b64"
-    for kernel in build([Source(e.symbol, e.source) for e in made], "sm_90a", tmp_path):
-        assert kernel.resources.stack == 0
-        gives = kernel.symbol.startswith(("in_proj", "experts_down"))
-        assert gives == (store in kernel.ptx)
-        assert gives != ("ld.relaxed.sys.global.b64 w" in kernel.ptx)
-        if gives:
-            assert kernel.ptx.index("griddepcontrol.wait") < kernel.ptx.index(store)
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_a_kernel_that_gives_words_before_it_has_waited_is_found(which: int) -> None:
-    source = given()[which].source
-    early = source.replace("ptx.wait()", "pass")
-    assert "exchange.give without ptx.wait() before" in read_source(early).exchange
 
 
 @pytest.mark.parametrize(

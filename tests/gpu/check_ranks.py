@@ -168,7 +168,7 @@ def check(ranks: CudaRanks, length: int, steps: int, beside: int) -> tuple[int, 
 
     answer(session, prompt, 1)
     asleep = []
-    for _ in range(min(steps, 40)):
+    for _ in range(min(steps - 1, 40)):
         ranks.begin(bucket)
         for bound in ranks.bound(bucket):
             time.sleep(ASLEEP)

@@ -338,28 +338,3 @@ def test_a_wait_that_could_be_forever_is_found(executor: ranks.CudaRanks) -> Non
     assert any("exchanges values, in a plan for 1 rank" in str(v) for v in check(alone))
     blind = tuple(a for a in launches[first].arguments if a.value != "exchange")
     assert any("does not get the header" in text for text in violations(plan, first, arguments=blind))
-
-
-def test_words_that_nobody_gives_or_that_are_given_twice_are_found(executor: ranks.CudaRanks) -> None:
-    plan = executor.plan
-    launches = plan.program("decode").launches
-    giver, other = [i for i, launch in enumerate(launches) if launch.gives][:2]
-    first, second, *_ = executor._sites["decode-1"]
-    assert giver < first < other < second
-    arguments = launches[giver].arguments
-    silent = tuple(replace(a, space="arena") if a.space == "exchange" else a for a in arguments)
-    lost = violations(plan, giver, arguments=silent)
-    assert any("gives no words that others wait for" in text for text in lost)
-    path = plan.kernels[launches[first].kernel.kernel]["source"]
-    text = plan.files[path].decode()
-    assert ", given=True" in text
-    twice = check(replace(plan, files={**plan.files, path: text.replace(", given=True", "").encode()}))
-    assert any("gives words that were given before" in str(v) for v in twice)
-    late = violations(plan, giver, arguments=launches[other].arguments)
-    assert any("is exchange 0, at byte 256; gets the one at byte 272" in text for text in late)
-    moved = [*launches[:giver], *launches[giver + 1 :], launches[giver]]
-    program = replace(plan.program("decode"), launches=tuple(moved))
-    behind = check(replace(plan, buckets={**plan.buckets, "decode-1": program}))
-    assert any("behind the last exchange, where nobody waits" in str(v) for v in behind)
-    forked = violations(plan, first, after=())
-    assert any("between two exchanges: expected" in text for text in forked)

@@ -1,8 +1,7 @@
 """Exchanges between ranks, as launches: words put into the others' inboxes, and theirs waited for.
 
 Every word of a step's rows is stored with its flag, so half of what crosses is flags, and nothing is waited
-for twice. The kernel that makes a word gives it to the other ranks where it can (`giving`). Chunks of many
-tokens cross as tiles, plain bytes with one flag for all of them.
+for twice. Chunks of many tokens cross as tiles, plain bytes with one flag for all of them.
 """
 
 from __future__ import annotations
@@ -13,17 +12,7 @@ from dataclasses import dataclass, replace
 from dsv4c.codegen.emit import Emission, Parameter, compose
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.lib.slices import VECTOR, Joining, Summing, Tiles
-from dsv4c.codegen.registry import (
-    Answer,
-    Call,
-    Launchable,
-    No,
-    Request,
-    Scratch,
-    kernel,
-    launchable,
-    takes,
-)
+from dsv4c.codegen.registry import Answer, Launchable, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.exchange import MOST_ROWS, MOST_TILES, PAYLOAD, WORD
 from dsv4c.ir.ops.collective import AllGather, AllReduce
 from dsv4c.types import BF16, F32, I32, TensorType
@@ -37,13 +26,12 @@ EXCHANGED = dict(zip(EXCHANGE, ("the block of exchanges", "u32, the number of th
 
 @dataclass(frozen=True)
 class ReduceSpec:
-    """x f32[rows, width] of every rank -> the sum, `out` [rows, width]. `given`: others have x already."""
+    """x f32[rows, width] of every rank -> the sum, `out` [rows, width]."""
 
     ranks: int
     rows: int
     width: int
     out: str
-    given: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,14 +48,11 @@ class Piece:
 
 @dataclass(frozen=True)
 class GatherSpec:
-    """Columns of every rank -> joined: (element type, columns on each rank) of each value. `given`: others
-    have them already.
-    """
+    """Columns of every rank -> joined: (element type, columns on each rank) of each value."""
 
     ranks: int
     rows: int
     values: tuple[tuple[str, int], ...]
-    given: bool = False
 
     @property
     def pieces(self) -> tuple[Piece, ...]:
@@ -81,7 +66,7 @@ class GatherSpec:
 
 def emit_all_reduce(spec: ReduceSpec) -> Emission:
     """The kernel of a sum."""
-    t = Summing(spec.ranks, spec.width, 4 if spec.out == "f32" else 2, THREADS, spec.given)
+    t = Summing(spec.ranks, spec.width, 4 if spec.out == "f32" else 2, THREADS)
     return compose(
         "all_reduce",
         f"all_reduce: the sum of {spec.ranks} ranks' rows, in f32 and in order of the ranks.",
@@ -90,7 +75,8 @@ def emit_all_reduce(spec: ReduceSpec) -> Emission:
             **EXCHANGED,
             Parameter("y"): f"{spec.out}[N,{spec.width}] = the sum, the same bits on every rank",
         },
-        f"Launch: {t.ctas} CTAs x {THREADS} threads per row. {_put(WORD * spec.width, spec.given)}",
+        f"Launch: {t.ctas} CTAs x {THREADS} threads per row. Puts {WORD * spec.width} B per row into each "
+        "other rank's inbox.",
         _stages(spec.ranks, "exchange.sum_rows(SPEC, m, at)"),
         threads=THREADS,
         grid=(t.ctas, "rows", 1),
@@ -104,14 +90,14 @@ def emit_all_gather(spec: GatherSpec) -> Emission:
     """The kernel of a gather."""
     pieces = spec.pieces
     words = tuple(p.words for p in pieces)
-    t = Joining(spec.ranks, words, min(MOST_CTAS, -(-sum(words) // THREADS)), THREADS, spec.given)
+    t = Joining(spec.ranks, words, min(MOST_CTAS, -(-sum(words) // THREADS)), THREADS)
     several = "s" if t.steps > 1 else ""
     return compose(
         "all_gather",
         f"all_gather: the columns of {spec.ranks} ranks, joined in order of the ranks.",
         _columns(spec),
-        f"Launch: {t.ctas} CTAs x {THREADS} threads per row, {t.steps} word{several} of 4 B each. "
-        f"{_put(WORD * t.width, spec.given)}",
+        f"Launch: {t.ctas} CTAs x {THREADS} threads per row, {t.steps} word{several} of 4 B each. Puts "
+        f"{WORD * t.width} B per row into each other rank's inbox.",
         _stages(spec.ranks, "exchange.join_rows(SPEC, m, at)"),
         threads=THREADS,
         grid=(t.ctas, "rows", 1),
@@ -120,12 +106,6 @@ def emit_all_gather(spec: GatherSpec) -> Emission:
         record="exchange.Columns",
         given=_given(spec),
     )
-
-
-def _put(nbytes: int, given: bool) -> str:
-    if given:
-        return f"Finds {nbytes} B per row of each other rank in its inbox."
-    return f"Puts {nbytes} B per row into each other rank's inbox."
 
 
 def _columns(spec: GatherSpec) -> dict[Parameter, str | None]:
@@ -211,7 +191,7 @@ def all_reduce(request: Request) -> Answer:
     x = request.types[call.inputs[0]]
     if len(x.shape) != 2 or call.op.out not in (BF16, F32):
         return No(f"adds rows f32[N,H] up to bf16 or f32, not {x} to {call.op.out}")
-    spec = ReduceSpec(call.op.ranks, *x.shape, str(call.op.out), was_given(request, call))
+    spec = ReduceSpec(call.op.ranks, *x.shape, str(call.op.out))
     values = {"x": call.inputs[0], "y": call.outputs[0]}
     if spec.rows > MOST_ROWS:
         if 4 * spec.width % VECTOR:
@@ -237,7 +217,7 @@ def all_gather(request: Request) -> Answer:
     rows = types[0].shape[0]
     if any(type_.shape[0] != rows for type_ in types):
         return No("joins values of as many rows")
-    spec = GatherSpec(call.op.ranks, rows, tuple(values), was_given(request, call))
+    spec = GatherSpec(call.op.ranks, rows, tuple(values))
     names = {p.x: call.inputs[i] for i, p in enumerate(spec.pieces)}
     names |= {p.y: call.outputs[i] for i, p in enumerate(spec.pieces)}
     if rows > MOST_ROWS:
@@ -268,33 +248,9 @@ def exchanging(
     scratch: Mapping[str, Scratch] | None = None,
     forms: Mapping[str, str] | None = None,
 ) -> Launchable:
-    """A launch that gets so many words of every other rank."""
+    """A launch that gives every other rank so many words."""
     assert WORD == 2 * PAYLOAD
     launch = launchable(
         request, emission, values, stage=stage, scratch=scratch, forms=forms, exchange=EXCHANGE
     )
     return replace(launch, exchanged=words * WORD)
-
-
-def was_given(request: Request, call: Call) -> bool:
-    """Have the kernels that made an exchange's operands given them to the other ranks?"""
-    return request.pushed >= set(call.inputs)
-
-
-def giving(
-    request: Request,
-    emission: Emission,
-    values: Mapping[str, int],
-    *,
-    stage: str = "",
-    scratch: Mapping[str, Scratch] | None = None,
-    forms: Mapping[str, str] | None = None,
-) -> Launchable:
-    """A launch that makes what the next exchange joins, and gives it to every other rank."""
-    launch = launchable(
-        request, emission, values, stage=stage, scratch=scratch, forms=forms, exchange=EXCHANGE
-    )
-    bindings = tuple(
-        replace(b, access="r") if b.exchange and b.access == "rw" else b for b in launch.bindings
-    )
-    return replace(launch, bindings=bindings, gives=frozenset(number for number, _ in request.exchanged))

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
 from dsv4c.codegen.kernels.chunk_experts import down_launches, takes_many
-from dsv4c.codegen.kernels.exchange import EXCHANGE, giving
 from dsv4c.codegen.kernels.experts import (
     ExpertsSpec,
     check_experts,
@@ -138,15 +136,15 @@ CHOICES = {
 """By what a token's experts are known before the wait: not at all, by the gate's logits, or by a table."""
 
 
-def emit_experts_down(spec: ExpertsSpec, arch: Arch, by: str = "", ranks: int = 1) -> Emission:
+def emit_experts_down(spec: ExpertsSpec, arch: Arch, by: str = "") -> Emission:
     """y = out(sum over the token's routed experts of fp8(h) w2, plus the shared expert's), accumulated in
-    f32. `by`: one of `CHOICES`. With `ranks` above 1, the others are given y, this rank's addends.
+    f32. `by`: one of `CHOICES`.
     """
     check_experts(spec)
-    return tuned(lambda cut: _emitted(spec, arch, by, ranks, cut), arch, spec.name, spec, by, ranks)
+    return tuned(lambda cut: _emitted(spec, arch, by, cut), arch, spec.name, spec, by)
 
 
-def _emitted(spec: ExpertsSpec, arch: Arch, by: str, ranks: int, cut: Cut) -> Emission:
+def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
     rings = _down_rings(spec, arch, cut)
     parameters = (
         *row_parameters("h", spec, spec.packed),
@@ -157,10 +155,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, ranks: int, cut: Cut) -> Em
         *weight_parameters("w2", spec.routed),
         *weight_parameters("shared_w2", spec.shared),
         Parameter("y"),
-        *(EXCHANGE if ranks > 1 else ()),
     )
-    libs = ["nvfp4" if spec.packed else "activations", *(["exchange"] if ranks > 1 else []), "ptx"]
-    libs += [*(["router"] if by or spec.skips else []), "stream"]
     groups = -(-spec.hidden // (16 * rings.routed.tile_warps))
     grid = (groups // rings.routed.matrices, spec.batch // spec.turns, 1)
     source = render(
@@ -174,9 +169,6 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, ranks: int, cut: Cut) -> Em
             *(p.name for p in CHOICES[by]),
         ],
         padded=padded(spec.experts),
-        ranks=ranks,
-        site=["site"] if ranks > 1 else [],
-        libs=", ".join(sorted(libs)),
         pointers=[p.name for p in parameters],
         grid=grid,
         groups=groups,
@@ -265,9 +257,10 @@ def experts(request: Request) -> Answer:
     names = [p.operand for p in CHOICES[by] if p.operand in router]
     values = _values(last) | {name: router[name] for name in names} | places
     logits = {"logits": Scratch("logits", up[-1].scratch["logits"], "early")} if by == "scores" else {}
+    down = emit_experts_down(spec, request.arch, by)
     return [
         *(replace(launch, stage=launch.stage or "up") for launch in up),
-        _launch(request, spec, values, by, stage="down", scratch=logits),
+        launchable(request, down, values, stage="down", scratch=logits),
     ]
 
 
@@ -280,7 +273,7 @@ def experts_down(request: Request) -> Answer:
     if takes_many(spec, request.arch):
         return down_launches(request, spec, _down_rings(spec, request.arch).packing, values)
     if not spec.packed:
-        return [_launch(request, spec, values)]
+        return [launchable(request, emit_experts_down(spec, request.arch), values)]
     launches: list[Launchable] = []
     scratch: dict[str, Scratch] = {}
     for name in ("h", "shared_h"):
@@ -290,21 +283,5 @@ def experts_down(request: Request) -> Answer:
         scratch |= scratch_for(name, QuantType(NVFP4_ROW, shape), "r")
     return [
         *launches,
-        _launch(request, spec, values, stage="down", scratch=scratch),
+        launchable(request, emit_experts_down(spec, request.arch), values, stage="down", scratch=scratch),
     ]
-
-
-def _launch(
-    request: Request,
-    spec: ExpertsSpec,
-    values: Mapping[str, int],
-    by: str = "",
-    *,
-    stage: str = "",
-    scratch: Mapping[str, Scratch] | None = None,
-) -> Launchable:
-    """The second half, which gives other ranks its sums if they are exchanged next."""
-    words = dict(request.exchanged).get(values["y"])
-    down = emit_experts_down(spec, request.arch, by, 1 if words is None else words.ranks)
-    launch = launchable if words is None else giving
-    return launch(request, down, values, stage=stage, scratch=scratch)

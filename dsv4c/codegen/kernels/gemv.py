@@ -119,31 +119,12 @@ class Gathered:
 
 
 @dataclass(frozen=True)
-class Given:
-    """Results that other ranks wait for: the first word of each, by name, in a row of `width` of them."""
-
-    ranks: int
-    width: int
-    firsts: tuple[tuple[str, int], ...]
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """In ABI order."""
-        return EXCHANGE
-
-    def first(self, out: str) -> int:
-        """The first word of a result, -1 if nobody waits for it."""
-        return dict(self.firsts).get(out, -1)
-
-
-@dataclass(frozen=True)
 class GemvSpec:
     """`batch` activation rows times `matrices` of `k` columns. With `groups` g > 1 (block-diagonal weights)
     the rows are [M, g, k] and matrix rows r * (rows / g) .. belong to group r. `riders` take a CTA each per
     row, the first of the launch; CTAs have at least `lanes` threads that multiply, as if riders took
     them: those of other buckets may ride, and weights are packed alike. `late`: the successor begins behind
     the wait, for what it reads before its own; it would find no room sooner, and has not much to load.
-    `given`: what it gives other ranks.
     """
 
     name: str
@@ -157,7 +138,6 @@ class GemvSpec:
     riders: tuple[Rider, ...] = ()
     gather: Gathered | None = None
     late: bool = False
-    given: Given | None = None
 
 
 @dataclass(frozen=True)
@@ -245,10 +225,9 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
     warps = parts[0].ring.warps
     riders = seated(spec.name, spec.riders, warps * 32)
     gather = spec.gather
-    seats = (*parts, *riders, *([gather] if gather else []), *([spec.given] if spec.given else []))
+    seats = (*parts, *riders, *([gather] if gather else []))
     parameters = tuple(dict.fromkeys(p for seat in seats for p in seat.parameters))
     epilogues = [part.epilogue for part in parts if part.epilogue is not None]
-    more = {"Uint32"} if spec.given and any(part.out_dtype == "f32" for part in parts) else set()
     shared = max([part.layout.end for part in parts] + [rider.shared for rider in riders])
     grid = parts[-1].last
     nbytes = sum(part.nbytes for part in parts)
@@ -259,7 +238,7 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
         riders=riders,
         gather=gather,
         elements={p.name: n for e in epilogues for p, n in zip(e.parameters, e.numbers, strict=True)},
-        numbers=sorted({"Float32", "Int32", "Int64", *more}.union(*(e.numbers for e in epilogues))),
+        numbers=sorted({"Float32", "Int32", "Int64"}.union(*(e.numbers for e in epilogues))),
         uses=[use for use in ("at", "put") if any(f"{use}(" in line for e in epilogues for line in e.lines)],
         parameters=parameters,
         grid=grid,
@@ -268,7 +247,7 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
         nbytes=nbytes,
         arch=arch,
         formats=WEIGHT_FORMATS,
-        libs=libs_of((part.x.prologue for part in parts), riders, bool(gather or spec.given)),
+        libs=libs_of((part.x.prologue for part in parts), riders, gather is not None),
     )
     packing = {
         slot.matrix.name: f"{slot.matrix.format}/{part.ring.tile_warps}x{part.ring.span}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
-from dsv4c.codegen.kernels.exchange import EXCHANGE, exchanging, was_given
+from dsv4c.codegen.kernels.exchange import EXCHANGE, exchanging
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.slices import STREAMS, TOGETHER, Batch, Slice
@@ -35,8 +35,7 @@ class HyperNormSpec:
     4, 4] of the previous boundary; fn f32[24, 4 hidden], base f32[24], scale f32[3] (head: 4, 4 and 1); gain
     bf16[hidden]. Results: keep: x_out like x (may be x itself); unless head: post_out, logits_out; bf16:
     normed bf16[rows, hidden]; fp8: q, the same row quantized (1x128, ue8m0); plain: the row before its norm.
-    With `ranks` above 1, f is f32 and this rank's addends: what is mixed is the sum of all, rounded; `given`:
-    the others have them already.
+    With `ranks` above 1, f is f32 and this rank's addends: what is mixed is the sum of all, rounded.
     """
 
     rows: int
@@ -51,7 +50,6 @@ class HyperNormSpec:
     fp8: bool = True
     plain: bool = False
     ranks: int = 1
-    given: bool = False
     ctas: int | None = None  # per token; None: as many as fit a cluster
     held: int | None = None  # rows of fn in registers; None: as many as leave room for a predecessor
 
@@ -119,7 +117,6 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
         fp8=spec.fp8,
         plain=spec.plain,
         ranks=spec.ranks,
-        given=spec.given,
         nbytes=nbytes,
         arch=arch,
     )
@@ -222,7 +219,6 @@ def _boundary(request: Request, call: Call, total: Call | None) -> Answer:
         fp8="q" in made and not packed,
         plain="plain" in made,
         ranks=total.op.ranks if total is not None and isinstance(total.op, AllReduce) else 1,
-        given=total is not None and was_given(request, total),
     )
     values = {**x, "x": x["streams"], "scale": x["scales"], **made}
     if total is not None:

@@ -7,18 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from dsv4c.codegen.kernels.exchange import all_gather, exchanging, giving, was_given
+from dsv4c.codegen.kernels.exchange import all_gather, exchanging
 from dsv4c.codegen.kernels.formats import WEIGHTS, format_name, holds, is_packed
 from dsv4c.codegen.kernels.gemm import gemm_launches, takes_gemm
-from dsv4c.codegen.kernels.gemv import (
-    Activations,
-    Epilogue,
-    Gathered,
-    GemvSpec,
-    Given,
-    Matrix,
-    emit_gemv,
-)
+from dsv4c.codegen.kernels.gemv import Activations, Epilogue, Gathered, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.kernels.riders import NOBODY, WRITTEN, Riding, lanes, riding_of
 from dsv4c.codegen.kernels.state import state_launches
@@ -109,26 +101,12 @@ def product(
     alone = not scratch and not riding.riders and gather is None and not epilogues
     if alone and takes_gemm(spec, request.arch):
         return gemm_launches(request, spec, values)
-    if gather is None and not epilogues:
-        made = {y: m.out for m, (_, _, y) in zip(matrices, products, strict=True)}
-        spec = replace(spec, given=_given(request, made))
     gains = {x.gain: "f32" for x, _, _ in products if x.gain}
     values |= riding.values
     gemv = emit_gemv(spec, request.arch)
     if gather is not None:
         return [exchanging(request, gemv, values, rows * gather.gather.width, forms=gains)]
-    launch = launchable if spec.given is None else giving
-    return [launch(request, gemv, values, stage=stage, scratch=scratch, forms=gains)]
-
-
-def _given(request: Request, results: Mapping[int, str]) -> Given | None:
-    """What ranks exchange of a launch's results, if these are all that they exchange next."""
-    exchanged = dict(request.exchanged)
-    if not exchanged or not exchanged.keys() <= results.keys():
-        return None
-    firsts = tuple((results[number], words.first) for number, words in exchanged.items())
-    _, whole = request.exchanged[0]
-    return Given(whole.ranks, whole.width, firsts)
+    return [launchable(request, gemv, values, stage=stage, scratch=scratch, forms=gains)]
 
 
 def _packed_gemv(
@@ -289,7 +267,7 @@ def _gathered(
         return None
     given = {f"{name}_piece": x for name, x in zip(names, first.inputs, strict=True)}
     given |= dict(zip(names, first.outputs, strict=True))
-    return Gathered(Gather(first.op.ranks, rows, words, was_given(request, first)), names), given
+    return Gathered(Gather(first.op.ranks, rows, words), names), given
 
 
 def _q_projections(

@@ -1,9 +1,8 @@
 """Words to and from the other ranks: a value's 4 bytes and a flag in one store, so that no fence is needed.
 
-The block's form is `dsv4c.exchange`'s. A kernel that makes what others wait for gives it to them at once, so
-that the words are on their way while it ends and the next one begins. One that reads what no kernel gave puts
-its words into the inboxes of all others before it waits for any of theirs. Who waits lets its successor start
-only behind the last word: what that would load meanwhile slows the waiting down.
+The block's form is `dsv4c.exchange`'s. A kernel puts its words into the inboxes of all others before it waits
+for any of theirs, and lets its successor start only behind the last of them: what that would load meanwhile
+slows the waiting down.
 
 Of many rows tiles cross, a CTA's bytes by plain stores, and then one flag that releases them. A CTA gives its
 own tile before it waits for the others' of the same number, so that the lowest numbers of all ranks, which
@@ -88,13 +87,6 @@ def push(to: cute.Tensor, rank: Int32, flag: Uint32, number: Int64, word: Uint32
                 "{ .reg .b64 w; mov.b64 w, {{$r1},{$r2}}; st.relaxed.sys.global.b64 [{$r0}], w; }",
                 read_only_args=[to[peer] + number * WORD, word, flag],
             )
-
-
-@cute.jit
-def give(site: tuple, number: Int64, word: Uint32, ranks: Constexpr[int]):
-    """Put a word of what this kernel makes, which a later one waits for, into the others' inboxes."""
-    rank, flag, to, _ = site
-    push(to, rank, flag, number, word, ranks)
 
 
 @cute.jit
@@ -195,7 +187,7 @@ def gather(
     """
     rank, flag, to, here = site
     mine = block * threads + thread
-    if const_expr(not t.given) and mine < t.rows * t.width:
+    if mine < t.rows * t.width:
         row, i = mine // t.width, mine % t.width
         for value in range_constexpr(len(t.words)):
             n = const_expr(t.words[value])
@@ -368,8 +360,7 @@ def sum_rows(t: Constexpr[Summing], m: Addends, at: Place) -> None:
     number = Int64(row) * t.width + column
     if column < t.width:
         own = ptx.ldg_f32(m.x.toint() + number * 4)
-        if const_expr(not t.given):
-            push(to, rank, flag, number, own.bitcast(Uint32), t.ranks)
+        push(to, rank, flag, number, own.bitcast(Uint32), t.ranks)
         total = receive_sum(m.exchange, here, rank, flag, number, own, t.ranks)
         if const_expr(t.size == 4):
             ptx.stg_f32(m.y.toint() + number * 4, total)
@@ -389,8 +380,7 @@ def join_rows(t: Constexpr[Joining], m: Columns, at: Place) -> None:
             words, first = const_expr(t.words[value]), const_expr(t.first(value))
             if i >= first and i < first + words:
                 word = ptx.ldg32(m.x[value].toint() + (Int64(row) * words + i - first) * 4)
-                if const_expr(not t.given):
-                    push(to, rank, flag, Int64(row) * t.width + i, word, t.ranks)
+                push(to, rank, flag, Int64(row) * t.width + i, word, t.ranks)
                 column = rank * words + i - first
                 ptx.stg32(m.y[value].toint() + (Int64(row) * (words * t.ranks) + column) * 4, word)
     for n in range_constexpr(t.steps):

@@ -22,13 +22,12 @@ IN_FLIGHT = 32 * 1024
 @dataclass(frozen=True)
 class Gather:
     """Values whose columns are joined: of each, a rank has `rows` of `words[i]` words of 4 bytes. A launch's
-    first CTAs give them, or who made them has `given` them; every CTA takes what it reads.
+    first CTAs give them; every CTA takes what it reads.
     """
 
     ranks: int
     rows: int
     words: tuple[int, ...]
-    given: bool = False
 
     @property
     def width(self) -> int:

@@ -456,14 +456,13 @@ class Choice:
 @dataclass(frozen=True)
 class Summing:
     """How rows of `width` f32 are summed over `ranks`, to numbers of `size` bytes, 2 for bf16 or 4 for f32: a
-    column a thread. `given`: who made the addends has given them to the other ranks.
+    column a thread.
     """
 
     ranks: int
     width: int
     size: int
     threads: int
-    given: bool = False
 
     @property
     def ctas(self) -> int:
@@ -473,15 +472,12 @@ class Summing:
 
 @dataclass(frozen=True)
 class Joining:
-    """How columns of `ranks` are joined: of each value, a rank has `words[i]` words of 4 bytes in a row.
-    `given`: who made them has given them to the other ranks.
-    """
+    """How columns of `ranks` are joined: of each value, a rank has `words[i]` words of 4 bytes in a row."""
 
     ranks: int
     words: tuple[int, ...]
     ctas: int
     threads: int
-    given: bool = False
 
     @property
     def width(self) -> int:
