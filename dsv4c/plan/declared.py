@@ -19,9 +19,7 @@ _SHARED = re.compile(r"\bptx\.shared\((.*?)\)")
 _GRID = re.compile(r"^        grid=\[(.*?), (.*?), (.*?)\],$", re.MULTILINE)
 _CLUSTER = re.compile(r"^        cluster=\[(\d{1,3}), (\d{1,3}), (\d{1,3})\],$", re.MULTILINE)
 _BEHIND_WAIT = re.compile(r"^( +)ptx\.wait\(\)\n\1ptx\.launch_dependents\(\)$", re.MULTILINE)
-_WHOLE = re.compile(
-    r"\b(exchange\.(?:gather|(?:sum|join)_(?:rows|tiles)))\("
-)  # gives, takes, meets, lets begin
+_WHOLE = re.compile(r"\b(exchange\.(?:sum|join)_(?:rows|tiles))\(")  # gives, takes, meets, lets begin
 _WHOLE_BEHIND_WAIT = re.compile(rf"^ +ptx\.wait\(\)\n +{_WHOLE.pattern}", re.MULTILINE)
 _TERM = re.compile(r"(\d{1,9})|(\w+)(?: \* (\d{1,9}))?")
 
