@@ -5,9 +5,10 @@ GPU must be, byte for byte, what the same parts are when the host puts them toge
 plan of the model, on one GPU or on the CPU, logits of both are compared: they differ as sums in another order
 do. Says what the whole of a model would take at this rate.
 
-A small model on the CPU, one rank against two, 44 tokens: at most 2.4e-7 apart in `fp32` and 0.0095 in `bf16`;
-in `official` half of them 0.045, one in twenty 0.34 and one 0.52, where a code or a choice of experts flips and
-what is behind it follows. So of recipes that quantize rows the median is bounded, and of others every token.
+A small model on the CPU, one rank against two, 44 tokens: at most 2.4e-7 apart in `fp32` and 0.0095 in
+`bf16`; in `official` half of them 0.045, one in twenty 0.34 and one 0.52, where a code or a choice of experts
+flips and what is behind it follows. So of recipes that quantize rows the median is bounded, and of others
+every token.
 """
 
 from __future__ import annotations
