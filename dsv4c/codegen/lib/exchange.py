@@ -4,8 +4,8 @@ The block's form is `dsv4c.exchange`'s. A kernel puts its words into the inboxes
 for any of theirs.
 
 Boundaries let their successor start at once: what it reads of its weights meanwhile is worth more than what
-that costs the words. A step of Flash on two H200s at 8,192 tokens, 2026-11-30: 2,726 us; 2,791 where it starts
-behind the last word.
+that costs the words. A step of Flash at 8,192 tokens on two H200s, 2026-11-30: 2,726 us; 2,791 where it
+starts behind the last word.
 
 Of many rows tiles cross, a CTA's bytes by plain stores, and then one flag that releases them. A CTA gives its
 own tile before it waits for the others' of the same number, so that the lowest numbers of all ranks, which
