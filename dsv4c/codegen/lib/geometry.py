@@ -420,6 +420,42 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """Index scores of a token and the best of them, by a cluster of `ctas` CTAs: all of them score, and send
+    what they have to the first, which chooses.
+    """
+
+    index: Index
+    best: Selection
+    ctas: int
+
+    @property
+    def o_sent(self) -> int:
+        """After what scoring takes: a warp's scores, f32 [warps][16 tiles], on their way to the first CTA."""
+        return self.index.shared
+
+    @property
+    def o_scores(self) -> int:
+        """The token's scores f32 [capacity], in the first CTA: whole groups of four."""
+        return self.o_sent + self.index.keys * 4
+
+    @property
+    def o_counts(self) -> int:
+        """What choosing takes."""
+        return self.o_scores + -(-self.index.capacity // 4) * 16
+
+    @property
+    def o_bar(self) -> int:
+        """The barrier that counts the bytes of scores."""
+        return self.o_counts + self.best.shared
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.o_bar + 8
+
+
+@dataclass(frozen=True)
 class Spread:
     """A row of logits over a cluster: `each` of its `columns` in a CTA, a run of 4 * `quads` in a thread.
 
