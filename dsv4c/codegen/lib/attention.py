@@ -83,12 +83,34 @@ def enter(a: Constexpr[Attention], m: Operands, s: Int32) -> Place:
         frequency = ptx.ldg_f32_constant(m.frequencies.toint() + lane * 4)
         c, sine = rope.cos_sin(position.to(Float32) * frequency)
         ptx.sts64(s + a.o_turns + lane * 8, c.bitcast(Uint32), sine.bitcast(Uint32))
+    if const_expr(a.entries != "selected"):
+        key = rank * a.tile + warp * a.tile_rows + lane
+        place = find_key(a, key, key - a.window, last, visible_entries(a, position))
+        prefetch_tile(a, m, ring_slot, slot, place, lane)
     return Place(rank, head, token, tid, warp, lane, position, last, ring_slot, slot)
 
 
 @cute.jit
 def _number(m_numbers: cute.Pointer, token: Int32) -> Int32:
     return ptx.ldg_early32(m_numbers.toint() + token * 4).bitcast(Int32)
+
+
+@cute.jit
+def prefetch_tile(
+    a: Constexpr[Attention], m: Operands, ring_slot: Int32, slot: Int32, place: Int32, lane: Int32
+):
+    """The lane's row of the CTA's first tile to L2. A prefetch reads nothing: the step's own row may be written
+    meanwhile.
+    """
+    if place >= 0 and lane < a.tile_rows:
+        g = _row(a, m.window.toint(), _address(m.entries), ring_slot, slot, place, a.data_bytes)
+        for n in range_constexpr(-(-a.data_bytes // 128)):
+            ptx.prefetch_l2(g + n * 128)
+        if const_expr(a.format == "fp8"):
+            ptx.prefetch_l2(g + (a.data_bytes - 1))
+            tail, scale = (m.window_tail, m.entries_tail), (m.window_scale, m.entries_scale)
+            for nbytes, (of_window, of_entries) in ((ROPE * 2, tail), (a.scales, scale)):
+                ptx.prefetch_l2(_row(a, of_window.toint(), _address(of_entries), ring_slot, slot, place, nbytes))
 
 
 @cute.jit

@@ -32,35 +32,54 @@ class Operands(NamedTuple):
 
 
 class Place(NamedTuple):
-    """A thread's token, its position, slot and visible keys; the CTA's rank; the frequency of its pair."""
+    """A thread's token, its slot and visible keys; the CTA's rank among those that share it."""
 
     token: Int32
-    position: Int32
     slot: Int32
     visible: Int32
     rank: Int32
-    frequency: Float32
 
 
 @cute.jit
 def enter(x: Constexpr[Choice], m: Operands, s: Int32) -> Place:
-    """Find the token and open what the first CTA counts in. Positions and slots are older than the
-    predecessor: before the wait. All threads.
+    """Find the token, turn its pairs, open what the first CTA counts in, and have keys on their way to L2.
+    Positions and slots are older than the predecessor: before the wait. All threads.
     """
     tid, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
-    token = block // x.ctas
+    lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    token, rank = block // x.ctas, block % x.ctas
     position = ptx.ldg_early32(m.positions.toint() + token * 4).bitcast(Int32)
     slot = ptx.ldg_early32(m.slots.toint() + token * 4).bitcast(Int32)
-    frequency = ptx.ldg_f32_constant(m.frequencies.toint() + tid % 32 * 4)
+    frequency = ptx.ldg_f32_constant(m.frequencies.toint() + lane * 4)
     visible = cutlass.min((position + 1) // x.index.ratio, Int32(x.index.capacity))
+    if visible > x.best.k:
+        prefetch_keys(x, m, slot, rank * x.index.keys + warp * (x.index.tiles * 16), visible, lane)
+    index.prepare_turns(s + x.index.o_turns + warp * 256, frequency, position, lane)
     topk.clear(x.best, s + x.o_counts, tid)
     ptx.open_barrier(s + x.o_bar, tid)
     if tid == 0:
         ptx.mbarrier_expect(s + x.o_bar, (visible + 3) // 4 * 16)
     cute.arch.sync_warp()
     cluster.arrive()
-    return Place(token, position, slot, visible, block % x.ctas, frequency)
+    return Place(token, slot, visible, rank)
+
+
+@cute.jit
+def prefetch_keys(x: Constexpr[Choice], m: Operands, slot: Int32, first: Int32, visible: Int32, lane: Int32):
+    """The warp's first keys to L2, as its lanes will read them. A prefetch reads nothing: the step's own key
+    may be written meanwhile.
+    """
+    plain = const_expr(m.keys_scale is None)
+    nbytes = 256 if const_expr(plain) else 64
+    at = Int64(slot) * x.index.capacity + first
+    for n in range_constexpr(-(-x.index.tiles * 16 * nbytes // (32 * 128))):
+        key = (lane + 32 * n) * 128 // nbytes
+        if key < x.index.tiles * 16 and first + key < visible:
+            ptx.prefetch_l2(m.keys.toint() + (at + key) * nbytes)
+    if const_expr(not plain):
+        if lane < x.index.tiles and first + lane * 16 < visible:
+            ptx.prefetch_l2(m.keys_scale.toint() + (at + lane * 16) * 4)
 
 
 @cute.jit
@@ -95,9 +114,7 @@ def score_and_send(x: Constexpr[Choice], m: Operands, s: Int32, at: Place, tid: 
     begin = at.rank * i.keys
     index.load_keys(i, keys, g_data, g_scale, at.slot, begin + own, lane)
     weights = index.load_weights(i, m.weights.toint(), i.factor, at.token, lane)
-    s_turns = s + i.o_turns + warp * 256
-    index.prepare_turns(s_turns, at.frequency, at.position, lane)
-    index.prepare_queries(i, s, s_turns, m.q.toint(), at.token, warp, lane)
+    index.prepare_queries(i, s, s + i.o_turns + warp * 256, m.q.toint(), at.token, warp, lane)
     cute.arch.sync_threads()
     cluster.meet()
     for key in cutlass.range(begin, at.visible, x.ctas * i.keys, unroll=1):
