@@ -1,13 +1,13 @@
 """The indexer families: scores of every visible entry, and the exact top-k of them.
 
-`emit_index_scores` transforms the queries and scores the keys in one launch; `emit_top_k` selects. Both stop
-early at what the position on the device makes visible, and do nothing but list all entries while there are no
-more than k.
+`emit_index_scores` transforms the queries and scores the keys in one launch; `emit_top_k` selects;
+`emit_index_choice` does both at once where a cluster is enough. All stop early at what the position on the
+device makes visible, and do nothing but list all entries while there are no more than k.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
@@ -161,10 +161,15 @@ MOST_ROWS = 8  # a cluster each: more than fit the machine at once would take tu
 MOST_CHOSEN_FROM = 8192  # scores that a CTA of so many threads as score chooses from
 
 
-def emit_index_choice(spec: IndexScoresSpec, arch: Arch) -> Emission:
-    """Scores of a spec, and the k best of them, in one launch. Raises BuildError for shapes that the family
-    does not cover.
+@dataclass(frozen=True)
+class IndexChoiceSpec(IndexScoresSpec):
+    """The same, and out i32[rows, min(k, capacity)], the k best of them: at most `MOST_ROWS` rows, and at most
+    `MOST_CHOSEN_FROM` keys each.
     """
+
+
+def emit_index_choice(spec: IndexChoiceSpec, arch: Arch) -> Emission:
+    """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
     _check(spec)
     if spec.rows > MOST_ROWS or spec.capacity > MOST_CHOSEN_FROM:
         raise BuildError(
@@ -222,12 +227,13 @@ def indexer(request: Request) -> Answer:
         return No(f"takes keys of {MXFP4} or bf16, not {keys}")
     rows, heads, _ = q.shape
     capacity = keys.shape[1]
-    first = IndexScoresSpec("index_scores", rows, heads, format_, capacity, op.ratio, best.k, op.factor)
+    shape = (rows, heads, format_, capacity, op.ratio, best.k, op.factor)
+    first = IndexScoresSpec("index_scores", *shape)
     second = TopKSpec("index_topk", rows, capacity, best.k, op.ratio)  # of scores rounded to bf16
     values = {**x, "scores": scores, "out": request.calls[1].outputs[0]}
     if rows <= MOST_ROWS and capacity <= MOST_CHOSEN_FROM:
-        one = replace(first, name="index_choice")
-        return [launchable(request, emit_index_choice(one, request.arch), values)]
+        both = IndexChoiceSpec("index_choice", *shape)
+        return [launchable(request, emit_index_choice(both, request.arch), values)]
     return [
         launchable(request, emit_index_scores(first, request.arch), values, stage="scores"),
         launchable(request, emit_top_k(second, request.arch), values, stage="topk"),
