@@ -177,7 +177,7 @@ def emit_index_choice(spec: IndexChoiceSpec, arch: Arch) -> Emission:
             f"{MOST_CHOSEN_FROM} keys, got {spec.rows} and {spec.capacity}"
         )
     x = Index(spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, 1, spec.factor)
-    ctas = next(n for n in (1, 2, 4, 8, 16) if n == 16 or spec.capacity <= n * x.keys)
+    ctas = next(n for n in (2, 4, 8, 16) if n == 16 or spec.capacity <= n * x.keys)
     best = Selection(spec.capacity, spec.k, spec.ratio, 16, 1, 32 * x.warps)
     choice = Choice(x, best, ctas)
     return compose(

@@ -397,7 +397,7 @@ class Selection:
     @property
     def passes(self) -> tuple[tuple[int, int], ...]:
         """(lowest bit, width) of each digit, leading digit first."""
-        return ((21, 11), (16, 5)) if self.bits == 16 else ((21, 11), (10, 11), (0, 10))
+        return ((24, 8), (16, 8)) if self.bits == 16 else ((21, 11), (10, 11), (0, 10))
 
     @property
     def alone(self) -> Selection:
