@@ -189,7 +189,8 @@ def indexed(extra_reader: bool = False, rows: int = 1, entries: int = 64) -> Gra
 
 def test_scores_and_their_topk_are_one_launch_for_few_rows_and_entries() -> None:
     (launch,) = together(indexed(rows=8, entries=8192))
-    assert (launch.stage, launch.emission.symbol, launch.emission.cluster) == ("", "index_choice_0", (16, 1, 1))
+    assert (launch.stage, launch.emission.symbol) == ("", "index_choice_0")
+    assert launch.emission.cluster == (16, 1, 1)
     assert [b.access for b in launch.bindings].count("w") == 2
     assert [b.access for b in launch.bindings].count("early") == 2  # positions and slots
 

@@ -84,7 +84,11 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
             if plan["use"] == "chunks":
                 command += ("--quiet", "1000", "--bound", str(BOUNDS[plan["recipe"]]))
             yield Job(f"{plan['use']} {plan['name']}", command, plan["gibibytes"] + CONTEXT)
-    for name, only in (("attention", "swa,csa,hca,tiny,chunk"), ("state", "state"), ("index", "index,choice,topk")):
+    for name, only in (
+        ("attention", "swa,csa,hca,tiny,chunk"),
+        ("state", "state"),
+        ("index", "index,choice,top"),
+    ):
         cases = ("--folder", folder / "attention", "--only", only, "--no-time")
         yield Job(f"kernels {name}", module("tests.gpu.check_attention", *cases))
     for name, kernels in (("gemv", "gemv"), ("gemm", "gemm"), ("experts", "gemv"), ("hyper", "hyper")):

@@ -86,8 +86,8 @@ def _formulas(spec: IndexScoresSpec) -> str:
     weight = f"    weight  = bf16(weights * {spec.factor})\n" if spec.factor != 1.0 else ""
     return (
         f"    q'      = {f'mxfp4({turned})' if spec.format == 'mxfp4' else turned}\n"
-        f"    score_w = bf16(sum_h bf16(relu(bf16(q'_h . key_w)) * weight_h)) for w < (t + 1) // {spec.ratio}; "
-        f"others are not written\n{weight}"
+        "    score_w = bf16(sum_h bf16(relu(bf16(q'_h . key_w)) * weight_h)) for w < (t + 1) // "
+        f"{spec.ratio}; others are not written\n{weight}"
     )
 
 
@@ -163,8 +163,8 @@ MOST_CHOSEN_FROM = 8192  # scores that a CTA of so many threads as score chooses
 
 @dataclass(frozen=True)
 class IndexChoiceSpec(IndexScoresSpec):
-    """The same, and out i32[rows, min(k, capacity)], the k best of them: at most `MOST_ROWS` rows, and at most
-    `MOST_CHOSEN_FROM` keys each.
+    """The same, and out i32[rows, min(k, capacity)], the k best of them. At most `MOST_ROWS` rows, and at
+    most `MOST_CHOSEN_FROM` keys each.
     """
 
 

@@ -91,26 +91,27 @@ def enter(a: Constexpr[Attention], m: Operands, s: Int32) -> Place:
 
 
 @cute.jit
-def _number(m_numbers: cute.Pointer, token: Int32) -> Int32:
-    return ptx.ldg_early32(m_numbers.toint() + token * 4).bitcast(Int32)
+def _number(m_numbers: cute.Pointer | None, token: Int32) -> Int32:
+    return ptx.ldg_early32(_address(m_numbers) + token * 4).bitcast(Int32)
 
 
 @cute.jit
 def prefetch_tile(
     a: Constexpr[Attention], m: Operands, ring_slot: Int32, slot: Int32, place: Int32, lane: Int32
 ):
-    """The lane's row of the CTA's first tile to L2. A prefetch reads nothing: the step's own row may be written
-    meanwhile.
+    """The lane's row of the CTA's first tile to L2. A prefetch reads nothing: the step's own row may be
+    written meanwhile.
     """
+    window = _addresses(m.window, m.window_scale, m.window_tail)
+    entries = _addresses(m.entries, m.entries_scale, m.entries_tail)
     if place >= 0 and lane < a.tile_rows:
-        g = _row(a, m.window.toint(), _address(m.entries), ring_slot, slot, place, a.data_bytes)
+        g = _row(a, window[0], entries[0], ring_slot, slot, place, a.data_bytes)
         for n in range_constexpr(-(-a.data_bytes // 128)):
             ptx.prefetch_l2(g + n * 128)
-        if const_expr(a.format == "fp8"):
+        if const_expr(a.format == "fp8"):  # whose rows end in other lines than they begin
             ptx.prefetch_l2(g + (a.data_bytes - 1))
-            tail, scale = (m.window_tail, m.entries_tail), (m.window_scale, m.entries_scale)
-            for nbytes, (of_window, of_entries) in ((ROPE * 2, tail), (a.scales, scale)):
-                ptx.prefetch_l2(_row(a, of_window.toint(), _address(of_entries), ring_slot, slot, place, nbytes))
+            ptx.prefetch_l2(_row(a, window[1], entries[1], ring_slot, slot, place, a.scales))
+            ptx.prefetch_l2(_row(a, window[2], entries[2], ring_slot, slot, place, ROPE * 2))
 
 
 @cute.jit
@@ -133,9 +134,9 @@ def attend(a: Constexpr[Attention], m: Operands, s: Int32, at: Place, early: cut
     entries = _addresses(m.entries, m.entries_scale, m.entries_tail)
     g_selected = _address(m.selected)
     key = at.rank * a.tile + warp * a.tile_rows + lane
-    words = early
-    if const_expr(early is None):
-        words = read_query(a, m.q.toint(), at.token, at.head, warp, lane)
+    query: cute.Tensor = (
+        read_query(a, m.q.toint(), at.token, at.head, warp, lane) if const_expr(early is None) else early  # type: ignore[assignment]
+    )
     entry = read_selection(a, g_selected, at.token, key)
     visible = visible_entries(a, at.position)
     tiles = Int32(0)
@@ -145,9 +146,8 @@ def attend(a: Constexpr[Attention], m: Operands, s: Int32, at: Place, early: cut
     place = find_key(a, key, entry, at.last, visible)
     scales = cute.make_rmem_tensor(((a.tile_rows + 3) // 4,), Uint32)
     fetch_tile(a, s + a.o_keys, window, entries, scales, at.ring_slot, at.slot, place, warp, lane)
-    query = words
     if const_expr(early is None):
-        query = prepare_query(a, s, words, warp, lane)
+        query = prepare_query(a, s, query, warp, lane)
 
     o = cute.make_rmem_tensor((4, 4), Float32)
     o.fill(0.0)

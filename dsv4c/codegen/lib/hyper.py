@@ -102,8 +102,8 @@ def stage_vectors(
 
 @cute.jit
 def settle():
-    """Wait for what `stage_vectors` and `early_comb` stored. All threads; loads before it are not put off until
-    what they bring is needed.
+    """Wait for what `stage_vectors` and `early_comb` stored. All threads. Loads before it are not put off
+    until what they bring is needed.
     """
     ptx.cp_async_wait(0)
     cute.arch.sync_threads()

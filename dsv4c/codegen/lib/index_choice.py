@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
+from cutlass import Constexpr, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import cluster, index, ptx, topk
 from dsv4c.codegen.lib.geometry import Choice
@@ -77,9 +77,10 @@ def prefetch_keys(x: Constexpr[Choice], m: Operands, slot: Int32, first: Int32, 
         key = (lane + 32 * n) * 128 // nbytes
         if key < x.index.tiles * 16 and first + key < visible:
             ptx.prefetch_l2(m.keys.toint() + (at + key) * nbytes)
-    if const_expr(not plain):
-        if lane < x.index.tiles and first + lane * 16 < visible:
-            ptx.prefetch_l2(m.keys_scale.toint() + (at + lane * 16) * 4)
+    if const_expr(plain):
+        return
+    if lane < x.index.tiles and first + lane * 16 < visible:
+        ptx.prefetch_l2(m.keys_scale.toint() + (at + lane * 16) * 4)
 
 
 @cute.jit
