@@ -243,10 +243,16 @@ def compare(drafting: Session, judging: Session, head: Head, count: int, new: in
         all_held += held
         full, none = held[drafts] > 0, held[0] > 0
         met = {"oracle 1.0": full and not none, "misleading": none, "judged from 1.0": not set(held) - {0}}
+        met |= dict.fromkeys(("judged from 0.1", "judged from 0.3"), none)  # few are sure of all
         wrongs += (not equal) + (not met.get(name, full and none))
         found = "equal" if equal else "DIFFERS"
         print(
             f"{head:7} {name:15} {len(given)} prompts {found}, held {dict(sorted(held.items()))}", flush=True
+        )
+    if not complete(all_held, drafts):
+        wrongs += 1
+        print(
+            f"{head:7} of 0 to {drafts} drafts some never held: {dict(sorted(all_held.items()))}", flush=True
         )
     return wrongs
 

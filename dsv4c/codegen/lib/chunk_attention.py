@@ -2,9 +2,9 @@
 
 An item is 64 heads of a token; a CTA takes items in turn. One warpgroup finds the item's keys, its window's
 newest first, and lays them down as bf16 rows [64][512] in eight columns of 128-byte swizzled pieces: the
-right operand of the scores and, read along the keys, of the values. Two warpgroups compute the same scores
-and softmax, and the values of half of the dimensions each. e4m3 codes become bf16 exactly: their bits, and a
-power of two of at most 2^7.
+right operand of the scores and, read along the keys, of the values. Two others compute the scores and weights
+of half of the keys each, exchange them, and compute the values of half of the dimensions each. e4m3 codes
+become bf16 exactly: their bits, and a power of two of at most 2^7.
 """
 
 import cutlass
@@ -18,6 +18,8 @@ from dsv4c.codegen.lib import attention, ptx, rope, softmax
 from dsv4c.codegen.lib.geometry import ROPE, Chunk
 
 CONSUMERS = 256  # threads that multiply; the first
+GATHERERS = 128  # threads that find keys
+FAR = 8.0  # a row's weights are 2^(score - m): m follows the largest score only where it is this far ahead
 UNSEEN = -1.0e30  # is added to scores of keys that do not exist
 LOWEST = -1.0e29  # of all scores that do
 
@@ -29,7 +31,7 @@ def open_ring(a: Constexpr[Chunk], s: Int32, tid: Int32):
     """The barriers of every stage: filled, and free. All threads."""
     if tid == 0:
         for i in range_constexpr(a.stages):
-            ptx.mbarrier_init(s + a.o_bars + 8 * i, 4)
+            ptx.mbarrier_init(s + a.o_bars + 8 * i, GATHERERS // 32)
             ptx.mbarrier_init(s + a.o_bars + 8 * (a.stages + i), CONSUMERS // 32)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
@@ -58,6 +60,7 @@ def gather(
     g_ring_slots: Int64,
     g_slots: Int64,
     block: Int32,
+    g_q: Int64,
     warp: Int32,
     lane: Int32,
 ):
@@ -75,6 +78,7 @@ def gather(
         visible, tiles = attention.visible_entries(a, position), tiles_of(a, position)
         next0 = attention.read_selection(a, g_selected, token, first)
         next8 = attention.read_selection(a, g_selected, token, first + 8)
+        read_ahead(a, g_q, item, warp * 32 + lane)
         for tile in cutlass.range(tiles, unroll=1):
             key = tile * a.tile + first
             place0 = attention.find_key(a, key, next0, position, visible)
@@ -93,12 +97,20 @@ def gather(
             lay_row(a, s_tile, first, lane, place0 >= 0, rows)
             rows = read_row(a, window, entries, ring_slot, slot, place8, lane)
             lay_row(a, s_tile, first + 8, lane, place8 >= 0, rows)
-            ptx.fence_async()
             cute.arch.sync_warp()
             if lane == 0:
                 ptx.mbarrier_arrive(full)
             at = at + 1
         item = item + a.ctas
+
+
+@cute.jit
+def read_ahead(a: Constexpr[Chunk], g_q: Int64, item: Int32, thread: Int32):
+    """Bring the queries of this CTA's next item to L2."""
+    if item + a.ctas < a.items:
+        size = const_expr(a.tile * a.width * 2)
+        for n in range_constexpr(size // 128 // GATHERERS):
+            ptx.prefetch_l2(g_q + Int64(item + a.ctas) * size + (thread + n * GATHERERS) * 128)
 
 
 @cute.jit
@@ -185,7 +197,7 @@ def lay_queries(
     cosines and sines. All have multiplied the queries before; lane n knows frequency n.
     """
     cosine, sine = rope.cos_sin(position.to(Float32) * frequency)
-    together = const_expr(4)  # heads in registers
+    together = const_expr(8)  # heads in registers
     words = cute.make_rmem_tensor((together, 2, 4), Uint32)
     for part in range_constexpr(8 // together):
         first = warp * 8 + part * together
@@ -245,98 +257,217 @@ def attend(
     cute.arch.setmaxregister_increase(200)
     group, thread = warp // 4, tid % 128
     k_major = OperandMajorMode.K
-    by_keys = sm90.make_trivial_tiled_mma(BFloat16, BFloat16, k_major, k_major, Float32, (1, 1, 1), (64, 64))
-    registers = warpgroup.OperandSource.RMEM
-    by_values = sm90.make_trivial_tiled_mma(
-        *(BFloat16, BFloat16, k_major, OperandMajorMode.MN, Float32, (1, 1, 1), (64, 256)), a_source=registers
+    types = BFloat16, BFloat16, k_major
+    first, more = (
+        sm90.make_trivial_tiled_mma(*types, k_major, Float32, (1, 1, 1), (64, a.tile // 2)) for _ in range(2)
     )
+    first.set(warpgroup.Field.ACCUMULATE, False)
+    more.set(warpgroup.Field.ACCUMULATE, True)
+    by_values = sm90.make_trivial_tiled_mma(*types, OperandMajorMode.MN, Float32, (1, 1, 1), (64, 256))
+    by_values.set(warpgroup.Field.ACCUMULATE, True)
     queries = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (64, 64, a.width), BFloat16, 1)
     keys = sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (64, 64, a.width), BFloat16, a.stages)
+    weights = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (64, 64, a.tile), BFloat16, 1)
     s_q, s_k = _operand(s + a.o_q, queries), _operand(s + a.o_keys, keys)
-    along_keys = cute.make_layout(
-        ((64, 4), (8, 8), a.stages), stride=((1, 4096), (64, 512), a.tile_bytes // 2)
-    )
+    s_p = _operand(s + a.o_weights, weights)
+    stage_size = const_expr(a.tile_bytes // 2)
+    own_keys = cute.make_layout(((8, 4), (64, 8), a.stages), stride=((64, 512), (1, 4096), stage_size))
+    along_keys = cute.make_layout(((64, 4), (8, 8), a.stages), stride=((1, 4096), (64, 512), stage_size))
+    s_own = cute.make_tensor(s_k.iterator + group * (a.tile // 2 * 64), own_keys)
     s_v = cute.make_tensor(s_k.iterator + group * (4 * 4096), along_keys)
-    own, own_values = by_keys.get_slice(thread), by_values.get_slice(thread)
-    q = by_keys.make_fragment_A(own.partition_A(s_q))
-    k = by_keys.make_fragment_B(own.partition_B(s_k))
+    own, own_values = first.get_slice(thread), by_values.get_slice(thread)
+    q = first.make_fragment_A(own.partition_A(s_q))
+    k = first.make_fragment_B(own.partition_B(s_own))
     v = by_values.make_fragment_B(own_values.partition_B(s_v))
-    p = by_values.make_fragment_A(by_values.partition_shape_A((64, 64)))
-    p_words = cute.recast_tensor(p, Uint32)
-    score = cute.make_rmem_tensor(by_keys.partition_shape_C((64, 64)), Float32)
+    p = by_values.make_fragment_A(own_values.partition_A(s_p))
+    score = cute.make_rmem_tensor(first.partition_shape_C((64, a.tile // 2)), Float32)
     o = cute.make_rmem_tensor(by_values.partition_shape_C((64, 256)), Float32)
     frequency = ptx.ldg_f32_constant(g_frequencies + lane * 4)
     row = warp % 4 * 16 + lane // 4  # and 8 more
-    scale = const_expr(a.width**-0.5 * softmax.LOG2_E)
 
     at, item = Int32(0), Int32(block)
     while item < a.items:
         token, head = item // a.head_tiles, item % a.head_tiles * a.tile
         position = ptx.ldg32(g_positions + token * 4).bitcast(Int32)
         tiles = tiles_of(a, position)
-        lay_queries(a, s, g_q, frequency, token, head, cutlass.max(position, Int32(0)), warp, lane)
-        o.fill(0.0)
         m0, m8 = Float32(LOWEST), Float32(LOWEST)
         z0, z8 = Float32(0.0), Float32(0.0)
-        for _ in cutlass.range(tiles, unroll=1):
-            stage = at % a.stages
-            full = s + a.o_bars + 8 * stage
-            ptx.mbarrier_wait(full, at // a.stages & 1)
-            warpgroup.fence()
-            by_keys.set(warpgroup.Field.ACCUMULATE, False)
-            for c in range_constexpr(a.width // 16):
-                cute.gemm(by_keys, score, q[None, None, c, 0], k[None, None, c, stage], score)
-                by_keys.set(warpgroup.Field.ACCUMULATE, True)
-            warpgroup.commit_group()
-            warpgroup.wait_group(0)
-            n0, n8 = m0, m8
-            for j in range_constexpr(8):
-                bias = ptx.lds64(s + a.o_bias + (stage * a.tile + 8 * j + lane % 4 * 2) * 4)
-                for i in range_constexpr(2):
-                    score[4 * j + i] = score[4 * j + i] * Float32(scale) + bias[i].bitcast(Float32)
-                    score[4 * j + 2 + i] = score[4 * j + 2 + i] * Float32(scale) + bias[i].bitcast(Float32)
-                    n0 = cute.arch.fmax(n0, score[4 * j + i])
-                    n8 = cute.arch.fmax(n8, score[4 * j + 2 + i])
-            n0, n8 = ptx.lanes_max(n0, 4), ptx.lanes_max(n8, 4)
-            old0, old8 = ptx.ex2(m0 - n0), ptx.ex2(m8 - n8)
-            m0, m8 = n0, n8
-            z0, z8 = z0 * old0, z8 * old8
-            for j in range_constexpr(8):
-                for i in range_constexpr(2):
-                    score[4 * j + i] = ptx.ex2(score[4 * j + i] - n0)
-                    score[4 * j + 2 + i] = ptx.ex2(score[4 * j + 2 + i] - n8)
-                    z0, z8 = z0 + score[4 * j + i], z8 + score[4 * j + 2 + i]
-                w = const_expr(j // 2 * 4 + j % 2 * 2)
-                p_words[w] = ptx.f32x2_to_bf16x2(score[4 * j], score[4 * j + 1])
-                p_words[w + 1] = ptx.f32x2_to_bf16x2(score[4 * j + 2], score[4 * j + 3])
-            for j in range_constexpr(32):
-                for i in range_constexpr(2):
-                    o[4 * j + i] = o[4 * j + i] * old0
-                    o[4 * j + 2 + i] = o[4 * j + 2 + i] * old8
-            warpgroup.fence()
-            by_values.set(warpgroup.Field.ACCUMULATE, True)
-            for c in range_constexpr(4):
-                cute.gemm(by_values, o, p[None, None, c], v[None, None, c, stage], o)
-            warpgroup.commit_group()
-            warpgroup.wait_group(0)
-            if lane == 0:
-                ptx.mbarrier_arrive(full + 8 * a.stages)
-            at = at + 1
-        g_row = g_out + ((Int64(token) * a.heads + head + row) * a.width + group * 256 + lane % 4 * 2) * 2
+        if tiles > 0:
+            lay_queries(a, s, g_q, frequency, token, head, position, warp, lane)
+        o.fill(0.0)
+        if tiles > 0:
+            for _ in cutlass.range(tiles, unroll=1):
+                _start_scores(a, s, (first, more), score, q, k, at)
+                warpgroup.wait_group(0)
+                m0, m8, z0, z8, old0, old8 = weigh(a, s, score, m0, m8, z0, z8, at, group, row, lane)
+                if cute.arch.vote_any_sync((old0 != Float32(1.0)) | (old8 != Float32(1.0))):
+                    for j in range_constexpr(32):
+                        for i in range_constexpr(2):
+                            o[4 * j + i] = o[4 * j + i] * old0
+                            o[4 * j + 2 + i] = o[4 * j + 2 + i] * old8
+                ptx.sync_threads(CONSUMERS)
+                _start_values(a, by_values, o, p, v, at)
+                _finish_values(a, s, at, lane)
+                at = at + 1
+            z0, z8 = add_up(a, s, z0, z8, group, row, lane)
+        sink0 = ptx.ldg_f32_constant(g_sink + (head + row) * 4) * Float32(softmax.LOG2_E)
+        sink8 = ptx.ldg_f32_constant(g_sink + (head + row + 8) * 4) * Float32(softmax.LOG2_E)
+        f0 = ptx.divide(Float32(1.0), z0 + ptx.ex2(sink0 - m0)) if tiles > 0 else Float32(0.0)
+        f8 = ptx.divide(Float32(1.0), z8 + ptx.ex2(sink8 - m8)) if tiles > 0 else Float32(0.0)
+        g_row = g_out + ((Int64(token) * a.heads + head + warp % 4 * 16) * a.width + group * 256) * 2
+        store(a, s, g_row, o, f0, f8, (group == 1) & (tiles > 0), warp, lane)
+        item = item + a.ctas
+
+
+@cute.jit
+def _start_scores(
+    a: Constexpr[Chunk],
+    s: Int32,
+    multiply: tuple,
+    score: cute.Tensor,
+    q: cute.Tensor,
+    k: cute.Tensor,
+    at: Int32,
+):
+    """Of the group's keys of a tile, once it is there; by the first MMA, and those that add to it."""
+    stage = at % a.stages
+    ptx.mbarrier_wait(s + a.o_bars + 8 * stage, at // a.stages & 1)
+    ptx.fence_async()
+    warpgroup.fence()
+    for c in range_constexpr(a.width // 16):
+        cute.gemm(multiply[min(c, 1)], score, q[None, None, c, 0], k[None, None, c, stage], score)
+    warpgroup.commit_group()
+
+
+@cute.jit
+def _start_values(
+    a: Constexpr[Chunk], multiply: cute.TiledMma, o: cute.Tensor, p: cute.Tensor, v: cute.Tensor, at: Int32
+):
+    """Of a tile whose weights are there."""
+    warpgroup.fence()
+    for c in range_constexpr(4):
+        cute.gemm(multiply, o, p[None, None, c, 0], v[None, None, c, at % a.stages], o)
+    warpgroup.commit_group()
+
+
+@cute.jit
+def _finish_values(a: Constexpr[Chunk], s: Int32, at: Int32, lane: Int32):
+    """The tile's keys may be replaced."""
+    warpgroup.wait_group(0)
+    if lane == 0:
+        ptx.mbarrier_arrive(s + a.o_bars + 8 * (a.stages + at % a.stages))
+
+
+@cute.jit
+def weigh(
+    a: Constexpr[Chunk],
+    s: Int32,
+    score: cute.Tensor,
+    m0: Float32,
+    m8: Float32,
+    z0: Float32,
+    z8: Float32,
+    at: Int32,
+    group: Int32,
+    row: Int32,
+    lane: Int32,
+):
+    """Weights of the group's half of a tile to shared memory, from scores of rows `row` and 8 more. Returns
+    the rows' m and sums of weights, now of these keys too, and by what those of earlier ones and their values
+    are multiplied.
+    """
+    scale = const_expr(a.width**-0.5 * softmax.LOG2_E)
+    n0, n8 = Float32(LOWEST), Float32(LOWEST)
+    for j in range_constexpr(4):
+        key = at % a.stages * a.tile + group * (a.tile // 2) + 8 * j + lane % 4 * 2
+        bias = ptx.lds64(s + a.o_bias + key * 4)
+        for i in range_constexpr(2):
+            score[4 * j + i] = score[4 * j + i] * Float32(scale) + bias[i].bitcast(Float32)
+            score[4 * j + 2 + i] = score[4 * j + 2 + i] * Float32(scale) + bias[i].bitcast(Float32)
+            n0 = cute.arch.fmax(n0, score[4 * j + i])
+            n8 = cute.arch.fmax(n8, score[4 * j + 2 + i])
+    n0, n8 = ptx.lanes_max(n0, 4), ptx.lanes_max(n8, 4)
+    other0, other8 = _exchange(a, s, n0, n8, group, row, lane)
+    n0, n8 = cute.arch.fmax(n0, other0), cute.arch.fmax(n8, other8)
+    n0 = n0 if n0 > m0 + Float32(FAR) else m0
+    n8 = n8 if n8 > m8 + Float32(FAR) else m8
+    old0, old8 = ptx.ex2(m0 - n0), ptx.ex2(m8 - n8)
+    z0, z8 = z0 * old0, z8 * old8
+    words = []
+    for j in range_constexpr(4):
         for half in range_constexpr(2):
-            m, z = (m8, z8) if const_expr(half) else (m0, z0)
-            sink = ptx.ldg_f32_constant(g_sink + (head + row + 8 * half) * 4)
-            z = ptx.lanes_sum(z, 4) + ptx.ex2(sink * Float32(softmax.LOG2_E) - m)
-            inverse = ptx.divide(Float32(1.0), z) if position >= 0 else Float32(0.0)
-            for j in range_constexpr(32):
-                lo = ptx.round_bf16(o[4 * j + 2 * half] * inverse)
-                hi = ptx.round_bf16(o[4 * j + 2 * half + 1] * inverse)
+            top = n8 if const_expr(half) else n0
+            lo, hi = ptx.ex2(score[4 * j + 2 * half] - top), ptx.ex2(score[4 * j + 2 * half + 1] - top)
+            words.append(ptx.f32x2_to_bf16x2(lo, hi))
+            if const_expr(half):
+                z8 = z8 + lo + hi
+            else:
+                z0 = z0 + lo + hi
+    line = row // 16 * 16 + lane % 16
+    s_line = s + a.o_weights + line * 128
+    for i in range_constexpr(2):
+        piece = 4 * group + 2 * i + lane // 16
+        ptx.stmatrix(s_line + (piece ^ line % 8) * 16, *words[4 * i : 4 * i + 4])
+    ptx.fence_async()
+    return n0, n8, z0, z8, old0, old8
+
+
+@cute.jit
+def _exchange(a: Constexpr[Chunk], s: Int32, r0: Float32, r8: Float32, group: Int32, row: Int32, lane: Int32):
+    """What the other group has of the same two rows. Lanes in fours have the same."""
+    s_rows = s + a.o_rows + row * 4
+    if lane % 4 == 0:
+        ptx.sts_f32(s_rows + group * (a.tile * 4), r0)
+        ptx.sts_f32(s_rows + group * (a.tile * 4) + 32, r8)
+    ptx.sync_threads(CONSUMERS)
+    s_other = s_rows + (1 - group) * (a.tile * 4)
+    return ptx.lds_f32(s_other), ptx.lds_f32(s_other + 32)
+
+
+@cute.jit
+def add_up(a: Constexpr[Chunk], s: Int32, z0: Float32, z8: Float32, group: Int32, row: Int32, lane: Int32):
+    """The rows' sums over both groups' keys, the first group's first."""
+    z0, z8 = ptx.lanes_sum(z0, 4), ptx.lanes_sum(z8, 4)
+    other0, other8 = _exchange(a, s, z0, z8, group, row, lane)
+    return z0 + other0, z8 + other8
+
+
+@cute.jit
+def store(
+    a: Constexpr[Chunk],
+    s: Int32,
+    g_rows: Int64,
+    o: cute.Tensor,
+    f0: Float32,
+    f8: Float32,
+    turned: Boolean,
+    warp: Int32,
+    lane: Int32,
+):
+    """A warp's 16 rows of 256 dimensions, multiplied by f0 and f8, to memory; by way of shared memory, 64
+    dimensions at a time, so that whole sectors are written. The last of them under the inverse rotation.
+    """
+    s_out = s + a.o_out + warp * (16 * 128)
+    for part in range_constexpr(4):
+        words = []
+        for j in range_constexpr(8 * part, 8 * part + 8):
+            for half in range_constexpr(2):
+                f = f8 if const_expr(half) else f0
+                lo, hi = ptx.round_bf16(o[4 * j + 2 * half] * f), ptx.round_bf16(o[4 * j + 2 * half + 1] * f)
                 if const_expr(j >= 32 - ROPE // 8):
                     s_turn = s + a.o_turns + (8 * (j - (32 - ROPE // 8)) + lane % 4 * 2) * 4
-                    lo, hi = _turned_back(lo, hi, s_turn, group == 1)
-                g = g_row + half * (8 * a.width * 2) + 16 * j
-                ptx.stg32(g, ptx.f32x2_to_bf16x2(lo, hi))
-        item = item + a.ctas
+                    lo, hi = _turned_back(lo, hi, s_turn, turned)
+                words.append(ptx.f32x2_to_bf16x2(lo, hi))
+        cute.arch.sync_warp()  # what was here has been read
+        line = lane % 16
+        for i in range_constexpr(4):
+            piece = 2 * i + lane // 16
+            ptx.stmatrix(s_out + line * 128 + (piece ^ line % 8) * 16, *words[4 * i : 4 * i + 4])
+        cute.arch.sync_warp()
+        for i in range_constexpr(4):
+            line, piece = 4 * i + lane // 8, lane % 8
+            w = ptx.lds128(s_out + line * 128 + (piece ^ line % 8) * 16)
+            ptx.stg128(g_rows + line * (a.width * 2) + part * 128 + piece * 16, *w)
 
 
 @cute.jit

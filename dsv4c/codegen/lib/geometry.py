@@ -306,9 +306,12 @@ class Chunk:
     tile_bytes: ClassVar[int] = 64 * 1024
     o_q: ClassVar[int] = 0
     o_keys: ClassVar[int] = 64 * 1024
-    o_bias: ClassVar[int] = 3 * 64 * 1024
+    o_weights: ClassVar[int] = 3 * 64 * 1024  # of a tile, bf16 [64][64]
+    o_out: ClassVar[int] = o_weights + 64 * 128  # results on their way, by warp: bf16 [16][64]
+    o_bias: ClassVar[int] = o_out + 8 * 16 * 128
     o_turns: ClassVar[int] = o_bias + 2 * 64 * 4
-    o_bars: ClassVar[int] = o_turns + ROPE // 2 * 8
+    o_rows: ClassVar[int] = o_turns + ROPE // 2 * 8  # f32 [group][64]: largest scores, or sums of weights
+    o_bars: ClassVar[int] = o_rows + 2 * 64 * 4
     shared: ClassVar[int] = o_bars + 4 * 8
 
     @property

@@ -88,6 +88,17 @@ def sts_u8(s: Int32, r: Uint32):
 
 
 @cute.jit
+def stmatrix(s: Int32, r0: Uint32, r1: Uint32, r2: Uint32, r3: Uint32):
+    """Four 8x8 tiles of 16-bit numbers, in the order of MMA results, to shared memory: lane 8 i + n gives the
+    address of row n of tile i, 16 bytes.
+    """
+    _asm(
+        "stmatrix.sync.aligned.m8n8.x4.shared.b16 [{$r0}], {{$r1},{$r2},{$r3},{$r4}};",
+        read_only_args=[s, r0, r1, r2, r3],
+    )
+
+
+@cute.jit
 def sts16(s: Int32, r: Uint32):
     """Store the low half of a word to shared memory."""
     _asm("{ .reg .b16 l, h; mov.b32 {l, h}, {$r1}; st.shared.b16 [{$r0}], l; }", read_only_args=[s, r])
