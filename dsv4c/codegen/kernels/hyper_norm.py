@@ -23,7 +23,6 @@ from dsv4c.types import BF16, FP8_ROW, NVFP4_ROW, TensorType
 
 CLUSTER_LIMIT = 16
 FEW_ROWS = 16  # up to which each row has a cluster of its own
-LATE = 12  # rows of fn
 MOST_TOKENS = 64  # that a cluster keeps fn for
 WAVES = 4
 
@@ -58,8 +57,7 @@ class HyperNormSpec:
         """The cut of a row. Raises BuildError when no cluster can hold `fn`."""
         projected = STREAMS if self.head else STREAMS * (STREAMS + 2)
         for ctas in [self.ctas] if self.ctas else range(CLUSTER_LIMIT, 1, -1):
-            held = min(projected, self._held(ctas))
-            cut = Slice(self.hidden, ctas, projected, held, self.ranks, self._late(held))
+            cut = Slice(self.hidden, ctas, projected, min(projected, self._held(ctas)), self.ranks)
             if self.hidden % (128 * ctas) == 0 and cut.width <= 1024 and cut.shared <= arch.shared_per_cta:
                 return cut
         raise BuildError(
@@ -88,12 +86,6 @@ class HyperNormSpec:
             return 0
         most = 24 if threads <= 256 else 12
         return most - 2 if self.ranks > 1 else most  # waiting for words takes registers
-
-    def _late(self, held: int) -> int:
-        """Of 24 rows half come late: a cluster sits beside its predecessor's CTAs on the SMs of one GPC, and
-        what it reads early keeps their weights waiting, while what comes late keeps nobody but itself.
-        """
-        return LATE if held == STREAMS * (STREAMS + 2) and self.mix and self.ranks == 1 else 0
 
 
 def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:

@@ -38,7 +38,7 @@ def early_comb(
     lane: Int32,
 ):
     """comb of `mix` to shared memory, by the last warp: of logits older than the predecessor. Before
-    `prefetch`, which takes the registers that this does. See `settle`.
+    `prefetch`, which takes the registers that this does. See `wait_all`.
     """
     if warp == t.warps - 1:
         z = ptx.ldg_early32(g_logits + (token * STREAMS * STREAMS + lane % (STREAMS * STREAMS)) * 4)
@@ -52,19 +52,14 @@ def early_comb(
 
 @cute.jit
 def prefetch(t: Constexpr[Slice], sm: Int32, g_fn: Int64, stream: Int32, quad: Int32, column: Int32):
-    """The thread's four columns of fn: `held` rows come back, the others go to its shared places. Of the
-    `late` ones each line of 128 bytes goes to L2.
-    """
+    """The thread's four columns of fn: `held` rows come back, the others go to its shared places."""
     rF = cute.make_rmem_tensor((4 * t.held if t.held else 4,), Uint32)
     g = g_fn + (stream * t.hidden + column) * 4
     for i in range_constexpr(t.rows):
-        if const_expr(i < t.held - t.late):
+        if const_expr(i < t.held):
             w = ptx.ldg_early128(g + i * (STREAMS * t.hidden * 4))
             for n in range_constexpr(4):
                 rF[4 * i + n] = w[n]
-        elif const_expr(i < t.held):
-            if quad % 8 == 0:
-                ptx.prefetch_l2(g + i * (STREAMS * t.hidden * 4))
         else:
             s = sm + ((i - t.held) * STREAMS + stream) * (t.width * 4) + quad * 16
             ptx.cp_async16(s, g + i * (STREAMS * t.hidden * 4))
@@ -72,20 +67,10 @@ def prefetch(t: Constexpr[Slice], sm: Int32, g_fn: Int64, stream: Int32, quad: I
 
 
 @cute.jit
-def load_late(t: Constexpr[Slice], rF: cute.Tensor, g_fn: Int64, stream: Int32, column: Int32):
-    """The `late` rows of fn, behind the row that is mixed in. They are all under way before it is there."""
-    g = g_fn + (stream * t.hidden + column) * 4
-    for i in range_constexpr(t.held - t.late, t.held):
-        w = ptx.ldg_early128(g + i * (STREAMS * t.hidden * 4))
-        for n in range_constexpr(4):
-            rF[4 * i + n] = w[n]
-
-
-@cute.jit
 def stage_vectors(
     t: Constexpr[Slice], sm: Int32, g_base: Int64, g_scale: Int64, g_gain: Int64, rank: Int32, thread: Int32
 ):
-    """The CTA's gains to shared memory; base and scale of projection i to place i. See `settle`."""
+    """The CTA's gains to shared memory; base and scale of projection i to place i. See `wait_all`."""
     if thread < t.width // 8:
         ptx.cp_async16(sm + t.o_gain + thread * 16, g_gain + rank * (t.width * 2) + thread * 16)
     ptx.cp_async_commit()
@@ -101,10 +86,9 @@ def stage_vectors(
 
 
 @cute.jit
-def settle():
-    """Wait for what `stage_vectors` and `early_comb` stored. All threads. Loads before it are not put off
-    until what they bring is needed.
-    """
+def wait_all():
+    """Wait for the predecessors, then for what `stage_vectors` and `early_comb` stored. All threads."""
+    ptx.wait()
     ptx.cp_async_wait(0)
     cute.arch.sync_threads()
 

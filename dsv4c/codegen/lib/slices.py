@@ -14,7 +14,6 @@ class Slice:
     in the head), and what is mixed in is a sum over `ranks`.
 
     A thread keeps its four columns of `held` rows of fn in registers; the other rows wait in shared memory.
-    The last `late` of those held come behind the wait, from L2.
     """
 
     hidden: int
@@ -22,7 +21,6 @@ class Slice:
     rows: int
     held: int = 0
     ranks: int = 1
-    late: int = 0
 
     @property
     def width(self) -> int:
