@@ -67,6 +67,7 @@ def test_every_way_out_of_a_kernel_goes_by_the_marks() -> None:
         text.index("\t@%p1 bra $MARK_END;") < text.index("\n$MARK_END:") < text.index("\n$MARK_OUT:\n\tret;")
     )
     assert text.count("%globaltimer") == 3
+    assert text.count("\n.maxnreg 48\n{\n") == 1
     assert re.search(r"griddepcontrol\.wait;\n\tmov\.u64 %mark_d1, %globaltimer;", text)
     assert "mov.u32 %mark_r9, 7;" in text
     assert text.index(".global .align 8 .b64 dsv4c_marks;") < text.index(".entry")

@@ -67,8 +67,8 @@ def enter(x: Constexpr[Choice], m: Operands, s: Int32) -> Place:
 
 @cute.jit
 def prefetch_keys(x: Constexpr[Choice], m: Operands, slot: Int32, first: Int32, visible: Int32, lane: Int32):
-    """The warp's first keys to L2, as its lanes will read them. A prefetch reads nothing: the step's own key
-    may be written meanwhile.
+    """The lines of 128 bytes in which the warp's first keys begin, which are whole keys of FP4, to L2. A
+    prefetch reads nothing: the step's own key may be written meanwhile.
     """
     plain = const_expr(m.keys_scale is None)
     nbytes = 256 if const_expr(plain) else 64
