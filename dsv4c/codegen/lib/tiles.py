@@ -28,9 +28,13 @@ class Tiles:
     scale per 128 (`scaled`) or bf16, rows `stride` bytes apart. `tiles` x `span`: how w is packed. `paired`:
     the tile's rows are 16 of one matrix and 16 of another in turn. Eight warps multiply; `loaders` times four
     lay down steps, `stages` of which shared memory holds, and each four hold `ahead` of their own in
-    registers. Of MXFP4 four expand weights, and of the other four two copy x, two weights. Rows of `experts`
-    take tiles of their own. `splits` CTAs of a cluster share a tile's k, and
-    each adds up all of their sums for its part of the columns.
+    registers. Of MXFP4 eight expand weights, and of four more two copy x, two weights. Rows of `experts`
+    take tiles of their own. `splits` CTAs of a cluster share a tile's k, and each adds up all of their sums
+    for its part of the columns.
+
+    What limits tiles is the 128 bytes a cycle that shared memory and L1 share. A step of 128 rows moves 48 KB
+    of operands to tensor cores, which take 384 cycles of their 512, 16 KB of x, and of w, through registers,
+    three times what it has: hence 256 rows where there are that many tiles.
     """
 
     weight: str
@@ -51,10 +55,10 @@ class Tiles:
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     STEP: ClassVar[int] = 128  # bytes of k of an operand in a step
-    FACTORS: ClassVar[int] = 1152  # bytes of a stage's factors
     UNITS: ClassVar[int] = 8  # of 16 rows, in a tile
     COPIERS: ClassVar[int] = 64  # threads that copy x where warps of their own expand w
     FEEDERS: ClassVar[int] = 2  # warps that copy w there
+    EXPANDERS: ClassVar[int] = 8  # warps that expand it
 
     @property
     def expands(self) -> bool:
@@ -64,7 +68,7 @@ class Tiles:
     @property
     def threads(self) -> int:
         """Of a CTA."""
-        return self.CONSUMERS + 128 * self.loaders
+        return self.CONSUMERS + (32 * self.EXPANDERS + 128 if self.expands else 128 * self.loaders)
 
     @property
     def each(self) -> int:
@@ -77,8 +81,13 @@ class Tiles:
         return self.k // self.each // self.splits
 
     @property
+    def halves(self) -> int:
+        """Times 64 rows that a warpgroup multiplies, one after the other."""
+        return max(1, self.height // 128)
+
+    @property
     def summed(self) -> int:
-        """Groups of 8 columns of a warpgroup that a CTA adds up."""
+        """Groups of 8 columns of a warpgroup that a CTA adds up, of each 64 rows."""
         return self.wide // 8 // self.splits
 
     @property
@@ -88,8 +97,8 @@ class Tiles:
 
     @property
     def wide(self) -> int:
-        """Columns of the tile that a warpgroup has: all for 64 of 128 rows, or half for 64 of 64."""
-        return 128 if self.height == 128 else 64
+        """Columns of the tile that a warpgroup has: all for half of the rows, or half for 64 of 64."""
+        return 64 if self.height == 64 else 128
 
     @property
     def made(self) -> int:
@@ -98,13 +107,23 @@ class Tiles:
 
     @property
     def promotes(self) -> bool:
-        """Whether each step's products are scaled on their own."""
-        return self.weight not in ("bf16", "plain")
+        """Whether each step's products are scaled on their own, and not added up by tensor cores."""
+        return self.scaled
 
     @property
     def row_factors(self) -> int:
         """Factors of a step per row of x: of both matrices' blocks, or one."""
         return 2 if self.paired and self.weight == "fp8" else int(self.promotes)
+
+    @property
+    def factors(self) -> int:
+        """Bytes of a stage's factors."""
+        return 2 * self.row_bytes + 128
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of factors of the tile's rows, or of its columns."""
+        return 4 * max(self.height, self.COLUMNS)
 
     @property
     def pieces(self) -> int:
@@ -121,7 +140,7 @@ class Tiles:
     def arrivals(self) -> int:
         """That fill a stage: each warp's, and each thread's when its copies have come."""
         if self.expands:
-            return 4 + self.COPIERS // 32 + self.COPIERS
+            return self.EXPANDERS + self.COPIERS // 32 + self.COPIERS
         return 4 if self.kind == "f16" else 4 + 128
 
     @property
@@ -199,14 +218,12 @@ class Tiles:
 
     @property
     def o_factors(self) -> int:
-        """Per stage f32 [128] by row, then [128] by column, or by row for the second matrix, then one of the
-        tile.
-        """
+        """Per stage f32 by row, then by column, or by row for the second matrix, then one of the tile."""
         return self.o_w + self.stages * self.w_stage
 
     @property
     def o_slots(self) -> int:
-        return self.o_factors + self.stages * self.FACTORS
+        return self.o_factors + self.stages * self.factors
 
     @property
     def pitch(self) -> int:
@@ -236,10 +253,10 @@ class Tiles:
     def registers(self) -> tuple[int, ...]:
         """Of a thread that multiplies, and of one that loads, or expands, and of one that copies."""
         if self.expands:
-            return 168, 104, 72
+            return 144, 64, 64
         if self.loaders == 2:
             return 160, 96
-        return (168, 168) if self.ahead > 2 else (192, 120)
+        return (216, 72) if self.halves > 1 else (192, 120)
 
 
 @dataclass(frozen=True)
