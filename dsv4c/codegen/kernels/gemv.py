@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, render
-from dsv4c.codegen.kernels.exchange import EXCHANGE
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
 from dsv4c.codegen.kernels.riders import CompressSpec, Rider, lanes, seated
-from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Gather, Layout, Product, Ring
+from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Layout, Product, Ring
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
 from dsv4c.errors import BuildError
@@ -99,26 +98,6 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """Operands of a launch that ranks join before it reads them: this rank's piece of `name` is
-    `name`_piece.
-    """
-
-    gather: Gather
-    names: tuple[str, ...]
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """In ABI order."""
-        return (*EXCHANGE, *(Parameter(name) for n in self.names for name in (f"{n}_piece", n)))
-
-    def call(self, *wanted: str) -> str:
-        """The stage of a CTA that reads these operands."""
-        values = tuple(self.names.index(name) for name in wanted)
-        return f"exchange.gather(GATHER, *given, {values}, tid, CONSUMERS)"
-
-
-@dataclass(frozen=True)
 class GemvSpec:
     """`batch` activation rows times `matrices` of `k` columns. With `groups` g > 1 (block-diagonal weights)
     the rows are [M, g, k] and matrix rows r * (rows / g) .. belong to group r. `riders` take a CTA each per
@@ -136,7 +115,6 @@ class GemvSpec:
     rounds: int = 0
     lanes: int = 0
     riders: tuple[Rider, ...] = ()
-    gather: Gathered | None = None
     late: bool = False
 
 
@@ -224,9 +202,7 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
     parts = plan_parts(spec, arch, cut)
     warps = parts[0].ring.warps
     riders = seated(spec.name, spec.riders, warps * 32)
-    gather = spec.gather
-    seats = (*parts, *riders, *([gather] if gather else []))
-    parameters = tuple(dict.fromkeys(p for seat in seats for p in seat.parameters))
+    parameters = tuple(dict.fromkeys(p for seat in (*parts, *riders) for p in seat.parameters))
     epilogues = [part.epilogue for part in parts if part.epilogue is not None]
     shared = max([part.layout.end for part in parts] + [rider.shared for rider in riders])
     grid = parts[-1].last
@@ -236,7 +212,6 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
         spec=spec,
         parts=parts,
         riders=riders,
-        gather=gather,
         elements={p.name: n for e in epilogues for p, n in zip(e.parameters, e.numbers, strict=True)},
         numbers=sorted({"Float32", "Int32", "Int64"}.union(*(e.numbers for e in epilogues))),
         uses=[use for use in ("at", "put") if any(f"{use}(" in line for e in epilogues for line in e.lines)],
@@ -247,7 +222,7 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
         nbytes=nbytes,
         arch=arch,
         formats=WEIGHT_FORMATS,
-        libs=libs_of((part.x.prologue for part in parts), riders, gather is not None),
+        libs=libs_of((part.x.prologue for part in parts), riders),
     )
     packing = {
         slot.matrix.name: f"{slot.matrix.format}/{part.ring.tile_warps}x{part.ring.span}"
@@ -265,10 +240,10 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
     )
 
 
-def libs_of(prologues: Iterable[str], riders: Iterable[Rider] = (), exchanges: bool = False) -> str:
+def libs_of(prologues: Iterable[str], riders: Iterable[Rider] = ()) -> str:
     """Modules that a kernel with these prologues and riders imports."""
     used = set(prologues)
-    names = {"ptx", "stream", *(["nvfp4"] if "unpack" in used else []), *(["exchange"] if exchanges else [])}
+    names = {"ptx", "stream", *(["nvfp4"] if "unpack" in used else [])}
     names |= {"compress" if isinstance(rider, CompressSpec) else "cache" for rider in riders}
     return ", ".join(sorted(names | ({"activations"} if used - {"unpack"} else set())))
 
