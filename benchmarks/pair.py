@@ -1,9 +1,10 @@
-"""Two plans of one model against each other, step by step in turns: python -m benchmarks.pair BASE NEW.
+"""Plans of one model against each other, step by step in turns: python -m benchmarks.pair BASE NEW [NEW ...].
 
-Both are folders that `dsv4c compile --target sm_90a` wrote, perhaps by different versions: of a plan only
+All are folders that `dsv4c compile --target sm_90a` wrote, perhaps by different versions: of a plan only
 what its versions have in common is read, the records of launches, weights and states. They run on one block
-of random weights, in one process on one card; every round times both, in changing order, whole steps and
-layers alike. Printed are the median of the rounds' ratios NEW / BASE and its quartiles.
+of random weights, in one process on one card; every round times all, in changing order, whole steps and
+layers alike. Printed are, for each NEW, the median of the rounds' ratios NEW / BASE and its quartiles. Two
+copies of a plan differ by up to 1 %, by where their blocks lie: give copies of both to tell less apart.
 """
 
 from __future__ import annotations
@@ -142,14 +143,20 @@ def layers_of(times: Mapping[str, float]) -> dict[str, float]:
     return found | {"step": times["step"]}
 
 
+def in_turn(count: int, turn: int) -> list[int]:
+    """Numbers below `count` from another one on every turn, every other turn backwards."""
+    order = [(n + turn) % count for n in range(count)]
+    return order[::-1] if turn // count % 2 else order
+
+
 def main() -> int:
-    """Time both in turns and print the table."""
+    """Time all in turns and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("base", type=Path)
-    parser.add_argument("new", type=Path)
-    parser.add_argument("--bucket", default="decode", help="of both plans, or the first that begins so")
+    parser.add_argument("new", type=Path, nargs="+")
+    parser.add_argument("--bucket", default="decode", help="of all plans, or the first that begins so")
     parser.add_argument("--position", type=int, default=8192, help="tokens before the step")
     parser.add_argument("--rounds", type=int, default=9, help="at least seven")
     parser.add_argument(
@@ -157,11 +164,11 @@ def main() -> int:
     )
     options = parser.parse_args()
     torch.manual_seed(0)
-    data = [json.loads((folder / "plan.json").read_text()) for folder in (options.base, options.new)]
+    folders = (options.base, *options.new)
+    data = [json.loads((folder / "plan.json").read_text()) for folder in folders]
     weights = torch.empty(max(extent(d, "weights") for d in data), dtype=torch.uint8, device="cuda")
     for record in data[1]["weights"]:
         fill_weight(weights, Resident.from_json(record), int(data[1]["config"]["n_routed_experts"]))
-    folders = (options.base, options.new)
     steps = [Step(f, d, options.bucket, weights) for f, d in zip(folders, data, strict=True)]
     ends = [ends_of(step) for step in steps]
     for step, own in zip(steps, ends, strict=True):
@@ -169,30 +176,30 @@ def main() -> int:
     flush = torch.empty(FLUSH, dtype=torch.uint8, device="cuda")
     rounds: list[list[dict[str, float]]] = []
     for number in range(options.rounds + 1):
-        measured: list[dict[str, float]] = [{}, {}]
+        measured: list[dict[str, float]] = [{} for _ in steps]
         for label in ends[0]:
-            found: list[list[float]] = [[], []]
+            found: list[list[float]] = [[] for _ in steps]
             for replay in range(options.replays):
-                for i in (0, 1) if (number + replay) % 2 else (1, 0):
+                for i in in_turn(len(steps), number + replay):
                     step = steps[i]
                     found[i].append(timed(step.graphs[ends[i][label]], step, options.position, flush))
-            for i in (0, 1):
-                measured[i][label] = statistics.median(found[i])
+            for of_plan, times in zip(measured, found, strict=True):
+                of_plan[label] = statistics.median(times)
         if number:  # the first round warms up
             rounds.append([layers_of(m) for m in measured])
     print(f"{torch.cuda.get_device_name()}, position {options.position}, {len(rounds)} rounds")
-    print(f"{'':8} {'base us':>9} {'new us':>9} {'ratio':>7} {'quartiles':>16}  launches")
     ratios = data[0]["config"]["compress_ratios"]
     kinds: dict[str, list[str]] = {}
     for label in rounds[0][0]:
         kinds.setdefault("step" if label == "step" else KINDS[ratios[int(label)]], []).append(label)
-    for kind, labels in kinds.items():
-        sums = [[sum(m[label] for label in labels) / len(labels) for m in pair] for pair in rounds]
-        pairs = [new / base for base, new in sums]
-        low, middle, high = statistics.quantiles(pairs, n=4)
-        base, new = (statistics.median(s[i] for s in sums) for i in (0, 1))
-        counts = " / ".join(str(len(step.launches)) for step in steps) if kind == "step" else ""
-        print(f"{kind:8} {base:9.1f} {new:9.1f} {middle:7.3f} {low:8.3f} {high:7.3f}  {counts}")
+    for i, step in enumerate(steps[1:], 1):
+        print(f"{step.name}, {len(step.launches)} launches, against {len(steps[0].launches)}")
+        print(f"{'':8} {'base us':>9} {'new us':>9} {'ratio':>7} {'quartiles':>16}")
+        for kind, labels in kinds.items():
+            sums = [[sum(of[j][label] for label in labels) / len(labels) for j in (0, i)] for of in rounds]
+            low, middle, high = statistics.quantiles([new / base for base, new in sums], n=4)
+            base, new = (statistics.median([pair[j] for pair in sums]) for j in (0, 1))
+            print(f"{kind:8} {base:9.1f} {new:9.1f} {middle:7.3f} {low:8.3f} {high:7.3f}")
     return 0
 
 

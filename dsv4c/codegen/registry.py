@@ -178,8 +178,8 @@ def takes(op: type[Op], *attributes: str, without: Collection[str] = ()) -> Take
 @dataclass(frozen=True)
 class Kernel:
     """A candidate: the ops it takes, any op if none are named; whether one launch may hold several of them,
-    in that order, whether the later of them then read what the first makes, and whether the others then read
-    the `lead`'s results and nothing of each other. `package` contributed it, if it is not dsv4c's.
+    in that order, and whether the later of them then read what the first makes. `package` contributed it, if
+    it is not dsv4c's.
     """
 
     name: str
@@ -188,7 +188,6 @@ class Kernel:
     chained: bool
     ask: Candidate
     package: Package | None = None
-    lead: bool = False
 
     @property
     def ops(self) -> tuple[type[Op], ...]:
@@ -227,14 +226,13 @@ class Kernel:
 
 
 def kernel(
-    *ops: type[Op] | Takes, several: bool = False, chained: bool = False, lead: bool = False
+    *ops: type[Op] | Takes, several: bool = False, chained: bool = False
 ) -> Callable[[Candidate], Kernel]:
     """Make a function a candidate for launches of these ops, of whose attributes it knows what `takes` says;
-    `several` of them may be one launch, `chained` if the later ones read what the first makes, with a `lead`
-    if all read what an op of the first kind makes.
+    `several` of them may be one launch, `chained` if the later ones read what the first makes.
     """
     taken = tuple(op if isinstance(op, Takes) else Takes(op) for op in ops)
-    return lambda ask: Kernel(ask.__name__, taken, several or chained or lead, chained, ask, lead=lead)
+    return lambda ask: Kernel(ask.__name__, taken, several or chained, chained, ask)
 
 
 def kernels_in(module: ModuleType) -> tuple[Kernel, ...]:

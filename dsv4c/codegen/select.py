@@ -34,9 +34,7 @@ class Kernels:
     @cached_property
     def groups(self) -> Sequence[Group]:
         """What families take in one launch."""
-        return tuple(
-            Group(tuple(op.name for op in k.ops), k.chained, k.lead) for k in self.known if k.several
-        )
+        return tuple(Group(tuple(op.name for op in k.ops), k.chained) for k in self.known if k.several)
 
     def code(
         self, graph: Graph, nodes: Sequence[Node], plain: frozenset[str] = frozenset()

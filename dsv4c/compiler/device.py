@@ -5,11 +5,15 @@ they leave there is compared with what their nodes mean on the same operands. We
 activations adversarial (`dsv4c.certify.adversarial`); integers what the graph makes of the call's tokens,
 so that positions, slots and selections are such as kernels meet. Launches that differ in nothing but places
 and layers are run once.
+
+Of a plan for several ranks one GPU is each of them in turn. The words of the others are put where a launch
+waits for them, and those that it gives are compared with what they say; tiles that a rank gives are there
+when the others run for the second time, and are NaN before.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,6 +25,7 @@ from dsv4c.certify.evaluate import PATTERNS
 from dsv4c.certify.rounding import Apart, apart, integers
 from dsv4c.compiler.turns import Turn, turns_of
 from dsv4c.errors import PlanError
+from dsv4c.exchange import MOST_ROWS
 from dsv4c.ir.graph import Graph, Kind, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph
@@ -32,10 +37,14 @@ from dsv4c.reference import run
 from dsv4c.reference.interpret import clone
 from dsv4c.runtime import driver
 from dsv4c.runtime.cuda import POISON, BoundProgram, Device, Libraries, check_architecture
+from dsv4c.runtime.ranks import BLOCKS, answer_at_once, as_words, become, words_of
 from dsv4c.runtime.residence import Resident
 
 WARM, COLD = (0.7, 20.0, 0.9, 0.02, 1.1, 0.5, 0.25), (0.0,) * 7
 """How slots are sampled, in turn (`dsv4c.ir.ops.sample.KNOBS`)."""
+
+NAN = 0x7FFFFFFF
+"""The bits of an f32 and of two bf16 that are none of anybody's."""
 
 LARGEST = 24.0
 """Root mean square of a row of operands: beyond what models have, f32 sums of a router's scores underflow."""
@@ -81,11 +90,6 @@ def check_kernels(plan: Plan, buckets: Iterable[str] = (), *, device: str = "cud
     """
     if not plan.kernels:
         raise PlanError(f"plan {plan.name} is for {plan.target}, which has no kernels; compile for sm_90a")
-    if plan.ranks > 1:
-        raise PlanError(
-            f"plan {plan.name} has {plan.ranks} ranks, whose kernels wait for each other; check those of a "
-            "plan for one"
-        )
     if device == "cuda":
         check_architecture(plan, Device.current())
     found: dict[object, list[tuple[Program, Graph, Turn]]] = {}
@@ -136,7 +140,9 @@ def _likeness(turn: Turn, program: Program) -> object:
 
 
 class Alone:
-    """One turn in memory of its own, with weights in their forms."""
+    """One turn in memory of its own, with weights in their forms. Where ranks exchange values in it, each has
+    activations of its own: it gets the words of the others that an exchange joins, and gives its own.
+    """
 
     def __init__(
         self,
@@ -151,8 +157,11 @@ class Alone:
         self._once = {} if load is None else load.by_name  # what is computed when weights are there
         self._generator = torch.Generator(torch.get_default_device()).manual_seed(17)
         self._made = {v for node in turn.nodes for v in node.outputs}
+        self._joined = next((node.inputs for node in turn.nodes if node.op.collective), ())
+        self._tiled = any(v.type.shape[0] > MOST_ROWS for v in self._joined)
+        self._ranks = plan.ranks if self._joined else 1
         self._params: dict[str, Value] = {}
-        places = _Places(program, turn)
+        places = _Places(plan, program, turn)
         blocks = {space: torch.zeros(size, dtype=torch.uint8) for space, size in places.sizes.items()}
         self.bound = BoundProgram(plan, places.program, blocks, libraries)
         residents = {r["name"]: r for r in plan.weights}
@@ -163,29 +172,71 @@ class Alone:
                 replace(resident, components=parts).store(blocks["weights"], self._param(variable))
 
     def check(self, pattern: str) -> list[Apart]:
-        """Run the launches on operands of a pattern; how far off each of their results is."""
+        """Run the launches on operands of a pattern; how far off each of their results is, on every rank."""
         self._generator.manual_seed(PATTERNS.index(pattern) * 1009 + 17)
-        given: dict[Variable, Value] = {}
+        given = self._given(pattern)
+        inner = self._meant(given, [{} for _ in given]) if self.turn.inner else given
+        if self._ranks > 1:
+            answer_at_once(self.plan, 0, self._block("exchange"), self._block("tiles"), NAN)
+        results, found = list[Apart](), list[dict[Variable, Value]]()
+        for _ in range(2 if self._tiled else 1):
+            found.clear()
+            for rank, own in enumerate(given):
+                self._put_words(rank, given)
+                found.append(self._run(pattern, rank, own, inner[rank]))
+                results += self._gave(rank, own)
+        expected = self._meant(given, found)
+        for values in zip(given, expected, found, strict=True):
+            results += [each for node in self.turn.nodes for each in self._apart(node, *values)]
+        return results
+
+    def _block(self, name: str) -> Tensor:
+        return self.bound.blocks[name]
+
+    def _put_words(self, rank: int, given: Sequence[Mapping[Variable, Value]]) -> None:
+        """What the other ranks give this one."""
+        for peer, theirs in enumerate(given) if self._joined and not self._tiled else ():
+            words = _words(theirs[v] for v in self._joined)
+            if peer != rank:
+                words_of(self.plan, self._block("exchange"), peer)[: len(words)] = words
+
+    def _gave(self, rank: int, values: Mapping[Variable, Value]) -> Iterator[Apart]:
+        """Whether the words that a rank gave are those of the values."""
+        if self._joined and not self._tiled:
+            words = _words(values[v] for v in self._joined)
+            found = words_of(self.plan, self._block("exchange"), rank)[: len(words)]
+            wrong = float((found != words).float().mean())
+            yield Apart(f"words of {self._joined[0].name}", wrong, 0.0)
+
+    def _given(self, pattern: str) -> list[dict[Variable, Value]]:
+        """Operands that come from outside, of every rank."""
         choices = [node for node in self.turn.nodes if all(integers(v.type) for v in node.outputs)]
         chosen = {v for node in choices for v in node.inputs}
-        for variable in dict.fromkeys(v for node in self.turn.nodes for v in node.inputs):
-            if variable not in self._made:
-                given[variable] = self._value(variable, pattern, given, chosen=variable in chosen)
-        if (lengths := self._counts()) is not None and lengths not in given:  # no rows are padding
-            given[lengths] = torch.full(lengths.type.shape, self.program.shape.tokens, dtype=torch.int32)
+        operands = dict.fromkeys(v for node in self.turn.nodes for v in node.inputs if v not in self._made)
+        found: list[dict[Variable, Value]] = []
+        known: dict[Variable, Value] = {}
+        for _ in range(self._ranks):
+            known = {v: x for v, x in known.items() if v.kind is not Kind.RESULT or integers(v.type)}
+            given = {v: self._value(v, pattern, known, chosen=v in chosen) for v in operands}
+            if (lengths := self._counts()) is not None and lengths not in given:  # no rows are padding
+                given[lengths] = torch.full(lengths.type.shape, self.program.shape.tokens, dtype=torch.int32)
+            found.append(given)
+        return found
+
+    def _run(
+        self, pattern: str, rank: int, given: Mapping[Variable, Value], inner: Mapping[Variable, Value]
+    ) -> dict[Variable, Value]:
+        """What the launches leave in memory, as one of the ranks."""
         self.bound.blocks["arena"].fill_(POISON)
         for variable, value in given.items():
             self._store(variable, value)
-        if self.turn.inner:  # what a launch leaves out of these, the next one does not need
-            made = self._meant(given, {})
-            for variable in self.turn.inner:
-                self._store(variable, made[variable])
+        for variable in self.turn.inner:  # what a launch leaves out of these, the next one does not need
+            self._store(variable, inner[variable])
+        if self._ranks > 1:
+            become(rank, self._block("exchange"))
         self.bound.call()
         driver.synchronize(f"nodes {', '.join(node.name for node in self.turn.nodes)} ({pattern} operands)")
-        in_memory = (*self.turn.written, *self.turn.inner)
-        found = {v: clone(self.bound.value(v.name)) for v in in_memory}
-        expected = self._meant(given, found)
-        return [a for node in self.turn.nodes for a in self._apart(node, given, expected, found)]
+        return {v: clone(self.bound.value(v.name)) for v in (*self.turn.written, *self.turn.inner)}
 
     def _counts(self) -> Variable | None:
         """How many rows a call has, if the launches read that."""
@@ -198,13 +249,14 @@ class Alone:
         self, variable: Variable, pattern: str, known: dict[Variable, Value], *, chosen: bool = False
     ) -> Value:
         """An operand that comes from outside; all versions of a state are one. What is `chosen` from is made
-        by its own node: kernels believe that nothing is chosen that cannot be seen.
+        by its own node: kernels believe that nothing is chosen that cannot be seen. What ranks exchange is as
+        any other.
         """
         root = self.graph.root_of.get(variable, variable)
         if root in known:
             return known[root]
         once = self._once.get(root.name, root)
-        node = once.node
+        node = once.node if once.node is None or not once.node.op.collective else None
         if once.kind is Kind.PARAM:
             value = self._param(once)
         elif node is not None and (integers(root.type) or node.op.view or chosen or once is not root):
@@ -258,14 +310,22 @@ class Alone:
     # --- results ---
 
     def _meant(
-        self, given: Mapping[Variable, Value], found: Mapping[Variable, Value]
-    ) -> dict[Variable, Value]:
-        """What the nodes mean; each reads what launches left of an earlier one's results, if it is there."""
-        expected: dict[Variable, Value] = {}
+        self, given: Sequence[Mapping[Variable, Value]], found: Sequence[Mapping[Variable, Value]]
+    ) -> list[dict[Variable, Value]]:
+        """What the nodes mean, on every rank; each reads what launches left of an earlier one's results, if
+        it is there.
+        """
+        expected: list[dict[Variable, Value]] = [{} for _ in given]
         for node in self.turn.nodes:
-            operands = [found.get(v, expected.get(v, given.get(v))) for v in node.inputs]
-            results = _results(node, [clone(o) for o in operands if o is not None])
-            expected |= zip(node.outputs, results, strict=True)
+            operands = [
+                [left.get(v, meant.get(v, own.get(v))) for v in node.inputs]
+                for own, meant, left in zip(given, expected, found, strict=True)
+            ]
+            if node.op.collective:
+                operands = [[each for own in operands for each in own]] * len(operands)
+            for own, meant in zip(operands, expected, strict=True):
+                results = _results(node, [clone(o) for o in own if o is not None])
+                meant |= zip(node.outputs, results, strict=True)
         return expected
 
     def _apart(
@@ -301,10 +361,18 @@ def _results(node: Node, operands: list[Value]) -> list[Value]:
     return [clone(value) for value in (result if type(result) is tuple else (result,))]
 
 
-class _Places:
-    """The bytes that a turn touches, moved together: sizes of its blocks, and its program on them."""
+def _words(values: Iterable[Value]) -> Tensor:
+    """Rows of several values, one behind the other, as words of an exchange."""
+    rows = [v.contiguous().view(torch.int32) for v in values if isinstance(v, Tensor)]
+    return as_words(torch.cat(rows, dim=1).flatten())
 
-    def __init__(self, program: Program, turn: Turn) -> None:
+
+class _Places:
+    """The bytes that a turn touches, moved together: sizes of its blocks, and its program on them. What ranks
+    exchange stays where it is, since kernels find it by themselves.
+    """
+
+    def __init__(self, plan: Plan, program: Program, turn: Turn) -> None:
         arguments = [a for launch in turn.launches for a in launch.arguments]
         named = {a.value for a in arguments}
         for node in turn.nodes:
@@ -318,6 +386,8 @@ class _Places:
                 spans[place.space].append((place.offset, place.offset + place.type.extent))
         for a in arguments:
             spans[a.space].append((a.offset, a.offset + a.nbytes))
+        for space in BLOCKS:
+            spans[space] = [(0, plan.blocks[space])]
         self.sizes: dict[str, int] = {}
         self._spans: dict[str, list[tuple[int, int, int]]] = {}
         for space, found in spans.items():

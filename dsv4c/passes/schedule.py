@@ -18,19 +18,15 @@ from dsv4c.ir.graph import Graph, Kind, Node, Value
 @dataclass(frozen=True)
 class Group:
     """Ops that may share a launch, in this order. `chained`: the later of them read what the first makes;
-    otherwise none of them waits for another, and all are of one layer. `lead`: one of the first kind comes
-    first, whose results the others read, and nothing of each other's.
+    otherwise none of them waits for another, and all are of one layer.
     """
 
     ops: tuple[str, ...]
     chained: bool = False
-    lead: bool = False
 
     def takes(self, names: Sequence[str]) -> bool:
         """May ops of these names, in the order of a graph, share a launch?"""
         turns = [self.ops.index(name) for name in names if name in self.ops]
-        if self.lead and (names[0] != self.ops[0] or turns.count(0) > 1):
-            return False
         return len(turns) == len(names) and (not self.chained or turns == sorted(turns))
 
 
@@ -79,9 +75,8 @@ def _grouped(
         """The group as whose a node may join a launch."""
         names = [ops[i][1] for i in (*members[host], index)]
         known = [kinds[host]] if host in kinds else groups
-        others = waits[index].intersection(members[host][1:])
         for group in known:
-            if group.takes(names) and not (group.lead and others) and _may_join(order, host, index, group):
+            if group.takes(names) and _may_join(order, host, index, group):
                 return group
         return None
 
@@ -107,11 +102,11 @@ def _grouped(
 
 def _may_join(order: Any, host: int, index: int, group: Group) -> bool:
     """May a node join a launch? Not if it would wait for a third launch that waits for the host; and it reads
-    the host's results if the group is chained or led, else nothing of it.
+    the host's results if the group is chained, else nothing of it.
     """
     import networkx as nx
 
-    if not group.chained and not group.lead:
+    if not group.chained:
         return not nx.has_path(order, host, index) and not nx.has_path(order, index, host)
     if not order.has_edge(host, index):
         return False

@@ -471,7 +471,8 @@ def _exchanges(
     All ranks run these launches, so all come to the same exchanges in the same order if each has the next
     number. What a rank's kernel waits for, another's kernel of the same number gives: which must have begun
     there, whatever else waits. So launches are one chain from the first exchange to the last, each behind the
-    one before; and a kernel that waits for words gives its own first, and lets its successor begin only then.
+    one before, so that no CTA takes the room of an earlier launch's; and a kernel that waits for words gives
+    its own first.
     """
     if plan.ranks == 1 or program.bucket is None:
         for launch in program.launches:

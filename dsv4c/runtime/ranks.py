@@ -109,27 +109,49 @@ def sites_of(plan: Plan) -> dict[str, list[int]]:
 
 
 def alone(plan: Plan, weights: Tensor, rank: int) -> CudaExecutor:
-    """One rank of a plan by itself, on one GPU, for timing: what it waits for is there already.
-
-    All exchanges have number 0, and words under its flag are there for all, zeros. What the rank gives others
-    lands where nobody looks. It computes nothing of use. Raises PlanError for a rank that the plan has not.
+    """One rank of a plan by itself, on one GPU, for timing: what it waits for is there already, zeros, and
+    what it gives others lands where nobody looks. It computes nothing of use. Raises PlanError for a rank
+    that the plan has not.
     """
     if plan.ranks == 1 or not 0 <= rank < plan.ranks:
         raise PlanError(
             f"plan {plan.name} has {plan.ranks} ranks, from 0 on; there is no rank {rank} to time"
         )
     executor = CudaExecutor(plan, weights, device=weights.device)
+    answer_at_once(plan, rank, executor.blocks["exchange"], executor.blocks["tiles"])
+    return executor
+
+
+def answer_at_once(plan: Plan, rank: int, exchange: Tensor, tiles: Tensor, word: int = 0) -> None:
+    """Make a rank's blocks such that no exchange waits: all have number 0, and are there for all, each value
+    of 4 bytes `word`. Whatever rank gives something gives it to these blocks.
+    """
     layout = layout_of(plan.ranks, max(map(len, sites_of(plan).values())), plan.blocks["exchange"])
-    block = executor.blocks["exchange"]
-    inbox = block.data_ptr() + layout.inbox
-    tiles = executor.blocks["tiles"]
-    block.copy_(_header(plan, layout, rank, [inbox] * plan.ranks, [tiles.data_ptr()] * plan.ranks, GUARD))
-    _word(block, EPOCH).fill_(1)
-    block[SITES : layout.inbox].zero_()
-    block[layout.inbox :].view(torch.int64).fill_((1 << SITE_BITS) << 32)
+    inboxes = [exchange.data_ptr() + layout.inbox] * plan.ranks
+    exchange.copy_(_header(plan, layout, rank, inboxes, [tiles.data_ptr()] * plan.ranks, GUARD))
+    _word(exchange, EPOCH).fill_(1)
+    exchange[SITES : layout.inbox].zero_()
+    exchange[layout.inbox :].view(torch.int64).fill_(1 << SITE_BITS + 32 | word)
+    tiles.view(torch.int32).fill_(word)
     for flags in _tile_flags(plan, tiles):
         flags.fill_(1 << SITE_BITS)
-    return executor
+
+
+def words_of(plan: Plan, exchange: Tensor, rank: int) -> Tensor:
+    """Those that a rank has given to such a block, i64, in their order."""
+    layout = layout_of(plan.ranks, max(map(len, sites_of(plan).values())), plan.blocks["exchange"])
+    at = layout.inbox + (TURNS // 2 * plan.ranks + rank) * layout.region
+    return exchange[at : at + layout.region].view(torch.int64)
+
+
+def as_words(values: Tensor) -> Tensor:
+    """Values of 4 bytes, i32, as words of the exchange that such a block is in."""
+    return values.long() & 0xFFFFFFFF | 1 << SITE_BITS + 32
+
+
+def become(rank: int, exchange: Tensor) -> None:
+    """Let the kernels on such a block be another rank's."""
+    _word(exchange, RANK).fill_(rank)
 
 
 class CudaRanks:

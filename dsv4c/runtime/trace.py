@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from dsv4c.errors import PlanError
+from dsv4c.plan.cubin import read_cubin
 from dsv4c.plan.folder import Plan
 from dsv4c.plan.records import Launch
 from dsv4c.runtime import driver
@@ -33,6 +34,7 @@ _HEAD = 8  # words before the records: how many there are, then nothing
 _PLACE = "dsv4c_marks"
 _DECLARED = f".visible .global .align 8 .b64 {_PLACE};\n\n"
 _WAIT = "griddepcontrol.wait;"
+_LEAST = 24  # registers that marks take on their own
 
 _BEGIN = """
 	.reg .pred %mark_p;
@@ -84,12 +86,15 @@ class Span:
     end: int
 
 
-def marked(ptx: str, number: int) -> str:
-    """A kernel's PTX with marks that say `number`. Raises PlanError if it is not one kernel alone."""
+def marked(ptx: str, number: int, registers: int) -> str:
+    """A kernel's PTX with marks that say `number`, for at most as many registers as the kernel has without:
+    with more of them, fewer CTAs would fit an SM. Raises PlanError if it is not one kernel alone.
+    """
     head, opened, body = ptx.partition("\n{\n")
     if not opened or ptx.count(".entry") != 1 or ".func" in ptx:
         raise PlanError("the PTX to be marked is not that of one kernel, without functions beside it")
     head = head.replace(".address_size 64\n", ".address_size 64\n\n" + _DECLARED, 1)
+    head += f"\n.maxnreg {-(-max(registers, _LEAST) // 8) * 8}"  # an SM gives out eight at a time
     body, closed, tail = body.rpartition("\n}")
     body = re.sub(r"^(\s*(?:@!?%\w+\s+)?)ret;", r"\1bra $MARK_END;", body, flags=re.MULTILINE)
     body = body.replace(_WAIT, _READY)
@@ -135,7 +140,8 @@ def record(plan: Plan, weights: torch.Tensor, bucket: str, position: int) -> lis
     kernels = sorted({launch.kernel.kernel for launch in program.launches})
     numbers = {kernel: number for number, kernel in enumerate(kernels)}
     records = {kernel: plan.kernels[kernel] for kernel in kernels}
-    texts = [marked(plan.files[records[k]["ptx"]].decode(), numbers[k]) for k in kernels]
+    registers = {k: read_cubin(plan.files[records[k]["cubin"]]).resources.registers for k in kernels}
+    texts = [marked(plan.files[records[k]["ptx"]].decode(), numbers[k], registers[k]) for k in kernels]
     device = torch.cuda.current_device()
 
     def join_context() -> None:  # a thread has none of its own

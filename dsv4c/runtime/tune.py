@@ -1,4 +1,6 @@
-"""Which of a plan's variants is faster, on one GPU: the whole step with each, and as planned, in turns."""
+"""Which of a plan's variants is faster, on one GPU: the whole step with each, and as planned, in turns. Of a
+plan for several ranks it is the first, by itself.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from dsv4c.plan.folder import Plan
 from dsv4c.plan.variants import Variant, Variants
 from dsv4c.runtime.bench import Clock, fill_caches, random_executor
 from dsv4c.runtime.cuda import CudaExecutor
+from dsv4c.runtime.ranks import alone
 
 Progress = Callable[[str, int, int], None]
 REPLAYS = 5  # of a step in a turn, of which the median counts
@@ -46,7 +49,7 @@ def measure(
     Raises PlanError if the GPU cannot run the plan.
     """
     plan = variants.plan
-    base = random_executor(plan)
+    base = random_executor(plan, 0 if plan.ranks > 1 else None)
     assert isinstance(base, CudaExecutor), "one rank"
     for number, variant in enumerate(variants.variants):
         if progress is not None:
@@ -89,7 +92,8 @@ def card(plan: Plan) -> str:
 
 def _executor(plan: Plan, base: CudaExecutor) -> CudaExecutor:
     """The plan on the same weights."""
-    executor = CudaExecutor(plan, base.blocks["weights"])
+    weights = base.blocks["weights"]
+    executor = alone(plan, weights, 0) if plan.ranks > 1 else CudaExecutor(plan, weights)
     seed_caches(executor)
     return executor
 

@@ -38,7 +38,7 @@ def of(kind: str, operand: str = "", ranks: int = 2) -> Region:
 def test_every_exchange_holds(ranks: int, recipe: str, tmp_path: Path) -> None:
     made = certify_ranks(*graphs(ranks, recipe), ranks, tmp_path)
     assert [c.reason for c in made if not c.holds] == []
-    assert sum(c.count for c in made) == 10
+    assert sum(c.count for c in made) == 7
     kinds = {c.op.partition(" ")[0]: c.kind for c in made}
     assert kinds["all_gather"] == "bit-exact"
     assert certify_ranks(*graphs(ranks, recipe), ranks, tmp_path) == made  # kept
@@ -116,4 +116,5 @@ def test_what_drafts_has_certificates(head: Draft, tmp_path: Path) -> None:
         certify_shard(Request(model, ranks=2, draft=draft).job(), tmp_path) for draft in ("off", head)
     )
     assert all(c.holds for c in drafting)
-    assert {c.digest for c in drafting} > {c.digest for c in plain}
+    assert {c.digest for c in drafting} >= {c.digest for c in plain}
+    assert sum(c.count for c in drafting) > sum(c.count for c in plain)

@@ -266,7 +266,7 @@ def test_the_command_prints_what_is_wrong_and_fails(plan: Plan, tmp_path: Path) 
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "sound")])
     assert result.exit_code == 0
     assert "sound\n" in result.stdout
-    assert "in order and apart: decode-1 68" in result.stdout
+    assert "in order and apart: decode-1 66" in result.stdout
     with_argument(plan, "streams", "embed", access="w").save(tmp_path / "wrong")
     result = CliRunner().invoke(app, ["verify", str(tmp_path / "wrong"), "--json"])
     assert result.exit_code == PlanError.exit_code

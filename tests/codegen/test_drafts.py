@@ -86,3 +86,20 @@ def test_every_stream_of_a_token_is_projected() -> None:
     }
     assert "x: bf16[1," in kernels["mtp.0.e_out"]
     assert "x: bf16[4," in kernels["mtp.0.h_out"]
+
+
+def test_a_chunk_s_length_counts_no_streams() -> None:
+    """Of 64 tokens, 256 rows are projected, whatever the length says of them."""
+    flash = load_config("deepseek-v4-flash")
+    config = replace(flash, num_layers=1, compress_ratios=flash.compress_ratios[:1], num_hash_layers=0)
+    plan = gpu_plan(config, batch=1, chunk=64, draft="mtp", certify=False)  # type: ignore[arg-type]
+    launches = plan.buckets["prefill-64.last"].launches
+    reads = {
+        node: {a.value for launch in launches if node in launch.nodes for a in launch.arguments}
+        for node in ("mtp.0.h_out", "mtp.0.e_out")
+    }
+    assert "lengths" in reads["mtp.0.e_out"]
+    assert "lengths" not in reads["mtp.0.h_out"]
+    assert plan.report["unfolded"] == []
+    kept = [x.nodes for x in plan.program("decode").launches if any(n.startswith("mtp.") for n in x.nodes)]
+    assert len(kept) == 9  # of which one is the boundary before the block, whose coefficients nobody reads

@@ -17,7 +17,14 @@ from dsv4c.codegen.kernels.attention import (
     plan_attention,
     takes_chunk,
 )
-from dsv4c.codegen.kernels.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
+from dsv4c.codegen.kernels.index import (
+    IndexChoiceSpec,
+    IndexScoresSpec,
+    TopKSpec,
+    emit_index_choice,
+    emit_index_scores,
+    emit_top_k,
+)
 from dsv4c.codegen.lib.geometry import Attention, Selection
 from dsv4c.errors import BuildError
 from tests.codegen.sass import disassemble
@@ -33,6 +40,8 @@ CHUNK = AttentionSpec(
 )
 SCORES = IndexScoresSpec("index_scores", 2, 32, "mxfp4", 50, 4, 6)
 SCORES_BF16 = replace(SCORES, name="index_scores_bf16", format="bf16")
+CHOICE = IndexChoiceSpec("index_choice", 2, 32, "mxfp4", 210, 4, 6)
+CHOICE_BF16 = replace(CHOICE, name="index_choice_bf16", format="bf16", capacity=50)
 TOP_K = TopKSpec("top_k", 2, 50, 6, 4)
 TOP_K_CLUSTER = TopKSpec("top_k_cluster", 1, 20000, 512, 4, bits=32)
 
@@ -41,6 +50,7 @@ def emissions(arch: Arch) -> list[Emission]:
     return [
         *(emit_attention(spec, arch) for spec in (CSA, HCA, BF16)),
         *(emit_index_scores(spec, arch) for spec in (SCORES, SCORES_BF16)),
+        *(emit_index_choice(spec, arch) for spec in (CHOICE, CHOICE_BF16)),
         *(emit_top_k(spec, arch) for spec in (TOP_K, TOP_K_CLUSTER)),
     ]
 
@@ -112,6 +122,7 @@ def test_kernels_are_the_same_for_any_rows(capacity: int):
         (emit_attention, attention),
         (emit_attention, replace(CSA, capacity=capacity)),
         (emit_index_scores, replace(SCORES, capacity=capacity)),
+        (emit_index_choice, replace(CHOICE, capacity=min(capacity, 8192))),
         (emit_top_k, replace(TOP_K, capacity=capacity)),
     )
     for emit, spec in specs:
@@ -178,5 +189,8 @@ def test_attention_refuses(spec: AttentionSpec, message: str):
 def test_index_refuses():
     with pytest.raises(BuildError, match="heads come in eights, got 12"):
         emit_index_scores(replace(SCORES, heads=12), SM_90A)
+    for changed, found in (({"rows": 9}, "got 9 and 210"), ({"capacity": 8193}, "got 2 and 8193")):
+        with pytest.raises(BuildError, match=f"at most 8 rows from at most 8192 keys, {found}"):
+            emit_index_choice(replace(CHOICE, **changed), SM_90A)
     with pytest.raises(BuildError, match="keys have 16 or 32 bits, got 8"):
         emit_top_k(replace(TOP_K, bits=8), SM_90A)

@@ -38,7 +38,7 @@ UP = GemmSpec(
     experts=256,
     divide=6,
 )
-UP_FEW = replace(UP, rows=64 * 6)
+UP_FEW = replace(UP, name="up_few", rows=64 * 6)
 KINDS = (
     DENSE,
     FEW,
@@ -71,15 +71,24 @@ def test_texts(golden: Golden) -> None:
 
 
 def test_they_assemble_and_multiply_without_waits_between(tmp_path: Path) -> None:
-    """A step is four products in flight together; registers hold what the loading warps have in flight."""
+    """A step is four products in flight together, or eight of 256 rows whose sums need no scales; registers
+    hold what the loading warps have in flight. Descriptors are uniform: no lane's own branch is in the loop.
+    Few rows meet 16 x 16 weights at a time, two units of them for 8 or 16 rows.
+    """
     emissions = [*(emit_gemm(spec, SM_90A) for spec in KINDS), *ROWS]
     built = build([Source(e.symbol, e.source) for e in emissions], "sm_90a", tmp_path)
-    for emission, kernel in zip(emissions, built, strict=True):
+    expected = [(0, 0, 0)] * len(emissions)
+    for i, spec in enumerate(KINDS):
+        t = tiles_of(spec, SM_90A.sms)
+        expected[i] = (0, 0, 48) if few_of(spec) else (4 * t.halves, t.halves if t.promotes else 1, 0)
+    for emission, kernel, products in zip(emissions, built, expected, strict=True):
         assert kernel.resources.stack <= 96, (emission.symbol, kernel.resources)
         code = disassemble(kernel.cubin, tmp_path)
-        products = len(re.findall(r"[HQ]GMMA\.64x", code))
-        waits = code.count("WARPGROUP.DEPBAR")
-        assert (products, waits) == ((4, 1) if emission not in ROWS else (0, 0)), emission.symbol
+        found = list(re.finditer(r"[HQ]GMMA\.64x", code))
+        counts = (len(found), code.count("WARPGROUP.DEPBAR"), code.count("HMMA.16816"))
+        assert counts == products, emission.symbol
+        if found:
+            assert "R2UR" not in code[found[0].start() : found[-1].end()], emission.symbol
 
 
 def covered(spec: GemmSpec) -> list[int]:
@@ -116,16 +125,20 @@ def test_what_they_do_not_take_is_said() -> None:
 
 
 @pytest.mark.parametrize(("rows", "each"), [(64, True), (512, True), (4096, False)])
-def test_experts_with_few_rows_multiply_out_of_registers(rows: int, each: bool) -> None:
+def test_experts_with_few_rows_have_tiles_of_their_own(rows: int, each: bool) -> None:
     spec = replace(UP, rows=rows * 6)
     few = few_of(spec)
     assert (few is not None) == each
     if few is not None:
-        assert few.steps * few.together * 128 == spec.k
-        assert few.stages > 1
+        assert few.steps * few.TOGETHER * 128 == spec.k
         assert few.shared <= SM_90A.shared_of(few.RESIDENT)
         assert emit_gemm(spec, SM_90A).grid == (few.RESIDENT * SM_90A.sms, 1, 1)
-    for other in (replace(spec, packing="nvfp4/1x2"), replace(spec, k=384), replace(spec, experts=0)):
+    others = ("nvfp4/1x2", "mxfp4/2x1", "mxfp4/2x3")
+    for other in (
+        *(replace(spec, packing=p) for p in others),
+        replace(spec, k=384),
+        replace(spec, experts=0),
+    ):
         assert few_of(other) is None
 
 

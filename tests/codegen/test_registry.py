@@ -171,14 +171,14 @@ def test_state_writes_ride_with_the_queries(row: QuantFormat) -> None:
         together(graph, *graph.nodes, graph.nodes[2])
 
 
-def indexed(extra_reader: bool) -> Graph:
+def indexed(extra_reader: bool = False, rows: int = 1, entries: int = 64) -> Graph:
     def make(p: Values, _: Values) -> tuple[Value, ...]:
         scores = Indexer(ratio=4, factor=0.015625)(
-            p("q", "bf16[1,32,128]"),
-            p("keys", f"{MXFP4}[3,64,128]"),
-            p("weights", "bf16[1,32]"),
-            p("at", "i32[1]"),
-            p("slots", "i32[1]"),
+            p("q", f"bf16[{rows},32,128]"),
+            p("keys", f"{MXFP4}[3,{entries},128]"),
+            p("weights", f"bf16[{rows},32]"),
+            p("at", f"i32[{rows}]"),
+            p("slots", f"i32[{rows}]"),
             p("f", "f32[32]"),
         )
         chosen: Value = IndexTopk(k=8)(scores)
@@ -187,9 +187,17 @@ def indexed(extra_reader: bool) -> Graph:
     return graph_of(make)
 
 
-def test_scores_and_their_topk_are_two_launches_of_one_request() -> None:
-    graph = indexed(extra_reader=False)
-    first, second = together(graph)
+def test_scores_and_their_topk_are_one_launch_for_few_rows_and_entries() -> None:
+    (launch,) = together(indexed(rows=8, entries=8192))
+    assert (launch.stage, launch.emission.symbol) == ("", "index_choice_0")
+    assert launch.emission.cluster == (16, 1, 1)
+    assert [b.access for b in launch.bindings].count("w") == 2
+    assert [b.access for b in launch.bindings].count("early") == 2  # positions and slots
+
+
+@pytest.mark.parametrize("shape", [{"rows": 9}, {"entries": 8196}])
+def test_scores_and_their_topk_are_two_launches_of_one_request(shape: dict[str, int]) -> None:
+    first, second = together(indexed(**shape))
     assert (first.stage, second.stage) == ("scores", "topk")
     assert "bf16(weights * 0.015625)" in first.emission.source
     number = next(b.value for b in first.bindings if b.access == "w")

@@ -105,7 +105,7 @@ def test_only_sm_100a_converts_fp4_in_hardware(plans: dict[tuple[str, str], Plan
     for recipe in ("official", "nvfp4-experts"):
         found = conversions(plans["sm_100a", recipe])
         assert found.keys() == {TO_E2M1, FROM_E2M1}
-        assert {"index_scores_0", "q_proj_0"} <= found[TO_E2M1]  # queries, keys
+        assert {"index_choice_0", "q_proj_0"} <= found[TO_E2M1]  # queries, keys
         assert {"experts_up_0", "experts_down_0"} <= found[FROM_E2M1]  # weights
     found = conversions(plans["sm_100a", "nvfp4"])
     assert {"quantize_0", "norm_quantize_0"} <= found[TO_E2M1]  # rows
@@ -118,7 +118,7 @@ def test_machine_code_has_the_conversions(
 ) -> None:
     plan = plans[target, "official"]
     code: dict[str, str] = {}  # several layer types have a kernel of one name
-    converting = ("experts_up_0", "experts_down_0", "index_scores_0", "q_proj_0")
+    converting = ("experts_up_0", "experts_down_0", "index_choice_0", "q_proj_0")
     for record in plan.kernels.values():
         if record["symbol"] not in converting:
             continue
@@ -127,7 +127,7 @@ def test_machine_code_has_the_conversions(
         code[record["symbol"]] = code.get(record["symbol"], "") + text
     for symbol in ("experts_up_0", "experts_down_0"):
         assert ("F2FP.F16.E2M1.UNPACK_B" in code[symbol]) == (target == "sm_100a")
-    for symbol in ("index_scores_0", "q_proj_0"):
+    for symbol in ("index_choice_0", "q_proj_0"):
         assert ("F2FP.SATFINITE.E2M1.F32" in code[symbol]) == (target == "sm_100a")
 
 

@@ -85,7 +85,11 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
                 yield Job(f"quiet {plan['name']}", (*command, "--quiet", "1000"), alone=True)
                 command += ("--bound", str(BOUNDS[plan["recipe"]]))
             yield Job(f"{plan['use']} {plan['name']}", command, plan["gibibytes"] + CONTEXT)
-    for name, only in (("attention", "swa,csa,hca,tiny,chunk"), ("state", "state"), ("index", "index,topk")):
+    for name, only in (
+        ("attention", "swa,csa,hca,tiny,chunk"),
+        ("state", "state"),
+        ("index", "index,choice,top"),
+    ):
         cases = ("--folder", folder / "attention", "--only", only, "--no-time")
         yield Job(f"kernels {name}", module("tests.gpu.check_attention", *cases))
     for name, kernels in (("gemv", "gemv"), ("gemm", "gemm"), ("experts", "gemv"), ("hyper", "hyper")):

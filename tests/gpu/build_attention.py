@@ -17,7 +17,14 @@ from dsv4c.codegen.build import Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels.attention import AttentionSpec, emit_attention, emit_chunk_attention, takes_chunk
 from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv
-from dsv4c.codegen.kernels.index import IndexScoresSpec, TopKSpec, emit_index_scores, emit_top_k
+from dsv4c.codegen.kernels.index import (
+    IndexChoiceSpec,
+    IndexScoresSpec,
+    TopKSpec,
+    emit_index_choice,
+    emit_index_scores,
+    emit_top_k,
+)
 from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec
 
 FOLDER = Path("build/gpu/attention")
@@ -44,6 +51,8 @@ def emit(spec: Spec, arch: Arch) -> Emission:
         return emit_chunk_attention(spec, arch) if takes_chunk(spec, arch) else emit_attention(spec, arch)
     if isinstance(spec, GemvSpec):
         return emit_gemv(spec, arch)
+    if isinstance(spec, IndexChoiceSpec):
+        return emit_index_choice(spec, arch)
     return emit_index_scores(spec, arch) if isinstance(spec, IndexScoresSpec) else emit_top_k(spec, arch)
 
 
@@ -164,6 +173,14 @@ def cases() -> Iterator[Case]:
     yield Case(IndexScoresSpec("index_1x4", 4, 64, "mxfp4", 2048, 4, 512), 8000, 4)
     yield Case(IndexScoresSpec("index_8_by_4", 8, 64, "bf16", 2048, 4, 512), tokens=4)
     yield Case(IndexScoresSpec("index_tiny_8_by_2", 8, 32, "mxfp4", 50, 4, 6), tokens=2)
+    yield Case(IndexChoiceSpec("choice", 1, 64, "mxfp4", 2112, 4, 512), 8191)
+    yield Case(IndexChoiceSpec("choice_8k", 1, 64, "mxfp4", 8192, 4, 1024), 32767)
+    yield Case(IndexChoiceSpec("choice_b8", 8, 64, "mxfp4", 2048, 4, 1024), 8191)
+    yield Case(IndexChoiceSpec("choice_bf16", 2, 64, "bf16", 2048, 4, 512))
+    yield Case(IndexChoiceSpec("choice_tiny", 3, 32, "mxfp4", 50, 4, 6))
+    yield Case(IndexChoiceSpec("choice_two", 3, 32, "bf16", 210, 4, 6))
+    yield Case(IndexChoiceSpec("choice_1x4", 4, 64, "mxfp4", 2048, 4, 512), 8000, 4)
+    yield Case(IndexChoiceSpec("choice_8_by_4", 8, 64, "bf16", 2048, 4, 512), tokens=4)
     yield Case(TopKSpec("topk_2k", 1, 2048, 512, 4), 8191)
     yield Case(TopKSpec("topk_8k", 1, 8192, 1024, 4), 32767)
     yield Case(TopKSpec("topk_32k", 1, 32768, 512, 4), 131071)

@@ -74,6 +74,7 @@ def experts() -> Iterator[tuple[str, list[Emission], list[GemmSpec], int, bool]]
         *((rows, 256, 4096, 2048, 6, "mxfp4") for rows in BUCKETS),
         (512, 16, 4096, 2048, 6, "nvfp4"),
         (150, 16, 512, 256, 2, "mxfp4"),
+        (60, 32, 512, 256, 4, "mxfp4"),
         (150, 16, 512, 256, 2, "fp8"),
     ):
         name = f"{format}_{count}_{rows}"

@@ -288,6 +288,12 @@ def index_inputs(spec: dict[str, Any], step: Step) -> Operands:
     return x
 
 
+def choice_inputs(spec: dict[str, Any], step: Step) -> Operands:
+    """The same, and a place for the choice."""
+    out = torch.full((spec["rows"], min(spec["k"], spec["capacity"])), -(1 << 30), dtype=torch.int32)
+    return {**index_inputs(spec, step), "out": out}
+
+
 def index_expected(spec: dict[str, Any], x: Operands) -> Operands:
     """Scores where visible; NaN, as before, elsewhere and while everything would be chosen anyway."""
     positions = x["positions"]
@@ -325,6 +331,7 @@ FAMILIES: dict[str, Family] = {
     "AttentionSpec": (attention_inputs, attention_expected),
     "GemvSpec": (state_inputs, state_expected),
     "IndexScoresSpec": (index_inputs, index_expected),
+    "IndexChoiceSpec": (choice_inputs, index_expected),
     "TopKSpec": (top_k_inputs, top_k_expected),
 }
 
@@ -365,7 +372,7 @@ def adversarial(family: str, x: Operands, style: str) -> None:
             if name in x and family != "GemvSpec":
                 enlarge(x[name], 4)
     if style == "negative":
-        if family == "IndexScoresSpec":
+        if family.startswith("Index"):
             x["weights"] = -x["weights"].abs()
         for name in rows:
             x[name] = -x[name].abs()
@@ -412,7 +419,7 @@ def compare(case: dict[str, Any], name: str, got: Any, want: Any) -> float:
         for g, w in zip(got.double(), want.double(), strict=True):
             error = max(error, relative(g, w) * 2.0**8)  # two roundings to bf16: probabilities, result
         return error
-    if family == "IndexScoresSpec":
+    if family.startswith("Index"):
         if not torch.equal(got.isnan(), want.isnan()):
             raise WrongResultError(f"{name}: scores are missing, or written where nothing is visible")
         return relative(got.nan_to_num(0), want.nan_to_num(0)) / 4e-3
@@ -478,6 +485,7 @@ def launch_of(case: dict[str, Any], kernel: Kernel, device: dict[tuple[str, str]
 ROWS = {  # operands with a row for each row of the launch; the last is the result
     "AttentionSpec": ("q", "selected", "positions", "slots", "out"),
     "IndexScoresSpec": ("q", "weights", "positions", "slots", "scores"),
+    "IndexChoiceSpec": ("q", "weights", "positions", "slots", "scores", "out"),
     "TopKSpec": ("scores", "positions", "out"),
 }
 
@@ -495,6 +503,19 @@ def check_alone(case: dict[str, Any], kernel: Kernel, device: dict[tuple[str, st
         run_once(launch_of({**case, "grid": case["grid_of_one"]}, kernel, one))
         if not torch.equal(raw(one[result]), raw(device[result][n : n + 1])):
             raise WrongResultError(f"row {n} alone differs from row {n} of {case['rows']}")
+
+
+def check_choice(spec: dict[str, Any], x: Operands, device: dict[tuple[str, str], Tensor]) -> None:
+    """The choice is exact, of the scores that the device left; of what is visible where it left none.
+
+    Raises WrongResultError if it is not.
+    """
+    scores = back(x, device, "scores").nan_to_num(-math.inf)
+    for row, visible in zip(scores, ((x["positions"] + 1) // spec["ratio"]).tolist(), strict=True):
+        if visible <= spec["k"]:
+            row[:visible] = 0.0
+    if not torch.equal(back(x, device, "out"), run(TopK(k=spec["k"]), scores)):
+        raise WrongResultError("out: not the best of the scores beside it")
 
 
 def check(case: dict[str, Any], kernel: Kernel) -> float:
@@ -515,6 +536,8 @@ def check(case: dict[str, Any], kernel: Kernel) -> float:
         run_once(launch_of(case, kernel, device))
         if case["grid_of_one"] and case["rows"] > 1:
             check_alone(case, kernel, device)
+        if case["family"] == "IndexChoiceSpec":
+            check_choice(case["spec"], x, device)
         for name, want in expected(case["spec"], x).items():
             error = compare(case, name, back(x, device, name), want)
             if not error <= 1.0:

@@ -4,8 +4,8 @@ On random weights: after a prompt and many steps every rank has the same logits 
 bit, the same again beside work that loads the memory of all GPUs, while the host sleeps between launches, and
 after a rank that starts late; each rank by itself, launch by launch against the words that the others gave,
 has these bits, too. One that never comes is named within the limit, and `reset` starts anew. Further plans of
-the same model must give the first one's logits bit for bit. Ends with what steps, prompts and calls of every
-bucket take, the latter at a position far on.
+the same model must give the first one's logits bit for bit. Ends with what steps, prompts, calls of every
+bucket and rounds whose drafts are an oracle's take.
 
 `--smoke` runs a few steps instead, for compute-sanitizer: of all ranks, or with `--alone R` of one, whose
 exchanges are answered at once, and with `--plain` its kernels one by one, without a graph.
@@ -25,7 +25,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dsv4c.buckets import ROWS
 from dsv4c.numerics.codec import parts_of
 from dsv4c.plan.folder import Plan, load
 from dsv4c.plan.records import Launch
@@ -39,9 +38,10 @@ LATE = 0.3  # seconds, of the limit of one
 ASLEEP = 0.0015  # seconds before each launch, of a step of two or three milliseconds
 LOAD = 256 << 20  # bytes that are copied beside, far beyond an L2
 AHEAD = 64  # copies that are enqueued before the last is waited for
-TIMED = 1000  # steps, at most
-CALLS, TURNS = 20, 5  # of a bucket, one behind the other, and how often
-FAR = 8192  # tokens before a call that is timed
+TIMED = 500  # steps, at most
+CALLS, TURNS = 100, 3  # of a bucket, one behind the other, and how often
+FAR = (0, 8192, 131072)  # tokens before a call that is timed
+ROUNDS, HELD = 40, 2  # rounds that an oracle drafts for, and how many of its drafts hold in each
 PATIENCE = 20.0  # seconds that a rank waits for another which a tool slows down
 
 
@@ -132,16 +132,19 @@ def answer(session: Session, prompt: Sequence[int], steps: int) -> list[int]:
     return said
 
 
-def check(plan: Plan, length: int, steps: int) -> tuple[int, Tensor]:
-    """What failed, and the logits of the first step after a prompt of that length."""
-    ranks = random_executor(plan)
-    assert isinstance(ranks, CudaRanks), "a plan for several ranks"
+def check(ranks: CudaRanks, length: int, steps: int, beside: int) -> tuple[int, Tensor]:
+    """What failed, and the logits of the first step after a prompt of that length; `beside` steps run while
+    other work loads the memory.
+    """
+    plan = ranks.plan
     session = Session(plan, ranks)
     prompt = prompt_of(length, session.vocab_size)
     bucket = plan.program("decode").shape.name
+    taken = " and ".join(f"{held_bytes(device) / 2**30:.2f}" for device in ranks.devices)
     print(
         f"{plan.name}: {plan.ranks} ranks, {len(plan.buckets[bucket].launches)} launches a step", flush=True
     )
+    print(f"         {taken} GiB of the GPUs' memory are taken", flush=True)
     verdicts: dict[str, bool] = {}
 
     def told(what: str, right: bool) -> None:
@@ -155,14 +158,17 @@ def check(plan: Plan, length: int, steps: int) -> tuple[int, Tensor]:
     told(f"{steps} steps: ranks alike", alike(ranks, bucket))
     told(f"{steps} steps again: the same tokens", answer(session, prompt, steps) == quiet)
     with loaded(ranks.devices):
-        told("memory loaded beside: the same tokens", answer(session, prompt, steps) == quiet)
+        told(
+            f"{beside} steps, memory loaded beside: the same tokens",
+            answer(session, prompt, beside)[:steps] == quiet[:beside],
+        )
     told("memory loaded beside: ranks alike", alike(ranks, bucket))
 
     told("each rank by itself: the same bits", by_itself(ranks, session, bucket, prompt))
 
     answer(session, prompt, 1)
     asleep = []
-    for _ in range(min(steps, 40)):
+    for _ in range(min(steps - 1, 40)):
         ranks.begin(bucket)
         for bound in ranks.bound(bucket):
             time.sleep(ASLEEP)
@@ -190,50 +196,90 @@ def check(plan: Plan, length: int, steps: int) -> tuple[int, Tensor]:
     session.prefill(prompt, 0, logits="last")
     told("after reset: the same logits", torch.equal(session.decode({0: 5})[:1].cpu(), logits))
 
-    took, first, timed = [], [], min(steps, TIMED)
-    for _ in range(7):
+    first, took = [], []
+    for _ in range(TURNS):
         session.reset()
         began = time.perf_counter()
         session.prefill(prompt, 0, logits="last")
         session.wait()
         first.append(1e3 * (time.perf_counter() - began))
         began = time.perf_counter()
-        session.steps(timed, [0])
+        session.steps(min(steps, TIMED), [0])
         session.wait()
-        took.append(1e6 * (time.perf_counter() - began) / timed)
-    for what, found, unit in (("a step", took, "us"), (f"a prompt of {length}", first, "ms")):
+        took.append(1e6 * (time.perf_counter() - began) / min(steps, TIMED))
+    for what, found, unit in ((f"a prompt of {length}", first, "ms"), ("a step after it", took, "us")):
         middle = statistics.median(found)
         print(f"         {what} takes {middle:.1f} {unit} ({min(found):.1f} to {max(found):.1f})", flush=True)
-    position = min(FAR, session.max_context - ROWS * (CALLS + 1))
-    for name, middle in calls(ranks, position):
-        print(f"         a call of {name} takes {middle:.3f} ms", flush=True)
+    for name, program in plan.buckets.items():
+        chunk = program.shape.kind == "prefill"
+        for position in FAR[:1] if chunk else FAR:
+            if chunk or position + program.shape.rows * (CALLS + 1) <= session.max_context:
+                took = calls(ranks, name, position)
+                print(
+                    f"         a call of {name} at {position} takes {statistics.median(took):.1f} us "
+                    f"({min(took):.1f} to {max(took):.1f})",
+                    flush=True,
+                )
+    for bucket_of in plan.buckets.values():
+        if bucket_of.shape.kind == "accept":
+            told("rounds of an oracle: what steps say", oracle(session, prompt, bucket_of.shape.tokens))
     return sum(not right for right in verdicts.values()), logits
 
 
-def calls(ranks: CudaRanks, position: int) -> Iterator[tuple[str, float]]:
-    """Milliseconds of a call of every bucket, whose rows are valid, one behind the other; of chunks at the
-    beginning, waited for one by one.
+def held_bytes(device: torch.device) -> int:
+    """What is taken of a GPU's memory."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
+
+
+def calls(ranks: CudaRanks, name: str, position: int) -> list[float]:
+    """Microseconds of a call of a bucket, whose rows are valid, one behind the other; several times."""
+    shape = ranks.plan.buckets[name].shape
+    tokens = torch.arange(shape.given, dtype=torch.int32) * 7919 % int(ranks.plan.config["vocab_size"])
+    lengths = torch.full((shape.sequences,), shape.given // shape.sequences, dtype=torch.int32)
+    slots = torch.arange(shape.sequences, dtype=torch.int32)
+    chunk = shape.kind == "prefill"
+    took, count = [], 1 if chunk else CALLS
+    for _ in range(TURNS):
+        for step in ranks.bound(name):
+            at = step.value("position")
+            assert isinstance(at, Tensor)
+            at.fill_(position)
+            step.take({"tokens": tokens, "lengths": lengths, "slots": slots})
+        if not chunk:
+            ranks.call(name)
+        ranks.wait()
+        began = time.perf_counter()
+        for _ in range(count):
+            ranks.call(name)
+        ranks.wait()
+        took.append(1e6 * (time.perf_counter() - began) / count)
+    return took
+
+
+def oracle(session: Session, prompt: Sequence[int], rows: int) -> bool:
+    """Whether rounds that judge an oracle's drafts, of which `HELD` hold, say what steps say; prints what a
+    token takes, with the host that waits for every round and gives the next one's drafts.
     """
-    for name, program in ranks.plan.buckets.items():
-        shape = program.shape
-        tokens = torch.arange(shape.given, dtype=torch.int32) * 7919 % int(ranks.plan.config["vocab_size"])
-        lengths = torch.full((shape.sequences,), shape.given // shape.sequences, dtype=torch.int32)
-        slots = torch.arange(shape.sequences, dtype=torch.int32)
-        chunk = shape.kind == "prefill"
-        took, count = [], 1 if chunk else CALLS
-        for _ in range(TURNS):
-            for step in ranks.bound(name):
-                at = step.value("position")
-                assert isinstance(at, Tensor)
-                at.fill_(0 if chunk else position)
-                step.take({"tokens": tokens, "lengths": lengths, "slots": slots})
-            ranks.wait()
-            began = time.perf_counter()
-            for _ in range(count):
-                ranks.call(name)
-            ranks.wait()
-            took.append(1e3 * (time.perf_counter() - began) / count)
-        yield name, statistics.median(took)
+    session.reset()
+    session.prefill(prompt, 0, logits="last")
+    session.decode({0: 5})
+    truth = [5, session.next_tokens[0]]
+    truth += session.steps(ROUNDS * (1 + HELD) + rows, [0]).flatten().tolist()
+    session.reset()
+    session.prefill(prompt, 0, logits="last")
+    said, took = [], []
+    while len(said) < ROUNDS * (1 + HELD):
+        at = len(said)
+        drafts = truth[at + 1 : at + rows]
+        drafts[HELD:] = [(token + 1) % session.vocab_size for token in drafts[HELD:]]
+        began = time.perf_counter()
+        tokens = session.accept({0: [truth[at], *drafts]})[0]
+        took.append(1e6 * (time.perf_counter() - began) / len(tokens))
+        said += tokens
+    print(f"         {len(took)} rounds of {len(said) / len(took):.2f} tokens; a token takes ", end="")
+    print(f"{statistics.median(took):.1f} us", flush=True)
+    return said == truth[1 : 1 + len(said)]
 
 
 def smoke(plan: Plan, length: int, rank: int | None) -> int:
@@ -262,6 +308,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("plans", type=Path, nargs="+")
     parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--beside", type=int, help="steps beside other work [default: --steps]")
     parser.add_argument("--prompt", type=int, default=8, help="tokens")
     parser.add_argument("--smoke", action="store_true", help="a few steps, for compute-sanitizer")
     parser.add_argument("--alone", type=int, help="with --smoke, one rank on one GPU")
@@ -273,8 +320,10 @@ def main() -> int:
         return sum(smoke(load(path), asked.prompt, asked.alone) for path in asked.plans)
     failed, first = 0, None
     for path in asked.plans:
-        plan = load(path)
-        wrong, logits = check(plan, asked.prompt, asked.steps)
+        ranks = random_executor(load(path))
+        assert isinstance(ranks, CudaRanks), "a plan for several ranks"
+        wrong, logits = check(ranks, asked.prompt, asked.steps, asked.beside or asked.steps)
+        del ranks
         if first is not None and not torch.equal(first, logits):
             print(
                 f"{path}: logits differ from {asked.plans[0]}'s, by {float((first - logits).abs().max()):.3g}"

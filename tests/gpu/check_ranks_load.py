@@ -4,11 +4,17 @@ Binds the plan of several ranks to the checkpoint and says at which rate. Of som
 GPU must be, byte for byte, what the same parts are when the host puts them together. With `--beside`, another
 plan of the model, on one GPU or on the CPU, logits of both are compared: they differ as sums in another order
 do. Says what the whole of a model would take at this rate.
+
+A small model on the CPU, one rank against two, 44 tokens: at most 2.4e-7 apart in `fp32` and 0.0095 in
+`bf16`; in `official` half of them 0.045, one in twenty 0.34 and one 0.52, where a code or a choice of experts
+flips and what is behind it follows. So of recipes that quantize rows the median is bounded, and of others
+every token.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -29,6 +35,8 @@ from dsv4c.scope import LAYERS, Scope
 from tests.gpu.check_ranks import prompt_of
 
 STEPS = 4  # after the prompt
+BOUNDS = {"fp32": 1e-5, "bf16": 0.02}  # of every token's logits: |a - b| / |b|
+QUANTIZED = 0.3  # of the median; unrelated logits are 1.2 to 1.4 apart
 
 
 def differing(plan: Plan, checkpoint: Path, blocks: Sequence[Tensor], layers: Sequence[int]) -> list[str]:
@@ -66,7 +74,6 @@ def main() -> int:
     parser.add_argument("plan", type=Path)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--beside", type=Path, help="another plan of the model, for one GPU or the CPU")
-    parser.add_argument("--bound", type=float, default=0.3, help="of a token's logits: |a - b| / |b|")
     parser.add_argument("--prompt", type=int, default=8, help="tokens whose logits are compared")
     parser.add_argument("--whole", default="deepseek-v4-flash", help="the model whose time is computed")
     parser.add_argument("--layers", default="3,4", help="layers whose bytes are compared")
@@ -95,9 +102,12 @@ def main() -> int:
         )
         apart = [float((a - b).norm() / b.norm()) for a, b in zip(several, other, strict=True)]
         same = int((several.argmax(1) == other.argmax(1)).sum())
-        right = max(apart) <= asked.bound
+        middle = statistics.median(apart)
+        right = max(apart) <= BOUNDS[plan.recipe] if plan.recipe in BOUNDS else middle <= QUANTIZED
         verdict = "ok" if right else "WRONG"
-        print(f"  {verdict:6} logits beside {asked.beside.name}: at most {max(apart):.2g} apart, by token")
+        print(
+            f"  {verdict:6} logits beside {asked.beside.name}: {middle:.2g}, at most {max(apart):.2g} apart"
+        )
         print(f"         {' '.join(f'{a:.2g}' for a in apart)}; {same} of {len(other)} choose the same")
         failed += not right
     return failed

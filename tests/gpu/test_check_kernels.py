@@ -20,6 +20,7 @@ from dsv4c.cli import app
 from dsv4c.compiler import device
 from dsv4c.compiler.device import Alone, Checked, check_kernels
 from dsv4c.errors import ConfigError, GraphError, PlanError
+from dsv4c.exchange import RANK
 from dsv4c.ir.graph import Kind, Node
 from dsv4c.ir.graph import Value as Variable
 from dsv4c.ir.text import parse_graph
@@ -29,9 +30,11 @@ from dsv4c.reference import run
 from dsv4c.reference.interpret import clone
 from dsv4c.runtime import driver
 from dsv4c.runtime.cuda import BoundProgram
+from dsv4c.runtime.ranks import words_of
 from dsv4c.types import BF16, I32, TensorType
 from tests.codegen.lowered import gpu_plan
 from tests.gpu.test_bisect import NoLibrary, rounded
+from tests.passes.test_shard import wide
 
 Fault = Callable[[Node, list[Value]], list[Value]]
 
@@ -47,9 +50,33 @@ class NoGraph:
 
 
 class Machine:
-    """Plays a turn: its nodes by the reference. `fault` changes what a node gives."""
+    """Plays a turn: its nodes by the reference. `fault` changes what a node gives, `taken` what it gets of
+    another rank, `given` what others get of it.
+    """
 
     fault: Fault = staticmethod(lambda node, results: results)
+    taken: Callable[[Value, Value], Value] = staticmethod(lambda own, value: value)
+    given: Callable[[int, Value], Value] = staticmethod(lambda rank, value: value)
+
+    def take(self, alone: Alone, own: list[Value]) -> list[Value]:
+        """The operands of all ranks, those of the others as they have given them."""
+        rank = int(alone.bound.blocks["exchange"][RANK])
+        found: list[Value] = []
+        for peer in range(alone.plan.ranks):
+            words = words_of(alone.plan, alone.bound.blocks["exchange"], peer).to(torch.int32)
+            rows = len(own[0])  # type: ignore[arg-type]
+            widths = [part.nbytes // rows // 4 for part in own]  # type: ignore[union-attr]
+            pieces = words[: rows * sum(widths)].view(rows, -1).split(widths, 1)
+            for mine, piece in zip(own, pieces, strict=True):
+                theirs = piece.contiguous().view(mine.dtype)  # type: ignore[union-attr]
+                found.append(mine if peer == rank else self.taken(mine, theirs))
+        return found
+
+    def give(self, alone: Alone) -> None:
+        block = alone.bound.blocks["exchange"]
+        rank = int(block[RANK])
+        words = device._words(self.given(rank, clone(alone.bound.value(v.name))) for v in alone._joined)
+        words_of(alone.plan, block, rank)[: len(words)] = words
 
     def play(self, alone: Alone) -> None:
         made: dict[str, Value] = {}
@@ -59,6 +86,8 @@ class Machine:
             operands = [
                 alone.bound.value(v.name) if o is None else o for v, o in zip(node.inputs, known, strict=True)
             ]
+            if node.op.collective:
+                operands = self.take(alone, operands)
             result = run(node.op, *map(clone, operands))
             results = self.fault(node, list(result) if type(result) is tuple else [result])
             made |= {v.name: clone(value) for v, value in zip(node.outputs, results, strict=True)}
@@ -71,6 +100,8 @@ class Machine:
                         strict=True,
                     ):
                         to.copy_(part)
+        if alone._joined:
+            self.give(alone)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +183,44 @@ def test_a_wrong_kernel_is_named_with_its_nodes(
         v.name for n in parse_graph(plan.graph_text("decode-1")).nodes for v in n.outputs if n.op.name == op
     }
     assert {each.worst.result for each in wrong} <= results
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Plan:
+    return gpu_plan(wide(), ranks=2, batch=1, verify=1, chunk=1, max_context=64, certify=False)
+
+
+def exchanges(found: list[Checked]) -> list[Checked]:
+    return [each for each in found if {"all_reduce", "all_gather"} & set(each.op.split(" + "))]
+
+
+def test_right_ranks_hold_in_turn_on_one_gpu(ranks: Plan, machine: Machine) -> None:
+    machine.fault = rounded
+    found = checked(ranks)
+    assert [each for each in found if not each.holds] == []
+    assert {name for each in found for name in each.kernels} == set(ranks.kernels)
+    ops = {op for each in exchanges(found) for op in each.op.split(" + ")}
+    assert ops >= {"all_reduce", "all_gather"}
+
+
+def test_a_rank_that_gives_others_something_else_is_noticed(
+    ranks: Plan, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "PATTERNS", ("random",))
+    machine.given = lambda rank, value: value.neg_() if rank else value  # type: ignore[method-assign, union-attr]
+    found = checked(ranks)
+    wrong = [each for each in found if not each.holds]
+    assert wrong == exchanges(found) != []
+    assert all(each.worst.result.startswith("words of ") for each in wrong)
+
+
+def test_a_rank_that_takes_its_own_for_another_s_is_noticed(
+    ranks: Plan, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "PATTERNS", ("random",))
+    machine.taken = lambda own, value: own  # type: ignore[method-assign]
+    found = checked(ranks)
+    assert [each for each in found if not each.holds] == exchanges(found) != []
 
 
 def test_what_a_launch_does_not_write_is_noticed(

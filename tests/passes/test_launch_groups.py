@@ -19,8 +19,7 @@ from tests.passes.fusions.cases import folded
 
 APART = (Group(("silu", "add")), Group(("scale", "cache_write")))
 CHAINED = (Group(("scale", "silu", "add"), chained=True),)
-LED = (Group(("scale", "silu", "add"), lead=True),)
-KINDS = (APART, CHAINED, LED, (*APART, *CHAINED), (*CHAINED, *APART))
+KINDS = (APART, CHAINED, (*APART, *CHAINED), (*CHAINED, *APART))
 
 
 @st.composite
@@ -81,7 +80,7 @@ def test_shared_launches_are_of_one_group_and_keep_every_wait(
         if len(nodes) == 1:
             continue
         group = next(g for g in groups if all(n.op.name in g.ops for n in nodes) and fits(g, nodes, waits))
-        assert group.chained or group.lead or len({n.place.layer for n in nodes} - {""}) == 1
+        assert group.chained or len({n.place.layer for n in nodes} - {""}) == 1
         turns = [group.ops.index(n.op.name) for n in nodes]
         assert turns == sorted(turns)
 
@@ -90,12 +89,6 @@ def fits(group: Group, nodes: tuple[Node, ...], waits: dict[Node, set[Node]]) ->
     """May these share a launch? None waits for another; or, chained, each waits for one before it, and none
     for anything else that waits for one of them.
     """
-    if group.lead:
-        first, *others = nodes
-        between = [n for n in waits if n not in nodes and first in waits[n]]
-        alone = not any(a in waits[b] for a in others for b in others)
-        led = first.op.name == group.ops[0] and all(first in waits[n] for n in others)
-        return alone and led and not any(n in waits[last] for n in between for last in others)
     if not group.chained:
         return not any(a in waits[b] for a in nodes for b in nodes)
     reads = all(set(nodes[:i]) & waits[n] for i, n in enumerate(nodes) if i)

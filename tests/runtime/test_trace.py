@@ -61,12 +61,13 @@ RECORDS = [
 
 
 def test_every_way_out_of_a_kernel_goes_by_the_marks() -> None:
-    text = marked(PTX, 7)
+    text = marked(PTX, 7, 41)
     assert re.findall(r"^.*\bret;", text, re.MULTILINE) == ["\tret;"]
     assert (
         text.index("\t@%p1 bra $MARK_END;") < text.index("\n$MARK_END:") < text.index("\n$MARK_OUT:\n\tret;")
     )
     assert text.count("%globaltimer") == 3
+    assert text.count("\n.maxnreg 48\n{\n") == 1
     assert re.search(r"griddepcontrol\.wait;\n\tmov\.u64 %mark_d1, %globaltimer;", text)
     assert "mov.u32 %mark_r9, 7;" in text
     assert text.index(".global .align 8 .b64 dsv4c_marks;") < text.index(".entry")
@@ -76,7 +77,7 @@ def test_every_way_out_of_a_kernel_goes_by_the_marks() -> None:
 @pytest.mark.parametrize("text", ["", PTX + PTX, PTX.replace(".entry", ".func")])
 def test_what_is_not_one_kernel_gets_no_marks(text: str) -> None:
     with pytest.raises(PlanError, match="not that of one kernel"):
-        marked(text, 0)
+        marked(text, 0, 41)
 
 
 def test_marks_belong_to_launches_by_their_order() -> None:

@@ -7,7 +7,7 @@ head, so 16 query heads are the rows of every MMA.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text, render
@@ -68,8 +68,8 @@ class AttentionSpec:
 
     @property
     def operands(self) -> dict[Parameter, str | None]:
-        """Types by parameter, in ABI order; None for what the kernel does without. What the selection was
-        made for is older than it, and is read before the wait.
+        """Types by parameter, in ABI order; None for what the kernel does without. Where a token is, and what
+        the selection was made for, is older than the predecessor, and is read before the wait.
         """
         early, heads = self.entries == "selected", f"bf16[N,{self.heads},{self.width}]"
         return {
@@ -79,10 +79,10 @@ class AttentionSpec:
             Parameter(self.selected): f"i32[N,{self.selected_count}]" if early else None,
             Parameter(self.sink): f"f32[{self.heads}]",
             Parameter(self.frequencies): "f32[32]",
-            Parameter(self.positions, early=early): "i32[N], -1 for none (gives zeros)",
-            Parameter("last", early=early): "i32[N]" if self.last != self.positions else None,
-            Parameter("ring_slots", early=early): "i32[N]" if self.ring_slots != self.slots else None,
-            Parameter(self.slots, early=early): "i32[N]",
+            Parameter(self.positions, early=True): "i32[N], -1 for none (gives zeros)",
+            Parameter("last", early=True): "i32[N]" if self.last != self.positions else None,
+            Parameter("ring_slots", early=True): "i32[N]" if self.ring_slots != self.slots else None,
+            Parameter(self.slots, early=True): "i32[N]",
             Parameter(self.out): heads,
         }
 
@@ -174,7 +174,8 @@ def emit_chunk_attention(spec: AttentionSpec, arch: Arch) -> Emission:
         shared=shared,
         consumers=8,
     )
-    return Emission(f"{spec.name}_0", source, (a.ctas, 1, 1), 384, shared, spec.parameters)
+    later = tuple(replace(p, early=False) for p in spec.parameters)  # all is read behind the wait
+    return Emission(f"{spec.name}_0", source, (a.ctas, 1, 1), 384, shared, later)
 
 
 def takes_chunk(spec: AttentionSpec, arch: Arch) -> bool:

@@ -77,7 +77,10 @@ class PositionsSpec:
 
 
 def emit_embed(spec: EmbedSpec) -> Emission:
-    """The embedding's copy. Raises BuildError unless rows are whole 16-byte pieces."""
+    """The embedding's copy. Raises BuildError unless rows are whole 16-byte pieces.
+
+    It lets its successor begin behind its wait: launches behind it may read where rows are before theirs.
+    """
     if spec.hidden % 8:
         raise BuildError(f"embedding of {spec.hidden} columns: want a multiple of 8, for 16-byte copies")
     e = Embedding(spec.hidden, STREAMS, threads=min(128, -(-spec.hidden // 256) * 32))
@@ -92,7 +95,7 @@ def emit_embed(spec: EmbedSpec) -> Emission:
         },
         f"Launch: {ctas} CTAs x {e.threads} threads per token, 8 columns each.\n"
         f"Reads {2 * spec.hidden} B and writes {2 * STREAMS * spec.hidden} B per token.",
-        ("ptx.launch_dependents()", "ptx.wait()", "embed.copy_row(SPEC, m)"),
+        ("ptx.wait()", "ptx.launch_dependents()", "embed.copy_row(SPEC, m)"),
         threads=e.threads,
         grid=(ctas, "rows", 1),
         sizes={"rows": spec.rows},

@@ -25,6 +25,7 @@ from dsv4c.types import FP8_ROW, QuantType
 
 FEWEST_ROWS = 9  # a GEMV serves fewer
 MOST_OF_FEW = 16  # rows of each expert, on the average, whose time is that of its weights
+WIDE = ("fp8", "bf16")  # formats of weights that tiles of 256 rows are for
 FEW = 2  # an expert may have as many times its share of the rows, before tiles of 128 serve it better
 
 
@@ -102,14 +103,16 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
         raise BuildError(f"{spec.name}: does not multiply {rows} with {packing.format}")
     if spec.k % 128:
         raise BuildError(f"{spec.name}: rows of {spec.k} columns: want a multiple of 128")
-    height = 64 if spec.rows // max(1, spec.experts // FEW) <= 64 else 128
+    pieces = PIECES[packing.format, kind]
+    height = _height(spec, packing.format, kind, sms)
     splits = _splits(spec, height, kind, sms)
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
-    as_it_is = packing.format == "fp8" and kind == "e4m3"
     expands = packing.format == "mxfp4"
-    loaders = 2 if expands or ((as_it_is or packing.format == "nvfp4") and steps % 2 == 0) else 1
-    # Two teams with a step of FP8 each, which takes most registers, beat one with two and two with two.
-    ahead = 1 if as_it_is or steps % (2 * loaders) else 2
+    # Registers: sums of 256 rows beside products leave no room for a second team; of two each holds one step
+    # of eight pieces, which is as fast as two.
+    teams = 1 if packing.format == "plain" or (height == 256 and spec.scaled) else 2
+    loaders = 2 if expands or (teams == 2 and steps % 2 == 0) else 1
+    ahead = 1 if pieces == 8 or steps % (2 * loaders) else 2
     return Tiles(
         weight=packing.format,
         kind=kind,
@@ -118,7 +121,7 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
         height=height,
         tiles=packing.tiles,
         span=packing.span,
-        stages=(5 if height == 64 else 4) if expands else (7 if height == 64 else 5),
+        stages={64: 5, 128: 4}[height] if expands else {64: 7, 128: 5, 256: 3}[height],
         loaders=loaders,
         ahead=ahead,
         scaled=spec.scaled,
@@ -128,15 +131,31 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     )
 
 
+def _height(spec: GemmSpec, format: str, kind: str, sms: int) -> int:
+    """Rows of x in a tile: those with which the busiest SM moves the fewest bytes through shared memory."""
+    if spec.rows // max(1, spec.experts // FEW) <= 64:
+        return 64
+    if spec.experts or format not in WIDE:
+        return 128
+    made = 64 if spec.paired else 128
+    columns = sum(-(-m.rows // made) for m in spec.matrices)
+
+    def traffic(height: int) -> int:
+        rounds = -(-(-(-spec.rows // height) * columns) // sms)
+        return rounds * (height // 128 * 64 + (48 if PIECES[format, kind] == 8 else 32))
+
+    return min((128, 256), key=traffic)
+
+
 def _splits(spec: GemmSpec, height: int, kind: str, sms: int) -> int:
     """CTAs that share a tile's k: as many as SMs would have nothing to do otherwise, four steps each."""
     made = 64 if spec.paired else 128
     tiles = -(-spec.rows // height) * sum(-(-m.rows // made) for m in spec.matrices)
     steps = spec.k // (128 if kind == "e4m3" else 64)
     least = 4 if spec.paired else 1  # groups of 8 columns of a warpgroup
-    groups = (16 if height == 128 else 8) // least
+    groups = (8 if height == 64 else 16) // least
     fitting = [n for n in (2, 4, 8) if n * tiles <= sms and n <= groups and steps % (4 * n) == 0]
-    return max(fitting, default=1) if not spec.experts else 1
+    return max(fitting, default=1) if not spec.experts and height < 256 else 1
 
 
 def _places(spec: GemmSpec, t: Tiles | Few) -> tuple[Place, ...]:
@@ -200,9 +219,7 @@ def few_of(spec: GemmSpec) -> Few | None:
     packing = parse_packing(spec.packing)
     if packing.format != "mxfp4" or spec.rows / spec.experts > MOST_OF_FEW or spec.k % 128:
         return None
-    if packing.span not in (1, 2, 4, 8) or spec.k // 128 % packing.span:
-        return None
-    return Few(
+    few = Few(
         k=spec.k,
         stride=spec.k,
         tiles=packing.tiles,
@@ -210,6 +227,7 @@ def few_of(spec: GemmSpec) -> Few | None:
         experts=spec.experts,
         paired=spec.paired,
     )
+    return few if few.covered else None
 
 
 def _emit_few(spec: GemmSpec, t: Few, arch: Arch) -> Emission:

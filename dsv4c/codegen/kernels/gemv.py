@@ -15,10 +15,9 @@ from textwrap import indent
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, branches, call_text, compose, place_of
-from dsv4c.codegen.kernels.exchange import EXCHANGE
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
 from dsv4c.codegen.kernels.riders import Rider, lanes, parameters_of, seated, stage_of
-from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Gather, Product, Products, Ring, Seat
+from dsv4c.codegen.lib.shapes import BYTES, COLUMNS, Product, Products, Ring, Seat
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
 from dsv4c.errors import BuildError
@@ -106,34 +105,6 @@ class Matrix:
 
 
 @dataclass(frozen=True)
-class Gathered:
-    """Operands of a launch that ranks join before it reads them: this rank's piece of `name` is
-    `name`_piece.
-    """
-
-    gather: Gather
-    names: tuple[str, ...]
-
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """In ABI order."""
-        return (*EXCHANGE, *(Parameter(name) for n in self.names for name in (f"{n}_piece", n)))
-
-    @property
-    def record(self) -> str:
-        """What CTAs gather of."""
-        pieces, whole = (pointers([f"m_{name}{end}" for name in self.names]) for end in ("_piece", ""))
-        return call_text(
-            "exchange.GatherOperands", ["exchange=m_exchange", f"pieces={pieces}", f"whole={whole}"]
-        )
-
-    def call(self, tid: str, threads: int, *wanted: str) -> str:
-        """The stage of a CTA that reads these operands."""
-        values = tuple(self.names.index(name) for name in wanted)
-        return f"exchange.gather(GATHER, given, site, block, {values}, {tid}, {threads})"
-
-
-@dataclass(frozen=True)
 class GemvSpec:
     """`batch` activation rows times `matrices` of `k` columns. With `groups` g > 1 (block-diagonal weights)
     the rows are [M, g, k] and matrix rows r * (rows / g) .. belong to group r. `riders` take a CTA each per
@@ -151,7 +122,6 @@ class GemvSpec:
     rounds: int = 0
     lanes: int = 0
     riders: tuple[Rider, ...] = ()
-    gather: Gathered | None = None
     late: bool = False
 
 
@@ -251,21 +221,15 @@ class Part:
             + indent("\n".join(self.epilogue.lines), "    ")
         )
 
-    def stages(self, late: bool, gather: Gathered | None) -> str:
+    def stages(self, late: bool) -> str:
         """What a CTA of the part does, in order."""
         name, spec, block = self.name, self.name.upper(), place_of("block", self.first)
-        threads = self.ring.warps * 32
         wait = ["ptx.wait()", *(["ptx.launch_dependents()"] if late else [])]
         if self.x.prologue == "copy":
             copy = [*wait, f"gemv.copy_rows({spec}, at)"]
             staged = ["if at.warp == 0:", *(f"    {line}" for line in copy)]
         else:
-            taken = (
-                [gather.call("at.tid", threads, self.x.name)]
-                if gather and self.x.prologue == "normalize"
-                else []
-            )
-            staged = [*wait, *taken, f"gemv.stage_rows({spec}, at)"]
+            staged = [*wait, f"gemv.stage_rows({spec}, at)"]
         after = []
         if self.epilogue is not None:
             after = [f"{name}_epilogue", pointers([p.name for p in self.epilogue.parameters])]
@@ -293,9 +257,7 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
     parts = plan_parts(spec, arch, cut)
     warps = parts[0].ring.warps
     riders = seated(spec.name, spec.riders, warps * 32)
-    gather = spec.gather
     found = [part.parameters for part in parts] + [parameters_of(rider) for rider in riders]
-    found += [gather.parameters] if gather else []
     epilogues = [part.epilogue for part in parts if part.epilogue is not None]
     shared = max([part.products.at.end for part in parts] + [rider.shared for rider in riders])
     grid = parts[-1].last
@@ -306,18 +268,16 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
         f"Launch: grid {grid}, block {warps * 32 + 32}, {shared} bytes of shared memory, programmatic edges "
         f"allowed.\n{weights_text(sum(part.nbytes for part in parts), arch)}",
         [
-            *([] if gather or spec.late else ["ptx.launch_dependents()"]),
+            *([] if spec.late else ["ptx.launch_dependents()"]),
             f"s = ptx.shared({shared})",
             "block, _, _ = cute.arch.block_idx()",
             *(["tid, _, _ = cute.arch.thread_idx()"] if riders else []),
             "warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())",
-            *([f"site = exchange.open_site(m_exchange, m_site, {gather.gather.ranks})"] if gather else []),
-            *([f"given = {gather.record}"] if gather else []),
             *(part.record for part in parts),
             *([STATE_FIRST] if riders else []),
             branches(
                 [*(_riding(rider, n, spec, warps) for n, rider in enumerate(riders))]
-                + [part.stages(spec.late, gather) for part in parts],
+                + [part.stages(spec.late) for part in parts],
                 [(n + 1) * spec.batch for n in range(len(riders))] + [part.last for part in parts],
             ),
         ],
@@ -325,7 +285,6 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
         grid=(grid, 1, 1),
         resident=2 if riders else None,
         spec={
-            **({"GATHER": gather.gather} if gather else {}),
             **{rider.name.upper(): rider.shape(warps * 32) for rider in riders},
             **{part.name.upper(): part.products for part in parts},
         },
@@ -350,10 +309,7 @@ STATE_FIRST = """\
 
 def _riding(rider: Rider, number: int, spec: GemvSpec, warps: int) -> str:
     """What the CTAs of a rider do."""
-    lines = [stage_of(rider, place_of("block", number * spec.batch))]
-    if spec.gather:
-        lines = ["ptx.wait()", spec.gather.call("tid", warps * 32, *rider.projected), *lines]
-    return f"if warp < {warps}:\n" + indent("\n".join(lines), "    ")
+    return f"if warp < {warps}:\n" + indent(stage_of(rider, place_of("block", number * spec.batch)), "    ")
 
 
 def _what(spec: GemvSpec, parts: Sequence[Part], riders: Sequence[Rider]) -> str:

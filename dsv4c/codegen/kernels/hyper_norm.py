@@ -14,12 +14,12 @@ from dsv4c.codegen.kernels.exchange import EXCHANGE, EXCHANGED, exchanging
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.slices import STREAMS, TOGETHER, Batch, Slice
-from dsv4c.codegen.registry import Answer, Call, No, Request, kernel, takes
+from dsv4c.codegen.registry import Answer, Call, No, Request, Scratch, kernel, takes
 from dsv4c.errors import BuildError
 from dsv4c.ir.ops.collective import AllReduce
 from dsv4c.passes.fusions.head import Head
 from dsv4c.passes.fusions.hyper_norm import HyperNorm, HyperNormFirst
-from dsv4c.types import BF16, FP8_ROW, NVFP4_ROW, TensorType
+from dsv4c.types import BF16, F32, FP8_ROW, NVFP4_ROW, TensorType
 
 CLUSTER_LIMIT = 16
 FEW_ROWS = 16  # up to which each row has a cluster of its own
@@ -115,7 +115,6 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
             f"total = exchange.receive_sum(m.exchange, here, own, flag, number, addend, {spec.ranks})",
             "hyper.keep_sum(SPEC, s, at, total)",
             "cute.arch.sync_threads()",
-            "ptx.launch_dependents()",
         ]
     if isinstance(cut, Batch):
         grid: tuple[int | str, int, int] = (-(-spec.rows // cut.tokens) * cut.ctas, 1, 1)
@@ -131,7 +130,7 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
         _operands(spec, cut),
         f"Launch: a cluster of {cut.ctas} CTAs x {cut.threads} threads {launch}",
         [
-            *(["ptx.launch_dependents()"] if spec.ranks == 1 else []),
+            "ptx.launch_dependents()",
             f"s = ptx.shared({cut.shared})",
             f"at = {library}.enter(SPEC, m, s)",
             *wait,
@@ -237,11 +236,8 @@ def _boundary(request: Request, call: Call, total: Call | None) -> Answer:
     if not isinstance(op, HyperNormFirst) or isinstance(op, HyperNorm):
         names = ["x_out", *names]
     made = {names[place]: number for place, number in call.made.items()}
-    if isinstance(op, HyperNormFirst):
-        if op.format not in (None, FP8_ROW, NVFP4_ROW):
-            return No(f"quantizes the row to {FP8_ROW} or {NVFP4_ROW}, not {op.format}")
-        if not {"post_out", "logits_out"} <= made.keys():
-            return No("writes the coefficients of the next mixing, which nobody reads")
+    if isinstance(op, HyperNormFirst) and op.format not in (None, FP8_ROW, NVFP4_ROW):
+        return No(f"quantizes the row to {FP8_ROW} or {NVFP4_ROW}, not {op.format}")
     packed = "q" in made and isinstance(op, HyperNormFirst) and op.format == NVFP4_ROW
     spec = HyperNormSpec(
         rows=streams.shape[0],
@@ -261,12 +257,19 @@ def _boundary(request: Request, call: Call, total: Call | None) -> Answer:
     if total is not None:
         values["f"] = total.inputs[0]
     words = spec.rows * spec.hidden if total is not None else 0
+    coefficients = {"post_out": (spec.rows, STREAMS), "logits_out": (spec.rows, STREAMS, STREAMS)}
+    scratch: dict[str, Scratch] = {}  # what nobody reads
+    for name, shape in coefficients.items() if not spec.head else ():
+        scratch |= scratch_for(name, TensorType(F32, shape), "w") if name not in made else {}
     if not packed:
-        return [exchanging(request, emit_hyper_norm(spec, request.arch), values, words)]
+        return [exchanging(request, emit_hyper_norm(spec, request.arch), values, words, scratch=scratch)]
     shape = request.types[made["q"]].shape
-    row = {} if "normed" in made else {"normed": scratch_for("row", TensorType(BF16, shape), "w")["row"]}
+    if "normed" not in made:
+        scratch |= {"normed": scratch_for("row", TensorType(BF16, shape), "w")["row"]}
     operands = {"x": made["normed"], "q": made["q"]} if "normed" in made else {"q": made["q"]}
     return [
-        exchanging(request, emit_hyper_norm(spec, request.arch), values, words, stage="norm", scratch=row),
+        exchanging(
+            request, emit_hyper_norm(spec, request.arch), values, words, stage="norm", scratch=scratch
+        ),
         quantize_rows(request, operands, shape),
     ]

@@ -1,8 +1,8 @@
 """The indexer families: scores of every visible entry, and the exact top-k of them.
 
-`emit_index_scores` transforms the queries and scores the keys in one launch; `emit_top_k` selects. Both stop
-early at what the position on the device makes visible, and do nothing but list all entries while there are no
-more than k.
+`emit_index_scores` transforms the queries and scores the keys in one launch; `emit_top_k` selects;
+`emit_index_choice` does both at once where a cluster is enough. All stop early at what the position on the
+device makes visible, and do nothing but list all entries while there are no more than k.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
-from dsv4c.codegen.lib.geometry import Index, Selection
+from dsv4c.codegen.lib.geometry import Choice, Index, Selection
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable, takes
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.index_topk import IndexTopk
@@ -43,36 +43,18 @@ class IndexScoresSpec:
 
 def emit_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
-    if spec.format not in KEYS:
-        raise BuildError(f"{spec.name}: keys must be {' or '.join(KEYS)}, got {spec.format}")
-    if spec.heads % 8:
-        raise BuildError(f"{spec.name}: heads come in eights, got {spec.heads}")
+    _check(spec)
     tiles = 2 if spec.format == "mxfp4" and spec.capacity > 32768 else 1  # pays once queries are reread often
     ctas = min(-(-spec.capacity // (128 * tiles)), max(1, 2 * arch.sms // spec.rows))
     x = Index(spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, tiles, spec.factor)
-    nbytes = spec.capacity * (68 if spec.format == "mxfp4" else 256) + spec.heads * 256
-    quantized = spec.format == "mxfp4"
-    turned = "hadamard(rope(q, t))"
-    weight = f"    weight  = bf16(weights * {x.factor})\n" if x.factor != 1.0 else ""
     return compose(
         spec.name,
         f"{spec.name}: index scores of each token against up to {x.capacity} keys of its slot.\n\n"
-        f"    q'      = {f'mxfp4({turned})' if quantized else turned}\n"
-        f"    score_w = bf16(sum_h bf16(relu(bf16(q'_h . key_w)) * weight_h)) for w < (t + 1) // {x.ratio}; "
-        f"others are not written\n{weight}    While at most {x.k} keys are visible the best {x.k} are known "
+        f"{_formulas(spec)}    While at most {x.k} keys are visible the best {x.k} are known "
         "without scores: nothing is written.",
-        {
-            Parameter("q"): f"bf16[N,{x.heads},128]",
-            Parameter("keys"): f"{CACHE_FORMATS[x.format]}[S,{x.capacity},128]",
-            Parameter("keys", "scale"): "their scales" if quantized else None,
-            Parameter("weights"): f"bf16[N,{x.heads}]",
-            Parameter("frequencies"): "f32[32]",
-            Parameter("positions"): "i32[N], -1 for none",
-            Parameter("slots"): "i32[N]",
-            Parameter("scores"): f"f32[N,{x.capacity}]",
-        },
+        _operands(spec),
         f"Launch: per token as many CTAs as the grid is wide, {x.keys} keys at a time; 256 threads, "
-        f"{x.shared} B shared each.\n{floor_text(nbytes, arch, 'token with all keys visible')}",
+        f"{x.shared} B shared each.\n{floor_text(_nbytes(spec), arch, 'token with all keys visible')}",
         (
             f"s = ptx.shared({x.shared})",
             "at = index.enter(SPEC, m)",
@@ -85,6 +67,42 @@ def emit_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
         sizes={"parts": ctas, "rows": spec.rows},
         spec=x,
     )
+
+
+def _check(spec: IndexScoresSpec) -> None:
+    if spec.format not in KEYS:
+        raise BuildError(f"{spec.name}: keys must be {' or '.join(KEYS)}, got {spec.format}")
+    if spec.heads % 8:
+        raise BuildError(f"{spec.name}: heads come in eights, got {spec.heads}")
+
+
+def _nbytes(spec: IndexScoresSpec) -> int:
+    return spec.capacity * (68 if spec.format == "mxfp4" else 256) + spec.heads * 256
+
+
+def _formulas(spec: IndexScoresSpec) -> str:
+    """What is a score."""
+    turned = "hadamard(rope(q, t))"
+    weight = f"    weight  = bf16(weights * {spec.factor})\n" if spec.factor != 1.0 else ""
+    return (
+        f"    q'      = {f'mxfp4({turned})' if spec.format == 'mxfp4' else turned}\n"
+        "    score_w = bf16(sum_h bf16(relu(bf16(q'_h . key_w)) * weight_h)) for w < (t + 1) // "
+        f"{spec.ratio}; others are not written\n{weight}"
+    )
+
+
+def _operands(spec: IndexScoresSpec, early: bool = False) -> dict[Parameter, str | None]:
+    """Parameters with their types; `early`: where a token is, is read before the wait."""
+    return {
+        Parameter("q"): f"bf16[N,{spec.heads},128]",
+        Parameter("keys"): f"{CACHE_FORMATS[spec.format]}[S,{spec.capacity},128]",
+        Parameter("keys", "scale"): "their scales" if spec.format == "mxfp4" else None,
+        Parameter("weights"): f"bf16[N,{spec.heads}]",
+        Parameter("frequencies"): "f32[32]",
+        Parameter("positions", early=early): "i32[N], -1 for none",
+        Parameter("slots", early=early): "i32[N]",
+        Parameter("scores"): f"f32[N,{spec.capacity}]",
+    }
 
 
 @dataclass(frozen=True)
@@ -139,6 +157,53 @@ def emit_top_k(spec: TopKSpec, arch: Arch) -> Emission:
     )
 
 
+MOST_ROWS = 8  # a cluster each: more than fit the machine at once would take turns
+MOST_CHOSEN_FROM = 8192  # scores that a CTA of so many threads as score chooses from
+
+
+@dataclass(frozen=True)
+class IndexChoiceSpec(IndexScoresSpec):
+    """The same, and out i32[rows, min(k, capacity)], the k best of them. At most `MOST_ROWS` rows, and at
+    most `MOST_CHOSEN_FROM` keys each.
+    """
+
+
+def emit_index_choice(spec: IndexChoiceSpec, arch: Arch) -> Emission:
+    """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
+    _check(spec)
+    if spec.rows > MOST_ROWS or spec.capacity > MOST_CHOSEN_FROM:
+        raise BuildError(
+            f"{spec.name}: a cluster chooses for each of at most {MOST_ROWS} rows from at most "
+            f"{MOST_CHOSEN_FROM} keys, got {spec.rows} and {spec.capacity}"
+        )
+    x = Index(spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, 1, spec.factor)
+    ctas = next(n for n in (2, 4, 8, 16) if n == 16 or spec.capacity <= n * x.keys)
+    best = Selection(spec.capacity, spec.k, spec.ratio, 16, 1, 32 * x.warps)
+    choice = Choice(x, best, ctas)
+    return compose(
+        spec.name,
+        f"{spec.name}: index scores of each token against up to {x.capacity} keys of its slot, and the {x.k} "
+        f"largest of them; ties go to the lower index.\n\n{_formulas(spec)}"
+        f"    out     = indices w of the largest scores, ascending, then -1\n"
+        f"    While at most {x.k} keys are visible those are the result, and no scores are written.",
+        _operands(spec, early=True) | {Parameter("out"): f"i32[N,{best.out}]"},
+        f"Launch: a cluster of {ctas} CTAs per token, {x.keys} keys each at a time; {best.threads} threads, "
+        f"{choice.shared} B shared each.\n{floor_text(_nbytes(spec), arch, 'token with all keys visible')}",
+        (
+            f"s = ptx.shared({choice.shared})",
+            "at = index_choice.enter(SPEC, m, s)",
+            "ptx.wait()",
+            "ptx.launch_dependents()",
+            "index_choice.choose(SPEC, m, s, at)",
+        ),
+        threads=best.threads,
+        grid=(f"rows * {ctas}", 1, 1),
+        sizes={"rows": spec.rows},
+        cluster=ctas,
+        spec=choice,
+    )
+
+
 # Binding ----------------------------------------------------------------------------------------------------
 
 
@@ -162,9 +227,13 @@ def indexer(request: Request) -> Answer:
         return No(f"takes keys of {MXFP4} or bf16, not {keys}")
     rows, heads, _ = q.shape
     capacity = keys.shape[1]
-    first = IndexScoresSpec("index_scores", rows, heads, format_, capacity, op.ratio, best.k, op.factor)
+    shape = (rows, heads, format_, capacity, op.ratio, best.k, op.factor)
+    first = IndexScoresSpec("index_scores", *shape)
     second = TopKSpec("index_topk", rows, capacity, best.k, op.ratio)  # of scores rounded to bf16
     values = {**x, "scores": scores, "out": request.calls[1].outputs[0]}
+    if rows <= MOST_ROWS and capacity <= MOST_CHOSEN_FROM:
+        both = IndexChoiceSpec("index_choice", *shape)
+        return [launchable(request, emit_index_choice(both, request.arch), values)]
     return [
         launchable(request, emit_index_scores(first, request.arch), values, stage="scores"),
         launchable(request, emit_top_k(second, request.arch), values, stage="topk"),

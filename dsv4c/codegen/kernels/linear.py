@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from dsv4c.codegen.kernels.exchange import all_gather, exchanging
 from dsv4c.codegen.kernels.formats import WEIGHTS, format_name, holds, is_packed
 from dsv4c.codegen.kernels.gemm import gemm_launches, takes_gemm
-from dsv4c.codegen.kernels.gemv import Activations, Epilogue, Gathered, GemvSpec, Matrix, emit_gemv
+from dsv4c.codegen.kernels.gemv import Activations, Epilogue, GemvSpec, Matrix, emit_gemv
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.kernels.riders import NOBODY, WRITTEN, Riding, lanes, riding_of
 from dsv4c.codegen.kernels.state import state_launches
-from dsv4c.codegen.lib.shapes import Gather
 from dsv4c.codegen.registry import Answer, Call, No, Request, Scratch, kernel, launchable, takes
-from dsv4c.ir.ops.collective import AllGather
 from dsv4c.ir.ops.linear import GroupedLinear, Linear
 from dsv4c.passes.fusions.in_proj import InProj
 from dsv4c.passes.fusions.q_norm_quantize import QNormQuantize
@@ -24,10 +21,6 @@ from dsv4c.passes.fusions.quantize_linear import QuantizeLinear
 from dsv4c.types import BF16, F32, FP8_ROW, NVFP4, NVFP4_ROW, QuantFormat, QuantType
 
 NOTHING: Mapping[int, Epilogue] = MappingProxyType({})
-LEAST_THREADS = 128  # that a CTA has to give words with
-# Every CTA takes all rows. Flash on two H200s, 2026-11-30, with this for up to eight rows and sums in the
-# next boundary, against launches for both: one row 2.94 to 3.24 ms, four rows 5.03 to 4.90 ms.
-GATHERED_ROWS = 1
 
 
 def staging(request: Request, name: str, x: int, w: int, quantize: QuantFormat | None) -> Activations | No:
@@ -62,7 +55,6 @@ def product(
     stage: str = "",
     scratch: dict[str, Scratch] | None = None,
     riding: Riding = NOBODY,
-    gather: Gathered | None = None,
     epilogues: Mapping[int, Epilogue] = NOTHING,
     late: bool = False,
 ) -> Answer:
@@ -85,6 +77,8 @@ def product(
         matrices.append(matrix)
     shape = request.types[products[0][2]].shape
     rows = shape[0] if groups > 1 else math.prod(shape[:-1])  # of several streams each is a row
+    if rows != shape[0]:  # which a chunk's length does not count
+        request = replace(request, lengths=None)
     spec = GemvSpec(
         name,
         rows,
@@ -93,17 +87,14 @@ def product(
         groups,
         lanes=riding.lanes,
         riders=riding.riders,
-        gather=gather,
         late=late,
     )
-    alone = not scratch and not riding.riders and gather is None and not epilogues
+    alone = not scratch and not riding.riders and not epilogues
     if alone and takes_gemm(spec, request.arch):
         return gemm_launches(request, spec, values)
     gains = {x.gain: "f32" for x, _, _ in products if x.gain}
     values |= riding.values
     gemv = emit_gemv(spec, request.arch)
-    if gather is not None:
-        return [exchanging(request, gemv, values, rows * gather.gather.width, forms=gains)]
     return [launchable(request, gemv, values, stage=stage, scratch=scratch, forms=gains)]
 
 
@@ -221,56 +212,7 @@ def q_norm_quantize(request: Request) -> Answer:
     return _q_projections(request, call, riding)
 
 
-@kernel(takes(AllGather, "axis", "ranks"), Q_NORM, *WRITTEN, several=True, lead=True)
-def gathered_q_norm_quantize(request: Request) -> Answer:
-    """The same behind a gather: a launch whose CTAs take what they read, or two launches."""
-    first, *others = request.calls
-    if not isinstance(first.op, AllGather) or not others:
-        return No("takes a gather, and the projections and state writes behind it")
-    rest = replace(request, calls=tuple(others))
-    launches = q_norm_quantize.ask(rest)
-    if isinstance(launches, No):
-        return launches
-    gathered = _gathered(request, first, others)
-    if gathered is not None and len(launches) == 1:
-        (call,) = [c for c in others if isinstance(c.op, QNormQuantize)]
-        riding = riding_of(rest, request.types[call.inputs[0]].shape[0])
-        assert isinstance(riding, Riding)
-        return _q_projections(request, call, riding, gathered)
-    gather = all_gather.ask(replace(request, calls=(first,)))
-    if isinstance(gather, No):
-        return gather
-    return [*(replace(launch, stage="gather") for launch in gather), *launches]
-
-
-def _gathered(
-    request: Request, first: Call, others: Sequence[Call]
-) -> tuple[Gathered, dict[str, int]] | None:
-    """The values of a gather as operands of the launch behind it, and this rank's pieces of them; None where
-    they are too many, or not what it reads.
-    """
-    assert isinstance(first.op, AllGather)
-    riding = riding_of(replace(request, calls=tuple(others)), request.types[first.inputs[0]].shape[0])
-    if isinstance(riding, No) or riding.apart:
-        return None
-    readers = {number: name for name, number in riding.values.items()}
-    readers |= {c.inputs[0]: "x" for c in others if isinstance(c.op, QNormQuantize)}
-    if any(y not in readers for y in first.outputs):
-        return None
-    names = tuple(readers[y] for y in first.outputs)
-    pieces = [request.types[x] for x in first.inputs]
-    rows, words = pieces[0].shape[0], tuple(p.nbytes // p.shape[0] // 4 for p in pieces)
-    taken = all(holds(p, BF16) or holds(p, F32) for p in pieces) and all(p.shape[-1] % 2 == 0 for p in pieces)
-    if not taken or rows > GATHERED_ROWS or rows * sum(words) > request.arch.sms * LEAST_THREADS:
-        return None
-    given = {f"{name}_piece": x for name, x in zip(names, first.inputs, strict=True)}
-    given |= dict(zip(names, first.outputs, strict=True))
-    return Gathered(Gather(first.op.ranks, rows, words), names), given
-
-
-def _q_projections(
-    request: Request, call: Call, riding: Riding, gathered: tuple[Gathered, dict[str, int]] | None = None
-) -> Answer:
+def _q_projections(request: Request, call: Call, riding: Riding) -> Answer:
     assert isinstance(call.op, QNormQuantize)
     x, gain, *weights = call.inputs
     row = request.types[x]
@@ -286,6 +228,4 @@ def _q_projections(
             return No(f"multiplies {kind} rows, which do not fit weights {request.types[w]}")
     staged = Activations("x", kind, "normalize", gain="gain", eps=call.op.eps)
     staging = [(staged, w, y) for w, y in products]
-    gather, given = gathered or (None, {})
-    values |= given
-    return product(request, "q_proj", staging, values, row.shape[-1], riding=riding, gather=gather)
+    return product(request, "q_proj", staging, values, row.shape[-1], riding=riding)

@@ -65,11 +65,6 @@ class KvStoreSpec:
             name: tuple(Parameter(getattr(self, name), c) for c in self.row.components) for name in caches
         }
 
-    @property
-    def projected(self) -> tuple[str, ...]:
-        """Operands that a launch before it has projected."""
-        return (self.kv,)
-
     def ctas(self, rows: int) -> int:
         """CTAs for so many rows."""
         return rows // self.tokens * self.capacity if self.capacity else rows
@@ -131,11 +126,6 @@ class CompressSpec:
         """CTAs for so many rows."""
         each = {"": self.tokens, "entries": self.pool.most_entries, "rings": self.pool.most_kept}[self.half]
         return rows // self.tokens * each
-
-    @property
-    def projected(self) -> tuple[str, ...]:
-        """Operands that a launch before it has projected."""
-        return (self.u, self.s)
 
     @property
     def u(self) -> str:

@@ -46,7 +46,9 @@ class Operands(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a thread works: which of the cluster's CTAs, on 16 heads from `head` on of a token."""
+    """Where a thread works: which of the cluster's CTAs, on 16 heads from `head` on of a token. Where the
+    token is, and its keys are.
+    """
 
     rank: Int32
     head: Int32
@@ -54,13 +56,6 @@ class Place(NamedTuple):
     tid: Int32
     warp: Int32
     lane: Int32
-    frequency: Float32
-
-
-class Token(NamedTuple):
-    """What is known of a token: its query, as words of q or as fragments, and where it and its keys are."""
-
-    query: cute.Tensor
     position: Int32
     last: Int32
     ring_slot: Int32
@@ -72,53 +67,64 @@ class Token(NamedTuple):
 
 @cute.jit
 def enter(a: Constexpr[Attention], m: Operands, s: Int32) -> Place:
-    """Open the exchange, and read constants."""
+    """Open the exchange, and read constants and where the token is, which is older than the predecessor."""
     tid, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
     warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
     rank = block % a.splits
     head = block // a.splits % a.head_tiles * HEADS
     token = block // (a.splits * a.head_tiles)
+    position = _number(m.positions, token)
+    last = position if const_expr(m.last is None) else _number(m.last, token)
+    slot = _number(m.slots, token)
+    ring_slot = slot if const_expr(m.ring_slots is None) else _number(m.ring_slots, token)
     open_exchange(a, s, m.sink.toint(), head, tid)
-    frequency = ptx.ldg_f32_constant(m.frequencies.toint() + lane * 4)
-    return Place(rank, head, token, tid, warp, lane, frequency)
+    if warp == 0:
+        frequency = ptx.ldg_f32_constant(m.frequencies.toint() + lane * 4)
+        c, sine = rope.cos_sin(position.to(Float32) * frequency)
+        ptx.sts64(s + a.o_turns + lane * 8, c.bitcast(Uint32), sine.bitcast(Uint32))
+    if const_expr(a.entries != "selected"):
+        key = rank * a.tile + warp * a.tile_rows + lane
+        place = find_key(a, key, key - a.window, last, visible_entries(a, position))
+        prefetch_tile(a, m, ring_slot, slot, place, lane)
+    return Place(rank, head, token, tid, warp, lane, position, last, ring_slot, slot)
 
 
 @cute.jit
-def read_token(a: Constexpr[Attention], m: Operands, at: Place) -> Token:
-    """The words of its query, and numbers."""
-    words = read_query(a, m.q.toint(), at.token, at.head, at.warp, at.lane)
-    position = _number(a, m.positions, at.token)
-    last = position if const_expr(m.last is None) else _number(a, m.last, at.token)
-    slot = _number(a, m.slots, at.token)
-    ring_slot = slot if const_expr(m.ring_slots is None) else _number(a, m.ring_slots, at.token)
-    return Token(words, position, last, ring_slot, slot)
+def _number(m_numbers: cute.Pointer | None, token: Int32) -> Int32:
+    return ptx.ldg_early32(_address(m_numbers) + token * 4).bitcast(Int32)
 
 
 @cute.jit
-def _number(a: Constexpr[Attention], m_numbers: cute.Pointer | None, token: Int32) -> Int32:
-    g = m_numbers.toint() + token * 4
-    word = ptx.ldg_early32(g) if const_expr(a.entries == "selected") else ptx.ldg32(g)
-    return word.bitcast(Int32)
-
-
-@cute.jit
-def prepare(a: Constexpr[Attention], s: Int32, at: Place, t: Token) -> Token:
-    """Its query's fragments."""
-    q = prepare_query(a, s, t.query, at.frequency, t.position, at.warp, at.lane)
-    return Token(q, t.position, t.last, t.ring_slot, t.slot)
-
-
-@cute.jit
-def prepare_early(a: Constexpr[Attention], m: Operands, s: Int32, at: Place) -> Token:
-    """Before the wait, where entries are selected: the query is older than the selection, and whoever lets
-    this kernel begin has waited for it.
+def prefetch_tile(
+    a: Constexpr[Attention], m: Operands, ring_slot: Int32, slot: Int32, place: Int32, lane: Int32
+):
+    """The lane's row of the CTA's first tile to L2. A prefetch reads nothing: the step's own row may be
+    written meanwhile.
     """
-    return prepare(a, s, at, read_token(a, m, at))
+    window = _addresses(m.window, m.window_scale, m.window_tail)
+    entries = _addresses(m.entries, m.entries_scale, m.entries_tail)
+    if place >= 0 and lane < a.tile_rows:
+        g = _row(a, window[0], entries[0], ring_slot, slot, place, a.data_bytes)
+        for n in range_constexpr(-(-a.data_bytes // 128)):
+            ptx.prefetch_l2(g + n * 128)
+        if const_expr(a.format == "fp8"):  # whose rows end in other lines than they begin
+            ptx.prefetch_l2(g + (a.data_bytes - 1))
+            ptx.prefetch_l2(_row(a, window[1], entries[1], ring_slot, slot, place, a.scales))
+            ptx.prefetch_l2(_row(a, window[2], entries[2], ring_slot, slot, place, ROPE * 2))
 
 
 @cute.jit
-def attend(a: Constexpr[Attention], m: Operands, s: Int32, at: Place, early: Token | None = None) -> None:
+def prepare_early(a: Constexpr[Attention], m: Operands, s: Int32, at: Place) -> cute.Tensor:
+    """The query's fragments before the wait, where entries are selected: the query is older than the
+    selection, and whoever lets this kernel begin has waited for it.
+    """
+    words = read_query(a, m.q.toint(), at.token, at.head, at.warp, at.lane)
+    return prepare_query(a, s, words, at.warp, at.lane)
+
+
+@cute.jit
+def attend(a: Constexpr[Attention], m: Operands, s: Int32, at: Place, early: cute.Tensor | None = None):
     """The heads' results. A query that was not prepared `early` is while keys are on their way.
 
     This CTA's tiles are rank, rank + splits, ...; lane i of a warp looks after one key of each.
@@ -128,18 +134,20 @@ def attend(a: Constexpr[Attention], m: Operands, s: Int32, at: Place, early: Tok
     entries = _addresses(m.entries, m.entries_scale, m.entries_tail)
     g_selected = _address(m.selected)
     key = at.rank * a.tile + warp * a.tile_rows + lane
-    t: Token = read_token(a, m, at) if const_expr(early is None) else early  # type: ignore[assignment]
+    query: cute.Tensor = (
+        read_query(a, m.q.toint(), at.token, at.head, warp, lane) if const_expr(early is None) else early  # type: ignore[assignment]
+    )
     entry = read_selection(a, g_selected, at.token, key)
-    visible = visible_entries(a, t.position)
+    visible = visible_entries(a, at.position)
     tiles = Int32(0)
-    if t.position >= 0:
+    if at.position >= 0:
         tiles = (a.window + a.tile - 1 + visible) // a.tile
     steps = (tiles - at.rank + a.splits - 1) // a.splits
-    place = find_key(a, key, entry, t.last, visible)
+    place = find_key(a, key, entry, at.last, visible)
     scales = cute.make_rmem_tensor(((a.tile_rows + 3) // 4,), Uint32)
-    fetch_tile(a, s + a.o_keys, window, entries, scales, t.ring_slot, t.slot, place, warp, lane)
+    fetch_tile(a, s + a.o_keys, window, entries, scales, at.ring_slot, at.slot, place, warp, lane)
     if const_expr(early is None):
-        t = prepare(a, s, at, t)
+        query = prepare_query(a, s, query, warp, lane)
 
     o = cute.make_rmem_tensor((4, 4), Float32)
     o.fill(0.0)
@@ -157,10 +165,10 @@ def attend(a: Constexpr[Attention], m: Operands, s: Int32, at: Place, early: Tok
             if step + 1 < steps:
                 key = key + a.splits * a.tile
                 entry = read_selection(a, g_selected, at.token, key)
-                place = find_key(a, key, entry, t.last, visible)
+                place = find_key(a, key, entry, at.last, visible)
                 s_next = s + a.o_keys + (step + 1) % 2 * (a.tile * a.row_bytes)
-                fetch_tile(a, s_next, window, entries, scales, t.ring_slot, t.slot, place, warp, lane)
-        scale = scores(a, s, s_keys, t.query, warp, lane)
+                fetch_tile(a, s_next, window, entries, scales, at.ring_slot, at.slot, place, warp, lane)
+        scale = scores(a, s, s_keys, query, warp, lane)
         cute.arch.sync_threads()
         soften(a, s, stats, warp, lane)
         cute.arch.sync_threads()
@@ -241,19 +249,13 @@ def prepare_query(
     a: Constexpr[Attention],
     sm: Int32,
     w: cute.Tensor,
-    frequency: Float32,
-    position: Int32,
     warp: Int32,
     lane: Int32,
 ):
     """A fragments [2h + sub][4] of what `read_query` read, normed per head and rotated. One barrier.
 
-    f16 for FP8 blocks, bf16 for BF16 ones. Leaves the pairs' cosines and sines in shared memory; lane n knows
-    frequency n.
+    f16 for FP8 blocks, bf16 for BF16 ones.
     """
-    if warp == 0:
-        c, s = rope.cos_sin(position.to(Float32) * frequency)
-        ptx.sts64(sm + a.o_turns + lane * 8, c.bitcast(Uint32), s.bitcast(Uint32))
     block = warp // 2
     for i in range_constexpr(2):
         total = Float32(0.0)

@@ -1,5 +1,5 @@
-"""MXFP4 weights of a tile of `gemm`: bulk copies bring units as they are packed, four warps expand them to
-e4m3 in rows of 128 swizzled bytes, two units of 16 rows each. Two warps copy rows of x meanwhile.
+"""MXFP4 weights of a tile of `gemm`: bulk copies bring units as they are packed, warps expand them to e4m3 in
+rows of 128 swizzled bytes. Two more copy rows of x meanwhile.
 """
 
 import cutlass
@@ -11,7 +11,7 @@ from dsv4c.codegen.lib.tiles import Tiles
 
 _asm = cute.arch.inline_ptx
 
-FAR = 11  # how many powers of two below the largest scale e4m3 holds all that e2m1 does, as normal numbers
+FAR = 9  # powers of two below the largest scale where e4m3 still holds all of e2m1, 12 being the largest
 
 # Copying ----------------------------------------------------------------------------------------------------
 
@@ -84,7 +84,7 @@ def copy_rows(
         for i in range_constexpr(t.own_rows):
             ptx.cp_async16(s_own + i * 1024, g_rows[i] + Int64((begin + step) * 128))
         ptx.cp_async_arrive(full)
-        s_f = s + t.o_factors + stage * t.FACTORS + thread * 4
+        s_f = s + t.o_factors + stage * t.factors + thread * 4
         for i in range_constexpr(each):
             ptx.sts_f32(s_f + 4 * t.COPIERS * i, ptx.ue8m0_to_f32(scales[i]))
         cute.arch.sync_warp()
@@ -100,18 +100,37 @@ def copy_rows(
 
 @cute.jit
 def expand(t: Constexpr[Tiles], s: Int32, at: Int32, warp: Int32, lane: Int32):
-    """A tile's weights from slots into its stages; `at` steps were expanded before. Warp of four."""
+    """A tile's weights from slots into its stages; `at` steps were expanded before. Warp of `t.EXPANDERS`.
+
+    What is read is on its way before the stage is free, which hides most of it.
+    """
+    each = const_expr(t.UNITS // t.EXPANDERS)
+    codes = cute.make_rmem_tensor((each, 8), Uint32)
+    scales = cute.make_rmem_tensor((each, 2), Uint32)
     for n in cutlass.range(t.steps // t.together, unroll=1):
         now = at // t.together + n
         slot = now % t.slots
         full = s + t.o_bars + 8 * (2 * t.stages + slot)
         ptx.mbarrier_wait(full, now // t.slots & 1)
+        s_slot = s + t.o_slots + slot * t.slot
+        ranges = [scale_range(t, s_slot + i * t.unit, lane) for i in range(t.together)]
         for i in range_constexpr(t.together):
+            top, least = ranges[i]
             step = at + n * t.together + i
             stage = step % t.stages
+            s_own = s_slot + warp * (each * t.together * t.unit) + i * t.unit
+            load_units(t, s_own, codes, scales, lane)
             gemm.wait_free(t, s, step)
-            s_w, s_f = s + t.o_w + stage * t.w_stage, s + t.o_factors + stage * t.FACTORS
-            lay_mxfp4(t, s_w, s_f, s + t.o_slots + slot * t.slot + i * t.unit, warp, lane)
+            s_w = s + t.o_w + stage * t.w_stage + warp * (each * 2048)
+            s_f = s + t.o_factors + stage * t.factors
+            if top - least <= Uint32(FAR):
+                if warp == 0 and lane == 0:
+                    ptx.sts_f32(s_f + 2 * t.row_bytes, scaled_down(top, 1))
+                lay_near(t, s_w, codes, scales, top, lane)
+            else:
+                if warp == 0 and lane == 0:
+                    ptx.sts_f32(s_f + 2 * t.row_bytes, Float32(0.0))
+                lay_far(t, s_w, s_f + t.row_bytes + warp * (each * 64), codes, scales, lane)
             cute.arch.sync_warp()
             if lane == 0:
                 ptx.mbarrier_arrive(s + t.o_bars + 8 * stage)
@@ -122,62 +141,82 @@ def expand(t: Constexpr[Tiles], s: Int32, at: Int32, warp: Int32, lane: Int32):
 
 
 @cute.jit
-def own_unit(t: Constexpr[Tiles], s_unit: Int32, n: Constexpr[int], warp: Int32):
-    """Where unit `n` of the warp's two lies whose first of the tile is at `s_unit`."""
-    return s_unit + (2 * warp + n) * (t.together * t.unit)
+def load_units(t: Constexpr[Tiles], s_own: Int32, codes: cute.Tensor, scales: cute.Tensor, lane: Int32):
+    """A warp's units of a step, the first at `s_own`, to registers."""
+    for n in range_constexpr(t.UNITS // t.EXPANDERS):
+        s_unit = s_own + n * (t.together * t.unit)
+        for half in range_constexpr(2):
+            words = ptx.lds128(s_unit + 512 * half + lane * 16)
+            for j in range_constexpr(4):
+                codes[n, 4 * half + j] = words[j]
+        pair = ptx.lds64(s_unit + 1024 + lane // 4 * 8)
+        for half in range_constexpr(2):
+            scales[n, half] = pair[half]
 
 
 @cute.jit
-def lay_mxfp4(t: Constexpr[Tiles], s_w: Int32, s_f: Int32, s_unit: Int32, warp: Int32, lane: Int32):
-    """MXFP4 units as e4m3, and what that leaves out of their scales: one factor where the tile's scales are
-    near each other, else 0 for it, and one of each row.
+def lay_near(
+    t: Constexpr[Tiles], s_w: Int32, codes: cute.Tensor, scales: cute.Tensor, top: Uint32, lane: Int32
+):
+    """Units whose scales are 2^-`FAR` of 2^`top` or more as e4m3 in their rows, exact: times 2^(1 - top), by
+    way of f16.
     """
-    top, least = scale_range(t, s_unit, lane)
-    if top - least <= Uint32(FAR):
-        if warp == 0 and lane == 0:
-            ptx.sts_f32(s_f + 1024, scaled_down(top))
-        lay_e4m3(t, s_w, s_f, s_unit, top, True, warp, lane)
-    else:
-        if warp == 0 and lane == 0:
-            ptx.sts_f32(s_f + 1024, Float32(0.0))
-        lay_e4m3(t, s_w, s_f, s_unit, top, False, warp, lane)
+    q, row = lane % 4, units.reversed_row(lane)
+    less = (Uint32(30) - top) * Uint32(0x04000400)  # exponent of 2^15, which 2^1 and placed bits' 2^14 make
+    for n in range_constexpr(t.UNITS // t.EXPANDERS):
+        for c in range_constexpr(4):
+            factors = []
+            for r in range_constexpr(2):
+                scale = scales[n, c // 2] >> Uint32(16 * (c % 2) + 8 * r) & Uint32(255)
+                factors.append(scale * Uint32(0x04000400) + less)
+            a = units.place_e2m1x8(codes[n, 2 * c])
+            b = units.place_e2m1x8(codes[n, 2 * c + 1])
+            s_piece = s_w + n * 2048 + row * 128 + ((2 * c + q // 2) ^ row) * 16 + q % 2 * 8
+            for r in range_constexpr(2):
+                low = scaled_to_e4m3x4(a[r], a[2 + r], factors[r])
+                high = scaled_to_e4m3x4(b[r], b[2 + r], factors[r])
+                ptx.sts64(s_piece + 1024 * r, low, high)
 
 
 @cute.jit
-def lay_e4m3(
+def scaled_to_e4m3x4(low: Uint32, high: Uint32, factor: Uint32):
+    """Two f16x2 times an f16x2 as four e4m3, rounded."""
+    return _asm(
+        "{ .reg .b32 a, b; .reg .b16 c, d; mul.rn.f16x2 a, {$r0}, {$r2}; mul.rn.f16x2 b, {$r1}, {$r2}; "
+        "cvt.rn.satfinite.e4m3x2.f16x2 c, a; cvt.rn.satfinite.e4m3x2.f16x2 d, b; mov.b32 {$w0}, {c, d}; }",
+        write_only_types=[Uint32],
+        read_only_args=[low, high, factor],
+    )
+
+
+@cute.jit
+def lay_far(
     t: Constexpr[Tiles],
     s_w: Int32,
-    s_f: Int32,
-    s_unit: Int32,
-    top: Uint32,
-    near: Constexpr[bool],
-    warp: Int32,
+    s_tops: Int32,
+    codes: cute.Tensor,
+    scales: cute.Tensor,
     lane: Int32,
 ):
-    """MXFP4 codes in their rows; `near`: all scales are 2^-`FAR` of 2^`top` or more."""
-    g, q, row = lane // 4, lane % 4, units.reversed_row(lane)
-    for n in range_constexpr(2):
-        s_own = own_unit(t, s_unit, n, warp)
-        scales = ptx.lds64(s_own + 1024 + g * 8)
-        tops = [top, top]
-        if const_expr(not near):
-            tops = row_tops(*scales)
-            if q == 0:
-                for r in range_constexpr(2):
-                    s_top = s_f + 512 + ((2 * warp + n) * 16 + row + 8 * r) * 4
-                    ptx.sts_f32(s_top, scaled_down(tops[r]))
+    """Units as e4m3 in their rows, times 2^6 over the largest scale of their row, and what that leaves out to
+    the row's factor.
+    """
+    q, row = lane % 4, units.reversed_row(lane)
+    for n in range_constexpr(t.UNITS // t.EXPANDERS):
+        tops = row_tops(scales[n, 0], scales[n, 1])
+        if q == 0:
+            for r in range_constexpr(2):
+                ptx.sts_f32(s_tops + (n * 16 + row + 8 * r) * 4, scaled_down(tops[r], 6))
         for c in range_constexpr(4):
-            if const_expr(c % 2 == 0):
-                w = ptx.lds128(s_own + 256 * c + lane * 16)
             tables = []
             for r in range_constexpr(2):
-                scale = scales[c // 2] >> Uint32(16 * (c % 2) + 8 * r) & Uint32(255)
-                tables.extend(e4m3_table(scale, tops[r], near))
-            a = e2m1x8_to_e4m3x4x2(w[c % 2 * 2], *tables)
-            b = e2m1x8_to_e4m3x4x2(w[c % 2 * 2 + 1], *tables)
-            s_piece = s_w + (2 * warp + n) * 2048 + row * 128 + ((2 * c + q // 2) ^ row) * 16 + q % 2 * 8
-            ptx.sts64(s_piece, a[0], b[0])
-            ptx.sts64(s_piece + 1024, a[1], b[1])
+                scale = scales[n, c // 2] >> Uint32(16 * (c % 2) + 8 * r) & Uint32(255)
+                tables.extend(e4m3_table(scale, tops[r]))
+            a = e2m1x8_to_e4m3x4x2(codes[n, 2 * c], *tables)
+            b = e2m1x8_to_e4m3x4x2(codes[n, 2 * c + 1], *tables)
+            s_piece = s_w + n * 2048 + row * 128 + ((2 * c + q // 2) ^ row) * 16 + q % 2 * 8
+            for r in range_constexpr(2):
+                ptx.sts64(s_piece + 1024 * r, a[r], b[r])
 
 
 @cute.jit
@@ -247,22 +286,18 @@ def _warp_max(r: Uint32):
 
 
 @cute.jit
-def scaled_down(top: Uint32):
-    """2^(top - 6 - 127), what the tables of `e4m3_table` leave out; no less than 0."""
-    return Uint32(cutlass.max(Int32(top) - 6, Int32(0)) << Int32(23)).bitcast(Float32)
+def scaled_down(top: Uint32, by: Constexpr[int]):
+    """2^(top - by - 127); no less than 2^-126."""
+    return Uint32(cutlass.max(Int32(top) - by, Int32(1)) << Int32(23)).bitcast(Float32)
 
 
 @cute.jit
-def e4m3_table(scale: Uint32, top: Uint32, near: Constexpr[bool]):
+def e4m3_table(scale: Uint32, top: Uint32):
     """e4m3 bytes of 2^(scale - top + 6) times 0 .5 1 1.5 and 2 3 4 6. Exact down to 2^-14 of 2^`top`; what is
-    below is rounded as e4m3 rounds. `near`: 2^-`FAR` or more.
+    below is rounded as e4m3 rounds.
     """
-    low = scale * Uint32(0x08080800) + (Uint32(0x6C686000) - top * Uint32(0x08080800))
-    high = scale * Uint32(0x08080808) + (Uint32(0x7C787470) - top * Uint32(0x08080808))
-    if const_expr(not near):
-        j = Int32(scale) - Int32(top) + 6  # at most 6
-        f = Uint32(cutlass.max(j + 127, Int32(0)) << Int32(23)).bitcast(Float32)
-        zero = Float32(0.0)
-        low = quantize.codes4(zero, f * Float32(0.5), f, f * Float32(1.5))
-        high = quantize.codes4(f * Float32(2.0), f * Float32(3.0), f * Float32(4.0), f * Float32(6.0))
+    j = Int32(scale) - Int32(top) + 6  # at most 6
+    f = Uint32(cutlass.max(j + 127, Int32(0)) << Int32(23)).bitcast(Float32)
+    low = quantize.codes4(Float32(0.0), f * Float32(0.5), f, f * Float32(1.5))
+    high = quantize.codes4(f * Float32(2.0), f * Float32(3.0), f * Float32(4.0), f * Float32(6.0))
     return low, high

@@ -3,7 +3,7 @@
 Weights come as the GEMVs read them (`units`). Loading threads hold steps in registers, widen what tensor
 cores do not multiply, and write rows of 128 bytes, eight 16-byte pieces swizzled to a row, as wgmma reads
 them; of MXFP4 weights `expanding` does. FP8 tensor cores keep about 13 bits inside one instruction: so sums
-of 128 columns are scaled and added up in f32 registers.
+of 128 columns are scaled and added up in f32 registers. What is bf16 they add up themselves.
 """
 
 import cutlass
@@ -41,7 +41,7 @@ def open_ring(t: Constexpr[Tiles], s: Int32, thread: Int32):
             ptx.mbarrier_init(s + t.o_bars + 8 * (t.stages + i), t.CONSUMERS // 32)
         for i in range_constexpr(t.slots):
             ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + i), t.FEEDERS)
-            ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + t.slots + i), 4)
+            ptx.mbarrier_init(s + t.o_bars + 8 * (2 * t.stages + t.slots + i), t.EXPANDERS)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
 
@@ -155,8 +155,7 @@ def load(
     at: Int32,
     g_x: Int64,
     g_fx: Int64,
-    rows: cute.Tensor,
-    scaled_row: Int32,
+    rows: tuple,
     g_w: tuple,
     g_fw: tuple,
     first: Int32,
@@ -168,20 +167,17 @@ def load(
     """A tile's steps from `begin` on into the ring; `at` steps were laid down before. Thread of `team`, four
     warps.
 
-    `rows` are the thread's rows of x, `scaled_row` the one whose scale it loads. Of each matrix, one or two,
-    the tile has the 16-row tiles from `first` on, none after `last`; `g_fw` is where FP8 block scales of
-    these rows start.
+    `rows` of x are the first of the tile's and the last that there is, or of experts those that the thread
+    copies and the one whose scale it loads. Of each matrix, one or two, the tile has the 16-row tiles from
+    `first` on, none after `last`; `g_fw` is where FP8 block scales of these rows start.
     """
     lane, warp = thread % 32, thread // 32
     g_units = unit_places(t, g_w, first, last, lane, warp) if const_expr(t.pieces) else None
-    g_rows = cute.make_rmem_tensor((t.own_rows,), Int64)
-    for i in range_constexpr(t.own_rows):
-        g_rows[i] = g_x + (Int64(rows[i]) * t.stride + thread % 8 * 16)
     held = cute.make_rmem_tensor((t.ahead, max(t.words, 1)), Uint32)
-    scales = cute.make_rmem_tensor((t.ahead, 2), Int32)
+    scales = cute.make_rmem_tensor((t.ahead, 1 + t.halves), Int32)
     for i in range_constexpr(t.ahead):
         step = begin + i * t.loaders + team
-        fetch(t, held, scales, i, g_x, g_fx, rows, scaled_row, g_units, g_fw, step, lane, warp)
+        fetch(t, held, scales, i, g_x, g_fx, rows, g_units, g_fw, step, thread)
     for group in cutlass.range(t.steps // (t.ahead * t.loaders), unroll=1):
         for i in range_constexpr(t.ahead):
             step = (group * t.ahead + i) * t.loaders + team
@@ -192,18 +188,18 @@ def load(
             if const_expr(t.kind == "f16"):
                 lay_x(t, s_x, held, i, thread)
             else:
-                copy_x(t, s_x, g_rows, begin + step, thread)
+                copy_x(t, s_x, g_x, rows, begin + step, thread)
             if const_expr(t.weight == "plain"):
                 copy_weights(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, begin + step, thread)
             if const_expr(t.kind != "f16"):
                 ptx.cp_async_arrive(full)
-            lay_factors(t, s + t.o_factors + stage * t.FACTORS, scales, i, thread)
-            lay_weights(t, s, stage, held, i, lane, warp)
+            lay_factors(t, s + t.o_factors + stage * t.factors, scales, i, thread)
+            lay_weights(t, s, stage, held, scales, i, lane, warp)
             cute.arch.sync_warp()
             if lane == 0:
                 ptx.mbarrier_arrive(full)
             following = begin + cutlass.min(step + t.ahead * t.loaders, Int32(t.steps - 1))
-            fetch(t, held, scales, i, g_x, g_fx, rows, scaled_row, g_units, g_fw, following, lane, warp)
+            fetch(t, held, scales, i, g_x, g_fx, rows, g_units, g_fw, following, thread)
 
 
 @cute.jit
@@ -214,11 +210,20 @@ def x_row(t: Constexpr[Tiles], i: Constexpr[int], thread: Int32):
 
 
 @cute.jit
-def copy_x(t: Constexpr[Tiles], s_x: Int32, g_rows: cute.Tensor, step: Int32, thread: Int32):
+def row_of_x(t: Constexpr[Tiles], rows: tuple, i: Constexpr[int], thread: Int32):
+    """Which row of x that is; the last one again for those that are not there."""
+    if const_expr(t.experts):
+        return rows[0][i]
+    return cutlass.min(rows[0] + x_row(t, i, thread), rows[1])
+
+
+@cute.jit
+def copy_x(t: Constexpr[Tiles], s_x: Int32, g_x: Int64, rows: tuple, step: Int32, thread: Int32):
     """A step of the tile's rows of x, as they lie in memory, in flight."""
     s_own = s_x + thread // 8 * 128 + (thread % 8 ^ thread // 8 % 8) * 16  # rows are 16 apart
+    g_step = g_x + Int64(step * 128 + thread % 8 * 16)
     for i in range_constexpr(t.own_rows):
-        ptx.cp_async16(s_own + i * 2048, g_rows[i] + Int64(step * 128))
+        ptx.cp_async16(s_own + i * 2048, g_step + Int64(row_of_x(t, rows, i, thread)) * t.stride)
 
 
 @cute.jit
@@ -252,14 +257,13 @@ def lay_factors(t: Constexpr[Tiles], s_f: Int32, scales: cute.Tensor, i: Constex
     if const_expr(not t.promotes):
         return
     if thread < t.height:
-        x = Float32(1.0)
-        if const_expr(t.scaled):
-            x = ptx.ue8m0_to_f32(Uint32(scales[i, 0]))
-        for m in range_constexpr(t.row_factors):
-            f = x
-            if const_expr(t.weight == "fp8"):
-                f = x * ptx.ue8m0_to_f32(Uint32(scales[i, 1] >> Int32(8 * m) & Int32(255)))
-            ptx.sts_f32(s_f + 512 * m + thread * 4, f)
+        for n in range_constexpr(t.halves):
+            x = ptx.ue8m0_to_f32(Uint32(scales[i, 1 + n]))
+            for m in range_constexpr(t.row_factors):
+                f = x
+                if const_expr(t.weight == "fp8"):
+                    f = x * ptx.ue8m0_to_f32(Uint32(scales[i, 0] >> Int32(8 * m) & Int32(255)))
+                ptx.sts_f32(s_f + t.row_bytes * m + (128 * n + thread) * 4, f)
 
 
 @cute.jit
@@ -320,26 +324,29 @@ def fetch(
     i: Constexpr[int],
     g_x: Int64,
     g_fx: Int64,
-    rows: cute.Tensor,
-    scaled_row: Int32,
+    rows: tuple,
     g_units: cute.Tensor,
     g_fw: tuple,
     step: Int32,
-    lane: Int32,
-    warp: Int32,
+    thread: Int32,
 ):
-    """The thread's share of a step's weights, in flight to registers `i`, and the scales of its row."""
+    """The thread's share of a step's weights, in flight to registers `i`, and scales: those of the weights,
+    then of its rows of x.
+    """
     if const_expr(t.weight == "plain"):
         return
+    lane = thread % 32
     unit, part = step // t.per_unit, step % t.per_unit
     behind = unit // t.span * (t.tiles * t.span * t.unit) + unit % t.span * t.unit
     block = step * t.each // 128
     if const_expr(t.scaled):
-        scales[i, 0] = Int32(ptx.ldg_u8(g_fx + Int64(scaled_row) * t.blocks + block))
+        for n in range_constexpr(t.halves):
+            row = rows[1] if const_expr(t.experts) else cutlass.min(rows[0] + thread + 128 * n, rows[1])
+            scales[i, 1 + n] = Int32(ptx.ldg_u8(g_fx + Int64(row) * t.blocks + block))
     if const_expr(t.weight == "fp8"):
-        scales[i, 1] = Int32(ptx.ldg_u8_constant(g_fw[0] + block))
+        scales[i, 0] = Int32(ptx.ldg_u8_constant(g_fw[0] + block))
         if const_expr(t.paired):
-            scales[i, 1] = scales[i, 1] | Int32(ptx.ldg_u8_constant(g_fw[1] + block)) << Int32(8)
+            scales[i, 0] = scales[i, 0] | Int32(ptx.ldg_u8_constant(g_fw[1] + block)) << Int32(8)
     for n in range_constexpr(t.pieces):
         if const_expr(t.weight == "bf16"):
             g_piece = g_units[n // 2] + Int64(behind + n % 2 * 512)
@@ -356,7 +363,7 @@ def fetch(
             held[i, t.pieces * 4 + n] = ptx.ldg32_constant(g_units[n] + Int64(at))
     if const_expr(t.kind == "f16"):
         for n in range_constexpr(t.own_rows):
-            v = ptx.ldg128(g_x + Int64(rows[n]) * t.stride + step * 64 + lane % 4 * 16)
+            v = ptx.ldg128(g_x + Int64(row_of_x(t, rows, n, thread)) * t.stride + step * 64 + lane % 4 * 16)
             for j in range_constexpr(4):
                 held[i, t.words - 4 * t.own_rows + 4 * n + j] = v[j]
 
@@ -367,6 +374,7 @@ def lay_weights(
     s: Int32,
     stage: Int32,
     held: cute.Tensor,
+    scales: cute.Tensor,
     i: Constexpr[int],
     lane: Int32,
     warp: Int32,
@@ -376,6 +384,18 @@ def lay_weights(
     if const_expr(t.weight == "nvfp4"):
         g = units.reversed_row(lane)
     s_row = s + t.o_w + stage * t.w_stage + g * 128
+    if const_expr(t.weight == "fp8" and t.kind == "bf16"):
+        scale = scales[i, 0]
+        if const_expr(t.paired):
+            scale = scale >> warp // 2 * 8 & Int32(255)
+        most = Int32(134)  # the largest that one factor of bf16 holds besides the 2^120
+        factor = Uint32((cutlass.min(scale, most) + 120) * 0x00800080)
+        if scale > most:
+            rest = Uint32((scale - 7) * 0x00800080)
+            lay_widened(t, s_row, held, i, (factor, rest), g, q, warp)
+        else:
+            lay_widened(t, s_row, held, i, (factor,), g, q, warp)
+        return
     for n in range_constexpr(t.pieces):
         w = [held[i, 4 * n + j] for j in range(4)]
         s_unit = s_row + unit_of(t, n, warp) * 2048
@@ -383,11 +403,6 @@ def lay_weights(
             s_piece = s_unit + ((2 * warp + q // 2) ^ g) * 16 + q % 2 * 8
             ptx.sts64(s_piece, w[0], w[1])
             ptx.sts64(s_piece + 1024, w[2], w[3])
-        elif const_expr(t.weight == "fp8"):
-            s_piece = s_unit + ((4 * (warp % 2) + q) ^ g) * 16
-            for half in range_constexpr(2):
-                pairs = [pair for j in range(2) for pair in e4m3x4_to_bf16x2x2(w[2 * half + j])]
-                ptx.sts128(s_piece + 1024 * half, *pairs)
         elif const_expr(t.weight == "bf16"):
             if const_expr(n % 2 == 0):
                 v = [held[i, 4 * n + 4 + j] for j in range(4)]
@@ -409,14 +424,37 @@ def lay_weights(
 
 
 @cute.jit
+def lay_widened(
+    t: Constexpr[Tiles],
+    s_row: Int32,
+    held: cute.Tensor,
+    i: Constexpr[int],
+    factors: tuple,
+    g: Int32,
+    q: Int32,
+    warp: Int32,
+):
+    """e4m3 codes times their scale as bf16 into their rows. `factors` are the scale and the 2^120 that bits
+    in place lack, in one number or two.
+    """
+    for n in range_constexpr(t.pieces):
+        s_piece = s_row + unit_of(t, n, warp) * 2048 + ((4 * (warp % 2) + q) ^ g) * 16
+        for half in range_constexpr(2):
+            pairs = [p for j in range(2) for p in e4m3x4_to_bf16x2x2(held[i, 4 * n + 2 * half + j])]
+            for f in factors:
+                pairs = [ptx.mul_bf16x2(p, f) for p in pairs]
+            ptx.sts128(s_piece + 1024 * half, *pairs)
+
+
+@cute.jit
 def e4m3x4_to_bf16x2x2(r: Uint32):
-    """Four e4m3 -> two bf16x2, exact: the bits in place, times the 2^120 that they lack."""
+    """Four e4m3 -> two bf16x2 of the value times 2^-120, exact: the bits in place."""
     return _asm(
-        "{ .reg .b32 t, u, m; mov.b32 m, 0x7B807B80; "
+        "{ .reg .b32 t, u; "
         "prmt.b32 t, {$r0}, 0, 0x1404; shr.u32 u, t, 4; and.b32 u, u, 0x07F007F0; "
-        "lop3.b32 u, t, 0x80008000, u, 0xEA; mul.rn.bf16x2 {$w0}, u, m; "
+        "lop3.b32 {$w0}, t, 0x80008000, u, 0xEA; "
         "prmt.b32 t, {$r0}, 0, 0x3424; shr.u32 u, t, 4; and.b32 u, u, 0x07F007F0; "
-        "lop3.b32 u, t, 0x80008000, u, 0xEA; mul.rn.bf16x2 {$w1}, u, m; }",
+        "lop3.b32 {$w1}, t, 0x80008000, u, 0xEA; }",
         write_only_types=[Uint32] * 2,
         read_only_args=[r],
     )
@@ -426,9 +464,9 @@ def e4m3x4_to_bf16x2x2(r: Uint32):
 
 
 @cute.jit
-def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group: Int32, thread: Int32):
-    """sums = x w^T of a tile, f32 fragments of the warpgroup's 64 rows and `t.wide` columns; `at` steps were
-    multiplied before.
+def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int32):
+    """x w^T of a tile: f32 fragments of 64 rows and `t.wide` columns, `t.halves` of each warpgroup; `at`
+    steps were multiplied before.
     """
     number = NUMBERS[t.kind]
     k_major = OperandMajorMode.K
@@ -442,37 +480,54 @@ def multiply(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, at: Int32, group:
     own = mma.get_slice(thread % 128)
     x = mma.make_fragment_A(own.partition_A(s_x))
     w = mma.make_fragment_B(own.partition_B(s_w))
-    products = cute.make_rmem_tensor(mma.partition_shape_C((64, t.wide)), Float32)
-    row = thread % 128 // 32 * 16 + thread % 32 // 4 + (group * 64 if const_expr(x_parts == 2) else 0)
+    part = const_expr(mma.partition_shape_C((64, t.wide)))
+    sums = [cute.make_rmem_tensor(part, Float32) for _ in range(t.halves)]
+    for half in range_constexpr(t.halves):
+        sums[half].fill(0.0)
+    products = cute.make_rmem_tensor(part, Float32) if const_expr(t.promotes) else None
+    row = thread % 128 // 32 * 16 + thread % 32 // 4
+    x_first = const_expr(t.halves) * group if const_expr(x_parts > 1) else Int32(0)
     column = thread % 4 * 2 + (group * 64 if const_expr(w_parts == 2) else 0)
-    sums.fill(0.0)
+    mma.set(warpgroup.Field.ACCUMULATE, not t.promotes)
     for step in cutlass.range(t.steps, unroll=1):
         stage = (at + step) % t.stages
         full = s + t.o_bars + 8 * stage
         ptx.mbarrier_wait(full, (at + step) // t.stages & 1)
         # Here and not where it was written: there it would wait for all loads in flight.
         ptx.fence_async()
-        x_at = stage * 2 + group if const_expr(x_parts == 2) else stage
         w_at = stage * 2 + group if const_expr(w_parts == 2) else stage
-        s_f = s + t.o_factors + stage * t.FACTORS
-        f = load_factors(t, s_f, row)
-        warpgroup.fence()
-        mma.set(warpgroup.Field.ACCUMULATE, False)
-        for c in range_constexpr(4):
-            cute.gemm(mma, products, x[None, None, c, x_at], w[None, None, c, w_at], products)
-            mma.set(warpgroup.Field.ACCUMULATE, True)
-        warpgroup.commit_group()
-        warpgroup.wait_group(0)
-        if const_expr(t.expands):
-            if f[1, 0] > Float32(0.0):
-                release(t, full, thread)
-                add_scaled(t, sums, products, f)
+        s_f = s + t.o_factors + stage * t.factors
+        for half in range_constexpr(t.halves):
+            x_at = stage * x_parts + x_first + half
+            last = const_expr(half == t.halves - 1)
+            if const_expr(t.promotes):
+                f = load_factors(t, s_f, row + (x_first + half) * 64)
+                warpgroup.fence()
+                mma.set(warpgroup.Field.ACCUMULATE, False)
+                for c in range_constexpr(4):
+                    cute.gemm(mma, products, x[None, None, c, x_at], w[None, None, c, w_at], products)
+                    mma.set(warpgroup.Field.ACCUMULATE, True)
+                warpgroup.commit_group()
+                warpgroup.wait_group(0)
+                if const_expr(not t.expands):
+                    if const_expr(last):
+                        release(t, full, thread)
+                    add_scaled(t, sums[half], products, f)
+                elif cute.arch.make_warp_uniform(f[1, 0].bitcast(Int32)) > 0:
+                    release(t, full, thread)
+                    add_scaled(t, sums[half], products, f)
+                else:
+                    add_scaled_apart(t, sums[half], products, f, s_f, column)
+                    release(t, full, thread)
             else:
-                add_scaled_apart(t, sums, products, f, s_f, column)
-                release(t, full, thread)
-        else:
-            release(t, full, thread)
-            add_scaled(t, sums, products, f)
+                warpgroup.fence()
+                for c in range_constexpr(4):
+                    cute.gemm(mma, sums[half], x[None, None, c, x_at], w[None, None, c, w_at], sums[half])
+                warpgroup.commit_group()
+                if const_expr(last):
+                    warpgroup.wait_group(0)
+                    release(t, full, thread)
+    return sums
 
 
 @cute.jit
@@ -483,9 +538,9 @@ def load_factors(t: Constexpr[Tiles], s_f: Int32, row: Int32) -> cute.Tensor:
     f = cute.make_rmem_tensor((2, 2), Float32)
     for m in range_constexpr(t.row_factors):
         for half in range_constexpr(2):
-            f[m, half] = ptx.lds_f32(s_f + 512 * m + (row + 8 * half) * 4)
+            f[m, half] = ptx.lds_f32(s_f + t.row_bytes * m + (row + 8 * half) * 4)
     if const_expr(t.expands):
-        f[1, 0] = ptx.lds_f32(s_f + 1024)
+        f[1, 0] = ptx.lds_f32(s_f + 2 * t.row_bytes)
         for half in range_constexpr(2):
             if f[1, 0] > Float32(0.0):
                 f[0, half] = f[0, half] * f[1, 0]
@@ -498,7 +553,7 @@ def add_scaled_apart(
 ):
     """sums += products times the factors of their row and of their column, from `column` on."""
     for j in range_constexpr(t.wide // 8):
-        top = ptx.lds64(s_f + 512 + (column + 8 * j) * 4)
+        top = ptx.lds64(s_f + t.row_bytes + (column + 8 * j) * 4)
         for i in range_constexpr(2):
             for half in range_constexpr(2):
                 at = const_expr(4 * j + 2 * half + i)
@@ -507,16 +562,13 @@ def add_scaled_apart(
 
 @cute.jit
 def add_scaled(t: Constexpr[Tiles], sums: cute.Tensor, products: cute.Tensor, f: cute.Tensor):
-    """sums += products, times the factors of their row and matrix where there are."""
+    """sums += products times the factors of their row and matrix."""
     for j in range_constexpr(t.wide // 8):
         m = const_expr(j // 2 % 2 if t.row_factors == 2 else 0)
         for i in range_constexpr(2):
             for half in range_constexpr(2):
                 at = const_expr(4 * j + 2 * half + i)
-                value = products[at]
-                if const_expr(t.promotes):
-                    value = value * f[m, half]
-                sums[at] = sums[at] + value
+                sums[at] = sums[at] + products[at] * f[m, half]
 
 
 @cute.jit

@@ -417,7 +417,7 @@ class Selection:
     @property
     def passes(self) -> tuple[tuple[int, int], ...]:
         """(lowest bit, width) of each digit, leading digit first."""
-        return ((21, 11), (16, 5)) if self.bits == 16 else ((21, 11), (10, 11), (0, 10))
+        return ((24, 8), (16, 8)) if self.bits == 16 else ((21, 11), (10, 11), (0, 10))
 
     @property
     def alone(self) -> Selection:
@@ -437,6 +437,42 @@ class Selection:
     def shared(self) -> int:
         """Bytes: warp sums (128), choice and totals (128), histograms, the cluster's counts."""
         return self.o_sums + (8192 if self.splits > 1 else 0)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Index scores of a token and the best of them, by a cluster of `ctas` CTAs: all of them score, and send
+    what they have to the first, which chooses.
+    """
+
+    index: Index
+    best: Selection
+    ctas: int
+
+    @property
+    def o_sent(self) -> int:
+        """After what scoring takes: a warp's scores, f32 [warps][16 tiles], on their way to the first CTA."""
+        return self.index.shared
+
+    @property
+    def o_scores(self) -> int:
+        """The token's scores f32 [capacity], in the first CTA: whole groups of four."""
+        return self.o_sent + self.index.keys * 4
+
+    @property
+    def o_counts(self) -> int:
+        """What choosing takes."""
+        return self.o_scores + -(-self.index.capacity // 4) * 16
+
+    @property
+    def o_bar(self) -> int:
+        """The barrier that counts the bytes of scores."""
+        return self.o_counts + self.best.shared
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.o_bar + 8
 
 
 @dataclass(frozen=True)

@@ -19,26 +19,6 @@ BYTES = {format: UNIT_BYTES[format] for format in FORMATS}
 IN_FLIGHT = 32 * 1024
 
 
-@dataclass(frozen=True)
-class Gather:
-    """Values whose columns are joined: of each, a rank has `rows` of `words[i]` words of 4 bytes. A launch's
-    first CTAs give them; every CTA takes what it reads.
-    """
-
-    ranks: int
-    rows: int
-    words: tuple[int, ...]
-
-    @property
-    def width(self) -> int:
-        """Words of a row of all values, on each rank."""
-        return sum(self.words)
-
-    def first(self, value: int) -> int:
-        """The first of a value's words in a row of all."""
-        return sum(self.words[:value])
-
-
 class Layout:
     """Arrays of a CTA's shared memory, bytes by name, one after the other from multiples of 16 on. Each name
     is the array's offset from the allocation, `end` where the last one ends.

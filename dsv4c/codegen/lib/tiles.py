@@ -28,9 +28,13 @@ class Tiles:
     scale per 128 (`scaled`) or bf16, rows `stride` bytes apart. `tiles` x `span`: how w is packed. `paired`:
     the tile's rows are 16 of one matrix and 16 of another in turn. Eight warps multiply; `loaders` times four
     lay down steps, `stages` of which shared memory holds, and each four hold `ahead` of their own in
-    registers. Of MXFP4 four expand weights, and of the other four two copy x, two weights. Rows of `experts`
-    take tiles of their own. `splits` CTAs of a cluster share a tile's k, and
-    each adds up all of their sums for its part of the columns.
+    registers. Of MXFP4 eight expand weights, and of four more two copy x, two weights. Rows of `experts`
+    take tiles of their own. `splits` CTAs of a cluster share a tile's k, and each adds up all of their sums
+    for its part of the columns.
+
+    What limits tiles is the 128 bytes a cycle that shared memory and L1 share. A step of 128 rows moves 48 KB
+    of operands to tensor cores, which take 384 cycles of their 512, 16 KB of x, and of w, through registers,
+    three times what it has: hence 256 rows where there are that many tiles.
     """
 
     weight: str
@@ -51,10 +55,10 @@ class Tiles:
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     STEP: ClassVar[int] = 128  # bytes of k of an operand in a step
-    FACTORS: ClassVar[int] = 1152  # bytes of a stage's factors
     UNITS: ClassVar[int] = 8  # of 16 rows, in a tile
     COPIERS: ClassVar[int] = 64  # threads that copy x where warps of their own expand w
     FEEDERS: ClassVar[int] = 2  # warps that copy w there
+    EXPANDERS: ClassVar[int] = 8  # warps that expand it
 
     @property
     def expands(self) -> bool:
@@ -64,7 +68,7 @@ class Tiles:
     @property
     def threads(self) -> int:
         """Of a CTA."""
-        return self.CONSUMERS + 128 * self.loaders
+        return self.CONSUMERS + (32 * self.EXPANDERS + 128 if self.expands else 128 * self.loaders)
 
     @property
     def each(self) -> int:
@@ -77,8 +81,13 @@ class Tiles:
         return self.k // self.each // self.splits
 
     @property
+    def halves(self) -> int:
+        """Times 64 rows that a warpgroup multiplies, one after the other."""
+        return max(1, self.height // 128)
+
+    @property
     def summed(self) -> int:
-        """Groups of 8 columns of a warpgroup that a CTA adds up."""
+        """Groups of 8 columns of a warpgroup that a CTA adds up, of each 64 rows."""
         return self.wide // 8 // self.splits
 
     @property
@@ -88,8 +97,8 @@ class Tiles:
 
     @property
     def wide(self) -> int:
-        """Columns of the tile that a warpgroup has: all for 64 of 128 rows, or half for 64 of 64."""
-        return 128 if self.height == 128 else 64
+        """Columns of the tile that a warpgroup has: all for half of the rows, or half for 64 of 64."""
+        return 64 if self.height == 64 else 128
 
     @property
     def made(self) -> int:
@@ -98,13 +107,23 @@ class Tiles:
 
     @property
     def promotes(self) -> bool:
-        """Whether each step's products are scaled on their own."""
-        return self.weight not in ("bf16", "plain")
+        """Whether each step's products are scaled on their own, and not added up by tensor cores."""
+        return self.scaled
 
     @property
     def row_factors(self) -> int:
         """Factors of a step per row of x: of both matrices' blocks, or one."""
         return 2 if self.paired and self.weight == "fp8" else int(self.promotes)
+
+    @property
+    def factors(self) -> int:
+        """Bytes of a stage's factors."""
+        return 2 * self.row_bytes + 128
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of factors of the tile's rows, or of its columns."""
+        return 4 * max(self.height, self.COLUMNS)
 
     @property
     def pieces(self) -> int:
@@ -121,7 +140,7 @@ class Tiles:
     def arrivals(self) -> int:
         """That fill a stage: each warp's, and each thread's when its copies have come."""
         if self.expands:
-            return 4 + self.COPIERS // 32 + self.COPIERS
+            return self.EXPANDERS + self.COPIERS // 32 + self.COPIERS
         return 4 if self.kind == "f16" else 4 + 128
 
     @property
@@ -199,14 +218,12 @@ class Tiles:
 
     @property
     def o_factors(self) -> int:
-        """Per stage f32 [128] by row, then [128] by column, or by row for the second matrix, then one of the
-        tile.
-        """
+        """Per stage f32 by row, then by column, or by row for the second matrix, then one of the tile."""
         return self.o_w + self.stages * self.w_stage
 
     @property
     def o_slots(self) -> int:
-        return self.o_factors + self.stages * self.FACTORS
+        return self.o_factors + self.stages * self.factors
 
     @property
     def pitch(self) -> int:
@@ -236,20 +253,20 @@ class Tiles:
     def registers(self) -> tuple[int, ...]:
         """Of a thread that multiplies, and of one that loads, or expands, and of one that copies."""
         if self.expands:
-            return 168, 104, 72
+            return 144, 64, 64
         if self.loaders == 2:
             return 160, 96
-        return (168, 168) if self.ahead > 2 else (192, 120)
+        return (216, 72) if self.halves > 1 else (192, 120)
 
 
 @dataclass(frozen=True)
 class Few:
-    """Rows of experts who have few: tiles of 128 rows of MXFP4 w, which tensor cores multiply out of
-    registers, and of 16 rows of x, e4m3 with a ue8m0 scale per 128, rows `stride` bytes apart.
+    """Rows of experts who have few: tiles of 128 rows of MXFP4 w and of 16 rows of x, e4m3 with a ue8m0 scale
+    per 128, rows `stride` bytes apart. Both are multiplied as f16.
 
-    Eight warps multiply, a warp copies weights, two copy x. `tiles` x `span`: how w is packed; a step is as
-    many units along k as lie together, four at most. `paired`: of the tile's rows 64 are of one matrix and 64
-    of another.
+    Eight warps multiply, another copies weights, the last one rows of x. `tiles` x `span`: how w is packed; a
+    step is two units along k that lie together. `paired`: of the tile's rows 64 are of one matrix and 64 of
+    another.
     """
 
     k: int
@@ -260,18 +277,25 @@ class Few:
     paired: bool = False
 
     CONSUMERS: ClassVar[int] = 256  # threads that multiply; the first
-    COPIERS: ClassVar[int] = 64  # threads that copy x; the last
+    PLACES: ClassVar[int] = 4  # of 32 rows of w
+    TOGETHER: ClassVar[int] = 2  # units along k in a step, each for another warp
+    STAGES: ClassVar[int] = 4  # steps of weights in shared memory, 70 KB in each of an SM's CTAs
+    X_STAGES: ClassVar[int] = 2  # of rows of x, 16 KB
     RESIDENT: ClassVar[int] = 2  # CTAs that fit an SM
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     UNIT: ClassVar[int] = BYTES["mxfp4"]
     PITCH: ClassVar[int] = 4 * (128 + 4)  # bytes between rows of sums: padded off each other's banks
-    ROWS: ClassVar[int] = 16  # of x in a tile
-    FINISH: ClassVar[float] = 2.0**6  # what sums lack in the end
+    ROWS: ClassVar[int] = 16  # of x in a tile; 24 took 1.06 to 1.07 times as long on an H200
+    TURNS: ClassVar[int] = -(-ROWS // 16)  # of 16 rows, or 8 in the last one
+    X_CHUNK: ClassVar[int] = ROWS * 32 * 2  # bytes of 32 columns of rows of x
+    X_UNIT: ClassVar[int] = 4 * X_CHUNK  # of a unit's columns
+    F_STAGE: ClassVar[int] = TOGETHER * ROWS * 4  # bytes of a step's scales of x
+    FINISH: ClassVar[float] = 2.0**14  # what sums lack in the end
 
     @property
     def threads(self) -> int:
-        """Of a CTA: a warp between those that multiply and those that copy x copies weights."""
-        return self.CONSUMERS + 32 + self.COPIERS
+        """Of a CTA."""
+        return self.CONSUMERS + 64
 
     @property
     def height(self) -> int:
@@ -284,19 +308,15 @@ class Few:
         return self.k // 128
 
     @property
-    def together(self) -> int:
-        """Units along k in a step."""
-        return min(self.span, 4)
+    def covered(self) -> bool:
+        """Whether k is whole steps of units that lie together, and whole groups of the packing."""
+        lying = self.blocks if self.tiles == 1 else self.span
+        return self.blocks % self.span == 0 and lying % self.TOGETHER == 0
 
     @property
     def steps(self) -> int:
         """Steps of a tile."""
-        return self.blocks // self.together
-
-    @property
-    def stages(self) -> int:
-        """Steps in shared memory: 87 KB of weights and rows in each of an SM's CTAs."""
-        return 8 // self.together
+        return self.blocks // self.TOGETHER
 
     @property
     def made(self) -> int:
@@ -311,7 +331,7 @@ class Few:
     @property
     def w_tile(self) -> int:
         """Bytes of a step of a tile of 16 rows."""
-        return self.together * self.UNIT
+        return self.TOGETHER * self.UNIT
 
     @property
     def w_stage(self) -> int:
@@ -319,31 +339,36 @@ class Few:
 
     @property
     def x_stage(self) -> int:
-        return self.together * self.ROWS * 128
+        return self.TOGETHER * self.X_UNIT
 
     @property
     def o_w(self) -> int:
-        return self.stages * self.x_stage
+        return self.X_STAGES * self.x_stage
 
     @property
     def o_factors(self) -> int:
-        """Per stage and unit f32 [16]: scales of rows of x."""
-        return self.o_w + self.stages * self.w_stage
+        """Per stage of rows and unit f32 [height]: scales of rows of x."""
+        return self.o_w + self.STAGES * self.w_stage
 
     @property
     def o_sums(self) -> int:
-        """f32 [16][128], what results are made of."""
-        return self.o_factors + self.stages * self.together * self.ROWS * 4
+        """f32 [height][128], what results are made of."""
+        return self.o_factors + self.X_STAGES * self.F_STAGE
 
     @property
     def o_bars(self) -> int:
-        """Stage i is full, then stage i is free."""
+        """Stage i of weights is full, then it is free, then the next one."""
         return self.o_sums + self.ROWS * self.PITCH
+
+    @property
+    def o_x_bars(self) -> int:
+        """The same of rows of x."""
+        return self.o_bars + 16 * self.STAGES
 
     @property
     def o_tiles(self) -> int:
         """Per expert how many tiles of rows it and those before it have."""
-        return self.o_bars + 16 * self.stages
+        return self.o_x_bars + 16 * self.X_STAGES
 
     @property
     def shared(self) -> int:

@@ -122,6 +122,22 @@ def load(t: Constexpr[Selection], g_scores: Int64, visible: Int32, thread: Int32
 
 
 @cute.jit
+def load_shared(t: Constexpr[Selection], s_scores: Int32, visible: Int32, thread: Int32):
+    """The same of scores in shared memory, which has room for whole groups of four."""
+    key = cute.make_rmem_tensor((t.quads * 4,), Uint32)
+    key.fill(0)
+    run = ((visible + 3) // 4 + t.threads - 1) // t.threads
+    first = thread * run * 4
+    for n in range_constexpr(t.quads):
+        if n < run and first + 4 * n < visible:
+            words = ptx.lds128(s_scores + (first + 4 * n) * 4)
+            for i in range_constexpr(4):
+                if first + 4 * n + i < visible:
+                    key[4 * n + i] = _ordered(words[i])
+    return key, first
+
+
+@cute.jit
 def threshold(t: Constexpr[Selection], sm: Int32, key: cute.Tensor, tid: Int32):
     """(the k-th largest key's leading digits, how many of that key's equals belong to the k largest)."""
     prefix, need = Uint32(0), Int32(t.k)
