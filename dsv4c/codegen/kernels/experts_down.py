@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, compose
 from dsv4c.codegen.kernels.chunk_experts import down_launches, takes_many
 from dsv4c.codegen.kernels.experts import (
     ExpertsSpec,
@@ -23,14 +23,13 @@ from dsv4c.codegen.kernels.experts_up import (
     CHOSEN,
     HASH_SWIGLU,
     hash_swiglu,
-    padded,
     positions_of,
     routed_experts,
 )
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds
-from dsv4c.codegen.kernels.gemv import STAGES, WARPS, k_warps_of, span_of
+from dsv4c.codegen.kernels.gemv import STAGES, WARPS, k_warps_of, span_of, weights_text
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
-from dsv4c.codegen.lib.shapes import Layout, Product, Ring
+from dsv4c.codegen.lib.shapes import Down, Product, Ring
 from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
@@ -40,61 +39,23 @@ from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
 from dsv4c.types import BF16, F32, FP8_ROW, NVFP4_ROW, QuantType
 
 
-@dataclass(frozen=True)
-class DownRings:
-    """Both streams of a `down` CTA: the shared expert's tile for all tokens, then for each token the tile of
-    every routed expert, a round each.
-    """
-
-    shared: Ring
-    routed: Ring
-    rows: Product  # the routed experts' hidden rows of a token, together
-
-    @property
-    def packing(self) -> dict[str, str]:
-        """How the weights lie, by operand."""
-        rings = {"w2": self.routed, "shared_w2": self.shared}
-        return {n: f"{r.product.weight}/{r.tile_warps}x{r.span}" for n, r in rings.items()}
-
-    @property
-    def window(self) -> int:
-        """Rounds whose partial sums are kept: a token's, and those that a warp may be ahead of one that adds
-        them up, as far as the ring is deep.
-        """
-        ahead = -(-self.routed.depth // self.routed.steps) if self.routed.turns > 1 else 0
-        return self.routed.rounds + ahead
-
-    @property
-    def layout(self) -> Layout:
-        """Shared arrays of a CTA."""
-        return Layout(
-            ring=self.routed.ring_bytes,
-            shared_ring=self.shared.ring_bytes,
-            x=self.rows.x_bytes,
-            fx=self.rows.fx_bytes,
-            shared_x=self.shared.product.x_bytes,
-            shared_fx=self.shared.product.fx_bytes,
-            scale=self.routed.scale_bytes,
-            shared_scale=self.shared.scale_bytes,
-            part=self.window * (self.routed.part_bytes // self.routed.rounds),
-            shared_part=self.shared.part_bytes,
-            bars=self.routed.bars_bytes,
-            shared_bars=self.shared.bars_bytes,
-            bar=0 if self.rows.fx_bytes else 16,
-        )
+def packing_of(down: Down) -> dict[str, str]:
+    """How the weights lie, by operand."""
+    rings = {"w2": down.routed, "shared_w2": down.shared}
+    return {n: f"{r.product.weight}/{r.tile_warps}x{r.span}" for n, r in rings.items()}
 
 
-def _down_rings(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED) -> DownRings:
+def _down(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED, by: str = "") -> Down:
     tiles = -(-spec.hidden // 16)
     tile_warps = next(n for n in (1, 2, 4, 8) if n == 8 or -(-tiles // n) <= 2 * arch.sms)
     k_warps = k_warps_of(spec.intermediate, WARPS // tile_warps)
     kind = "bf16" if not spec.quantized else "f16" if spec.packed else "e4m3"
     shared = Product(spec.shared, kind, spec.turns, spec.intermediate)
 
-    def planned(side: int, kind: str, early: int, stages: int) -> DownRings:
+    def planned(side: int, kind: str, early: int, stages: int) -> Down:
         routed = Product(spec.routed, kind, 1, spec.intermediate)
         cuts, resident = (tile_warps, k_warps), 2 // side
-        return DownRings(
+        return Down(
             Ring(shared, *cuts, span_of(shared, k_warps), early, 1, side, resident=resident),
             Ring(
                 *(routed, *cuts, span_of(routed, k_warps), stages, spec.top_k, side, spec.turns),
@@ -102,6 +63,7 @@ def _down_rings(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED) -> DownRings:
                 flight=cut.ahead,
             ),
             Product(spec.routed, kind, spec.top_k, spec.intermediate),
+            *(spec.hidden, spec.experts, spec.top_k, by, spec.out, spec.packed, spec.skips),
         )
 
     # A CTA reads all hidden rows of a token, a quarter as many bytes as weights: one CTA on an SM, with twice
@@ -118,9 +80,9 @@ def _down_rings(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED) -> DownRings:
         (cut.stages,) if cut.stages else range(STAGES, 1, -1),
     )
 
-    def worth(rings: DownRings) -> tuple[int, int]:
-        resident = [n for n in (rings.routed.resident, 1) if rings.layout.end <= arch.shared_of(n)]
-        return len(resident), min(rings.routed.stages, 3)
+    def worth(down: Down) -> tuple[int, int]:
+        resident = [n for n in (down.routed.resident, 1) if down.at.end <= arch.shared_of(n)]
+        return len(resident), min(down.routed.stages, 3)
 
     best = max(itertools.starmap(planned, every), key=worth)
     if worth(best)[0] == 0:
@@ -145,7 +107,7 @@ def emit_experts_down(spec: ExpertsSpec, arch: Arch, by: str = "") -> Emission:
 
 
 def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
-    rings = _down_rings(spec, arch, cut)
+    down = _down(spec, arch, cut, by)
     parameters = (
         *row_parameters("h", spec, spec.packed),
         *row_parameters("shared_h", spec, spec.packed),
@@ -156,37 +118,69 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         *weight_parameters("shared_w2", spec.shared),
         Parameter("y"),
     )
-    groups = -(-spec.hidden // (16 * rings.routed.tile_warps))
-    grid = (groups // rings.routed.matrices, spec.batch // spec.turns, 1)
-    source = render(
-        "experts_down.py.jinja",
-        spec=spec,
-        rings=rings,
-        by=by,
-        choosing=[
-            *(["m_expert_ids"] if not by or spec.turns > 1 else []),
-            *(["m_positions"] if spec.skips else []),
-            *(p.name for p in CHOICES[by]),
+    there = {p.name: p for p in parameters}
+    fields = [
+        *(f"{row}{part}" for row in ("h", "shared_h") for part in ("", "_scale", "_global_scale")),
+        *("expert_ids", "positions", "logits", "bias", "table", "tokens"),
+        *(f"{matrix}{part}" for matrix in ("w2", "shared_w2") for part in ("", "_scale", "_global_scale")),
+        "y",
+    ]
+    ctas, turns = down.groups // down.routed.matrices, down.routed.turns
+    wait = ["    ptx.wait()", "    ptx.launch_dependents()"]
+    first = ["    g_routed = experts_down.read_first(SPEC, m, at)"]
+    what = f"{turns} tokens, which take turns" if turns > 1 else "each token on CTAs of its own"
+    emission = compose(
+        spec.name,
+        f"{spec.name}: the experts' second half at decode, {what}.\n\n{_what(spec, by)}",
+        {there.get(f"m_{name}", Parameter(name)): "" if f"m_{name}" in there else None for name in fields},
+        f"Launch: grid {ctas}{' x N' if turns == 1 else ''}, block {down.threads}, {down.at.end} bytes of "
+        f"shared memory, programmatic edges allowed.\n{weights_text(spec.weight_bytes, arch, 'token')}",
+        [
+            f"s = ptx.shared({down.at.end})",
+            "group, token, _ = cute.arch.block_idx()",
+            "warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())",
+            f"if warp < {down.routed.warps}:",
+            "    at = experts_down.enter(SPEC, m, s, group, token)",
+            *wait,
+            "    experts_down.sum_columns(SPEC, m, at)",
+            "else:",
+            "    at = experts_down.open_weights(SPEC, m, s, group, token)",
+            *([*first, *wait] if by else [*wait, *first]),
+            "    experts_down.read_rest(SPEC, m, at, g_routed)",
         ],
-        padded=padded(spec.experts),
-        pointers=[p.name for p in parameters],
-        grid=grid,
-        groups=groups,
-        warps=rings.routed.warps,
-        shared=rings.layout.end,
-        nbytes=spec.weight_bytes,
-        arch=arch,
-        formats=WEIGHT_FORMATS,
+        threads=down.threads,
+        grid=(ctas, "rows" if turns == 1 else 1, 1),
+        sizes={"rows": spec.batch} if turns == 1 else None,
+        resident=down.routed.resident if turns > 1 else None,
+        spec=down,
+        record="experts_down.Operands",
     )
-    return Emission(
-        symbol=f"{spec.name}_0",
-        source=source,
-        grid=grid,
-        block=rings.routed.warps * 32 + 32,
-        shared=rings.layout.end,
-        parameters=parameters,
-        packing=rings.packing,
-    )
+    return replace(emission, packing=packing_of(down))
+
+
+def _what(spec: ExpertsSpec, by: str) -> str:
+    """Operands and results, for people."""
+    rows = "q[e2m1,e4m3,1x16,row]" if spec.packed else "bf16"
+    n, k = spec.hidden, spec.intermediate
+    choice = {
+        "": "",
+        "scores": f"logits: f32[N,{spec.experts}], bias: f32[{spec.experts}]",
+        "table": f"table: i32[*,{spec.top_k}], tokens: i32[N]",
+    }[by]
+    coded = spec.quantized and not spec.packed
+    lines = [
+        f"h: {rows}[N,{spec.top_k},{k}], shared_h: {rows}[N,{k}]",
+        f"expert_ids: i32[N,{spec.top_k}]{', as experts_up chose them' if by else ''}",
+        *([choice] if by else []),
+        f"w2: {WEIGHT_FORMATS[spec.routed]}[{spec.experts},{n},{k}]",
+        f"shared_w2: {WEIGHT_FORMATS[spec.shared]}[{n},{k}]",
+        "",
+        f"y: {spec.out}[N,{n}] = q(shared_h) shared_w2 + sum over the token's experts of q(h) w2, rounded "
+        "once",
+        *(["  the shared expert's alone where positions: i32[N] are -1, whose h is 0"] if spec.skips else []),
+        f"q: {'FP8, e4m3 with ue8m0 scales per 128' if coded else 'nothing'}",
+    ]
+    return "\n".join(f"    {line}" if line else "" for line in lines)
 
 
 # Binding ----------------------------------------------------------------------------------------------------
@@ -271,7 +265,7 @@ def experts_down(request: Request) -> Answer:
         return spec
     values = _values(request.call)
     if takes_many(spec, request.arch):
-        return down_launches(request, spec, _down_rings(spec, request.arch).packing, values)
+        return down_launches(request, spec, packing_of(_down(spec, request.arch)), values)
     if not spec.packed:
         return [launchable(request, emit_experts_down(spec, request.arch), values)]
     launches: list[Launchable] = []

@@ -252,3 +252,100 @@ class Products:
             bars=r.bars_bytes,
             bar=8,
         )
+
+
+@dataclass(frozen=True)
+class Down:
+    """Both streams of a CTA of the experts' second half: the `shared` expert's tiles for all tokens, then for
+    each token those of every `routed` expert, a round each, with its hidden `rows`, together. `by` says what
+    the experts are known by before the wait: "scores", "table" or nothing; where it `skips`, rows that are
+    not there take no turn. `packed`: rows are NVFP4 in memory. `out` is the result's element type.
+    """
+
+    shared: Ring
+    routed: Ring
+    rows: Product
+    hidden: int
+    experts: int
+    top_k: int
+    by: str = ""
+    out: str = "bf16"
+    packed: bool = False
+    skips: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether rows meet the weights as FP8 or NVFP4."""
+        return self.rows.x != "bf16"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a hidden row in memory, without scales."""
+        return self.rows.k // 2 if self.packed else 2 * self.rows.k
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 columns."""
+        return self.hidden // 16
+
+    @property
+    def groups(self) -> int:
+        """Groups of `tile_warps` tiles of a matrix."""
+        return -(-self.hidden // (16 * self.routed.tile_warps))
+
+    @property
+    def beside(self) -> int:
+        """Tiles of a CTA."""
+        return self.routed.tile_warps * self.routed.matrices
+
+    @property
+    def summing(self) -> int:
+        """Warps that sum up what all have left."""
+        return (self.beside + 1) // 2
+
+    @property
+    def early(self) -> int:
+        """Steps of the first token that are read as soon as its experts are known."""
+        return min(self.routed.depth, self.top_k * self.routed.steps)
+
+    @property
+    def padded(self) -> int:
+        """Places for scores: whole warps."""
+        return -(-self.experts // 32) * 32
+
+    @property
+    def consumers(self) -> int:
+        """Threads that multiply; the last warp reads the weights."""
+        return self.routed.warps * 32
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return self.consumers + 32
+
+    @property
+    def window(self) -> int:
+        """Rounds whose partial sums are kept: a token's, and those that a warp may be ahead of one that adds
+        them up, as far as the ring is deep.
+        """
+        ahead = -(-self.routed.depth // self.routed.steps) if self.routed.turns > 1 else 0
+        return self.routed.rounds + ahead
+
+    @property
+    def at(self) -> Layout:
+        """Shared arrays of a CTA."""
+        return Layout(
+            ring=self.routed.ring_bytes,
+            shared_ring=self.shared.ring_bytes,
+            x=self.rows.x_bytes,
+            fx=self.rows.fx_bytes,
+            shared_x=self.shared.product.x_bytes,
+            shared_fx=self.shared.product.fx_bytes,
+            scale=self.routed.scale_bytes,
+            shared_scale=self.shared.scale_bytes,
+            part=self.window * (self.routed.part_bytes // self.routed.rounds),
+            shared_part=self.shared.part_bytes,
+            bars=self.routed.bars_bytes,
+            shared_bars=self.shared.bars_bytes,
+            bar=0 if self.rows.fx_bytes else 16,
+        )
