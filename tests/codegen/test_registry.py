@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Callable
 
 import pytest
 
 from dsv4c.arch import SM_90A, SM_100A, Arch
+from dsv4c.codegen.build import LIB
 from dsv4c.codegen.registry import Launchable, Request, choose, request_of
 from dsv4c.errors import BuildError
 from dsv4c.ir.graph import Builder, Graph, Node, Value
@@ -314,10 +316,22 @@ def test_experts_of_rows_that_may_not_be_there_read_where_rows_are(tokens: str |
     for launch in launches[-2:]:
         names = [p.operand for p in launch.emission.parameters]
         assert launch.bindings[names.index("positions")].access == "r"
-        paths = re.split(r"\n@cute\.(?:jit|kernel)\n", launch.emission.source)
-        reading = [path for path in paths if "router.rows_present(" in path]
-        assert len(reading) == 2  # that reads weights, that multiplies
-        assert all(path.index("ptx.wait()") < path.index("rows_present(") for path in reading)
+    up, down = (launch.emission.source for launch in launches[-2:])
+    paths = re.split(r"\n@cute\.(?:jit|kernel)\n", up)
+    reading = [path for path in paths if "router.rows_present(" in path]
+    assert len(reading) == 2  # that reads weights, that multiplies
+    assert all(path.index("ptx.wait()") < path.index("rows_present(") for path in reading)
+    library = ast.parse((LIB / "experts_down.py").read_text())
+    stages = [
+        x.name
+        for x in ast.walk(library)
+        if isinstance(x, ast.FunctionDef) and "rows_present(" in ast.unparse(x)
+    ]
+    assert stages == ["read_rest", "sum_columns"]
+    assert "skips=True" in down
+    _, multiplying, streaming = down.partition("@cute.kernel")[2].split("ptx.wait()")
+    assert "experts_down.sum_columns(" in multiplying
+    assert "experts_down.read_rest(" in streaming
 
 
 def test_weights_of_rows_that_are_there_are_one_routers() -> None:
