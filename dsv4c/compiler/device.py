@@ -197,8 +197,9 @@ class Alone:
         """What the other ranks give this one."""
         for peer, theirs in enumerate(given) if self._joined and not self._tiled else ():
             words = _words(theirs[v] for v in self._joined)
-            if peer != rank:
-                words_of(self.plan, self._block("exchange"), peer)[: len(words)] = words
+            if peer == rank:  # what it gives itself must not lie there already
+                words = as_words(torch.full(words.shape, NAN, dtype=torch.int32))
+            words_of(self.plan, self._block("exchange"), peer)[: len(words)] = words
 
     def _gave(self, rank: int, values: Mapping[Variable, Value]) -> Iterator[Apart]:
         """Whether the words that a rank gave are those of the values."""
@@ -363,7 +364,10 @@ def _results(node: Node, operands: list[Value]) -> list[Value]:
 
 def _words(values: Iterable[Value]) -> Tensor:
     """Rows of several values, one behind the other, as words of an exchange."""
-    rows = [v.contiguous().view(torch.int32) for v in values if isinstance(v, Tensor)]
+    rows = []
+    for value in values:
+        assert isinstance(value, Tensor), "exchanged values are plain numbers"
+        rows.append(value.contiguous().view(torch.int32))
     return as_words(torch.cat(rows, dim=1).flatten())
 
 

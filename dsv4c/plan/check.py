@@ -499,7 +499,7 @@ def _exchanges(
     for number, i in enumerate(found):
         launch = program.launches[i]
         if isinstance(launch.code, KernelCode):
-            yield from _exchange(plan, launch, launch.code, number, kernels)
+            yield from _exchange(launch, launch.code, number, kernels)
 
 
 def _exchanging(launch: Launch) -> bool:
@@ -507,7 +507,6 @@ def _exchanging(launch: Launch) -> bool:
 
 
 def _exchange(
-    plan: Plan,
     launch: Launch,
     code: KernelCode,
     number: int,

@@ -101,7 +101,7 @@ def _exchange(text: str) -> str:
         if len(_WHOLE_BEHIND_WAIT.findall(text)) != len(whole):
             return f"its kernel has {name} that is not right behind ptx.wait(): others may wait for it"
         if "ptx.launch_dependents()" in text:
-            return f"its kernel has ptx.launch_dependents() beside {name}: it would slow ranks down"
+            return f"its kernel has ptx.launch_dependents() beside {name}, which has its own"
         return ""
     steps = ("ptx.wait()", "exchange.push(", "exchange.receive")
     kernel = text[text.index("@cute.kernel") :] if "@cute.kernel" in text else ""

@@ -50,7 +50,7 @@ def measure(
     """
     plan = variants.plan
     base = random_executor(plan, 0 if plan.ranks > 1 else None)
-    assert isinstance(base, CudaExecutor), "one rank"
+    assert isinstance(base, CudaExecutor), "one rank, or one alone"
     for number, variant in enumerate(variants.variants):
         if progress is not None:
             progress(f"{variant.kernel}: {variant.cut}", number, len(variants.variants))

@@ -187,8 +187,9 @@ def test_attention_refuses(spec: AttentionSpec, message: str):
 
 
 def test_index_refuses():
-    with pytest.raises(BuildError, match="heads come in eights, got 12"):
-        emit_index_scores(replace(SCORES, heads=12), SM_90A)
+    for heads in (12, 72):
+        with pytest.raises(BuildError, match=f"takes 8 to 64 heads in eights, got {heads}"):
+            emit_index_scores(replace(SCORES, heads=heads), SM_90A)
     for changed, found in (({"rows": 9}, "got 9 and 210"), ({"capacity": 8193}, "got 2 and 8193")):
         with pytest.raises(BuildError, match=f"at most 8 rows from at most 8192 keys, {found}"):
             emit_index_choice(replace(CHOICE, **changed), SM_90A)

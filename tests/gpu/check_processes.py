@@ -51,6 +51,8 @@ def told(path: Path, steps: int, length: int, killed: int | None) -> dict[str, o
         said += [int(token) for token in session.steps(1, [0])[:, 0]]
     found |= {"after sleeping": bits(session)}
     session.wait()
+    if world is not None:
+        world.gather("timed")  # those that begin earlier would wait, and count that
     began = time.perf_counter()
     session.steps(steps, [0])
     session.wait()

@@ -214,6 +214,23 @@ def test_a_rank_that_gives_others_something_else_is_noticed(
     assert all(each.worst.result.startswith("words of ") for each in wrong)
 
 
+@pytest.mark.parametrize("silent", [0, 1])
+def test_a_rank_that_gives_nothing_is_noticed(
+    ranks: Plan, machine: Machine, monkeypatch: pytest.MonkeyPatch, silent: int
+) -> None:
+    monkeypatch.setattr(device, "PATTERNS", ("random",))
+    give = machine.give
+
+    def given(alone: Alone) -> None:
+        if int(alone.bound.blocks["exchange"][RANK]) != silent:
+            give(alone)
+
+    machine.give = given  # type: ignore[method-assign]
+    found = checked(ranks)
+    wrong = [each for each in found if not each.holds]
+    assert wrong == exchanges(found) != []
+
+
 def test_a_rank_that_takes_its_own_for_another_s_is_noticed(
     ranks: Plan, machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

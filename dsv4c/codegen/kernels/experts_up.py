@@ -34,7 +34,7 @@ from dsv4c.codegen.kernels.gemv import (
     span_of,
 )
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
-from dsv4c.codegen.lib.shapes import Layout, Product, Ring
+from dsv4c.codegen.lib.shapes import Layout, Product, Ring, padded
 from dsv4c.codegen.registry import Answer, Call, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
@@ -119,11 +119,6 @@ class UpPart:
             bars=r.bars_bytes,
             bar=8,
         )
-
-
-def padded(experts: int) -> int:
-    """Places for scores: whole warps."""
-    return -(-experts // 32) * 32
 
 
 def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut = PLANNED) -> tuple[UpPart, UpPart]:

@@ -110,8 +110,8 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     expands = packing.format == "mxfp4"
     # Registers: sums of 256 rows beside products leave no room for a second team; of two each holds one step
     # of eight pieces, which is as fast as two.
-    teams = 1 if packing.format == "plain" or (height == 256 and spec.scaled) else 2
-    loaders = 2 if expands or (teams == 2 and steps % 2 == 0) else 1
+    teams = 1 if packing.format == "plain" or expands or (height == 256 and spec.scaled) else 2
+    loaders = 2 if teams == 2 and steps % 2 == 0 else 1
     ahead = 1 if pieces == 8 or steps % (2 * loaders) else 2
     return Tiles(
         weight=packing.format,

@@ -132,7 +132,6 @@ class Slot:
     matrix: Matrix
     first: int
     ctas: int
-    tiles: int
 
 
 @dataclass(frozen=True)
@@ -442,7 +441,7 @@ def _part(
     for m in matrices:
         groups = -(-m.rows // (16 * tile_warps))
         ctas = -(-groups // rounds)
-        slots.append(Slot(m, at, ctas, -(-m.rows // 16)))
+        slots.append(Slot(m, at, ctas))
         at += ctas
     nbytes = int(sum(m.rows * spec.k * BITS[m.format] / 8 for m in matrices))
     name = f"{format}_{x.name}_{out_dtype}"

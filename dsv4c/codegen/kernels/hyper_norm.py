@@ -1,7 +1,8 @@
-"""Hyper-connection kernels: streams mixed, projected, collapsed and normalized by one cluster per token.
+"""Hyper-connection kernels: streams mixed, projected, collapsed and normalized, few rows by a cluster each,
+many by clusters that take several.
 
-One skeleton serves every sublayer boundary and the head: operands that are there say what is mixed, kept,
-normalized and quantized.
+Every sublayer boundary and the head is one: operands that are there say what is mixed, kept, normalized and
+quantized.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class HyperNormSpec:
     held: int | None = None  # rows of fn in registers; None: as many as leave room for a predecessor
 
     def slice(self, arch: Arch) -> Slice:
-        """The cut of a row. Raises BuildError when no cluster can hold `fn`."""
+        """The cut of a row. Raises BuildError when no cluster can hold `fn`, or those that can never end."""
         projected = STREAMS if self.head else STREAMS * (STREAMS + 2)
         for ctas in [self.ctas] if self.ctas else range(CLUSTER_LIMIT, 1, -1):
             cut = Slice(
@@ -72,7 +73,8 @@ class HyperNormSpec:
                 return cut
         raise BuildError(
             f"hyper_norm of {self.hidden} columns: no cluster of 2 to {CLUSTER_LIMIT} CTAs cuts them into "
-            f"whole groups of 128 with at most 1024 columns and {arch.shared_per_cta} B of fn each, and ends"
+            f"whole groups of 128 with at most 1024 columns and {arch.shared_per_cta} B of fn each, but for "
+            "those that are known never to end (Slice.ends)"
         )
 
     def batch(self, cut: Slice, arch: Arch) -> Batch:

@@ -21,6 +21,7 @@ from dsv4c.types import BF16, MXFP4
 
 KEYS = ("mxfp4", "bf16")
 WIDTH = 128  # of a head
+HEADS = 64  # whose queries the eight warps of a CTA prepare, eight each
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,8 @@ def emit_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
 def _check(spec: IndexScoresSpec) -> None:
     if spec.format not in KEYS:
         raise BuildError(f"{spec.name}: keys must be {' or '.join(KEYS)}, got {spec.format}")
-    if spec.heads % 8:
-        raise BuildError(f"{spec.name}: heads come in eights, got {spec.heads}")
+    if spec.heads % 8 or spec.heads > HEADS:
+        raise BuildError(f"{spec.name}: takes 8 to {HEADS} heads in eights, got {spec.heads}")
 
 
 def _nbytes(spec: IndexScoresSpec) -> int:

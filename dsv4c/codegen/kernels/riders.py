@@ -221,11 +221,11 @@ def parameters_of(rider: Rider) -> tuple[Parameter, ...]:
     return tuple(p for parameters in rider.fields.values() for p in parameters)
 
 
-def stage_of(rider: Rider, place: str, shared: str = "s") -> str:
+def stage_of(rider: Rider, place: str) -> str:
     """The call that does its work on CTA `place` of its own, whose threads are `tid`."""
     module = "cache" if isinstance(rider, KvStoreSpec) else "compress"
     operands = [f"{name}={_pointers(name, parameters)}" for name, parameters in rider.fields.items()]
-    given = [rider.name.upper(), call_text(f"{module}.Operands", operands), shared, place, "tid"]
+    given = [rider.name.upper(), call_text(f"{module}.Operands", operands), "s", place, "tid"]
     return call_text(f"{module}.{rider.kind}", given)
 
 

@@ -430,7 +430,7 @@ class Selection:
 
     @property
     def o_sums(self) -> int:
-        """The cluster's counts of one pass u32 [2048]."""
+        """The cluster's counts of one pass, u32, of which there are at most 2,048."""
         return self.o_histogram(len(self.passes))
 
     @property

@@ -67,16 +67,17 @@ def enter(x: Constexpr[Choice], m: Operands, s: Int32) -> Place:
 
 @cute.jit
 def prefetch_keys(x: Constexpr[Choice], m: Operands, slot: Int32, first: Int32, visible: Int32, lane: Int32):
-    """The lines of 128 bytes in which the warp's first keys begin, which are whole keys of FP4, to L2. A
-    prefetch reads nothing: the step's own key may be written meanwhile.
+    """The lines of 128 bytes of the warp's first keys to L2. A prefetch reads nothing: the step's own key may
+    be written meanwhile.
     """
     plain = const_expr(m.keys_scale is None)
     nbytes = 256 if const_expr(plain) else 64
     at = Int64(slot) * x.index.capacity + first
     for n in range_constexpr(-(-x.index.tiles * 16 * nbytes // (32 * 128))):
-        key = (lane + 32 * n) * 128 // nbytes
+        line = lane + 32 * n
+        key = line * 128 // nbytes
         if key < x.index.tiles * 16 and first + key < visible:
-            ptx.prefetch_l2(m.keys.toint() + (at + key) * nbytes)
+            ptx.prefetch_l2(m.keys.toint() + at * nbytes + line * 128)
     if const_expr(plain):
         return
     if lane < x.index.tiles and first + lane * 16 < visible:
@@ -89,7 +90,7 @@ def choose(x: Constexpr[Choice], m: Operands, s: Int32, at: Place) -> None:
     tid, _, _ = cute.arch.thread_idx()
     g_out = m.out.toint() + Int64(at.token) * (x.best.out * 4)
     if at.visible > x.best.k:
-        score_and_send(x, m, s, at, tid)
+        score_and_send(x, m, s, at)
         if at.rank == 0:
             ptx.mbarrier_wait(s + x.o_bar, Int32(0))
             s_counts = s + x.o_counts
@@ -103,7 +104,7 @@ def choose(x: Constexpr[Choice], m: Operands, s: Int32, at: Place) -> None:
 
 
 @cute.jit
-def score_and_send(x: Constexpr[Choice], m: Operands, s: Int32, at: Place, tid: Int32) -> None:
+def score_and_send(x: Constexpr[Choice], m: Operands, s: Int32, at: Place) -> None:
     """The CTA's keys: its first ones, and those a cluster further on."""
     i = x.index
     lane, warp = cute.arch.lane_idx(), cute.arch.make_warp_uniform(cute.arch.warp_idx())

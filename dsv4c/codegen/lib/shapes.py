@@ -19,6 +19,11 @@ BYTES = {format: UNIT_BYTES[format] for format in FORMATS}
 IN_FLIGHT = 32 * 1024
 
 
+def padded(experts: int) -> int:
+    """Places for their scores: whole warps."""
+    return -(-experts // 32) * 32
+
+
 class Layout:
     """Arrays of a CTA's shared memory, bytes by name, one after the other from multiples of 16 on. Each name
     is the array's offset from the allocation, `end` where the last one ends.
@@ -310,8 +315,8 @@ class Down:
 
     @property
     def padded(self) -> int:
-        """Places for scores: whole warps."""
-        return -(-self.experts // 32) * 32
+        """Places for scores."""
+        return padded(self.experts)
 
     @property
     def consumers(self) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dsv4c.codegen.lib.shapes import padded
+
 STREAMS = 4
 TOGETHER = 16  # tokens that a cluster takes at a time where it takes many
 
@@ -452,7 +454,7 @@ class Choice:
     @property
     def padded(self) -> int:
         """Experts that a warp's lanes look at."""
-        return -(-self.experts // 32) * 32
+        return padded(self.experts)
 
     @property
     def o_kept(self) -> int:
