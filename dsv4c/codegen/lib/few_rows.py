@@ -72,46 +72,53 @@ def copy_rows(
 ):
     """A tile's rows of x, as f16, and their scales into their ring: `rows` that `g_order` lists, and the last
     one in place of others; `at` steps were laid down before. A warp: a lane has every other 16 columns of a
-    row.
+    row of each turn.
     """
     row, half = lane // 2, lane % 2
-    number = Int32(ptx.ldg32(g_order + Int64(cutlass.min(row, rows - 1)) * 4)) // divide
-    g_row = g_x + Int64(number) * t.stride + half * 16
-    g_scales = g_fx + Int64(number) * t.blocks
-    held = cute.make_rmem_tensor((t.TOGETHER, 17), Uint32)
-    _fetch(t, held, g_row, g_scales, Int32(0))
+    g_rows, g_scales = [], []
+    for turn in range_constexpr(t.TURNS):
+        own = cutlass.min(row + 16 * turn, rows - 1)
+        number = Int32(ptx.ldg32(g_order + Int64(own) * 4)) // divide
+        g_rows.append(g_x + Int64(number) * t.stride + half * 16)
+        g_scales.append(g_fx + Int64(number) * t.blocks)
+    held = cute.make_rmem_tensor((t.TURNS, t.TOGETHER, 17), Uint32)
+    _fetch(t, held, g_rows, g_scales, rows, Int32(0))
     # Of 32 columns; two pieces of 16 bytes change places so that lanes that write together meet in no bank.
     s_own = s + row // 8 * 512 + row % 8 * 64 + half * 32 + row // 2 % 2 * 16
     across = 16 - row // 2 % 2 * 32
     for step in cutlass.range(t.steps, unroll=1):
         stage, bar, parity = stage_of(s + t.o_x_bars, t.X_STAGES, at + step)
         ptx.mbarrier_wait(bar + 8, parity ^ 1)
-        for i in range_constexpr(t.TOGETHER):
-            unit = stage * t.TOGETHER + i
-            s_unit = s_own + unit * t.X_UNIT
-            for n in range_constexpr(4):
-                w = [ptx.e4m3x4_to_f16x2x2(held[i, 4 * n + j]) for j in range(4)]
-                ptx.sts128(s_unit + n * t.X_CHUNK, *w[0], *w[1])
-                ptx.sts128(s_unit + n * t.X_CHUNK + across, *w[2], *w[3])
-            if half == 0:
-                f = ptx.ue8m0_to_f32(held[i, 16])
-                ptx.sts_f32(s + t.o_factors + (unit * t.ROWS + row) * 4, f)
+        for turn in range_constexpr(t.TURNS):
+            if row + 16 * turn < t.ROWS and 16 * turn < rows:
+                for i in range_constexpr(t.TOGETHER):
+                    unit = stage * t.TOGETHER + i
+                    s_unit = s_own + unit * t.X_UNIT + turn * 1024
+                    for n in range_constexpr(4):
+                        w = [ptx.e4m3x4_to_f16x2x2(held[turn, i, 4 * n + j]) for j in range(4)]
+                        ptx.sts128(s_unit + n * t.X_CHUNK, *w[0], *w[1])
+                        ptx.sts128(s_unit + n * t.X_CHUNK + across, *w[2], *w[3])
+                    if half == 0:
+                        f = ptx.ue8m0_to_f32(held[turn, i, 16])
+                        ptx.sts_f32(s + t.o_factors + (unit * t.ROWS + row + 16 * turn) * 4, f)
         cute.arch.sync_warp()
         if lane == 0:
             ptx.mbarrier_arrive(bar)
-        _fetch(t, held, g_row, g_scales, cutlass.min(step + 1, Int32(t.steps - 1)))
+        _fetch(t, held, g_rows, g_scales, rows, cutlass.min(step + 1, Int32(t.steps - 1)))
 
 
 @cute.jit
-def _fetch(t: Constexpr[Few], held: cute.Tensor, g_row: Int64, g_scales: Int64, step: Int32):
-    """The lane's bytes of its row in step `step` and its scales, in flight to registers."""
-    for i in range_constexpr(t.TOGETHER):
-        unit = step * t.TOGETHER + i
-        for n in range_constexpr(4):
-            w = ptx.ldg128(g_row + Int64(unit * 128 + n * 32))
-            for j in range_constexpr(4):
-                held[i, 4 * n + j] = w[j]
-        held[i, 16] = ptx.ldg_u8(g_scales + unit)
+def _fetch(t: Constexpr[Few], held: cute.Tensor, g_rows: list, g_scales: list, rows: Int32, step: Int32):
+    """The lane's bytes of its rows in step `step` and their scales, in flight to registers."""
+    for turn in range_constexpr(t.TURNS):
+        if 16 * turn < rows:
+            for i in range_constexpr(t.TOGETHER):
+                unit = step * t.TOGETHER + i
+                for n in range_constexpr(4):
+                    w = ptx.ldg128(g_rows[turn] + Int64(unit * 128 + n * 32))
+                    for j in range_constexpr(4):
+                        held[turn, i, 4 * n + j] = w[j]
+                held[turn, i, 16] = ptx.ldg_u8(g_scales[turn] + unit)
 
 
 @cute.jit
@@ -208,6 +215,7 @@ def store(
     t: Constexpr[Few],
     s: Int32,
     g_y: Int64,
+    turn: Constexpr[int],
     row: Int32,
     columns: Int32,
     column: Int32,
@@ -216,9 +224,9 @@ def store(
     thread: Int32,
 ):
     """bf16 results from `column` on, of which those below `columns` exist, to `row` of y, -1 for none: row
-    thread / 16 of the tile. Of paired matrices SwiGLU under `weight`.
+    thread / 16 of the tile's 16 of this turn. Of paired matrices SwiGLU under `weight`.
     """
-    s_row = s + t.o_sums + thread // 16 * t.PITCH
+    s_row = s + t.o_sums + (16 * turn + thread // 16) * t.PITCH
     first = column + thread % 16 * (t.made // 16)
     if row >= 0 and first < columns:
         g = g_y + (Int64(row) * columns + first) * 2

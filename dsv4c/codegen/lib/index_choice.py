@@ -74,10 +74,10 @@ def prefetch_keys(x: Constexpr[Choice], m: Operands, slot: Int32, first: Int32, 
     nbytes = 256 if const_expr(plain) else 64
     at = Int64(slot) * x.index.capacity + first
     for n in range_constexpr(-(-x.index.tiles * 16 * nbytes // (32 * 128))):
-        line = lane + 32 * n
-        key = line * 128 // nbytes
+        key = (lane + 32 * n) * 128 // nbytes
+        line = lane % 2 * 128 if const_expr(plain) else 0
         if key < x.index.tiles * 16 and first + key < visible:
-            ptx.prefetch_l2(m.keys.toint() + at * nbytes + line * 128)
+            ptx.prefetch_l2(m.keys.toint() + (at + key) * nbytes + line)
     if const_expr(plain):
         return
     if lane < x.index.tiles and first + lane * 16 < visible:

@@ -286,6 +286,7 @@ class Few:
     UNIT: ClassVar[int] = BYTES["mxfp4"]
     PITCH: ClassVar[int] = 4 * (128 + 4)  # bytes between rows of sums: padded off each other's banks
     ROWS: ClassVar[int] = 16  # of x in a tile; 24 took 1.06 to 1.07 times as long on an H200
+    TURNS: ClassVar[int] = -(-ROWS // 16)  # of 16 rows, or 8 in the last one
     X_CHUNK: ClassVar[int] = ROWS * 32 * 2  # bytes of 32 columns of rows of x
     X_UNIT: ClassVar[int] = 4 * X_CHUNK  # of a unit's columns
     F_STAGE: ClassVar[int] = TOGETHER * ROWS * 4  # bytes of a step's scales of x
