@@ -82,6 +82,7 @@ def jobs(folder: Path, out: Path) -> Iterator[Job]:
             weights = () if random else ("--weights", golden_case(plan["model"]))
             command = module(f"tests.gpu.check_{plan['use']}", folder / plan["name"], *weights)
             if plan["use"] == "chunks":
+                yield Job(f"again {plan['name']}", (*command, "--again", "24"), plan["gibibytes"] + CONTEXT)
                 yield Job(f"quiet {plan['name']}", (*command, "--quiet", "1000"), alone=True)
                 command += ("--bound", str(BOUNDS[plan["recipe"]]))
             yield Job(f"{plan['use']} {plan['name']}", command, plan["gibibytes"] + CONTEXT)

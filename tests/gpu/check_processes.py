@@ -33,6 +33,7 @@ from tests.gpu.check_ranks import answer, prompt_of
 MARK = "told: "
 LIMIT = 2.0  # seconds that a rank waits for another
 ASLEEP = 0.003  # seconds that a host sleeps now and then
+ASLEEP_STEPS = 20  # before each of which one host sleeps
 
 
 def told(path: Path, steps: int, length: int, killed: int | None) -> dict[str, object]:
@@ -43,9 +44,10 @@ def told(path: Path, steps: int, length: int, killed: int | None) -> dict[str, o
     assert isinstance(ranks, CudaRanks), "a plan for several ranks"
     session = Session(plan, ranks)
     prompt = prompt_of(length, session.vocab_size)
+    steps = min(steps, (session.max_context - length - ASLEEP_STEPS) // 3)  # compared, timed, with one killed
     said = answer(session, prompt, steps)
     found: dict[str, object] = {"tokens": said, "bits": bits(session)}
-    for i in range(20):
+    for i in range(ASLEEP_STEPS):
         if world is not None and i % world.size == world.rank:
             time.sleep(ASLEEP)
         said += [int(token) for token in session.steps(1, [0])[:, 0]]
