@@ -108,11 +108,8 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     splits = _splits(spec, height, kind, sms)
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
     expands = packing.format == "mxfp4"
-    # Registers: sums of 256 rows beside products leave no room for a second team; of two each holds one step
-    # of eight pieces, which is as fast as two.
-    teams = 1 if packing.format == "plain" or expands or (height == 256 and spec.scaled) else 2
-    loaders = 2 if teams == 2 and steps % 2 == 0 else 1
-    ahead = 1 if pieces == 8 or steps % (2 * loaders) else 2
+    loaders = 2 if pieces and steps % 2 == 0 else 1
+    ahead = 2 if pieces and steps % (2 * loaders) == 0 else 1
     return Tiles(
         weight=packing.format,
         kind=kind,
@@ -121,7 +118,7 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
         height=height,
         tiles=packing.tiles,
         span=packing.span,
-        stages={64: 5, 128: 4}[height] if expands else {64: 7, 128: 5, 256: 3}[height],
+        stages={64: 5, 128: 4}[height] if expands else {64: 7, 128: 6, 256: 4}[height],
         loaders=loaders,
         ahead=ahead,
         scaled=spec.scaled,
@@ -142,7 +139,7 @@ def _height(spec: GemmSpec, format: str, kind: str, sms: int) -> int:
 
     def traffic(height: int) -> int:
         rounds = -(-(-(-spec.rows // height) * columns) // sms)
-        return rounds * (height // 128 * 64 + (48 if PIECES[format, kind] == 8 else 32))
+        return rounds * (height // 128 * 64 + (32 if PIECES[format, kind] else 16))
 
     return min((128, 256), key=traffic)
 

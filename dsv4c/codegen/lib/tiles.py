@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
 
-PIECES = {  # 16-byte pieces of packed weights that a loading thread holds of a step of 128 rows
-    ("fp8", "e4m3"): 8,
+PIECES = {  # 16-byte pieces of packed weights that a loading thread widens of a step of 128 rows; else copies
+    ("fp8", "e4m3"): 0,
     ("fp8", "bf16"): 4,
-    ("bf16", "bf16"): 8,
+    ("bf16", "bf16"): 0,
     ("mxfp4", "e4m3"): 0,  # warps of their own expand it
     ("nvfp4", "f16"): 2,
     ("plain", "bf16"): 0,  # BF16 rows as they are: copied
@@ -127,7 +127,7 @@ class Tiles:
 
     @property
     def pieces(self) -> int:
-        """16-byte pieces of weights that a loading thread holds of a step."""
+        """16-byte pieces of weights that a loading thread widens of a step, 0 where they are copied."""
         return PIECES[self.weight, self.kind]
 
     @property
@@ -173,14 +173,9 @@ class Tiles:
         return (72 << 10) // self.slot if self.expands else 0
 
     @property
-    def share_bytes(self) -> int:
-        """From one warp's columns of a unit to the next one's."""
-        return 1024 if self.weight == "bf16" else 512
-
-    @property
     def part_bytes(self) -> int:
-        """From one step's columns of a unit to the next one's."""
-        return 512 if self.weight == "nvfp4" else 1024
+        """From one step's columns of an NVFP4 unit to the next one's."""
+        return 512
 
     @property
     def unit(self) -> int:
