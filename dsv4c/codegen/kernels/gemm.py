@@ -108,6 +108,12 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     splits = _splits(spec, height, kind, sms)
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
     expands = packing.format == "mxfp4"
+    widens = (packing.format, kind) == ("fp8", "bf16")
+    if widens and (spec.paired or spec.experts):
+        raise BuildError(f"{spec.name}: does not pair products of bf16 rows with fp8, nor list their rows")
+    stages = {64: 7, 128: 6, 256: 4}
+    if expands or widens:
+        stages = {64: 5, 128: 4} if expands else {64: 10, 128: 8, 256: 6}
     loaders = 2 if pieces and steps % 2 == 0 else 1
     ahead = 2 if pieces and steps % (2 * loaders) == 0 else 1
     return Tiles(
@@ -118,7 +124,7 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
         height=height,
         tiles=packing.tiles,
         span=packing.span,
-        stages={64: 5, 128: 4}[height] if expands else {64: 7, 128: 6, 256: 4}[height],
+        stages=stages[height],
         loaders=loaders,
         ahead=ahead,
         scaled=spec.scaled,

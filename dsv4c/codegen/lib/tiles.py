@@ -11,7 +11,7 @@ from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
 
 PIECES = {  # 16-byte pieces of packed weights that a loading thread widens of a step of 128 rows; else copies
     ("fp8", "e4m3"): 0,
-    ("fp8", "bf16"): 4,
+    ("fp8", "bf16"): 0,  # those that multiply widen it
     ("bf16", "bf16"): 0,
     ("mxfp4", "e4m3"): 0,  # warps of their own expand it
     ("nvfp4", "f16"): 2,
@@ -66,6 +66,11 @@ class Tiles:
         return self.weight == "mxfp4"
 
     @property
+    def widens(self) -> bool:
+        """Whether the warps that multiply widen w, the first operand then, of 64 rows of w each."""
+        return self.weight == "fp8" and self.kind == "bf16"
+
+    @property
     def threads(self) -> int:
         """Of a CTA."""
         return self.CONSUMERS + (32 * self.EXPANDERS + 128 if self.expands else 128 * self.loaders)
@@ -83,7 +88,7 @@ class Tiles:
     @property
     def halves(self) -> int:
         """Times 64 rows that a warpgroup multiplies, one after the other."""
-        return max(1, self.height // 128)
+        return 1 if self.widens else max(1, self.height // 128)
 
     @property
     def summed(self) -> int:
@@ -97,7 +102,11 @@ class Tiles:
 
     @property
     def wide(self) -> int:
-        """Columns of the tile that a warpgroup has: all for half of the rows, or half for 64 of 64."""
+        """Columns of the tile that a warpgroup has: all for half of the rows, or half for 64 of 64. Of w that
+        it widens it has half for all rows: then these.
+        """
+        if self.widens:
+            return self.height
         return 64 if self.height == 64 else 128
 
     @property
@@ -173,11 +182,6 @@ class Tiles:
         return (72 << 10) // self.slot if self.expands else 0
 
     @property
-    def part_bytes(self) -> int:
-        """From one step's columns of an NVFP4 unit to the next one's."""
-        return 512
-
-    @property
     def unit(self) -> int:
         """Bytes of a packed unit."""
         return BYTES[self.weight]
@@ -205,7 +209,7 @@ class Tiles:
 
     @property
     def w_stage(self) -> int:
-        return self.COLUMNS * self.STEP
+        return 0 if self.widens else self.COLUMNS * self.STEP
 
     @property
     def o_w(self) -> int:
@@ -251,7 +255,7 @@ class Tiles:
             return 144, 64, 64
         if self.loaders == 2:
             return 160, 96
-        return (216, 72) if self.halves > 1 else (192, 120)
+        return (216, 72) if self.height > 128 else (192, 120)
 
 
 @dataclass(frozen=True)
