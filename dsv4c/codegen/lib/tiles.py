@@ -66,8 +66,13 @@ class Tiles:
         return self.weight == "mxfp4"
 
     @property
+    def turned(self) -> bool:
+        """Whether tensor cores take w as the first operand, 64 rows of it for each warpgroup."""
+        return self.kind == "bf16" and not self.paired and not self.experts
+
+    @property
     def widens(self) -> bool:
-        """Whether the warps that multiply widen w, the first operand then, of 64 rows of w each."""
+        """Whether the warps that multiply widen w."""
         return self.weight == "fp8" and self.kind == "bf16"
 
     @property
@@ -88,7 +93,7 @@ class Tiles:
     @property
     def halves(self) -> int:
         """Times 64 rows that a warpgroup multiplies, one after the other."""
-        return 1 if self.widens else max(1, self.height // 128)
+        return 1 if self.turned else max(1, self.height // 128)
 
     @property
     def summed(self) -> int:
@@ -102,10 +107,10 @@ class Tiles:
 
     @property
     def wide(self) -> int:
-        """Columns of the tile that a warpgroup has: all for half of the rows, or half for 64 of 64. Of w that
-        it widens it has half for all rows: then these.
+        """Columns of the tile that a warpgroup has: all for half of the rows, or half for 64 of 64. If w is
+        the first operand, it has half of them for all rows: how many these are.
         """
-        if self.widens:
+        if self.turned:
             return self.height
         return 64 if self.height == 64 else 128
 

@@ -1,10 +1,10 @@
-"""FP8 weights by bf16 rows (sm_90a): widened by the warps that multiply, the first operand out of registers.
+"""Products of bf16 rows whose first operand is the weights (sm_90a): sums that tensor cores keep, of 64 columns
+of results, 16 of each warp, by all rows of the tile, so that they read a row once for each 64 columns.
 
-What shared memory moves limits `gemm`, and weights that are widened there would be written and read. So a
-warp loads its 16-row units itself, and tensor cores take the tile's rows of x as the second operand: sums of
-64 columns of results, 16 of each warp, by all rows of the tile. A lane has rows g and g + 8 of a unit, g =
-lane / 4, a 16-byte piece of each at a time. Of a k16 step tensor cores want columns 2q, 2q + 1, 2q + 8 and
-2q + 9 from lane 4g + q: four lanes have such a piece each, and hand each other theirs.
+What shared memory moves limits `gemm`, and FP8 weights that are widened there would be written and read. So a
+warp loads its 16-row units of these itself, and tensor cores take them out of registers. A lane has rows g and
+g + 8 of a unit, g = lane / 4, a 16-byte piece of each at a time. Of a k16 step tensor cores want columns 2q,
+2q + 1, 2q + 8 and 2q + 9 from lane 4g + q: four lanes have such a piece each, and hand each other theirs.
 """
 
 import cutlass
@@ -34,23 +34,36 @@ def multiply(
     thread: Int32,
 ):
     """w x^T of a tile from step `begin` of k on: f32 fragments of the warpgroup's 64 rows of w and all rows of
-    x. The tile has the 16-row tiles of w from `first` on, none after `last`; `g_fw` is where its block scales
-    start; `at` steps were multiplied before.
+    x; `at` steps were multiplied before. FP8 weights are loaded here: the tile has the 16-row tiles of w from
+    `first` on, none after `last`, and `g_fw` is where its block scales start.
     """
     k_major = OperandMajorMode.K
-    registers = warpgroup.OperandSource.RMEM
+    source = const_expr(warpgroup.OperandSource.RMEM if t.widens else warpgroup.OperandSource.SMEM)
     mma = sm90.make_trivial_tiled_mma(
-        BFloat16, BFloat16, k_major, k_major, Float32, (1, 1, 1), (64, t.height), registers
+        BFloat16, BFloat16, k_major, k_major, Float32, (1, 1, 1), (64, t.height), source
     )
-    shape = const_expr((64, t.height, t.each))
-    s_x = gemm.operand(
-        BFloat16, s, sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, shape, BFloat16, t.stages)
-    )
-    x = mma.make_fragment_B(mma.get_slice(thread % 128).partition_B(s_x))
-    w = [mma.make_fragment_A(mma.partition_shape_A((64, t.each))) for _ in range(2)]
-    words = [cute.recast_tensor(w[i], Uint32) for i in range(2)]
+    shape, row_major = const_expr((64, t.height, t.each)), LayoutEnum.ROW_MAJOR
+    own = mma.get_slice(thread % 128)
+    s_x = gemm.operand(BFloat16, s, sm90.make_smem_layout_b(row_major, shape, BFloat16, t.stages))
+    x = mma.make_fragment_B(own.partition_B(s_x))
     sums = cute.make_rmem_tensor(mma.partition_shape_C((64, t.height)), Float32)
     sums.fill(0.0)
+    mma.set(warpgroup.Field.ACCUMULATE, True)
+    if const_expr(not t.widens):
+        layout = sm90.make_smem_layout_a(row_major, shape, BFloat16, 2 * t.stages)
+        w = mma.make_fragment_A(own.partition_A(gemm.operand(BFloat16, s + t.o_w, layout)))
+        for step in cutlass.range(t.steps, unroll=1):
+            stage = (at + step) % t.stages
+            full = _arrived(t, s, at + step)
+            warpgroup.fence()
+            for c in range_constexpr(4):
+                cute.gemm(mma, sums, w[None, None, c, 2 * stage + group], x[None, None, c, stage], sums)
+            warpgroup.commit_group()
+            warpgroup.wait_group(0)
+            gemm.release(t, full, thread)
+        return sums
+    fragments = [mma.make_fragment_A(mma.partition_shape_A((64, t.each))) for _ in range(2)]
+    words = [cute.recast_tensor(fragments[i], Uint32) for i in range(2)]
     lane = thread % 32
     tile = cutlass.min(first + group * 4 + thread % 128 // 32, last)
     g_rows = g_w + Int64(tile // t.tiles * t.group_bytes + tile % t.tiles * (t.span * t.unit) + lane // 4 * 128)
@@ -59,23 +72,28 @@ def multiply(
     for i in range_constexpr(2):
         _fetch(t, held, scales, i, g_rows, g_fw, begin + i, lane)
     _widen(words[0], held, scales, 0, lane)
-    mma.set(warpgroup.Field.ACCUMULATE, True)
     for pair in cutlass.range(t.steps // 2, unroll=1):
         for i in range_constexpr(2):
             step = 2 * pair + i
-            stage = (at + step) % t.stages
-            full = s + t.o_bars + 8 * stage
-            ptx.mbarrier_wait(full, (at + step) // t.stages & 1)
-            ptx.fence_async()
+            full = _arrived(t, s, at + step)
             warpgroup.fence()
             for c in range_constexpr(4):
-                cute.gemm(mma, sums, w[i][None, None, c], x[None, None, c, stage], sums)
+                cute.gemm(mma, sums, fragments[i][None, None, c], x[None, None, c, (at + step) % t.stages], sums)
             warpgroup.commit_group()
             _fetch(t, held, scales, i, g_rows, g_fw, begin + cutlass.min(step + 2, Int32(t.steps - 1)), lane)
             _widen(words[1 - i], held, scales, 1 - i, lane)
             warpgroup.wait_group(0)
             gemm.release(t, full, thread)
     return sums
+
+
+@cute.jit
+def _arrived(t: Constexpr[Tiles], s: Int32, step: Int32):
+    """The barrier of step `step`'s stage, which then is full."""
+    full = s + t.o_bars + 8 * (step % t.stages)
+    ptx.mbarrier_wait(full, step // t.stages & 1)
+    ptx.fence_async()
+    return full
 
 
 @cute.jit
@@ -165,23 +183,23 @@ def store(
     """A warp's fragments of 16 columns of results, for rows of y from `row` on, as numbers of `size` bytes, 2
     for bf16 or 4 for f32: what exists, below `rows` and `columns`. Rows of y lie `stride` bytes apart.
     """
-    number = const_expr(cute.size(sums) // 4)  # of 8 rows
-    if const_expr(size == 4):
-        for j in range_constexpr(number):
-            for i in range_constexpr(4):
-                to, own = row + 8 * j + lane % 4 * 2 + i % 2, column + lane // 4 + i // 2 * 8
-                if to < rows and own < columns:
-                    ptx.stg_f32(g_y + Int64(to) * stride + own * 4, sums[4 * j + i])
-    else:
-        pitch = const_expr(48)  # eight rows of 16 bytes meet in no bank
-        s_own = s + t.o_out + warp * (16 * t.pitch)
-        s_given = s_own + (lane // 16 * 8 + lane % 8) * pitch + lane // 8 % 2 * 16
-        own = column + lane % 2 * 8
-        for n in range_constexpr(number // 2):
-            v = [ptx.f32x2_to_bf16x2(sums[8 * n + 2 * i], sums[8 * n + 2 * i + 1]) for i in range(4)]
-            ptx.stmatrix_turned(s_given, *v)
-            cute.arch.sync_warp()
-            to = row + 16 * n + lane // 2
+    pitch = const_expr(48 if size == 2 else 80)  # what a warp stores together meets in no bank
+    pieces = const_expr(size)  # of 16 bytes of a row's columns
+    s_rows = s + t.o_out + warp * (16 * t.pitch)
+    for n in range_constexpr(cute.size(sums) // 8):  # of 16 rows
+        if const_expr(size == 2):
+            pairs = [ptx.f32x2_to_bf16x2(sums[8 * n + 2 * i], sums[8 * n + 2 * i + 1]) for i in range(4)]
+            ptx.stmatrix_turned(s_rows + (lane // 16 * 8 + lane % 8) * pitch + lane // 8 % 2 * 16, *pairs)
+        else:
+            for i in range_constexpr(8):
+                own_row = i // 4 * 8 + lane % 4 * 2 + i % 2
+                s_own = s_rows + own_row * pitch + (lane // 4 + i // 2 % 2 * 8) * 4
+                ptx.sts_f32(s_own, sums[8 * n + i])
+        cute.arch.sync_warp()
+        for i in range_constexpr(pieces // 2):
+            own_row, piece = (i * 32 + lane) // pieces, lane % pieces
+            to, own = row + 16 * n + own_row, column + piece * (16 // size)
             if to < rows and own < columns:
-                ptx.stg128(g_y + Int64(to) * stride + own * 2, *ptx.lds128(s_own + lane // 2 * pitch + lane % 2 * 16))
-            cute.arch.sync_warp()
+                v = ptx.lds128(s_rows + own_row * pitch + piece * 16)
+                ptx.stg128(g_y + Int64(to) * stride + own * size, *v)
+        cute.arch.sync_warp()
