@@ -115,7 +115,7 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     if expands or widens:
         stages = {64: 5, 128: 4} if expands else {64: 10, 128: 8, 256: 6}
     loaders = 2 if pieces and steps % 2 == 0 else 1
-    ahead = 2 if pieces and steps % (2 * loaders) == 0 else 1
+    ahead = 1 if steps % (2 * loaders) else 2
     return Tiles(
         weight=packing.format,
         kind=kind,
@@ -143,11 +143,12 @@ def _height(spec: GemmSpec, format: str, kind: str, sms: int) -> int:
     made = 64 if spec.paired else 128
     columns = sum(-(-m.rows // made) for m in spec.matrices)
 
-    def traffic(height: int) -> int:
-        rounds = -(-(-(-spec.rows // height) * columns) // sms)
-        return rounds * (height // 128 * 64 + (32 if PIECES[format, kind] else 16))
+    moved = {128: 80, 256: 128 if kind == "bf16" else 144}  # KB a step, of operands to tensor cores, x and w
 
-    return min((128, 256), key=traffic)
+    def traffic(height: int) -> int:
+        return -(-(-(-spec.rows // height) * columns) // sms) * moved[height]
+
+    return min(moved, key=traffic)
 
 
 def _splits(spec: GemmSpec, height: int, kind: str, sms: int) -> int:
