@@ -108,14 +108,8 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     splits = _splits(spec, height, kind, sms)
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
     expands = packing.format == "mxfp4"
-    widens = (packing.format, kind) == ("fp8", "bf16")
-    if widens and (spec.paired or spec.experts):
-        raise BuildError(f"{spec.name}: does not pair products of bf16 rows with fp8, nor list their rows")
-    stages = {64: 7, 128: 6, 256: 4}
-    if expands or widens:
-        stages = {64: 5, 128: 4} if expands else {64: 10, 128: 8, 256: 6}
     loaders = 2 if pieces and steps % 2 == 0 else 1
-    ahead = 1 if steps % (2 * loaders) else 2
+    ahead = 2 if pieces and steps % (2 * loaders) == 0 else 1
     return Tiles(
         weight=packing.format,
         kind=kind,
@@ -124,7 +118,7 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
         height=height,
         tiles=packing.tiles,
         span=packing.span,
-        stages=stages[height],
+        stages={64: 5, 128: 4}[height] if expands else {64: 7, 128: 6, 256: 4}[height],
         loaders=loaders,
         ahead=ahead,
         scaled=spec.scaled,
@@ -143,12 +137,11 @@ def _height(spec: GemmSpec, format: str, kind: str, sms: int) -> int:
     made = 64 if spec.paired else 128
     columns = sum(-(-m.rows // made) for m in spec.matrices)
 
-    moved = {128: 80, 256: 128 if kind == "bf16" else 144}  # KB a step, of operands to tensor cores, x and w
-
     def traffic(height: int) -> int:
-        return -(-(-(-spec.rows // height) * columns) // sms) * moved[height]
+        rounds = -(-(-(-spec.rows // height) * columns) // sms)
+        return rounds * (height // 128 * 64 + (32 if PIECES[format, kind] else 16))
 
-    return min(moved, key=traffic)
+    return min((128, 256), key=traffic)
 
 
 def _splits(spec: GemmSpec, height: int, kind: str, sms: int) -> int:

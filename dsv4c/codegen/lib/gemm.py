@@ -172,9 +172,7 @@ def load(
     `first` on, none after `last`; `g_fw` is where FP8 block scales of these rows start.
     """
     lane, warp = thread % 32, thread // 32
-    g_units = None
-    if const_expr(t.weight != "plain" and not t.widens):
-        g_units = unit_places(t, g_w, first, last, thread)
+    g_units = unit_places(t, g_w, first, last, thread) if const_expr(t.weight != "plain") else None
     held = cute.make_rmem_tensor((t.ahead, max(t.words, 1)), Uint32)
     scales = cute.make_rmem_tensor((t.ahead, 1 + t.halves), Int32)
     for i in range_constexpr(t.ahead):
@@ -193,7 +191,7 @@ def load(
                 copy_x(t, s_x, g_x, rows, begin + step, thread)
             if const_expr(t.weight == "plain"):
                 copy_weights(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, begin + step, thread)
-            elif const_expr(t.pieces == 0 and not t.widens):
+            elif const_expr(t.pieces == 0):
                 copy_units(t, s + t.o_w + stage * t.w_stage, g_units, begin + step, thread)
             if const_expr(t.kind != "f16"):
                 ptx.cp_async_arrive(full)
@@ -288,12 +286,18 @@ def lay_factors(t: Constexpr[Tiles], s_f: Int32, scales: cute.Tensor, i: Constex
 @cute.jit
 def unit_of(t: Constexpr[Tiles], n: Constexpr[int], warp: Int32):
     """Which of the tile's eight units a thread's piece `n` is of."""
-    return 4 * n + warp if const_expr(t.pieces) else Int32(n)
+    if const_expr(t.weight == "nvfp4"):
+        return 4 * n + warp
+    if const_expr(t.pieces):
+        return n // 2 * 4 + warp
+    return Int32(n)
 
 
 @cute.jit
 def unit_places(t: Constexpr[Tiles], g_w: tuple, first: Int32, last: Int32, thread: Int32) -> cute.Tensor:
-    """Where the thread's pieces of the first unit along k lie."""
+    """Where the thread's pieces of the first unit along k lie: one of each unit that is copied; of one that
+    is widened, rows of both halves.
+    """
     number = const_expr(t.pieces or t.UNITS)
     found = cute.make_rmem_tensor((number,), Int64)
     for n in range_constexpr(number):
@@ -305,7 +309,11 @@ def unit_places(t: Constexpr[Tiles], g_w: tuple, first: Int32, last: Int32, thre
             if unit % 2 == 1:
                 base = g_w[1]
         tile = cutlass.min(first + tile, last)
-        inside = thread % 32 * 16 if const_expr(t.pieces) else thread * 16
+        inside = thread * 16
+        if const_expr(t.weight == "nvfp4"):
+            inside = thread % 32 * 16
+        elif const_expr(t.pieces):
+            inside = n % 2 * 1024 + thread % 8 * 128
         found[n] = base + Int64(tile // t.tiles * t.group_bytes + tile % t.tiles * (t.span * t.unit) + inside)
     return found
 
@@ -327,7 +335,7 @@ def fetch(
     """The thread's share of a step's weights, in flight to registers `i`, and scales: those of the weights,
     then of its rows of x.
     """
-    if const_expr(t.weight == "plain" or t.widens):
+    if const_expr(t.weight == "plain"):
         return
     unit, part = step // t.per_unit, step % t.per_unit
     behind = unit_behind(t, unit)
@@ -341,14 +349,19 @@ def fetch(
         if const_expr(t.paired):
             scales[i, 0] = scales[i, 0] | Int32(ptx.ldg_u8_constant(g_fw[1] + block)) << Int32(8)
     for n in range_constexpr(t.pieces):
-        g_piece = g_units[n] + Int64(behind + part * 512)
+        inside = part * t.part_bytes
+        if const_expr(t.weight == "fp8"):
+            inside = (4 * part + thread % 32 // 8 ^ thread % 8) * 16
+        g_piece = g_units[n] + Int64(behind + inside)
         w = ptx.ldg128_constant(g_piece)
         for j in range_constexpr(4):
             held[i, n * 4 + j] = w[j]
     g, q = thread % 32 // 4, thread % 4
     for n in range_constexpr(t.pieces):
-        at = behind + 1024 + (g * 2 + q // 2) * 8 + part * 4 - (g * 4 + q) * 16
-        held[i, t.pieces * 4 + n] = ptx.ldg32_constant(g_units[n] + Int64(at))
+        if const_expr(t.weight == "nvfp4"):
+            inside = (g * 4 + q) * 16
+            at = behind + 1024 + (g * 2 + q // 2) * 8 + part * 4 - inside
+            held[i, t.pieces * 4 + n] = ptx.ldg32_constant(g_units[n] + Int64(at))
     if const_expr(t.kind == "f16"):
         for n in range_constexpr(t.own_rows):
             v = ptx.ldg128(g_x + Int64(row_of_x(t, rows, n, thread)) * t.stride + step * 64 + thread % 4 * 16)
@@ -369,6 +382,18 @@ def lay_weights(
 ):
     """The thread's share of a step's weights, as tensor cores multiply them, into their rows."""
     s_w = s + t.o_w + stage * t.w_stage
+    if const_expr(t.weight == "fp8"):
+        scale = scales[i, 0]
+        if const_expr(t.paired):
+            scale = scale >> warp % 2 * 8 & Int32(255)
+        most = Int32(134)  # the largest that one factor of bf16 holds besides the 2^120
+        factor = Uint32((cutlass.min(scale, most) + 120) * 0x00800080)
+        if scale > most:
+            rest = Uint32((scale - 7) * 0x00800080)
+            lay_widened(t, s_w, held, i, (factor, rest), lane, warp)
+        else:
+            lay_widened(t, s_w, held, i, (factor,), lane, warp)
+        return
     q, row = lane % 4, units.row_of(lane)
     for n in range_constexpr(t.pieces):
         w = [held[i, 4 * n + j] for j in range(4)]
@@ -381,6 +406,46 @@ def lay_weights(
             for r in range_constexpr(2):
                 own = [ptx.mul_f16x2(pairs[k], f[r]) for k in (r, r + 2, r + 4, r + 6)]
                 ptx.sts128(s_piece + 1024 * r, *own)
+
+
+# Widening ---------------------------------------------------------------------------------------------------
+
+
+@cute.jit
+def lay_widened(
+    t: Constexpr[Tiles],
+    s_w: Int32,
+    held: cute.Tensor,
+    i: Constexpr[int],
+    factors: tuple,
+    lane: Int32,
+    warp: Int32,
+):
+    """e4m3 codes times their scale as bf16 into their rows. `factors` are the scale and the 2^120 that bits
+    in place lack, in one number or two.
+    """
+    row, piece = lane % 8, lane // 8 * 2
+    for n in range_constexpr(t.pieces):
+        s_row = s_w + unit_of(t, n, warp) * 2048 + n % 2 * 1024 + row * 128
+        for half in range_constexpr(2):
+            pairs = [p for j in range(2) for p in e4m3x4_to_bf16x2x2(held[i, 4 * n + 2 * half + j])]
+            for f in factors:
+                pairs = [ptx.mul_bf16x2(p, f) for p in pairs]
+            ptx.sts128(s_row + ((piece + half) ^ row) * 16, *pairs)
+
+
+@cute.jit
+def e4m3x4_to_bf16x2x2(r: Uint32):
+    """Four e4m3 -> two bf16x2 of the value times 2^-120, exact: the bits in place."""
+    return _asm(
+        "{ .reg .b32 t, u; "
+        "prmt.b32 t, {$r0}, 0, 0x1404; shr.u32 u, t, 4; and.b32 u, u, 0x07F007F0; "
+        "lop3.b32 {$w0}, t, 0x80008000, u, 0xEA; "
+        "prmt.b32 t, {$r0}, 0, 0x3424; shr.u32 u, t, 4; and.b32 u, u, 0x07F007F0; "
+        "lop3.b32 {$w1}, t, 0x80008000, u, 0xEA; }",
+        write_only_types=[Uint32] * 2,
+        read_only_args=[r],
+    )
 
 
 # Multiplying ------------------------------------------------------------------------------------------------

@@ -99,15 +99,6 @@ def stmatrix(s: Int32, r0: Uint32, r1: Uint32, r2: Uint32, r3: Uint32):
 
 
 @cute.jit
-def stmatrix_turned(s: Int32, r0: Uint32, r1: Uint32, r2: Uint32, r3: Uint32):
-    """The same tiles with rows and columns exchanged: address n of a tile takes its column n."""
-    _asm(
-        "stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [{$r0}], {{$r1},{$r2},{$r3},{$r4}};",
-        read_only_args=[s, r0, r1, r2, r3],
-    )
-
-
-@cute.jit
 def sts16(s: Int32, r: Uint32):
     """Store the low half of a word to shared memory."""
     _asm("{ .reg .b16 l, h; mov.b32 {l, h}, {$r1}; st.shared.b16 [{$r0}], l; }", read_only_args=[s, r])

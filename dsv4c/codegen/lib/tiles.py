@@ -11,7 +11,7 @@ from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
 
 PIECES = {  # 16-byte pieces of packed weights that a loading thread widens of a step of 128 rows; else copies
     ("fp8", "e4m3"): 0,
-    ("fp8", "bf16"): 0,  # those that multiply widen it
+    ("fp8", "bf16"): 4,
     ("bf16", "bf16"): 0,
     ("mxfp4", "e4m3"): 0,  # warps of their own expand it
     ("nvfp4", "f16"): 2,
@@ -66,16 +66,6 @@ class Tiles:
         return self.weight == "mxfp4"
 
     @property
-    def turned(self) -> bool:
-        """Whether tensor cores take w as the first operand, 64 rows of it for each warpgroup."""
-        return self.kind == "bf16" and not self.paired and not self.experts
-
-    @property
-    def widens(self) -> bool:
-        """Whether the warps that multiply widen w."""
-        return self.weight == "fp8" and self.kind == "bf16"
-
-    @property
     def threads(self) -> int:
         """Of a CTA."""
         return self.CONSUMERS + (32 * self.EXPANDERS + 128 if self.expands else 128 * self.loaders)
@@ -93,7 +83,7 @@ class Tiles:
     @property
     def halves(self) -> int:
         """Times 64 rows that a warpgroup multiplies, one after the other."""
-        return 1 if self.turned else max(1, self.height // 128)
+        return max(1, self.height // 128)
 
     @property
     def summed(self) -> int:
@@ -107,11 +97,7 @@ class Tiles:
 
     @property
     def wide(self) -> int:
-        """Columns of the tile that a warpgroup has: all for half of the rows, or half for 64 of 64. If w is
-        the first operand, it has half of them for all rows: how many these are.
-        """
-        if self.turned:
-            return self.height
+        """Columns of the tile that a warpgroup has: all for half of the rows, or half for 64 of 64."""
         return 64 if self.height == 64 else 128
 
     @property
@@ -187,6 +173,11 @@ class Tiles:
         return (72 << 10) // self.slot if self.expands else 0
 
     @property
+    def part_bytes(self) -> int:
+        """From one step's columns of an NVFP4 unit to the next one's."""
+        return 512
+
+    @property
     def unit(self) -> int:
         """Bytes of a packed unit."""
         return BYTES[self.weight]
@@ -214,7 +205,7 @@ class Tiles:
 
     @property
     def w_stage(self) -> int:
-        return 0 if self.widens else self.COLUMNS * self.STEP
+        return self.COLUMNS * self.STEP
 
     @property
     def o_w(self) -> int:
@@ -260,7 +251,7 @@ class Tiles:
             return 144, 64, 64
         if self.loaders == 2:
             return 160, 96
-        return (216, 72) if self.height > 128 else (192, 120)
+        return (216, 72) if self.halves > 1 else (192, 120)
 
 
 @dataclass(frozen=True)
