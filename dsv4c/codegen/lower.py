@@ -36,7 +36,8 @@ class Operand:
     """An array that code reads or writes: a component of a value, scratch of that name, or of what ranks
     exchange values through the block ("exchange") or the launch's own number ("site").
 
-    access: "r", "w", "rw", or "early" for what is read before the wait, though no weight.
+    access: "r", "w", "rw", or "early" for what is read before the wait, though no weight. With a `box` code
+    gets a tensor map of it.
     """
 
     component: str
@@ -44,6 +45,7 @@ class Operand:
     value: Value | None = None
     scratch: str = ""
     exchange: str = ""
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -474,7 +476,8 @@ def _argument(
 ) -> Argument:
     if operand.value is None:
         name, size = f"{launch}.{operand.scratch}", part.scratch[operand.scratch]
-        return Argument("arena", scratch[operand.scratch], name, operand.component, size, operand.access)
+        place = scratch[operand.scratch]
+        return Argument("arena", place, name, operand.component, size, operand.access, operand.box)
     name = operand.value.name
     place = places[name]
     if place.space == "weights":
@@ -482,7 +485,7 @@ def _argument(
     else:
         component = next(c for c in place.type.components if c.name == operand.component)
         at, size = place.offset + component.offset, component.nbytes
-    return Argument(place.space, at, name, operand.component, size, operand.access)
+    return Argument(place.space, at, name, operand.component, size, operand.access, operand.box)
 
 
 def _exchange(coded: Iterable[_Coded], ranks: int) -> Layout | None:

@@ -26,10 +26,25 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Box:
+    """What one copy of a kernel takes of an array: `box` elements of `element` bytes along each axis, of
+    `sizes`, innermost first; `strides` are the bytes between neighbors on the others. Outside are zeros.
+    `swizzled`: of rows of 128 bytes, eight 16-byte pieces each, piece p of row r comes to place p ^ r % 8.
+    """
+
+    element: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzled: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Argument:
     """One array of a launch: `offset` bytes into a block, where `component` of `value` has `nbytes` bytes.
 
-    access: "r", "w", "rw", or "early" for what is read before a kernel waits, though no weight.
+    access: "r", "w", "rw", or "early" for what is read before a kernel waits, though no weight. With a `box`
+    the kernel gets the address of a tensor map of the array, which the driver makes, in place of its own.
     """
 
     space: Space
@@ -38,6 +53,7 @@ class Argument:
     component: str
     nbytes: int
     access: str
+    box: Box | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,7 +176,7 @@ class _Launches:
                 arrays = scratch_for(name, value.type, binding.access)
                 array = arrays[name if binding.component == "data" else f"{name}_{binding.component}"]
                 scratch[array.name] = array.nbytes
-                binding = Binding(binding.component, array.access, scratch=array.name)
+                binding = replace(binding, access=array.access, value=None, scratch=array.name)
             bindings.append(binding)
         return replace(launch, bindings=tuple(bindings), scratch=scratch)
 

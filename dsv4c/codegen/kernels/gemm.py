@@ -21,6 +21,7 @@ from dsv4c.codegen.registry import Launchable, Request, Scratch, launchable
 from dsv4c.errors import BuildError
 from dsv4c.numerics.forms import Packing, parse_packing
 from dsv4c.numerics.resident import PLAIN
+from dsv4c.plan.records import Box
 from dsv4c.types import FP8_ROW, QuantType
 
 FEWEST_ROWS = 9  # a GEMV serves fewer
@@ -109,7 +110,7 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
     expands = packing.format == "mxfp4"
     loaders = 2 if pieces and steps % 2 == 0 else 1
-    ahead = 2 if pieces and steps % (2 * loaders) == 0 else 1
+    ahead = 1 if steps % (2 * loaders) else 2
     return Tiles(
         weight=packing.format,
         kind=kind,
@@ -137,11 +138,13 @@ def _height(spec: GemmSpec, format: str, kind: str, sms: int) -> int:
     made = 64 if spec.paired else 128
     columns = sum(-(-m.rows // made) for m in spec.matrices)
 
-    def traffic(height: int) -> int:
-        rounds = -(-(-(-spec.rows // height) * columns) // sms)
-        return rounds * (height // 128 * 64 + (32 if PIECES[format, kind] else 16))
+    # KB a step: of operands to tensor cores, of x, and of w, which is copied or else widened.
+    moved = {height: height // 128 * 64 + (32 if PIECES[format, kind] else 16) for height in (128, 256)}
 
-    return min((128, 256), key=traffic)
+    def traffic(height: int) -> int:
+        return -(-(-(-spec.rows // height) * columns) // sms) * moved[height]
+
+    return min(moved, key=traffic)
 
 
 def _splits(spec: GemmSpec, height: int, kind: str, sms: int) -> int:
@@ -178,7 +181,7 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
     row_tiles = -(-spec.rows // t.height) + spec.experts
     ctas = min(arch.sms // t.splits, row_tiles * column_tiles) * t.splits
     cluster = (t.splits, 1, 1)
-    parameters = spec.parameters
+    parameters = tuple(replace(p, box=_box(spec, t, p)) for p in spec.parameters)
     pointers = [p.name for p in parameters]
     source = render(
         "gemm.py.jinja",
@@ -200,12 +203,31 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
         expert_bytes=parse_packing(spec.packing).nbytes(matrices[0].rows, t.k) if spec.experts else 0,
         expert_scales=-(-matrices[0].rows // 128) * t.blocks,
         group_rows=matrices[0].rows // spec.groups,
-        group_bytes=t.k * (1 if spec.scaled else 2),
     )
     packed = spec.packing != PLAIN
     packing = {name: spec.packing for m in matrices for name in m.names} if packed else {}
     return Emission(
         f"{spec.name}_0", source, (ctas, 1, 1), t.threads, t.shared, parameters, cluster, packing=packing
+    )
+
+
+def _box(spec: GemmSpec, t: Tiles, parameter: Parameter) -> Box | None:
+    """What a copy of a step of an operand takes, if it is copied by a tensor map."""
+    size = 1 if spec.scaled else 2
+    if parameter == Parameter("x") and t.boxed:
+        return Box(size, (spec.groups * t.k, spec.rows), (t.stride,), (t.each, t.height), swizzled=True)
+    rows = next((m.rows for m in spec.matrices if parameter in map(Parameter, m.names)), 0)
+    if not rows or not t.run:
+        return None
+    if t.weight == "plain":
+        return Box(2, (t.k, rows), (2 * t.k,), (t.each, t.COLUMNS), swizzled=True)
+    units, groups = t.k // t.each, -(-rows // (16 * t.tiles))
+    side = min(t.run, t.tiles)
+    return Box(
+        8,
+        (t.unit // 8, t.span, t.tiles, -(-units // t.span), groups),
+        (t.unit, t.span * t.unit, t.tiles * t.span * t.unit, t.group_bytes),
+        (t.unit // 8, 1, side, 1, t.run // side),
     )
 
 

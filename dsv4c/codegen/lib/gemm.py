@@ -156,6 +156,7 @@ def load(
     g_x: Int64,
     g_fx: Int64,
     rows: tuple,
+    behind: Int32,
     g_w: tuple,
     g_fw: tuple,
     first: Int32,
@@ -168,11 +169,15 @@ def load(
     warps.
 
     `rows` of x are the first of the tile's and the last that there is, or of experts those that the thread
-    copies and the one whose scale it loads. Of each matrix, one or two, the tile has the 16-row tiles from
+    copies and the one whose scale it loads, `behind` columns before the tile's. Of each matrix, one or two, the tile has the 16-row tiles from
     `first` on, none after `last`; `g_fw` is where FP8 block scales of these rows start.
     """
     lane, warp = thread % 32, thread // 32
-    g_units = unit_places(t, g_w, first, last, thread) if const_expr(t.weight != "plain") else None
+    g_units = None
+    if const_expr(t.weight != "plain" and not t.run):
+        g_units = unit_places(t, g_w, first, last, thread)
+    if const_expr(not t.boxed):
+        g_x = g_x + Int64(behind * (1 if t.scaled else 2))
     held = cute.make_rmem_tensor((t.ahead, max(t.words, 1)), Uint32)
     scales = cute.make_rmem_tensor((t.ahead, 1 + t.halves), Int32)
     for i in range_constexpr(t.ahead):
@@ -185,21 +190,29 @@ def load(
             stage = now % t.stages
             wait_free(t, s, now)
             full, s_x = s + t.o_bars + 8 * stage, s + stage * t.x_stage
-            if const_expr(t.kind == "f16"):
+            s_w = s + t.o_w + stage * t.w_stage
+            if const_expr(t.boxed):
+                if thread == 0:
+                    ptx.mbarrier_expect(full, Int32(t.x_stage + (t.w_stage if t.run else 0)))
+                    ptx.box_load(s_x, g_x, (behind + (begin + step) * t.each, rows[0]), full)
+                    if const_expr(t.run):
+                        load_units(t, s_w, g_w, first, begin + step, full)
+            elif const_expr(t.kind == "f16"):
                 lay_x(t, s_x, held, i, thread)
             else:
                 copy_x(t, s_x, g_x, rows, begin + step, thread)
-            if const_expr(t.weight == "plain"):
-                copy_weights(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, begin + step, thread)
-            elif const_expr(t.pieces == 0):
-                copy_units(t, s + t.o_w + stage * t.w_stage, g_units, begin + step, thread)
-            if const_expr(t.kind != "f16"):
+            if const_expr(t.pieces == 0 and not t.run):
+                if const_expr(t.weight == "plain"):
+                    copy_weights(t, s_w, g_w[0], first, last, begin + step, thread)
+                else:
+                    copy_units(t, s_w, g_units, begin + step, thread)
+            if const_expr(t.arrivals > 4):
                 ptx.cp_async_arrive(full)
             lay_factors(t, s + t.o_factors + stage * t.factors, scales, i, thread)
             if const_expr(t.pieces):
                 lay_weights(t, s, stage, held, scales, i, lane, warp)
             cute.arch.sync_warp()
-            if lane == 0:
+            if lane == 0 and thread >= const_expr(int(t.boxed)):
                 ptx.mbarrier_arrive(full)
             following = begin + cutlass.min(step + t.ahead * t.loaders, Int32(t.steps - 1))
             fetch(t, held, scales, i, g_x, g_fx, rows, g_units, g_fw, following, thread)
@@ -248,6 +261,22 @@ def copy_units(t: Constexpr[Tiles], s_w: Int32, g_units: cute.Tensor, step: Int3
     behind = unit_behind(t, step)
     for n in range_constexpr(t.UNITS):
         ptx.cp_async16(s_w + n * 2048 + thread * 16, g_units[n] + Int64(behind))
+
+
+@cute.jit
+def load_units(
+    t: Constexpr[Tiles], s_w: Int32, g_w: tuple, first: Int32, step: Int32, full: Int32
+):
+    """A step of the tile's units by boxes of tensor maps, in flight. One thread."""
+    for n in range_constexpr(t.UNITS // t.run):
+        tile = first + (n // 2 if t.paired else n) * t.run
+        g = g_w[n % 2] if const_expr(t.paired) else g_w[0]
+        s_run = s_w + n * t.run * 2048
+        if const_expr(t.weight == "plain"):
+            ptx.box_load(s_run, g, (step * t.each, tile * 16), full)
+        else:
+            place = (Int32(0), step % t.span, tile % t.tiles, step // t.span, tile // t.tiles)
+            ptx.box_load(s_run, g, place, full)
 
 
 @cute.jit
@@ -305,8 +334,8 @@ def unit_places(t: Constexpr[Tiles], g_w: tuple, first: Int32, last: Int32, thre
         tile = unit
         base = g_w[0]
         if const_expr(t.paired):
-            tile = unit // 2
-            if unit % 2 == 1:
+            tile = unit // (2 * t.pair) * t.pair + unit % t.pair
+            if unit // t.pair % 2 == 1:
                 base = g_w[1]
         tile = cutlass.min(first + tile, last)
         inside = thread * 16
@@ -481,8 +510,9 @@ def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int
         stage = (at + step) % t.stages
         full = s + t.o_bars + 8 * stage
         ptx.mbarrier_wait(full, (at + step) // t.stages & 1)
-        # Here and not where it was written: there it would wait for all loads in flight.
-        ptx.fence_async()
+        if const_expr(not t.run):
+            # Here and not where it was written: there it would wait for all loads in flight.
+            ptx.fence_async()
         w_at = stage * 2 + group if const_expr(w_parts == 2) else stage
         s_f = s + t.o_factors + stage * t.factors
         for half in range_constexpr(t.halves):
@@ -552,7 +582,7 @@ def add_scaled_apart(
 def add_scaled(t: Constexpr[Tiles], sums: cute.Tensor, products: cute.Tensor, f: cute.Tensor):
     """sums += products times the factors of their row and matrix."""
     for j in range_constexpr(t.wide // 8):
-        m = const_expr(j // 2 % 2 if t.row_factors == 2 else 0)
+        m = const_expr(j // (2 * t.pair) % 2 if t.row_factors == 2 else 0)
         for i in range_constexpr(2):
             for half in range_constexpr(2):
                 at = const_expr(4 * j + 2 * half + i)
@@ -586,7 +616,7 @@ def operand(number: Constexpr[type], s: Int32, layout: cute.ComposedLayout) -> c
 @cute.jit
 def add_splits(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, rank: Int32, thread: Int32):
     """This CTA's part of the sums of all of the cluster's, added up in order of rank. Its columns are every
-    warpgroup's from number rank * 8 * `t.summed` on. The stages are free; all consumers.
+    warpgroup's from number rank * 8 * `t.summed` on, or, of either of paired matrices, half as many. The stages are free; all consumers.
     """
     ptx.sync_threads(t.CONSUMERS)
     for j in range_constexpr(t.wide // 8):
@@ -595,9 +625,11 @@ def add_splits(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, rank: Int32, th
     meet()
     own = cute.make_rmem_tensor((4 * t.summed,), Float32)
     own.fill(0.0)
+    each = const_expr(t.summed // 2 if t.paired and t.pair > 1 else t.summed)  # groups in a row
     for other in range_constexpr(t.splits):
         for j in range_constexpr(t.summed):
-            s_part = s + ((rank * t.summed + j) * t.CONSUMERS + thread) * 16
+            number = rank * each + j % each + j // each * (t.wide // 16)
+            s_part = s + (number * t.CONSUMERS + thread) * 16
             words = lds128_remote(s_part, Int32(other))
             for i in range_constexpr(4):
                 own[4 * j + i] = own[4 * j + i] + words[i].bitcast(Float32)
@@ -639,11 +671,10 @@ def scale_sums(t: Constexpr[Tiles], sums: cute.Tensor, f: tuple):
 def activate(t: Constexpr[Tiles], sums: cute.Tensor, limit: Constexpr[float], weights: tuple):
     """SwiGLU of paired columns under weights of the lane's rows g and g + 8: fragments of half as many."""
     made = cute.make_rmem_tensor((2 * t.summed,), Float32)
-    for p in range_constexpr(t.summed // 4):
-        for b in range_constexpr(2):
-            for i in range_constexpr(4):
-                gate, up = sums[16 * p + 4 * b + i], sums[16 * p + 8 + 4 * b + i]
-                made[8 * p + 4 * b + i] = swiglu.swiglu(gate, up, limit, weights[i // 2])
+    each = const_expr(8 if t.pair == 1 else 2 * t.summed)  # sums of one matrix in a row
+    for n in range_constexpr(2 * t.summed):
+        gate = const_expr(n // each * (2 * each) + n % each)
+        made[n] = swiglu.swiglu(sums[gate], sums[gate + each], limit, weights[n % 4 // 2])
     return made
 
 

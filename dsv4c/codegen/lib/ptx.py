@@ -325,6 +325,21 @@ def bulk_load(s: Int32, g: Int64, nbytes: Int32, bar: Int32):
 
 
 @cute.jit
+def box_load(s: Int32, g_map: Int64, place: tuple, bar: Int32):
+    """Copy the box of a tensor map that starts at `place`, element numbers innermost first, to shared memory;
+    `bar` counts all its bytes, also of what is outside the array. One thread; 128-byte aligned, or, where rows
+    are swizzled, 1024.
+    """
+    rank = const_expr(len(place))
+    axes = const_expr(", ".join(f"{{$r{i + 3}}}" for i in range(rank)))
+    _asm(
+        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        f"[{{$r0}}], [{{$r1}}, {{{axes}}}], [{{$r2}}];",
+        read_only_args=[s, g_map, bar, *place],
+    )
+
+
+@cute.jit
 def prefetch_l2(g: Int64):
     """Bring the line of 128 bytes that has this address to L2."""
     _asm("prefetch.global.L2 [{$r0}];", read_only_args=[g])

@@ -26,7 +26,7 @@ class Tiles:
 
     Tensor cores multiply `kind` (e4m3, bf16, f16), 128 bytes of k a step. x in memory is e4m3 with a ue8m0
     scale per 128 (`scaled`) or bf16, rows `stride` bytes apart. `tiles` x `span`: how w is packed. `paired`:
-    the tile's rows are 16 of one matrix and 16 of another in turn. Eight warps multiply; `loaders` times four
+    the tile's rows are `pair` times 16 of one matrix and as many of another in turn. Eight warps multiply; `loaders` times four
     lay down steps, `stages` of which shared memory holds, and each four hold `ahead` of their own in
     registers. Of MXFP4 eight expand weights, and of four more two copy x, two weights. Rows of `experts`
     take tiles of their own. `splits` CTAs of a cluster share a tile's k, and each adds up all of their sums
@@ -64,6 +64,25 @@ class Tiles:
     def expands(self) -> bool:
         """Whether warps of their own expand w, which is copied as it is packed."""
         return self.weight == "mxfp4"
+
+    @property
+    def boxed(self) -> bool:
+        """Whether x, whose rows follow each other, is copied by boxes of a tensor map."""
+        return self.kind != "f16" and not self.expands and not self.experts
+
+    @property
+    def run(self) -> int:
+        """Units of a tile that one copy brings: as many as follow each other, of paired ones half of those of
+        a matrix where two warpgroups share a tile's columns. 0 where threads copy or widen them.
+        """
+        if not self.boxed or self.pieces or (8 % self.tiles and self.tiles % 8):
+            return 0
+        return self.pair if self.paired else self.UNITS
+
+    @property
+    def pair(self) -> int:
+        """Units of one of paired matrices in a row of a tile: half of what a warpgroup has, or, of FP4, 1."""
+        return 1 if self.weight in ("mxfp4", "nvfp4") else self.wide // 32
 
     @property
     def threads(self) -> int:
@@ -141,7 +160,8 @@ class Tiles:
         """That fill a stage: each warp's, and each thread's when its copies have come."""
         if self.expands:
             return self.EXPANDERS + self.COPIERS // 32 + self.COPIERS
-        return 4 if self.kind == "f16" else 4 + 128
+        copied = self.kind != "f16" and not (self.boxed and (self.pieces or self.run))
+        return 4 + 128 * copied
 
     @property
     def row_step(self) -> int:
