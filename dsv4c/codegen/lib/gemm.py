@@ -541,10 +541,14 @@ def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int
                 warpgroup.fence()
                 for c in range_constexpr(4):
                     cute.gemm(mma, sums[half], x[None, None, c, x_at], w[None, None, c, w_at], sums[half])
-                warpgroup.commit_group()
                 if const_expr(last):
-                    warpgroup.wait_group(0)
-                    release(t, full, thread)
+                    warpgroup.commit_group()
+                    warpgroup.wait_group(1)
+                    if step > 0:
+                        release(t, s + t.o_bars + 8 * ((at + step - 1) % t.stages), thread)
+    if const_expr(not t.promotes):
+        warpgroup.wait_group(0)
+        release(t, s + t.o_bars + 8 * ((at + t.steps - 1) % t.stages), thread)
     return sums
 
 
