@@ -24,7 +24,7 @@ from dsv4c.ir.totals import totals
 from dsv4c.numerics.resident import PLAIN, component_bytes
 from dsv4c.passes.memory import MemoryPlan, aligned, lay_out, plan_memory
 from dsv4c.passes.schedule import Group, Schedule, schedule
-from dsv4c.plan.records import Argument, BodyCode, KernelCode, Launch, Place, Program, StateSlot
+from dsv4c.plan.records import Argument, BodyCode, Box, KernelCode, Launch, Place, Program, StateSlot
 from dsv4c.types import ALIGN as COMPONENT_ALIGN
 from dsv4c.types import Type
 
@@ -476,8 +476,8 @@ def _argument(
 ) -> Argument:
     if operand.value is None:
         name, size = f"{launch}.{operand.scratch}", part.scratch[operand.scratch]
-        place = scratch[operand.scratch]
-        return Argument("arena", place, name, operand.component, size, operand.access, operand.box)
+        at = scratch[operand.scratch]
+        return Argument("arena", at, name, operand.component, size, operand.access, operand.box)
     name = operand.value.name
     place = places[name]
     if place.space == "weights":

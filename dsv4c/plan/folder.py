@@ -19,10 +19,10 @@ from dsv4c.buckets import Bucket, bucket_named
 from dsv4c.errors import PlanError, listed
 from dsv4c.plan.check import check
 from dsv4c.plan.records import (
-    Box,
     SPACES,
     Argument,
     BodyCode,
+    Box,
     KernelCode,
     Launch,
     Place,
@@ -447,6 +447,7 @@ def _exactly(data: Mapping[str, Any], names: frozenset[str]) -> Mapping[str, Any
 
 _PLAN = frozenset(f.name for f in fields(Plan)) - {"timings", "cache_hits"} | {"digest", "schema"}
 _STATE, _VALUE = frozenset({"name", "type", "offset"}), frozenset({"type", "space", "offset"})
+_BOX = frozenset(f.name for f in fields(Box))
 _LOAD = frozenset({"graph", "arena_bytes", "inputs", "outputs", "values", "launches"})
 _SHAPE = tuple(f.name for f in fields(Bucket) if f.name != "trusts")  # that, the bucket's name alone says
 _BUCKET = _LOAD | set(_SHAPE)
@@ -508,8 +509,12 @@ def _program_from_json(data: Mapping[str, Any], name: str | None) -> Program:
 
 
 def _argument_from_json(data: Mapping[str, Any]) -> Argument:
-    box = {name: tuple(v) if isinstance(v, list) else v for name, v in data.get("box", {}).items()}
-    return Argument(**{**data, "box": Box(**box) if box else None})
+    if "box" not in data:
+        return Argument(**data)
+    box = data["box"]
+    _exactly(box, _BOX)
+    sizes, strides, one = (tuple(box[name]) for name in ("sizes", "strides", "box"))
+    return Argument(**{**data, "box": Box(box["element"], sizes, strides, one, box["swizzled"])})
 
 
 def _launch_from_json(data: Mapping[str, Any]) -> Launch:

@@ -178,7 +178,7 @@ class Graph:
 
 
 def tensor_map(address: int, box: Box) -> bytes:
-    """What a kernel copies boxes of the array at `address` by, 128 bytes that it reads at a multiple of 64."""
+    """What a kernel copies boxes of the array at `address` by: 128 bytes, to lie at a multiple of 64."""
     kinds = cuda.CUtensorMapDataType
     named = {1: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8, 2: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16}
     named[8] = kinds.CU_TENSOR_MAP_DATA_TYPE_UINT64

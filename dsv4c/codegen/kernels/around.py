@@ -28,7 +28,7 @@ from dsv4c.codegen.kernels.row_program import (
     program_of,
 )
 from dsv4c.codegen.kernels.rows import SMALL_WEIGHT, kernel_of, primitives
-from dsv4c.codegen.registry import Answer, Binding, Call, Launchable, No, Request, kernel, launchable
+from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, kernel, launchable
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Node, Value
 from dsv4c.ir.ops.linear import Linear

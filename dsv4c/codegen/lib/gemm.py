@@ -1,9 +1,10 @@
 """Products of many rows on wgmma (sm_90a): loading warps lay down tiles, eight warps multiply them.
 
 Weights come as the GEMVs read them (`units`): FP8 and BF16 ones are rows of 128 bytes, eight 16-byte pieces
-swizzled to a row, as wgmma reads them, and copied. What tensor cores do not multiply loading threads hold in
-registers and widen to such rows; MXFP4 weights `expanding` does. FP8 tensor cores keep about 13 bits inside one instruction: so sums
-of 128 columns are scaled and added up in f32 registers. What is bf16 they add up themselves.
+swizzled to a row, as wgmma reads them, and come by copies, as rows of x do: boxes of tensor maps, one copy
+each. What tensor cores do not multiply loading threads hold in registers and widen to such rows; MXFP4 weights
+`expanding` does. FP8 tensor cores keep about 13 bits inside one instruction: so sums of 128 columns are scaled
+and added up in f32 registers. What is bf16 they add up themselves.
 """
 
 import cutlass
@@ -169,8 +170,8 @@ def load(
     warps.
 
     `rows` of x are the first of the tile's and the last that there is, or of experts those that the thread
-    copies and the one whose scale it loads, `behind` columns before the tile's. Of each matrix, one or two, the tile has the 16-row tiles from
-    `first` on, none after `last`; `g_fw` is where FP8 block scales of these rows start.
+    copies and the one whose scale it loads; the tile's columns are `behind` others. Of each matrix, one or
+    two, the tile has the 16-row tiles from `first` on, none after `last`; `g_fw` is where FP8 block scales of these rows start.
     """
     lane, warp = thread % 32, thread // 32
     g_units = None
@@ -264,9 +265,7 @@ def copy_units(t: Constexpr[Tiles], s_w: Int32, g_units: cute.Tensor, step: Int3
 
 
 @cute.jit
-def load_units(
-    t: Constexpr[Tiles], s_w: Int32, g_w: tuple, first: Int32, step: Int32, full: Int32
-):
+def load_units(t: Constexpr[Tiles], s_w: Int32, g_w: tuple, first: Int32, step: Int32, full: Int32):
     """A step of the tile's units by boxes of tensor maps, in flight. One thread."""
     for n in range_constexpr(t.UNITS // t.run):
         tile = first + (n // 2 if t.paired else n) * t.run
@@ -620,7 +619,8 @@ def operand(number: Constexpr[type], s: Int32, layout: cute.ComposedLayout) -> c
 @cute.jit
 def add_splits(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, rank: Int32, thread: Int32):
     """This CTA's part of the sums of all of the cluster's, added up in order of rank. Its columns are every
-    warpgroup's from number rank * 8 * `t.summed` on, or, of either of paired matrices, half as many. The stages are free; all consumers.
+    warpgroup's from number rank * 8 * `t.summed` on, or, of either of paired matrices, half as many. The
+    stages are free; all consumers.
     """
     ptx.sync_threads(t.CONSUMERS)
     for j in range_constexpr(t.wide // 8):

@@ -327,8 +327,8 @@ def bulk_load(s: Int32, g: Int64, nbytes: Int32, bar: Int32):
 @cute.jit
 def box_load(s: Int32, g_map: Int64, place: tuple, bar: Int32):
     """Copy the box of a tensor map that starts at `place`, element numbers innermost first, to shared memory;
-    `bar` counts all its bytes, also of what is outside the array. One thread; 128-byte aligned, or, where rows
-    are swizzled, 1024.
+    `bar` counts all its bytes, also of what is outside the array. One thread; to a multiple of 128, or, where
+    rows are swizzled, of 1024.
     """
     rank = const_expr(len(place))
     axes = const_expr(", ".join(f"{{$r{i + 3}}}" for i in range(rank)))

@@ -186,9 +186,7 @@ def dot_bf16(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, 
         s_own = s_row + ((4 * c + q) ^ row) * 16
         low, high = ptx.lds128(s_own), ptx.lds128(s_own + 1024)
         for h in range_constexpr(2):
-            ptx.mma_bf16(
-                rD, low[2 * h], high[2 * h], low[2 * h + 1], high[2 * h + 1], b[2 * h], b[2 * h + 1]
-            )
+            ptx.mma_bf16(rD, low[2 * h], high[2 * h], low[2 * h + 1], high[2 * h + 1], b[2 * h], b[2 * h + 1])
 
 
 @cute.jit
