@@ -2,9 +2,9 @@
 
 Weights come as the GEMVs read them (`units`): FP8 and BF16 ones are rows of 128 bytes, eight 16-byte pieces
 swizzled to a row, as wgmma reads them, and come by copies, as rows of x do: boxes of tensor maps, one copy
-each. What tensor cores do not multiply loading threads hold in registers and widen to such rows; MXFP4 weights
-`expanding` does. FP8 tensor cores keep about 13 bits inside one instruction: so sums of 128 columns are scaled
-and added up in f32 registers. What is bf16 they add up themselves.
+each. What tensor cores do not multiply loading threads hold in registers and widen to such rows; MXFP4
+weights `expanding` does. FP8 tensor cores keep about 13 bits inside one instruction: so sums of 128 columns
+are scaled and added up in f32 registers. What is bf16 they add up themselves.
 """
 
 import cutlass
@@ -171,7 +171,8 @@ def load(
 
     `rows` of x are the first of the tile's and the last that there is, or of experts those that the thread
     copies and the one whose scale it loads; the tile's columns are `behind` others. Of each matrix, one or
-    two, the tile has the 16-row tiles from `first` on, none after `last`; `g_fw` is where FP8 block scales of these rows start.
+    two, the tile has the 16-row tiles from `first` on, none after `last`; `g_fw` is where FP8 block scales of
+    these rows start. What is boxed is known by its tensor map.
     """
     lane, warp = thread % 32, thread // 32
     g_units = None
