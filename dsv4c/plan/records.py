@@ -38,6 +38,26 @@ class Box:
     box: tuple[int, ...]
     swizzled: bool = False
 
+    @property
+    def extent(self) -> int:
+        """Bytes from the first element to the end of the last."""
+        far = sum((n - 1) * stride for n, stride in zip(self.sizes[1:], self.strides, strict=True))
+        return self.sizes[0] * self.element + far
+
+    @property
+    def sound(self) -> bool:
+        """Whether it is one that drivers make tensor maps of."""
+        rank, inner = len(self.sizes), sum(self.box[:1]) * self.element
+        return (
+            self.element in (1, 2, 8)
+            and 1 <= rank <= 5
+            and (len(self.strides), len(self.box)) == (rank - 1, rank)
+            and all(n >= 1 for n in self.sizes)
+            and all(n >= 16 and n % 16 == 0 for n in self.strides)
+            and all(1 <= n <= 256 for n in self.box)
+            and (inner == 128 if self.swizzled else inner % 16 == 0)
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Argument:

@@ -24,6 +24,7 @@ from dsv4c.compiler.verify import check
 from dsv4c.errors import BuildError
 from dsv4c.numerics.forms import parse_packing
 from dsv4c.numerics.packing import pack
+from dsv4c.plan.check import check as check_plan
 from dsv4c.plan.folder import load
 from tests.codegen.lowered import gpu_plan
 from tests.codegen.sass import disassemble
@@ -206,6 +207,22 @@ def test_boxes_are_in_the_plan(tmp_path: Path) -> None:
     boxes = [a.box for x in plan.buckets["prefill-64.last"].launches for a in x.arguments]
     assert any(boxes)
     assert load(plan.save(tmp_path / "plan")).buckets == plan.buckets
+    program = plan.buckets["prefill-64.last"]
+    at = next(i for i, x in enumerate(program.launches) if any(a.box for a in x.arguments))
+    launch = program.launches[at]
+    for change in ({"sizes": (1 << 40, 1)}, {"strides": (8,)}, {"box": (512, 64)}, {"element": 4}):
+        spoiled = [
+            replace(a, box=replace(a.box, **change)) if a.box and len(a.box.sizes) == 2 else a
+            for a in launch.arguments
+        ]
+        launches = (
+            *program.launches[:at],
+            replace(launch, arguments=tuple(spoiled)),
+            *program.launches[at + 1 :],
+        )
+        buckets = {**plan.buckets, "prefill-64.last": replace(program, launches=launches)}
+        violations = check_plan(replace(plan, buckets=buckets))
+        assert [(v.kind, v.launch) for v in violations] == [("launch", launch.name)], change
 
 
 def operands(emission: Emission) -> list[str]:
