@@ -195,7 +195,7 @@ def load(
             s_w = s + t.o_w + stage * t.w_stage
             if const_expr(t.boxed):
                 if thread == 0:
-                    ptx.mbarrier_expect(full, Int32(t.x_stage + (t.w_stage if t.run else 0)))
+                    ptx.mbarrier_expect_alone(full, Int32(t.x_stage + (t.w_stage if t.run else 0)))
                     ptx.box_load(s_x, g_x, (behind + (begin + step) * t.each, rows[0]), full)
                     if const_expr(t.run):
                         load_units(t, s_w, g_w, first, begin + step, full)
@@ -214,7 +214,7 @@ def load(
             if const_expr(t.pieces):
                 lay_weights(t, s, stage, held, scales, i, lane, warp)
             cute.arch.sync_warp()
-            if lane == 0 and thread >= const_expr(int(t.boxed)):
+            if lane == 0:
                 ptx.mbarrier_arrive(full)
             following = begin + cutlass.min(step + t.ahead * t.loaders, Int32(t.steps - 1))
             fetch(t, held, scales, i, g_x, g_fx, rows, g_units, g_fw, following, thread)

@@ -275,6 +275,12 @@ def mbarrier_expect(s: Int32, nbytes: Int32):
 
 
 @cute.jit
+def mbarrier_expect_alone(s: Int32, nbytes: Int32):
+    """Let the phase wait for `nbytes` of asynchronous copies too, before this thread arrives."""
+    _asm("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [{$r0}], {$r1};", read_only_args=[s, nbytes])
+
+
+@cute.jit
 def mbarrier_arrive(s: Int32):
     """Arrive."""
     _asm("mbarrier.arrive.shared::cta.b64 _, [{$r0}];", read_only_args=[s])
