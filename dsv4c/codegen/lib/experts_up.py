@@ -92,7 +92,7 @@ class Turns(NamedTuple):
     """Which tokens take a turn, as `router.rows_present` says, and how many."""
 
     order: Int32
-    count: Int32
+    taken: Int32
 
 
 class Weights(NamedTuple):
@@ -166,14 +166,16 @@ def _load(u: Constexpr[Up], p: Constexpr[Product], m: Operands, at: Place) -> cu
 
 
 @cute.jit
-def _expand(u: Constexpr[Up], p: Constexpr[Product], m: Operands, at: Place, codes: cute.Tensor | None) -> None:
+def _expand(
+    u: Constexpr[Up], p: Constexpr[Product], m: Operands, at: Place, codes: cute.Tensor | None
+) -> None:
     """What `_load` has in registers, to shared memory."""
     if const_expr(u.packed):
         g_gx = m.x_global_scale.toint() + Int64(at.token) * 4
-        nvfp4.expand_rows(p, codes, at.s.x, at.s.fx, g_gx, u.row_bytes, at.tid, u.consumers)
+        nvfp4.expand_rows(p, codes, at.s.x, at.s.fx, g_gx, u.row_bytes, at.tid, u.consumers)  # type: ignore[arg-type]
     elif const_expr(p.x == "f16"):
         g_fx = m.x_scale.toint() + Int64(at.token) * (p.k // 128)
-        activations.expand_rows(p, codes, at.s.x, at.s.fx, g_fx, at.tid, u.consumers)
+        activations.expand_rows(p, codes, at.s.x, at.s.fx, g_fx, at.tid, u.consumers)  # type: ignore[arg-type]
 
 
 # The shared expert ------------------------------------------------------------------------------------------
@@ -312,7 +314,7 @@ def multiply(u: Constexpr[Up], m: Operands, at: Place) -> None:
 def take_turns(u: Constexpr[Up], m: Operands, at: Place, turns: Turns) -> None:
     """The tokens' hidden rows, one token after the other; zeros of those that take no turn."""
     if const_expr(u.skips):
-        for nth in cutlass.range(turns.count, unroll=1):
+        for nth in cutlass.range(turns.taken, unroll=1):
             _token_jobs(u, m, at, nth, router.nth_row(turns.order, nth))
         zero, g_h, size = Uint32(0), m.h.toint(), const_expr(u.top_k * u.intermediate)
         for row in cutlass.range(1, u.routed.ring.turns, unroll=1):
@@ -360,7 +362,7 @@ def _products(
     nth: Int32 | int = 0,
     begin: Int32 | int = 0,
 ) -> None:
-    """So many rounds' products, from round `begin` of the stream on, which are of the nth token; then SwiGLU."""
+    """So many rounds' products, from round `begin` of the stream on: the nth token's. Then SwiGLU."""
     r, s, tid = part.ring, at.s, at.tid
     many, routed, rows = const_expr(r.turns > 1), const_expr(part == u.routed), r.product.rows
     s_block = s.scale
@@ -436,9 +438,19 @@ def _early_rows(u: Constexpr[Up], m: Operands, at: Place, expert: Int32) -> cute
 def _row_sums(u: Constexpr[Up], m: Operands, at: Place, known: Known) -> None:
     """The warp's parts of the token's row times those of the gate."""
     g_row, g_gate, k = m.row.toint() + Int64(at.token) * (2 * u.hidden), m.gate.toint(), u.top_k
-    own, tid, lane = (known.rows, known.expert), at.tid, at.lane
-    sums = router.row_sums(g_row, g_gate, *own, u.hidden, k, u.held, tid, u.consumers, lane)
-    router.share_sums(at.s.sums, sums, k, at.warp, lane)
+    sums = router.row_sums(
+        g_row,
+        g_gate,
+        known.rows,  # type: ignore[arg-type]
+        known.expert,
+        u.hidden,
+        k,
+        u.held,
+        at.tid,
+        u.consumers,
+        at.lane,
+    )
+    router.share_sums(at.s.sums, sums, k, at.warp, at.lane)
 
 
 @cute.jit
@@ -555,7 +567,7 @@ def _read_turns(u: Constexpr[Up], m: Operands, at: Weights, first: Constexpr[int
     """The weights of tokens from the `first` that takes a turn on, whose jobs begin with round `begin`."""
     part, r, lane = u.routed, u.routed.ring, at.lane
     turns = _turns(u, m)
-    for turn in cutlass.range(first, turns.count if const_expr(u.skips) else r.turns, unroll=1):
+    for turn in cutlass.range(first, turns.taken if const_expr(u.skips) else r.turns, unroll=1):
         row = router.nth_row(turns.order, turn) if const_expr(u.skips) else turn
         if const_expr(u.source == "scores"):
             s_mine = at.choice + row * (8 * u.top_k) + cutlass.min(lane, Int32(u.top_k - 1)) * 4
