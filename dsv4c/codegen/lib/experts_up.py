@@ -332,9 +332,9 @@ def _token_jobs(u: Constexpr[Up], m: Operands, at: Place, nth: Int32, token: Int
     """The CTA's jobs of the nth token that takes a turn: some of local, local + CTAs, ... of all tokens'."""
     part, r = u.routed, u.routed.ring
     at = _place(part, at.s.ring, at.local, token)
-    s_chosen = at.s.choice + token * (8 * u.top_k)
+    at = at._replace(s=at.s._replace(choice=at.s.choice + token * (8 * u.top_k)))
     if const_expr(u.source != "scores"):
-        expert = ptx.lds32(s_chosen + cutlass.min(at.lane, Int32(u.top_k - 1)) * 4).to(Int32)
+        expert = ptx.lds32(at.s.choice + cutlass.min(at.lane, Int32(u.top_k - 1)) * 4).to(Int32)
         known = Known(expert, _early_rows(u, m, at, expert))
         _stage(u, r.product, m, at)
         if const_expr(u.source == "rows"):
@@ -342,7 +342,7 @@ def _token_jobs(u: Constexpr[Up], m: Operands, at: Place, nth: Int32, token: Int
         ptx.sync_threads(u.consumers)
         if at.warp == 0:
             chosen = _scores(u, m, at, expert)
-            _keep_weights(u, m, s_chosen, at.local, token, expert, chosen, at.lane)
+            _keep_weights(u, m, at.s.choice, at.local, token, expert, chosen, at.lane)
     else:
         if token > 0:  # the first one is there
             _stage(u, r.product, m, at)
@@ -376,18 +376,16 @@ def _products(
     for n in range_constexpr(-(-r.rounds * rows * 16 // u.consumers)):
         i = tid + n * u.consumers
         turn, row, column = i // (rows * 16), i // 16 % rows, i % 16
-        job = at.local + turn * part.ctas
         if const_expr(many):
             job = at.local + (begin + turn) * part.ctas - nth * part.jobs
+        else:
+            job = at.local + turn * part.ctas
         if turn < r.rounds and (turn < rounds if const_expr(many) else job < part.jobs):
             zero = Int32(0)
             gate = stream.tile_sum(r, s.part, turn, zero, zero, row, column)
             up = stream.tile_sum(r, s.part, turn, Int32(1), zero, row, column)
             if const_expr(routed):
-                s_choice = s.choice
-                if const_expr(many):
-                    s_choice = s.choice + at.token * (8 * u.top_k)
-                s_slot = s_choice + job // u.tiles * 4
+                s_slot = s.choice + job // u.tiles * 4
                 route = ptx.lds_f32(s_slot + 4 * u.top_k)
                 if const_expr(r.product.weight == "nvfp4"):
                     at_expert = ptx.lds32(s_slot).to(Int64) * 4
