@@ -106,7 +106,7 @@ def host(
     A grid counts in numbers, or in `rows`, `sequences`, `vectors` or `parts`, perhaps times a number: then
     one kernel serves any number of them. `resident`: CTAs that an SM must have registers for.
     """
-    module: Any = environment().get_template("stages.py.jinja").module
+    module: Any = environment().get_template("host.py.jinja").module
     return str(module.host(symbol, pointers, grid, cluster, resident)).strip() + "\n"
 
 
