@@ -1,5 +1,5 @@
-"""Kernel sources: a template and literals become one readable Python file, with everything its launch needs
-beside it.
+"""Kernel sources: stages and the literals that they are cut by become one readable Python file, with
+everything its launch needs beside it.
 
 A kernel family is a function from a frozen spec and an `Arch` to an `Emission`. Nothing here imports the
 compiler or a device.
