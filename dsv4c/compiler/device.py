@@ -233,7 +233,7 @@ class Alone:
         self.bound.blocks["arena"].fill_(POISON)
         for variable, value in given.items():
             self._store(variable, value)
-        for variable in self.turn.inner:  # what launches leave out of these, they do not need
+        for variable in self.turn.inner:  # what a launch leaves out of these, the next one does not need
             self._store(variable, inner[variable])
         if self._ranks > 1:
             become(rank, self._block("exchange"))

@@ -15,8 +15,7 @@ class Turn:
     """A few launches in a row, the nodes that they compute together, in order, and those of their results
     that are in memory after them: what others read, and all that the last one stored. A selection and its
     weights come in an order of the kernel's own, so neither may be taken from memory without the other.
-    `inner` are results that they store for themselves, as far as they need them: an index's scores are left
-    out where all keys are taken.
+    `inner` are results that an earlier launch stores for a later one, as far as that one needs them.
     """
 
     launches: tuple[Launch, ...]
@@ -42,8 +41,9 @@ def turns_of(graph: Graph, launches: Sequence[Launch]) -> Iterator[Turn]:
             for i, v in enumerate(node.outputs):
                 overwritten = node.inputs[node.op.alias[i]].name if i in node.op.alias else v.name
                 seen = v in graph.root_of or v in outputs or any(u not in own for u in graph.users[v])
-                if not (stored if seen else last).isdisjoint((v.name, overwritten)):
+                for_nobody = set[str]() if any(u in own for u in graph.users[v]) else last
+                if not (stored if seen else for_nobody).isdisjoint((v.name, overwritten)):
                     written[graph.root_of.get(v, v)] = v
-                if v.name in stored and not seen and graph.users[v]:
+                elif v.name in stored:
                     inner.append(v)
         yield Turn(parts, own, tuple(written.values()), tuple(inner))
