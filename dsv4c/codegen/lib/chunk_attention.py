@@ -1,10 +1,10 @@
 """Attention of many tokens on wgmma (sm_90a): scores and values of 64 heads over 64 gathered keys at a time.
 
 An item is 64 heads of a token, or all that it has, several times; a CTA takes items in turn. One warpgroup
-finds the item's keys, its window's newest first, and lays them down as bf16 rows [64][512] in eight columns of
-128-byte swizzled pieces: the right operand of the scores and, read along the keys, of the values. Two others
-compute the scores and weights of half of the keys each, exchange them, and compute the values of half of the
-dimensions each. e4m3 codes become bf16 exactly: their bits, and a power of two of at most 2^7.
+finds the item's keys, its window's newest first, and lays them down as bf16 rows [64][512] in eight columns
+of 128-byte swizzled pieces: the right operand of the scores and, read along the keys, of the values. Two
+others compute the scores and weights of half of the keys each, exchange them, and compute the values of half
+of the dimensions each. e4m3 codes become bf16 exactly: their bits, and a power of two of at most 2^7.
 """
 
 from typing import NamedTuple
@@ -454,9 +454,9 @@ def store(
     warp: Int32,
     lane: Int32,
 ):
-    """A warp's 16 rows of 256 dimensions, or the first 8, multiplied by f0 and f8, to memory; by way of shared
-    memory, 64 dimensions at a time, so that whole sectors are written. The last of them under the inverse
-    rotation.
+    """A warp's 16 rows of 256 dimensions, or the first 8, multiplied by f0 and f8, to memory; by way of
+    shared memory, 64 dimensions at a time, so that whole sectors are written. The last of them under the
+    inverse rotation.
     """
     s_out = s + a.o_out + warp * (16 * 128)
     for part in range_constexpr(4):
