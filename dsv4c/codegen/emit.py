@@ -1,5 +1,5 @@
-"""Kernel sources: a template and literals become one readable Python file, with everything its launch needs
-beside it.
+"""Kernel sources: stages and the literals that they are cut by become one readable Python file, with
+everything its launch needs beside it.
 
 A kernel family is a function from a frozen spec and an `Arch` to an `Emission`. Nothing here imports the
 compiler or a device.
@@ -108,7 +108,7 @@ def host(
     A grid counts in numbers, or in `rows`, `sequences`, `vectors` or `parts`, perhaps times a number: then
     one kernel serves any number of them. `resident`: CTAs that an SM must have registers for.
     """
-    module: Any = environment().get_template("stages.py.jinja").module
+    module: Any = environment().get_template("host.py.jinja").module
     return str(module.host(symbol, pointers, grid, cluster, resident)).strip() + "\n"
 
 
@@ -200,11 +200,13 @@ def place_of(block: str, first: int) -> str:
     return f"{block} - {first}" if first else block
 
 
-def branches(bodies: Sequence[str], ends: Sequence[int]) -> str:
-    """Each body for the CTAs up to number `ends` of it, behind those of the one before; alone, for all."""
+def branches(bodies: Sequence[str], ends: Sequence[int], number: str = "block") -> str:
+    """Each body for the CTAs up to number `ends` of it, behind those of the one before; alone, for all. Or
+    for warps, as `number` says.
+    """
     if len(bodies) == 1:
         return bodies[0]
-    heads = [f"block < {end}:" for end in ends[: len(bodies) - 1]]
+    heads = [f"{number} < {end}:" for end in ends[: len(bodies) - 1]]
     heads = [f"if {heads[0]}", *(f"elif {head}" for head in heads[1:]), "else:"]
     return "\n".join(f"{head}\n{indent(body, '    ')}" for head, body in zip(heads, bodies, strict=True))
 

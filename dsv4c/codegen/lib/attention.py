@@ -102,8 +102,8 @@ def prefetch_tile(
     """The lane's row of the CTA's first tile to L2. A prefetch reads nothing: the step's own row may be
     written meanwhile.
     """
-    window = _addresses(m.window, m.window_scale, m.window_tail)
-    entries = _addresses(m.entries, m.entries_scale, m.entries_tail)
+    window = addresses(m.window, m.window_scale, m.window_tail)
+    entries = addresses(m.entries, m.entries_scale, m.entries_tail)
     if place >= 0 and lane < a.tile_rows:
         g = _row(a, window[0], entries[0], ring_slot, slot, place, a.data_bytes)
         for n in range_constexpr(-(-a.data_bytes // 128)):
@@ -130,8 +130,8 @@ def attend(a: Constexpr[Attention], m: Operands, s: Int32, at: Place, early: cut
     This CTA's tiles are rank, rank + splits, ...; lane i of a warp looks after one key of each.
     """
     warp, lane = at.warp, at.lane
-    window = _addresses(m.window, m.window_scale, m.window_tail)
-    entries = _addresses(m.entries, m.entries_scale, m.entries_tail)
+    window = addresses(m.window, m.window_scale, m.window_tail)
+    entries = addresses(m.entries, m.entries_scale, m.entries_tail)
     g_selected = _address(m.selected)
     key = at.rank * a.tile + warp * a.tile_rows + lane
     query: cute.Tensor = (
@@ -179,7 +179,7 @@ def attend(a: Constexpr[Attention], m: Operands, s: Int32, at: Place, early: cut
 
 
 @cute.jit
-def _addresses(*components: cute.Pointer | None) -> tuple:
+def addresses(*components: cute.Pointer | None) -> tuple:
     return tuple(_address(c) for c in components)
 
 
@@ -199,17 +199,6 @@ def _copy16(s: Int32, g: Int64, present: Int32):
         "{ .reg .pred p; .reg .b32 n; setp.ne.s32 p, {$r2}, 0; selp.b32 n, 16, 0, p; "
         "cp.async.cg.shared.global [{$r0}], [{$r1}], 16, n; }",
         read_only_args=[s, g, present],
-    )
-
-
-@cute.jit
-def _send2(s: Int32, s_bar: Int32, rank: Int32, a: Float32, b: Float32):
-    """Store two floats at shared address `s` of CTA `rank`, counted on the barrier at `s_bar` there."""
-    _asm(
-        "{ .reg .b32 x, y; "
-        "mapa.shared::cluster.u32 x, {$r0}, {$r2}; mapa.shared::cluster.u32 y, {$r1}, {$r2}; "
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [x], {{$r3},{$r4}}, [y]; }",
-        read_only_args=[s, s_bar, rank, a, b],
     )
 
 
@@ -722,9 +711,8 @@ def exchange(
         cluster.send_128(sm + a.o_inbox + at, bar, dimension // a.slice, *words)
     for n in range_constexpr(HEADS // a.warps):
         weight = ptx.lanes_sum(stats[n, 1], 32)
-        if lane < a.splits:
-            at = (rank * HEADS + warp * (HEADS // a.warps) + n) * 8
-            _send2(sm + a.o_stats + at, bar, Int32(lane), stats[n, 0], weight)
+        s_stats = sm + a.o_stats + (rank * HEADS + warp * (HEADS // a.warps) + n) * 8
+        cluster.send_64(s_stats, bar, Int32(lane), stats[n, 0], weight, lane < a.splits)
 
 
 @cute.jit

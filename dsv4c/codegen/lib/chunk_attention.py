@@ -1,11 +1,13 @@
 """Attention of many tokens on wgmma (sm_90a): scores and values of 64 heads over 64 gathered keys at a time.
 
-An item is 64 heads of a token; a CTA takes items in turn. One warpgroup finds the item's keys, its window's
-newest first, and lays them down as bf16 rows [64][512] in eight columns of 128-byte swizzled pieces: the
-right operand of the scores and, read along the keys, of the values. Two others compute the scores and weights
-of half of the keys each, exchange them, and compute the values of half of the dimensions each. e4m3 codes
-become bf16 exactly: their bits, and a power of two of at most 2^7.
+An item is 64 heads of a token, or all that it has, several times; a CTA takes items in turn. One warpgroup
+finds the item's keys, its window's newest first, and lays them down as bf16 rows [64][512] in eight columns
+of 128-byte swizzled pieces: the right operand of the scores and, read along the keys, of the values. Two
+others compute the scores and weights of half of the keys each, exchange them, and compute the values of half
+of the dimensions each. e4m3 codes become bf16 exactly: their bits, and a power of two of at most 2^7.
 """
+
+from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
@@ -15,6 +17,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils.layout import LayoutEnum
 
 from dsv4c.codegen.lib import attention, ptx, rope, softmax
+from dsv4c.codegen.lib.attention import Operands
 from dsv4c.codegen.lib.geometry import ROPE, Chunk
 
 CONSUMERS = 256  # threads that multiply; the first
@@ -26,15 +29,29 @@ LOWEST = -1.0e29  # of all scores that do
 _asm = cute.arch.inline_ptx
 
 
+class Place(NamedTuple):
+    """Which of a CTA's threads this is: the first warps multiply, the others gather keys."""
+
+    tid: Int32
+    block: Int32
+    warp: Int32
+    lane: Int32
+
+
 @cute.jit
-def open_ring(a: Constexpr[Chunk], s: Int32, tid: Int32):
-    """The barriers of every stage: filled, and free. All threads."""
+def enter(a: Constexpr[Chunk], s: Int32) -> Place:
+    """Open the barriers of every stage: filled, and free. All threads, before the wait."""
+    tid, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    lane = cute.arch.lane_idx()
     if tid == 0:
         for i in range_constexpr(a.stages):
             ptx.mbarrier_init(s + a.o_bars + 8 * i, GATHERERS // 32)
             ptx.mbarrier_init(s + a.o_bars + 8 * (a.stages + i), CONSUMERS // 32)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
+    return Place(tid, block, warp, lane)
 
 
 @cute.jit
@@ -46,29 +63,29 @@ def tiles_of(a: Constexpr[Chunk], position: Int32):
     return tiles
 
 
+@cute.jit
+def head_of(a: Constexpr[Chunk], row: Int32):
+    """The head in a row of an item, of the item's."""
+    own = row
+    if const_expr(a.own_heads < a.tile):
+        own = row % a.own_heads
+    return own
+
+
 # Keys -------------------------------------------------------------------------------------------------------
 
 
 @cute.jit
-def gather(
-    a: Constexpr[Chunk],
-    s: Int32,
-    window: tuple,
-    entries: tuple,
-    g_selected: Int64,
-    g_positions: Int64,
-    g_ring_slots: Int64,
-    g_slots: Int64,
-    block: Int32,
-    g_q: Int64,
-    warp: Int32,
-    lane: Int32,
-):
-    """Four warps: the keys of this CTA's items into the ring, tile by tile. `window` and `entries` are the
-    addresses of data, scale and tail.
-    """
+def gather(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
+    """Four warps, behind those that multiply: the keys of this CTA's items into the ring, tile by tile."""
+    window = attention.addresses(m.window, m.window_scale, m.window_tail)
+    entries = attention.addresses(m.entries, m.entries_scale, m.entries_tail)
+    (g_selected,) = attention.addresses(m.selected)
+    g_positions, g_slots, g_q = m.positions.toint(), m.slots.toint(), m.q.toint()
+    g_ring_slots = g_slots if const_expr(m.ring_slots is None) else m.ring_slots.toint()
+    warp, lane = place.warp - CONSUMERS // 32, place.lane
     cute.arch.setmaxregister_decrease(104)  # the multiplying threads have the others
-    at, item = Int32(0), Int32(block)
+    at, item = Int32(0), Int32(place.block)
     first = warp * 16 + lane // 4
     while item < a.items:
         token = item // a.head_tiles
@@ -108,9 +125,10 @@ def gather(
 def read_ahead(a: Constexpr[Chunk], g_q: Int64, item: Int32, thread: Int32):
     """Bring the queries of this CTA's next item to L2."""
     if item + a.ctas < a.items:
-        size = const_expr(a.tile * a.width * 2)
-        for n in range_constexpr(size // 128 // GATHERERS):
-            ptx.prefetch_l2(g_q + Int64(item + a.ctas) * size + (thread + n * GATHERERS) * 128)
+        size = const_expr(a.own_heads * a.width * 2)
+        for n in range_constexpr(-(-size // 128 // GATHERERS)):
+            if const_expr(size >= 128 * GATHERERS) or thread < size // 128:
+                ptx.prefetch_l2(g_q + Int64(item + a.ctas) * size + (thread + n * GATHERERS) * 128)
 
 
 @cute.jit
@@ -201,7 +219,7 @@ def lay_queries(
     words = cute.make_rmem_tensor((together, 2, 4), Uint32)
     for part in range_constexpr(8 // together):
         first = warp * 8 + part * together
-        g = g_q + ((Int64(token) * a.heads + head + first) * a.width + lane * 8) * 2
+        g = g_q + ((Int64(token) * a.heads + head + head_of(a, first)) * a.width + lane * 8) * 2
         for r in range_constexpr(together):
             for half in range_constexpr(2):
                 piece = ptx.ldg128(g + (r * a.width + half * (a.width // 2)) * 2)
@@ -240,20 +258,11 @@ def lay_queries(
 
 
 @cute.jit
-def attend(
-    a: Constexpr[Chunk],
-    s: Int32,
-    g_q: Int64,
-    g_sink: Int64,
-    g_frequencies: Int64,
-    g_positions: Int64,
-    g_out: Int64,
-    block: Int32,
-    tid: Int32,
-    warp: Int32,
-    lane: Int32,
-):
+def attend(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
     """Eight warps: queries, scores, softmax, values and results of this CTA's items."""
+    g_q, g_sink, g_frequencies = m.q.toint(), m.sink.toint(), m.frequencies.toint()
+    g_positions, g_out = m.positions.toint(), m.out.toint()
+    tid, warp, lane = place.tid, place.warp, place.lane
     cute.arch.setmaxregister_increase(200)
     group, thread = warp // 4, tid % 128
     k_major = OperandMajorMode.K
@@ -285,9 +294,9 @@ def attend(
     frequency = ptx.ldg_f32_constant(g_frequencies + lane * 4)
     row = warp % 4 * 16 + lane // 4  # and 8 more
 
-    at, item = Int32(0), Int32(block)
+    at, item = Int32(0), Int32(place.block)
     while item < a.items:
-        token, head = item // a.head_tiles, item % a.head_tiles * a.tile
+        token, head = item // a.head_tiles, item % a.head_tiles * a.own_heads
         position = ptx.ldg32(g_positions + token * 4).bitcast(Int32)
         tiles = tiles_of(a, position)
         m0, m8 = Float32(LOWEST), Float32(LOWEST)
@@ -310,12 +319,13 @@ def attend(
                 _finish_values(a, s, at, lane)
                 at = at + 1
             z0, z8 = add_up(a, s, z0, z8, group, row, lane)
-        sink0 = ptx.ldg_f32_constant(g_sink + (head + row) * 4) * Float32(softmax.LOG2_E)
-        sink8 = ptx.ldg_f32_constant(g_sink + (head + row + 8) * 4) * Float32(softmax.LOG2_E)
+        sink0 = ptx.ldg_f32_constant(g_sink + (head + head_of(a, row)) * 4) * Float32(softmax.LOG2_E)
+        sink8 = ptx.ldg_f32_constant(g_sink + (head + head_of(a, row + 8)) * 4) * Float32(softmax.LOG2_E)
         f0 = ptx.divide(Float32(1.0), z0 + ptx.ex2(sink0 - m0)) if tiles > 0 else Float32(0.0)
         f8 = ptx.divide(Float32(1.0), z8 + ptx.ex2(sink8 - m8)) if tiles > 0 else Float32(0.0)
         g_row = g_out + ((Int64(token) * a.heads + head + warp % 4 * 16) * a.width + group * 256) * 2
-        store(a, s, g_row, o, f0, f8, (group == 1) & (tiles > 0), warp, lane)
+        if const_expr(a.own_heads == a.tile) or warp % 4 * 16 < a.own_heads:
+            store(a, s, g_row, o, f0, f8, (group == 1) & (tiles > 0), warp, lane)
         item = item + a.ctas
 
 
@@ -444,8 +454,9 @@ def store(
     warp: Int32,
     lane: Int32,
 ):
-    """A warp's 16 rows of 256 dimensions, multiplied by f0 and f8, to memory; by way of shared memory, 64
-    dimensions at a time, so that whole sectors are written. The last of them under the inverse rotation.
+    """A warp's 16 rows of 256 dimensions, or the first 8, multiplied by f0 and f8, to memory; by way of
+    shared memory, 64 dimensions at a time, so that whole sectors are written. The last of them under the
+    inverse rotation.
     """
     s_out = s + a.o_out + warp * (16 * 128)
     for part in range_constexpr(4):
@@ -464,7 +475,7 @@ def store(
             piece = 2 * i + lane // 16
             ptx.stmatrix(s_out + line * 128 + (piece ^ line % 8) * 16, *words[4 * i : 4 * i + 4])
         cute.arch.sync_warp()
-        for i in range_constexpr(4):
+        for i in range_constexpr(min(a.own_heads, 16) // 4):
             line, piece = 4 * i + lane // 8, lane % 8
             w = ptx.lds128(s_out + line * 128 + (piece ^ line % 8) * 16)
             ptx.stg128(g_rows + line * (a.width * 2) + part * 128 + piece * 16, *w)

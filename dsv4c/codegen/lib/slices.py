@@ -48,15 +48,6 @@ class Slice:
         return self.width // 128
 
     @property
-    def ends(self) -> bool:
-        """Whether a kernel cut so ends. Not where the warps that send sums to the last CTAs are those that
-        then wait for all: ptxas joins the branch around the sending with the wait, and lanes that send
-        nothing wait for what others of their warp never get to send. (H200, 2026-11-30: 5, 9 and 13 CTAs of
-        128 columns and 10 of 256 never end; all other numbers from 2 to 16 do.)
-        """
-        return self.ctas < self.warps or self.ctas % self.warps != self.groups
-
-    @property
     def sums(self) -> int:
         """What the first reduction adds up: the projections, then the sum of squares."""
         return self.rows + 1
@@ -486,26 +477,17 @@ class Summing:
 
 @dataclass(frozen=True)
 class Joining:
-    """How columns of `ranks` are joined: of each value, a rank has `words[i]` words of 4 bytes in a row."""
+    """How columns of `ranks` are joined: a rank has `width` words of 4 bytes in a row."""
 
     ranks: int
-    words: tuple[int, ...]
+    width: int
     ctas: int
     threads: int
-
-    @property
-    def width(self) -> int:
-        """Words of a row of all values, on each rank."""
-        return sum(self.words)
 
     @property
     def steps(self) -> int:
         """Words of a thread."""
         return -(-self.width // (self.threads * self.ctas))
-
-    def first(self, value: int) -> int:
-        """The first of a value's words in a row of all."""
-        return sum(self.words[:value])
 
 
 VECTOR = 16  # bytes of a tile that a thread moves at once
@@ -514,20 +496,14 @@ MOST_STEPS = 4  # of them, so that a tile has 16 KB
 
 @dataclass(frozen=True)
 class Tiles:
-    """How many rows cross between `ranks`, a CTA for each tile of a row: of each value, a rank has
-    `vectors[i]` vectors of 16 bytes in a row. A sum has one, of f32, and makes numbers of `size` bytes, 2 for
-    bf16 or 4.
+    """How many rows cross between `ranks`, a CTA for each tile of a row: a rank has `width` vectors of 16
+    bytes in a row. A sum's are of f32, and it makes numbers of `size` bytes, 2 for bf16 or 4.
     """
 
     ranks: int
-    vectors: tuple[int, ...]
+    width: int
     threads: int
     size: int = 0
-
-    @property
-    def width(self) -> int:
-        """Vectors of a row of all values, on each rank."""
-        return sum(self.vectors)
 
     @property
     def steps(self) -> int:
@@ -538,7 +514,3 @@ class Tiles:
     def parts(self) -> int:
         """Tiles of a row."""
         return -(-self.width // (self.threads * self.steps))
-
-    def first(self, value: int) -> int:
-        """The first of a value's vectors in a row of all."""
-        return sum(self.vectors[:value])
