@@ -55,13 +55,19 @@ def _down(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED, by: str = "") -> Do
     def planned(side: int, kind: str, early: int, stages: int) -> Down:
         routed = Product(spec.routed, kind, 1, spec.intermediate)
         cuts, resident = (tile_warps, k_warps), 2 // side
+        first = Ring(shared, *cuts, span_of(shared, k_warps), early, 1, side, resident=resident)
+        then = Ring(
+            *(routed, *cuts, span_of(routed, k_warps), stages, spec.top_k, side, spec.turns),
+            resident=resident,
+            flight=cut.ahead,
+        )
+        if spec.turns > 1:
+            pitch, after = max(first.slot_bytes, then.slot_bytes), then.all_steps
+            first = replace(first, stages=stages, after=after, pitch=pitch)
+            then = replace(then, before=first.steps, pitch=pitch)
         return Down(
-            Ring(shared, *cuts, span_of(shared, k_warps), early, 1, side, resident=resident),
-            Ring(
-                *(routed, *cuts, span_of(routed, k_warps), stages, spec.top_k, side, spec.turns),
-                resident=resident,
-                flight=cut.ahead,
-            ),
+            first,
+            then,
             Product(spec.routed, kind, spec.top_k, spec.intermediate),
             *(spec.hidden, spec.experts, spec.top_k, by, spec.out, spec.packed, spec.skips),
         )

@@ -83,7 +83,9 @@ class Weights(NamedTuple):
 
 
 def _arrays(d: Down, s: Int32) -> Arrays:
-    return Arrays(*(s + getattr(d.at, name) for name in Arrays._fields))
+    """Where they are; of streams that take the same slots the shared expert's is where the others' is."""
+    own = {"shared_ring": "ring", "shared_bars": "bars"} if d.joined else {}
+    return Arrays(*(s + getattr(d.at, own.get(name, name)) for name in Arrays._fields))
 
 
 # The warp that reads the weights ----------------------------------------------------------------------------
@@ -94,11 +96,12 @@ def open_weights(d: Constexpr[Down], m: Operands, s: Int32, group: Int32, token:
     """Before the wait: the shared expert's weights into flight."""
     lane = cute.arch.lane_idx()
     a, r = _arrays(d, s), d.shared
-    stream.open_ring(r, a.shared_bars, lane)
+    if const_expr(not d.joined):
+        stream.open_ring(r, a.shared_bars, lane)
     stream.open_ring(d.routed, a.bars, lane)
     ptx.arrive(ptx.OPEN, d.threads)
     g_shared = m.shared_w2.toint() + Int64(group) * (r.matrices * r.group_bytes)
-    none, apart, depth = Int32(0), Int64(r.group_bytes), Int32(r.depth)
+    none, apart, depth = Int32(0), Int64(r.group_bytes), Int32(min(r.depth, r.steps))
     stream.produce(r, a.shared_ring, a.shared_bars, g_shared, apart, none, depth, lane)
     return Weights(a, group, token, lane, g_shared)
 
