@@ -158,7 +158,13 @@ class Part:
         seats = tuple(Seat(slot.matrix.rows, slot.first, slot.ctas) for slot in self.slots)
         out = "" if self.epilogue else self.out_dtype
         x = self.x
-        return Products(self.ring, x.prologue, seats, out, self.batch, self.splits, self.groups, x.eps)
+        sizes = self.batch, self.splits, self.groups
+        return Products(self.ring, x.prologue, seats, out, *sizes, x.eps, self.gradual)
+
+    @property
+    def gradual(self) -> bool:
+        """Whether rows are staged while weights stream."""
+        return self.x.prologue == "quantize" and self.ring.rounds == 1 < self.ring.product.rows
 
     @property
     def last(self) -> int:
@@ -227,6 +233,8 @@ class Part:
         if self.x.prologue == "copy":
             copy = [*wait, f"gemv.copy_rows({spec}, at)"]
             staged = ["if at.warp == 0:", *(f"    {line}" for line in copy)]
+        elif self.gradual:
+            staged = wait
         else:
             staged = [*wait, f"gemv.stage_rows({spec}, at)"]
         after = []
