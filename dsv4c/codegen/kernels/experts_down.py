@@ -39,6 +39,9 @@ from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
 from dsv4c.types import BF16, F32, FP8_ROW, NVFP4_ROW, QuantType
 
 
+BOUNDARY = 7 * 1024  # shared memory of the boundary that follows, which should be there early
+
+
 def packing_of(down: Down) -> dict[str, str]:
     """How the weights lie, by operand."""
     rings = {"w2": down.routed, "shared_w2": down.shared}
@@ -87,7 +90,8 @@ def _down(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED, by: str = "") -> Do
     )
 
     def worth(down: Down) -> tuple[int, int]:
-        resident = [n for n in (down.routed.resident, 1) if down.at.end <= arch.shared_of(n)]
+        beside = BOUNDARY if spec.turns > 1 and down.routed.resident == 1 else 0
+        resident = [n for n in (down.routed.resident, 1) if down.at.end + beside <= arch.shared_of(n)]
         return len(resident), min(down.routed.stages, 3)
 
     best = max(itertools.starmap(planned, every), key=worth)
@@ -157,7 +161,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         threads=down.threads,
         grid=(ctas, "rows" if turns == 1 else 1, 1),
         sizes={"rows": spec.batch} if turns == 1 else None,
-        resident=down.routed.resident if turns > 1 else None,
+        resident=2 if turns > 1 else None,
         spec=down,
         record="experts_down.Operands",
     )
