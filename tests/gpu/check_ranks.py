@@ -97,8 +97,7 @@ def by_itself(ranks: CudaRanks, session: Session, bucket: str, prompt: Sequence[
     """Whether each rank alone, one after the other, has the bits of all together: a step launch by launch,
     what its exchanges received being put there before each.
     """
-    session.reset()
-    session.prefill(prompt, 0, logits="last")
+    begin(session, prompt)
     received: list[list[Tensor]] = []
 
     def keep(launch: Launch) -> None:
@@ -109,8 +108,7 @@ def by_itself(ranks: CudaRanks, session: Session, bucket: str, prompt: Sequence[
     given = {name: torch.tensor(values, dtype=torch.int32) for name, values in inputs.items()}
     ranks.run(bucket, given, watch=keep)
     together = outputs(ranks, bucket)
-    session.reset()
-    session.prefill(prompt, 0, logits="last")
+    begin(session, prompt)
     session.wait()
     for number, step in enumerate(ranks.bound(bucket)):
         step.take(given)
@@ -122,10 +120,15 @@ def by_itself(ranks: CudaRanks, session: Session, bucket: str, prompt: Sequence[
     return all(map(torch.equal, together, outputs(ranks, bucket)))
 
 
-def answer(session: Session, prompt: Sequence[int], steps: int) -> list[int]:
-    """A prompt, and so many greedy tokens after it, fed back on the devices."""
+def begin(session: Session, prompt: Sequence[int]) -> None:
+    """A prompt, and nothing before it."""
     session.reset()
     session.prefill(prompt, 0, logits="last")
+
+
+def answer(session: Session, prompt: Sequence[int], steps: int) -> list[int]:
+    """A prompt, and so many greedy tokens after it, fed back on the devices."""
+    begin(session, prompt)
     session.decode({0: 5})
     said = [int(token) for token in session.steps(steps, [0]).flatten()]
     session.wait()
@@ -176,8 +179,7 @@ def check(ranks: CudaRanks, length: int, steps: int, beside: int) -> tuple[int, 
         asleep.append(int(ranks.ranks[0].programs[bucket].outputs["next"][0]))
     told("the host asleep between launches: the same tokens", asleep == quiet[1 : 1 + len(asleep)])
 
-    session.reset()
-    session.prefill(prompt, 0, logits="last")
+    begin(session, prompt)
     session.wait()
     with torch.cuda.device(ranks.devices[-1]):
         torch.cuda._sleep(int(LATE * 1.7e9))  # cycles
@@ -192,8 +194,7 @@ def check(ranks: CudaRanks, length: int, steps: int, beside: int) -> tuple[int, 
     except driver.LostRankError as error:
         print(f"         after {time.perf_counter() - began:.2f} s: {error}", flush=True)
         told("a rank that never comes is named", f"for rank {plan.ranks - 1}" in str(error) or plan.ranks > 2)
-    session.reset()
-    session.prefill(prompt, 0, logits="last")
+    begin(session, prompt)
     told("after reset: the same logits", torch.equal(session.decode({0: 5})[:1].cpu(), logits))
 
     first, took = [], []
@@ -258,28 +259,45 @@ def calls(ranks: CudaRanks, name: str, position: int) -> list[float]:
 
 
 def oracle(session: Session, prompt: Sequence[int], rows: int) -> bool:
-    """Whether rounds that judge an oracle's drafts, of which `HELD` hold, say what steps say; prints what a
-    token takes, with the host that waits for every round and gives the next one's drafts.
+    """Whether rounds that judge an oracle's drafts, of which `HELD` hold, say what steps say. Prints what a
+    token takes: with a host that waits for every round and then gives the next one's drafts, and with one
+    that gives all drafts ahead.
     """
-    session.reset()
-    session.prefill(prompt, 0, logits="last")
+    bucket = next(name for name, p in session.plan.buckets.items() if p.shape.kind == "accept")
+    begin(session, prompt)
     session.decode({0: 5})
     truth = [5, session.next_tokens[0]]
     truth += session.steps(ROUNDS * (1 + HELD) + rows, [0]).flatten().tolist()
-    session.reset()
-    session.prefill(prompt, 0, logits="last")
+    given = []
+    for at in range(0, ROUNDS * (1 + HELD), 1 + HELD):
+        wrong = [(token + 1) % session.vocab_size for token in truth[at + 1 + HELD : at + rows]]
+        given.append([*truth[at : at + 1 + HELD], *wrong])
+    wanted = truth[1 : 1 + ROUNDS * (1 + HELD)]
+
+    begin(session, prompt)
     said, took = [], []
-    while len(said) < ROUNDS * (1 + HELD):
-        at = len(said)
-        drafts = truth[at + 1 : at + rows]
-        drafts[HELD:] = [(token + 1) % session.vocab_size for token in drafts[HELD:]]
+    for tokens in given:
         began = time.perf_counter()
-        tokens = session.accept({0: [truth[at], *drafts]})[0]
-        took.append(1e6 * (time.perf_counter() - began) / len(tokens))
-        said += tokens
-    print(f"         {len(took)} rounds of {len(said) / len(took):.2f} tokens; a token takes ", end="")
-    print(f"{statistics.median(took):.1f} us", flush=True)
-    return said == truth[1 : 1 + len(said)]
+        said += session.accept({0: tokens})[0]
+        took.append(1e6 * (time.perf_counter() - began) / (1 + HELD))
+    waiting = statistics.median(took)
+
+    begin(session, prompt)
+    session.wait()
+    inputs = [{"tokens": tokens, "lengths": [rows], "slots": [0]} for tokens in given]
+    ready = [{n: torch.tensor(v, dtype=torch.int32) for n, v in each.items()} for each in inputs]
+    kept = []
+    began = time.perf_counter()
+    for each in ready:
+        kept.append(session.executor.run(bucket, each)["said"].clone())
+    session.wait()
+    ahead = 1e6 * (time.perf_counter() - began) / len(wanted)
+    print(
+        f"         {ROUNDS} rounds of {1 + HELD} tokens; a token takes {ahead:.1f} us, drafts given ahead, "
+        f"and {waiting:.1f} us with a host that waits for each round",
+        flush=True,
+    )
+    return said == wanted and [t for row in kept for t in row.tolist() if t >= 0] == wanted
 
 
 def smoke(plan: Plan, length: int, rank: int | None) -> int:
