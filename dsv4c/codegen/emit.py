@@ -198,11 +198,13 @@ def place_of(block: str, first: int) -> str:
     return f"{block} - {first}" if first else block
 
 
-def branches(bodies: Sequence[str], ends: Sequence[int]) -> str:
-    """Each body for the CTAs up to number `ends` of it, behind those of the one before; alone, for all."""
+def branches(bodies: Sequence[str], ends: Sequence[int], number: str = "block") -> str:
+    """Each body for the CTAs up to number `ends` of it, behind those of the one before; alone, for all. Or
+    for warps, as `number` says.
+    """
     if len(bodies) == 1:
         return bodies[0]
-    heads = [f"block < {end}:" for end in ends[: len(bodies) - 1]]
+    heads = [f"{number} < {end}:" for end in ends[: len(bodies) - 1]]
     heads = [f"if {heads[0]}", *(f"elif {head}" for head in heads[1:]), "else:"]
     return "\n".join(f"{head}\n{indent(body, '    ')}" for head, body in zip(heads, bodies, strict=True))
 

@@ -157,9 +157,9 @@ class Alone:
         self._once = {} if load is None else load.by_name  # what is computed when weights are there
         self._generator = torch.Generator(torch.get_default_device()).manual_seed(17)
         self._made = {v for node in turn.nodes for v in node.outputs}
-        self._joined = next((node.inputs for node in turn.nodes if node.op.collective), ())
-        self._tiled = any(v.type.shape[0] > MOST_ROWS for v in self._joined)
-        self._ranks = plan.ranks if self._joined else 1
+        self._crossing = next((node.inputs[0] for node in turn.nodes if node.op.collective), None)
+        self._tiled = self._crossing is not None and self._crossing.type.shape[0] > MOST_ROWS
+        self._ranks = plan.ranks if self._crossing is not None else 1
         self._params: dict[str, Value] = {}
         places = _Places(plan, program, turn)
         blocks = {space: torch.zeros(size, dtype=torch.uint8) for space, size in places.sizes.items()}
@@ -195,19 +195,21 @@ class Alone:
 
     def _put_words(self, rank: int, given: Sequence[Mapping[Variable, Value]]) -> None:
         """What the other ranks give this one."""
-        for peer, theirs in enumerate(given) if self._joined and not self._tiled else ():
-            words = _words(theirs[v] for v in self._joined)
+        if self._crossing is None or self._tiled:
+            return
+        for peer, theirs in enumerate(given):
+            words = _words(theirs[self._crossing])
             if peer == rank:  # what it gives itself must not lie there already
                 words = as_words(torch.full(words.shape, NAN, dtype=torch.int32))
             words_of(self.plan, self._block("exchange"), peer)[: len(words)] = words
 
     def _gave(self, rank: int, values: Mapping[Variable, Value]) -> Iterator[Apart]:
         """Whether the words that a rank gave are those of the values."""
-        if self._joined and not self._tiled:
-            words = _words(values[v] for v in self._joined)
+        if self._crossing is not None and not self._tiled:
+            words = _words(values[self._crossing])
             found = words_of(self.plan, self._block("exchange"), rank)[: len(words)]
             wrong = float((found != words).float().mean())
-            yield Apart(f"words of {self._joined[0].name}", wrong, 0.0)
+            yield Apart(f"words of {self._crossing.name}", wrong, 0.0)
 
     def _given(self, pattern: str) -> list[dict[Variable, Value]]:
         """Operands that come from outside, of every rank."""
@@ -362,13 +364,10 @@ def _results(node: Node, operands: list[Value]) -> list[Value]:
     return [clone(value) for value in (result if type(result) is tuple else (result,))]
 
 
-def _words(values: Iterable[Value]) -> Tensor:
-    """Rows of several values, one behind the other, as words of an exchange."""
-    rows = []
-    for value in values:
-        assert isinstance(value, Tensor), "exchanged values are plain numbers"
-        rows.append(value.contiguous().view(torch.int32))
-    return as_words(torch.cat(rows, dim=1).flatten())
+def _words(value: Value) -> Tensor:
+    """Rows as words of an exchange."""
+    assert isinstance(value, Tensor), "exchanged values are plain numbers"
+    return as_words(value.contiguous().view(torch.int32).flatten())
 
 
 class _Places:

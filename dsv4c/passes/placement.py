@@ -133,10 +133,9 @@ def _all_reduce(op: AllReduce, given: Placements, types: Sequence[Type]) -> Plac
 
 
 @rule(AllGather)
-def _all_gather(op: AllGather, given: Placements, types: Sequence[Type]) -> Placements:
-    for operand, (placement, type_) in enumerate(zip(given, types, strict=True)):
-        _want(operand, placement, cut(op.axis % len(type_.shape)))
-    return (REPLICATED,) * len(given)
+def _all_gather(op: AllGather, given: Placements, types: Sequence[Type]) -> Placement:
+    _want(0, given[0], cut(op.axis % len(types[0].shape)))
+    return REPLICATED
 
 
 @rule(Linear)

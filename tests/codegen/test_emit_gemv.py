@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv,
 from dsv4c.codegen.kernels.quantize import QuantizeSpec, emit_quantize
 from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec, Rider, seated
 from dsv4c.codegen.lib.gemv import first_row
-from dsv4c.codegen.lib.shapes import Down, Layout, Product, Ring
+from dsv4c.codegen.lib.shapes import Down, Product, Ring, Up, UpPart
 from dsv4c.errors import BuildError
 from dsv4c.numerics.forms import parse_packing
 from dsv4c.plan.declared import is_late
@@ -236,7 +237,7 @@ def test_the_rows_of_a_step_take_turns_on_the_same_ctas() -> None:
         assert up.shared <= SM_90A.shared_of(2)
         assert down.grid[0] <= SM_90A.sms
         assert down.shared <= SM_90A.shared_of(1)
-        ring = down_of(down.source).routed
+        ring = spec_of(down.source).routed
         assert (ring.matrices, ring.product.x) == (2, "f16")
         assert ring.stages >= 3
         for emission in (up, down):
@@ -282,8 +283,8 @@ def test_ctas_whose_rows_take_turns_have_enough_in_flight_and_as_much_to_do(rows
     """
     spec = ExpertsSpec("experts", rows, 4096, 2048, 256, 6, "mxfp4", "fp8", 10.0)
     up, down = emit_experts_up(spec, BY_SCORE, SM_90A), emit_experts_down(spec, SM_90A)
-    shared, first = rings_of(up.source, "SHARED", "ROUTED")
-    second = down_of(down.source).routed
+    halves = spec_of(up.source)
+    shared, first, second = halves.shared.ring, halves.routed.ring, spec_of(down.source).routed
     for ring in (first, second):
         assert 32 * 1024 <= ring.ahead * ring.slot_bytes <= ring.ring_bytes
     tiles = spec.intermediate // 16
@@ -294,21 +295,12 @@ def test_ctas_whose_rows_take_turns_have_enough_in_flight_and_as_much_to_do(rows
     assert longest <= 1.05 * everything / (2 * SM_90A.sms)
 
 
-def down_of(source: str) -> Down:
-    """How a text of the experts' second half is cut."""
-    known = {"Down": Down, "Ring": Ring, "Product": Product}
-    text = re.search(r"^SPEC = (Down\(.*?^\))", source, re.MULTILINE | re.DOTALL)
+def spec_of(source: str) -> Any:
+    """How a kernel is cut, as its text says."""
+    known = {each.__name__: each for each in (Down, Product, Ring, Up, UpPart)}
+    text = re.search(r"^SPEC = (\w+\(.*?^\))", source, re.MULTILINE | re.DOTALL)
     assert text is not None
-    found = eval(text[1], known)
-    assert isinstance(found, Down)
-    return found
-
-
-def rings_of(source: str, *names: str) -> list[Ring]:
-    """The rings of a kernel's text."""
-    known = {"Ring": Ring, "Product": Product}
-    texts = [re.search(rf"^{name} = (Ring\(.*?^\))", source, re.MULTILINE | re.DOTALL) for name in names]
-    return [eval(text[1], known) for text in texts if text is not None]
+    return eval(text[1], known)
 
 
 def test_riders_take_the_first_ctas_and_change_no_weight() -> None:
@@ -470,10 +462,7 @@ def test_routing_leaves_two_ctas_to_an_sm(
 
 def test_what_the_router_keeps_lies_apart_from_what_lives_beside_it() -> None:
     for routing in (BY_SCORE, BY_TABLE, BY_ROWS):
-        text = emit_experts_up(experts("fp8", "fp8"), routing, SM_90A).source
-        (sizes,) = re.findall(r"^ROUTED_AT = Layout\(.*?\n(.*?)^\)", text, re.M | re.S)
-        at = Layout(**{name: int(size) for name, size in re.findall(r"(\w+)=(\d+),", sizes)})
-        assert "s_choice = smem + ROUTED_AT.choice\n" in text
+        at = spec_of(emit_experts_up(experts("fp8", "fp8"), routing, SM_90A).source).routed.at
         assert at.sums - at.part >= max(4 * 64, 8 * 32)  # sums f32 [warps][16]; scores and keys
         assert at.choice - at.sums >= (4 * 4 * 2 if routing is BY_ROWS else 0)
         assert at.bars - at.choice >= 2 * 8
@@ -484,9 +473,8 @@ def test_a_token_is_read_before_the_wait_and_its_experts_weights_with_it() -> No
         emission = emit_experts_up(experts("mxfp4", "fp8"), routing, SM_90A)
         early = [p.operand for p in emission.parameters if p.early]
         assert early == ["tokens"]
-        weights = emission.source.split("def routed_weights(")[1].partition("@cute.")[0]
-        order = ["m_tokens.toint()", "router.table_experts(", "stream.produce("]
-        assert [weights.index(step) for step in order] == sorted(weights.index(step) for step in order)
+        kernel = emission.source.split("@cute.kernel")[1]
+        multiply, weights = kernel.split("experts_up.enter(")[1].split("else:")
+        assert multiply.index("experts_up.look_up(") < multiply.index("ptx.wait()")
+        assert "experts_up.read_weights(" in weights
         assert "ptx.wait()" not in weights
-        path = emission.source.split("def routed(")[1]
-    assert "router.early_rows(" in path.split("ptx.wait()")[0]

@@ -251,8 +251,14 @@ def test_a_token_that_a_launch_writes_is_read_behind_the_wait() -> None:
     (up,) = together(graph, graph.nodes[-1])
     names = dict(zip((p.operand for p in up.emission.parameters), up.bindings, strict=True))
     assert names["tokens"].access == "r"
-    before, _ = up.emission.source.split("router.table_experts", 1)
-    assert "ptx.wait()" in before
+    multiplying, streaming = routed(up.emission.source)
+    assert multiplying.index("ptx.wait()") < multiplying.index("experts_up.look_up_all(")
+    assert streaming.index("ptx.wait()") < streaming.index("experts_up.read_weights(")
+
+
+def routed(source: str) -> list[str]:
+    """Stages of the first half's routed experts: of those that multiply, and of the warp that reads."""
+    return source.partition("experts_up.enter(")[2].partition("@cute.jit")[0].split("else:")
 
 
 def test_a_hash_layer_under_an_nvfp4_gate_has_its_logits_in_scratch() -> None:
@@ -317,21 +323,22 @@ def test_experts_of_rows_that_may_not_be_there_read_where_rows_are(tokens: str |
         names = [p.operand for p in launch.emission.parameters]
         assert launch.bindings[names.index("positions")].access == "r"
     up, down = (launch.emission.source for launch in launches[-2:])
-    paths = re.split(r"\n@cute\.(?:jit|kernel)\n", up)
-    reading = [path for path in paths if "router.rows_present(" in path]
-    assert len(reading) == 2  # that reads weights, that multiplies
-    assert all(path.index("ptx.wait()") < path.index("rows_present(") for path in reading)
-    library = ast.parse((LIB / "experts_down.py").read_text())
-    stages = [
-        x.name
-        for x in ast.walk(library)
-        if isinstance(x, ast.FunctionDef) and "rows_present(" in ast.unparse(x)
-    ]
-    assert stages == ["read_rest", "sum_columns"]
+    assert stages_with("experts_up", "turns = _turns(") == ["score", "look_up_all", "_read_turns"]
+    assert "judged=True" in up
+    stage = "look_up_all" if tokens else "score"
+    for path, read in zip(routed(up), (f"experts_up.{stage}(", "experts_up.read_weights("), strict=True):
+        assert path.index("ptx.wait()") < path.index(read)
+    assert stages_with("experts_down", "rows_present(") == ["read_rest", "sum_columns"]
     assert "skips=True" in down
     _, multiplying, streaming = down.partition("@cute.kernel")[2].split("ptx.wait()")
     assert "experts_down.sum_columns(" in multiplying
     assert "experts_down.read_rest(" in streaming
+
+
+def stages_with(module: str, text: str) -> list[str]:
+    """Functions of a module of the library that say it."""
+    found = ast.walk(ast.parse((LIB / f"{module}.py").read_text()))
+    return [x.name for x in found if isinstance(x, ast.FunctionDef) and text in ast.unparse(x)]
 
 
 def test_weights_of_rows_that_are_there_are_one_routers() -> None:

@@ -58,24 +58,22 @@ class Machine:
     taken: Callable[[Value, Value], Value] = staticmethod(lambda own, value: value)
     given: Callable[[int, Value], Value] = staticmethod(lambda rank, value: value)
 
-    def take(self, alone: Alone, own: list[Value]) -> list[Value]:
-        """The operands of all ranks, those of the others as they have given them."""
+    def take(self, alone: Alone, own: Value) -> list[Value]:
+        """The operand of all ranks, those of the others as they have given them."""
+        assert isinstance(own, torch.Tensor)
         rank = int(alone.bound.blocks["exchange"][RANK])
         found: list[Value] = []
         for peer in range(alone.plan.ranks):
             words = words_of(alone.plan, alone.bound.blocks["exchange"], peer).to(torch.int32)
-            rows = len(own[0])  # type: ignore[arg-type]
-            widths = [part.nbytes // rows // 4 for part in own]  # type: ignore[union-attr]
-            pieces = words[: rows * sum(widths)].view(rows, -1).split(widths, 1)
-            for mine, piece in zip(own, pieces, strict=True):
-                theirs = piece.contiguous().view(mine.dtype)  # type: ignore[union-attr]
-                found.append(mine if peer == rank else self.taken(mine, theirs))
+            theirs = words[: own.nbytes // 4].view(own.dtype).view(own.shape)
+            found.append(own if peer == rank else self.taken(own, theirs))
         return found
 
     def give(self, alone: Alone) -> None:
         block = alone.bound.blocks["exchange"]
         rank = int(block[RANK])
-        words = device._words(self.given(rank, clone(alone.bound.value(v.name))) for v in alone._joined)
+        assert alone._crossing is not None
+        words = device._words(self.given(rank, clone(alone.bound.value(alone._crossing.name))))
         words_of(alone.plan, block, rank)[: len(words)] = words
 
     def play(self, alone: Alone) -> None:
@@ -87,7 +85,7 @@ class Machine:
                 alone.bound.value(v.name) if o is None else o for v, o in zip(node.inputs, known, strict=True)
             ]
             if node.op.collective:
-                operands = self.take(alone, operands)
+                operands = self.take(alone, operands[0])
             result = run(node.op, *map(clone, operands))
             results = self.fault(node, list(result) if type(result) is tuple else [result])
             made |= {v.name: clone(value) for v, value in zip(node.outputs, results, strict=True)}
@@ -100,7 +98,7 @@ class Machine:
                         strict=True,
                     ):
                         to.copy_(part)
-        if alone._joined:
+        if alone._crossing is not None:
             self.give(alone)
 
 

@@ -7,10 +7,10 @@ head, so 16 query heads are the rows of every MMA.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text, render
+from dsv4c.codegen.emit import Emission, Parameter, branches, compose, floor_text
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.geometry import HEADS, Attention, Chunk, Row
@@ -20,6 +20,7 @@ from dsv4c.passes.fusions.attention import Attention as FusedAttention
 from dsv4c.types import BF16, KV_FP8, NVFP4_ROW, TensorType
 
 KEYS = ("fp8", "bf16")
+CHUNK_THREADS = 384  # eight warps that multiply, four that gather keys
 
 
 @dataclass(frozen=True)
@@ -96,11 +97,6 @@ class AttentionSpec:
         }
         return {Parameter(name, c): type_ if c in there else None for c, type_ in types.items()}
 
-    @property
-    def parameters(self) -> tuple[Parameter, ...]:
-        """In ABI order."""
-        return tuple(p for p, type_ in self.operands.items() if type_ is not None)
-
 
 def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
     """The kernel of a spec. Raises BuildError for shapes that the family does not cover."""
@@ -121,16 +117,10 @@ def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
             "ptx.wait()",
             "attention.attend(SPEC, m, s, at, early)",
         ]
-    steps = ", bf16 steps" if a.exact_norm else ""
     ends = ", which ends at last" if spec.last != spec.positions else ""
     return compose(
         spec.name,
-        f"{spec.name}: {a.heads} heads x {a.width} of each token over one KV head (K = V) of its slot.\n\n"
-        f"    q'  = rope(rms_norm(q, eps={a.eps}{steps}), t)\n"
-        f"    l_j = q' . k_j * {a.width}^-0.5;  p_j = bf16(exp(l_j - m));  z = sum_j exp(l_j - m) + "
-        "exp(sink - m)\n"
-        "    out = rope^-1(bf16(sum_j p_j k_j / z), t)\n"
-        f"    keys: {a.window} of the window{ends}{_keys_text(spec)}",
+        f"{_what(spec, a)}\n    keys: {a.window} of the window{ends}{_keys_text(spec)}",
         spec.operands,
         f"Launch: clusters of {a.splits} CTAs (keys in tiles of {a.tile}), one per 16 heads and token; "
         f"{a.warps * 32} threads, {a.shared} B shared each.\n{floor_text(nbytes, arch, 'token')}",
@@ -163,19 +153,29 @@ def emit_chunk_attention(spec: AttentionSpec, arch: Arch) -> Emission:
         eps=spec.eps,
     )
     shared = a.shared + 1024  # tiles start at a multiple of 1024
-    source = render(
-        "chunk_attention.py.jinja",
-        spec=spec,
-        a=a,
-        fields=[(f.name, _literal(getattr(a, f.name))) for f in fields(a)],
-        keys_text=_keys_text(spec),
-        signature=_signature(spec),
-        pointers=[p.name for p in spec.parameters],
-        shared=shared,
-        consumers=8,
+    late = {replace(p, early=False): type_ for p, type_ in spec.operands.items()}
+    return compose(
+        spec.name,
+        f"{_what(spec, a)}\n    keys: {a.window} of the window{_keys_text(spec)}",
+        late,
+        f"Launch: {a.ctas} CTAs of {CHUNK_THREADS} threads, which take 64 heads of a token at a time; "
+        f"{shared} bytes of shared memory.",
+        [
+            "ptx.launch_dependents()",
+            f"s = (ptx.shared({shared}) + 1023) & Int32(-1024)",
+            "at = chunk_attention.enter(SPEC, s)",
+            "ptx.wait()",
+            branches(
+                ["chunk_attention.attend(SPEC, m, s, at)", "chunk_attention.gather(SPEC, m, s, at)"],
+                [8],
+                "at.warp",
+            ),
+        ],
+        threads=CHUNK_THREADS,
+        grid=(a.ctas, 1, 1),
+        spec=a,
+        record="attention.Operands",
     )
-    later = tuple(replace(p, early=False) for p in spec.parameters)  # all is read behind the wait
-    return Emission(f"{spec.name}_0", source, (a.ctas, 1, 1), 384, shared, later)
 
 
 def takes_chunk(spec: AttentionSpec, arch: Arch) -> bool:
@@ -239,8 +239,16 @@ def _check(spec: AttentionSpec, a: Attention, arch: Arch) -> None:
     expect(a.shared <= limit, f"needs {a.shared} bytes of shared memory, a CTA has {limit}")
 
 
-def _literal(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+def _what(spec: AttentionSpec, a: Attention | Chunk) -> str:
+    """What is computed, for people."""
+    steps = ", bf16 steps" if a.exact_norm else ""
+    return (
+        f"{spec.name}: {a.heads} heads x {a.width} of each token over one KV head (K = V) of its slot.\n\n"
+        f"    q'  = rope(rms_norm(q, eps={a.eps}{steps}), t)\n"
+        f"    l_j = q' . k_j * {a.width}^-0.5;  p_j = bf16(exp(l_j - m));  z = sum_j exp(l_j - m) + "
+        "exp(sink - m)\n"
+        "    out = rope^-1(bf16(sum_j p_j k_j / z), t)"
+    )
 
 
 def _keys_text(spec: AttentionSpec) -> str:
@@ -249,22 +257,6 @@ def _keys_text(spec: AttentionSpec) -> str:
         "selected": f", then {spec.selected_count} selected entries of {spec.ratio} tokens each",
         "all": f", then every complete entry of {spec.ratio} tokens",
     }[spec.entries]
-
-
-def _signature(spec: AttentionSpec) -> str:
-    keys = CACHE_FORMATS[spec.format]
-    slots = ", ".join(dict.fromkeys((spec.ring_slots, spec.slots)))
-    places = ", ".join(dict.fromkeys((spec.positions, spec.last)))
-    lines = [
-        f"q, out: bf16[N,{spec.heads},{spec.width}]; window: {keys}[S,{spec.ring},{spec.width}];",
-        f"sink: f32[{spec.heads}]; frequencies: f32[32]; "
-        f"{places}: i32[N], -1 for none (gives zeros); {slots}: i32[N]",
-    ]
-    if spec.entries != "none":
-        lines[0] += f"\nentries: {keys}[S,{spec.capacity},{spec.width}];"
-    if spec.entries == "selected":
-        lines[0] += f" selected: i32[N,{spec.selected_count}];"
-    return "\n".join(lines)
 
 
 # Binding ----------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ for twice. Chunks of many tokens cross as tiles, plain bytes with one flag for a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from dsv4c.codegen.emit import Emission, Parameter, compose
@@ -35,33 +35,27 @@ class ReduceSpec:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """One value of a gather: `width` columns of a row on each rank, as `words` from word `first` on."""
-
-    x: str
-    y: str
-    dtype: str
-    width: int
-    words: int
-    first: int
-
-
-@dataclass(frozen=True)
 class GatherSpec:
-    """Columns of every rank -> joined: (element type, columns on each rank) of each value."""
+    """`width` columns of every rank -> joined, [rows, ranks * width]."""
 
     ranks: int
     rows: int
-    values: tuple[tuple[str, int], ...]
+    width: int
+    dtype: str
 
     @property
-    def pieces(self) -> tuple[Piece, ...]:
-        found, first = [], 0
-        for i, (dtype, width) in enumerate(self.values):
-            words = width // 2 if dtype == "bf16" else width
-            found.append(Piece(f"x{i}", f"y{i}", dtype, width, words, first))
-            first += words
-        return tuple(found)
+    def words(self) -> int:
+        """Words of 4 bytes of a rank's row."""
+        return self.width // 2 if self.dtype == "bf16" else self.width
+
+    @property
+    def operands(self) -> dict[Parameter, str | None]:
+        """Types by parameter."""
+        return {
+            Parameter("x"): f"{self.dtype}[N,{self.width}]",
+            **EXCHANGED,
+            Parameter("y"): f"{self.dtype}[N,{self.width * self.ranks}]",
+        }
 
 
 def emit_all_reduce(spec: ReduceSpec) -> Emission:
@@ -82,20 +76,17 @@ def emit_all_reduce(spec: ReduceSpec) -> Emission:
         grid=(t.ctas, "rows", 1),
         sizes={"rows": spec.rows},
         spec=t,
-        record="exchange.Addends",
     )
 
 
 def emit_all_gather(spec: GatherSpec) -> Emission:
     """The kernel of a gather."""
-    pieces = spec.pieces
-    words = tuple(p.words for p in pieces)
-    t = Joining(spec.ranks, words, min(MOST_CTAS, -(-sum(words) // THREADS)), THREADS)
+    t = Joining(spec.ranks, spec.words, min(MOST_CTAS, -(-spec.words // THREADS)), THREADS)
     several = "s" if t.steps > 1 else ""
     return compose(
         "all_gather",
         f"all_gather: the columns of {spec.ranks} ranks, joined in order of the ranks.",
-        _columns(spec),
+        spec.operands,
         f"Launch: {t.ctas} CTAs x {THREADS} threads per row, {t.steps} word{several} of 4 B each. Puts "
         f"{WORD * t.width} B per row into each other rank's inbox.",
         _stages(spec.ranks, "exchange.join_rows(SPEC, m, at)"),
@@ -103,29 +94,7 @@ def emit_all_gather(spec: GatherSpec) -> Emission:
         grid=(t.ctas, "rows", 1),
         sizes={"rows": spec.rows},
         spec=t,
-        record="exchange.Columns",
-        given=_given(spec),
     )
-
-
-def _columns(spec: GatherSpec) -> dict[Parameter, str | None]:
-    """The operands of a gather, and their types."""
-    return {
-        **{Parameter(p.x): f"{p.dtype}[N,{p.width}]" for p in spec.pieces},
-        **EXCHANGED,
-        **{Parameter(p.y): f"{p.dtype}[N,{p.width * spec.ranks}]" for p in spec.pieces},
-    }
-
-
-def _given(spec: GatherSpec) -> dict[str, str]:
-    """The fields of a gather's record."""
-    x, y = (_tuple(names) for names in zip(*((p.x, p.y) for p in spec.pieces), strict=True))
-    return {"x": x, "exchange": "m_exchange", "site": "m_site", "y": y}
-
-
-def _tuple(operands: Iterable[str]) -> str:
-    pointers = [f"m_{operand}" for operand in operands]
-    return f"({', '.join(pointers)}{',' * (len(pointers) == 1)})"
 
 
 def _stages(ranks: int, exchange: str, *, tiles: bool = False) -> tuple[str, ...]:
@@ -135,7 +104,7 @@ def _stages(ranks: int, exchange: str, *, tiles: bool = False) -> tuple[str, ...
 
 def emit_sum_of_tiles(spec: ReduceSpec) -> Emission:
     """The kernel of a sum of many rows."""
-    t = Tiles(spec.ranks, (4 * spec.width // VECTOR,), THREADS, 4 if spec.out == "f32" else 2)
+    t = Tiles(spec.ranks, 4 * spec.width // VECTOR, THREADS, 4 if spec.out == "f32" else 2)
     return compose(
         "all_reduce_tiles",
         f"all_reduce_tiles: the sum of {spec.ranks} ranks' many rows, in f32 and in order of the ranks.",
@@ -150,25 +119,22 @@ def emit_sum_of_tiles(spec: ReduceSpec) -> Emission:
         grid=(t.parts, "rows", 1),
         sizes={"rows": spec.rows},
         spec=t,
-        record="exchange.Addends",
     )
 
 
 def emit_gather_of_tiles(spec: GatherSpec) -> Emission:
     """The kernel of a gather of many rows."""
-    t = Tiles(spec.ranks, tuple(4 * p.words // VECTOR for p in spec.pieces), THREADS)
+    t = Tiles(spec.ranks, 4 * spec.words // VECTOR, THREADS)
     return compose(
         "all_gather_tiles",
         f"all_gather_tiles: the columns of {spec.ranks} ranks, of many rows, joined in order of the ranks.",
-        _columns(spec),
+        spec.operands,
         _launch_of(t),
         _stages(spec.ranks, "exchange.join_tiles(SPEC, m, at)", tiles=True),
         threads=THREADS,
         grid=(t.parts, "rows", 1),
         sizes={"rows": spec.rows},
         spec=t,
-        record="exchange.Columns",
-        given=_given(spec),
     )
 
 
@@ -204,29 +170,21 @@ def all_reduce(request: Request) -> Answer:
 def all_gather(request: Request) -> Answer:
     call = request.call
     assert isinstance(call.op, AllGather)
-    types = [request.types[i] for i in call.inputs]
-    values: list[tuple[str, int]] = []
-    for type_ in types:
-        plain = isinstance(type_, TensorType) and type_.dtype in (BF16, F32, I32)
-        if not plain or len(type_.shape) != 2 or call.op.axis % 2 == 0:
-            return No(f"joins columns of bf16, f32 or i32 [N,W], not {type_} along axis {call.op.axis}")
-        if holds(type_, BF16) and type_.shape[1] % 2:
-            return No(f"moves words of two bf16, {type_} has an odd number of columns")
-        assert isinstance(type_, TensorType)
-        values.append((str(type_.dtype), type_.shape[1]))
-    rows = types[0].shape[0]
-    if any(type_.shape[0] != rows for type_ in types):
-        return No("joins values of as many rows")
-    spec = GatherSpec(call.op.ranks, rows, tuple(values))
-    names = {p.x: call.inputs[i] for i, p in enumerate(spec.pieces)}
-    names |= {p.y: call.outputs[i] for i, p in enumerate(spec.pieces)}
-    if rows > MOST_ROWS:
-        odd = next((t for t, p in zip(types, spec.pieces, strict=True) if 4 * p.words % VECTOR), None)
-        if odd is not None:
-            return No(f"moves vectors of {VECTOR} bytes, not rows of {odd}")
-        nbytes = 4 * rows * sum(p.words for p in spec.pieces)
-        return _tiled(request, emit_gather_of_tiles(spec), names, nbytes)
-    return [exchanging(request, emit_all_gather(spec), names, rows * sum(p.words for p in spec.pieces))]
+    x = request.types[call.inputs[0]]
+    plain = isinstance(x, TensorType) and x.dtype in (BF16, F32, I32)
+    if not plain or len(x.shape) != 2 or call.op.axis % 2 == 0:
+        return No(f"joins columns of bf16, f32 or i32 [N,W], not {x} along axis {call.op.axis}")
+    if holds(x, BF16) and x.shape[1] % 2:
+        return No(f"moves words of two bf16, {x} has an odd number of columns")
+    assert isinstance(x, TensorType)
+    spec = GatherSpec(call.op.ranks, *x.shape, str(x.dtype))
+    values = {"x": call.inputs[0], "y": call.outputs[0]}
+    words = spec.rows * spec.words
+    if spec.rows > MOST_ROWS:
+        if 4 * spec.words % VECTOR:
+            return No(f"moves vectors of {VECTOR} bytes, not rows of {x}")
+        return _tiled(request, emit_gather_of_tiles(spec), values, 4 * words)
+    return [exchanging(request, emit_all_gather(spec), values, words)]
 
 
 def _tiled(request: Request, emission: Emission, values: Mapping[str, int], nbytes: int) -> Answer:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, branches, compose, place_of
 from dsv4c.codegen.kernels.chunk_experts import takes_many, up_launches
 from dsv4c.codegen.kernels.experts import (
     ExpertsSpec,
@@ -32,9 +32,10 @@ from dsv4c.codegen.kernels.gemv import (
     emit_gemv,
     k_warps_of,
     span_of,
+    weights_text,
 )
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
-from dsv4c.codegen.lib.shapes import Layout, Product, Ring, padded
+from dsv4c.codegen.lib.shapes import Product, Ring, Up, UpPart, padded
 from dsv4c.codegen.registry import Answer, Call, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
@@ -82,46 +83,7 @@ class Routing:
         return [f"{p.operand}: {types[p.operand]}" for p in self.parameters]
 
 
-@dataclass(frozen=True)
-class UpPart:
-    """Routed or shared half of `up`. A job is a tile of w1 and the same of w3; CTAs take them in turn, `jobs`
-    of each token.
-
-    `scores`, `sums` and `choice` are bytes of what the router keeps: before the stream, beside it, and to the
-    end.
-    """
-
-    name: str
-    ring: Ring
-    jobs: int
-    ctas: int
-    scores: int = 0
-    sums: int = 0
-    choice: int = 0
-
-    @property
-    def packing(self) -> str:
-        """How the part's weights lie."""
-        return f"{self.ring.product.weight}/{self.ring.tile_warps}x{self.ring.span}"
-
-    @property
-    def layout(self) -> Layout:
-        """Shared arrays of a CTA of this part."""
-        r = self.ring
-        return Layout(
-            ring=r.ring_bytes,
-            x=r.product.x_bytes,
-            fx=r.product.fx_bytes,
-            scale=2 * r.scale_bytes,
-            part=max(r.part_bytes, self.scores),
-            sums=self.sums,
-            choice=self.choice,
-            bars=r.bars_bytes,
-            bar=8,
-        )
-
-
-def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut = PLANNED) -> tuple[UpPart, UpPart]:
+def _up(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut = PLANNED) -> Up:
     """Shared and routed part. Rounds are chosen so that all CTAs fit the machine at once and read about the
     same.
     """
@@ -138,13 +100,13 @@ def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut = PLANNE
             span = span_of(product, k_warps)
             ring = Ring(product, 1, k_warps, span, stages, rounds, 2, turns, flight=cut.ahead)
             if name == "shared":
-                return UpPart(name, ring, jobs, ctas)
+                return UpPart(ring, jobs, ctas)
             scores = 8 * padded(spec.experts) if routing.source == "scores" else 0
             sums = 4 * ring.warps * spec.top_k if routing.source == "rows" else 0
             # The choice of every turn's row is kept.
-            return UpPart(name, ring, jobs, ctas, scores, sums, turns * 8 * spec.top_k)
+            return UpPart(ring, jobs, ctas, scores, sums, turns * 8 * spec.top_k)
 
-        return planned(most_stages(spec.name, lambda stages: planned(stages).layout, arch, cut))
+        return planned(most_stages(spec.name, lambda stages: planned(stages).at, arch, cut))
 
     def shared_of(rounds: int) -> UpPart:
         return part("shared", spec.shared, tiles, turns, 1, -(-tiles // rounds))
@@ -159,13 +121,20 @@ def _up_parts(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut = PLANNE
 
     # A warp's lanes have the rounds of a token, half an SM's shared memory the sums of all tokens'.
     lanes = range(1, 33)
-    fit = list(itertools.takewhile(lambda n: shared_of(n).layout.end <= arch.shared_of(2), lanes))
+    fit = list(itertools.takewhile(lambda n: shared_of(n).at.end <= arch.shared_of(2), lanes))
     tried = (cut.rounds * turns,) if cut.rounds else range(1, 32 * turns + 1)
     rounds = min(itertools.product(fit or lanes, tried), key=longest)
     if math.isinf(longest(rounds)):
         raise BuildError(f"{spec.name}: rounds of {rounds} tiles take more CTAs than are resident at once")
     routed = min(split(rounds)[1], spec.top_k * tiles)
-    return shared_of(rounds[0]), part("routed", spec.routed, spec.top_k * tiles, 1, turns, routed)
+    return Up(
+        shared_of(rounds[0]),
+        part("routed", spec.routed, spec.top_k * tiles, 1, turns, routed),
+        *(spec.experts, spec.top_k, routing.source, routing.factor, spec.limit),
+        packed=spec.packed,
+        stored=routing.stored,
+        judged=spec.judged,
+    )
 
 
 def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch) -> Emission:
@@ -177,7 +146,7 @@ def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch) -> Emission
 
 
 def _emitted(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut) -> Emission:
-    parts = _up_parts(spec, routing, arch, cut)
+    up = _up(spec, routing, arch, cut)
     parameters = (
         *row_parameters("x", spec, spec.quantized),
         *routing.parameters,
@@ -191,50 +160,102 @@ def _emitted(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut) -> Emiss
         Parameter("h"),
         Parameter("shared_h"),
     )
-    grid = (sum(part.ctas for part in parts), spec.batch // spec.turns, 1)
-    shared = max(part.layout.end for part in parts)
-    nbytes = 2 * spec.weight_bytes
-    names = [p.name for p in parameters]
-
-    def needs(routed: bool) -> list[str]:
-        """What the warp that reads the weights of a part needs of the parameters."""
-        if not routed:
-            return ["m_shared_w1", "m_shared_w3"]
-        known = ("m_table", "m_tokens") if routing.source != "scores" else ("m_experts", "m_weights")
-        place = ("m_positions",) if spec.skips or (spec.judged and routing.source == "scores") else ()
-        return [name for name in names if name in (*known, *place, "m_w1", "m_w3")]
-
-    source = render(
-        "experts_up.py.jinja",
-        needs=needs,
-        spec=spec,
-        routing=routing,
-        signature=", ".join(routing.signature(spec)),
-        padded=padded(spec.experts),
-        parts=parts,
-        pointers=names,
-        tiles=-(-spec.intermediate // 16),
-        grid=grid,
-        warps=parts[0].ring.warps,
-        shared=shared,
-        nbytes=nbytes,
-        arch=arch,
-        formats=WEIGHT_FORMATS,
+    there = {p.name: p for p in parameters}
+    matrices = ("w1", "w3", "shared_w1", "shared_w3")
+    fields = [
+        *("x", "x_scale", "x_global_scale", "logits", "bias", "row", "gate", "table", "tokens", "positions"),
+        *(f"{matrix}{part}" for matrix in matrices for part in ("", "_scale", "_global_scale")),
+        *("experts", "weights", "h", "shared_h"),
+    ]
+    turns = spec.turns
+    grid = up.shared.ctas + up.routed.ctas
+    what = f"{turns} tokens, which take turns" if turns > 1 else "each token on CTAs of its own"
+    emission = compose(
+        spec.name,
+        f"{spec.name}: the experts' first half at decode, {what}.\n\n{_what(spec, routing)}",
+        {there.get(f"m_{name}", Parameter(name)): "" if f"m_{name}" in there else None for name in fields},
+        f"Launch: grid {grid}{' x N' if turns == 1 else ''}, block {up.threads}, {up.bytes} bytes of shared "
+        f"memory, programmatic edges allowed.\n{weights_text(2 * spec.weight_bytes, arch, 'token')}",
+        [
+            f"s = ptx.shared({up.bytes})",
+            "block, token, _ = cute.arch.block_idx()",
+            "warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())",
+            branches(
+                [_branch(up, *_shared_stages()), _branch(up, *_routed_stages(up, routing))],
+                [up.shared.ctas, grid],
+            ),
+        ],
+        threads=up.threads,
+        grid=(grid, "rows" if turns == 1 else 1, 1),
+        sizes={"rows": spec.batch} if turns == 1 else None,
+        resident=2 if turns > 1 or routing.source == "rows" else None,
+        spec=up,
+        record="experts_up.Operands",
     )
-    packing = {
-        prefix + name: part.packing
-        for part, prefix in zip(parts, ("shared_", ""), strict=True)
-        for name in ("w1", "w3")
-    }
-    return Emission(
-        symbol=f"{spec.name}_0",
-        source=source,
-        grid=grid,
-        block=parts[0].ring.warps * 32 + 32,
-        shared=shared,
-        parameters=parameters,
-        packing=packing,
-    )
+    return replace(emission, packing=packing_of(up))
+
+
+def packing_of(up: Up) -> dict[str, str]:
+    """How the weights lie, by operand."""
+    parts = {"w1": up.routed, "w3": up.routed, "shared_w1": up.shared, "shared_w3": up.shared}
+    return {name: part.packing for name, part in parts.items()}
+
+
+WAIT = ("ptx.wait()", "ptx.launch_dependents()")
+
+
+def _branch(up: Up, multiply: Sequence[str], read: Sequence[str]) -> str:
+    """The stages of the warps that multiply, and of the one that reads the weights."""
+    return branches(["\n".join(stages) for stages in (multiply, read)], [up.consumers // 32], "warp")
+
+
+def _shared_stages() -> tuple[list[str], list[str]]:
+    multiply = [
+        "at = experts_up.enter_shared(SPEC, m, s, block, token)",
+        *WAIT,
+        "experts_up.multiply_shared(SPEC, m, at)",
+    ]
+    return multiply, ["experts_up.read_shared(SPEC, m, s, block)"]
+
+
+def _routed_stages(up: Up, routing: Routing) -> tuple[list[str], list[str]]:
+    local, many = place_of("block", up.shared.ctas), up.routed.ring.turns > 1
+    multiply = [f"at = experts_up.enter(SPEC, m, s, {local}, token)"]
+    read = [f"at = experts_up.open_weights(SPEC, m, s, {local}, token)"]
+    if routing.source == "scores":
+        multiply += [*WAIT, f"{'turns = ' if many else ''}experts_up.score(SPEC, m, at)"]
+    elif many:
+        multiply += [*WAIT, "turns = experts_up.look_up_all(SPEC, m, at)"]
+    else:
+        first = ["known = experts_up.look_up(SPEC, m, at)"]
+        multiply += [*first, *WAIT] if routing.given else [*WAIT, *first]
+        multiply += ["experts_up.weigh(SPEC, m, at, known)"]
+    multiply += [f"experts_up.{'take_turns(SPEC, m, at, turns)' if many else 'multiply(SPEC, m, at)'}"]
+    waits = routing.source == "scores" or up.skips or not routing.given
+    return multiply, [*read, *(WAIT if waits else []), "experts_up.read_weights(SPEC, m, at)"]
+
+
+def _what(spec: ExpertsSpec, routing: Routing) -> str:
+    """Operands and results, for people."""
+    table, n, k, limit = routing.source != "scores", spec.hidden, spec.intermediate, spec.limit
+    coded = "q[e4m3,ue8m0,1x128]" if spec.quantized else "bf16"
+    chosen = "the table's row for the token's id"
+    best = "those of largest score + bias, the lower number on ties"
+    weights = f"score / sum of the experts' scores * {routing.factor}"
+    dropped = ", 0 where positions: i32[N] are -1" if spec.judged else ""
+    lines = [
+        f"x: {'q[e2m1,e4m3,1x16,row]' if spec.packed else coded}[N,{n}]",
+        ", ".join(routing.signature(spec)),
+        f"w1, w3: {WEIGHT_FORMATS[spec.routed]}[{spec.experts},{k},{n}]",
+        f"shared_w1, shared_w3: {WEIGHT_FORMATS[spec.shared]}[{k},{n}]",
+        "",
+        f"experts: i32[N,{spec.top_k}] = {chosen if table else best}",
+        f"weights: f32[N,{spec.top_k}] = {weights}{'' if routing.stored else ', not stored'}{dropped}",
+        f"  where score = sqrt(softplus({'row . gate' if routing.source == 'rows' else 'logits'}))",
+        f"h: bf16[N,{spec.top_k},{k}], shared_h: bf16[N,{k}]",
+        f"  = silu(min(x w1, {limit})) * clamp(x w3, -{limit}, {limit}) * weights (1 for the shared expert)",
+    ]
+    return "\n".join(f"    {line}" if line else "" for line in lines)
 
 
 # Binding ----------------------------------------------------------------------------------------------------
@@ -286,13 +307,13 @@ def _routed(
     source = "scores" if isinstance(router, Router) else "table" if packed else "rows"
     gemm = holds(row, BF16) and holds(gate, BF16) and hidden % 128 == 0 and experts % 8 == 0
     if gemm and takes_many(spec, request.arch):
-        shared, routed = _up_parts(spec, Routing(source, router.factor), request.arch)
-        packings = {"w1": routed.packing, "shared_w1": shared.packing}
+        up = _up(spec, Routing(source, router.factor), request.arch)
+        packings = {"w1": up.routed.packing, "shared_w1": up.shared.packing}
         return up_launches(request, spec, packings, router.factor, source != "scores", values)
     given = "tokens" not in values or values["tokens"] in request.given
-    up = emit_experts_up(spec, Routing(source, router.factor, "weights" in values, given), request.arch)
+    half = emit_experts_up(spec, Routing(source, router.factor, "weights" in values, given), request.arch)
     if source == "rows":
-        return [launchable(request, up, values)]
+        return [launchable(request, half, values)]
     if packed:
         matrix = Matrix("gate", experts, "nvfp4", Activations("x", "f16", "unpack"), "logits", "f32")
         gate_kernel = emit_gemv(GemvSpec("router_gate", rows, hidden, (matrix,)), request.arch)
@@ -301,7 +322,7 @@ def _routed(
     made, read = ({"logits": Scratch("logits", rows * experts * 4, access)} for access in "wr")
     return [
         launchable(request, gate_kernel, {**values, "x": values["row"]}, stage="gate", scratch=made),
-        launchable(request, up, values, stage="up", scratch=read),
+        launchable(request, half, values, stage="up", scratch=read),
     ]
 
 

@@ -102,8 +102,8 @@ def prefetch_tile(
     """The lane's row of the CTA's first tile to L2. A prefetch reads nothing: the step's own row may be
     written meanwhile.
     """
-    window = _addresses(m.window, m.window_scale, m.window_tail)
-    entries = _addresses(m.entries, m.entries_scale, m.entries_tail)
+    window = addresses(m.window, m.window_scale, m.window_tail)
+    entries = addresses(m.entries, m.entries_scale, m.entries_tail)
     if place >= 0 and lane < a.tile_rows:
         g = _row(a, window[0], entries[0], ring_slot, slot, place, a.data_bytes)
         for n in range_constexpr(-(-a.data_bytes // 128)):
@@ -130,8 +130,8 @@ def attend(a: Constexpr[Attention], m: Operands, s: Int32, at: Place, early: cut
     This CTA's tiles are rank, rank + splits, ...; lane i of a warp looks after one key of each.
     """
     warp, lane = at.warp, at.lane
-    window = _addresses(m.window, m.window_scale, m.window_tail)
-    entries = _addresses(m.entries, m.entries_scale, m.entries_tail)
+    window = addresses(m.window, m.window_scale, m.window_tail)
+    entries = addresses(m.entries, m.entries_scale, m.entries_tail)
     g_selected = _address(m.selected)
     key = at.rank * a.tile + warp * a.tile_rows + lane
     query: cute.Tensor = (
@@ -179,7 +179,7 @@ def attend(a: Constexpr[Attention], m: Operands, s: Int32, at: Place, early: cut
 
 
 @cute.jit
-def _addresses(*components: cute.Pointer | None) -> tuple:
+def addresses(*components: cute.Pointer | None) -> tuple:
     return tuple(_address(c) for c in components)
 
 

@@ -7,6 +7,8 @@ of half of the keys each, exchange them, and compute the values of half of the d
 become bf16 exactly: their bits, and a power of two of at most 2^7.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
@@ -15,6 +17,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils.layout import LayoutEnum
 
 from dsv4c.codegen.lib import attention, ptx, rope, softmax
+from dsv4c.codegen.lib.attention import Operands
 from dsv4c.codegen.lib.geometry import ROPE, Chunk
 
 CONSUMERS = 256  # threads that multiply; the first
@@ -26,15 +29,29 @@ LOWEST = -1.0e29  # of all scores that do
 _asm = cute.arch.inline_ptx
 
 
+class Place(NamedTuple):
+    """Which of a CTA's threads this is: the first warps multiply, the others gather keys."""
+
+    tid: Int32
+    block: Int32
+    warp: Int32
+    lane: Int32
+
+
 @cute.jit
-def open_ring(a: Constexpr[Chunk], s: Int32, tid: Int32):
-    """The barriers of every stage: filled, and free. All threads."""
+def enter(a: Constexpr[Chunk], s: Int32) -> Place:
+    """Open the barriers of every stage: filled, and free. All threads, before the wait."""
+    tid, _, _ = cute.arch.thread_idx()
+    block, _, _ = cute.arch.block_idx()
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    lane = cute.arch.lane_idx()
     if tid == 0:
         for i in range_constexpr(a.stages):
             ptx.mbarrier_init(s + a.o_bars + 8 * i, GATHERERS // 32)
             ptx.mbarrier_init(s + a.o_bars + 8 * (a.stages + i), CONSUMERS // 32)
         cute.arch.mbarrier_init_fence()
     cute.arch.sync_threads()
+    return Place(tid, block, warp, lane)
 
 
 @cute.jit
@@ -50,25 +67,16 @@ def tiles_of(a: Constexpr[Chunk], position: Int32):
 
 
 @cute.jit
-def gather(
-    a: Constexpr[Chunk],
-    s: Int32,
-    window: tuple,
-    entries: tuple,
-    g_selected: Int64,
-    g_positions: Int64,
-    g_ring_slots: Int64,
-    g_slots: Int64,
-    block: Int32,
-    g_q: Int64,
-    warp: Int32,
-    lane: Int32,
-):
-    """Four warps: the keys of this CTA's items into the ring, tile by tile. `window` and `entries` are the
-    addresses of data, scale and tail.
-    """
+def gather(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
+    """Four warps, behind those that multiply: the keys of this CTA's items into the ring, tile by tile."""
+    window = attention.addresses(m.window, m.window_scale, m.window_tail)
+    entries = attention.addresses(m.entries, m.entries_scale, m.entries_tail)
+    (g_selected,) = attention.addresses(m.selected)
+    g_positions, g_slots, g_q = m.positions.toint(), m.slots.toint(), m.q.toint()
+    g_ring_slots = g_slots if const_expr(m.ring_slots is None) else m.ring_slots.toint()
+    warp, lane = place.warp - CONSUMERS // 32, place.lane
     cute.arch.setmaxregister_decrease(104)  # the multiplying threads have the others
-    at, item = Int32(0), Int32(block)
+    at, item = Int32(0), Int32(place.block)
     first = warp * 16 + lane // 4
     while item < a.items:
         token = item // a.head_tiles
@@ -240,20 +248,11 @@ def lay_queries(
 
 
 @cute.jit
-def attend(
-    a: Constexpr[Chunk],
-    s: Int32,
-    g_q: Int64,
-    g_sink: Int64,
-    g_frequencies: Int64,
-    g_positions: Int64,
-    g_out: Int64,
-    block: Int32,
-    tid: Int32,
-    warp: Int32,
-    lane: Int32,
-):
+def attend(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
     """Eight warps: queries, scores, softmax, values and results of this CTA's items."""
+    g_q, g_sink, g_frequencies = m.q.toint(), m.sink.toint(), m.frequencies.toint()
+    g_positions, g_out = m.positions.toint(), m.out.toint()
+    tid, warp, lane = place.tid, place.warp, place.lane
     cute.arch.setmaxregister_increase(200)
     group, thread = warp // 4, tid % 128
     k_major = OperandMajorMode.K
@@ -285,7 +284,7 @@ def attend(
     frequency = ptx.ldg_f32_constant(g_frequencies + lane * 4)
     row = warp % 4 * 16 + lane // 4  # and 8 more
 
-    at, item = Int32(0), Int32(block)
+    at, item = Int32(0), Int32(place.block)
     while item < a.items:
         token, head = item // a.head_tiles, item % a.head_tiles * a.tile
         position = ptx.ldg32(g_positions + token * 4).bitcast(Int32)

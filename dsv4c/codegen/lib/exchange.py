@@ -268,24 +268,15 @@ def give_up(g: Int64, status: Uint32):
 # Launches ---------------------------------------------------------------------------------------------------
 
 
-class Addends(NamedTuple):
-    """x f32[N, width], of this rank -> y [N, width], the same bits on every rank; the block and the site."""
+class Operands(NamedTuple):
+    """x [N, width], of this rank -> y, the same bits on every rank: the sum [N, width] of f32, or all ranks'
+    columns [N, ranks * width]; the block and the site.
+    """
 
     x: cute.Pointer
     exchange: cute.Pointer
     site: cute.Pointer
     y: cute.Pointer
-
-
-class Columns(NamedTuple):
-    """x[i] [N, words[i]], of this rank -> y[i] [N, ranks * words[i]], in words of 4 bytes; the block and the
-    site.
-    """
-
-    x: tuple[cute.Pointer, ...]
-    exchange: cute.Pointer
-    site: cute.Pointer
-    y: tuple[cute.Pointer, ...]
 
 
 class Place(NamedTuple):
@@ -312,7 +303,7 @@ def enter(
 
 
 @cute.jit
-def sum_rows(t: Constexpr[Summing], m: Addends, at: Place) -> None:
+def sum_rows(t: Constexpr[Summing], m: Operands, at: Place) -> None:
     """Give, take and add up a column, meet, let the successor start."""
     thread, part, row, rank, flag, to, here = at
     column = part * t.threads + thread
@@ -330,35 +321,31 @@ def sum_rows(t: Constexpr[Summing], m: Addends, at: Place) -> None:
 
 
 @cute.jit
-def join_rows(t: Constexpr[Joining], m: Columns, at: Place) -> None:
+def join_rows(t: Constexpr[Joining], m: Operands, at: Place) -> None:
     """Give words and store them, take the others' and store these, meet, let the successor start."""
     thread, part, row, rank, flag, to, here = at
     for n in range_constexpr(t.steps):
         i = (part + n * t.ctas) * t.threads + thread
-        for value in range_constexpr(len(t.words)):
-            words, first = const_expr(t.words[value]), const_expr(t.first(value))
-            if i >= first and i < first + words:
-                word = ptx.ldg32(m.x[value].toint() + (Int64(row) * words + i - first) * 4)
-                push(to, rank, flag, Int64(row) * t.width + i, word, t.ranks)
-                column = rank * words + i - first
-                ptx.stg32(m.y[value].toint() + (Int64(row) * (words * t.ranks) + column) * 4, word)
+        if i < t.width:
+            number = Int64(row) * t.width + i
+            word = ptx.ldg32(m.x.toint() + number * 4)
+            push(to, rank, flag, number, word, t.ranks)
+            column = Int64(row) * (t.width * t.ranks) + rank * t.width + i
+            ptx.stg32(m.y.toint() + column * 4, word)
     for n in range_constexpr(t.steps):
         i = (part + n * t.ctas) * t.threads + thread
         for peer in range_constexpr(t.ranks):
             if rank != peer and i < t.width:
                 number = Int64(row) * t.width + i
                 other = receive(m.exchange, here, flag, number, peer)
-                for value in range_constexpr(len(t.words)):
-                    words, first = const_expr(t.words[value]), const_expr(t.first(value))
-                    if i >= first and i < first + words:
-                        column = Int64(row) * (words * t.ranks) + peer * words + i - first
-                        ptx.stg32(m.y[value].toint() + column * 4, other)
+                column = Int64(row) * (t.width * t.ranks) + peer * t.width + i
+                ptx.stg32(m.y.toint() + column * 4, other)
     cute.arch.sync_threads()
     ptx.launch_dependents()
 
 
 @cute.jit
-def sum_tiles(t: Constexpr[Tiles], m: Addends, at: Place) -> None:
+def sum_tiles(t: Constexpr[Tiles], m: Operands, at: Place) -> None:
     """Give a tile and its flag, wait for the others' flags, add up, meet, let the successor start."""
     thread, part, row, rank, flag, to, here = at
     tile = row * t.parts + part
@@ -399,7 +386,7 @@ def sum_tiles(t: Constexpr[Tiles], m: Addends, at: Place) -> None:
 
 
 @cute.jit
-def join_tiles(t: Constexpr[Tiles], m: Columns, at: Place) -> None:
+def join_tiles(t: Constexpr[Tiles], m: Operands, at: Place) -> None:
     """Give a tile and its flag, store it, wait for the others' flags, store theirs, meet, let the successor
     start.
     """
@@ -408,14 +395,12 @@ def join_tiles(t: Constexpr[Tiles], m: Columns, at: Place) -> None:
     w = cute.make_rmem_tensor((4,), Uint32)
     for n in range_constexpr(t.steps):
         i = (part * t.steps + n) * t.threads + thread
-        for value in range_constexpr(len(t.vectors)):
-            vectors, first = const_expr(t.vectors[value]), const_expr(t.first(value))
-            if i >= first and i < first + vectors:
-                j = i - first
-                w[0], w[1], w[2], w[3] = ptx.ldg128(m.x[value].toint() + (Int64(row) * vectors + j) * VECTOR)
-                push_vector(to, rank, (Int64(row) * t.width + i) * VECTOR, w, t.ranks)
-                column = Int64(row) * (vectors * t.ranks) + rank * vectors + j
-                ptx.stg128(m.y[value].toint() + column * VECTOR, w[0], w[1], w[2], w[3])
+        if i < t.width:
+            place = (Int64(row) * t.width + i) * VECTOR
+            w[0], w[1], w[2], w[3] = ptx.ldg128(m.x.toint() + place)
+            push_vector(to, rank, place, w, t.ranks)
+            column = Int64(row) * (t.width * t.ranks) + rank * t.width + i
+            ptx.stg128(m.y.toint() + column * VECTOR, w[0], w[1], w[2], w[3])
     push_flag(to, rank, flag, tile, thread, t.ranks)
     receive_flag(m.exchange, here, rank, flag, tile, thread, t.ranks)
     for n in range_constexpr(t.steps):
@@ -423,10 +408,7 @@ def join_tiles(t: Constexpr[Tiles], m: Columns, at: Place) -> None:
         for peer in range_constexpr(t.ranks):
             if rank != peer and i < t.width:
                 w0, w1, w2, w3 = receive_vector(here, peer, (Int64(row) * t.width + i) * VECTOR)
-                for value in range_constexpr(len(t.vectors)):
-                    vectors, first = const_expr(t.vectors[value]), const_expr(t.first(value))
-                    if i >= first and i < first + vectors:
-                        column = Int64(row) * (vectors * t.ranks) + peer * vectors + i - first
-                        ptx.stg128(m.y[value].toint() + column * VECTOR, w0, w1, w2, w3)
+                column = Int64(row) * (t.width * t.ranks) + peer * t.width + i
+                ptx.stg128(m.y.toint() + column * VECTOR, w0, w1, w2, w3)
     cute.arch.sync_threads()
     ptx.launch_dependents()

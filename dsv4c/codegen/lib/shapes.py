@@ -280,6 +280,116 @@ class Products:
 
 
 @dataclass(frozen=True)
+class UpPart:
+    """Routed or shared half of the experts' first half. A job is a tile of w1 and the same of w3; `ctas` CTAs
+    take them in turn, `jobs` of each token.
+
+    `scores`, `sums` and `choice` are bytes of what the router keeps: before the stream, beside it, and to the
+    end.
+    """
+
+    ring: Ring
+    jobs: int
+    ctas: int
+    scores: int = 0
+    sums: int = 0
+    choice: int = 0
+
+    @property
+    def packing(self) -> str:
+        """How the part's weights lie."""
+        return f"{self.ring.product.weight}/{self.ring.tile_warps}x{self.ring.span}"
+
+    @property
+    def at(self) -> Layout:
+        """Shared arrays of a CTA."""
+        r = self.ring
+        return Layout(
+            ring=r.ring_bytes,
+            x=r.product.x_bytes,
+            fx=r.product.fx_bytes,
+            scale=2 * r.scale_bytes,
+            part=max(r.part_bytes, self.scores),
+            sums=self.sums,
+            choice=self.choice,
+            bars=r.bars_bytes,
+            bar=8,
+        )
+
+
+@dataclass(frozen=True)
+class Up:
+    """The experts' first half: CTAs of the `shared` expert, then `routed` ones'. `source` says whence a
+    token's experts and their weights are, score / sum of scores * `factor`: of largest score + bias by logits
+    ("scores"), or of a table, with the logits ("table") or with products of a row and their rows of the gate
+    ("rows"). `limit`: of SwiGLU. `packed`: rows are NVFP4 in memory. `stored`: weights go to memory.
+    `judged`: rows of position -1 have weights of 0, and no turn where rows take turns.
+    """
+
+    shared: UpPart
+    routed: UpPart
+    experts: int
+    top_k: int
+    source: str
+    factor: float
+    limit: float
+    packed: bool = False
+    stored: bool = True
+    judged: bool = False
+
+    @property
+    def hidden(self) -> int:
+        """Columns of x."""
+        return self.routed.ring.product.k
+
+    @property
+    def tiles(self) -> int:
+        """Tiles of 16 hidden columns."""
+        return self.shared.jobs
+
+    @property
+    def intermediate(self) -> int:
+        """Hidden columns."""
+        return 16 * self.tiles
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of x in memory, without scales."""
+        coded = self.hidden if self.routed.ring.product.x == "f16" else 2 * self.hidden
+        return self.hidden // 2 if self.packed else coded
+
+    @property
+    def skips(self) -> bool:
+        """Do rows that are not there take no turn?"""
+        return self.judged and self.routed.ring.turns > 1
+
+    @property
+    def padded(self) -> int:
+        """Places for scores."""
+        return padded(self.experts)
+
+    @property
+    def held(self) -> int:
+        """Pieces of the gate's rows that a thread reads before its wait."""
+        return min(2, -(-self.hidden // (8 * self.consumers)))
+
+    @property
+    def consumers(self) -> int:
+        """Threads that multiply; the last warp reads the weights."""
+        return self.routed.ring.warps * 32
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA."""
+        return self.consumers + 32
+
+    @property
+    def bytes(self) -> int:
+        """Shared memory of a CTA."""
+        return max(self.shared.at.end, self.routed.at.end)
+
+
+@dataclass(frozen=True)
 class Down:
     """Both streams of a CTA of the experts' second half: the `shared` expert's tiles for all tokens, then for
     each token those of every `routed` expert, a round each, with its hidden `rows`, together. `by` says what

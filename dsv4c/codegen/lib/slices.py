@@ -486,26 +486,17 @@ class Summing:
 
 @dataclass(frozen=True)
 class Joining:
-    """How columns of `ranks` are joined: of each value, a rank has `words[i]` words of 4 bytes in a row."""
+    """How columns of `ranks` are joined: a rank has `width` words of 4 bytes in a row."""
 
     ranks: int
-    words: tuple[int, ...]
+    width: int
     ctas: int
     threads: int
-
-    @property
-    def width(self) -> int:
-        """Words of a row of all values, on each rank."""
-        return sum(self.words)
 
     @property
     def steps(self) -> int:
         """Words of a thread."""
         return -(-self.width // (self.threads * self.ctas))
-
-    def first(self, value: int) -> int:
-        """The first of a value's words in a row of all."""
-        return sum(self.words[:value])
 
 
 VECTOR = 16  # bytes of a tile that a thread moves at once
@@ -514,20 +505,14 @@ MOST_STEPS = 4  # of them, so that a tile has 16 KB
 
 @dataclass(frozen=True)
 class Tiles:
-    """How many rows cross between `ranks`, a CTA for each tile of a row: of each value, a rank has
-    `vectors[i]` vectors of 16 bytes in a row. A sum has one, of f32, and makes numbers of `size` bytes, 2 for
-    bf16 or 4.
+    """How many rows cross between `ranks`, a CTA for each tile of a row: a rank has `width` vectors of 16
+    bytes in a row. A sum's are of f32, and it makes numbers of `size` bytes, 2 for bf16 or 4.
     """
 
     ranks: int
-    vectors: tuple[int, ...]
+    width: int
     threads: int
     size: int = 0
-
-    @property
-    def width(self) -> int:
-        """Vectors of a row of all values, on each rank."""
-        return sum(self.vectors)
 
     @property
     def steps(self) -> int:
@@ -538,7 +523,3 @@ class Tiles:
     def parts(self) -> int:
         """Tiles of a row."""
         return -(-self.width // (self.threads * self.steps))
-
-    def first(self, value: int) -> int:
-        """The first of a value's vectors in a row of all."""
-        return sum(self.vectors[:value])

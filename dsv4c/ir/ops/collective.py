@@ -33,32 +33,26 @@ class AllReduce(Op):
 
 @primitive
 class AllGather(Op):
-    """Every rank's piece of some values, joined along `axis` in order of the ranks: x[..., n] -> x[..., n·R].
-
-    Takes any number of values, and gives as many.
-    """
+    """Every rank's piece joined along `axis` in order of the ranks: x[..., n] -> [..., n·R]."""
 
     collective: ClassVar = True
     axis: int
     ranks: int
 
     def rows_of(self, operands: tuple[Type, ...]) -> frozenset[int] | None:
-        leading = any(self.axis % len(o.shape) == 0 for o in operands)
-        return None if leading else frozenset(range(len(operands)))
+        leading = self.axis % len(operands[0].shape) == 0
+        return None if leading else frozenset({0})
 
-    def infer(self, *pieces: Type) -> tuple[TensorType, ...]:
+    def infer(self, x: Type) -> TensorType:
         expect(self.ranks > 1, f"ranks must be at least 2, got {self.ranks}")
-        expect(len(pieces) >= 1, "all_gather takes at least one value")
-        return tuple(self._joined(piece) for piece in pieces)
-
-    def _joined(self, piece: Type) -> TensorType:
-        shape = list(expect_tensor(piece, "a piece", least=1).shape)
-        expect(-len(shape) <= self.axis < len(shape), f"axis {self.axis} is outside {piece}")
+        piece = expect_tensor(x, "a piece", least=1)
+        expect(-len(piece.shape) <= self.axis < len(piece.shape), f"axis {self.axis} is outside {x}")
+        shape = list(piece.shape)
         shape[self.axis] *= self.ranks
-        return expect_tensor(piece, "a piece").with_shape(tuple(shape))
+        return piece.with_shape(tuple(shape))
 
     def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
-        return Cost(0, tuple(r.nbytes for r in results), tuple(r.nbytes for r in results))
+        return Cost(0, (results[0].nbytes,), (results[0].nbytes,))
 
 
 all_reduce, all_gather = AllReduce.apply, AllGather.apply
