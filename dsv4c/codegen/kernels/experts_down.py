@@ -22,9 +22,9 @@ from dsv4c.codegen.kernels.experts import (
 from dsv4c.codegen.kernels.experts_up import (
     CHOSEN,
     HASH_SWIGLU,
-    choose_and_swiglu,
-    look_up_and_swiglu,
+    hash_swiglu,
     positions_of,
+    routed_experts,
 )
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds
 from dsv4c.codegen.kernels.gemv import STAGES, WARPS, k_warps_of, span_of, weights_text
@@ -108,23 +108,16 @@ CHOICES = {
 """By what a token's experts are known before the wait: not at all, by the gate's logits, or by a table."""
 
 
-def coded_bytes(spec: ExpertsSpec, arch: Arch) -> int:
-    """Bytes that the CTAs share rows through which one of them has coded for all; 0 where each codes its own."""
-    down = _down(spec, arch)
-    several = down.routed.turns > 1 and spec.top_k > 1 and not spec.packed
-    return down.coded_bytes if several and down.rows.x == "f16" else 0
-
-
-def emit_experts_down(spec: ExpertsSpec, arch: Arch, by: str = "", *, coded: bool = False) -> Emission:
+def emit_experts_down(spec: ExpertsSpec, arch: Arch, by: str = "") -> Emission:
     """y = out(sum over the token's routed experts of fp8(h) w2, plus the shared expert's), accumulated in
-    f32. `by`: one of `CHOICES`. `coded`: the CTAs share the quantization of all tokens' rows but the first's.
+    f32. `by`: one of `CHOICES`.
     """
     check_experts(spec)
-    return tuned(lambda cut: _emitted(spec, arch, by, coded, cut), arch, spec.name, spec, by)
+    return tuned(lambda cut: _emitted(spec, arch, by, cut), arch, spec.name, spec, by)
 
 
-def _emitted(spec: ExpertsSpec, arch: Arch, by: str, coded: bool, cut: Cut) -> Emission:
-    down = replace(_down(spec, arch, cut, by), coded=coded)
+def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
+    down = _down(spec, arch, cut, by)
     parameters = (
         *row_parameters("h", spec, spec.packed),
         *row_parameters("shared_h", spec, spec.packed),
@@ -134,16 +127,15 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, coded: bool, cut: Cut) -> E
         *weight_parameters("w2", spec.routed),
         *weight_parameters("shared_w2", spec.shared),
         Parameter("y"),
-        *([Parameter("coded")] if coded else []),
     )
     there = {p.name: p for p in parameters}
     fields = [
         *(f"{row}{part}" for row in ("h", "shared_h") for part in ("", "_scale", "_global_scale")),
         *("expert_ids", "positions", "logits", "bias", "table", "tokens"),
         *(f"{matrix}{part}" for matrix in ("w2", "shared_w2") for part in ("", "_scale", "_global_scale")),
-        *("y", "coded"),
+        "y",
     ]
-    ctas, turns, threads = down.ctas, down.routed.turns, down.threads + 32 * coded
+    ctas, turns = down.groups // down.routed.matrices, down.routed.turns
     wait = ["    ptx.wait()", "    ptx.launch_dependents()"]
     first = ["    g_routed = experts_down.read_first(SPEC, m, at)"]
     what = f"{turns} tokens, which take turns" if turns > 1 else "each token on CTAs of its own"
@@ -151,7 +143,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, coded: bool, cut: Cut) -> E
         spec.name,
         f"{spec.name}: the experts' second half at decode, {what}.\n\n{_what(spec, by)}",
         {there.get(f"m_{name}", Parameter(name)): "" if f"m_{name}" in there else None for name in fields},
-        f"Launch: grid {ctas}{' x N' if turns == 1 else ''}, block {threads}, {down.at.end} bytes of "
+        f"Launch: grid {ctas}{' x N' if turns == 1 else ''}, block {down.threads}, {down.at.end} bytes of "
         f"shared memory, programmatic edges allowed.\n{weights_text(spec.weight_bytes, arch, 'token')}",
         [
             f"s = ptx.shared({down.at.end})",
@@ -161,13 +153,12 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, coded: bool, cut: Cut) -> E
             "    at = experts_down.enter(SPEC, m, s, group, token)",
             *wait,
             "    experts_down.sum_columns(SPEC, m, at)",
-            f"elif warp == {down.routed.warps}:" if coded else "else:",
+            "else:",
             "    at = experts_down.open_weights(SPEC, m, s, group, token)",
             *([*first, *wait] if by else [*wait, *first]),
             "    experts_down.read_rest(SPEC, m, at, g_routed)",
-            *(["else:", *wait, "    experts_down.code_rows(SPEC, m, group)"] if coded else []),
         ],
-        threads=threads,
+        threads=down.threads,
         grid=(ctas, "rows" if turns == 1 else 1, 1),
         sizes={"rows": spec.batch} if turns == 1 else None,
         resident=2 if turns > 1 else None,
@@ -263,21 +254,17 @@ def experts(request: Request) -> Answer:
     if not given and not places:
         return No("reads a table before the wait: its tokens must be the call's input")
     half = replace(request, calls=tuple(first))
-    coded = coded_bytes(spec, request.arch)
-    hashed = isinstance(first[0].op, HashSwiglu)
-    up = look_up_and_swiglu(half, coded) if hashed else choose_and_swiglu(half, coded)
+    up = hash_swiglu.ask(half) if isinstance(first[0].op, HashSwiglu) else routed_experts.ask(half)
     if isinstance(up, No):
         return up
     by = "" if not given else "table" if "tokens" in router else "scores"
     names = [p.operand for p in CHOICES[by] if p.operand in router]
     values = _values(last) | {name: router[name] for name in names} | places
-    scratch = {"logits": Scratch("logits", up[-1].scratch["logits"], "early")} if by == "scores" else {}
-    if coded:
-        scratch["coded"] = Scratch("coded", coded, "rw")
-    down = emit_experts_down(spec, request.arch, by, coded=coded > 0)
+    logits = {"logits": Scratch("logits", up[-1].scratch["logits"], "early")} if by == "scores" else {}
+    down = emit_experts_down(spec, request.arch, by)
     return [
         *(replace(launch, stage=launch.stage or "up") for launch in up),
-        launchable(request, down, values, stage="down", scratch=scratch),
+        launchable(request, down, values, stage="down", scratch=logits),
     ]
 
 

@@ -137,17 +137,15 @@ def _up(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut = PLANNED) -> 
     )
 
 
-def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch, *, coded: bool = False) -> Emission:
-    """h = bf16(silu(min(x w1, limit)) * clamp(x w3, -limit, limit) * weight), 1 for the shared expert. `coded`:
-    none of the second half's CTAs has coded its part of h yet.
-    """
+def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch) -> Emission:
+    """h = bf16(silu(min(x w1, limit)) * clamp(x w3, -limit, limit) * weight), 1 for the shared expert."""
     check_experts(spec)
     if spec.top_k > spec.experts or spec.experts > 1024:
         raise BuildError(f"{spec.name}: {spec.top_k} of {spec.experts} experts: want some of at most 1024")
-    return tuned(lambda cut: _emitted(spec, routing, arch, coded, cut), arch, spec.name, spec, routing)
+    return tuned(lambda cut: _emitted(spec, routing, arch, cut), arch, spec.name, spec, routing)
 
 
-def _emitted(spec: ExpertsSpec, routing: Routing, arch: Arch, coded: bool, cut: Cut) -> Emission:
+def _emitted(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut) -> Emission:
     up = _up(spec, routing, arch, cut)
     parameters = (
         *row_parameters("x", spec, spec.quantized),
@@ -161,14 +159,13 @@ def _emitted(spec: ExpertsSpec, routing: Routing, arch: Arch, coded: bool, cut: 
         *([Parameter("weights")] if routing.stored else []),
         Parameter("h"),
         Parameter("shared_h"),
-        *([Parameter("coded")] if coded else []),
     )
     there = {p.name: p for p in parameters}
     matrices = ("w1", "w3", "shared_w1", "shared_w3")
     fields = [
         *("x", "x_scale", "x_global_scale", "logits", "bias", "row", "gate", "table", "tokens", "positions"),
         *(f"{matrix}{part}" for matrix in matrices for part in ("", "_scale", "_global_scale")),
-        *("experts", "weights", "h", "shared_h", "coded"),
+        *("experts", "weights", "h", "shared_h"),
     ]
     turns = spec.turns
     grid = up.shared.ctas + up.routed.ctas
@@ -293,11 +290,7 @@ def _experts(
 
 
 def _routed(
-    request: Request,
-    router: Router | HashRouter | HashSwiglu,
-    spec: ExpertsSpec | No,
-    values: dict[str, int],
-    coded: int,
+    request: Request, router: Router | HashRouter | HashSwiglu, spec: ExpertsSpec | No, values: dict[str, int]
 ) -> Answer:
     """The gate's logits if they are needed, then the experts' first half, which chooses the experts.
 
@@ -318,11 +311,9 @@ def _routed(
         packings = {"w1": up.routed.packing, "shared_w1": up.shared.packing}
         return up_launches(request, spec, packings, router.factor, source != "scores", values)
     given = "tokens" not in values or values["tokens"] in request.given
-    routing = Routing(source, router.factor, "weights" in values, given)
-    half = emit_experts_up(spec, routing, request.arch, coded=coded > 0)
-    counted = {"coded": Scratch("coded", coded, "w")} if coded else {}
+    half = emit_experts_up(spec, Routing(source, router.factor, "weights" in values, given), request.arch)
     if source == "rows":
-        return [launchable(request, half, values, scratch=counted)]
+        return [launchable(request, half, values)]
     if packed:
         matrix = Matrix("gate", experts, "nvfp4", Activations("x", "f16", "unpack"), "logits", "f32")
         gate_kernel = emit_gemv(GemvSpec("router_gate", rows, hidden, (matrix,)), request.arch)
@@ -331,7 +322,7 @@ def _routed(
     made, read = ({"logits": Scratch("logits", rows * experts * 4, access)} for access in "wr")
     return [
         launchable(request, gate_kernel, {**values, "x": values["row"]}, stage="gate", scratch=made),
-        launchable(request, half, values, stage="up", scratch=read | counted),
+        launchable(request, half, values, stage="up", scratch=read),
     ]
 
 
@@ -356,11 +347,6 @@ def routed_experts(request: Request) -> Answer:
     """A router and the experts that it chooses: nobody else reads its weights, so each CTA makes its own, or
     none for rows that are not there.
     """
-    return choose_and_swiglu(request)
-
-
-def choose_and_swiglu(request: Request, coded: int = 0) -> Answer:
-    """The same, where the second half shares scratch of so many bytes."""
     first, between, last = request.calls[0], request.calls[1:-1], request.calls[-1]
     judged = len(between) == 1 and isinstance(between[0].op, Present)
     if not isinstance(last.op, Swiglu) or isinstance(first.op, Swiglu | Present) or between[judged:]:
@@ -378,17 +364,11 @@ def choose_and_swiglu(request: Request, coded: int = 0) -> Answer:
     k = request.types[x["experts"]].shape[1]
     h, shared_h = last.outputs
     values = {**router, **x, **positions_of(between), "row": router["x"], "h": h, "shared_h": shared_h}
-    spec = _experts(request, "experts_up", last.op, x, k, judged=judged)
-    return _routed(request, first.op, spec, values, coded)
+    return _routed(request, first.op, _experts(request, "experts_up", last.op, x, k, judged=judged), values)
 
 
 @kernel(HASH_SWIGLU)
 def hash_swiglu(request: Request) -> Answer:
-    return look_up_and_swiglu(request)
-
-
-def look_up_and_swiglu(request: Request, coded: int = 0) -> Answer:
-    """The same, where the second half shares scratch of so many bytes."""
     call = request.call
     op, x = call.op, call.operands
     assert isinstance(op, HashSwiglu)
@@ -398,4 +378,4 @@ def look_up_and_swiglu(request: Request, coded: int = 0) -> Answer:
     routed = {**x, "x": x["x_routed"]}
     values = {**routed, "row": x["x"], "experts": experts, "h": h, "shared_h": shared_h}
     spec = _experts(request, "experts_up", op, routed, request.types[x["table"]].shape[1])
-    return _routed(request, op, spec, values, coded)
+    return _routed(request, op, spec, values)

@@ -230,27 +230,14 @@ def load_own(
     r: Constexpr[Ring], p: Constexpr[Product], g_x: Int64, row_bytes: Constexpr[int], warp: Int32, lane: Int32
 ):
     """The warp's own blocks of bf16 rows, in flight together."""
-    w = cute.make_rmem_tensor((4 * r.own_rounds(p.rows),), Uint32)
-    load_own_to(r, p, w, g_x, row_bytes, warp, lane)
-    return w
-
-
-@cute.jit
-def load_own_to(
-    r: Constexpr[Ring],
-    p: Constexpr[Product],
-    w: cute.Tensor,
-    g_x: Int64,
-    row_bytes: Constexpr[int],
-    warp: Int32,
-    lane: Int32,
-):
-    """The same to words of `w`."""
-    for n in range_constexpr(r.own_rounds(p.rows)):
+    number = const_expr(r.own_rounds(p.rows))
+    w = cute.make_rmem_tensor((4 * number,), Uint32)
+    for n in range_constexpr(number):
         row, unit = own_block(r, p, n, warp, lane)
         v = ptx.ldg128(g_x + Int64(row * row_bytes + unit * 256 + lane % 16 * 16))
         for j in range_constexpr(4):
             w[4 * n + j] = v[j]
+    return w
 
 
 @cute.jit
@@ -274,32 +261,6 @@ def store_own(
             quantize.quantize_block(quantize.floats8(w, n), s_row + unit * 128, s_scale, lane)
         else:
             quantize.widen_block(quantize.floats8(w, n), s_row + unit * 256, s_scale, lane)
-
-
-@cute.jit
-def load_own_codes(
-    r: Constexpr[Ring], p: Constexpr[Product], w: cute.Tensor, g_codes: Int64, g_scales: Int64, warp: Int32, lane: Int32
-):
-    """As `load_own`, of rows that are coded already, to words of `w`."""
-    for n in range_constexpr(r.own_rounds(p.rows)):
-        row, unit = own_block(r, p, n, warp, lane)
-        v = ptx.ldg64(g_codes + Int64(row * p.k + unit * 128 + lane % 16 * 8))
-        w[4 * n], w[4 * n + 1] = v[0], v[1]
-        w[4 * n + 2] = ptx.ldg_u8(g_scales + (row * p.units + unit))
-
-
-@cute.jit
-def store_own_codes(
-    r: Constexpr[Ring], p: Constexpr[Product], w: cute.Tensor, s_x: Int32, s_fx: Int32, warp: Int32, lane: Int32
-):
-    """As `store_own`, of codes, as f16."""
-    for n in range_constexpr(r.own_rounds(p.rows)):
-        row, unit = own_block(r, p, n, warp, lane)
-        a, b = ptx.e4m3x4_to_f16x2x2(w[4 * n]), ptx.e4m3x4_to_f16x2x2(w[4 * n + 1])
-        ptx.sts128(s_x + row * p.x_stride + unit * 256 + lane % 16 * 16, a[0], a[1], b[0], b[1])
-        if lane % 16 == 0:
-            s_scale = s_fx + (row * p.units + unit) * 4
-            ptx.sts_f32(s_scale, quantize.exponent_to_f32(w[4 * n + 2].bitcast(Int32)))
 
 
 @cute.jit

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Int32, Int64, Uint32, const_expr, range_constexpr
+from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
-from dsv4c.codegen.lib import activations, nvfp4, ptx, quantize, router, stream
+from dsv4c.codegen.lib import activations, nvfp4, ptx, router, stream
 from dsv4c.codegen.lib.shapes import Down
 
 
@@ -41,7 +41,6 @@ class Operands(NamedTuple):
     shared_w2_scale: cute.Pointer | None
     shared_w2_global_scale: cute.Pointer | None
     y: cute.Pointer
-    coded: cute.Pointer | None
 
 
 class Arrays(NamedTuple):
@@ -238,7 +237,7 @@ def sum_columns(d: Constexpr[Down], m: Operands, at: Place) -> None:
     s_ring, s_bars, s_scale, s_part = s.shared_ring, s.shared_bars, s.shared_scale, s.shared_part
     stream.consume(shared, s_ring, s_bars, s.shared_x, s.shared_fx, s_scale, s_part, warp, lane, Int32(1))
     if const_expr(r.turns == 1):
-        _multiply(d, at, Int32(d.top_k))
+        _multiply(d, at)
         _sum_apart(d, m, at, Int32(0), at.token, at.token, g_ids)
     else:
         for turn in cutlass.range(count if const_expr(d.skips) else r.turns, unroll=1):
@@ -277,89 +276,33 @@ def token_sum(d: Constexpr[Down], m: Operands, at: Place, nth: Int32, order: Int
     g_ids = _ids(d, m, token)
     # The next token's rows are on their way meanwhile. (The last one's again at the end.)
     g_x = m.h.toint() + Int64(following) * (d.top_k * d.row_bytes)
-    first = nth * (d.top_k * r.steps)
-    if const_expr(d.coded):
-        half = const_expr(d.top_k // 2)
-        _multiply(d, at, Int32(half), first, d.window)
-        g_coded = m.coded.toint()  # type: ignore[union-attr]
-        there = ptx.ldg_acquire32(g_coded).to(Int32) >= d.ctas
-        rows = cute.make_rmem_tensor((4 * r.own_rounds(d.rows.rows),), Uint32)
-        if there:
-            g_scales = g_coded + d.code_scales + Int64(following) * (d.top_k * d.rows.units)
-            g_codes = g_coded + d.codes + Int64(following) * (d.top_k * d.rows.k)
-            activations.load_own_codes(r, d.rows, rows, g_codes, g_scales, warp, lane)
-        else:
-            activations.load_own_to(r, d.rows, rows, g_x, d.row_bytes, warp, lane)
-        _multiply(d, at, Int32(d.top_k - half), first, d.window, half)
-        stream.meet_part(r, warp)
-        if nth < last:
-            if there:
-                activations.store_own_codes(r, d.rows, rows, at.s.x, at.s.fx, warp, lane)
-            else:
-                activations.store_own(r, d.rows, rows, at.s.x, at.s.fx, warp, lane)
-    else:
-        rows = activations.load_own(r, d.rows, g_x, d.row_bytes, warp, lane)
-        _multiply(d, at, Int32(d.top_k), first, d.window)
-        stream.meet_part(r, warp)
-        if nth < last:
-            activations.store_own(r, d.rows, rows, at.s.x, at.s.fx, warp, lane)
+    rows = activations.load_own(r, d.rows, g_x, d.row_bytes, warp, lane)
+    _multiply(d, at, nth * (d.top_k * r.steps), d.window)
+    stream.meet_part(r, warp)
+    if nth < last:
+        activations.store_own(r, d.rows, rows, at.s.x, at.s.fx, warp, lane)
     stream.meet_part(r, warp)
     _sum_apart(d, m, at, token, token, nth, g_ids)
 
 
 @cute.jit
-def code_rows(d: Constexpr[Down], m: Operands, group: Int32) -> None:
-    """One warp, behind the wait: this CTA's part of the rows of all tokens but the first, coded for all CTAs.
-    Who finds them all there reads half as much, and quantizes nothing.
-    """
-    p, lane = d.rows, cute.arch.lane_idx()
-    g_h, g_coded = m.h.toint(), m.coded.toint()  # type: ignore[union-attr]
-    count = const_expr((d.routed.turns - 1) * d.top_k * p.units)
-    number = const_expr(-(-count // (2 * d.ctas)))
-    w = cute.make_rmem_tensor((4 * number,), Uint32)
-    for n in range_constexpr(number):
-        i = cutlass.min(group * 2 + lane // 16 + n * (2 * d.ctas), Int32(count - 1))
-        row, unit = d.top_k + i // p.units, i % p.units
-        v = ptx.ldg128(g_h + Int64(row * d.row_bytes + unit * 256 + lane % 16 * 16))
-        for j in range_constexpr(4):
-            w[4 * n + j] = v[j]
-    for n in range_constexpr(number):
-        i = cutlass.min(group * 2 + lane // 16 + n * (2 * d.ctas), Int32(count - 1))
-        row, unit = d.top_k + i // p.units, i % p.units
-        lo, hi, byte = quantize.codes8(quantize.floats8(w, n))
-        ptx.stg64(g_coded + d.codes + Int64(row * p.k + unit * 128 + lane % 16 * 8), lo, hi)
-        if lane % 16 == 0:
-            ptx.stg_u8(g_coded + d.code_scales + (row * p.units + unit), byte.bitcast(Uint32))
-    cute.arch.sync_warp()
-    if lane == 0:
-        ptx.count_release(g_coded)
-
-
-@cute.jit
-def _multiply(
-    d: Constexpr[Down],
-    at: Place,
-    rounds: Int32,
-    first: Int32 | int = 0,
-    window: Constexpr[int] = 0,
-    begin: Constexpr[int] = 0,
-) -> None:
-    """So many of a token's products with its experts, from number `begin` on."""
+def _multiply(d: Constexpr[Down], at: Place, first: Int32 | int = 0, window: Constexpr[int] = 0) -> None:
+    """A token's products with all of its experts."""
     s, stride = at.s, const_expr(d.rows.units * 4 if d.quantized else 0)
     stream.consume(
         d.routed,
         s.ring,
         s.bars,
-        s.x + begin * d.rows.x_stride,
-        s.fx + begin * stride,
+        s.x,
+        s.fx,
         s.scale,
         s.part,
         at.warp,
         at.lane,
-        rounds,
+        Int32(d.top_k),
         x_round=d.rows.x_stride,
         fx_round=stride,
-        first=first + begin * d.routed.steps,
+        first=first,
         window=window,
     )
 

@@ -51,7 +51,6 @@ class Operands(NamedTuple):
     weights: cute.Pointer | None
     h: cute.Pointer
     shared_h: cute.Pointer
-    coded: cute.Pointer | None
 
 
 class Arrays(NamedTuple):
@@ -315,9 +314,6 @@ def multiply(u: Constexpr[Up], m: Operands, at: Place) -> None:
 @cute.jit
 def take_turns(u: Constexpr[Up], m: Operands, at: Place, turns: Turns) -> None:
     """The tokens' hidden rows, one token after the other; zeros of those that take no turn."""
-    if const_expr(m.coded is not None):
-        if at.local == 0 and at.tid == 0:  # CTAs that have coded some of them for the second half
-            ptx.stg32(m.coded.toint(), Uint32(0))  # type: ignore[union-attr]
     if const_expr(u.skips):
         for nth in cutlass.range(turns.taken, unroll=1):
             row = router.nth_row(turns.order, nth)

@@ -157,18 +157,6 @@ def ldg_u8(g: Int64):
 
 
 @cute.jit
-def ldg_acquire32(g: Int64):
-    """One word of global memory; what was written before a `count_release` that it counts is seen behind it."""
-    return _asm("ld.acquire.gpu.global.b32 {$w0}, [{$r0}];", write_only_types=[Uint32], read_only_args=[g])
-
-
-@cute.jit
-def count_release(g: Int64):
-    """Add one to a word of global memory, behind all that this thread has written, or seen by `sync_warp`."""
-    _asm("red.release.gpu.global.add.u32 [{$r0}], 1;", read_only_args=[g])
-
-
-@cute.jit
 def ldg_early32(g: Int64):
     """One word of a weight, or of what was written before the predecessor began: before `wait`. A strong
     load: it finds no old line of L1, and the compiler does not sink it behind the wait.

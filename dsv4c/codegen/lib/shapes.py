@@ -407,29 +407,6 @@ class Down:
     out: str = "bf16"
     packed: bool = False
     skips: bool = False
-    coded: bool = False
-
-    @property
-    def ctas(self) -> int:
-        """CTAs that share the columns."""
-        return self.groups // self.routed.matrices
-
-    @property
-    def code_scales(self) -> int:
-        """Place of the exponents of coded rows, u8 [turns][top_k][units], behind the number of CTAs that are
-        through.
-        """
-        return 16
-
-    @property
-    def codes(self) -> int:
-        """Place of the codes, e4m3 [turns][top_k][k]."""
-        return self.code_scales + -(-self.routed.turns * self.top_k * self.rows.units // 16) * 16
-
-    @property
-    def coded_bytes(self) -> int:
-        """Bytes of all that."""
-        return self.codes + self.routed.turns * self.top_k * self.rows.k
 
     @property
     def quantized(self) -> bool:
