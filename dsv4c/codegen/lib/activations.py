@@ -79,19 +79,6 @@ def expand_rows(
     """Rows of `load_codes`, with their ue8m0 scales at `g_fx`, as f16: one conversion instead of one per
     unit.
     """
-    widen_rows(p, w, s_x, thread, threads)
-    scales = const_expr(p.rows * p.units)
-    for n in range_constexpr(-(-scales // threads)):
-        i = thread + n * threads
-        if i < scales:
-            ptx.sts_f32(s_fx + i * 4, ptx.ue8m0_to_f32(ptx.ldg_u8(g_fx + i)))
-
-
-@cute.jit
-def widen_rows(
-    p: Constexpr[Product], w: cute.Tensor, s_x: Int32, thread: Int32, threads: Constexpr[int]
-):
-    """The codes of `expand_rows` alone."""
     width = const_expr(p.k // 16)
     count = const_expr(p.rows * width)
     for n in range_constexpr(-(-count // threads)):
@@ -101,26 +88,11 @@ def widen_rows(
             lo = ptx.e4m3x4_to_f16x2x2(w[4 * n + 2 * half])
             hi = ptx.e4m3x4_to_f16x2x2(w[4 * n + 2 * half + 1])
             ptx.sts128(s_piece + half * 16, lo[0], lo[1], hi[0], hi[1])
-
-
-@cute.jit
-def load_scales(p: Constexpr[Product], g_fx: Int64, thread: Int32, threads: Constexpr[int]):
-    """This thread's share of the rows' ue8m0 scales, in flight to registers, for `put_scales`."""
-    count = const_expr(p.rows * p.units)
-    w = cute.make_rmem_tensor((-(-count // threads),), Uint32)
-    for n in range_constexpr(-(-count // threads)):
-        w[n] = ptx.ldg_u8(g_fx + cutlass.min(thread + n * threads, Int32(count - 1)))
-    return w
-
-
-@cute.jit
-def put_scales(p: Constexpr[Product], w: cute.Tensor, s_fx: Int32, thread: Int32, threads: Constexpr[int]):
-    """These as f32 [rows][units] at `s_fx`."""
-    count = const_expr(p.rows * p.units)
-    for n in range_constexpr(-(-count // threads)):
+    scales = const_expr(p.rows * p.units)
+    for n in range_constexpr(-(-scales // threads)):
         i = thread + n * threads
-        if i < count:
-            ptx.sts_f32(s_fx + i * 4, ptx.ue8m0_to_f32(w[n]))
+        if i < scales:
+            ptx.sts_f32(s_fx + i * 4, ptx.ue8m0_to_f32(ptx.ldg_u8(g_fx + i)))
 
 
 @cute.jit

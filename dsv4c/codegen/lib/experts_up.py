@@ -298,7 +298,6 @@ def look_up_all(u: Constexpr[Up], m: Operands, at: Place) -> Turns:
         if token < r.turns:
             expert = _table_experts(u, m, token, at.lane)
             router.keep_experts(at.s.choice + token * (8 * u.top_k), expert, u.top_k, at.lane)
-    _stage(u, u.routed.ring.product, m, at)
     ptx.sync_threads(u.consumers)
     return turns
 
@@ -316,9 +315,7 @@ def take_turns(u: Constexpr[Up], m: Operands, at: Place, turns: Turns) -> None:
     """The tokens' hidden rows, one token after the other; zeros of those that take no turn."""
     if const_expr(u.skips):
         for nth in cutlass.range(turns.taken, unroll=1):
-            row = router.nth_row(turns.order, nth)
-            following = router.nth_row(turns.order, cutlass.min(nth + 1, turns.taken - 1))
-            _token_jobs(u, m, at, nth, row, following)
+            _token_jobs(u, m, at, nth, router.nth_row(turns.order, nth))
         zero, g_h, size = Uint32(0), m.h.toint(), const_expr(u.top_k * u.intermediate)
         for row in cutlass.range(1, u.routed.ring.turns, unroll=1):
             if ptx.ldg32(m.positions.toint() + row * 4).to(Int32) < 0:
@@ -327,22 +324,19 @@ def take_turns(u: Constexpr[Up], m: Operands, at: Place, turns: Turns) -> None:
                     ptx.stg128(g_h + Int64(row * (size * 2) + piece * 16), zero, zero, zero, zero)
     else:
         for turn in cutlass.range(u.routed.ring.turns, unroll=1):
-            _token_jobs(u, m, at, turn, turn, cutlass.min(turn + 1, Int32(u.routed.ring.turns - 1)))
+            _token_jobs(u, m, at, turn, turn)
 
 
 @cute.jit
-def _token_jobs(
-    u: Constexpr[Up], m: Operands, at: Place, nth: Int32, token: Int32, following: Int32
-) -> None:
-    """The CTA's jobs of the nth token that takes a turn, whose row is staged: some of local, local + CTAs, ...
-    of all tokens'. The `following` one's row is on its way meanwhile. (The last one's again at the end.)
-    """
-    part, p = u.routed, u.routed.ring.product
+def _token_jobs(u: Constexpr[Up], m: Operands, at: Place, nth: Int32, token: Int32) -> None:
+    """The CTA's jobs of the nth token that takes a turn: some of local, local + CTAs, ... of all tokens'."""
+    part, r = u.routed, u.routed.ring
     at = _place(part, at.s.ring, at.local, token)
     at = at._replace(s=at.s._replace(choice=at.s.choice + token * (8 * u.top_k)))
     if const_expr(u.source != "scores"):
         expert = ptx.lds32(at.s.choice + cutlass.min(at.lane, Int32(u.top_k - 1)) * 4).to(Int32)
         known = Known(expert, _early_rows(u, m, at, expert))
+        _stage(u, r.product, m, at)
         if const_expr(u.source == "rows"):
             _row_sums(u, m, at, known)
         ptx.sync_threads(u.consumers)
@@ -350,16 +344,12 @@ def _token_jobs(
             chosen = _scores(u, m, at, expert)
             _keep_weights(u, m, at.s.choice, at.local, token, expert, chosen, at.lane)
     else:
+        if token > 0:  # the first one is there
+            _stage(u, r.product, m, at)
         ptx.sync_threads(u.consumers)
     begin = (nth * part.jobs + (part.ctas - 1) - at.local) // part.ctas
     rounds = (nth * part.jobs + (part.jobs + part.ctas - 1) - at.local) // part.ctas - begin
-    g_fx = m.x_scale.toint() + Int64(following) * (p.k // 128)
-    codes = _load(u, p, m, at._replace(token=following))
-    scales = activations.load_scales(p, g_fx, at.tid, u.consumers)
-    _multiply(u, part, at, rounds, begin)
-    activations.put_scales(p, scales, at.s.fx, at.tid, u.consumers)
-    activations.widen_rows(p, codes, at.s.x, at.tid, u.consumers)  # type: ignore[arg-type]
-    _swiglu(u, part, m, at, rounds, nth, begin)
+    _products(u, part, m, at, rounds, nth, begin)
 
 
 @cute.jit
@@ -373,16 +363,8 @@ def _products(
     begin: Int32 | int = 0,
 ) -> None:
     """So many rounds' products, from round `begin` of the stream on: the nth token's. Then SwiGLU."""
-    _multiply(u, part, at, rounds, begin)
-    _swiglu(u, part, m, at, rounds, nth, begin)
-
-
-@cute.jit
-def _multiply(
-    u: Constexpr[Up], part: Constexpr[UpPart], at: Place, rounds: Int32, begin: Int32 | int
-) -> None:
-    """The products. Behind them nobody reads the row any more."""
-    r, s = part.ring, at.s
+    r, s, tid = part.ring, at.s, at.tid
+    many, routed, rows = const_expr(r.turns > 1), const_expr(part == u.routed), r.product.rows
     s_block = s.scale
     if const_expr(r.product.weight == "fp8"):
         s_block = s.scale + (at.warp // (r.warps // 2)) * r.scale_bytes
@@ -390,20 +372,7 @@ def _multiply(
     stream.consume(r, s.ring, s.bars, s.x, s.fx, s_block, s.part, at.warp, at.lane, rounds, first=first)
     ptx.sync_threads(u.consumers)
 
-
-@cute.jit
-def _swiglu(
-    u: Constexpr[Up],
-    part: Constexpr[UpPart],
-    m: Operands,
-    at: Place,
-    rounds: Int32,
-    nth: Int32 | int,
-    begin: Int32 | int,
-) -> None:
-    """SwiGLU of the products of these rounds."""
-    r, s, tid = part.ring, at.s, at.tid
-    many, routed, rows = const_expr(r.turns > 1), const_expr(part == u.routed), r.product.rows
+    # SwiGLU.
     for n in range_constexpr(-(-r.rounds * rows * 16 // u.consumers)):
         i = tid + n * u.consumers
         turn, row, column = i // (rows * 16), i // 16 % rows, i % 16
