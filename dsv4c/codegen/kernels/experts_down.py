@@ -136,6 +136,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         "y",
     ]
     ctas, turns = down.groups // down.routed.matrices, down.routed.turns
+    threads = -(-down.threads // 128) * 128 if turns > 1 else down.threads
     wait = ["    ptx.wait()", "    ptx.launch_dependents()"]
     first = ["    g_routed = experts_down.read_first(SPEC, m, at)"]
     what = f"{turns} tokens, which take turns" if turns > 1 else "each token on CTAs of its own"
@@ -143,7 +144,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         spec.name,
         f"{spec.name}: the experts' second half at decode, {what}.\n\n{_what(spec, by)}",
         {there.get(f"m_{name}", Parameter(name)): "" if f"m_{name}" in there else None for name in fields},
-        f"Launch: grid {ctas}{' x N' if turns == 1 else ''}, block {down.threads}, {down.at.end} bytes of "
+        f"Launch: grid {ctas}{' x N' if turns == 1 else ''}, block {threads}, {down.at.end} bytes of "
         f"shared memory, programmatic edges allowed.\n{weights_text(spec.weight_bytes, arch, 'token')}",
         [
             f"s = ptx.shared({down.at.end})",
@@ -153,12 +154,12 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
             "    at = experts_down.enter(SPEC, m, s, group, token)",
             *wait,
             "    experts_down.sum_columns(SPEC, m, at)",
-            "else:",
+            f"elif warp == {down.routed.warps}:" if turns > 1 else "else:",
             "    at = experts_down.open_weights(SPEC, m, s, group, token)",
             *([*first, *wait] if by else [*wait, *first]),
             "    experts_down.read_rest(SPEC, m, at, g_routed)",
         ],
-        threads=down.threads,
+        threads=threads,
         grid=(ctas, "rows" if turns == 1 else 1, 1),
         sizes={"rows": spec.batch} if turns == 1 else None,
         resident=2 if turns > 1 else None,

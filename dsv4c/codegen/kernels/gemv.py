@@ -290,7 +290,7 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
         ],
         threads=warps * 32 + 32,
         grid=(grid, 1, 1),
-        resident=4 if any(part.gradual for part in parts) else 2 if riders else None,
+        resident=5 if any(part.gradual for part in parts) else 2 if riders else None,
         spec={
             **{rider.name.upper(): rider.shape(warps * 32) for rider in riders},
             **{part.name.upper(): part.products for part in parts},

@@ -214,7 +214,7 @@ def multiply(
                 ptx.stg_f32(at.result + Int64(row * at.rows + out) * 4, value)
 
 
-LOADED = 4
+LOADED = 2
 """Blocks of rows that a half-warp has on their way to registers: those of a few steps."""
 
 
