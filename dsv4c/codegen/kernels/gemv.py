@@ -158,13 +158,7 @@ class Part:
         seats = tuple(Seat(slot.matrix.rows, slot.first, slot.ctas) for slot in self.slots)
         out = "" if self.epilogue else self.out_dtype
         x = self.x
-        sizes = self.batch, self.splits, self.groups
-        return Products(self.ring, x.prologue, seats, out, *sizes, x.eps, self.gradual)
-
-    @property
-    def gradual(self) -> bool:
-        """Whether rows are staged while weights stream."""
-        return self.x.prologue == "quantize" and self.ring.rounds == 1 < self.ring.product.rows
+        return Products(self.ring, x.prologue, seats, out, self.batch, self.splits, self.groups, x.eps)
 
     @property
     def last(self) -> int:
@@ -233,8 +227,6 @@ class Part:
         if self.x.prologue == "copy":
             copy = [*wait, f"gemv.copy_rows({spec}, at)"]
             staged = ["if at.warp == 0:", *(f"    {line}" for line in copy)]
-        elif self.gradual:
-            staged = wait
         else:
             staged = [*wait, f"gemv.stage_rows({spec}, at)"]
         after = []
@@ -290,7 +282,7 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
         ],
         threads=warps * 32 + 32,
         grid=(grid, 1, 1),
-        resident=5 if any(part.gradual for part in parts) else 2 if riders else None,
+        resident=2 if riders else None,
         spec={
             **{rider.name.upper(): rider.shape(warps * 32) for rider in riders},
             **{part.name.upper(): part.products for part in parts},

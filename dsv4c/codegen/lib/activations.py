@@ -213,6 +213,36 @@ def load_own(
 
 
 @cute.jit
+def copy_own(
+    r: Constexpr[Ring],
+    p: Constexpr[Product],
+    s_own: Int32,
+    g_x: Int64,
+    row_bytes: Constexpr[int],
+    warp: Int32,
+    lane: Int32,
+):
+    """As `load_own`, to shared memory at `s_own`, each thread's where only it looks."""
+    for n in range_constexpr(r.own_rounds(p.rows)):
+        row, unit = own_block(r, p, n, warp, lane)
+        s = s_own + ((n * r.warps + warp) * 32 + lane) * 16
+        ptx.cp_async16(s, g_x + Int64(row * row_bytes + unit * 256 + lane % 16 * 16))
+    ptx.cp_async_commit()
+
+
+@cute.jit
+def copied_own(r: Constexpr[Ring], p: Constexpr[Product], s_own: Int32, warp: Int32, lane: Int32):
+    """What `copy_own` has copied."""
+    ptx.cp_async_wait(0)
+    w = cute.make_rmem_tensor((4 * r.own_rounds(p.rows),), Uint32)
+    for n in range_constexpr(r.own_rounds(p.rows)):
+        v = ptx.lds128(s_own + ((n * r.warps + warp) * 32 + lane) * 16)
+        for j in range_constexpr(4):
+            w[4 * n + j] = v[j]
+    return w
+
+
+@cute.jit
 def store_own(
     r: Constexpr[Ring],
     p: Constexpr[Product],
@@ -233,51 +263,6 @@ def store_own(
             quantize.quantize_block(quantize.floats8(w, n), s_row + unit * 128, s_scale, lane)
         else:
             quantize.widen_block(quantize.floats8(w, n), s_row + unit * 256, s_scale, lane)
-
-
-@cute.jit
-def step_block(r: Constexpr[Ring], p: Constexpr[Product], n: Constexpr[int], warp: Int32, lane: Int32):
-    """As `own_block`, all rows of a unit before the next unit."""
-    part = (warp // r.tile_warps) % r.k_warps
-    place = warp // (r.tile_warps * r.k_warps) * r.tile_warps + warp % r.tile_warps
-    place = place * 2 + lane // 16 + n * 2 * r.sharing
-    place = cutlass.min(place, Int32(p.rows * (p.units // r.k_warps) - 1))
-    unit = place // p.rows
-    return place % p.rows, (unit // r.span * r.k_warps + part) * r.span + unit % r.span
-
-
-@cute.jit
-def load_step_block(
-    r: Constexpr[Ring],
-    w: cute.Tensor,
-    n: Constexpr[int],
-    g_x: Int64,
-    row_bytes: Constexpr[int],
-    warp: Int32,
-    lane: Int32,
-):
-    """Round `n` of the warp's blocks of bf16 rows, in flight to words 4n..4n+3 of `w`."""
-    row, unit = step_block(r, r.product, n, warp, lane)
-    v = ptx.ldg128(g_x + Int64(row * row_bytes + unit * 256 + lane % 16 * 16))
-    for j in range_constexpr(4):
-        w[4 * n + j] = v[j]
-
-
-@cute.jit
-def store_step_block(
-    r: Constexpr[Ring],
-    w: cute.Tensor,
-    n: Constexpr[int],
-    s_x: Int32,
-    s_fx: Int32,
-    warp: Int32,
-    lane: Int32,
-):
-    """The same as `r.product.x` wants it. Visible behind `stream.meet_part`."""
-    p = r.product
-    row, unit = step_block(r, p, n, warp, lane)
-    s_scale = s_fx + (row * p.units + unit) * 4
-    put_block(p, quantize.floats8(w, n), s_x + row * p.x_stride, s_scale, unit, lane)
 
 
 @cute.jit

@@ -59,6 +59,7 @@ class Arrays(NamedTuple):
     bars: Int32
     shared_bars: Int32
     bar: Int32
+    own: Int32
 
 
 class Place(NamedTuple):
@@ -276,8 +277,9 @@ def token_sum(d: Constexpr[Down], m: Operands, at: Place, nth: Int32, order: Int
     g_ids = _ids(d, m, token)
     # The next token's rows are on their way meanwhile. (The last one's again at the end.)
     g_x = m.h.toint() + Int64(following) * (d.top_k * d.row_bytes)
-    rows = activations.load_own(r, d.rows, g_x, d.row_bytes, warp, lane)
+    activations.copy_own(r, d.rows, at.s.own, g_x, d.row_bytes, warp, lane)
     _multiply(d, at, nth * (d.top_k * r.steps), d.window)
+    rows = activations.copied_own(r, d.rows, at.s.own, warp, lane)
     stream.meet_part(r, warp)
     if nth < last:
         activations.store_own(r, d.rows, rows, at.s.x, at.s.fx, warp, lane)

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
+from cutlass import Constexpr, Int32, Int64, const_expr, range_constexpr
 
-from dsv4c.codegen.lib import activations, nvfp4, ptx, stream, units
-from dsv4c.codegen.lib.shapes import BYTES, Products
+from dsv4c.codegen.lib import activations, nvfp4, ptx, stream
+from dsv4c.codegen.lib.shapes import Products
 
 
 class Operands(NamedTuple):
@@ -182,13 +182,10 @@ def multiply(
     `epilogue` makes of number `value` and its place in [M, rows], with `others`.
     """
     r, s, own = p.ring, at.s, p.own
-    if const_expr(p.gradual):
-        _stage_and_consume(p, at)
-    else:
-        ptx.sync_threads(p.consumers)
-        if const_expr(p.prologue == "copy"):
-            activations.arrived(s.bar)
-        stream.consume(r, s.ring, s.bars, s.x, s.fx, s.scale, s.part, at.warp, at.lane, at.rounds)
+    ptx.sync_threads(p.consumers)
+    if const_expr(p.prologue == "copy"):
+        activations.arrived(s.bar)
+    stream.consume(r, s.ring, s.bars, s.x, s.fx, s.scale, s.part, at.warp, at.lane, at.rounds)
     ptx.sync_threads(p.consumers)
     if const_expr(epilogue is not None and p.prologue == "copy"):
         ptx.wait()  # so far only one warp has
@@ -212,46 +209,6 @@ def multiply(
                 ptx.stg16(at.result + Int64(row * at.rows + out) * 2, ptx.f32x2_to_bf16x2(value, value))
             else:
                 ptx.stg_f32(at.result + Int64(row * at.rows + out) * 4, value)
-
-
-LOADED = 2
-"""Blocks of rows that a half-warp has on their way to registers: those of a few steps."""
-
-
-@cute.jit
-def _stage_and_consume(p: Constexpr[Products], at: Place) -> None:
-    """`stream.consume` of one round, where the warps of a part of k stage the rows' columns of each step right
-    before it. Many rows take as long to quantize as half of the weights to read, and the ring is full meanwhile.
-    """
-    r, x, s, warp, lane = p.ring, p.ring.product, at.s, at.warp, at.lane
-    row_bytes, total = const_expr(p.groups * p.row_bytes), const_expr(r.own_rounds(x.rows))
-    w = cute.make_rmem_tensor((4 * total,), Uint32)
-    for n in range_constexpr(min(total, LOADED)):
-        activations.load_step_block(r, w, n, at.x, row_bytes, warp, lane)
-    ptx.sync_threads(p.consumers)
-    rC = cute.make_rmem_tensor((4,), Float32)
-    rC.fill(0.0)
-    tile, part = warp % r.tile_warps, warp // r.tile_warps
-    for step in range_constexpr(r.steps):
-        for n in range_constexpr(r.staged(step, x.rows), r.staged(step + 1, x.rows)):
-            activations.store_step_block(r, w, n, s.x, s.fx, warp, lane)
-            if const_expr(n + LOADED < total):
-                activations.load_step_block(r, w, n + LOADED, at.x, row_bytes, warp, lane)
-        stream.meet_part(r, warp)
-        slot, phase = const_expr(step % r.depth), const_expr(step // r.depth % 2)
-        ptx.mbarrier_wait(s.bars + slot * 8, Int32(phase))
-        s_step = s.ring + slot * r.slot_pitch + warp * r.step_bytes
-        for j in range_constexpr(r.span):
-            unit = (step * r.k_warps + part) * r.span + j
-            scale = Float32(1.0)
-            if const_expr(x.weight == "fp8"):
-                scale = ptx.lds_f32(s.scale + (tile * x.units + unit) * 4)
-            units.accumulate(x, rC, s_step + j * BYTES[x.weight], s.x, s.fx, unit, scale, lane)
-        if const_expr(step + r.depth < r.steps):
-            cute.arch.sync_warp()
-            if lane == 0:
-                ptx.mbarrier_arrive_after(s.bars + (r.depth + slot) * 8, rC[0])
-    stream.store_partials(x, rC, s.part + warp * (x.rows * 64), lane)
 
 
 @cute.jit

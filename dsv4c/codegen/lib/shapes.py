@@ -151,10 +151,6 @@ class Ring:
         """Rounds in which the warps of a part of k, a half-warp to a block, stage its blocks of the rows."""
         return -(-rows * (self.product.units // self.k_warps) // (2 * self.sharing))
 
-    def staged(self, step: int, rows: int) -> int:
-        """How many of these rounds, all rows of a unit before the next, stage what comes before `step`."""
-        return min(-(-step * self.span * rows // (2 * self.sharing)), self.own_rounds(rows))
-
     @property
     def depth(self) -> int:
         """Stages that the stream can use."""
@@ -222,7 +218,6 @@ class Products:
     """A part of a launch: matrices of one weight format times the same `batch` rows, of `groups` diagonal
     blocks, staged by `prologue` (`kernels.gemv.Activations` says which there are). `splits` neighboring CTAs
     share a seat: each takes `own` of the rows. `out` is the results' element type; an epilogue has its own.
-    `gradual`: of the rows each step's columns are staged right before it, while later weights are on their way.
     """
 
     ring: Ring
@@ -233,7 +228,6 @@ class Products:
     splits: int = 1
     groups: int = 1
     eps: float = 0.0
-    gradual: bool = False
 
     @property
     def consumers(self) -> int:
@@ -489,4 +483,5 @@ class Down:
             bars=self.routed.bars_bytes,
             shared_bars=0 if self.joined else self.shared.bars_bytes,
             bar=0 if self.rows.fx_bytes else 16,
+            own=self.routed.own_rounds(self.rows.rows) * self.consumers * 16 if self.routed.turns > 1 else 0,
         )
