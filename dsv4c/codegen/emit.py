@@ -1,5 +1,5 @@
-"""Kernel sources: a template and literals become one readable Python file, with everything its launch needs
-beside it.
+"""Kernel sources: stages and the literals that they are cut by become one readable Python file, with
+everything its launch needs beside it.
 
 A kernel family is a function from a frozen spec and an `Arch` to an `Emission`. Nothing here imports the
 compiler or a device.
@@ -106,7 +106,7 @@ def host(
     A grid counts in numbers, or in `rows`, `sequences`, `vectors` or `parts`, perhaps times a number: then
     one kernel serves any number of them. `resident`: CTAs that an SM must have registers for.
     """
-    module: Any = environment().get_template("stages.py.jinja").module
+    module: Any = environment().get_template("host.py.jinja").module
     return str(module.host(symbol, pointers, grid, cluster, resident)).strip() + "\n"
 
 

@@ -41,7 +41,8 @@ def turns_of(graph: Graph, launches: Sequence[Launch]) -> Iterator[Turn]:
             for i, v in enumerate(node.outputs):
                 overwritten = node.inputs[node.op.alias[i]].name if i in node.op.alias else v.name
                 seen = v in graph.root_of or v in outputs or any(u not in own for u in graph.users[v])
-                if not (stored if seen else last).isdisjoint((v.name, overwritten)):
+                for_nobody = set[str]() if any(u in own for u in graph.users[v]) else last
+                if not (stored if seen else for_nobody).isdisjoint((v.name, overwritten)):
                     written[graph.root_of.get(v, v)] = v
                 elif v.name in stored:
                     inner.append(v)

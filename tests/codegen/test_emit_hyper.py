@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from dsv4c.arch import ARCHS, SM_90A, Arch
-from dsv4c.codegen.build import Source, build
+from dsv4c.codegen.build import LIB, Source, build
 from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels.ends import (
     AdvanceSpec,
@@ -28,6 +31,7 @@ from dsv4c.codegen.kernels.hyper_norm import HyperNormSpec, emit_hyper_norm
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
 from dsv4c.codegen.lib.slices import TOGETHER
 from dsv4c.errors import BuildError
+from tests.codegen.sass import disassemble
 from tests.conftest import Golden
 
 BOUNDARY = HyperNormSpec(rows=2, hidden=256, norm_eps=1e-6, hc_eps=1e-6, iterations=20)
@@ -186,15 +190,32 @@ def test_boundaries_of_many_tokens_fit_an_sm_twice(golden: Golden, tmp_path: Pat
     assert kernel.ptx.count("mma.sync.aligned.m16n8k16") == pieces * tiles * halves * streams
 
 
-def test_clusters_that_never_ended_are_not_made() -> None:
-    """As an H200 showed for boundaries of 2 to 16 CTAs of 128 and of 256 columns."""
-    hang = {(5, 128), (9, 128), (13, 128), (10, 256)}
-    for width in (128, 256):
-        for ctas in range(2, 17):
-            spec = replace(FIRST, rows=1, hidden=width * ctas, ctas=ctas)
-            if (ctas, width) in hang:
-                with pytest.raises(BuildError, match=f"of {spec.hidden} columns: no cluster .* never to end"):
-                    emit_hyper_norm(spec, SM_90A)
-            else:
-                assert emit_hyper_norm(spec, SM_90A).cluster == (ctas, 1, 1)
-    assert emit_hyper_norm(replace(BOUNDARY, hidden=2560), SM_90A).cluster == (5, 1, 1)  # of 512 columns
+def test_no_lane_branches_around_what_others_of_its_warp_send() -> None:
+    """It would go on to wait for that, and they might never get to it: as with 5 CTAs of 4 warps, once."""
+    calls = 0
+    for path in LIB.glob("*.py"):
+        for call, tests in sends(ast.parse(path.read_text()), ()):
+            names = {node.id for test in tests for node in ast.walk(test) if isinstance(node, ast.Name)}
+            assert names.isdisjoint({"lane", "thread", "tid"}), f"{path.name}:{call.lineno}"
+            calls += 1
+    assert calls > 10
+
+
+def sends(tree: ast.AST, tests: tuple[ast.expr, ...]) -> Iterator[tuple[ast.Call, tuple[ast.expr, ...]]]:
+    """Calls that send to other CTAs, with the conditions around them."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.Call) and re.match(r"cluster\.send_", ast.unparse(child.func)):
+            yield child, tests
+        yield from sends(child, (*tests, child.test) if isinstance(child, ast.If) else tests)
+
+
+def test_warps_meet_between_sending_and_waiting(tmp_path: Path) -> None:
+    """Lanes that a boundary's send leaves out and the others, whatever warps send to the last CTAs."""
+    emissions = [
+        emit_hyper_norm(replace(FIRST, rows=1, hidden=hidden), SM_90A) for hidden in (640, 1152, 1664, 2560)
+    ]
+    for kernel in build([Source(e.symbol, e.source) for e in emissions], "sm_90a", tmp_path):
+        _, *behind = disassemble(kernel.cubin, tmp_path).split(" STAS ")
+        found = [re.search(r"BSYNC|PHASECHK", text) for text in behind]
+        assert len(found) > 2
+        assert all(step is not None and step[0] == "BSYNC" for step in found)

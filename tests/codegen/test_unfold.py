@@ -80,16 +80,6 @@ def test_fusions_that_have_kernels_may_be_required(plain: Plan) -> None:
     assert gpu_plan(require_fused=rules, certify=False, **SIZES).report["unfolded"] == []
 
 
-@pytest.mark.parametrize("recipe", ["bf16", "official"])
-def test_boundaries_whose_cluster_never_ended_are_generated(recipe: str) -> None:
-    """640 columns are five groups of 128."""
-    sizes = {"hidden_size": 640, "n_routed_experts": 12, "moe_intermediate_size": 384, "vocab_size": 500}
-    plan = gpu_plan(replace(load_config("tiny"), **sizes), recipe=recipe, certify=False, **SIZES)
-    launched = {x.kernel.kernel for program in plan.buckets.values() for x in program.launches}
-    assert any(name.startswith("sinkhorn_") for name in launched)
-    assert not any(name.startswith("hyper_") for name in launched)
-
-
 def test_a_fusion_on_rows_gets_a_kernel_without_one_being_written() -> None:
     rules = rules_of(["tests.codegen.gated_up:GatedUp"])
     others = ["swiglu", "hash_swiglu"]

@@ -22,6 +22,7 @@ FOLDER = Path("build/gpu/hyper")
 FLASH, PRO, TINY = 4096, 7168, 256
 BATCHES = (1, 2, 3, 8)
 MANY = (64, 512, 4096)  # rows of chunks, timed
+CLUSTERS = range(2, 17)  # CTAs of a cluster: any number ends
 
 
 def boundary(rows: int, hidden: int, **flags: Any) -> hyper_norm.HyperNormSpec:
@@ -50,6 +51,9 @@ def specs(arch: Arch) -> Iterator[tuple[str, Any, Emission]]:
         boundary(40, FLASH, head=True, keep=False, fp8=False),
         *(boundary(b, FLASH) for b in MANY),
     ]
+    boundaries += [boundary(1, width * n, ctas=n) for n in CLUSTERS for width in (128, 256)]
+    boundaries += [boundary(40, 128 * n, ctas=n) for n in CLUSTERS]
+    boundaries += [boundary(1, 128 * n, ctas=n, head=True, keep=False, fp8=False) for n in CLUSTERS]
     for spec in boundaries:
         yield "hyper", spec, hyper_norm.emit_hyper_norm(spec, arch)
     for hidden, experts in ((FLASH, 256), (PRO, 384), (TINY, 8)):

@@ -51,8 +51,10 @@ class NoGraph:
 
 class Machine:
     """Plays a turn: its nodes by the reference. `fault` changes what a node gives, `taken` what it gets of
-    another rank, `given` what others get of it.
+    another rank, `given` what others get of it. Results of the ops in `kept` are not stored.
     """
+
+    kept: frozenset[str] = frozenset()
 
     fault: Fault = staticmethod(lambda node, results: results)
     taken: Callable[[Value, Value], Value] = staticmethod(lambda own, value: value)
@@ -91,7 +93,7 @@ class Machine:
             made |= {v.name: clone(value) for v, value in zip(node.outputs, results, strict=True)}
             for i, v in enumerate(node.outputs):
                 names = {v.name} | ({node.inputs[node.op.alias[i]].name} if i in node.op.alias else set())
-                if names & stored:
+                if names & stored and node.op.name not in self.kept:
                     for to, part in zip(
                         parts_of(alone.bound.value(v.name)).values(),
                         parts_of(made[v.name]).values(),
@@ -139,6 +141,14 @@ def test_right_kernels_hold_and_each_is_run_once(plan: Plan, machine: Machine) -
     assert sum(each.count for each in found) == turns
     assert len(found) < turns / 2
     assert any(each.worst.far > 0 for each in found)
+
+
+def test_a_launch_may_keep_to_itself_what_only_its_own_nodes_read(plan: Plan, machine: Machine) -> None:
+    """Scores of entries, where there are no more than are chosen anyway."""
+    machine.kept = frozenset({"indexer"})
+    found = [each for each in checked(plan, "decode-1") if "indexer" in each.op]
+    assert found
+    assert all(each.op == "indexer + index_topk" and len(each.kernels) == 1 and each.holds for each in found)
 
 
 def of(op: str, change: Callable[[torch.Tensor], object], result: int = 0) -> Fault:

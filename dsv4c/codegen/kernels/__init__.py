@@ -1,7 +1,7 @@
 """The kernel families, one a file: what a kernel computes, its source and launch, and the ops that it takes.
 
-A family is such a file, its code in `lib`, perhaps a template, and a name here. Where two take an op, the
-first one here is asked first; what other packages contribute is asked before all of these.
+A family is such a file, its code in `lib`, and a name here. Where two take an op, the first one here is asked
+first; what other packages contribute is asked before all of these.
 
 What a row gives never depends on the rows beside it: a plan for up to eight may spread them over CTAs, and
 must not add a row's numbers up in another order for it. A kernel for more may (attention of many tokens

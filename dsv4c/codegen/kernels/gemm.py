@@ -7,16 +7,17 @@ is read on the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from dsv4c.arch import Arch
-from dsv4c.codegen.emit import Emission, Parameter, render
+from dsv4c.codegen.emit import Emission, Parameter, branches, call_text, compose
 from dsv4c.codegen.kernels.chunk_rows import emit_norm_quantize_fp8, emit_quantize_fp8
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
 from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, plan_parts
 from dsv4c.codegen.kernels.quantize import scratch_for
-from dsv4c.codegen.lib.tiles import PIECES, Few, Tiles
+from dsv4c.codegen.lib.tiles import PIECES, Columns, Few, FewRows, Gemm, Tiles
 from dsv4c.codegen.registry import Launchable, Request, Scratch, launchable
 from dsv4c.errors import BuildError
 from dsv4c.numerics.forms import Packing, parse_packing
@@ -177,39 +178,93 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
         return _emit_few(spec, few, arch)
     t = tiles_of(spec, arch.sms)
     matrices = _places(spec, t)
-    column_tiles = matrices[-1].first + -(-matrices[-1].rows // t.made)
     row_tiles = -(-spec.rows // t.height) + spec.experts
-    ctas = min(arch.sms // t.splits, row_tiles * column_tiles) * t.splits
-    cluster = (t.splits, 1, 1)
-    parameters = spec.parameters
-    pointers = [p.name for p in parameters]
-    source = render(
-        "gemm.py.jinja",
-        spec=spec,
-        t=t,
-        fields=[(f.name, _literal(getattr(t, f.name))) for f in fields(t)],
-        matrices=matrices,
-        column_tiles=column_tiles,
-        ctas=ctas,
-        cluster=cluster if t.splits > 1 else None,
-        pointers=pointers,
-        experts=bool(spec.experts),
-        format=WEIGHT_FORMATS.get(t.weight, "bf16"),
-        packed="as it lies" if spec.packing == PLAIN else f"packed {spec.packing}",
+    g = Gemm(
+        tiles=t,
+        seats=tuple(Columns(m.rows, m.first) for m in matrices),
+        rows=spec.rows,
+        ctas=0,
         size=2 if spec.out_dtype == "bf16" else 4,
-        x_text=_x_text(spec),
-        out_rows="N",
-        formula=_formula(spec),
-        expert_bytes=parse_packing(spec.packing).nbytes(matrices[0].rows, t.k) if spec.experts else 0,
-        expert_scales=-(-matrices[0].rows // 128) * t.blocks,
-        group_rows=matrices[0].rows // spec.groups,
-        group_bytes=t.k * (1 if spec.scaled else 2),
+        groups=spec.groups,
+        divide=spec.divide,
+        counted=spec.counted,
+        limit=spec.limit or 0.0,
+    )
+    g = replace(g, ctas=min(arch.sms // t.splits, row_tiles * g.column_tiles))
+    ctas = g.ctas * t.splits
+    copied = ["many_rows.expand(SPEC, s, at, work)", "many_rows.copy(SPEC, m, s, at, work)"]
+    emission = compose(
+        spec.name,
+        f"{spec.name}: products of up to {spec.rows} rows on tensor cores, as {t.kind}.\n\n"
+        f"{_what(spec, matrices, t.weight, t.k)}",
+        dict.fromkeys(spec.parameters, ""),
+        f"Launch: {f'clusters of {t.splits}, ' if t.splits > 1 else ''}{ctas} CTAs of {t.threads} threads, "
+        f"which take tiles of {t.height} rows and {t.made} columns in turn; {t.shared} bytes of shared "
+        "memory.",
+        [
+            "ptx.launch_dependents()",
+            "at = many_rows.enter()",
+            f"s = (ptx.shared({t.shared}) + 1023) & Int32(-1024)",
+            "many_rows.open_ring(SPEC, s, at)",
+            "ptx.wait()",
+            "work = many_rows.count(SPEC, m, s, at)",
+            branches(
+                [
+                    "many_rows.multiply(SPEC, m, s, at, work)",
+                    *(copied if t.expands else ["many_rows.load(SPEC, m, s, at, work)"]),
+                ],
+                [t.CONSUMERS // 32, t.CONSUMERS // 32 + t.EXPANDERS],
+                "at.warp",
+            ),
+        ],
+        threads=t.threads,
+        grid=(ctas, 1, 1),
+        cluster=t.splits,
+        spec=g,
+        record="many_rows.Operands",
+        given=_given(spec, matrices, t),
     )
     packed = spec.packing != PLAIN
     packing = {name: spec.packing for m in matrices for name in m.names} if packed else {}
-    return Emission(
-        f"{spec.name}_0", source, (ctas, 1, 1), t.threads, t.shared, parameters, cluster, packing=packing
-    )
+    return replace(emission, packing=packing)
+
+
+def _what(spec: GemmSpec, matrices: Sequence[Place], weight: str, k: int) -> str:
+    """Operands and results, for people."""
+    packed = "as it lies" if spec.packing == PLAIN else f"packed {spec.packing}"
+    experts = f"{spec.experts}," if spec.experts else ""
+    lines = [f"x: {_x_text(spec)}"]
+    for m in matrices:
+        format = WEIGHT_FORMATS.get(weight, "bf16")
+        lines.append(f"{', '.join(m.names)}: {format}[{experts}{m.rows},{k}], {packed}")
+        lines.append(f"{m.out}: {spec.out_dtype}[N,{m.rows}] = {_formula(spec)}")
+    if spec.experts:
+        lines.append(
+            f"order: i32[{spec.experts},{spec.rows}], numbers of rows of results of each expert, of which it "
+            f"has counts: i32[{spec.experts}]"
+        )
+    return "\n".join(f"    {line}" for line in lines)
+
+
+def _given(spec: GemmSpec, matrices: Sequence[Place], t: Tiles) -> dict[str, str]:
+    """The fields of the record."""
+    suffix = {"fp8": "_scale", "nvfp4": "_global_scale"}.get(t.weight, "")
+    made = []
+    for m in matrices:
+        fields = {}
+        for field, name in itertools.zip_longest(("w", "v"), m.names):
+            fields[field] = f"m_{name}" if name else "None"
+            fields[f"{field}_scale"] = f"m_{name}{suffix}" if name and suffix else "None"
+        fields["y"] = f"m_{m.out}"
+        made.append(call_text("many_rows.Matrix", [f"{k}={v}" for k, v in fields.items()]))
+    there = {p.name for p in spec.parameters}
+    others = ("order", "counts", "weights", "lengths")
+    return {
+        "x": "m_x",
+        "x_scale": "m_x_scale" if spec.scaled else "None",
+        "matrices": call_text("", made) if len(made) > 1 else f"({made[0]},)",
+        **{name: f"m_{name}" if f"m_{name}" in there else "None" for name in others},
+    }
 
 
 def few_of(spec: GemmSpec) -> Few | None:
@@ -233,24 +288,41 @@ def few_of(spec: GemmSpec) -> Few | None:
 def _emit_few(spec: GemmSpec, t: Few, arch: Arch) -> Emission:
     """The kernel of experts who have few rows each."""
     (m,) = _places(spec, t)
-    column_tiles = -(-m.rows // t.made)
-    ctas = min(t.RESIDENT * arch.sms, (-(-spec.rows // t.height) + spec.experts) * column_tiles)
-    parameters = spec.parameters
-    source = render(
-        "few_rows.py.jinja",
-        spec=spec,
-        t=t,
-        fields=[(f.name, _literal(getattr(t, f.name))) for f in fields(t)],
-        matrix=m,
-        column_tiles=column_tiles,
-        ctas=ctas,
-        pointers=[p.name for p in parameters],
-        format=WEIGHT_FORMATS["mxfp4"],
-        formula=_formula(spec),
-        expert_bytes=parse_packing(spec.packing).nbytes(m.rows, t.k),
+    f = FewRows(t, m.rows, spec.rows, 0, spec.divide, spec.limit or 0.0)
+    f = replace(
+        f, ctas=min(t.RESIDENT * arch.sms, (-(-spec.rows // t.height) + spec.experts) * f.column_tiles)
     )
-    packing = dict.fromkeys(m.names, spec.packing)
-    return Emission(f"{spec.name}_0", source, (ctas, 1, 1), t.threads, t.shared, parameters, packing=packing)
+    given = {"x": "m_x", "x_scale": "m_x_scale"}
+    given |= {"w": f"m_{m.names[0]}", "v": f"m_{m.names[1]}" if spec.paired else "None", "y": f"m_{m.out}"}
+    given |= {"order": "m_order", "counts": "m_counts", "weights": "m_weights" if spec.paired else "None"}
+    emission = compose(
+        spec.name,
+        f"{spec.name}: products of up to {spec.rows} rows of experts on tensor cores, a few rows of each.\n\n"
+        f"{_what(spec, [m], 'mxfp4', t.k)}",
+        dict.fromkeys(spec.parameters, ""),
+        f"Launch: {f.ctas} CTAs of {t.threads} threads, which take tiles of {t.ROWS} rows and {t.made} "
+        f"columns in turn; {t.shared} bytes of shared memory.",
+        [
+            "ptx.launch_dependents()",
+            "at = many_rows.enter()",
+            f"s = (ptx.shared({t.shared}) + 1023) & Int32(-1024)",
+            "few_rows.open_rings(SPEC.tiles, s, at.thread)",
+            "ptx.wait()",
+            "work = few_rows.count(SPEC, m, s, at)",
+            f"if at.warp < {t.CONSUMERS // 32}:",
+            "    few_rows.take_tiles(SPEC, m, s, at, work)",
+            f"elif at.warp == {t.CONSUMERS // 32}:",
+            "    few_rows.read_weights(SPEC, m, s, at, work)",
+            "else:",
+            "    few_rows.read_rows(SPEC, m, s, at, work)",
+        ],
+        threads=t.threads,
+        grid=(f.ctas, 1, 1),
+        resident=t.RESIDENT,
+        spec=f,
+        given=given,
+    )
+    return replace(emission, packing=dict.fromkeys(m.names, spec.packing))
 
 
 def _formula(spec: GemmSpec) -> str:
@@ -260,10 +332,6 @@ def _formula(spec: GemmSpec) -> str:
 def _x_text(spec: GemmSpec) -> str:
     groups = f"{spec.groups}," if spec.groups > 1 else ""
     return f"{'q[e4m3,ue8m0,1x128]' if spec.scaled else 'bf16'}[N,{groups}{spec.k}]"
-
-
-def _literal(value: object) -> str:
-    return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
 # Binding ----------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ class HyperNormSpec:
     held: int | None = None  # rows of fn in registers; None: as many as leave room for a predecessor
 
     def slice(self, arch: Arch) -> Slice:
-        """The cut of a row. Raises BuildError when no cluster can hold `fn`, or those that can never end."""
+        """The cut of a row. Raises BuildError when no cluster can hold `fn`."""
         projected = STREAMS if self.head else STREAMS * (STREAMS + 2)
         for ctas in [self.ctas] if self.ctas else range(CLUSTER_LIMIT, 1, -1):
             cut = Slice(
@@ -69,12 +69,11 @@ class HyperNormSpec:
                 ranks=self.ranks,
             )
             fits = self.hidden % (128 * ctas) == 0 and cut.width <= 1024 and cut.shared <= arch.shared_per_cta
-            if fits and cut.ends:
+            if fits:
                 return cut
         raise BuildError(
             f"hyper_norm of {self.hidden} columns: no cluster of 2 to {CLUSTER_LIMIT} CTAs cuts them into "
-            f"whole groups of 128 with at most 1024 columns and {arch.shared_per_cta} B of fn each, but for "
-            "those that are known never to end (Slice.ends)"
+            f"whole groups of 128 with at most 1024 columns and {arch.shared_per_cta} B of fn each"
         )
 
     def batch(self, cut: Slice, arch: Arch) -> Batch:

@@ -202,17 +202,6 @@ def _copy16(s: Int32, g: Int64, present: Int32):
     )
 
 
-@cute.jit
-def _send2(s: Int32, s_bar: Int32, rank: Int32, a: Float32, b: Float32):
-    """Store two floats at shared address `s` of CTA `rank`, counted on the barrier at `s_bar` there."""
-    _asm(
-        "{ .reg .b32 x, y; "
-        "mapa.shared::cluster.u32 x, {$r0}, {$r2}; mapa.shared::cluster.u32 y, {$r1}, {$r2}; "
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [x], {{$r3},{$r4}}, [y]; }",
-        read_only_args=[s, s_bar, rank, a, b],
-    )
-
-
 # The query --------------------------------------------------------------------------------------------------
 
 
@@ -722,9 +711,8 @@ def exchange(
         cluster.send_128(sm + a.o_inbox + at, bar, dimension // a.slice, *words)
     for n in range_constexpr(HEADS // a.warps):
         weight = ptx.lanes_sum(stats[n, 1], 32)
-        if lane < a.splits:
-            at = (rank * HEADS + warp * (HEADS // a.warps) + n) * 8
-            _send2(sm + a.o_stats + at, bar, Int32(lane), stats[n, 0], weight)
+        s_stats = sm + a.o_stats + (rank * HEADS + warp * (HEADS // a.warps) + n) * 8
+        cluster.send_64(s_stats, bar, Int32(lane), stats[n, 0], weight, lane < a.splits)
 
 
 @cute.jit

@@ -6,43 +6,59 @@ its bytes. Nobody leaves before its own inboxes are full, so no CTA writes into 
 """
 
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, Uint32, range_constexpr
+from cutlass import Boolean, Constexpr, Float32, Int32, Int64, Uint32, range_constexpr
 
 from dsv4c.codegen.lib import ptx
 
 
-@cute.jit
-def send_f32(s: Int32, s_bar: Int32, rank: Int32, r: Float32):
-    """Store a float at shared address `s` of CTA `rank`, counted by the barrier at `s_bar` there."""
+def _send(kind: str, words: str, s: Int32, s_bar: Int32, rank: Int32, when: Boolean, *given) -> None:
+    """`words` of type `kind` to shared address `s` of CTA `rank`, counted by the barrier at `s_bar` there.
+
+    Nothing unless `when` holds. No lane branches: one that had nothing to send would go on to the wait for
+    what is sent, and look again and again while the others, which that wait is for, never got to their part.
+    ptxas joins such branches with those behind them, even over `bar.warp.sync`.
+    """
     cute.arch.inline_ptx(
-        "{ .reg .b32 a, b; "
-        "mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.f32 [a], {$r3}, [b]; }",
-        read_only_args=[s, s_bar, rank, r],
+        "{ .reg .pred p; .reg .b32 a, b; setp.ne.u32 p, {$r3}, 0; "
+        "@p mapa.shared::cluster.u32 a, {$r0}, {$r2}; @p mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
+        f"@p st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.{kind} [a], {words}, [b]; }}",
+        read_only_args=[s, s_bar, rank, Uint32(when), *given],
     )
 
 
 @cute.jit
-def send_i64(s: Int32, s_bar: Int32, rank: Int32, r: Int64):
+def send_f32(s: Int32, s_bar: Int32, rank: Int32, r: Float32, when: Boolean = True) -> None:
+    """Store a float at shared address `s` of CTA `rank`, counted by the barrier at `s_bar` there; in lanes
+    for which `when` holds. Whole warps.
+    """
+    _send("f32", "{$r4}", s, s_bar, rank, when, r)
+
+
+@cute.jit
+def send_i64(s: Int32, s_bar: Int32, rank: Int32, r: Int64, when: Boolean = True) -> None:
     """The same for an integer of 64 bits."""
-    cute.arch.inline_ptx(
-        "{ .reg .b32 a, b; "
-        "mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b64 [a], {$r3}, [b]; }",
-        read_only_args=[s, s_bar, rank, r],
-    )
+    _send("b64", "{$r4}", s, s_bar, rank, when, r)
 
 
 @cute.jit
-def send_128(s: Int32, s_bar: Int32, rank: Int32, r0: Uint32, r1: Uint32, r2: Uint32, r3: Uint32):
+def send_64(s: Int32, s_bar: Int32, rank: Int32, r0: Float32, r1: Float32, when: Boolean = True) -> None:
+    """The same for two floats, 8-byte aligned."""
+    _send("v2.f32", "{{$r4},{$r5}}", s, s_bar, rank, when, r0, r1)
+
+
+@cute.jit
+def send_128(
+    s: Int32,
+    s_bar: Int32,
+    rank: Int32,
+    r0: Uint32,
+    r1: Uint32,
+    r2: Uint32,
+    r3: Uint32,
+    when: Boolean = True,
+) -> None:
     """The same for four words, 16-byte aligned."""
-    cute.arch.inline_ptx(
-        "{ .reg .b32 a, b; "
-        "mapa.shared::cluster.u32 a, {$r0}, {$r2}; mapa.shared::cluster.u32 b, {$r1}, {$r2}; "
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
-        "[a], {{$r3},{$r4},{$r5},{$r6}}, [b]; }",
-        read_only_args=[s, s_bar, rank, r0, r1, r2, r3],
-    )
+    _send("v4.b32", "{{$r4},{$r5},{$r6},{$r7}}", s, s_bar, rank, when, r0, r1, r2, r3)
 
 
 @cute.jit

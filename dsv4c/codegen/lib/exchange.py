@@ -332,6 +332,7 @@ def join_rows(t: Constexpr[Joining], m: Operands, at: Place) -> None:
             push(to, rank, flag, number, word, t.ranks)
             column = Int64(row) * (t.width * t.ranks) + rank * t.width + i
             ptx.stg32(m.y.toint() + column * 4, word)
+    cute.arch.sync_threads()  # lanes that give less must not wait before others of their warp have given
     for n in range_constexpr(t.steps):
         i = (part + n * t.ctas) * t.threads + thread
         for peer in range_constexpr(t.ranks):

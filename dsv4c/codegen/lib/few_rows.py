@@ -7,12 +7,133 @@ Rows of x lie as f16 in the order in which lanes read them. Two warps have the s
 other unit along k.
 """
 
+from typing import NamedTuple
+
 import cutlass
 import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
-from dsv4c.codegen.lib import ptx, swiglu, units
-from dsv4c.codegen.lib.tiles import Few
+from dsv4c.codegen.lib import gemm, ptx, swiglu, units
+from dsv4c.codegen.lib.many_rows import Place
+from dsv4c.codegen.lib.tiles import Few, FewRows
+
+
+class Operands(NamedTuple):
+    """x [M, k], e4m3 with ue8m0 scales per 128; w [experts, rows, k], or w and v whose columns SwiGLU pairs
+    -> y bf16[N, rows]. order i32[experts, N], the numbers of rows of results of each expert, counts
+    i32[experts], how many these are, weights f32[N], factors of rows of paired results.
+    """
+
+    x: cute.Pointer
+    x_scale: cute.Pointer
+    w: cute.Pointer
+    v: cute.Pointer | None
+    y: cute.Pointer
+    order: cute.Pointer
+    counts: cute.Pointer
+    weights: cute.Pointer | None
+
+
+class Work(NamedTuple):
+    """Tiles of rows of all experts, and all tiles."""
+
+    row_tiles: Int32
+    tiles: Int32
+
+
+class Tile(NamedTuple):
+    """A tile: its columns' number, whose rows it has, so many, and where their numbers are listed."""
+
+    number: Int32
+    expert: Int32
+    rows: Int32
+    g_order: Int64
+
+
+@cute.jit
+def take_tiles(f: Constexpr[FewRows], m: Operands, s: Int32, place: Place, work: Work) -> None:
+    """The first eight warps: products of the CTA's tiles, and their results."""
+    t, thread = f.tiles, place.thread
+    at, tile = Int32(0), Int32(place.block)
+    while tile < work.tiles:
+        found = _find(f, m, s, work.row_tiles, tile)
+        rows = found.rows
+        to = [_destination(found, thread // 16 + 16 * i) for i in range(t.TURNS)]
+        weights = [Float32(1.0)] * t.TURNS
+        if const_expr(t.paired):
+            g_weights = m.weights.toint()
+            weights = [ptx.ldg_f32(g_weights + Int64(cutlass.max(row, Int32(0))) * 4) for row in to]
+        sums = cute.make_rmem_tensor((4, t.ROWS // 8, 2), Float32)
+        sums.fill(0.0)
+        if rows <= 8:
+            multiply(t, s, at, sums, 1, place.warp, place.lane)
+        else:
+            multiply(t, s, at, sums, 2, place.warp, place.lane)
+        meet_sums(t, s, sums, rows, place.warp, place.lane)
+        for i in range_constexpr(t.TURNS):
+            g_y, first = m.y.toint(), found.number * t.made
+            store(t, s, g_y, i, to[i], Int32(f.columns), first, weights[i], f.limit, thread)
+        at = at + t.steps
+        tile = tile + f.ctas
+
+
+@cute.jit
+def read_weights(f: Constexpr[FewRows], m: Operands, s: Int32, place: Place, work: Work) -> None:
+    """A warp: the tiles' weights into their ring."""
+    t = f.tiles
+    at, tile = Int32(0), Int32(place.block)
+    while tile < work.tiles:
+        number = tile // work.row_tiles
+        expert, _ = gemm.find_expert(t, s, tile % work.row_tiles)
+        weights = [m.w, *([m.v] if t.paired else [])]
+        g_w = tuple(p.toint() + Int64(expert) * f.expert_bytes for p in weights)
+        last = Int32((f.columns + 15) // 16 - 1)
+        copy_weights(t, s, at, g_w, number * (t.made // 16), last, place.lane)
+        at = at + t.steps
+        tile = tile + f.ctas
+
+
+@cute.jit
+def read_rows(f: Constexpr[FewRows], m: Operands, s: Int32, place: Place, work: Work) -> None:
+    """A warp: the tiles' rows into their ring."""
+    t = f.tiles
+    at, tile = Int32(0), Int32(place.block)
+    while tile < work.tiles:
+        found = _find(f, m, s, work.row_tiles, tile)
+        g_x, g_fx, lane = m.x.toint(), m.x_scale.toint(), place.lane
+        copy_rows(t, s, at, g_x, g_fx, found.g_order, found.rows, f.divide, lane)
+        at = at + t.steps
+        tile = tile + f.ctas
+
+
+@cute.jit
+def _find(f: Constexpr[FewRows], m: Operands, s: Int32, row_tiles: Int32, tile: Int32) -> Tile:
+    """Tile number `tile`."""
+    t = f.tiles
+    number = tile // row_tiles
+    expert, part = gemm.find_expert(t, s, tile % row_tiles)
+    rows = Int32(ptx.ldg32(m.counts.toint() + expert * 4)) - part * t.ROWS
+    g_order = m.order.toint() + (Int64(expert) * f.rows + part * t.ROWS) * 4
+    return Tile(number, expert, cutlass.min(rows, Int32(t.ROWS)), g_order)
+
+
+@cute.jit
+def _destination(found: Tile, row: Int32) -> Int32:
+    """Which row of results the tile's row is, -1 for none."""
+    to = Int32(-1)
+    if row < found.rows:
+        to = Int32(ptx.ldg32(found.g_order + row * 4))
+    return to
+
+
+@cute.jit
+def count(f: Constexpr[FewRows], m: Operands, s: Int32, place: Place) -> Work:
+    """What there is to do. All threads."""
+    row_tiles = gemm.count_tiles(f.tiles, s, m.counts.toint(), place.warp, place.lane)
+    return Work(row_tiles, row_tiles * f.column_tiles)
+
+
+# Stages -----------------------------------------------------------------------------------------------------
 
 
 @cute.jit

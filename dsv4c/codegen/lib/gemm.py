@@ -25,7 +25,7 @@ from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
 from cutlass.tensor_utils.layout import LayoutEnum
 
 from dsv4c.codegen.lib import ptx, swiglu, units
-from dsv4c.codegen.lib.tiles import Tiles
+from dsv4c.codegen.lib.tiles import Few, Tiles
 
 _asm = cute.arch.inline_ptx
 
@@ -56,7 +56,7 @@ def wait_free(t: Constexpr[Tiles], s: Int32, step: Int32):
 
 
 @cute.jit
-def count_tiles(t: Constexpr[Tiles], s: Int32, g_counts: Int64, warp: Int32, lane: Int32):
+def count_tiles(t: Constexpr[Tiles | Few], s: Int32, g_counts: Int64, warp: Int32, lane: Int32):
     """Tiles of rows of all experts, who have as many rows as `g_counts` says. All threads."""
     each = const_expr(-(-t.experts // 32))
     if warp == 0:
@@ -83,7 +83,7 @@ def count_tiles(t: Constexpr[Tiles], s: Int32, g_counts: Int64, warp: Int32, lan
 
 
 @cute.jit
-def find_expert(t: Constexpr[Tiles], s: Int32, tile: Int32):
+def find_expert(t: Constexpr[Tiles | Few], s: Int32, tile: Int32):
     """(Whose tile of rows it is, which of its own.)"""
     low, high = Int32(0), Int32(t.experts - 1)  # the first with more tiles up to it than `tile`
     for _ in range_constexpr((t.experts - 1).bit_length()):

@@ -125,9 +125,8 @@ def cluster_max(
     s_inbox: Int32, s_bar: Int32, high: Uint32, low: Uint32, ranks: Constexpr[int], rank: Int32, lane: Int32
 ):
     """The cluster's best key, in every lane of CTA 0's calling warp; other CTAs get their own back."""
-    if lane == 0:
-        cluster.send_f32(s_inbox + rank * 8, s_bar, Int32(0), high.bitcast(Float32))
-        cluster.send_f32(s_inbox + rank * 8 + 4, s_bar, Int32(0), low.bitcast(Float32))
+    for i, word in enumerate((high, low)):
+        cluster.send_f32(s_inbox + rank * 8 + 4 * i, s_bar, Int32(0), word.bitcast(Float32), lane == 0)
     if rank == 0:
         ptx.mbarrier_wait(s_bar, Int32(0))
         high = Uint32(0)

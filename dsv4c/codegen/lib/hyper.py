@@ -341,12 +341,14 @@ def share_sums(t: Constexpr[Slice], sm: Int32, r: Float32, rank: Int32, warp: In
         ptx.sts_f32(sm + t.o_part + (warp * t.stride + own) * 4, r)
     cute.arch.sync_threads()
     cluster.meet()
-    if warp < t.ctas and lane < t.sums:
-        value = cluster.inbox_sum(sm + t.o_part, t.stride, t.warps, lane)
+    own = cutlass.min(lane, Int32(t.sums - 1))
+    if warp < t.ctas:
+        value = cluster.inbox_sum(sm + t.o_part, t.stride, t.warps, own)
         for n in range_constexpr(-(-t.ctas // t.warps)):
             peer = warp + n * t.warps
             if peer < t.ctas:
-                cluster.send_f32(sm + t.o_sums + (rank * t.stride + lane) * 4, sm + t.o_bars, peer, value)
+                s_sum = sm + t.o_sums + (rank * t.stride + own) * 4
+                cluster.send_f32(s_sum, sm + t.o_bars, peer, value, lane < t.sums)
 
 
 @cute.jit
@@ -406,9 +408,8 @@ def normalize(
 ):
     """bf16(a * rsqrt(mean(a^2) + eps) * gain) of four columns, as two words. The second reduction."""
     squares = ptx.lanes_sum(rA[0] * rA[0] + rA[1] * rA[1] + rA[2] * rA[2] + rA[3] * rA[3], 32)
-    if lane < t.ctas:
-        s_square = sm + t.o_squares + (rank * t.groups + group) * 4
-        cluster.send_f32(s_square, sm + t.o_bars + 8, lane, squares)
+    s_square = sm + t.o_squares + (rank * t.groups + group) * 4
+    cluster.send_f32(s_square, sm + t.o_bars + 8, lane, squares, lane < t.ctas)
     gain = ptx.lds64(sm + t.o_gain + (group * 128 + lane * 4) * 2)
     ptx.mbarrier_wait(sm + t.o_bars + 8, Int32(0))
     total = Float32(0.0)

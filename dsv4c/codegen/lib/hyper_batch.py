@@ -308,6 +308,7 @@ def _share_sums(t: Constexpr[Batch], sm: Int32, rC: list, squares: list, rank: I
                 value = cluster.inbox_sum(sm + t.o_squares, TOGETHER, t.warps, token)
             place = (token // t.ctas * t.ctas + rank) * t.stride + i
             cluster.send_f32(sm + t.o_sums + place * 4, sm + t.o_bars, token % t.ctas, value)
+    cute.arch.sync_threads()  # lanes beyond the sums would wait before the others have sent
 
 
 @cute.jit
@@ -345,9 +346,8 @@ def weigh(
             z = hyper.affine_of(t, sm, sm + t.o_sums + own * (t.ctas * t.stride * 4), norm_eps, lane)
             weight = hyper.sigmoid(z) + Float32(hc_eps)
             w = [cute.arch.shuffle_sync(weight, i).bitcast(Uint32) for i in range(STREAMS)]
-            if lane < t.ctas:
-                s = sm + t.o_weights + place * (STREAMS * 4)
-                cluster.send_128(s, sm + t.o_bars + 8, lane, *w)
+            s = sm + t.o_weights + place * (STREAMS * 4)
+            cluster.send_128(s, sm + t.o_bars + 8, lane, w[0], w[1], w[2], w[3], lane < t.ctas)
             if const_expr(len(mixing) > 0):
                 token = first + place
                 if token < t.count:
@@ -402,10 +402,9 @@ def normalize(
     cute.arch.sync_threads()
     for n in range_constexpr(-(-TOGETHER * t.ctas // t.threads)):
         token, peer = (thread + n * t.threads) % TOGETHER, (thread + n * t.threads) // TOGETHER
-        if peer < t.ctas:
-            value = cluster.inbox_sum(sm + t.o_squares, TOGETHER, t.warps, token)
-            s_total = sm + t.o_totals + (token * t.ctas + rank) * 4
-            cluster.send_f32(s_total, sm + t.o_bars + 16, peer, value)
+        value = cluster.inbox_sum(sm + t.o_squares, TOGETHER, t.warps, token)
+        s_total = sm + t.o_totals + (token * t.ctas + rank) * 4
+        cluster.send_f32(s_total, sm + t.o_bars + 16, peer, value, peer < t.ctas)
     gain = ptx.lds128(sm + t.o_gain + (warp * 32 + lane % 4 * 8) * 2)
     ptx.mbarrier_wait(sm + t.o_bars + 16, turn & 1)
     _expect_totals(t, sm, thread)

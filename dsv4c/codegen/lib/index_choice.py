@@ -140,7 +140,9 @@ def send_scores(
         if lane % 4 < 2:
             ptx.sts_f32(s_sent + (16 * m + lane % 4 * 8 + lane // 4) * 4, value)
     cute.arch.sync_warp()
-    if lane < x.index.tiles * 4 and first + lane * 4 < visible:
-        words = ptx.lds128(s_sent + lane * 16)
-        cluster.send_128(s + x.o_scores + (first + lane * 4) * 4, s + x.o_bar, Int32(0), *words)
+    four = cutlass.min(lane, Int32(x.index.tiles * 4 - 1))
+    w = ptx.lds128(s_sent + four * 16)
+    there = (lane < x.index.tiles * 4) & (first + lane * 4 < visible)
+    s_there = s + x.o_scores + (first + four * 4) * 4
+    cluster.send_128(s_there, s + x.o_bar, Int32(0), w[0], w[1], w[2], w[3], there)
     cute.arch.sync_warp()

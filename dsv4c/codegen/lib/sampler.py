@@ -355,8 +355,8 @@ def send_highest(t: Constexpr[Spread], sm: Int32, x: cute.Tensor, rank: Int32, t
     if warp == 0:
         best = ptx.lds32(sm + cutlass.min(lane, Int32(t.threads // 32 - 1)) * 4)
         best = cute.arch.warp_redux_sync(best, kind="max")
-        if lane < t.ctas:
-            cluster.send_f32(sm + t.o_tops + rank * 4, sm + t.o_bars + TOPS, lane, best.bitcast(Float32))
+        s_top, s_bar = sm + t.o_tops + rank * 4, sm + t.o_bars + TOPS
+        cluster.send_f32(s_top, s_bar, lane, best.bitcast(Float32), lane < t.ctas)
 
 
 @cute.jit
@@ -612,8 +612,9 @@ def _add_up(t: Constexpr[Spread], sm: Int32, step: Int32, power: Int32, rank: In
             second = beside if i % 4 < 2 else sum_
             s = sm + t.o_inbox + (rank * t.BINS + i // 4 * 2) * 8
             for other in range_constexpr(-(-t.ctas // 4)):
-                if i % 4 + 4 * other < t.ctas:
-                    cluster.send_128(s, s_bar, i % 4 + 4 * other, *_words(first), *_words(second))
+                peer = i % 4 + 4 * other
+                a, b = _words(first), _words(second)
+                cluster.send_128(s, s_bar, peer, a[0], a[1], b[0], b[1], peer < t.ctas)
     ptx.mbarrier_wait(s_bar, step % 2)
     if thread == 0:
         ptx.mbarrier_expect(s_bar, Int32(8 * t.BINS * t.ctas))
@@ -727,14 +728,14 @@ def _send_members(
         _raise(sm + t.o_found + 8, most)
     cute.arch.sync_threads()
     head = ptx.lds128(sm + t.o_found)
-    if thread < t.ctas:
-        s_head, s_bar = sm + t.o_heads + rank * 16, sm + t.o_bars + HEADS
-        cluster.send_128(s_head, s_bar, thread, head[0], head[1], head[2], Uint32(0))
+    s_head, s_bar = sm + t.o_heads + rank * 16, sm + t.o_bars + HEADS
+    cluster.send_128(s_head, s_bar, thread, head[0], head[1], head[2], Uint32(0), thread < t.ctas)
     own = cutlass.min(head[0], Uint32(t.MOST)).bitcast(Int32)
     for i in cutlass.range(thread // t.ctas, own, t.threads // t.ctas, unroll=1):
         words = ptx.lds128(sm + t.o_own + i * 16)
         s_place = sm + t.o_candidates + (rank * t.MOST + i) * 16
         cluster.send_128(s_place, sm + t.o_bars + CANDIDATES, thread % t.ctas, *words)
+    cute.arch.sync_threads()  # lanes that send fewer would wait before the others have sent
 
 
 @cute.jit
@@ -988,8 +989,8 @@ def draw(
     before = before - own + cute.arch.shuffle_sync(of_warps - of_warp, warp)
     of_cta = cute.arch.shuffle_sync(of_warps, 31)
     if not known:
-        if thread < t.ctas:
-            cluster.send_i64(sm + t.o_totals + rank * 8, sm + t.o_bars + TOTALS, thread, of_cta)
+        s_total = sm + t.o_totals + rank * 8
+        cluster.send_i64(s_total, sm + t.o_bars + TOTALS, thread, of_cta, thread < t.ctas)
         ptx.mbarrier_wait(sm + t.o_bars + TOTALS, Int32(0))
     total = Int64(0)
     if lane < t.ctas:

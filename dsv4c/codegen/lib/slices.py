@@ -48,15 +48,6 @@ class Slice:
         return self.width // 128
 
     @property
-    def ends(self) -> bool:
-        """Whether a kernel cut so ends. Not where the warps that send sums to the last CTAs are those that
-        then wait for all: ptxas joins the branch around the sending with the wait, and lanes that send
-        nothing wait for what others of their warp never get to send. (H200, 2026-11-30: 5, 9 and 13 CTAs of
-        128 columns and 10 of 256 never end; all other numbers from 2 to 16 do.)
-        """
-        return self.ctas < self.warps or self.ctas % self.warps != self.groups
-
-    @property
     def sums(self) -> int:
         """What the first reduction adds up: the projections, then the sum of squares."""
         return self.rows + 1

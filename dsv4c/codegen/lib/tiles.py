@@ -260,6 +260,53 @@ class Tiles:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """A matrix of `rows` rows, or two that are paired, in a launch: from column tile `first` on."""
+
+    rows: int
+    first: int
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """A launch: tiles of up to `rows` rows of x, `counted` on the device, and of all matrices that have
+    `seats`, which `ctas` CTAs or clusters take in turn. Results have `size` bytes, 2 for bf16 or 4 for f32.
+    Of `groups` of rows [M, groups, k] matrix rows of as many parts have one each. Row n of experts' results
+    is that of row n / `divide` of x. `limit`: of SwiGLU of paired results.
+    """
+
+    tiles: Tiles
+    seats: tuple[Columns, ...]
+    rows: int
+    ctas: int
+    size: int = 2
+    groups: int = 1
+    divide: int = 1
+    counted: bool = False
+    limit: float = 0.0
+
+    @property
+    def column_tiles(self) -> int:
+        """Tiles of columns of all matrices."""
+        return self.seats[-1].first + -(-self.seats[-1].rows // self.tiles.made)
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes of a row of x of one group."""
+        return self.tiles.k * (1 if self.tiles.scaled else 2)
+
+    @property
+    def expert_bytes(self) -> int:
+        """From one expert's weights of a matrix to the next one's."""
+        return -(-self.seats[0].rows // (16 * self.tiles.tiles)) * self.tiles.group_bytes
+
+    @property
+    def expert_scales(self) -> int:
+        """From one expert's FP8 block scales to the next one's."""
+        return -(-self.seats[0].rows // 128) * self.tiles.blocks
+
+
+@dataclass(frozen=True)
 class Few:
     """Rows of experts who have few: tiles of 128 rows of MXFP4 w and of 16 rows of x, e4m3 with a ue8m0 scale
     per 128, rows `stride` bytes apart. Both are multiplied as f16.
@@ -374,3 +421,27 @@ class Few:
     def shared(self) -> int:
         """Bytes; the stages start at a multiple of 1024."""
         return 1024 + self.o_tiles + 4 * self.experts
+
+
+@dataclass(frozen=True)
+class FewRows:
+    """A launch: `columns` rows of w of each expert by up to `rows` rows in all, whose tiles `ctas` CTAs take
+    in turn. Row n of results is that of row n / `divide` of x. `limit`: of SwiGLU of paired results.
+    """
+
+    tiles: Few
+    columns: int
+    rows: int
+    ctas: int
+    divide: int = 1
+    limit: float = 0.0
+
+    @property
+    def column_tiles(self) -> int:
+        """Tiles of columns of results."""
+        return -(-self.columns // self.tiles.made)
+
+    @property
+    def expert_bytes(self) -> int:
+        """From one expert's weights to the next one's."""
+        return -(-self.columns // (16 * self.tiles.tiles)) * self.tiles.group_bytes
