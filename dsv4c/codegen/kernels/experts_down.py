@@ -39,9 +39,6 @@ from dsv4c.passes.fusions.swiglu import HashSwiglu, Swiglu
 from dsv4c.types import BF16, F32, FP8_ROW, NVFP4_ROW, QuantType
 
 
-BOUNDARY = 7 * 1024  # shared memory of the boundary that follows, which should be there early
-
-
 def packing_of(down: Down) -> dict[str, str]:
     """How the weights lie, by operand."""
     rings = {"w2": down.routed, "shared_w2": down.shared}
@@ -100,6 +97,12 @@ def _down(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED, by: str = "") -> Do
     return best
 
 
+BOUNDARY = 7 * 1024
+"""Shared memory of a CTA of the boundary that follows, with what the system takes. Half of an SM's registers are
+its, too: beside it tokens that take turns have 48 a thread, five warps on a quarter of the SM. It begins
+early so, and has fetched its weights when it is needed.
+"""
+
 CHOICES = {
     "": (),
     "scores": (Parameter("logits", early=True), Parameter("bias")),
@@ -136,6 +139,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         "y",
     ]
     ctas, turns = down.groups // down.routed.matrices, down.routed.turns
+    # As if whole fours of warps were there, two CTAs on an SM: ptxas gives each thread 48 registers then.
     threads = -(-down.threads // 128) * 128 if turns > 1 else down.threads
     wait = ["    ptx.wait()", "    ptx.launch_dependents()"]
     first = ["    g_routed = experts_down.read_first(SPEC, m, at)"]

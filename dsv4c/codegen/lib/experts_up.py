@@ -290,7 +290,7 @@ def score(u: Constexpr[Up], m: Operands, at: Place) -> Turns:
 
 @cute.jit
 def look_up_all(u: Constexpr[Up], m: Operands, at: Place) -> Turns:
-    """All tokens' experts, as the table says, and their weights, a token a warp; the first one's row meanwhile."""
+    """All tokens' experts, as the table says, and their weights, a token a warp; the first row meanwhile."""
     r, p = u.routed.ring, u.routed.ring.product
     turns = _turns(u, m)
     codes = _load(u, p, m, at)

@@ -450,7 +450,7 @@ class RowsOperands(NamedTuple):
 
 
 class RowsPlace(NamedTuple):
-    """A thread of a token's CTA, with its experts, one a lane, and the first pieces of their rows of the gate."""
+    """A thread of a token's CTA; its experts, one a lane, and the first pieces of their rows of the gate."""
 
     token: Int32
     thread: Int32

@@ -198,9 +198,9 @@ class Batch(Slice):
 
 @dataclass(frozen=True)
 class RowGate:
-    """Products of a token's row with the gate's rows of the `k` experts that a table names, on a CTA of as many
-    threads as one of the experts' kernel has that multiply: sums have the same bits there. `held` pieces of
-    each thread's are read before the wait.
+    """Products of a token's row with the gate's rows of the `k` experts that a table names, on a CTA of as
+    many threads as multiply in one of the experts' kernel, where a lone token's are summed: to the same
+    bits. `held` pieces of each thread's are read before the wait.
     """
 
     hidden: int
