@@ -98,9 +98,9 @@ def _down(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED, by: str = "") -> Do
 
 
 BOUNDARY = 7 * 1024
-"""Shared memory of a CTA of the boundary that follows, with what the system takes. Half of an SM's registers are
-its, too: beside it tokens that take turns have 48 a thread, five warps on a quarter of the SM. It begins
-early so, and has fetched its weights when it is needed.
+"""Shared memory of a CTA of the boundary that follows, with what the system takes. Where there is room it
+begins early, and has fetched its weights when it is needed. Half of an SM's registers are its, too: tokens
+that take turns have 48 a thread beside it, five warps on a quarter of the SM.
 """
 
 CHOICES = {
