@@ -80,15 +80,15 @@ def emit_router_rows(gate: RowGate, rows: int, arch: Arch, *, given: bool) -> Em
     wait = ["ptx.wait()"]
     return compose(
         "router_rows",
-        f"Router products of {rows} tokens with their {gate.k} experts' rows of the gate, f32 accumulation.",
+        f"Router products of N tokens with their {gate.k} experts' rows of the gate, f32 accumulation.",
         {
-            Parameter("row"): f"bf16[{rows},{gate.hidden}]",
+            Parameter("row"): f"bf16[N,{gate.hidden}]",
             Parameter("gate"): f"bf16[{gate.experts},{gate.hidden}]",
             Parameter("table"): f"i32[*,{gate.k}]",
-            Parameter("tokens", early=given): f"i32[{rows}]",
-            Parameter("logits"): f"f32[{rows},{gate.experts}], of which those are written",
+            Parameter("tokens", early=given): "i32[N]",
+            Parameter("logits"): f"f32[N,{gate.experts}], of which those are written",
         },
-        f"Launch: {rows} CTAs x {gate.threads} threads; {gate.shared} B shared each.\n"
+        f"Launch: N CTAs x {gate.threads} threads; {gate.shared} B shared each.\n"
         f"{floor_text(nbytes, arch, 'token')}",
         (
             "ptx.launch_dependents()",
@@ -97,7 +97,8 @@ def emit_router_rows(gate: RowGate, rows: int, arch: Arch, *, given: bool) -> Em
             "router.multiply_rows(SPEC, m, s, at)",
         ),
         threads=gate.threads,
-        grid=(rows, 1, 1),
+        grid=("rows", 1, 1),
+        sizes={"rows": rows},
         spec=gate,
         record="router.RowsOperands",
     )
