@@ -86,12 +86,24 @@ def test_attention_of_many_tokens_keeps_its_products_in_flight(golden: Golden, t
     assert emission.shared <= SM_90A.shared_per_cta
 
 
+@pytest.mark.parametrize("heads", [32, 16, 8])
+def test_attention_of_many_tokens_takes_the_heads_of_a_rank(heads: int, tmp_path: Path):
+    """As many products as of 64 heads, no registers spilled, and each head's results once."""
+    emission = emit_chunk_attention(replace(CHUNK, heads=heads), SM_90A)
+    assert f"take {heads} heads of a token at a time" in emission.source
+    (kernel,) = build([Source(emission.symbol, emission.source)], "sm_90a", tmp_path)
+    assert kernel.resources.stack == 0
+    code = disassemble(kernel.cubin, tmp_path)
+    assert code.count("HGMMA") == 512 // 16 + 64 // 16
+    assert code.count("STG") == 4 * min(heads, 16) // 4
+
+
 @pytest.mark.parametrize("change", [{"rows": 33}, {"width": 256}, {"heads": 96}], ids=lambda c: next(iter(c)))
 def test_what_the_kernel_for_many_tokens_leaves_to_the_other(change: dict[str, object]):
     spec = replace(CHUNK, **change)  # type: ignore[arg-type]
     assert not takes_chunk(spec, SM_90A)
     assert not takes_chunk(CHUNK, SM_100A)
-    with pytest.raises(BuildError, match="takes many rows of 64 heads x 512, on wgmma"):
+    with pytest.raises(BuildError, match="takes many rows of 8, 16, 32 or 64 heads x 512, on wgmma"):
         emit_chunk_attention(spec, SM_90A)
     emit_attention(spec, SM_90A)
 

@@ -138,6 +138,9 @@ def cases() -> Iterator[Case]:
         yield Case(csa(f"{name}_csa", 64, 512, rows, ring=ring), tokens=tokens)
         yield Case(hca(f"{name}_hca", 64, 8192, rows, ring=ring, exact_norm=False), tokens=tokens)
     yield Case(csa("chunk_9x8_csa_bf16", 64, 512, 72, format="bf16", exact_norm=False), tokens=8)
+    yield Case(csa("chunk_9x8_csa_32", 32, 512, 72, ring=144), tokens=8)  # heads of a rank of 2, 4 or 8
+    yield Case(hca("chunk_1x150_hca_16", 16, 8192, 150, ring=288), tokens=150)
+    yield Case(attention("chunk_1x150_swa_8", 8, 150, ring=288), tokens=150)
     yield Case(csa("chunk_1x40_csa_pro", 128, 1000, 40, ring=176), tokens=40)
     tiny = AttentionSpec("tiny", 3, 4, 128, "fp8", 16, 16, 1e-6, "selected", 6, 4, 64)
     yield Case(replace(tiny, name="tiny_8_by_4", rows=8, ring=19), tokens=4)

@@ -136,11 +136,10 @@ def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
 def emit_chunk_attention(spec: AttentionSpec, arch: Arch) -> Emission:
     """The kernel of a spec for many rows, on wgmma. Raises BuildError for what `takes_chunk` says no to."""
     if not takes_chunk(spec, arch):
-        raise BuildError(f"{spec.name}: takes many rows of 64 heads x 512, on wgmma")
-    items = spec.rows * spec.heads // Chunk.tile
+        raise BuildError(f"{spec.name}: takes many rows of 8, 16, 32 or 64 heads x 512, on wgmma")
     a = Chunk(
         rows=spec.rows,
-        ctas=min(items, arch.sms),
+        ctas=min(spec.rows * -(-spec.heads // Chunk.tile), arch.sms),
         heads=spec.heads,
         format=spec.format,
         window=spec.window,
@@ -158,8 +157,8 @@ def emit_chunk_attention(spec: AttentionSpec, arch: Arch) -> Emission:
         spec.name,
         f"{_what(spec, a)}\n    keys: {a.window} of the window{_keys_text(spec)}",
         late,
-        f"Launch: {a.ctas} CTAs of {CHUNK_THREADS} threads, which take 64 heads of a token at a time; "
-        f"{shared} bytes of shared memory.",
+        f"Launch: {a.ctas} CTAs of {CHUNK_THREADS} threads, which take {a.own_heads} heads of a token at a "
+        f"time; {shared} bytes of shared memory.",
         [
             "ptx.launch_dependents()",
             f"s = (ptx.shared({shared}) + 1023) & Int32(-1024)",
@@ -180,8 +179,9 @@ def emit_chunk_attention(spec: AttentionSpec, arch: Arch) -> Emission:
 
 def takes_chunk(spec: AttentionSpec, arch: Arch) -> bool:
     """Whether the kernel for many rows takes a spec: where a CTA for 64 heads of a token keeps SMs busy."""
-    shapes = spec.width == Chunk.width and spec.heads % Chunk.tile == 0 and spec.last == spec.positions
-    return shapes and not arch.tensor_memory and 2 * spec.rows * spec.heads // Chunk.tile > arch.sms
+    heads = spec.heads in (8, 16, 32) or spec.heads % Chunk.tile == 0
+    shapes = heads and spec.width == Chunk.width and spec.last == spec.positions
+    return shapes and not arch.tensor_memory and 2 * spec.rows * -(-spec.heads // Chunk.tile) > arch.sms
 
 
 def plan_attention(spec: AttentionSpec) -> Attention:

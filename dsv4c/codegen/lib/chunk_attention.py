@@ -1,10 +1,10 @@
 """Attention of many tokens on wgmma (sm_90a): scores and values of 64 heads over 64 gathered keys at a time.
 
-An item is 64 heads of a token; a CTA takes items in turn. One warpgroup finds the item's keys, its window's
-newest first, and lays them down as bf16 rows [64][512] in eight columns of 128-byte swizzled pieces: the
-right operand of the scores and, read along the keys, of the values. Two others compute the scores and weights
-of half of the keys each, exchange them, and compute the values of half of the dimensions each. e4m3 codes
-become bf16 exactly: their bits, and a power of two of at most 2^7.
+An item is 64 heads of a token, or all that it has, several times; a CTA takes items in turn. One warpgroup
+finds the item's keys, its window's newest first, and lays them down as bf16 rows [64][512] in eight columns
+of 128-byte swizzled pieces: the right operand of the scores and, read along the keys, of the values. Two
+others compute the scores and weights of half of the keys each, exchange them, and compute the values of half
+of the dimensions each. e4m3 codes become bf16 exactly: their bits, and a power of two of at most 2^7.
 """
 
 from typing import NamedTuple
@@ -63,6 +63,15 @@ def tiles_of(a: Constexpr[Chunk], position: Int32):
     return tiles
 
 
+@cute.jit
+def head_of(a: Constexpr[Chunk], row: Int32):
+    """The head in a row of an item, of the item's."""
+    own = row
+    if const_expr(a.own_heads < a.tile):
+        own = row % a.own_heads
+    return own
+
+
 # Keys -------------------------------------------------------------------------------------------------------
 
 
@@ -116,9 +125,10 @@ def gather(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
 def read_ahead(a: Constexpr[Chunk], g_q: Int64, item: Int32, thread: Int32):
     """Bring the queries of this CTA's next item to L2."""
     if item + a.ctas < a.items:
-        size = const_expr(a.tile * a.width * 2)
-        for n in range_constexpr(size // 128 // GATHERERS):
-            ptx.prefetch_l2(g_q + Int64(item + a.ctas) * size + (thread + n * GATHERERS) * 128)
+        size = const_expr(a.own_heads * a.width * 2)
+        for n in range_constexpr(-(-size // 128 // GATHERERS)):
+            if const_expr(size >= 128 * GATHERERS) or thread < size // 128:
+                ptx.prefetch_l2(g_q + Int64(item + a.ctas) * size + (thread + n * GATHERERS) * 128)
 
 
 @cute.jit
@@ -209,7 +219,7 @@ def lay_queries(
     words = cute.make_rmem_tensor((together, 2, 4), Uint32)
     for part in range_constexpr(8 // together):
         first = warp * 8 + part * together
-        g = g_q + ((Int64(token) * a.heads + head + first) * a.width + lane * 8) * 2
+        g = g_q + ((Int64(token) * a.heads + head + head_of(a, first)) * a.width + lane * 8) * 2
         for r in range_constexpr(together):
             for half in range_constexpr(2):
                 piece = ptx.ldg128(g + (r * a.width + half * (a.width // 2)) * 2)
@@ -286,7 +296,7 @@ def attend(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
 
     at, item = Int32(0), Int32(place.block)
     while item < a.items:
-        token, head = item // a.head_tiles, item % a.head_tiles * a.tile
+        token, head = item // a.head_tiles, item % a.head_tiles * a.own_heads
         position = ptx.ldg32(g_positions + token * 4).bitcast(Int32)
         tiles = tiles_of(a, position)
         m0, m8 = Float32(LOWEST), Float32(LOWEST)
@@ -309,12 +319,13 @@ def attend(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
                 _finish_values(a, s, at, lane)
                 at = at + 1
             z0, z8 = add_up(a, s, z0, z8, group, row, lane)
-        sink0 = ptx.ldg_f32_constant(g_sink + (head + row) * 4) * Float32(softmax.LOG2_E)
-        sink8 = ptx.ldg_f32_constant(g_sink + (head + row + 8) * 4) * Float32(softmax.LOG2_E)
+        sink0 = ptx.ldg_f32_constant(g_sink + (head + head_of(a, row)) * 4) * Float32(softmax.LOG2_E)
+        sink8 = ptx.ldg_f32_constant(g_sink + (head + head_of(a, row + 8)) * 4) * Float32(softmax.LOG2_E)
         f0 = ptx.divide(Float32(1.0), z0 + ptx.ex2(sink0 - m0)) if tiles > 0 else Float32(0.0)
         f8 = ptx.divide(Float32(1.0), z8 + ptx.ex2(sink8 - m8)) if tiles > 0 else Float32(0.0)
         g_row = g_out + ((Int64(token) * a.heads + head + warp % 4 * 16) * a.width + group * 256) * 2
-        store(a, s, g_row, o, f0, f8, (group == 1) & (tiles > 0), warp, lane)
+        if const_expr(a.own_heads == a.tile) or warp % 4 * 16 < a.own_heads:
+            store(a, s, g_row, o, f0, f8, (group == 1) & (tiles > 0), warp, lane)
         item = item + a.ctas
 
 
@@ -443,8 +454,9 @@ def store(
     warp: Int32,
     lane: Int32,
 ):
-    """A warp's 16 rows of 256 dimensions, multiplied by f0 and f8, to memory; by way of shared memory, 64
-    dimensions at a time, so that whole sectors are written. The last of them under the inverse rotation.
+    """A warp's 16 rows of 256 dimensions, or the first 8, multiplied by f0 and f8, to memory; by way of
+    shared memory, 64 dimensions at a time, so that whole sectors are written. The last of them under the
+    inverse rotation.
     """
     s_out = s + a.o_out + warp * (16 * 128)
     for part in range_constexpr(4):
@@ -463,7 +475,7 @@ def store(
             piece = 2 * i + lane // 16
             ptx.stmatrix(s_out + line * 128 + (piece ^ line % 8) * 16, *words[4 * i : 4 * i + 4])
         cute.arch.sync_warp()
-        for i in range_constexpr(4):
+        for i in range_constexpr(min(a.own_heads, 16) // 4):
             line, piece = 4 * i + lane // 8, lane % 8
             w = ptx.lds128(s_out + line * 128 + (piece ^ line % 8) * 16)
             ptx.stg128(g_rows + line * (a.width * 2) + part * 128 + piece * 16, *w)

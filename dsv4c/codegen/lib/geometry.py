@@ -299,7 +299,8 @@ class Attention:
 
 @dataclass(frozen=True)
 class Chunk:
-    """Attention of many tokens, 512 wide: a CTA takes 64 heads of a token at a time.
+    """Attention of many tokens, 512 wide: a CTA takes 64 heads of a token at a time. A token of 8, 16 or 32
+    has them again and again, since tensor cores multiply 64 rows.
 
     Fields as of `Attention`; `rows` tokens are spread over `ctas` CTAs. A warpgroup gathers keys, 64 at a
     time, as bf16 rows in the layout that tensor cores read; two multiply.
@@ -337,9 +338,14 @@ class Chunk:
         return 7 if self.format == "fp8" else 0
 
     @property
+    def own_heads(self) -> int:
+        """Heads of an item."""
+        return min(self.heads, self.tile)
+
+    @property
     def head_tiles(self) -> int:
         """Items of a token."""
-        return self.heads // self.tile
+        return self.heads // self.own_heads
 
     @property
     def items(self) -> int:
