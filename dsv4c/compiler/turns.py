@@ -13,9 +13,9 @@ from dsv4c.plan.records import Launch
 @dataclass(frozen=True)
 class Turn:
     """A few launches in a row, the nodes that they compute together, in order, and those of their results
-    that are in memory after them: what others read, and all that the last one stored. A selection and its
-    weights come in an order of the kernel's own, so neither may be taken from memory without the other.
-    `inner` are results that an earlier launch stores for a later one, as far as that one needs them.
+    that are in memory after them: what others read, and what the last one stored for nobody. A selection and
+    its weights come in an order of the kernel's own, so neither may be taken from memory without the other.
+    `inner` are results that only nodes of the turn read: launches store them as far as these need them.
     """
 
     launches: tuple[Launch, ...]
