@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from dsv4c.numerics.codec import view
+from dsv4c.plan.records import Box
 from dsv4c.runtime import driver
 from dsv4c.runtime.bench import FLUSH, KINDS, layer_of
 from dsv4c.runtime.random_fill import fill_state, fill_weight
@@ -47,6 +48,7 @@ class Step:
         kernels = {x["kernel"] for x in self.launches}
         files = {key: (folder / data["kernels"][key]["cubin"]).read_bytes() for key in kernels}
         libraries = {key: driver.Library(content, key) for key, content in files.items()}
+        self._maps: list[Tensor] = []
         self._bound = [self._bind(x, libraries) for x in self.launches]
         self.graphs: dict[int, driver.Graph] = {}
 
@@ -54,8 +56,17 @@ class Step:
         symbol = self.data["kernels"][x["kernel"]]["symbol"]
         a, b, c = x["cluster"]
         kernel = libraries[x["kernel"]].kernel(symbol, shared=x["shared"], cluster=a * b * c)
-        addresses = tuple(self.blocks[p["space"]].data_ptr() + p["offset"] for p in x["arguments"])
+        addresses = tuple(map(self._address, x["arguments"]))
         return driver.Launch(kernel, tuple(x["grid"]), x["block"], x["shared"], addresses, (a, b, c))
+
+    def _address(self, argument: Mapping[str, Any]) -> int:
+        """An array's, or that of a tensor map of it, which stays."""
+        at = self.blocks[argument["space"]].data_ptr() + argument["offset"]
+        if "box" not in argument:
+            return at
+        made = driver.tensor_map(at, Box(**argument["box"]))
+        self._maps.append(torch.frombuffer(bytearray(made), dtype=torch.uint8).cuda())
+        return self._maps[-1].data_ptr()
 
     def prepare(self, ends: Sequence[int]) -> None:
         """Graphs of the first launches up to each end."""

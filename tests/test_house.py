@@ -98,7 +98,7 @@ HOUSE = {
     # that is loaded late.
     "runtime.meaning": Room(50, (*LEAVES, "plan", "ir", "reference")),
     "runtime": Room(
-        5330,
+        5360,
         (*CONFIG, "models.encoding", "plan", "numerics", "numerics.forms", "numerics.resident"),
         ("torch", "safetensors", "cuda"),
         rooms_inside=("runtime.meaning",),
@@ -113,12 +113,12 @@ HOUSE = {
     "view": Room(1600, (*CONFIG, "plan", "ir", "models"), packages_inside=("graphviz",)),
     # Device code, imported by generated kernels: all of a kernel but the order of its stages. Host code may
     # read the modules in it that need no cutlass. What templates held, one a family, is here now.
-    "codegen.lib": Room(13300, ("numerics.forms", "exchange"), ("cutlass", "cuda")),
+    "codegen.lib": Room(13400, ("numerics.forms", "exchange"), ("cutlass", "cuda")),
     # What primitives mean on a device, imported by generated kernels alone.
     "codegen.meanings": Room(2050, ("types", "codegen.lib"), ("cutlass",)),
     # Launches are lowered to what plans hold, which is data. What their kernels' texts say is said here.
     "codegen": Room(
-        7720,
+        7760,
         (*LEAVES, "ir", "passes", "codegen.lib", "plan", "numerics.forms", "numerics.resident"),
         ("jinja2",),
         packages_inside=("cutlass",),

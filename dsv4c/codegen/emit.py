@@ -20,6 +20,7 @@ import jinja2
 from dsv4c.arch import Arch
 from dsv4c.cuts import Cut
 from dsv4c.plan.declared import read_source
+from dsv4c.plan.records import Box
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -29,13 +30,14 @@ class Parameter:
     """One kernel parameter, in ABI order: 8 bytes for a pointer, 4 for an i32.
 
     A pointer leads to `component` (data, scale, tail, global_scale) of the value that the launch binds to
-    `operand`. `early`: read before the wait, though no weight.
+    `operand`, or with a `box` to a tensor map of it. `early`: read before the wait, though no weight.
     """
 
     operand: str
     component: str = "data"
     kind: str = "pointer"
     early: bool = False
+    box: Box | None = None
 
     @property
     def name(self) -> str:

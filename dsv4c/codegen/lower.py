@@ -24,7 +24,7 @@ from dsv4c.ir.totals import totals
 from dsv4c.numerics.resident import PLAIN, component_bytes
 from dsv4c.passes.memory import MemoryPlan, aligned, lay_out, plan_memory
 from dsv4c.passes.schedule import Group, Schedule, schedule
-from dsv4c.plan.records import Argument, BodyCode, KernelCode, Launch, Place, Program, StateSlot
+from dsv4c.plan.records import Argument, BodyCode, Box, KernelCode, Launch, Place, Program, StateSlot
 from dsv4c.types import ALIGN as COMPONENT_ALIGN
 from dsv4c.types import Type
 
@@ -36,7 +36,8 @@ class Operand:
     """An array that code reads or writes: a component of a value, scratch of that name, or of what ranks
     exchange values through the block ("exchange") or the launch's own number ("site").
 
-    access: "r", "w", "rw", or "early" for what is read before the wait, though no weight.
+    access: "r", "w", "rw", or "early" for what is read before the wait, though no weight. With a `box` code
+    gets a tensor map of it.
     """
 
     component: str
@@ -44,6 +45,7 @@ class Operand:
     value: Value | None = None
     scratch: str = ""
     exchange: str = ""
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -474,7 +476,8 @@ def _argument(
 ) -> Argument:
     if operand.value is None:
         name, size = f"{launch}.{operand.scratch}", part.scratch[operand.scratch]
-        return Argument("arena", scratch[operand.scratch], name, operand.component, size, operand.access)
+        at = scratch[operand.scratch]
+        return Argument("arena", at, name, operand.component, size, operand.access, operand.box)
     name = operand.value.name
     place = places[name]
     if place.space == "weights":
@@ -482,7 +485,7 @@ def _argument(
     else:
         component = next(c for c in place.type.components if c.name == operand.component)
         at, size = place.offset + component.offset, component.nbytes
-    return Argument(place.space, at, name, operand.component, size, operand.access)
+    return Argument(place.space, at, name, operand.component, size, operand.access, operand.box)
 
 
 def _exchange(coded: Iterable[_Coded], ranks: int) -> Layout | None:

@@ -20,6 +20,7 @@ from dsv4c.ir.fused import Fused, operand_labels, trace
 from dsv4c.ir.graph import Kind, Node, Value
 from dsv4c.ir.op import Op, operand_names
 from dsv4c.ir.text import print_attribute
+from dsv4c.plan.records import Box
 from dsv4c.types import Type
 
 if TYPE_CHECKING:  # which imports jinja2; plans are verified without it
@@ -107,7 +108,8 @@ class Binding:
     """What a kernel parameter points to: a component of value number `value`, scratch of that name, or of
     what ranks exchange values through the block ("exchange") or the launch's own number ("site").
 
-    access: "r", "w", "rw", or "early" for what is read before the wait, though no weight.
+    access: "r", "w", "rw", or "early" for what is read before the wait, though no weight. With a `box` it
+    points to a tensor map of that.
     """
 
     component: str
@@ -115,6 +117,7 @@ class Binding:
     value: int | None = None
     scratch: str = ""
     exchange: str = ""
+    box: Box | None = None
 
 
 @dataclass(frozen=True)
@@ -370,10 +373,10 @@ def launchable(
                 raise BuildError(
                     f"{emission.symbol}: reads {p.operand} before the wait, and the launch writes it"
                 )
-            bindings.append(Binding(p.component, "early" if p.early else access, value))
+            bindings.append(Binding(p.component, "early" if p.early else access, value, box=p.box))
         elif (name := p.name.removeprefix("m_")) in scratch:
             array = scratch[name]
-            bindings.append(Binding(p.component, array.access, scratch=array.name))
+            bindings.append(Binding(p.component, array.access, scratch=array.name, box=p.box))
         else:
             raise BuildError(f"{emission.symbol}: nothing is bound to its parameter {p.name}")
     packing = {operand: packing_for(name, request.arch) for operand, name in emission.packing.items()}

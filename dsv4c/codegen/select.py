@@ -63,7 +63,12 @@ class Kernels:
         )
         operands = tuple(
             Operand(
-                b.component, b.access, None if b.value is None else values[b.value], b.scratch, b.exchange
+                b.component,
+                b.access,
+                None if b.value is None else values[b.value],
+                b.scratch,
+                b.exchange,
+                b.box,
             )
             for b in launch.bindings
         )

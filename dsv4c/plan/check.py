@@ -563,6 +563,13 @@ def _arguments(
                 )
         elif a.space not in ("arena", "exchange"):
             yield Violation("misplaced", launch.name, f"{_of(a)} is in {a.space}, and no value of the graph")
+        if a.box and not (a.box.sound and a.box.extent <= a.nbytes and a.access in ("r", "early")):
+            yield Violation(
+                "launch",
+                launch.name,
+                f"{_of(a)} of {a.nbytes} bytes, access {a.access}, is copied by {a.box}; expected one "
+                "that it holds and nothing writes",
+            )
         if a.access not in ("r", "w", "rw", "early"):
             yield Violation(
                 "launch", launch.name, f"{_of(a)} has access {a.access!r}; expected r, w, rw or early"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from dsv4c.plan.records import (
     SPACES,
     Argument,
     BodyCode,
+    Box,
     KernelCode,
     Launch,
     Place,
@@ -35,7 +36,7 @@ from dsv4c.types import TypeSyntaxError, parse_type
 if TYPE_CHECKING:
     from dsv4c.runtime.session import Session
 
-SCHEMA = 4
+SCHEMA = 5
 """Version of the folder's form; a reader refuses any other."""
 
 LARGEST_FILE = 1 << 30
@@ -310,8 +311,13 @@ def _launch_to_json(launch: Launch) -> dict[str, Any]:
         "scope": launch.scope,
     }
     data |= {f.name: getattr(launch.code, f.name) for f in fields(launch.code)}
-    data["arguments"] = [{f.name: getattr(a, f.name) for f in fields(a)} for a in launch.arguments]
+    data["arguments"] = [_argument_to_json(a) for a in launch.arguments]
     return data | {"after": launch.after}
+
+
+def _argument_to_json(argument: Argument) -> dict[str, Any]:
+    data = {f.name: getattr(argument, f.name) for f in fields(argument) if f.name != "box"}
+    return data | ({"box": asdict(argument.box)} if argument.box else {})
 
 
 # --- reading ---
@@ -441,6 +447,7 @@ def _exactly(data: Mapping[str, Any], names: frozenset[str]) -> Mapping[str, Any
 
 _PLAN = frozenset(f.name for f in fields(Plan)) - {"timings", "cache_hits"} | {"digest", "schema"}
 _STATE, _VALUE = frozenset({"name", "type", "offset"}), frozenset({"type", "space", "offset"})
+_BOX = frozenset(f.name for f in fields(Box))
 _LOAD = frozenset({"graph", "arena_bytes", "inputs", "outputs", "values", "launches"})
 _SHAPE = tuple(f.name for f in fields(Bucket) if f.name != "trusts")  # that, the bucket's name alone says
 _BUCKET = _LOAD | set(_SHAPE)
@@ -501,6 +508,15 @@ def _program_from_json(data: Mapping[str, Any], name: str | None) -> Program:
     )
 
 
+def _argument_from_json(data: Mapping[str, Any]) -> Argument:
+    if "box" not in data:
+        return Argument(**data)
+    box = data["box"]
+    _exactly(box, _BOX)
+    sizes, strides, one = (tuple(box[name]) for name in ("sizes", "strides", "box"))
+    return Argument(**{**data, "box": Box(box["element"], sizes, strides, one, box["swizzled"])})
+
+
 def _launch_from_json(data: Mapping[str, Any]) -> Launch:
     code: BodyCode | KernelCode
     if "kernel" in data:
@@ -523,6 +539,6 @@ def _launch_from_json(data: Mapping[str, Any]) -> Launch:
         nodes=tuple(data["nodes"]),
         scope=data["scope"],
         code=code,
-        arguments=tuple(Argument(**argument) for argument in data["arguments"]),
+        arguments=tuple(map(_argument_from_json, data["arguments"])),
         after=tuple(data["after"]),
     )

@@ -26,10 +26,45 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Box:
+    """What one copy of a kernel takes of an array: `box` elements of `element` bytes along each axis, of
+    `sizes`, innermost first; `strides` are the bytes between neighbors on the others. Outside are zeros.
+    `swizzled`: of rows of 128 bytes, eight 16-byte pieces each, piece p of row r comes to place p ^ r % 8.
+    """
+
+    element: int
+    sizes: tuple[int, ...]
+    strides: tuple[int, ...]
+    box: tuple[int, ...]
+    swizzled: bool = False
+
+    @property
+    def extent(self) -> int:
+        """Bytes from the first element to the end of the last."""
+        far = sum((n - 1) * stride for n, stride in zip(self.sizes[1:], self.strides, strict=True))
+        return self.sizes[0] * self.element + far
+
+    @property
+    def sound(self) -> bool:
+        """Whether it is one that drivers make tensor maps of."""
+        rank, inner = len(self.sizes), sum(self.box[:1]) * self.element
+        return (
+            self.element in (1, 2, 8)
+            and 1 <= rank <= 5
+            and (len(self.strides), len(self.box)) == (rank - 1, rank)
+            and all(n >= 1 for n in self.sizes)
+            and all(n >= 16 and n % 16 == 0 for n in self.strides)
+            and all(1 <= n <= 256 for n in self.box)
+            and (inner == 128 if self.swizzled else inner % 16 == 0)
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Argument:
     """One array of a launch: `offset` bytes into a block, where `component` of `value` has `nbytes` bytes.
 
-    access: "r", "w", "rw", or "early" for what is read before a kernel waits, though no weight.
+    access: "r", "w", "rw", or "early" for what is read before a kernel waits, though no weight. With a `box`
+    the kernel gets the address of a tensor map of the array, which the driver makes, in place of its own.
     """
 
     space: Space
@@ -38,6 +73,7 @@ class Argument:
     component: str
     nbytes: int
     access: str
+    box: Box | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -234,6 +234,7 @@ class BoundProgram:
         names = dict(program.outputs) | ({"next": "tokens"} if self.feeds_back else {})
         self.inputs = {n: tensor_at(plan, blocks, n, program.values[n]) for n in program.inputs}
         self.outputs = {o: tensor_at(plan, blocks, n, program.values[n]) for o, n in names.items()}
+        self._maps: list[Tensor] = []
         self._bound = [self._bind(launch) for launch in self.launches]
         self.graph = self.graph_of(range(len(self.launches)))
         self._single: list[driver.Graph] = []
@@ -319,7 +320,12 @@ class BoundProgram:
                 f"{offset} to {offset + argument.nbytes} of {block}, which has {memory.numel()}; compile it "
                 "again"
             )
-        return memory.data_ptr() + offset
+        at = memory.data_ptr() + offset
+        if argument.box is None:
+            return at
+        made = torch.frombuffer(bytearray(driver.tensor_map(at, argument.box)), dtype=torch.uint8)
+        self._maps.append(made.to(memory.device))
+        return self._maps[-1].data_ptr()
 
     def _place(self, value: str, space: str, offset: int) -> tuple[str, int]:
         if self.feeds_back and value == self.program.outputs["next"]:

@@ -15,6 +15,7 @@ from typing import Any
 import cuda.bindings.driver as cuda
 
 from dsv4c.errors import Dsv4cError
+from dsv4c.plan.records import Box
 
 PORTABLE_CLUSTER = 8
 
@@ -174,6 +175,29 @@ class Graph:
         if self._executable is not None:
             call("destroy graph", cuda.cuGraphExecDestroy(self._executable))
         call("destroy graph", cuda.cuGraphDestroy(self._graph))
+
+
+def tensor_map(address: int, box: Box) -> bytes:
+    """What a kernel copies boxes of the array at `address` by: 128 bytes, to lie at a multiple of 64."""
+    kinds = cuda.CUtensorMapDataType
+    named = {1: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT8, 2: kinds.CU_TENSOR_MAP_DATA_TYPE_UINT16}
+    named[8] = kinds.CU_TENSOR_MAP_DATA_TYPE_UINT64
+    swizzle = cuda.CUtensorMapSwizzle
+    result = cuda.cuTensorMapEncodeTiled(
+        named[box.element],
+        len(box.sizes),
+        address,
+        [cuda.cuuint64_t(n) for n in box.sizes],
+        [cuda.cuuint64_t(n) for n in box.strides],
+        [cuda.cuuint32_t(n) for n in box.box],
+        [cuda.cuuint32_t(1)] * len(box.sizes),
+        cuda.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+        swizzle.CU_TENSOR_MAP_SWIZZLE_128B if box.swizzled else swizzle.CU_TENSOR_MAP_SWIZZLE_NONE,
+        cuda.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+        cuda.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+    )
+    made = call(f"a tensor map of {box}", result)
+    return ctypes.string_at(int(made.getPtr()), 128)
 
 
 def set_word(address: int, value: int, stream: int) -> None:

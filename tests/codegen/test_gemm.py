@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsv4c.arch import SM_90A, SM_100A
 from dsv4c.codegen.build import Source, build
@@ -21,6 +22,10 @@ from dsv4c.codegen.kernels.chunk_rows import (
 from dsv4c.codegen.kernels.gemm import GemmMatrix, GemmSpec, emit_gemm, few_of, tiles_of
 from dsv4c.compiler.verify import check
 from dsv4c.errors import BuildError
+from dsv4c.numerics.forms import parse_packing
+from dsv4c.numerics.packing import pack
+from dsv4c.plan.check import check as check_plan
+from dsv4c.plan.folder import load
 from tests.codegen.lowered import gpu_plan
 from tests.codegen.sass import disassemble
 from tests.conftest import Golden
@@ -80,7 +85,7 @@ def test_they_assemble_and_multiply_without_waits_between(tmp_path: Path) -> Non
     expected = [(0, 0, 0)] * len(emissions)
     for i, spec in enumerate(KINDS):
         t = tiles_of(spec, SM_90A.sms)
-        expected[i] = (0, 0, 48) if few_of(spec) else (4 * t.halves, t.halves if t.promotes else 1, 0)
+        expected[i] = (0, 0, 48) if few_of(spec) else (4 * t.halves, t.halves if t.promotes else 2, 0)
     for emission, kernel, products in zip(emissions, built, expected, strict=True):
         assert kernel.resources.stack <= 96, (emission.symbol, kernel.resources)
         code = disassemble(kernel.cubin, tmp_path)
@@ -167,6 +172,57 @@ def test_a_product_ahead_of_what_its_rows_come_from_is_found() -> None:
         program = replace(plan.buckets[name], launches=tuple(broken))
         races = check(replace(plan, buckets={**plan.buckets, name: program}))
         assert ("order", every[index].name) in {(v.kind, v.launch) for v in races}
+
+
+@pytest.mark.parametrize("packing", ["fp8/1x1", "fp8/2x1", "fp8/8x1", "fp8/16x2", "bf16/1x2"])
+@pytest.mark.parametrize("paired", [False, True])
+def test_boxes_bring_what_a_step_of_a_tile_has(packing: str, paired: bool) -> None:
+    form = parse_packing(packing)
+    data = torch.arange(384 * 512).mul(2654435761).view(384, 512)
+    data = (
+        data.to(torch.bfloat16) if form.format == "bf16" else data.to(torch.uint8).view(torch.float8_e4m3fn)
+    )
+    names, limit = (("w", "v"), 10.0) if paired else (("w",), None)
+    matrix = GemmMatrix(names, 384, "y")
+    spec = replace(
+        DENSE, k=512, matrices=(matrix,), packing=packing, scaled=form.format == "fp8", limit=limit
+    )
+    t = tiles_of(spec, SM_90A.sms)
+    box = next(p.box for p in emit_gemm(spec, SM_90A).parameters if p.operand == "w" and p.box)
+    sizes = (box.sizes[0] * box.element, *box.sizes[1:])
+    array = pack(form, data).as_strided(sizes[::-1], (*box.strides[::-1], 1))
+    alone = pack(replace(form, tiles=1, span=1), data).view(24, -1, t.unit)
+    assert t.run == (4 if paired else 8)
+    for tile in range(0, 24, t.run):
+        for step in range(512 // t.each):
+            place = (0, step % t.span, tile % t.tiles, step // t.span, tile // t.tiles)
+            part = array
+            for axis, (at, size) in enumerate(zip(reversed(place), reversed(box.box), strict=True)):
+                part = part.narrow(axis, at, size if axis < 4 else sizes[0])
+            assert torch.equal(part.reshape(-1, t.unit), alone[tile : tile + t.run, step])
+
+
+def test_boxes_are_in_the_plan(tmp_path: Path) -> None:
+    plan = gpu_plan(batch=1, verify=1, chunk=64, max_context=128)
+    boxes = [a.box for x in plan.buckets["prefill-64.last"].launches for a in x.arguments]
+    assert any(boxes)
+    assert load(plan.save(tmp_path / "plan")).buckets == plan.buckets
+    program = plan.buckets["prefill-64.last"]
+    at = next(i for i, x in enumerate(program.launches) if any(a.box for a in x.arguments))
+    launch = program.launches[at]
+    for change in ({"sizes": (1 << 40, 1)}, {"strides": (8,)}, {"box": (512, 64)}, {"element": 4}):
+        spoiled = [
+            replace(a, box=replace(a.box, **change)) if a.box and len(a.box.sizes) == 2 else a
+            for a in launch.arguments
+        ]
+        launches = (
+            *program.launches[:at],
+            replace(launch, arguments=tuple(spoiled)),
+            *program.launches[at + 1 :],
+        )
+        buckets = {**plan.buckets, "prefill-64.last": replace(program, launches=launches)}
+        violations = check_plan(replace(plan, buckets=buckets))
+        assert [(v.kind, v.launch) for v in violations] == [("launch", launch.name)], change
 
 
 def operands(emission: Emission) -> list[str]:

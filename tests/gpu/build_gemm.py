@@ -109,7 +109,7 @@ def describe(emission: Emission) -> dict[str, object]:
         "block": emission.block,
         "shared": emission.shared,
         "cluster": emission.cluster,
-        "parameters": [[p.operand, p.component] for p in emission.parameters],
+        "parameters": [[p.operand, p.component, p.box and asdict(p.box)] for p in emission.parameters],
     }
 
 

@@ -207,7 +207,7 @@ def describe(
         "block": emission.block,
         "shared": emission.shared,
         "cluster": emission.cluster,
-        "parameters": [[p.operand, p.component] for p in emission.parameters],
+        "parameters": [[p.operand, p.component, p.box and asdict(p.box)] for p in emission.parameters],
         "packing": dict(emission.packing),
         "timed": timed,
         "spec": asdict(spec),

@@ -22,7 +22,7 @@ from dsv4c.numerics.forms import parse_packing
 from dsv4c.numerics.packing import pack
 from dsv4c.runtime.driver import Kernel, Launch, Library
 from dsv4c.types import FP8_ROW, FP8_WEIGHT, MXFP4, NVFP4, NVFP4_ROW
-from tests.gpu.kernels import measure, options_parser, run_once, start, wanted
+from tests.gpu.kernels import mapped, measure, options_parser, run_once, start, wanted
 
 FORMATS = {"fp8": FP8_WEIGHT, "mxfp4": MXFP4, "nvfp4": NVFP4}
 ROTATE = 220 << 20  # bytes of distinct weights: more than three times the L2
@@ -191,7 +191,10 @@ def check_quantize(case: dict[str, Any], kernel: Kernel, style: str = "random") 
 
 def launch_of(case: dict[str, Any], kernel: Kernel, operands: Operands) -> Launch:
     """The launch with its operands' addresses."""
-    arguments = tuple(operands[operand, component].data_ptr() for operand, component in case["parameters"])
+    arguments = tuple(
+        operands[operand, component].data_ptr() if box is None else mapped(operands[operand, component], box)
+        for operand, component, box in case["parameters"]
+    )
     return Launch(
         kernel, tuple(case["grid"]), case["block"], case["shared"], arguments, tuple(case["cluster"])
     )

@@ -92,13 +92,21 @@ def test_stages_of_tcgen05_hold_swizzled_codes_and_atoms_of_scales(rows: int, co
     assert torch.equal(scale.view(torch.uint8), scale2.view(torch.uint8))
 
 
-def test_fp8_lane_reads_row_g_then_row_g_plus_8() -> None:
-    data, _ = _matrix("fp8", 16, 128)
-    unit = pack(Packing("fp8", 1, 1), data).view(4, 8, 4, 16)
-    codes = data.view(torch.uint8)
-    chunk, g, q = 2, 5, 3
-    assert torch.equal(unit[chunk, g, q, :8], codes[g, 32 * chunk + 8 * q :][:8])
-    assert torch.equal(unit[chunk, g, q, 8:], codes[g + 8, 32 * chunk + 8 * q :][:8])
+@pytest.mark.parametrize("format", ["fp8", "bf16"])
+def test_rows_of_a_unit_are_swizzled_as_wgmma_reads_them(format: str) -> None:
+    data, _ = _matrix(format, 16, 128 if format == "fp8" else 64)
+    unit = pack(Packing(format, 1, 1), data).view(16, 8, 16)
+    pieces = data.view(torch.uint8).view(16, 8, 16)
+    for row, piece in ((0, 3), (5, 6), (8, 0), (14, 1)):
+        assert torch.equal(unit[row, piece ^ row % 8], pieces[row, piece])
+
+
+def test_lanes_that_read_a_unit_together_meet_in_no_bank() -> None:
+    """Loads of 16 bytes, a quarter of a warp at a time."""
+    for first in range(0, 32, 8):
+        for chunk in range(2):
+            rows = [(REVERSED[lane // 4], lane % 4) for lane in range(first, first + 8)]
+            assert len({(4 * chunk + q ^ row) % 8 for row, q in rows}) == 8
 
 
 def test_fp4_word_expands_to_the_registers_of_one_mma() -> None:

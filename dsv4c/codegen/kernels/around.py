@@ -27,7 +27,7 @@ from dsv4c.codegen.kernels.row_program import (
     program_of,
 )
 from dsv4c.codegen.kernels.rows import SMALL_WEIGHT, kernel_of, primitives
-from dsv4c.codegen.registry import Answer, Binding, Call, Launchable, No, Request, kernel, launchable
+from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, kernel, launchable
 from dsv4c.ir.fused import Fused
 from dsv4c.ir.graph import Builder, Graph, Node, Value
 from dsv4c.ir.ops.linear import Linear
@@ -180,7 +180,7 @@ class _Launches:
                 arrays = scratch_for(name, value.type, binding.access)
                 array = arrays[name if binding.component == "data" else f"{name}_{binding.component}"]
                 scratch[array.name] = array.nbytes
-                binding = Binding(binding.component, array.access, scratch=array.name)
+                binding = replace(binding, access=array.access, value=None, scratch=array.name)
             bindings.append(binding)
         return replace(launch, bindings=tuple(bindings), scratch=scratch)
 

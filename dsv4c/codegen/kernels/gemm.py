@@ -22,6 +22,7 @@ from dsv4c.codegen.registry import Launchable, Request, Scratch, launchable
 from dsv4c.errors import BuildError
 from dsv4c.numerics.forms import Packing, parse_packing
 from dsv4c.numerics.resident import PLAIN
+from dsv4c.plan.records import Box
 from dsv4c.types import FP8_ROW, QuantType
 
 FEWEST_ROWS = 9  # a GEMV serves fewer
@@ -112,11 +113,8 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     splits = _splits(spec, height, kind, sms)
     steps = spec.k // (128 if kind == "e4m3" else 64) // splits
     expands = packing.format == "mxfp4"
-    # Registers: sums of 256 rows beside products leave no room for a second team; of two each holds one step
-    # of eight pieces, which is as fast as two.
-    teams = 1 if packing.format == "plain" or expands or (height == 256 and spec.scaled) else 2
-    loaders = 2 if teams == 2 and steps % 2 == 0 else 1
-    ahead = 1 if pieces == 8 or steps % (2 * loaders) else 2
+    loaders = 2 if pieces and steps % 2 == 0 else 1
+    ahead = 1 if steps % (2 * loaders) else 2
     return Tiles(
         weight=packing.format,
         kind=kind,
@@ -125,7 +123,7 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
         height=height,
         tiles=packing.tiles,
         span=packing.span,
-        stages={64: 5, 128: 4}[height] if expands else {64: 7, 128: 5, 256: 3}[height],
+        stages={64: 5, 128: 4}[height] if expands else {64: 7, 128: 6, 256: 4}[height],
         loaders=loaders,
         ahead=ahead,
         scaled=spec.scaled,
@@ -144,11 +142,13 @@ def _height(spec: GemmSpec, format: str, kind: str, sms: int) -> int:
     made = 64 if spec.paired else 128
     columns = sum(-(-m.rows // made) for m in spec.matrices)
 
-    def traffic(height: int) -> int:
-        rounds = -(-(-(-spec.rows // height) * columns) // sms)
-        return rounds * (height // 128 * 64 + (48 if PIECES[format, kind] == 8 else 32))
+    # KB a step: of operands to tensor cores, of x, and of w, which is copied or else widened.
+    moved = {height: height // 128 * 64 + (32 if PIECES[format, kind] else 16) for height in (128, 256)}
 
-    return min((128, 256), key=traffic)
+    def traffic(height: int) -> int:
+        return -(-(-(-spec.rows // height) * columns) // sms) * moved[height]
+
+    return min(moved, key=traffic)
 
 
 def _splits(spec: GemmSpec, height: int, kind: str, sms: int) -> int:
@@ -200,7 +200,7 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
         spec.name,
         f"{spec.name}: products of up to {spec.rows} rows on tensor cores, as {t.kind}.\n\n"
         f"{_what(spec, matrices, t.weight, t.k)}",
-        dict.fromkeys(spec.parameters, ""),
+        dict.fromkeys((replace(p, box=_box(spec, t, p)) for p in spec.parameters), ""),
         f"Launch: {f'clusters of {t.splits}, ' if t.splits > 1 else ''}{ctas} CTAs of {t.threads} threads, "
         f"which take tiles of {t.height} rows and {t.made} columns in turn; {t.shared} bytes of shared "
         "memory.",
@@ -273,6 +273,26 @@ def _given(spec: GemmSpec, matrices: Sequence[Place], t: Tiles) -> dict[str, str
         **{name: f"m_{name}" if f"m_{name}" in there else "None" for name in others},
         "others": pointers([p.name for p in spec.epilogue.parameters] if spec.epilogue else []),
     }
+
+
+def _box(spec: GemmSpec, t: Tiles, parameter: Parameter) -> Box | None:
+    """What a copy of a step of an operand takes, if it is copied by a tensor map."""
+    size = 1 if spec.scaled else 2
+    if parameter == Parameter("x") and t.boxed:
+        return Box(size, (spec.groups * t.k, spec.rows), (t.stride,), (t.each, t.height), swizzled=True)
+    rows = next((m.rows for m in spec.matrices if parameter in map(Parameter, m.names)), 0)
+    if not rows or not t.run:
+        return None
+    if t.weight == "plain":
+        return Box(2, (t.k, rows), (2 * t.k,), (t.each, t.COLUMNS), swizzled=True)
+    units, groups = t.k // t.each, -(-rows // (16 * t.tiles))
+    side = min(t.run, t.tiles)
+    return Box(
+        8,
+        (t.unit // 8, t.span, t.tiles, -(-units // t.span), groups),
+        (t.unit, t.span * t.unit, t.tiles * t.span * t.unit, t.group_bytes),
+        (t.unit // 8, 1, side, 1, t.run // side),
+    )
 
 
 def few_of(spec: GemmSpec) -> Few | None:

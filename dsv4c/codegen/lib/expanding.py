@@ -161,7 +161,7 @@ def lay_near(
     """Units whose scales are 2^-`FAR` of 2^`top` or more as e4m3 in their rows, exact: times 2^(1 - top), by
     way of f16.
     """
-    q, row = lane % 4, units.reversed_row(lane)
+    q, row = lane % 4, units.row_of(lane)
     less = (Uint32(30) - top) * Uint32(0x04000400)  # exponent of 2^15, which 2^1 and placed bits' 2^14 make
     for n in range_constexpr(t.UNITS // t.EXPANDERS):
         for c in range_constexpr(4):
@@ -201,7 +201,7 @@ def lay_far(
     """Units as e4m3 in their rows, times 2^6 over the largest scale of their row, and what that leaves out to
     the row's factor.
     """
-    q, row = lane % 4, units.reversed_row(lane)
+    q, row = lane % 4, units.row_of(lane)
     for n in range_constexpr(t.UNITS // t.EXPANDERS):
         tops = row_tops(scales[n, 0], scales[n, 1])
         if q == 0:

@@ -315,7 +315,7 @@ def _multiply_unit(
 def meet_sums(t: Constexpr[Few], s: Int32, sums: cute.Tensor, rows: Int32, warp: Int32, lane: Int32):
     """The tile's sums in shared memory, f32 [height][128]. All that multiply."""
     place, part = warp % t.PLACES, warp // t.PLACES
-    s_own = s + t.o_sums + lane % 4 * 2 * t.PITCH + (place * 32 + units.reversed_row(lane)) * 4
+    s_own = s + t.o_sums + lane % 4 * 2 * t.PITCH + (place * 32 + units.row_of(lane)) * 4
     for turn in range_constexpr(t.TOGETHER):
         ptx.sync_threads(t.CONSUMERS)  # all have read the last tile's, or the other part is there
         if part == turn:

@@ -1,9 +1,10 @@
 """Products of many rows on wgmma (sm_90a): loading warps lay down tiles, eight warps multiply them.
 
-Weights come as the GEMVs read them (`units`). Loading threads hold steps in registers, widen what tensor
-cores do not multiply, and write rows of 128 bytes, eight 16-byte pieces swizzled to a row, as wgmma reads
-them; of MXFP4 weights `expanding` does. FP8 tensor cores keep about 13 bits inside one instruction: so sums
-of 128 columns are scaled and added up in f32 registers. What is bf16 they add up themselves.
+Weights come as the GEMVs read them (`units`): FP8 and BF16 ones are rows of 128 bytes, eight 16-byte pieces
+swizzled to a row, as wgmma reads them, and come by copies, as rows of x do: boxes of tensor maps, one copy
+each. What tensor cores do not multiply loading threads hold in registers and widen to such rows; MXFP4
+weights `expanding` does. FP8 tensor cores keep about 13 bits inside one instruction: so sums of 128 columns
+are scaled and added up in f32 registers. What is bf16 they add up themselves.
 """
 
 from collections.abc import Callable
@@ -158,6 +159,7 @@ def load(
     g_x: Int64,
     g_fx: Int64,
     rows: tuple,
+    behind: Int32,
     g_w: tuple,
     g_fw: tuple,
     first: Int32,
@@ -170,11 +172,16 @@ def load(
     warps.
 
     `rows` of x are the first of the tile's and the last that there is, or of experts those that the thread
-    copies and the one whose scale it loads. Of each matrix, one or two, the tile has the 16-row tiles from
-    `first` on, none after `last`; `g_fw` is where FP8 block scales of these rows start.
+    copies and the one whose scale it loads; the tile's columns are `behind` others. Of each matrix, one or
+    two, the tile has the 16-row tiles from `first` on, none after `last`; `g_fw` is where FP8 block scales of
+    these rows start. What is boxed is known by its tensor map.
     """
     lane, warp = thread % 32, thread // 32
-    g_units = unit_places(t, g_w, first, last, lane, warp) if const_expr(t.pieces) else None
+    g_units = None
+    if const_expr(t.weight != "plain" and not t.run):
+        g_units = unit_places(t, g_w, first, last, thread)
+    if const_expr(not t.boxed):
+        g_x = g_x + Int64(behind * (1 if t.scaled else 2))
     held = cute.make_rmem_tensor((t.ahead, max(t.words, 1)), Uint32)
     scales = cute.make_rmem_tensor((t.ahead, 1 + t.halves), Int32)
     for i in range_constexpr(t.ahead):
@@ -187,16 +194,27 @@ def load(
             stage = now % t.stages
             wait_free(t, s, now)
             full, s_x = s + t.o_bars + 8 * stage, s + stage * t.x_stage
-            if const_expr(t.kind == "f16"):
+            s_w = s + t.o_w + stage * t.w_stage
+            if const_expr(t.boxed):
+                if thread == 0:
+                    ptx.mbarrier_expect_alone(full, Int32(t.x_stage + (t.w_stage if t.run else 0)))
+                    ptx.box_load(s_x, g_x, (behind + (begin + step) * t.each, rows[0]), full)
+                    if const_expr(t.run):
+                        load_units(t, s_w, g_w, first, begin + step, full)
+            elif const_expr(t.kind == "f16"):
                 lay_x(t, s_x, held, i, thread)
             else:
                 copy_x(t, s_x, g_x, rows, begin + step, thread)
-            if const_expr(t.weight == "plain"):
-                copy_weights(t, s + t.o_w + stage * t.w_stage, g_w[0], first, last, begin + step, thread)
-            if const_expr(t.kind != "f16"):
+            if const_expr(t.pieces == 0 and not t.run):
+                if const_expr(t.weight == "plain"):
+                    copy_weights(t, s_w, g_w[0], first, last, begin + step, thread)
+                else:
+                    copy_units(t, s_w, g_units, begin + step, thread)
+            if const_expr(t.arrivals > 4):
                 ptx.cp_async_arrive(full)
             lay_factors(t, s + t.o_factors + stage * t.factors, scales, i, thread)
-            lay_weights(t, s, stage, held, scales, i, lane, warp)
+            if const_expr(t.pieces):
+                lay_weights(t, s, stage, held, scales, i, lane, warp)
             cute.arch.sync_warp()
             if lane == 0:
                 ptx.mbarrier_arrive(full)
@@ -242,6 +260,34 @@ def copy_weights(
 
 
 @cute.jit
+def copy_units(t: Constexpr[Tiles], s_w: Int32, g_units: cute.Tensor, step: Int32, thread: Int32):
+    """A step of the tile's units, in flight."""
+    behind = unit_behind(t, step)
+    for n in range_constexpr(t.UNITS):
+        ptx.cp_async16(s_w + n * 2048 + thread * 16, g_units[n] + Int64(behind))
+
+
+@cute.jit
+def load_units(t: Constexpr[Tiles], s_w: Int32, g_w: tuple, first: Int32, step: Int32, full: Int32):
+    """A step of the tile's units by boxes of tensor maps, in flight. One thread."""
+    for n in range_constexpr(t.UNITS // t.run):
+        tile = first + (n // 2 if t.paired else n) * t.run
+        g = g_w[n % 2] if const_expr(t.paired) else g_w[0]
+        s_run = s_w + n * t.run * 2048
+        if const_expr(t.weight == "plain"):
+            ptx.box_load(s_run, g, (step * t.each, tile * 16), full)
+        else:
+            place = (Int32(0), step % t.span, tile % t.tiles, step // t.span, tile // t.tiles)
+            ptx.box_load(s_run, g, place, full)
+
+
+@cute.jit
+def unit_behind(t: Constexpr[Tiles], unit: Int32):
+    """Bytes from the first unit of a tile to its number `unit` along k."""
+    return unit // t.span * (t.tiles * t.span * t.unit) + unit % t.span * t.unit
+
+
+@cute.jit
 def lay_x(t: Constexpr[Tiles], s_x: Int32, held: cute.Tensor, i: Constexpr[int], thread: Int32):
     """A step of e4m3 rows as f16."""
     piece = thread % 4 * 2
@@ -269,52 +315,37 @@ def lay_factors(t: Constexpr[Tiles], s_f: Int32, scales: cute.Tensor, i: Constex
 
 
 @cute.jit
-def lane_place(t: Constexpr[Tiles], lane: Int32):
-    """(g, q) of a lane, so that what neighbors store does not meet in a bank: half-warps of even and odd g
-    where they store 8 bytes each, quarters of g and g + 4 where they store 16. Of FP4 as it reads them.
-    """
-    if const_expr(t.weight == "nvfp4"):
-        return lane // 4, lane % 4
-    if const_expr(t.kind == "e4m3"):
-        return lane % 16 // 4 * 2 + lane // 16, lane % 4
-    return lane // 8 + lane // 4 % 2 * 4, lane % 4
-
-
-@cute.jit
 def unit_of(t: Constexpr[Tiles], n: Constexpr[int], warp: Int32):
-    """Which of the tile's eight units a warp's piece `n` is of. Warps share a unit's columns: all four in FP8
-    as such, two where a step has 64 pieces of a unit, none where it has 32.
-    """
-    if const_expr(t.weight == "fp8" and t.kind == "e4m3"):
-        return Int32(n)
+    """Which of the tile's eight units a thread's piece `n` is of."""
     if const_expr(t.weight == "nvfp4"):
         return 4 * n + warp
-    if const_expr(t.weight == "bf16"):
-        return n // 2 * 2 + warp // 2
-    return 2 * n + warp // 2
+    if const_expr(t.pieces):
+        return n // 2 * 4 + warp
+    return Int32(n)
 
 
 @cute.jit
-def unit_places(
-    t: Constexpr[Tiles], g_w: tuple, first: Int32, last: Int32, lane: Int32, warp: Int32
-) -> cute.Tensor:
-    """Where the lane's pieces of the first unit along k lie; BF16's come in twos."""
-    g, q = lane_place(t, lane)
-    apart = const_expr(2 if t.weight == "bf16" else 1)
-    found = cute.make_rmem_tensor((t.pieces // apart,), Int64)
-    share = warp if const_expr(t.weight == "fp8" and t.kind == "e4m3") else warp % 2
-    inside = (g * 4 + q) * 16 + (share * t.share_bytes if const_expr(t.weight != "nvfp4") else 0)
-    for n in range_constexpr(t.pieces // apart):
-        unit = unit_of(t, n * apart, warp)
+def unit_places(t: Constexpr[Tiles], g_w: tuple, first: Int32, last: Int32, thread: Int32) -> cute.Tensor:
+    """Where the thread's pieces of the first unit along k lie: one of each unit that is copied; of one that
+    is widened, rows of both halves.
+    """
+    number = const_expr(t.pieces or t.UNITS)
+    found = cute.make_rmem_tensor((number,), Int64)
+    for n in range_constexpr(number):
+        unit = unit_of(t, n, thread // 32)
         tile = unit
         base = g_w[0]
         if const_expr(t.paired):
-            tile = unit // 2
-            if unit % 2 == 1:
+            tile = unit // (2 * t.pair) * t.pair + unit % t.pair
+            if unit // t.pair % 2 == 1:
                 base = g_w[1]
         tile = cutlass.min(first + tile, last)
-        at = tile // t.tiles * t.group_bytes + tile % t.tiles * (t.span * t.unit) + inside
-        found[n] = base + Int64(at)
+        inside = thread * 16
+        if const_expr(t.weight == "nvfp4"):
+            inside = thread % 32 * 16
+        elif const_expr(t.pieces):
+            inside = n % 2 * 1024 + thread % 8 * 128
+        found[n] = base + Int64(tile // t.tiles * t.group_bytes + tile % t.tiles * (t.span * t.unit) + inside)
     return found
 
 
@@ -337,9 +368,8 @@ def fetch(
     """
     if const_expr(t.weight == "plain"):
         return
-    lane = thread % 32
     unit, part = step // t.per_unit, step % t.per_unit
-    behind = unit // t.span * (t.tiles * t.span * t.unit) + unit % t.span * t.unit
+    behind = unit_behind(t, unit)
     block = step * t.each // 128
     if const_expr(t.scaled):
         for n in range_constexpr(t.halves):
@@ -350,14 +380,14 @@ def fetch(
         if const_expr(t.paired):
             scales[i, 0] = scales[i, 0] | Int32(ptx.ldg_u8_constant(g_fw[1] + block)) << Int32(8)
     for n in range_constexpr(t.pieces):
-        if const_expr(t.weight == "bf16"):
-            g_piece = g_units[n // 2] + Int64(behind + n % 2 * 512)
-        else:
-            g_piece = g_units[n] + Int64(behind + part * t.part_bytes)
+        inside = part * t.part_bytes
+        if const_expr(t.weight == "fp8"):
+            inside = (4 * part + thread % 32 // 8 ^ thread % 8) * 16
+        g_piece = g_units[n] + Int64(behind + inside)
         w = ptx.ldg128_constant(g_piece)
         for j in range_constexpr(4):
             held[i, n * 4 + j] = w[j]
-    g, q = lane_place(t, lane)
+    g, q = thread % 32 // 4, thread % 4
     for n in range_constexpr(t.pieces):
         if const_expr(t.weight == "nvfp4"):
             inside = (g * 4 + q) * 16
@@ -365,7 +395,7 @@ def fetch(
             held[i, t.pieces * 4 + n] = ptx.ldg32_constant(g_units[n] + Int64(at))
     if const_expr(t.kind == "f16"):
         for n in range_constexpr(t.own_rows):
-            v = ptx.ldg128(g_x + Int64(row_of_x(t, rows, n, thread)) * t.stride + step * 64 + lane % 4 * 16)
+            v = ptx.ldg128(g_x + Int64(row_of_x(t, rows, n, thread)) * t.stride + step * 64 + thread % 4 * 16)
             for j in range_constexpr(4):
                 held[i, t.words - 4 * t.own_rows + 4 * n + j] = v[j]
 
@@ -382,44 +412,31 @@ def lay_weights(
     warp: Int32,
 ):
     """The thread's share of a step's weights, as tensor cores multiply them, into their rows."""
-    g, q = lane_place(t, lane)
-    if const_expr(t.weight == "nvfp4"):
-        g = units.reversed_row(lane)
-    s_row = s + t.o_w + stage * t.w_stage + g * 128
-    if const_expr(t.weight == "fp8" and t.kind == "bf16"):
+    s_w = s + t.o_w + stage * t.w_stage
+    if const_expr(t.weight == "fp8"):
         scale = scales[i, 0]
         if const_expr(t.paired):
-            scale = scale >> warp // 2 * 8 & Int32(255)
+            scale = scale >> warp % 2 * 8 & Int32(255)
         most = Int32(134)  # the largest that one factor of bf16 holds besides the 2^120
         factor = Uint32((cutlass.min(scale, most) + 120) * 0x00800080)
         if scale > most:
             rest = Uint32((scale - 7) * 0x00800080)
-            lay_widened(t, s_row, held, i, (factor, rest), g, q, warp)
+            lay_widened(t, s_w, held, i, (factor, rest), lane, warp)
         else:
-            lay_widened(t, s_row, held, i, (factor,), g, q, warp)
+            lay_widened(t, s_w, held, i, (factor,), lane, warp)
         return
+    q, row = lane % 4, units.row_of(lane)
     for n in range_constexpr(t.pieces):
         w = [held[i, 4 * n + j] for j in range(4)]
-        s_unit = s_row + unit_of(t, n, warp) * 2048
-        if const_expr(t.weight == "fp8" and t.kind == "e4m3"):
-            s_piece = s_unit + ((2 * warp + q // 2) ^ g) * 16 + q % 2 * 8
-            ptx.sts64(s_piece, w[0], w[1])
-            ptx.sts64(s_piece + 1024, w[2], w[3])
-        elif const_expr(t.weight == "bf16"):
-            if const_expr(n % 2 == 0):
-                v = [held[i, 4 * n + 4 + j] for j in range(4)]
-                s_piece = s_unit + ((4 * (warp % 2) + q) ^ g) * 16
-                ptx.sts128(s_piece, w[0], w[2], v[0], v[2])
-                ptx.sts128(s_piece + 1024, w[1], w[3], v[1], v[3])
-        else:
-            scales = ptx.e4m3x4_to_f16x2x2(held[i, 4 * t.pieces + n])
-            for half in range_constexpr(2):
-                f = units.spread_f16x2(units.carried(scales[half]))
-                pairs = [pair for h in range(2) for pair in units.e2m1x8_to_f16x2x4(w[2 * half + h])]
-                s_piece = s_unit + ((4 * half + q) ^ g) * 16
-                for r in range_constexpr(2):
-                    own = [ptx.mul_f16x2(pairs[k], f[r]) for k in (r, r + 2, r + 4, r + 6)]
-                    ptx.sts128(s_piece + 1024 * r, *own)
+        s_row = s_w + unit_of(t, n, warp) * 2048 + row * 128
+        scales = ptx.e4m3x4_to_f16x2x2(held[i, 4 * t.pieces + n])
+        for half in range_constexpr(2):
+            f = units.spread_f16x2(units.carried(scales[half]))
+            pairs = [pair for h in range(2) for pair in units.e2m1x8_to_f16x2x4(w[2 * half + h])]
+            s_piece = s_row + ((4 * half + q) ^ row) * 16
+            for r in range_constexpr(2):
+                own = [ptx.mul_f16x2(pairs[k], f[r]) for k in (r, r + 2, r + 4, r + 6)]
+                ptx.sts128(s_piece + 1024 * r, *own)
 
 
 # Widening ---------------------------------------------------------------------------------------------------
@@ -428,24 +445,24 @@ def lay_weights(
 @cute.jit
 def lay_widened(
     t: Constexpr[Tiles],
-    s_row: Int32,
+    s_w: Int32,
     held: cute.Tensor,
     i: Constexpr[int],
     factors: tuple,
-    g: Int32,
-    q: Int32,
+    lane: Int32,
     warp: Int32,
 ):
     """e4m3 codes times their scale as bf16 into their rows. `factors` are the scale and the 2^120 that bits
     in place lack, in one number or two.
     """
+    row, piece = lane % 8, lane // 8 * 2
     for n in range_constexpr(t.pieces):
-        s_piece = s_row + unit_of(t, n, warp) * 2048 + ((4 * (warp % 2) + q) ^ g) * 16
+        s_row = s_w + unit_of(t, n, warp) * 2048 + n % 2 * 1024 + row * 128
         for half in range_constexpr(2):
             pairs = [p for j in range(2) for p in e4m3x4_to_bf16x2x2(held[i, 4 * n + 2 * half + j])]
             for f in factors:
                 pairs = [ptx.mul_bf16x2(p, f) for p in pairs]
-            ptx.sts128(s_piece + 1024 * half, *pairs)
+            ptx.sts128(s_row + ((piece + half) ^ row) * 16, *pairs)
 
 
 @cute.jit
@@ -495,8 +512,9 @@ def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int
         stage = (at + step) % t.stages
         full = s + t.o_bars + 8 * stage
         ptx.mbarrier_wait(full, (at + step) // t.stages & 1)
-        # Here and not where it was written: there it would wait for all loads in flight.
-        ptx.fence_async()
+        if const_expr(not t.run):
+            # Here and not where it was written: there it would wait for all loads in flight.
+            ptx.fence_async()
         w_at = stage * 2 + group if const_expr(w_parts == 2) else stage
         s_f = s + t.o_factors + stage * t.factors
         for half in range_constexpr(t.halves):
@@ -525,10 +543,14 @@ def multiply(t: Constexpr[Tiles], s: Int32, at: Int32, group: Int32, thread: Int
                 warpgroup.fence()
                 for c in range_constexpr(4):
                     cute.gemm(mma, sums[half], x[None, None, c, x_at], w[None, None, c, w_at], sums[half])
-                warpgroup.commit_group()
                 if const_expr(last):
-                    warpgroup.wait_group(0)
-                    release(t, full, thread)
+                    warpgroup.commit_group()
+                    warpgroup.wait_group(1)
+                    if step > 0:
+                        release(t, s + t.o_bars + 8 * ((at + step - 1) % t.stages), thread)
+    if const_expr(not t.promotes):
+        warpgroup.wait_group(0)
+        release(t, s + t.o_bars + 8 * ((at + t.steps - 1) % t.stages), thread)
     return sums
 
 
@@ -566,7 +588,7 @@ def add_scaled_apart(
 def add_scaled(t: Constexpr[Tiles], sums: cute.Tensor, products: cute.Tensor, f: cute.Tensor):
     """sums += products times the factors of their row and matrix."""
     for j in range_constexpr(t.wide // 8):
-        m = const_expr(j // 2 % 2 if t.row_factors == 2 else 0)
+        m = const_expr(j // (2 * t.pair) % 2 if t.row_factors == 2 else 0)
         for i in range_constexpr(2):
             for half in range_constexpr(2):
                 at = const_expr(4 * j + 2 * half + i)
@@ -600,7 +622,8 @@ def operand(number: Constexpr[type], s: Int32, layout: cute.ComposedLayout) -> c
 @cute.jit
 def add_splits(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, rank: Int32, thread: Int32):
     """This CTA's part of the sums of all of the cluster's, added up in order of rank. Its columns are every
-    warpgroup's from number rank * 8 * `t.summed` on. The stages are free; all consumers.
+    warpgroup's from number rank * 8 * `t.summed` on, or, of either of paired matrices, half as many. The
+    stages are free; all consumers.
     """
     ptx.sync_threads(t.CONSUMERS)
     for j in range_constexpr(t.wide // 8):
@@ -609,9 +632,11 @@ def add_splits(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, rank: Int32, th
     meet()
     own = cute.make_rmem_tensor((4 * t.summed,), Float32)
     own.fill(0.0)
+    each = const_expr(t.summed // 2 if t.paired and t.pair > 1 else t.summed)  # groups in a row
     for other in range_constexpr(t.splits):
         for j in range_constexpr(t.summed):
-            s_part = s + ((rank * t.summed + j) * t.CONSUMERS + thread) * 16
+            number = rank * each + j % each + j // each * (t.wide // 16)
+            s_part = s + (number * t.CONSUMERS + thread) * 16
             words = lds128_remote(s_part, Int32(other))
             for i in range_constexpr(4):
                 own[4 * j + i] = own[4 * j + i] + words[i].bitcast(Float32)
@@ -653,11 +678,10 @@ def scale_sums(t: Constexpr[Tiles], sums: cute.Tensor, f: tuple):
 def activate(t: Constexpr[Tiles], sums: cute.Tensor, limit: Constexpr[float], weights: tuple):
     """SwiGLU of paired columns under weights of the lane's rows g and g + 8: fragments of half as many."""
     made = cute.make_rmem_tensor((2 * t.summed,), Float32)
-    for p in range_constexpr(t.summed // 4):
-        for b in range_constexpr(2):
-            for i in range_constexpr(4):
-                gate, up = sums[16 * p + 4 * b + i], sums[16 * p + 8 + 4 * b + i]
-                made[8 * p + 4 * b + i] = swiglu.swiglu(gate, up, limit, weights[i // 2])
+    each = const_expr(8 if t.pair == 1 else 2 * t.summed)  # sums of one matrix in a row
+    for n in range_constexpr(2 * t.summed):
+        gate = const_expr(n // each * (2 * each) + n % each)
+        made[n] = swiglu.swiglu(sums[gate], sums[gate + each], limit, weights[n % 4 // 2])
     return made
 
 

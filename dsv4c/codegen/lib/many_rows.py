@@ -270,12 +270,13 @@ def load(g: Constexpr[Gemm], m: Operands, s: Int32, place: Place, work: Work) ->
             _list_rows(g, own_rows, found, own)
             rows = (own_rows, _listed(g, found, own))
         first, last, g_w, g_fw = _weights(g, m, found)
-        g_x = m.x.toint()
+        behind = Int32(0)
         if const_expr(g.groups > 1):
-            g_x = g_x + Int64(first * 128 // (g.seats[0].rows // g.groups) * g.group_bytes)
+            behind = first * 128 // (g.seats[0].rows // g.groups) * t.k
+        g_x = m.x.toint()
         g_fx = Int64(0) if const_expr(m.x_scale is None) else m.x_scale.toint()
         first_unit = first * (t.made // 16)
-        gemm.load(t, s, at, g_x, g_fx, rows, g_w, g_fw, first_unit, last, _begin(g, work), team, own)
+        gemm.load(t, s, at, g_x, g_fx, rows, behind, g_w, g_fw, first_unit, last, _begin(g, work), team, own)
         at = at + t.steps
         tile = tile + g.ctas
     _leave(g, work)

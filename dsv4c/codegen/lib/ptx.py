@@ -275,6 +275,12 @@ def mbarrier_expect(s: Int32, nbytes: Int32):
 
 
 @cute.jit
+def mbarrier_expect_alone(s: Int32, nbytes: Int32):
+    """Let the phase wait for `nbytes` of asynchronous copies too, before this thread arrives."""
+    _asm("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [{$r0}], {$r1};", read_only_args=[s, nbytes])
+
+
+@cute.jit
 def mbarrier_arrive(s: Int32):
     """Arrive."""
     _asm("mbarrier.arrive.shared::cta.b64 _, [{$r0}];", read_only_args=[s])
@@ -321,6 +327,21 @@ def bulk_load(s: Int32, g: Int64, nbytes: Int32, bar: Int32):
     _asm(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{$r0}], [{$r1}], {$r2}, [{$r3}];",
         read_only_args=[s, g, nbytes, bar],
+    )
+
+
+@cute.jit
+def box_load(s: Int32, g_map: Int64, place: tuple, bar: Int32):
+    """Copy the box of a tensor map that starts at `place`, element numbers innermost first, to shared memory;
+    `bar` counts all its bytes, also of what is outside the array. One thread; to a multiple of 128, or, where
+    rows are swizzled, of 1024.
+    """
+    rank = const_expr(len(place))
+    axes = const_expr(", ".join(f"{{$r{i + 3}}}" for i in range(rank)))
+    _asm(
+        f"cp.async.bulk.tensor.{rank}d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        f"[{{$r0}}], [{{$r1}}, {{{axes}}}], [{{$r2}}];",
+        read_only_args=[s, g_map, bar, *place],
     )
 
 

@@ -63,7 +63,8 @@ class Product:
         """Bytes between activation rows in shared memory; the pad keeps eight rows off each other's banks."""
         if self.x == "e4m3":
             return self.k + 32 * (self.rows > 1)
-        return 2 * self.units * COLUMNS[self.weight] + 64 * (self.rows > 1)
+        pad = 16 if self.weight == "fp8" else 64  # of lanes that read 32 bytes in a row, or 16
+        return 2 * self.units * COLUMNS[self.weight] + pad * (self.rows > 1)
 
     @property
     def x_bytes(self) -> int:

@@ -145,7 +145,7 @@ def meet_part(r: Constexpr[Ring], warp: Int32):
 @cute.jit
 def store_partials(p: Constexpr[Product], rC: cute.Tensor, s_part: Int32, lane: Int32):
     """Write a warp's fragment as f32 [rows][16]."""
-    row = units.row_of(p, lane)
+    row = units.row_of(lane)
     column = (lane % 4) * 2
     for i in range_constexpr(2):
         if column < p.rows:

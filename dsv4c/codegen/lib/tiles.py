@@ -9,10 +9,10 @@ from typing import ClassVar
 
 from dsv4c.codegen.lib.shapes import BYTES, COLUMNS
 
-PIECES = {  # 16-byte pieces of packed weights that a loading thread holds of a step of 128 rows
-    ("fp8", "e4m3"): 8,
+PIECES = {  # 16-byte pieces of packed weights that a loading thread widens of a step of 128 rows; else copies
+    ("fp8", "e4m3"): 0,
     ("fp8", "bf16"): 4,
-    ("bf16", "bf16"): 8,
+    ("bf16", "bf16"): 0,
     ("mxfp4", "e4m3"): 0,  # warps of their own expand it
     ("nvfp4", "f16"): 2,
     ("plain", "bf16"): 0,  # BF16 rows as they are: copied
@@ -26,15 +26,16 @@ class Tiles:
 
     Tensor cores multiply `kind` (e4m3, bf16, f16), 128 bytes of k a step. x in memory is e4m3 with a ue8m0
     scale per 128 (`scaled`) or bf16, rows `stride` bytes apart. `tiles` x `span`: how w is packed. `paired`:
-    the tile's rows are 16 of one matrix and 16 of another in turn. Eight warps multiply; `loaders` times four
-    lay down steps, `stages` of which shared memory holds, and each four hold `ahead` of their own in
-    registers. Of MXFP4 eight expand weights, and of four more two copy x, two weights. Rows of `experts`
-    take tiles of their own. `splits` CTAs of a cluster share a tile's k, and each adds up all of their sums
-    for its part of the columns.
+    the tile's rows are `pair` times 16 of one matrix and as many of another in turn. Eight warps multiply;
+    `loaders` times four lay down steps, `stages` of which shared memory holds, and each four hold `ahead` of
+    their own in registers, or what scales them. Of MXFP4 eight expand weights, and of four more two copy x,
+    two weights. Rows of `experts` take tiles of their own. `splits` CTAs of a cluster share a tile's k, and
+    each adds up all of their sums for its part of the columns.
 
     What limits tiles is the 128 bytes a cycle that shared memory and L1 share. A step of 128 rows moves 48 KB
-    of operands to tensor cores, which take 384 cycles of their 512, 16 KB of x, and of w, through registers,
-    three times what it has: hence 256 rows where there are that many tiles.
+    of operands to tensor cores, which take 384 cycles of their 512, and 16 KB each of x and of w, or of w
+    that is widened twice that: hence 256 rows where there are that many tiles. With copies of 16 bytes by
+    threads a product of 512 rows took 1.4 times as long as with boxes (H200, 2026-11-30).
     """
 
     weight: str
@@ -64,6 +65,25 @@ class Tiles:
     def expands(self) -> bool:
         """Whether warps of their own expand w, which is copied as it is packed."""
         return self.weight == "mxfp4"
+
+    @property
+    def boxed(self) -> bool:
+        """Whether x, whose rows follow each other, is copied by boxes of a tensor map."""
+        return self.kind != "f16" and not self.expands and not self.experts
+
+    @property
+    def run(self) -> int:
+        """Units of a tile that one copy brings: as many as follow each other, of paired ones half of those of
+        a matrix where two warpgroups share a tile's columns. 0 where threads copy or widen them.
+        """
+        if not self.boxed or self.pieces or (8 % self.tiles and self.tiles % 8):
+            return 0
+        return self.pair if self.paired else self.UNITS
+
+    @property
+    def pair(self) -> int:
+        """Units of one of paired matrices in a row of a tile: half of what a warpgroup has, or, of FP4, 1."""
+        return 1 if self.weight in ("mxfp4", "nvfp4") else self.wide // 32
 
     @property
     def threads(self) -> int:
@@ -127,7 +147,7 @@ class Tiles:
 
     @property
     def pieces(self) -> int:
-        """16-byte pieces of weights that a loading thread holds of a step."""
+        """16-byte pieces of weights that a loading thread widens of a step, 0 where they are copied."""
         return PIECES[self.weight, self.kind]
 
     @property
@@ -141,7 +161,8 @@ class Tiles:
         """That fill a stage: each warp's, and each thread's when its copies have come."""
         if self.expands:
             return self.EXPANDERS + self.COPIERS // 32 + self.COPIERS
-        return 4 if self.kind == "f16" else 4 + 128
+        copied = self.kind != "f16" and not (self.boxed and (self.pieces or self.run))
+        return 4 + 128 * copied
 
     @property
     def row_step(self) -> int:
@@ -173,14 +194,9 @@ class Tiles:
         return (72 << 10) // self.slot if self.expands else 0
 
     @property
-    def share_bytes(self) -> int:
-        """From one warp's columns of a unit to the next one's."""
-        return 1024 if self.weight == "bf16" else 512
-
-    @property
     def part_bytes(self) -> int:
-        """From one step's columns of a unit to the next one's."""
-        return 512 if self.weight == "nvfp4" else 1024
+        """From one step's columns of an NVFP4 unit to the next one's."""
+        return 512
 
     @property
     def unit(self) -> int:
@@ -289,11 +305,6 @@ class Gemm:
     def column_tiles(self) -> int:
         """Tiles of columns of all matrices."""
         return self.seats[-1].first + -(-self.seats[-1].rows // self.tiles.made)
-
-    @property
-    def group_bytes(self) -> int:
-        """Bytes of a row of x of one group."""
-        return self.tiles.k * (1 if self.tiles.scaled else 2)
 
     @property
     def expert_bytes(self) -> int:

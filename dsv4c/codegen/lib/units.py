@@ -93,18 +93,26 @@ def x_words(p: Constexpr[Product], s_x: Int32, unit: Int32, chunk: Constexpr[int
 
 
 @cute.jit
-def reversed_row(lane: Int32):
-    """lane / 4 with its bits reversed: the row, of eight, of an FP4 unit that a lane works on."""
-    g = lane // 4
-    return (g & 1) * 4 + (g & 2) + g // 4
+def x_pieces(p: Constexpr[Product], s_x: Int32, unit: Int32, chunk: Constexpr[int], lane: Int32):
+    """The lane's B registers of one 64-k chunk: k 16q..16q+15 of activation row g, as eight f16x2; of rows
+    that do not exist as `x_words` says.
+    """
+    row = Int32(0)
+    if const_expr(p.rows > 1):
+        row = cutlass.min(lane // 4, Int32(p.rows - 1))
+    column = unit * COLUMNS[p.weight] + chunk * 64 + lane % 4 * 16
+    if const_expr(p.x == "e4m3"):
+        w = ptx.lds128(s_x + row * p.x_stride + column)
+        return [half for i in range(4) for half in ptx.e4m3x4_to_f16x2x2(w[i])]
+    s_own = s_x + row * p.x_stride + column * 2
+    return [*ptx.lds128(s_own), *ptx.lds128(s_own + 16)]
 
 
 @cute.jit
-def row_of(p: Constexpr[Product], lane: Int32):
-    """The row of a unit, of the first eight, that a lane works on."""
-    if const_expr(p.weight in ("mxfp4", "nvfp4")):
-        return reversed_row(lane)
-    return lane // 4
+def row_of(lane: Int32):
+    """lane / 4 with its bits reversed: the row of a unit, of the first eight, that a lane works on."""
+    g = lane // 4
+    return (g & 1) * 4 + (g & 2) + g // 4
 
 
 @cute.jit
@@ -156,23 +164,29 @@ def x_scale(p: Constexpr[Product], s_fx: Int32, row: Int32, unit: Int32):
 @cute.jit
 def dot_fp8(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, unit: Int32, lane: Int32):
     """rD += e4m3 unit x e4m3 or f16 activations, products exact."""
-    for c in range_constexpr(4):
-        a = ptx.lds128(s_unit + 512 * c + lane * 16)
-        b = x_words(p, s_x, unit, c, lane)
-        for h in range_constexpr(2):
-            u = ptx.e4m3x4_to_f16x2x2(a[h])
-            v = ptx.e4m3x4_to_f16x2x2(a[2 + h])
+    row, q = row_of(lane), lane % 4
+    s_row = s_unit + row * 128
+    for c in range_constexpr(2):
+        s_own = s_row + ((4 * c + q) ^ row) * 16
+        low, high = ptx.lds128(s_own), ptx.lds128(s_own + 1024)
+        b = x_pieces(p, s_x, unit, c, lane)
+        for h in range_constexpr(4):
+            u = ptx.e4m3x4_to_f16x2x2(low[h])
+            v = ptx.e4m3x4_to_f16x2x2(high[h])
             ptx.mma_f16(rD, u[0], v[0], u[1], v[1], b[2 * h], b[2 * h + 1])
 
 
 @cute.jit
 def dot_bf16(p: Constexpr[Product], rD: cute.Tensor, s_unit: Int32, s_x: Int32, unit: Int32, lane: Int32):
     """rD += bf16 unit x bf16 activations."""
+    row, q = row_of(lane), lane % 4
+    s_row = s_unit + row * 128
     for c in range_constexpr(2):
         b = x_words(p, s_x, unit, c, lane)
+        s_own = s_row + ((4 * c + q) ^ row) * 16
+        low, high = ptx.lds128(s_own), ptx.lds128(s_own + 1024)
         for h in range_constexpr(2):
-            a = ptx.lds128(s_unit + 1024 * c + 512 * h + lane * 16)
-            ptx.mma_bf16(rD, a[0], a[1], a[2], a[3], b[2 * h], b[2 * h + 1])
+            ptx.mma_bf16(rD, low[2 * h], high[2 * h], low[2 * h + 1], high[2 * h + 1], b[2 * h], b[2 * h + 1])
 
 
 @cute.jit
