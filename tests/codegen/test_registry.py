@@ -222,18 +222,24 @@ def scratch(launch: Launchable) -> dict[str, str]:
     return {b.scratch: b.access for b in launch.bindings if b.scratch}
 
 
-def test_a_hash_layer_is_one_launch_that_reads_the_token_early() -> None:
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_hash_layer_reads_the_token_early_and_logits_of_several_are_made_once(rows: int) -> None:
     def make(p: Values, _: Values) -> object:
-        x = p("x", f"{FP8_ROW}[2,256]")
+        x = p("x", f"{FP8_ROW}[{rows},256]")
         return HashSwiglu(out=BF16, limit=10.0, factor=1.5)(
-            p("row", "bf16[2,256]"), p("gate", "bf16[8,256]"), p("table", "i32[64,2]"), p("tokens", "i32[2]"),
+            p("row", f"bf16[{rows},256]"), p("gate", "bf16[8,256]"),
+            p("table", "i32[64,2]"), p("tokens", f"i32[{rows}]"),
             x, p("w1", EXPERTS), p("w3", EXPERTS), x, p("s1", SHARED), p("s3", SHARED),
         )  # fmt: skip
 
-    (up,) = together(graph_of(make))
-    assert not scratch(up)
-    names = dict(zip((p.operand for p in up.emission.parameters), up.bindings, strict=True))
-    assert names["tokens"].access == "early"
+    *gate, up = together(graph_of(make))
+    assert [(scratch(g), g.emission.grid) for g in gate] == (
+        [({"logits": "w"}, (2, 1, 1))] if rows > 1 else []
+    )
+    assert scratch(up) == ({"logits": "r"} if rows > 1 else {})
+    for launch in (*gate, up):
+        names = dict(zip((p.operand for p in launch.emission.parameters), launch.bindings, strict=True))
+        assert names["tokens"].access == "early"
     assert names["experts"].access == "w"
     assert "weights" not in names  # nobody's value
 
@@ -248,9 +254,11 @@ def test_a_token_that_a_launch_writes_is_read_behind_the_wait() -> None:
         )  # fmt: skip
 
     graph = graph_of(make)
-    (up,) = together(graph, graph.nodes[-1])
-    names = dict(zip((p.operand for p in up.emission.parameters), up.bindings, strict=True))
-    assert names["tokens"].access == "r"
+    gate, up = together(graph, graph.nodes[-1])
+    for launch in (gate, up):
+        names = dict(zip((p.operand for p in launch.emission.parameters), launch.bindings, strict=True))
+        assert names["tokens"].access == "r"
+    assert gate.emission.source.index("ptx.wait()") < gate.emission.source.index("router.look_up(")
     multiplying, streaming = routed(up.emission.source)
     assert multiplying.index("ptx.wait()") < multiplying.index("experts_up.look_up_all(")
     assert streaming.index("ptx.wait()") < streaming.index("experts_up.read_weights(")
@@ -290,7 +298,7 @@ def test_a_router_and_its_experts_are_one_request(hashed: bool) -> None:
 
     graph = graph_of(make)
     *gate, up = together(graph)
-    assert [launch.stage for launch in gate] == ([] if hashed else ["gate"])
+    assert [launch.stage for launch in gate] == ["gate"]
     written = {p.operand for p, b in zip(up.emission.parameters, up.bindings, strict=True) if b.access == "w"}
     assert written == {"experts", "weights", "h", "shared_h"}
     with pytest.raises(BuildError, match="takes a router and the swiglu of its experts together, not"):
@@ -318,7 +326,7 @@ def test_experts_of_rows_that_may_not_be_there_read_where_rows_are(tokens: str |
 
     graph = graph_of(make)
     launches = together(graph, *graph.nodes[-4:])
-    assert [launch.stage for launch in launches] == [*([] if tokens else ["gate"]), "up", "down"]
+    assert [launch.stage for launch in launches] == ["gate", "up", "down"]
     for launch in launches[-2:]:
         names = [p.operand for p in launch.emission.parameters]
         assert launch.bindings[names.index("positions")].access == "r"

@@ -55,13 +55,19 @@ def _down(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED, by: str = "") -> Do
     def planned(side: int, kind: str, early: int, stages: int) -> Down:
         routed = Product(spec.routed, kind, 1, spec.intermediate)
         cuts, resident = (tile_warps, k_warps), 2 // side
+        first = Ring(shared, *cuts, span_of(shared, k_warps), early, 1, side, resident=resident)
+        then = Ring(
+            *(routed, *cuts, span_of(routed, k_warps), stages, spec.top_k, side, spec.turns),
+            resident=resident,
+            flight=cut.ahead,
+        )
+        if spec.turns > 1:
+            pitch, after = max(first.slot_bytes, then.slot_bytes), then.all_steps
+            first = replace(first, stages=stages, after=after, pitch=pitch)
+            then = replace(then, before=first.steps, pitch=pitch)
         return Down(
-            Ring(shared, *cuts, span_of(shared, k_warps), early, 1, side, resident=resident),
-            Ring(
-                *(routed, *cuts, span_of(routed, k_warps), stages, spec.top_k, side, spec.turns),
-                resident=resident,
-                flight=cut.ahead,
-            ),
+            first,
+            then,
             Product(spec.routed, kind, spec.top_k, spec.intermediate),
             *(spec.hidden, spec.experts, spec.top_k, by, spec.out, spec.packed, spec.skips),
         )
@@ -81,7 +87,8 @@ def _down(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED, by: str = "") -> Do
     )
 
     def worth(down: Down) -> tuple[int, int]:
-        resident = [n for n in (down.routed.resident, 1) if down.at.end <= arch.shared_of(n)]
+        beside = BOUNDARY if spec.turns > 1 and down.routed.resident == 1 else 0
+        resident = [n for n in (down.routed.resident, 1) if down.at.end + beside <= arch.shared_of(n)]
         return len(resident), min(down.routed.stages, 3)
 
     best = max(itertools.starmap(planned, every), key=worth)
@@ -89,6 +96,12 @@ def _down(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED, by: str = "") -> Do
         raise BuildError(f"{spec.name}: the activations leave no shared memory for two stages of weights")
     return best
 
+
+BOUNDARY = 7 * 1024
+"""Shared memory of a CTA of the boundary that follows, with what the system takes. Where there is room it
+begins early, and has fetched its weights when it is needed. Half of an SM's registers are its, too: tokens
+that take turns have 48 a thread beside it, five warps on a quarter of the SM.
+"""
 
 CHOICES = {
     "": (),
@@ -126,6 +139,8 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         "y",
     ]
     ctas, turns = down.groups // down.routed.matrices, down.routed.turns
+    # As if whole fours of warps were there, two CTAs on an SM: ptxas gives each thread 48 registers then.
+    threads = -(-down.threads // 128) * 128 if turns > 1 else down.threads
     wait = ["    ptx.wait()", "    ptx.launch_dependents()"]
     first = ["    g_routed = experts_down.read_first(SPEC, m, at)"]
     what = f"{turns} tokens, which take turns" if turns > 1 else "each token on CTAs of its own"
@@ -133,7 +148,7 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
         spec.name,
         f"{spec.name}: the experts' second half at decode, {what}.\n\n{_what(spec, by)}",
         {there.get(f"m_{name}", Parameter(name)): "" if f"m_{name}" in there else None for name in fields},
-        f"Launch: grid {ctas}{' x N' if turns == 1 else ''}, block {down.threads}, {down.at.end} bytes of "
+        f"Launch: grid {ctas}{' x N' if turns == 1 else ''}, block {threads}, {down.at.end} bytes of "
         f"shared memory, programmatic edges allowed.\n{weights_text(spec.weight_bytes, arch, 'token')}",
         [
             f"s = ptx.shared({down.at.end})",
@@ -143,15 +158,15 @@ def _emitted(spec: ExpertsSpec, arch: Arch, by: str, cut: Cut) -> Emission:
             "    at = experts_down.enter(SPEC, m, s, group, token)",
             *wait,
             "    experts_down.sum_columns(SPEC, m, at)",
-            "else:",
+            f"elif warp == {down.routed.warps}:" if turns > 1 else "else:",
             "    at = experts_down.open_weights(SPEC, m, s, group, token)",
             *([*first, *wait] if by else [*wait, *first]),
             "    experts_down.read_rest(SPEC, m, at, g_routed)",
         ],
-        threads=down.threads,
+        threads=threads,
         grid=(ctas, "rows" if turns == 1 else 1, 1),
         sizes={"rows": spec.batch} if turns == 1 else None,
-        resident=down.routed.resident if turns > 1 else None,
+        resident=2 if turns > 1 else None,
         spec=down,
         record="experts_down.Operands",
     )

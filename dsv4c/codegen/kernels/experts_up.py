@@ -34,8 +34,9 @@ from dsv4c.codegen.kernels.gemv import (
     span_of,
     weights_text,
 )
-from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
+from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate, emit_router_rows
 from dsv4c.codegen.lib.shapes import Product, Ring, Up, UpPart, padded
+from dsv4c.codegen.lib.slices import RowGate
 from dsv4c.codegen.registry import Answer, Call, No, Request, Scratch, kernel, launchable, takes
 from dsv4c.codegen.tuning import tuned
 from dsv4c.cuts import PLANNED, Cut
@@ -304,7 +305,9 @@ def _routed(
     if not packed and not (holds(row, BF16) and holds(gate, BF16)):
         return No(f"takes bf16 rows and gate or {NVFP4_ROW} and {NVFP4}, not {row} and {gate}")
     rows, (experts, hidden) = row.shape[0], gate.shape
-    source = "scores" if isinstance(router, Router) else "table" if packed else "rows"
+    # Products with the gate are made by each CTA, for a token alone; of several one makes them for all.
+    apart = packed or spec.turns > 1
+    source = "scores" if isinstance(router, Router) else "table" if apart else "rows"
     gemm = holds(row, BF16) and holds(gate, BF16) and hidden % 128 == 0 and experts % 8 == 0
     if gemm and takes_many(spec, request.arch):
         up = _up(spec, Routing(source, router.factor), request.arch)
@@ -317,6 +320,10 @@ def _routed(
     if packed:
         matrix = Matrix("gate", experts, "nvfp4", Activations("x", "f16", "unpack"), "logits", "f32")
         gate_kernel = emit_gemv(GemvSpec("router_gate", rows, hidden, (matrix,)), request.arch)
+    elif source == "table":
+        up = _up(spec, Routing(source, router.factor), request.arch)
+        row_gate = RowGate(hidden, experts, spec.top_k, up.consumers, up.held)
+        gate_kernel = emit_router_rows(row_gate, rows, request.arch, given=given)
     else:
         gate_kernel = emit_router_gate(RouterGateSpec(rows, hidden, experts), request.arch)
     made, read = ({"logits": Scratch("logits", rows * experts * 4, access)} for access in "wr")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
-from dsv4c.codegen.lib.slices import Gate
+from dsv4c.codegen.lib.slices import Gate, RowGate
 from dsv4c.errors import BuildError
 
 MOST_SUMS = 32  # of a CTA, tokens times experts: a warp's lanes add up as many
@@ -70,4 +70,35 @@ def emit_router_gate(spec: RouterGateSpec, arch: Arch) -> Emission:
         grid=(ctas, gate.blocks, 1),
         spec=gate,
         record="router.GateOperands",
+    )
+
+
+def emit_router_rows(gate: RowGate, rows: int, arch: Arch, *, given: bool) -> Emission:
+    """Logits of the experts that a table names, a token a CTA. `given`: tokens are the call's input."""
+    nbytes = (gate.k + 1) * gate.hidden * 2
+    first = ["at = router.look_up(SPEC, m)"]
+    wait = ["ptx.wait()"]
+    return compose(
+        "router_rows",
+        f"Router products of N tokens with their {gate.k} experts' rows of the gate, f32 accumulation.",
+        {
+            Parameter("row"): f"bf16[N,{gate.hidden}]",
+            Parameter("gate"): f"bf16[{gate.experts},{gate.hidden}]",
+            Parameter("table"): f"i32[*,{gate.k}]",
+            Parameter("tokens", early=given): "i32[N]",
+            Parameter("logits"): f"f32[N,{gate.experts}], of which those are written",
+        },
+        f"Launch: N CTAs x {gate.threads} threads; {gate.shared} B shared each.\n"
+        f"{floor_text(nbytes, arch, 'token')}",
+        (
+            "ptx.launch_dependents()",
+            f"s = ptx.shared({gate.shared})",
+            *([*first, *wait] if given else [*wait, *first]),
+            "router.multiply_rows(SPEC, m, s, at)",
+        ),
+        threads=gate.threads,
+        grid=("rows", 1, 1),
+        sizes={"rows": rows},
+        spec=gate,
+        record="router.RowsOperands",
     )

@@ -213,6 +213,36 @@ def load_own(
 
 
 @cute.jit
+def copy_own(
+    r: Constexpr[Ring],
+    p: Constexpr[Product],
+    s_own: Int32,
+    g_x: Int64,
+    row_bytes: Constexpr[int],
+    warp: Int32,
+    lane: Int32,
+):
+    """As `load_own`, to shared memory at `s_own`, each thread's where only it looks."""
+    for n in range_constexpr(r.own_rounds(p.rows)):
+        row, unit = own_block(r, p, n, warp, lane)
+        s = s_own + ((n * r.warps + warp) * 32 + lane) * 16
+        ptx.cp_async16(s, g_x + Int64(row * row_bytes + unit * 256 + lane % 16 * 16))
+    ptx.cp_async_commit()
+
+
+@cute.jit
+def copied_own(r: Constexpr[Ring], p: Constexpr[Product], s_own: Int32, warp: Int32, lane: Int32):
+    """What `copy_own` has copied."""
+    ptx.cp_async_wait(0)
+    w = cute.make_rmem_tensor((4 * r.own_rounds(p.rows),), Uint32)
+    for n in range_constexpr(r.own_rounds(p.rows)):
+        v = ptx.lds128(s_own + ((n * r.warps + warp) * 32 + lane) * 16)
+        for j in range_constexpr(4):
+            w[4 * n + j] = v[j]
+    return w
+
+
+@cute.jit
 def store_own(
     r: Constexpr[Ring],
     p: Constexpr[Product],

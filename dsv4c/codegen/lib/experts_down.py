@@ -59,6 +59,7 @@ class Arrays(NamedTuple):
     bars: Int32
     shared_bars: Int32
     bar: Int32
+    own: Int32
 
 
 class Place(NamedTuple):
@@ -83,7 +84,9 @@ class Weights(NamedTuple):
 
 
 def _arrays(d: Down, s: Int32) -> Arrays:
-    return Arrays(*(s + getattr(d.at, name) for name in Arrays._fields))
+    """Where they are; of streams that take the same slots the shared expert's is where the others' is."""
+    own = {"shared_ring": "ring", "shared_bars": "bars"} if d.joined else {}
+    return Arrays(*(s + getattr(d.at, own.get(name, name)) for name in Arrays._fields))
 
 
 # The warp that reads the weights ----------------------------------------------------------------------------
@@ -94,11 +97,12 @@ def open_weights(d: Constexpr[Down], m: Operands, s: Int32, group: Int32, token:
     """Before the wait: the shared expert's weights into flight."""
     lane = cute.arch.lane_idx()
     a, r = _arrays(d, s), d.shared
-    stream.open_ring(r, a.shared_bars, lane)
+    if const_expr(not d.joined):
+        stream.open_ring(r, a.shared_bars, lane)
     stream.open_ring(d.routed, a.bars, lane)
     ptx.arrive(ptx.OPEN, d.threads)
     g_shared = m.shared_w2.toint() + Int64(group) * (r.matrices * r.group_bytes)
-    none, apart, depth = Int32(0), Int64(r.group_bytes), Int32(r.depth)
+    none, apart, depth = Int32(0), Int64(r.group_bytes), Int32(min(r.depth, r.steps))
     stream.produce(r, a.shared_ring, a.shared_bars, g_shared, apart, none, depth, lane)
     return Weights(a, group, token, lane, g_shared)
 
@@ -273,8 +277,9 @@ def token_sum(d: Constexpr[Down], m: Operands, at: Place, nth: Int32, order: Int
     g_ids = _ids(d, m, token)
     # The next token's rows are on their way meanwhile. (The last one's again at the end.)
     g_x = m.h.toint() + Int64(following) * (d.top_k * d.row_bytes)
-    rows = activations.load_own(r, d.rows, g_x, d.row_bytes, warp, lane)
+    activations.copy_own(r, d.rows, at.s.own, g_x, d.row_bytes, warp, lane)
     _multiply(d, at, nth * (d.top_k * r.steps), d.window)
+    rows = activations.copied_own(r, d.rows, at.s.own, warp, lane)
     stream.meet_part(r, warp)
     if nth < last:
         activations.store_own(r, d.rows, rows, at.s.x, at.s.fx, warp, lane)

@@ -290,14 +290,19 @@ def score(u: Constexpr[Up], m: Operands, at: Place) -> Turns:
 
 @cute.jit
 def look_up_all(u: Constexpr[Up], m: Operands, at: Place) -> Turns:
-    """All tokens' experts, as the table says, a token a warp."""
-    r = u.routed.ring
+    """All tokens' experts, as the table says, and their weights, a token a warp; the first row meanwhile."""
+    r, p = u.routed.ring, u.routed.ring.product
     turns = _turns(u, m)
+    codes = _load(u, p, m, at)
     for n in range_constexpr((r.turns - 1 + r.warps) // r.warps):
         token = at.warp + n * r.warps
         if token < r.turns:
             expert = _table_experts(u, m, token, at.lane)
-            router.keep_experts(at.s.choice + token * (8 * u.top_k), expert, u.top_k, at.lane)
+            s_choice = at.s.choice + token * (8 * u.top_k)
+            router.keep_experts(s_choice, expert, u.top_k, at.lane)
+            chosen = _scores(u, m, at._replace(token=token), expert)
+            _keep_weights(u, m, s_choice, at.local, token, expert, chosen, at.lane)
+    _expand(u, p, m, at, codes)
     ptx.sync_threads(u.consumers)
     return turns
 
@@ -333,20 +338,9 @@ def _token_jobs(u: Constexpr[Up], m: Operands, at: Place, nth: Int32, token: Int
     part, r = u.routed, u.routed.ring
     at = _place(part, at.s.ring, at.local, token)
     at = at._replace(s=at.s._replace(choice=at.s.choice + token * (8 * u.top_k)))
-    if const_expr(u.source != "scores"):
-        expert = ptx.lds32(at.s.choice + cutlass.min(at.lane, Int32(u.top_k - 1)) * 4).to(Int32)
-        known = Known(expert, _early_rows(u, m, at, expert))
+    if token > 0:  # the first one is there
         _stage(u, r.product, m, at)
-        if const_expr(u.source == "rows"):
-            _row_sums(u, m, at, known)
-        ptx.sync_threads(u.consumers)
-        if at.warp == 0:
-            chosen = _scores(u, m, at, expert)
-            _keep_weights(u, m, at.s.choice, at.local, token, expert, chosen, at.lane)
-    else:
-        if token > 0:  # the first one is there
-            _stage(u, r.product, m, at)
-        ptx.sync_threads(u.consumers)
+    ptx.sync_threads(u.consumers)
     begin = (nth * part.jobs + (part.ctas - 1) - at.local) // part.ctas
     rounds = (nth * part.jobs + (part.jobs + part.ctas - 1) - at.local) // part.ctas - begin
     _products(u, part, m, at, rounds, nth, begin)

@@ -11,7 +11,7 @@ import cutlass.cute as cute
 from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
 
 from dsv4c.codegen.lib import hyper, ptx
-from dsv4c.codegen.lib.slices import Gate
+from dsv4c.codegen.lib.slices import Gate, RowGate
 
 LOWEST = -(2**31)
 
@@ -421,8 +421,66 @@ def sum_scores(s: Int32, k: Constexpr[int], warps: Constexpr[int], lane: Int32):
     """The score of all warps' sums together in lane i < k, 0 in lanes beyond."""
     chosen = Float32(0.0)
     if lane < k:
-        logit = Float32(0.0)
-        for i in range_constexpr(warps):
-            logit = logit + ptx.lds_f32(s + (i * k + lane) * 4)
-        chosen = score(logit)
+        chosen = score(_sum(s, k, warps, lane))
     return chosen
+
+
+@cute.jit
+def _sum(s: Int32, k: Constexpr[int], warps: Constexpr[int], lane: Int32):
+    """All warps' sums of lane's expert, one after the other."""
+    logit = Float32(0.0)
+    for i in range_constexpr(warps):
+        logit = logit + ptx.lds_f32(s + (i * k + lane) * 4)
+    return logit
+
+
+# The same products by themselves ----------------------------------------------------------------------------
+
+
+class RowsOperands(NamedTuple):
+    """row bf16[N, hidden], gate bf16[experts, hidden]; table i32[*, k] and tokens i32[N] -> of logits
+    f32[N, experts] those of the token's experts.
+    """
+
+    row: cute.Pointer
+    gate: cute.Pointer
+    table: cute.Pointer
+    tokens: cute.Pointer
+    logits: cute.Pointer
+
+
+class RowsPlace(NamedTuple):
+    """A thread of a token's CTA; its experts, one a lane, and the first pieces of their rows of the gate."""
+
+    token: Int32
+    thread: Int32
+    warp: Int32
+    lane: Int32
+    expert: Int32
+    rows: cute.Tensor
+
+
+@cute.jit
+def look_up(t: Constexpr[RowGate], m: RowsOperands) -> RowsPlace:
+    """The token's experts: before the wait where the token is known."""
+    thread, _, _ = cute.arch.thread_idx()
+    token, _, _ = cute.arch.block_idx()
+    lane = cute.arch.lane_idx()
+    id = ptx.ldg32(m.tokens.toint() + token * 4).to(Int64)
+    expert = table_experts(m.table.toint() + id * (4 * t.k), t.k, lane)
+    rows = early_rows(m.gate.toint(), expert, t.hidden, t.k, t.held, thread, t.threads)
+    warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())
+    return RowsPlace(token, thread, warp, lane, expert, rows)
+
+
+@cute.jit
+def multiply_rows(t: Constexpr[RowGate], m: RowsOperands, s: Int32, at: RowsPlace) -> None:
+    """Their logits, summed as the experts' first half sums those of a lone token."""
+    g_row = m.row.toint() + Int64(at.token) * (2 * t.hidden)
+    sizes = t.hidden, t.k, t.held
+    sums = row_sums(g_row, m.gate.toint(), at.rows, at.expert, *sizes, at.thread, t.threads, at.lane)
+    share_sums(s, sums, t.k, at.warp, at.lane)
+    cute.arch.sync_threads()
+    if at.warp == 0 and at.lane < t.k:
+        g_logits = m.logits.toint() + (at.token * t.experts + at.expert) * 4
+        ptx.stg_f32(g_logits, _sum(s, t.k, t.threads // 32, at.lane))

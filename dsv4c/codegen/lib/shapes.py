@@ -100,7 +100,8 @@ class Ring:
     """How the CTA's warps walk one packed weight format. The ring holds `stages` steps of all warps; one more
     warp keeps it full. `turns` is how often a CTA goes over up to `rounds` rounds, with activations of their
     own: the stream goes on meanwhile. An SM has room for `resident` such CTAs. `flight`: steps in flight at a
-    time, 0 for as many as `IN_FLIGHT` says.
+    time, 0 for as many as `IN_FLIGHT` says. Where two streams share the slots, one behind the other, `before`
+    and `after` are steps of the other one, and `pitch` bytes a slot.
     """
 
     product: Product
@@ -113,6 +114,9 @@ class Ring:
     turns: int = 1
     resident: int = 2
     flight: int = 0
+    before: int = 0
+    after: int = 0
+    pitch: int = 0
 
     @property
     def warps(self) -> int:
@@ -151,7 +155,12 @@ class Ring:
     @property
     def depth(self) -> int:
         """Stages that the stream can use."""
-        return min(self.stages, self.steps * self.rounds * self.turns)
+        return min(self.stages, self.all_steps)
+
+    @property
+    def all_steps(self) -> int:
+        """Steps that go through the slots."""
+        return self.before + self.steps * self.rounds * self.turns + self.after
 
     @property
     def slot_bytes(self) -> int:
@@ -173,7 +182,12 @@ class Ring:
     @property
     def ring_bytes(self) -> int:
         """Shared bytes of the CTA's ring."""
-        return self.depth * self.slot_bytes
+        return self.depth * self.slot_pitch
+
+    @property
+    def slot_pitch(self) -> int:
+        """Bytes from a slot to the next."""
+        return self.pitch or self.slot_bytes
 
     @property
     def bars_bytes(self) -> int:
@@ -422,7 +436,13 @@ class Down:
     @property
     def early(self) -> int:
         """Steps of the first token that are read as soon as its experts are known."""
-        return min(self.routed.depth, self.top_k * self.routed.steps)
+        free = max(self.routed.depth - self.routed.before, 0)
+        return min(free, self.top_k * self.routed.steps)
+
+    @property
+    def joined(self) -> bool:
+        """Whether both streams take the same slots, one behind the other."""
+        return self.routed.before > 0
 
     @property
     def padded(self) -> int:
@@ -452,7 +472,7 @@ class Down:
         """Shared arrays of a CTA."""
         return Layout(
             ring=self.routed.ring_bytes,
-            shared_ring=self.shared.ring_bytes,
+            shared_ring=0 if self.joined else self.shared.ring_bytes,
             x=self.rows.x_bytes,
             fx=self.rows.fx_bytes,
             shared_x=self.shared.product.x_bytes,
@@ -462,6 +482,7 @@ class Down:
             part=self.window * (self.routed.part_bytes // self.routed.rounds),
             shared_part=self.shared.part_bytes,
             bars=self.routed.bars_bytes,
-            shared_bars=self.shared.bars_bytes,
+            shared_bars=0 if self.joined else self.shared.bars_bytes,
             bar=0 if self.rows.fx_bytes else 16,
+            own=self.routed.own_rounds(self.rows.rows) * self.consumers * 16 if self.routed.turns > 1 else 0,
         )

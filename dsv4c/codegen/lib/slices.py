@@ -197,6 +197,25 @@ class Batch(Slice):
 
 
 @dataclass(frozen=True)
+class RowGate:
+    """Products of a token's row with the gate's rows of the `k` experts that a table names, on a CTA of as
+    many threads as multiply in one of the experts' kernel, where a lone token's are summed: to the same
+    bits. `held` pieces of each thread's are read before the wait.
+    """
+
+    hidden: int
+    experts: int
+    k: int
+    threads: int
+    held: int
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: a sum of every warp and expert."""
+        return self.threads // 32 * self.k * 4
+
+
+@dataclass(frozen=True)
 class Gate:
     """How the router's [experts, hidden] meets `count` rows, `tokens` at a time: `rows` experts per CTA."""
 

@@ -49,19 +49,22 @@ def produce(
     Lane i of `g_lane` holds where the tiles of round i, modulo 32, start; a second matrix lies `apart` bytes
     behind. Whole warp.
     """
-    slot = first % r.depth
-    turn = first // r.depth & 1  # how often the slot was filled, modulo 2
+    number = first
+    if const_expr(r.before > 0):
+        number = first + r.before
+    slot = number % r.depth
+    turn = number // r.depth & 1  # how often the slot was filled, modulo 2
     for at in cutlass.range(first, last, unroll=1):
         g = shuffle64(g_lane, at // r.steps) + Int64(at % r.steps * r.stride)
         if lane == 0:
-            if at >= r.depth:
+            if at >= r.depth - r.before:
                 ptx.mbarrier_wait(s_bars + (r.depth + slot) * 8, turn ^ 1)
-            if at >= r.ahead:
-                before = at - r.ahead
+            if at >= r.ahead - r.before:
+                before = at - (r.ahead - r.before)
                 ptx.mbarrier_wait(s_bars + before % r.depth * 8, before // r.depth & 1)
             ptx.mbarrier_expect(s_bars + slot * 8, Int32(r.slot_bytes))
             for i in range_constexpr(r.matrices):
-                s_matrix = s_ring + slot * r.slot_bytes + i * r.stride
+                s_matrix = s_ring + slot * r.slot_pitch + i * r.stride
                 ptx.bulk_load(s_matrix, g + apart * i, Int32(r.stride), s_bars + slot * 8)
         slot = slot + 1
         if slot == r.depth:
@@ -96,14 +99,17 @@ def consume(
     p = r.product
     tile = warp % r.tile_warps
     part = (warp // r.tile_warps) % r.k_warps
-    slot = Int32(first) % r.depth
-    phase = Int32(first) // r.depth & 1
+    number = Int32(first)
+    if const_expr(r.before > 0):
+        number = number + r.before
+    slot = number % r.depth
+    phase = number // r.depth & 1
     for i in cutlass.range(rounds, unroll=1):
         rC = cute.make_rmem_tensor((4,), Float32)
         rC.fill(0.0)
         for step in cutlass.range(r.steps, unroll=1):
             ptx.mbarrier_wait(s_bars + slot * 8, phase)
-            s_step = s_ring + slot * r.slot_bytes + warp * r.step_bytes
+            s_step = s_ring + slot * r.slot_pitch + warp * r.step_bytes
             for j in range_constexpr(r.span):
                 unit = (step * r.k_warps + part) * r.span + j
                 scale = Float32(1.0)
@@ -111,14 +117,14 @@ def consume(
                     scale = ptx.lds_f32(s_scale + ((i * r.tile_warps + tile) * p.units + unit) * 4)
                 s_unit = s_step + j * BYTES[p.weight]
                 units.accumulate(p, rC, s_unit, s_x + i * x_round, s_fx + i * fx_round, unit, scale, lane)
-            if const_expr(r.depth < r.steps * r.rounds * r.turns):
+            if const_expr(r.depth < r.all_steps):
                 # What the next turn multiplies is on its way to registers, and a fence would wait for it.
-                if const_expr(r.turns == 1):
+                if const_expr(r.turns == 1 and r.after == 0):
                     ptx.fence_async()
                 cute.arch.sync_warp()
                 if lane == 0:
                     s_free = s_bars + (r.depth + slot) * 8
-                    if const_expr(r.turns == 1):
+                    if const_expr(r.turns == 1 and r.after == 0):
                         ptx.mbarrier_arrive(s_free)
                     else:
                         ptx.mbarrier_arrive_after(s_free, rC[0])
