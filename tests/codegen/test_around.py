@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
 from dsv4c import Fused, fused
 from dsv4c.arch import ARCHS
-from dsv4c.codegen.build import Source, compile_source
+from dsv4c.codegen.build import Source, build, compile_source
 from dsv4c.codegen.kernels import KERNELS
 from dsv4c.codegen.registry import Launchable, choose, request_of
 from dsv4c.errors import BuildError
@@ -53,6 +55,17 @@ class GatedPair(Fused):
     def body(self, x: Value, w1: Value, w3: Value) -> tuple[Value, Value, Value]:
         up = linear(x, w3, out=BF16)
         return silu(linear(x, w1, out=BF16)), up, add(up, scale(up, factor=3.0))
+
+
+@fused
+class OwnResidual(Fused):
+    """silu(x · w) + x."""
+
+    literals = ("linear.out",)
+
+    def body(self, x: Value, w: Value) -> Value:
+        out: Value = add(silu(linear(x, w, out=BF16)), x)
+        return out
 
 
 @fused
@@ -197,9 +210,25 @@ def test_an_operand_that_lies_in_another_form_is_read_behind() -> None:
     assert (product.forms[1], behind.forms) == ("f32", {})
 
 
-def test_of_many_rows_everything_behind_a_product_is_a_launch() -> None:
-    stages = [[launch.stage for launch in launches(case, 12)] for case in (GATED, AFFINE)]
-    assert stages == [["product0", "behind"], ["quantize", "product1", "behind"]]
+def test_of_many_rows_what_follows_a_product_is_in_its_launch_too(tmp_path: Path) -> None:
+    made = [launches(case, 12) for case in (GATED, AFFINE, PAIR)]
+    stages = [[launch.stage for launch in each] for each in made]
+    assert stages == [["product0"], ["quantize", "product1"], ["product0", "product1"]]
+    (gated,), (_, affine), pair = made
+    assert [b.value for b in gated.bindings] == [0, 1, 2, 3]
+    assert [b.value for b in affine.bindings] == [None, None, 2, 2, 3, 4]
+    texts = [launch.emission.source for launch in (gated, affine, *pair)]
+    assert "    add_i = math.add(silu, at(residual, i))\n" in texts[0]
+    assert all(re.search(r"many_rows\.multiply\(.*, \w+_epilogue\)", text) for text in texts)
+    sources = [Source(launch.emission.symbol, launch.emission.source) for launch in (gated, affine)]
+    assert all(kernel.resources.stack == 0 for kernel in build(sources, "sm_90a", tmp_path))
+
+
+def test_a_row_may_be_added_to_what_is_made_of_it() -> None:
+    """A GEMM has a name for its rows, the op another one."""
+    (launch,) = launches((OwnResidual(), ("bf16[N,512]", "bf16[512,512]"), "w"), 12)
+    assert [b.value for b in launch.bindings] == [0, 1, 0, 2]
+    assert [p.operand for p in launch.emission.parameters] == ["x", "w", "x_2", "add"]
 
 
 @pytest.mark.parametrize(

@@ -121,9 +121,9 @@ def test_a_fusion_with_products_gets_kernels_without_one_being_written() -> None
         "normed_head": ["before", "product", "behind"],  # the chunk's norm reads the gain as it is stored
     }
     assert stages("prefill-12.last") == {
-        "routed_scores": ["product0", "behind"],
+        "routed_scores": ["product0"],
         "shared_hidden": ["before", "product0", "behind"],
-        "shared_sum": ["product0", "behind"],
+        "shared_sum": ["product0"],
         "normed_head": [],
     }
 

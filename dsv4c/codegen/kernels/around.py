@@ -2,8 +2,7 @@
 
 A body is cut in three: what rows come from, the products, what becomes of their results. What a GEMV does to
 rows on their way in, quantization and RMSNorm, it does here, too; and what follows a product element by
-element it does before it stores, of up to eight rows. All else is a launch before or behind, by way of
-scratch.
+element it does before it stores, as a GEMM does. All else is a launch before or behind, by way of scratch.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ class _Launches:
         inner = [v for node in nodes for v in node.outputs if v not in self.numbers]
         self.inner = {len(request.types) + i: v for i, v in enumerate(inner)}
         self.numbers |= {v: number for number, v in self.inner.items()}
-        self.names = names_of(self.numbers, taken=("lengths",))
+        self.names = names_of(self.numbers, taken=("lengths", *(("x",) if self._many(body) else ())))
         self.request = replace(
             request,
             types=(*request.types, *(v.type for v in inner)),
@@ -123,6 +122,11 @@ class _Launches:
             labels[self.numbers[w]] = self.names[w]
             self.names[node.outputs[0]] = f"{self.names[w]}_out"
         self.request = replace(self.request, labels=tuple(labels))
+
+    @staticmethod
+    def _many(body: Body) -> bool:
+        """Are there as many rows as a GEMM takes? It calls them x."""
+        return body.products[0].inputs[0].type.shape[0] >= FEWEST_ROWS
 
     def all(self) -> list[Launchable]:
         """In order. Raises BuildError where a part has no kernel."""
@@ -263,8 +267,6 @@ class _Launches:
         types say, unlike weights and `gains` of products; None where more is made of them.
         """
         products = [node.outputs[0] for node in self.body.products]
-        if last and products[0].type.shape[0] >= FEWEST_ROWS:
-            return None
         sources = {y: frozenset({y}) for y in products}
         for node in self.body.behind:
             come = frozenset().union(*(sources.get(v, frozenset()) for v in node.inputs))

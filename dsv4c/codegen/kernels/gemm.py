@@ -15,7 +15,7 @@ from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, branches, call_text, compose
 from dsv4c.codegen.kernels.chunk_rows import emit_norm_quantize_fp8, emit_quantize_fp8
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS
-from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, plan_parts
+from dsv4c.codegen.kernels.gemv import Activations, Epilogue, GemvSpec, plan_parts, pointers
 from dsv4c.codegen.kernels.quantize import scratch_for
 from dsv4c.codegen.lib.tiles import PIECES, Columns, Few, FewRows, Gemm, Tiles
 from dsv4c.codegen.registry import Launchable, Request, Scratch, launchable
@@ -48,7 +48,8 @@ class GemmSpec:
     r * (rows / g) .. belong to group r. `counted`: an operand `lengths` says how many rows there are. Of
     paired matrices results are SwiGLU with `limit`. `experts` matrices lie one behind the other: then there
     are `rows` rows of results, which operands `order` and `counts` list by expert, and row n of them is that
-    of row n / `divide` of x; of paired ones `weights` are factors.
+    of row n / `divide` of x; of paired ones `weights` are factors. What an `epilogue` makes of results of a
+    single matrix takes their place.
     """
 
     name: str
@@ -63,6 +64,7 @@ class GemmSpec:
     limit: float | None = None
     experts: int = 0
     divide: int = 1
+    epilogue: Epilogue | None = None
 
     @property
     def paired(self) -> bool:
@@ -78,11 +80,12 @@ class GemmSpec:
         for m in self.matrices:
             for name in m.names:
                 x += [Parameter(name), *(Parameter(name, c) for c in scales)]
-            x.append(Parameter(m.out))
+            x += [Parameter(m.out)] if self.epilogue is None else []
         if self.experts:
             x += [Parameter("order"), Parameter("counts")]
             x += [Parameter("weights")] if self.paired else []
-        return (*x, *([Parameter("lengths")] if self.counted else []))
+        x += [Parameter("lengths")] if self.counted else []
+        return (*x, *(self.epilogue.parameters if self.epilogue is not None else ()))
 
 
 @dataclass(frozen=True)
@@ -191,7 +194,7 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
         limit=spec.limit or 0.0,
     )
     g = replace(g, ctas=min(arch.sms // t.splits, row_tiles * g.column_tiles))
-    ctas = g.ctas * t.splits
+    ctas, after = g.ctas * t.splits, spec.epilogue
     copied = ["many_rows.expand(SPEC, s, at, work)", "many_rows.copy(SPEC, m, s, at, work)"]
     emission = compose(
         spec.name,
@@ -210,7 +213,7 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
             "work = many_rows.count(SPEC, m, s, at)",
             branches(
                 [
-                    "many_rows.multiply(SPEC, m, s, at, work)",
+                    f"many_rows.multiply(SPEC, m, s, at, work{f', {spec.name}_epilogue' if after else ''})",
                     *(copied if t.expands else ["many_rows.load(SPEC, m, s, at, work)"]),
                 ],
                 [t.CONSUMERS // 32, t.CONSUMERS // 32 + t.EXPANDERS],
@@ -223,6 +226,9 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
         spec=g,
         record="many_rows.Operands",
         given=_given(spec, matrices, t),
+        functions=[after.function(spec.name, matrices[0].out)] if after else (),
+        elements=after.elements if after else None,
+        meanings=("math", "values") if after else (),
     )
     packed = spec.packing != PLAIN
     packing = {name: spec.packing for m in matrices for name in m.names} if packed else {}
@@ -238,6 +244,7 @@ def _what(spec: GemmSpec, matrices: Sequence[Place], weight: str, k: int) -> str
         format = WEIGHT_FORMATS.get(weight, "bf16")
         lines.append(f"{', '.join(m.names)}: {format}[{experts}{m.rows},{k}], {packed}")
         lines.append(f"{m.out}: {spec.out_dtype}[N,{m.rows}] = {_formula(spec)}")
+    lines += [spec.epilogue.text] if spec.epilogue else []
     if spec.experts:
         lines.append(
             f"order: i32[{spec.experts},{spec.rows}], numbers of rows of results of each expert, of which it "
@@ -255,7 +262,7 @@ def _given(spec: GemmSpec, matrices: Sequence[Place], t: Tiles) -> dict[str, str
         for field, name in itertools.zip_longest(("w", "v"), m.names):
             fields[field] = f"m_{name}" if name else "None"
             fields[f"{field}_scale"] = f"m_{name}{suffix}" if name and suffix else "None"
-        fields["y"] = f"m_{m.out}"
+        fields["y"] = f"m_{m.out}" if spec.epilogue is None else "None"
         made.append(call_text("many_rows.Matrix", [f"{k}={v}" for k, v in fields.items()]))
     there = {p.name for p in spec.parameters}
     others = ("order", "counts", "weights", "lengths")
@@ -264,6 +271,7 @@ def _given(spec: GemmSpec, matrices: Sequence[Place], t: Tiles) -> dict[str, str
         "x_scale": "m_x_scale" if spec.scaled else "None",
         "matrices": call_text("", made) if len(made) > 1 else f"({made[0]},)",
         **{name: f"m_{name}" if f"m_{name}" in there else "None" for name in others},
+        "others": pointers([p.name for p in spec.epilogue.parameters] if spec.epilogue else []),
     }
 
 
@@ -407,6 +415,7 @@ def gemm_launches(request: Request, spec: GemvSpec, values: Mapping[str, int]) -
             part.out_dtype,
             spec.groups,
             bool(lengths),
+            epilogue=part.epilogue,
         )
         bound = {**values, **lengths}
         bound.pop("x", None)

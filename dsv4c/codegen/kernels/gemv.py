@@ -85,6 +85,19 @@ class Epilogue:
     lines: tuple[str, ...]
     text: str
 
+    @property
+    def elements(self) -> dict[str, str]:
+        """What the parameters' pointers lead to."""
+        return {p.name: n for p, n in zip(self.parameters, self.numbers, strict=True)}
+
+    def function(self, name: str, out: str) -> str:
+        """The function of that name, of products `out`."""
+        signature = "".join(f"    {p.name}: cute.Pointer,\n" for p in self.parameters)
+        return (
+            f"@cute.jit\ndef {name}_epilogue(\n    value: Float32,\n    i: Int32,\n{signature}):\n"
+            f'    """What becomes of element `i` of {out}."""\n' + indent("\n".join(self.lines), "    ")
+        )
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -213,12 +226,7 @@ class Part:
     def function(self) -> str:
         """Its epilogue."""
         assert self.epilogue is not None
-        signature = "".join(f"    {p.name}: cute.Pointer,\n" for p in self.epilogue.parameters)
-        return (
-            f"@cute.jit\ndef {self.name}_epilogue(\n    value: Float32,\n    i: Int32,\n{signature}):\n"
-            f'    """What becomes of element `i` of {self.slots[0].matrix.out}."""\n'
-            + indent("\n".join(self.epilogue.lines), "    ")
-        )
+        return self.epilogue.function(self.name, self.slots[0].matrix.out)
 
     def stages(self, late: bool) -> str:
         """What a CTA of the part does, in order."""
@@ -289,7 +297,7 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
         },
         record=None,
         functions=[part.function for part in parts if part.epilogue is not None],
-        elements={p.name: n for e in epilogues for p, n in zip(e.parameters, e.numbers, strict=True)},
+        elements={name: number for e in epilogues for name, number in e.elements.items()},
         meanings=("math", "values") if epilogues else (),
     )
     packing = {

@@ -59,7 +59,7 @@ def product(
     late: bool = False,
 ) -> Answer:
     """One GEMV launch, or GEMMs where rows are many; products are (activations, weight, result). `epilogues`
-    go by result, and are a GEMV's; `values` bind their operands.
+    go by result; `values` bind their operands.
     """
     matrices: list[Matrix] = []
     for number, (x, w, y) in enumerate(products):
@@ -89,7 +89,7 @@ def product(
         riders=riding.riders,
         late=late,
     )
-    alone = not scratch and not riding.riders and not epilogues
+    alone = not scratch and not riding.riders
     if alone and takes_gemm(spec, request.arch):
         return gemm_launches(request, spec, values)
     gains = {x.gain: "f32" for x, _, _ in products if x.gain}

@@ -7,6 +7,8 @@ weights `expanding` does. FP8 tensor cores keep about 13 bits inside one instruc
 are scaled and added up in f32 registers. What is bf16 they add up themselves.
 """
 
+from collections.abc import Callable
+
 import cutlass
 import cutlass.cute as cute
 import cutlass.utils.hopper_helpers as sm90
@@ -724,4 +726,37 @@ def store(
             if own < 16 and to >= 0 and first < columns:
                 v = ptx.lds128(s_rows + own * t.pitch + lane % pieces * 16)
                 ptx.stg128(g_y + Int64(to) * stride + first * size, *v)
+        cute.arch.sync_warp()
+
+
+@cute.jit
+def give(
+    t: Constexpr[Tiles],
+    s: Int32,
+    values: cute.Tensor,
+    row: Int32,
+    column: Int32,
+    columns: Int32,
+    epilogue: Constexpr[Callable[..., None]],
+    others: tuple[cute.Pointer, ...],
+    warp: Int32,
+    lane: Int32,
+):
+    """A warp's fragments as `store` has them, to an epilogue: a row at a time, a column a lane."""
+    tiles = const_expr(cute.size(values) // 4)
+    each = const_expr(min(tiles, 4))
+    s_rows = s + t.o_out + warp * (16 * t.pitch)
+    s_own = s_rows + lane // 4 * t.pitch + lane % 4 * 8
+    for part in range_constexpr(tiles // each):
+        for j in range_constexpr(each):
+            for half in range_constexpr(2):
+                at = const_expr(4 * (part * each + j) + 2 * half)
+                a, b = values[at].bitcast(Uint32), values[at + 1].bitcast(Uint32)
+                ptx.sts64(s_own + half * (8 * t.pitch) + j * 32, a, b)
+        cute.arch.sync_warp()
+        own = column + part * (8 * each) + lane
+        for n in range_constexpr(16):
+            to = cute.arch.shuffle_sync(row, n)
+            if to >= 0 and lane < 8 * each and own < columns:
+                epilogue(ptx.lds_f32(s_rows + n * t.pitch + lane * 4), to * columns + own, *others)
         cute.arch.sync_warp()

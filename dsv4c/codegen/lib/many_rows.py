@@ -5,6 +5,7 @@ store results; the others lay down steps of operands (`gemm.load`), or copy them
 weights (`expanding`). All count tiles alike, so nobody says which one it is at.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import cutlass
@@ -17,20 +18,21 @@ from dsv4c.codegen.lib.tiles import Gemm
 
 class Matrix(NamedTuple):
     """w [rows, k], or w and v [rows, k] whose columns an activation pairs, or of every expert, with FP8 block
-    scales or NVFP4 global scales; y [M, rows], the results.
+    scales or NVFP4 global scales; y [M, rows], the results, unless an epilogue makes something else of them.
     """
 
     w: cute.Pointer
     w_scale: cute.Pointer | None
     v: cute.Pointer | None
     v_scale: cute.Pointer | None
-    y: cute.Pointer
+    y: cute.Pointer | None
 
 
 class Operands(NamedTuple):
     """x [M, groups, k], e4m3 with ue8m0 scales per 128 or bf16, and matrices. Of experts order
     i32[experts, rows], the numbers of rows of results of each, counts i32[experts], how many these are, and
-    weights f32[rows], factors of rows of paired results. lengths i32: rows that there are.
+    weights f32[rows], factors of rows of paired results. lengths i32: rows that there are. others: an
+    epilogue's.
     """
 
     x: cute.Pointer
@@ -40,6 +42,7 @@ class Operands(NamedTuple):
     counts: cute.Pointer | None
     weights: cute.Pointer | None
     lengths: cute.Pointer | None
+    others: tuple[cute.Pointer, ...]
 
 
 class Place(NamedTuple):
@@ -129,8 +132,17 @@ def _find(g: Constexpr[Gemm], m: Operands, s: Int32, work: Work, tile: Int32) ->
 
 
 @cute.jit
-def multiply(g: Constexpr[Gemm], m: Operands, s: Int32, place: Place, work: Work) -> None:
-    """The first eight warps: products of the CTA's tiles, and their results."""
+def multiply(
+    g: Constexpr[Gemm],
+    m: Operands,
+    s: Int32,
+    place: Place,
+    work: Work,
+    epilogue: Constexpr[Callable[..., None] | None] = None,
+) -> None:
+    """The first eight warps: products of the CTA's tiles, and their results, or what an `epilogue` makes of
+    number `value` and its place in [M, rows].
+    """
     t = g.tiles
     cute.arch.setmaxregister_increase(t.registers[0])
     group = place.warp // 4
@@ -144,11 +156,11 @@ def multiply(g: Constexpr[Gemm], m: Operands, s: Int32, place: Place, work: Work
         found = _find(g, m, s, work, tile)
         if const_expr(t.experts and t.height == 128):
             if group * 64 < found.rows:
-                _results(g, m, s, place, work, found, at, group, within)
+                _results(g, m, s, place, work, found, at, group, within, epilogue)
             else:
                 gemm.pass_by(t, s, at, place.thread)
         else:
-            _results(g, m, s, place, work, found, at, group, within)
+            _results(g, m, s, place, work, found, at, group, within, epilogue)
         at = at + t.steps
         tile = tile + g.ctas
 
@@ -164,6 +176,7 @@ def _results(
     at: Int32,
     group: Int32,
     within: Int32,
+    epilogue: Constexpr[Callable[..., None] | None],
 ) -> None:
     """A tile's products, and what is stored of them."""
     t, lane = g.tiles, place.lane
@@ -196,7 +209,10 @@ def _results(
             column = column + group * (t.made // 2)
         if const_expr(t.splits > 1):
             column = column + work.rank * (8 * t.summed // (2 if t.paired else 1))
-        gemm.store(t, s, values, g_y, width * g.size, to, column, width, g.size, place.warp, lane)
+        if const_expr(epilogue is None):
+            gemm.store(t, s, values, g_y, width * g.size, to, column, width, g.size, place.warp, lane)
+        else:
+            gemm.give(t, s, values, to, column, width, epilogue, m.others, place.warp, lane)  # type: ignore[arg-type]
 
 
 @cute.jit
@@ -209,14 +225,19 @@ def _columns(
     first, width, g_y, factors = (
         number,
         Int32(g.seats[0].rows),
-        m.matrices[0].y.toint(),
+        _address(m.matrices[0].y),
         _factors(g, m, 0, expert),
     )
     for n in range_constexpr(1, len(g.seats)):
         if number >= g.seats[n].first:
-            first, width, g_y = number - g.seats[n].first, Int32(g.seats[n].rows), m.matrices[n].y.toint()
+            first, width, g_y = number - g.seats[n].first, Int32(g.seats[n].rows), _address(m.matrices[n].y)
             factors = _factors(g, m, n, expert)
     return first, width, g_y, factors
+
+
+def _address(y: cute.Pointer | None) -> Int64:
+    """That of results; 0 where an epilogue has them."""
+    return Int64(0) if y is None else y.toint()
 
 
 @cute.jit
