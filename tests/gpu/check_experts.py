@@ -124,7 +124,9 @@ def bind_routing(o: Operands, case: dict[str, Any], style: str) -> Tensor:
     elif style in ("equal", "pairs"):
         gate[e // 2 : e // 2 * 2] = gate[: e // 2]
     o["row", "data"], o["gate", "data"] = row.to(torch.bfloat16), gate.to(torch.bfloat16)
-    return wide(o["row", "data"]) @ wide(o["gate", "data"]).T
+    made = wide(o["row", "data"]) @ wide(o["gate", "data"]).T
+    o["logits", "data"] = made.float()  # kernels of several rows are given them
+    return made
 
 
 def check_routing(o: Operands, case: dict[str, Any], style: str, logits: Tensor) -> tuple[Tensor, list[str]]:
