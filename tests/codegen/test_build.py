@@ -169,7 +169,7 @@ def test_nothing_in_the_working_folder_or_the_environment_runs(
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Python leaves an interrupt ignored where its parent did, as shells do for what runs in the background."""
+    """Python leaves interrupts ignored where its parent did, as shells do for what is in the background."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
