@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import torch
 
 import dsv4c
 from dsv4c.buckets import Bucket
+from dsv4c.compiler.compile import COLLECTED
 from dsv4c.compiler.request import Request
 from dsv4c.config import load_config
 from dsv4c.errors import CheckpointError, ConfigError
@@ -30,6 +32,26 @@ REPOSITORY = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return synthesize(dsv4c.load_config("tiny"), tmp_path_factory.mktemp("compiler") / "weights", seed=2)
+
+
+# --- while it runs ---
+
+
+@pytest.mark.parametrize("own", [700, 0, 90_000], ids=["as Python has it", "off", "seldom"])
+def test_garbage_is_collected_seldom_while_a_model_is_compiled_and_then_as_before(own: int) -> None:
+    before, seen = gc.get_threshold(), list[int]()
+    gc.set_threshold(own, 11, 12)
+    try:
+        dsv4c.compile(
+            "tiny", certify=False, inspect=lambda bucket, compiled: seen.append(gc.get_threshold()[0])
+        )
+        after = gc.get_threshold()
+        with pytest.raises(ConfigError):
+            dsv4c.compile("tiny", recipe="nothing")
+        assert after == gc.get_threshold() == (own, 11, 12)
+    finally:
+        gc.set_threshold(*before)
+    assert set(seen) == {own and max(own, COLLECTED)}
 
 
 # --- the public names ---
