@@ -42,12 +42,14 @@ looking among them after every 700, Python's own number, takes 30 % of a warm co
 @contextmanager
 def _rarely_collected() -> Iterator[None]:
     own, *others = gc.get_threshold()
-    if own:  # else nothing is collected at all
-        gc.set_threshold(max(own, COLLECTED), *others)
+    raised = 0 < own < COLLECTED  # 0: nothing is collected at all; not less: by choice, or by another compile
+    if raised:
+        gc.set_threshold(COLLECTED, *others)
     try:
         yield
     finally:
-        gc.set_threshold(own, *others)
+        if raised:
+            gc.set_threshold(own, *others)
 
 
 @_rarely_collected()
