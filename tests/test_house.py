@@ -124,7 +124,7 @@ HOUSE = {
         packages_inside=("cutlass",),
     ),
     # The one path from a config to a plan.
-    "compiler": Room(1830, (*COMPILER, "certify", "codegen", "plan")),
+    "compiler": Room(1840, (*COMPILER, "certify", "codegen", "plan")),
     # Runs a plan beside its unfused graph, so it stands above compiler and runtime both.
     "compiler.bisect": Room(
         600,
