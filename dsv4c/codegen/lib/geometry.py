@@ -397,6 +397,47 @@ class Index:
 
 
 @dataclass(frozen=True)
+class IndexChunk:
+    """Index scores of `rows` tokens: a CTA has the queries of `tokens` neighbors in shared memory, and
+    multiplies keys in registers with one token's after the other.
+    """
+
+    index: Index
+    rows: int
+    tokens: int
+
+    @property
+    def query(self) -> int:
+        """Bytes of a token's queries: bf16 [2][heads][64], as tensor cores read them."""
+        return self.index.heads * 256
+
+    @property
+    def groups(self) -> int:
+        """Groups of so many neighbors."""
+        return -(-self.rows // self.tokens)
+
+    @property
+    def o_weights(self) -> int:
+        """After queries [tokens]: weights bf16 [tokens][heads]."""
+        return self.tokens * self.query
+
+    @property
+    def o_turns(self) -> int:
+        """Each warp's cosines and sines f32 [32][2]."""
+        return self.o_weights + self.tokens * self.index.heads * 2
+
+    @property
+    def o_seen(self) -> int:
+        """Slots and numbers of visible keys i32 [tokens][2]."""
+        return self.o_turns + self.index.warps * 256
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.o_seen + self.tokens * 8
+
+
+@dataclass(frozen=True)
 class Selection:
     """Exact top-k of `capacity` scores, by digits of order-preserving keys, over a cluster of `splits` CTAs.
 
