@@ -82,7 +82,7 @@ def test_attention_of_many_tokens_keeps_its_products_in_flight(golden: Golden, t
     assert other.resources.stack <= 16  # four registers, once per item
     for kernel in (coded, other):
         code = disassemble(kernel.cubin, tmp_path)
-        assert code.count("HGMMA") == 512 // 16 + 64 // 16
+        assert code.count("HGMMA") == 512 // 2 // 16 + 64 // 16
         assert code.count("WARPGROUP.DEPBAR") == 2
     assert emission.grid == (SM_90A.sms, 1, 1)
     assert emission.shared <= SM_90A.shared_per_cta
@@ -96,7 +96,7 @@ def test_attention_of_many_tokens_takes_the_heads_of_a_rank(heads: int, tmp_path
     (kernel,) = build([Source(emission.symbol, emission.source)], "sm_90a", tmp_path)
     assert kernel.resources.stack == 0
     code = disassemble(kernel.cubin, tmp_path)
-    assert code.count("HGMMA") == 512 // 16 + 64 // 16
+    assert code.count("HGMMA") == 512 // 2 // 16 + 64 // 16
     assert code.count("STG") == 4 * min(heads, 16) // 4
 
 

@@ -338,6 +338,11 @@ class Chunk:
         return 7 if self.format == "fp8" else 0
 
     @property
+    def row_words(self) -> int:
+        """Words of a thread's quarter of a row, two scales the last of them."""
+        return 4 * self.coded + 8 * (8 - self.coded) + 2
+
+    @property
     def own_heads(self) -> int:
         """Heads of an item."""
         return min(self.heads, self.tile)
