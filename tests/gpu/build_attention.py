@@ -183,7 +183,6 @@ def cases() -> Iterator[Case]:
     yield Case(IndexScoresSpec("index_8_by_4", 8, 64, "bf16", 2048, 4, 512), tokens=4)
     yield Case(IndexScoresSpec("index_tiny_8_by_2", 8, 32, "mxfp4", 50, 4, 6), tokens=2)
     yield Case(IndexScoresSpec("index_16", 16, 64, "mxfp4", 8192, 4, 512), 8191)
-    yield Case(IndexScoresSpec("index_chunk_4k", 4096, 64, "mxfp4", 4096, 4, 512), 8192, 4096)
     yield Case(IndexScoresSpec("index_chunk_9x8", 72, 64, "mxfp4", 2048, 4, 512), tokens=8)
     yield Case(IndexScoresSpec("index_chunk_9x8_bf16", 72, 64, "bf16", 2048, 4, 512), tokens=8)
     yield Case(IndexScoresSpec("index_chunk_1x601", 601, 32, "mxfp4", 2048, 4, 512), tokens=601)

@@ -27,7 +27,7 @@ HEADS = 64  # whose queries the eight warps of a CTA prepare, eight each
 @dataclass(frozen=True)
 class IndexScoresSpec:
     """q bf16[rows, heads, 128] before RoPE, keys [S, capacity, 128] in `format`, weights bf16[rows, heads] ->
-    scores f32[rows, capacity] of the keys of each row's slot, written only where visible, and only if more
+    scores bf16[rows, capacity] of the keys of each row's slot, written only where visible, and only if more
     than `k` entries are. Queries are Hadamard-transformed, and quantized like the
     keys; weights are taken times `factor`, rounded to bf16.
     """
@@ -143,13 +143,13 @@ def _operands(spec: IndexScoresSpec, early: bool = False) -> dict[Parameter, str
         Parameter("frequencies"): "f32[32]",
         Parameter("positions", early=early): "i32[N], -1 for none",
         Parameter("slots", early=early): "i32[N]",
-        Parameter("scores"): f"f32[N,{spec.capacity}]",
+        Parameter("scores"): f"bf16[N,{spec.capacity}]",
     }
 
 
 @dataclass(frozen=True)
 class TopKSpec:
-    """scores f32[rows, capacity] -> out i32[rows, min(k, capacity)]; `bits` is 16 for bf16 values."""
+    """scores [rows, capacity] of 16 `bits`, bf16, or of 32, f32 -> out i32[rows, min(k, capacity)]."""
 
     name: str
     rows: int
@@ -178,12 +178,12 @@ def emit_top_k(spec: TopKSpec, arch: Arch) -> Emission:
         f"index.\n\n    out = indices w < (t + 1) // {t.ratio} of the largest scores, ascending, then -1; "
         f"all of them while at most {t.k} exist",
         {
-            Parameter("scores"): f"f32[N,{t.capacity}]",
+            Parameter("scores"): f"{'bf16' if t.bits == 16 else 'f32'}[N,{t.capacity}]",
             Parameter("positions"): "i32[N], -1: none",
             Parameter("out"): f"i32[N,{t.out}]",
         },
         f"Launch: a cluster of {t.splits} CTAs x {t.threads} threads per row, {t.shared} B shared each.\n"
-        f"{floor_text(4 * t.capacity, arch, 'row of which every score exists')}",
+        f"{floor_text(t.bits // 8 * t.capacity, arch, 'row of which every score exists')}",
         (
             "ptx.launch_dependents()",
             f"s = ptx.shared({t.shared})",
@@ -271,7 +271,7 @@ def indexer(request: Request) -> Answer:
     capacity = keys.shape[1]
     shape = (rows, heads, format_, capacity, op.ratio, best.k, op.factor)
     first = IndexScoresSpec("index_scores", *shape)
-    second = TopKSpec("index_topk", rows, capacity, best.k, op.ratio)  # of scores rounded to bf16
+    second = TopKSpec("index_topk", rows, capacity, best.k, op.ratio)
     values = {**x, "scores": scores, "out": request.calls[1].outputs[0]}
     if rows <= MOST_ROWS and capacity <= MOST_CHOSEN_FROM:
         both = IndexChoiceSpec("index_choice", *shape)

@@ -446,7 +446,7 @@ class IndexChunk:
 class Selection:
     """Exact top-k of `capacity` scores, by digits of order-preserving keys, over a cluster of `splits` CTAs.
 
-    bits: how many leading bits of a score's float decide (16 when scores are bf16 values, else 32).
+    bits: of a score, 16 of bf16 or 32 of f32.
     """
 
     capacity: int

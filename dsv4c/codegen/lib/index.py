@@ -21,7 +21,7 @@ _CARRY = 2.0**64
 
 class Operands(NamedTuple):
     """q bf16[N, heads, 128] before RoPE, keys [S, capacity, 128], weights bf16[N, heads], frequencies
-    f32[32], positions, slots i32[N] -> scores f32[N, capacity]. Plain keys have no scale.
+    f32[32], positions, slots i32[N] -> scores bf16[N, capacity]. Plain keys have no scale.
     """
 
     q: cute.Pointer
@@ -294,11 +294,12 @@ def store_scores(
     visible: Int32,
     lane: Int32,
 ):
-    """Scores of visible keys to f32[N, capacity]: lane q of a quad stores that of half q."""
+    """Scores of visible keys to bf16[N, capacity]: lane q of a quad stores that of half q."""
     for m in range_constexpr(x.tiles):
         key = first + 16 * m + lane % 4 * 8 + lane // 4
         value = total[m, 0]
         if lane % 4 == 1:
             value = total[m, 1]
         if lane % 4 < 2 and key < visible:
-            ptx.stg_f32(g_scores + (Int64(token) * x.capacity + key) * 4, value)
+            g_score = g_scores + (Int64(token) * x.capacity + key) * 2
+            ptx.stg16(g_score, value.bitcast(Uint32) >> Uint32(16))
