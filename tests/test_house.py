@@ -114,7 +114,7 @@ HOUSE = {
     # Device code, imported by generated kernels: all of a kernel but the order of its stages. Host code may
     # read the modules in it that need no cutlass. What templates held, one a family, is here now; and index
     # scores of many tokens on wgmma, which take 0.58 of the time.
-    "codegen.lib": Room(13900, ("numerics.forms", "exchange"), ("cutlass", "cuda")),
+    "codegen.lib": Room(13950, ("numerics.forms", "exchange"), ("cutlass", "cuda")),
     # What primitives mean on a device, imported by generated kernels alone.
     "codegen.meanings": Room(2050, ("types", "codegen.lib"), ("cutlass",)),
     # Launches are lowered to what plans hold, which is data. What their kernels' texts say is said here.
