@@ -396,7 +396,7 @@ def tied(scores: Tensor, style: str) -> Tensor:
     if style == "single":
         known[:, 2] = 1.0
     elif style == "large":
-        known = torch.where(scores > 0, 3e38, -3e38)
+        known = torch.where(scores > 0, 3e38, -3e38).to(scores.dtype)
     elif style == "negative":
         known = torch.where(scores == 0, -1.0, -scores.abs())
     return torch.where(scores.isnan(), scores, known)
