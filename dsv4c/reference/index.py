@@ -16,14 +16,17 @@ from dsv4c.reference.registry import meaning
 def index_scores(
     op: IndexScores, q: Value, keys: Value, weights: Tensor, positions: Tensor, slots: Tensor
 ) -> Tensor:
-    """bf16 weights mean bf16 steps: the dots, the products and the sum over heads are each rounded."""
+    """bf16 weights mean bf16 steps: the dots, the products and the sum over heads are each rounded; and bf16
+    scores.
+    """
     entries, queries = keys.shape[1], exact(q)
     dots = torch.empty(*q.shape[:2], entries, dtype=torch.float64)
     for slot in set(slots.tolist()):
         dots[slots == slot] = queries[slots == slot] @ exact(_of_slot(keys, slot)).mT
     steps = torch.bfloat16 if weights.dtype is torch.bfloat16 else torch.float64
     weighted = round_once(dots, steps).relu() * weights.to(steps)[..., None]
-    scores = round_once(weighted.to(torch.float64).sum(1), steps).to(torch.float32)
+    scores = round_once(weighted.to(torch.float64).sum(1), steps)
+    scores = scores if steps is torch.bfloat16 else scores.to(torch.float32)
     visible = torch.arange(entries) < complete(positions, op.ratio)[:, None]
     return torch.where(visible, scores, -torch.inf)
 

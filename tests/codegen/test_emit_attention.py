@@ -21,9 +21,11 @@ from dsv4c.codegen.kernels.index import (
     IndexChoiceSpec,
     IndexScoresSpec,
     TopKSpec,
+    emit_chunk_scores,
     emit_index_choice,
     emit_index_scores,
     emit_top_k,
+    takes_chunk_scores,
 )
 from dsv4c.codegen.lib.geometry import Attention, Selection
 from dsv4c.errors import BuildError
@@ -80,7 +82,7 @@ def test_attention_of_many_tokens_keeps_its_products_in_flight(golden: Golden, t
     assert other.resources.stack <= 16  # four registers, once per item
     for kernel in (coded, other):
         code = disassemble(kernel.cubin, tmp_path)
-        assert code.count("HGMMA") == 512 // 16 + 64 // 16
+        assert code.count("HGMMA") == 512 // 2 // 16 + 64 // 16
         assert code.count("WARPGROUP.DEPBAR") == 2
     assert emission.grid == (SM_90A.sms, 1, 1)
     assert emission.shared <= SM_90A.shared_per_cta
@@ -94,7 +96,7 @@ def test_attention_of_many_tokens_takes_the_heads_of_a_rank(heads: int, tmp_path
     (kernel,) = build([Source(emission.symbol, emission.source)], "sm_90a", tmp_path)
     assert kernel.resources.stack == 0
     code = disassemble(kernel.cubin, tmp_path)
-    assert code.count("HGMMA") == 512 // 16 + 64 // 16
+    assert code.count("HGMMA") == 512 // 2 // 16 + 64 // 16
     assert code.count("STG") == 4 * min(heads, 16) // 4
 
 
@@ -106,6 +108,24 @@ def test_what_the_kernel_for_many_tokens_leaves_to_the_other(change: dict[str, o
     with pytest.raises(BuildError, match="takes many rows of 8, 16, 32 or 64 heads x 512, on wgmma"):
         emit_chunk_attention(spec, SM_90A)
     emit_attention(spec, SM_90A)
+
+
+@pytest.mark.parametrize("rows", [9, 512, 4096])
+@pytest.mark.parametrize("format", ["mxfp4", "bf16"])
+def test_index_scores_of_many_tokens_fit_an_sm_twice(rows: int, format: str, tmp_path: Path):
+    """Keys are expanded once for a CTA's tokens: one loop has all products, and one wait for them."""
+    spec = replace(SCORES, rows=rows, heads=64, capacity=4096, k=512, format=format)
+    assert takes_chunk_scores(spec, SM_90A)
+    assert not takes_chunk_scores(spec, SM_100A)
+    assert not takes_chunk_scores(SCORES, SM_90A)
+    emission = emit_chunk_scores(spec, SM_90A)
+    (kernel,) = build([Source(emission.symbol, emission.source)], "sm_90a", tmp_path)
+    assert kernel.resources.stack == 0
+    assert kernel.resources.registers * emission.block * 2 <= 65536
+    assert emission.shared <= SM_90A.shared_of(2)
+    code = disassemble(kernel.cubin, tmp_path)
+    assert code.count("HGMMA") == 128 // 16
+    assert code.count("WARPGROUP.DEPBAR") == 1
 
 
 def test_parameters_follow_the_components_of_the_caches():
@@ -202,6 +222,8 @@ def test_index_refuses():
     for heads in (12, 72):
         with pytest.raises(BuildError, match=f"takes 8 to 64 heads in eights, got {heads}"):
             emit_index_scores(replace(SCORES, heads=heads), SM_90A)
+        with pytest.raises(BuildError, match=f"takes 8 to 64 heads in eights, got {heads}"):
+            emit_chunk_scores(replace(SCORES, heads=heads, rows=9), SM_90A)
     for changed, found in (({"rows": 9}, "got 9 and 210"), ({"capacity": 8193}, "got 2 and 8193")):
         with pytest.raises(BuildError, match=f"at most 8 rows from at most 8192 keys, {found}"):
             emit_index_choice(replace(CHOICE, **changed), SM_90A)

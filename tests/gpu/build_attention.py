@@ -21,9 +21,11 @@ from dsv4c.codegen.kernels.index import (
     IndexChoiceSpec,
     IndexScoresSpec,
     TopKSpec,
+    emit_chunk_scores,
     emit_index_choice,
     emit_index_scores,
     emit_top_k,
+    takes_chunk_scores,
 )
 from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec
 
@@ -53,7 +55,11 @@ def emit(spec: Spec, arch: Arch) -> Emission:
         return emit_gemv(spec, arch)
     if isinstance(spec, IndexChoiceSpec):
         return emit_index_choice(spec, arch)
-    return emit_index_scores(spec, arch) if isinstance(spec, IndexScoresSpec) else emit_top_k(spec, arch)
+    if isinstance(spec, IndexScoresSpec):
+        return (
+            emit_chunk_scores(spec, arch) if takes_chunk_scores(spec, arch) else emit_index_scores(spec, arch)
+        )
+    return emit_top_k(spec, arch)
 
 
 def attention(name: str, heads: int, rows: int = 1, **changes: object) -> AttentionSpec:
@@ -176,6 +182,11 @@ def cases() -> Iterator[Case]:
     yield Case(IndexScoresSpec("index_1x4", 4, 64, "mxfp4", 2048, 4, 512), 8000, 4)
     yield Case(IndexScoresSpec("index_8_by_4", 8, 64, "bf16", 2048, 4, 512), tokens=4)
     yield Case(IndexScoresSpec("index_tiny_8_by_2", 8, 32, "mxfp4", 50, 4, 6), tokens=2)
+    yield Case(IndexScoresSpec("index_16", 16, 64, "mxfp4", 8192, 4, 512), 8191)
+    yield Case(IndexScoresSpec("index_chunk_9x8", 72, 64, "mxfp4", 2048, 4, 512), tokens=8)
+    yield Case(IndexScoresSpec("index_chunk_9x8_bf16", 72, 64, "bf16", 2048, 4, 512), tokens=8)
+    yield Case(IndexScoresSpec("index_chunk_1x601", 601, 32, "mxfp4", 2048, 4, 512), tokens=601)
+    yield Case(IndexScoresSpec("index_chunk_5x3_tiny", 15, 8, "mxfp4", 50, 4, 6), tokens=3)
     yield Case(IndexChoiceSpec("choice", 1, 64, "mxfp4", 2112, 4, 512), 8191)
     yield Case(IndexChoiceSpec("choice_8k", 1, 64, "mxfp4", 8192, 4, 1024), 32767)
     yield Case(IndexChoiceSpec("choice_b8", 8, 64, "mxfp4", 2048, 4, 1024), 8191)
@@ -198,11 +209,12 @@ def cases() -> Iterator[Case]:
 
 def grid_of_one(case: Case, emission: Emission, arch: Arch) -> tuple[int, int, int] | None:
     """The grid of the same kernel for one row; None where the kernel is another for every number of rows."""
-    if isinstance(case.spec, GemvSpec) or (
-        isinstance(case.spec, AttentionSpec) and takes_chunk(case.spec, arch)
-    ):
+    spec = case.spec
+    if isinstance(spec, GemvSpec) or (isinstance(spec, AttentionSpec) and takes_chunk(spec, arch)):
         return None
-    one = emit(replace(case.spec, rows=1), arch)
+    if isinstance(spec, IndexScoresSpec) and takes_chunk_scores(spec, arch):
+        return None
+    one = emit(replace(spec, rows=1), arch)
     assert one.source == emission.source, f"{emission.symbol} is another kernel for one row"
     return one.grid
 

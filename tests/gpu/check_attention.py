@@ -280,7 +280,7 @@ def index_inputs(spec: dict[str, Any], step: Step) -> Operands:
         "frequencies": FREQUENCIES,
         "positions": step.positions,
         "slots": step.slots,
-        "scores": torch.full((N, C), math.nan),
+        "scores": torch.full((N, C), math.nan, dtype=torch.bfloat16),
     }
     for slot, _, last in step.sequences:
         count = min((last + 1) // spec["ratio"], C)
@@ -314,7 +314,7 @@ def top_k_inputs(spec: dict[str, Any], step: Step) -> Operands:
     scores[torch.rand(N, C) < 0.001] = 3e38
     scores = torch.where(torch.rand(N, C) < 0.3, scores.clamp(-0.5, 0.5), scores)
     if spec["bits"] == 16:
-        scores = scores.to(torch.bfloat16).float()
+        scores = scores.to(torch.bfloat16)
     for n, t in enumerate(step.positions.tolist()):
         scores[n, min((t + 1) // spec["ratio"], C) :] = math.nan
     out = torch.full((N, min(spec["k"], C)), -(1 << 30), dtype=torch.int32)
@@ -396,7 +396,7 @@ def tied(scores: Tensor, style: str) -> Tensor:
     if style == "single":
         known[:, 2] = 1.0
     elif style == "large":
-        known = torch.where(scores > 0, 3e38, -3e38)
+        known = torch.where(scores > 0, 3e38, -3e38).to(scores.dtype)
     elif style == "negative":
         known = torch.where(scores == 0, -1.0, -scores.abs())
     return torch.where(scores.isnan(), scores, known)

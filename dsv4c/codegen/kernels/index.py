@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
 from dsv4c.codegen.kernels.formats import CACHE_FORMATS, CACHES, format_name, holds
-from dsv4c.codegen.lib.geometry import Choice, Index, Selection
+from dsv4c.codegen.lib.geometry import Choice, Index, IndexChunk, Selection
 from dsv4c.codegen.registry import Answer, No, Request, kernel, launchable, takes
 from dsv4c.errors import BuildError
 from dsv4c.passes.fusions.index_topk import IndexTopk
@@ -27,7 +27,7 @@ HEADS = 64  # whose queries the eight warps of a CTA prepare, eight each
 @dataclass(frozen=True)
 class IndexScoresSpec:
     """q bf16[rows, heads, 128] before RoPE, keys [S, capacity, 128] in `format`, weights bf16[rows, heads] ->
-    scores f32[rows, capacity] of the keys of each row's slot, written only where visible, and only if more
+    scores bf16[rows, capacity] of the keys of each row's slot, written only where visible, and only if more
     than `k` entries are. Queries are Hadamard-transformed, and quantized like the
     keys; weights are taken times `factor`, rounded to bf16.
     """
@@ -50,9 +50,7 @@ def emit_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
     x = Index(spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, tiles, spec.factor)
     return compose(
         spec.name,
-        f"{spec.name}: index scores of each token against up to {x.capacity} keys of its slot.\n\n"
-        f"{_formulas(spec)}    While at most {x.k} keys are visible the best {x.k} are known "
-        "without scores: nothing is written.",
+        _what(spec),
         _operands(spec),
         f"Launch: per token as many CTAs as the grid is wide, {x.keys} keys at a time; 256 threads, "
         f"{x.shared} B shared each.\n{floor_text(_nbytes(spec), arch, 'token with all keys visible')}",
@@ -70,6 +68,40 @@ def emit_index_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
     )
 
 
+def emit_chunk_scores(spec: IndexScoresSpec, arch: Arch) -> Emission:
+    """The kernel of a spec for many rows, on wgmma. Raises BuildError as the other does."""
+    _check(spec)
+    tokens = 4 if spec.rows >= 4 * arch.sms else 2  # 4 are faster, where that leaves no SM without any
+    one = Index(spec.heads, spec.format, spec.capacity, spec.ratio, spec.k, 1, spec.factor)
+    x = IndexChunk(one, spec.rows, tokens)
+    shared = x.shared + 1024  # queries start at a multiple of 1024
+    ctas = min(-(-spec.capacity // x.index.keys), max(1, 2 * arch.sms // x.groups))
+    return compose(
+        spec.name,
+        _what(spec),
+        _operands(spec),
+        f"Launch: per {x.tokens} tokens as many CTAs as the grid is wide, {x.index.keys} keys at a time; 256 "
+        f"threads, {shared} B shared each.",
+        (
+            f"s = (ptx.shared({shared}) + 1023) & Int32(-1024)",
+            "at = chunk_index.enter(SPEC, m)",
+            "ptx.wait()",
+            "ptx.launch_dependents()",
+            "chunk_index.score_keys(SPEC, m, s, at)",
+        ),
+        threads=256,
+        grid=(ctas, x.groups, 1),
+        resident=2,
+        spec=x,
+        record="index.Operands",
+    )
+
+
+def takes_chunk_scores(spec: IndexScoresSpec, arch: Arch) -> bool:
+    """Whether the kernel for many rows takes a spec."""
+    return spec.rows > MOST_ROWS and not arch.tensor_memory
+
+
 def _check(spec: IndexScoresSpec) -> None:
     if spec.format not in KEYS:
         raise BuildError(f"{spec.name}: keys must be {' or '.join(KEYS)}, got {spec.format}")
@@ -79,6 +111,15 @@ def _check(spec: IndexScoresSpec) -> None:
 
 def _nbytes(spec: IndexScoresSpec) -> int:
     return spec.capacity * (68 if spec.format == "mxfp4" else 256) + spec.heads * 256
+
+
+def _what(spec: IndexScoresSpec) -> str:
+    """What is computed, for people."""
+    return (
+        f"{spec.name}: index scores of each token against up to {spec.capacity} keys of its slot.\n\n"
+        f"{_formulas(spec)}    While at most {spec.k} keys are visible the best {spec.k} are known "
+        "without scores: nothing is written."
+    )
 
 
 def _formulas(spec: IndexScoresSpec) -> str:
@@ -102,13 +143,13 @@ def _operands(spec: IndexScoresSpec, early: bool = False) -> dict[Parameter, str
         Parameter("frequencies"): "f32[32]",
         Parameter("positions", early=early): "i32[N], -1 for none",
         Parameter("slots", early=early): "i32[N]",
-        Parameter("scores"): f"f32[N,{spec.capacity}]",
+        Parameter("scores"): f"bf16[N,{spec.capacity}]",
     }
 
 
 @dataclass(frozen=True)
 class TopKSpec:
-    """scores f32[rows, capacity] -> out i32[rows, min(k, capacity)]; `bits` is 16 for bf16 values."""
+    """scores [rows, capacity] of 16 `bits`, bf16, or of 32, f32 -> out i32[rows, min(k, capacity)]."""
 
     name: str
     rows: int
@@ -137,12 +178,12 @@ def emit_top_k(spec: TopKSpec, arch: Arch) -> Emission:
         f"index.\n\n    out = indices w < (t + 1) // {t.ratio} of the largest scores, ascending, then -1; "
         f"all of them while at most {t.k} exist",
         {
-            Parameter("scores"): f"f32[N,{t.capacity}]",
+            Parameter("scores"): f"{'bf16' if t.bits == 16 else 'f32'}[N,{t.capacity}]",
             Parameter("positions"): "i32[N], -1: none",
             Parameter("out"): f"i32[N,{t.out}]",
         },
         f"Launch: a cluster of {t.splits} CTAs x {t.threads} threads per row, {t.shared} B shared each.\n"
-        f"{floor_text(4 * t.capacity, arch, 'row of which every score exists')}",
+        f"{floor_text(t.bits // 8 * t.capacity, arch, 'row of which every score exists')}",
         (
             "ptx.launch_dependents()",
             f"s = ptx.shared({t.shared})",
@@ -230,12 +271,13 @@ def indexer(request: Request) -> Answer:
     capacity = keys.shape[1]
     shape = (rows, heads, format_, capacity, op.ratio, best.k, op.factor)
     first = IndexScoresSpec("index_scores", *shape)
-    second = TopKSpec("index_topk", rows, capacity, best.k, op.ratio)  # of scores rounded to bf16
+    second = TopKSpec("index_topk", rows, capacity, best.k, op.ratio)
     values = {**x, "scores": scores, "out": request.calls[1].outputs[0]}
     if rows <= MOST_ROWS and capacity <= MOST_CHOSEN_FROM:
         both = IndexChoiceSpec("index_choice", *shape)
         return [launchable(request, emit_index_choice(both, request.arch), values)]
+    emit = emit_chunk_scores if takes_chunk_scores(first, request.arch) else emit_index_scores
     return [
-        launchable(request, emit_index_scores(first, request.arch), values, stage="scores"),
+        launchable(request, emit(first, request.arch), values, stage="scores"),
         launchable(request, emit_top_k(second, request.arch), values, stage="topk"),
     ]

@@ -3,8 +3,9 @@
 An item is 64 heads of a token, or all that it has, several times; a CTA takes items in turn. One warpgroup
 finds the item's keys, its window's newest first, and lays them down as bf16 rows [64][512] in eight columns
 of 128-byte swizzled pieces: the right operand of the scores and, read along the keys, of the values. Two
-others compute the scores and weights of half of the keys each, exchange them, and compute the values of half
-of the dimensions each. e4m3 codes become bf16 exactly: their bits, and a power of two of at most 2^7.
+others compute scores in half of the dimensions each, exchange them, make weights of half of the keys each,
+exchange these, and compute the values of half of the dimensions each. e4m3 codes become bf16 exactly: their
+bits, and a power of two of at most 2^7.
 """
 
 from typing import NamedTuple
@@ -64,6 +65,13 @@ def tiles_of(a: Constexpr[Chunk], position: Int32):
 
 
 @cute.jit
+def position_of(a: Constexpr[Chunk], m: Operands, item: Int32):
+    """The position of an item's token, -1 for none; any, where there is no such item."""
+    token = cutlass.min(item, Int32(a.items - 1)) // a.head_tiles
+    return ptx.ldg32(m.positions.toint() + token * 4).bitcast(Int32)
+
+
+@cute.jit
 def head_of(a: Constexpr[Chunk], row: Int32):
     """The head in a row of an item, of the item's."""
     own = row
@@ -87,6 +95,7 @@ def gather(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
     cute.arch.setmaxregister_decrease(104)  # the multiplying threads have the others
     at, item = Int32(0), Int32(place.block)
     first = warp * 16 + lane // 4
+    row = cute.make_rmem_tensor((a.row_words,), Uint32)
     while item < a.items:
         token = item // a.head_tiles
         position = ptx.ldg32(g_positions + token * 4).bitcast(Int32)
@@ -96,11 +105,11 @@ def gather(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
         next0 = attention.read_selection(a, g_selected, token, first)
         next8 = attention.read_selection(a, g_selected, token, first + 8)
         read_ahead(a, g_q, item, warp * 32 + lane)
+        place0 = attention.find_key(a, first, next0, position, visible)
+        read_row(a, row, find_row(a, window, entries, ring_slot, slot, place0, lane), lane)
         for tile in cutlass.range(tiles, unroll=1):
             key = tile * a.tile + first
-            place0 = attention.find_key(a, key, next0, position, visible)
             place8 = attention.find_key(a, key + 8, next8, position, visible)
-            rows = read_row(a, window, entries, ring_slot, slot, place0, lane)
             next0 = attention.read_selection(a, g_selected, token, key + a.tile)
             next8 = attention.read_selection(a, g_selected, token, key + a.tile + 8)
             stage = at % a.stages
@@ -111,9 +120,11 @@ def gather(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
                 ptx.sts_f32(s_bias, Float32(0.0) if place0 >= 0 else Float32(UNSEEN))
                 ptx.sts_f32(s_bias + 32, Float32(0.0) if place8 >= 0 else Float32(UNSEEN))
             s_tile = s + a.o_keys + stage * a.tile_bytes
-            lay_row(a, s_tile, first, lane, place0 >= 0, rows)
-            rows = read_row(a, window, entries, ring_slot, slot, place8, lane)
-            lay_row(a, s_tile, first + 8, lane, place8 >= 0, rows)
+            then = find_row(a, window, entries, ring_slot, slot, place8, lane)
+            lay_row(a, s_tile, first, lane, place0 >= 0, row, then)
+            place0 = attention.find_key(a, key + a.tile, next0, position, visible)
+            then = find_row(a, window, entries, ring_slot, slot, place0, lane)
+            lay_row(a, s_tile, first + 8, lane, place8 >= 0, row, then)
             cute.arch.sync_warp()
             if lane == 0:
                 ptx.mbarrier_arrive(full)
@@ -132,7 +143,7 @@ def read_ahead(a: Constexpr[Chunk], g_q: Int64, item: Int32, thread: Int32):
 
 
 @cute.jit
-def read_row(
+def find_row(
     a: Constexpr[Chunk],
     window: tuple,
     entries: tuple,
@@ -141,45 +152,79 @@ def read_row(
     place: Int32,
     lane: Int32,
 ):
-    """A quarter of each block of a row at `place` (-1: any row), in flight: codes, two of their scales, and
-    what is bf16.
-    """
+    """Where a row at `place` (-1: any row) has a quarter of each block of codes, scales, and what is bf16."""
     row = Int64(ring_slot) * a.ring + cutlass.max(place, Int32(0))
     g_data, g_scale, g_tail = window
     if place >= a.ring:
         row = Int64(slot) * a.capacity + place - a.ring
         g_data, g_scale, g_tail = entries
     quarter = lane % 4
-    codes, scales = [], []
-    if const_expr(a.coded):
-        scales = [ptx.ldg_u8(g_scale + row * 7 + at) for at in (quarter, cutlass.min(quarter + 4, Int32(6)))]
-        codes = [ptx.ldg128(g_data + row * 448 + i * 64 + quarter * 16) for i in range(7)]
     g_plain = g_tail if const_expr(a.coded) else g_data
     g_plain = g_plain + row * (2 * a.width - 128 * a.coded) + quarter * 32
-    plain = [ptx.ldg128(g_plain + i // 2 * 128 + i % 2 * 16) for i in range(2 * (8 - a.coded))]
-    return codes, scales, plain
+    return g_data + row * 448 + quarter * 16, g_scale + row * 7, g_plain
 
 
 @cute.jit
-def lay_row(a: Constexpr[Chunk], s_tile: Int32, key: Int32, lane: Int32, present: Boolean, row: tuple):
-    """What `read_row` read, as bf16, to row `key` of a tile: pieces of 16 bytes, eight swizzled to a line. A
-    key that does not exist is zeros, since its weight of 0 times whatever lies there may not be.
+def read_row(a: Constexpr[Chunk], row: cute.Tensor, g_row: tuple, lane: Int32) -> None:
+    """A quarter of each block of a row, in flight to registers: codes, what is bf16, and two scales."""
+    if const_expr(a.coded):
+        read_scales(a, row, g_row, lane)
+    for i in range_constexpr(8):
+        read_block(a, row, g_row, i)
+
+
+@cute.jit
+def read_block(a: Constexpr[Chunk], row: cute.Tensor, g_row: tuple, i: Constexpr[int]) -> None:
+    """Block i of it."""
+    if const_expr(i < a.coded):
+        pieces = [ptx.ldg128(g_row[0] + i * 64)]
+    else:
+        pieces = [ptx.ldg128(g_row[2] + (i - a.coded) * 128 + half * 16) for half in range(2)]
+    at = const_expr(4 * min(i, a.coded) + 8 * max(i - a.coded, 0))
+    for n in range_constexpr(4 * len(pieces)):
+        row[at + n] = pieces[n // 4][n % 4]
+
+
+@cute.jit
+def lay_row(
+    a: Constexpr[Chunk],
+    s_tile: Int32,
+    key: Int32,
+    lane: Int32,
+    present: Boolean,
+    row: cute.Tensor,
+    then: tuple,
+):
+    """What `read_row` read, as bf16, to row `key` of a tile: pieces of 16 bytes, eight swizzled to a line. As
+    soon as a block lies there, that of row `then` is in flight to its registers. A key that does not exist is
+    zeros, since its weight of 0 times whatever lies there may not be.
     """
-    codes, scales, plain = row
     quarter, turn = lane % 4, key % 8
     s_line = s_tile + key * 128
-    for i in range_constexpr(a.coded):
-        byte = cute.arch.shuffle_sync(scales[i // 4], (lane & ~3) + i % 4)
-        power = (byte + Uint32(120)) << Uint32(7)  # bf16 of 2^(byte - 7): codes in place lack 2^120
-        power = (power | (power << Uint32(16))) if present else Uint32(0)
-        words = [word for c in codes[i] for word in widened(c, power)]
+    scales = [row[a.row_words - 2], row[a.row_words - 1]]
+    if const_expr(a.coded):
+        read_scales(a, row, then, lane)
+    for i in range_constexpr(8):
+        at = const_expr(4 * min(i, a.coded) + 8 * max(i - a.coded, 0))
+        words = []
+        if const_expr(i < a.coded):
+            byte = cute.arch.shuffle_sync(scales[i // 4], (lane & ~3) + i % 4)
+            power = (byte + Uint32(120)) << Uint32(7)  # bf16 of 2^(byte - 7): codes in place lack 2^120
+            power = (power | (power << Uint32(16))) if present else Uint32(0)
+            words = [word for n in range(4) for word in widened(row[at + n], power)]
+        else:
+            words = [row[at + n] if present else Uint32(0) for n in range(8)]
         for half in range_constexpr(2):
             s_piece = s_line + i * 8192 + ((2 * quarter + half) ^ turn) * 16
             ptx.sts128(s_piece, *words[4 * half : 4 * half + 4])
-    for i in range_constexpr(len(plain)):
-        words = [word if present else Uint32(0) for word in plain[i]]
-        s_piece = s_line + (a.coded + i // 2) * 8192 + ((2 * quarter + i % 2) ^ turn) * 16
-        ptx.sts128(s_piece, *words)
+        read_block(a, row, then, i)
+
+
+@cute.jit
+def read_scales(a: Constexpr[Chunk], row: cute.Tensor, g_row: tuple, lane: Int32) -> None:
+    """Two scales of a row, in flight to registers."""
+    for n in range_constexpr(2):
+        row[a.row_words - 2 + n] = ptx.ldg_u8(g_row[1] + cutlass.min(lane % 4 + 4 * n, Int32(6)))
 
 
 @cute.jit
@@ -261,44 +306,47 @@ def lay_queries(
 def attend(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
     """Eight warps: queries, scores, softmax, values and results of this CTA's items."""
     g_q, g_sink, g_frequencies = m.q.toint(), m.sink.toint(), m.frequencies.toint()
-    g_positions, g_out = m.positions.toint(), m.out.toint()
+    g_out = m.out.toint()
     tid, warp, lane = place.tid, place.warp, place.lane
     cute.arch.setmaxregister_increase(200)
     group, thread = warp // 4, tid % 128
     k_major = OperandMajorMode.K
     types = BFloat16, BFloat16, k_major
     first, more = (
-        sm90.make_trivial_tiled_mma(*types, k_major, Float32, (1, 1, 1), (64, a.tile // 2)) for _ in range(2)
+        sm90.make_trivial_tiled_mma(*types, k_major, Float32, (1, 1, 1), (64, a.tile)) for _ in range(2)
     )
     first.set(warpgroup.Field.ACCUMULATE, False)
     more.set(warpgroup.Field.ACCUMULATE, True)
     by_values = sm90.make_trivial_tiled_mma(*types, OperandMajorMode.MN, Float32, (1, 1, 1), (64, 256))
     by_values.set(warpgroup.Field.ACCUMULATE, True)
-    queries = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (64, 64, a.width), BFloat16, 1)
+    queries = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (64, 64, a.width // 2), BFloat16, 1)
     keys = sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, (64, 64, a.width), BFloat16, a.stages)
     weights = sm90.make_smem_layout_a(LayoutEnum.ROW_MAJOR, (64, 64, a.tile), BFloat16, 1)
-    s_q, s_k = _operand(s + a.o_q, queries), _operand(s + a.o_keys, keys)
+    own_columns = group * (a.width // 2 * 128)  # a group multiplies in half of the dimensions
+    s_q, s_k = _operand(s + a.o_q + own_columns, queries), _operand(s + a.o_keys + own_columns, keys)
     s_p = _operand(s + a.o_weights, weights)
     stage_size = const_expr(a.tile_bytes // 2)
-    own_keys = cute.make_layout(((8, 4), (64, 8), a.stages), stride=((64, 512), (1, 4096), stage_size))
+    own_keys = cute.make_layout(((8, 8), (64, 4), a.stages), stride=((64, 512), (1, 4096), stage_size))
     along_keys = cute.make_layout(((64, 4), (8, 8), a.stages), stride=((1, 4096), (64, 512), stage_size))
-    s_own = cute.make_tensor(s_k.iterator + group * (a.tile // 2 * 64), own_keys)
-    s_v = cute.make_tensor(s_k.iterator + group * (4 * 4096), along_keys)
+    s_own, s_v = cute.make_tensor(s_k.iterator, own_keys), cute.make_tensor(s_k.iterator, along_keys)
     own, own_values = first.get_slice(thread), by_values.get_slice(thread)
     q = first.make_fragment_A(own.partition_A(s_q))
     k = first.make_fragment_B(own.partition_B(s_own))
     v = by_values.make_fragment_B(own_values.partition_B(s_v))
     p = by_values.make_fragment_A(own_values.partition_A(s_p))
-    score = cute.make_rmem_tensor(first.partition_shape_C((64, a.tile // 2)), Float32)
+    score = cute.make_rmem_tensor(first.partition_shape_C((64, a.tile)), Float32)
     o = cute.make_rmem_tensor(by_values.partition_shape_C((64, 256)), Float32)
     frequency = ptx.ldg_f32_constant(g_frequencies + lane * 4)
     row = warp % 4 * 16 + lane // 4  # and 8 more
 
     at, item = Int32(0), Int32(place.block)
+    next_position = position_of(a, m, item)
     while item < a.items:
         token, head = item // a.head_tiles, item % a.head_tiles * a.own_heads
-        position = ptx.ldg32(g_positions + token * 4).bitcast(Int32)
+        position, next_position = next_position, position_of(a, m, item + a.ctas)
         tiles = tiles_of(a, position)
+        sink0 = ptx.ldg_f32_constant(g_sink + (head + head_of(a, row)) * 4) * Float32(softmax.LOG2_E)
+        sink8 = ptx.ldg_f32_constant(g_sink + (head + head_of(a, row + 8)) * 4) * Float32(softmax.LOG2_E)
         m0, m8 = Float32(LOWEST), Float32(LOWEST)
         z0, z8 = Float32(0.0), Float32(0.0)
         if tiles > 0:
@@ -308,7 +356,7 @@ def attend(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
             for _ in cutlass.range(tiles, unroll=1):
                 _start_scores(a, s, (first, more), score, q, k, at)
                 warpgroup.wait_group(0)
-                m0, m8, z0, z8, old0, old8 = weigh(a, s, score, m0, m8, z0, z8, at, group, row, lane)
+                m0, m8, z0, z8, old0, old8 = weigh(a, s, score, m0, m8, z0, z8, at, group, row, warp, lane)
                 if cute.arch.vote_any_sync((old0 != Float32(1.0)) | (old8 != Float32(1.0))):
                     for j in range_constexpr(32):
                         for i in range_constexpr(2):
@@ -319,8 +367,6 @@ def attend(a: Constexpr[Chunk], m: Operands, s: Int32, place: Place) -> None:
                 _finish_values(a, s, at, lane)
                 at = at + 1
             z0, z8 = add_up(a, s, z0, z8, group, row, lane)
-        sink0 = ptx.ldg_f32_constant(g_sink + (head + head_of(a, row)) * 4) * Float32(softmax.LOG2_E)
-        sink8 = ptx.ldg_f32_constant(g_sink + (head + head_of(a, row + 8)) * 4) * Float32(softmax.LOG2_E)
         f0 = ptx.divide(Float32(1.0), z0 + ptx.ex2(sink0 - m0)) if tiles > 0 else Float32(0.0)
         f8 = ptx.divide(Float32(1.0), z8 + ptx.ex2(sink8 - m8)) if tiles > 0 else Float32(0.0)
         g_row = g_out + ((Int64(token) * a.heads + head + warp % 4 * 16) * a.width + group * 256) * 2
@@ -344,7 +390,7 @@ def _start_scores(
     ptx.mbarrier_wait(s + a.o_bars + 8 * stage, at // a.stages & 1)
     ptx.fence_async()
     warpgroup.fence()
-    for c in range_constexpr(a.width // 16):
+    for c in range_constexpr(a.width // 32):
         cute.gemm(multiply[min(c, 1)], score, q[None, None, c, 0], k[None, None, c, stage], score)
     warpgroup.commit_group()
 
@@ -380,6 +426,7 @@ def weigh(
     at: Int32,
     group: Int32,
     row: Int32,
+    warp: Int32,
     lane: Int32,
 ):
     """Weights of the group's half of a tile to shared memory, from scores of rows `row` and 8 more. Returns
@@ -387,6 +434,7 @@ def weigh(
     are multiplied.
     """
     scale = const_expr(a.width**-0.5 * softmax.LOG2_E)
+    score = add_dimensions(a, s, score, group, warp, lane)
     n0, n8 = Float32(LOWEST), Float32(LOWEST)
     for j in range_constexpr(4):
         key = at % a.stages * a.tile + group * (a.tile // 2) + 8 * j + lane % 4 * 2
@@ -420,6 +468,30 @@ def weigh(
         ptx.stmatrix(s_line + (piece ^ line % 8) * 16, *words[4 * i : 4 * i + 4])
     ptx.fence_async()
     return n0, n8, z0, z8, old0, old8
+
+
+@cute.jit
+def add_dimensions(a: Constexpr[Chunk], s: Int32, score: cute.Tensor, group: Int32, warp: Int32, lane: Int32):
+    """Scores of the group's half of the keys, over both groups' dimensions. Each has sums of all keys; the
+    other's go by way of where the warp's results will be.
+    """
+    own = cute.make_rmem_tensor((16,), Float32)
+    s_out = s + a.o_out + lane * 16
+    s_sent, s_there = s_out + warp * (16 * 128), s_out + (warp ^ 4) * (16 * 128)
+    cute.arch.sync_warp()  # results that were here have been read
+    for n in range_constexpr(4):
+        other = []
+        for i in range_constexpr(4):
+            lo, hi = score[4 * n + i], score[16 + 4 * n + i]
+            own[4 * n + i] = hi if group == 1 else lo
+            other.append((lo if group == 1 else hi).bitcast(Uint32))
+        ptx.sts128(s_sent + n * 512, *other)
+    ptx.sync_threads(CONSUMERS)
+    for n in range_constexpr(4):
+        there = ptx.lds128(s_there + n * 512)
+        for i in range_constexpr(4):
+            own[4 * n + i] = own[4 * n + i] + there[i].bitcast(Float32)
+    return own
 
 
 @cute.jit

@@ -338,6 +338,11 @@ class Chunk:
         return 7 if self.format == "fp8" else 0
 
     @property
+    def row_words(self) -> int:
+        """Words of a thread's quarter of a row, two scales the last of them."""
+        return 4 * self.coded + 8 * (8 - self.coded) + 2
+
+    @property
     def own_heads(self) -> int:
         """Heads of an item."""
         return min(self.heads, self.tile)
@@ -397,10 +402,51 @@ class Index:
 
 
 @dataclass(frozen=True)
+class IndexChunk:
+    """Index scores of `rows` tokens: a CTA has the queries of `tokens` neighbors in shared memory, and
+    multiplies keys in registers with one token's after the other.
+    """
+
+    index: Index
+    rows: int
+    tokens: int
+
+    @property
+    def query(self) -> int:
+        """Bytes of a token's queries: bf16 [2][heads][64], as tensor cores read them."""
+        return self.index.heads * 256
+
+    @property
+    def groups(self) -> int:
+        """Groups of so many neighbors."""
+        return -(-self.rows // self.tokens)
+
+    @property
+    def o_weights(self) -> int:
+        """After queries [tokens]: weights bf16 [tokens][heads]."""
+        return self.tokens * self.query
+
+    @property
+    def o_turns(self) -> int:
+        """Each warp's cosines and sines f32 [32][2]."""
+        return self.o_weights + self.tokens * self.index.heads * 2
+
+    @property
+    def o_seen(self) -> int:
+        """Slots and numbers of visible keys i32 [tokens][2]."""
+        return self.o_turns + self.index.warps * 256
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        return self.o_seen + self.tokens * 8
+
+
+@dataclass(frozen=True)
 class Selection:
     """Exact top-k of `capacity` scores, by digits of order-preserving keys, over a cluster of `splits` CTAs.
 
-    bits: how many leading bits of a score's float decide (16 when scores are bf16 values, else 32).
+    bits: of a score, 16 of bf16 or 32 of f32.
     """
 
     capacity: int

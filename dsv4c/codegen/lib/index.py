@@ -21,7 +21,7 @@ _CARRY = 2.0**64
 
 class Operands(NamedTuple):
     """q bf16[N, heads, 128] before RoPE, keys [S, capacity, 128], weights bf16[N, heads], frequencies
-    f32[32], positions, slots i32[N] -> scores f32[N, capacity]. Plain keys have no scale.
+    f32[32], positions, slots i32[N] -> scores bf16[N, capacity]. Plain keys have no scale.
     """
 
     q: cute.Pointer
@@ -118,30 +118,36 @@ def prepare_turns(sm: Int32, frequency: Float32, position: Int32, lane: Int32):
 def prepare_queries(
     x: Constexpr[Index], sm: Int32, s_turns: Int32, g_q: Int64, token: Int32, warp: Int32, lane: Int32
 ):
-    """Rotate, transform and quantize heads 8 * warp.. of q bf16[N, heads, 128] into MMA fragments.
+    """Heads 8 * warp.. of q bf16[N, heads, 128], as keys meet them, into MMA fragments."""
+    if warp < x.heads // 8:
+        words = query_words(x, s_turns, g_q, token, warp, lane)
+        for w in range_constexpr(4):
+            ptx.sts128(sm + ((warp * 4 + w) * 32 + lane) * 16, *words[4 * w : 4 * w + 4])
+
+
+@cute.jit
+def query_words(x: Constexpr[Index], s_turns: Int32, g_q: Int64, token: Int32, eight: Int32, lane: Int32):
+    """Heads 8 * eight.. of q bf16[N, heads, 128], rotated, transformed and quantized, as words of two bf16.
 
     Lane (g, q) works on dimensions 32q..32q+31 of head g: one scale block, and its own part of the fragments.
     """
-    if warp < x.heads // 8:
-        r = cute.make_rmem_tensor((32,), Float32)
-        g = g_q + ((Int64(token) * x.heads + warp * 8 + lane // 4) * 128 + lane % 4 * 32) * 2
-        words = [ptx.ldg128(g + 16 * n) for n in range(4)]
-        for n in range_constexpr(16):
-            r[2 * n], r[2 * n + 1] = ptx.bf16x2_to_f32x2(words[n // 4][n % 4])
-        if lane % 4 >= 2:
-            for n in range_constexpr(8):
-                turns = ptx.lds128(s_turns + (lane % 4 - 2) * 128 + n * 16)
-                for i in range_constexpr(2):
-                    c, s = turns[2 * i].bitcast(Float32), turns[2 * i + 1].bitcast(Float32)
-                    even, odd = r[4 * n + 2 * i], r[4 * n + 2 * i + 1]
-                    r[4 * n + 2 * i] = ptx.round_bf16(even * c - odd * s)
-                    r[4 * n + 2 * i + 1] = ptx.round_bf16(even * s + odd * c)
-        _transform(r, lane)
-        if const_expr(x.format == "mxfp4"):
-            _quantize(r)
-        for w in range_constexpr(4):
-            fragment = [ptx.f32x2_to_bf16x2(r[8 * w + 3 - n], r[8 * w + 7 - n]) for n in range(4)]
-            ptx.sts128(sm + ((warp * 4 + w) * 32 + lane) * 16, *fragment)
+    r = cute.make_rmem_tensor((32,), Float32)
+    g = g_q + ((Int64(token) * x.heads + eight * 8 + lane // 4) * 128 + lane % 4 * 32) * 2
+    words = [ptx.ldg128(g + 16 * n) for n in range(4)]
+    for n in range_constexpr(16):
+        r[2 * n], r[2 * n + 1] = ptx.bf16x2_to_f32x2(words[n // 4][n % 4])
+    if lane % 4 >= 2:
+        for n in range_constexpr(8):
+            turns = ptx.lds128(s_turns + (lane % 4 - 2) * 128 + n * 16)
+            for i in range_constexpr(2):
+                c, s = turns[2 * i].bitcast(Float32), turns[2 * i + 1].bitcast(Float32)
+                even, odd = r[4 * n + 2 * i], r[4 * n + 2 * i + 1]
+                r[4 * n + 2 * i] = ptx.round_bf16(even * c - odd * s)
+                r[4 * n + 2 * i + 1] = ptx.round_bf16(even * s + odd * c)
+    _transform(r, lane)
+    if const_expr(x.format == "mxfp4"):
+        _quantize(r)
+    return [ptx.f32x2_to_bf16x2(r[8 * w + 3 - n], r[8 * w + 7 - n]) for w in range(4) for n in range(4)]
 
 
 @cute.jit
@@ -234,11 +240,18 @@ def load_weights(x: Constexpr[Index], g_weights: Int64, factor: Constexpr[float]
     """The lane's head weights times `factor`, bf16x2 [heads / 8]: heads 8n + 2q and the next."""
     r = cute.make_rmem_tensor((x.heads // 8,), Uint32)
     for n in range_constexpr(x.heads // 8):
-        r[n] = ptx.ldg32(g_weights + (token * x.heads + 8 * n + lane % 4 * 2) * 2)
-        if const_expr(factor != 1.0):
-            lo, hi = ptx.bf16x2_to_f32x2(r[n])
-            r[n] = ptx.f32x2_to_bf16x2(lo * Float32(factor), hi * Float32(factor))
+        r[n] = load_weight(g_weights + (token * x.heads + 8 * n + lane % 4 * 2) * 2, factor)
     return r
+
+
+@cute.jit
+def load_weight(g_weight: Int64, factor: Constexpr[float]):
+    """The weights of two heads times `factor`, bf16x2."""
+    pair = ptx.ldg32(g_weight)
+    if const_expr(factor != 1.0):
+        lo, hi = ptx.bf16x2_to_f32x2(pair)
+        pair = ptx.f32x2_to_bf16x2(lo * Float32(factor), hi * Float32(factor))
+    return pair
 
 
 @cute.jit
@@ -257,13 +270,18 @@ def score(x: Constexpr[Index], sm: Int32, a: cute.Tensor, weights: cute.Tensor, 
                     ptx.mma_bf16(r[m, None], f[0], f[1], f[2], f[3], b[2 * half], b[2 * half + 1])
         for m in range_constexpr(x.tiles):
             for i in range_constexpr(2):
-                dots = _relu_bf16x2(r[m, 2 * i], r[m, 2 * i + 1])
-                lo, hi = ptx.bf16x2_to_f32x2(ptx.mul_bf16x2(dots, weights[n]))
-                total[m, i] = total[m, i] + (lo + hi)
+                total[m, i] = total[m, i] + weighted(r[m, 2 * i], r[m, 2 * i + 1], weights[n])
     for m in range_constexpr(x.tiles):
         for i in range_constexpr(2):
             total[m, i] = ptx.round_bf16(ptx.lanes_sum(total[m, i], 4))
     return total
+
+
+@cute.jit
+def weighted(lo: Float32, hi: Float32, weights: Uint32):
+    """What the dots of two heads add to a key's score."""
+    lo, hi = ptx.bf16x2_to_f32x2(ptx.mul_bf16x2(_relu_bf16x2(lo, hi), weights))
+    return lo + hi
 
 
 @cute.jit
@@ -276,11 +294,12 @@ def store_scores(
     visible: Int32,
     lane: Int32,
 ):
-    """Scores of visible keys to f32[N, capacity]: lane q of a quad stores that of half q."""
+    """Scores of visible keys to bf16[N, capacity]: lane q of a quad stores that of half q."""
     for m in range_constexpr(x.tiles):
         key = first + 16 * m + lane % 4 * 8 + lane // 4
         value = total[m, 0]
         if lane % 4 == 1:
             value = total[m, 1]
         if lane % 4 < 2 and key < visible:
-            ptx.stg_f32(g_scores + (Int64(token) * x.capacity + key) * 4, value)
+            g_score = g_scores + (Int64(token) * x.capacity + key) * 2
+            ptx.stg16(g_score, value.bitcast(Uint32) >> Uint32(16))

@@ -16,8 +16,8 @@ from dsv4c.codegen.lib.geometry import Choice
 
 class Operands(NamedTuple):
     """q bf16[N, heads, 128] before RoPE, keys [S, capacity, 128], weights bf16[N, heads], frequencies
-    f32[32], positions, slots i32[N] -> scores f32[N, capacity], out i32[N, min(k, capacity)]. Plain keys have
-    no scale.
+    f32[32], positions, slots i32[N] -> scores bf16[N, capacity], out i32[N, min(k, capacity)]. Plain keys
+    have no scale.
     """
 
     q: cute.Pointer

@@ -157,6 +157,16 @@ def ldg_u8(g: Int64):
 
 
 @cute.jit
+def ldg_u16(g: Int64):
+    """Load two bytes from global memory, zero-extended."""
+    return _asm(
+        "{ .reg .b16 t; ld.global.b16 t, [{$r0}]; cvt.u32.u16 {$w0}, t; }",
+        write_only_types=[Uint32],
+        read_only_args=[g],
+    )
+
+
+@cute.jit
 def ldg_early32(g: Int64):
     """One word of a weight, or of what was written before the predecessor began: before `wait`. A strong
     load: it finds no old line of L1, and the compiler does not sink it behind the wait.

@@ -108,17 +108,36 @@ def load(t: Constexpr[Selection], g_scores: Int64, visible: Int32, thread: Int32
     first = thread * run * 4
     for n in range_constexpr(t.quads):
         if n < run and first + 4 * n < visible:
-            g = g_scores + (first + 4 * n) * 4
-            if const_expr(t.capacity % 4 == 0):
-                words = ptx.ldg128(g)
-                for i in range_constexpr(4):
-                    if first + 4 * n + i < visible:
-                        key[4 * n + i] = _ordered(words[i])
-            else:  # rows are not 16-byte aligned
-                for i in range_constexpr(4):
-                    if first + 4 * n + i < visible:
-                        key[4 * n + i] = _ordered(ptx.ldg32(g + i * 4))
+            words = _load_four(t, g_scores + (first + 4 * n) * (t.bits // 8), visible - (first + 4 * n))
+            for i in range_constexpr(4):
+                if first + 4 * n + i < visible:
+                    key[4 * n + i] = _ordered(words[i])
     return key, first
+
+
+@cute.jit
+def _load_four(t: Constexpr[Selection], g: Int64, count: Int32):
+    """Up to four scores, the first `count` of a row's rest, as bits of f32."""
+    words = cute.make_rmem_tensor((4,), Uint32)
+    words.fill(0)
+    if const_expr(t.bits == 16 and t.capacity % 4 == 0):
+        pairs = ptx.ldg64(g)
+        for i in range_constexpr(4):
+            words[i] = (
+                pairs[i // 2] & Uint32(0xFFFF0000) if const_expr(i % 2) else pairs[i // 2] << Uint32(16)
+            )
+    elif const_expr(t.capacity % 4 == 0):
+        four = ptx.ldg128(g)
+        for i in range_constexpr(4):
+            words[i] = four[i]
+    else:  # rows are not aligned
+        for i in range_constexpr(4):
+            if i < count:
+                if const_expr(t.bits == 16):
+                    words[i] = ptx.ldg_u16(g + i * 2) << Uint32(16)
+                else:
+                    words[i] = ptx.ldg32(g + i * 4)
+    return words
 
 
 @cute.jit
@@ -256,7 +275,7 @@ def select(
 
 
 class Operands(NamedTuple):
-    """scores f32[N, capacity], positions i32[N] -> out i32[N, min(k, capacity)]."""
+    """scores [N, capacity] of as many bits as decide, positions i32[N] -> out i32[N, min(k, capacity)]."""
 
     scores: cute.Pointer
     positions: cute.Pointer
@@ -280,7 +299,7 @@ def choose(t: Constexpr[Selection], m: Operands, s: Int32) -> None:
     position = ptx.ldg32(m.positions.toint() + row * 4).bitcast(Int32)
     visible = cutlass.min((position + 1) // t.ratio, Int32(t.capacity))
     g_out = m.out.toint() + Int64(row) * (t.out * 4)
-    g_scores = m.scores.toint() + Int64(row) * (t.capacity * 4)
+    g_scores = m.scores.toint() + Int64(row) * (t.capacity * (t.bits // 8))
     if const_expr(t.splits > 1):
         if visible > t.alone.capacity:
             select(t, s, g_scores, g_out, visible, rank, tid)

@@ -88,7 +88,7 @@ def top_k(team: Team, scores: cute.Tensor, y: cute.Tensor, k: Constexpr[int]):
 @cute.jit
 def _key(scores: cute.Tensor, i: Int32):
     """A number in the order of the scores; that of -inf, which is never chosen, is 0."""
-    return (order(at(scores, i)) + Int32(0x7F800000)).bitcast(Uint32)
+    return (order(rounded(at(scores, i), Float32)) + Int32(0x7F800000)).bitcast(Uint32)
 
 
 @cute.jit

@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import ClassVar
 
 from dsv4c.ir.op import Cost, Op, elements, expect, expect_tensor, primitive, row_bytes
-from dsv4c.types import F32, I32, TensorType, Type
+from dsv4c.types import BF16, F32, I32, TensorType, Type
 
 
 @primitive
 class IndexScores(Op):
-    """Sum over heads of relu(q_h · key_w) * weight_h -> f32[N, C], -inf for entries w >= (t+1)//ratio.
+    """Sum over heads of relu(q_h · key_w) * weight_h -> [N, C], -inf for entries w >= (t+1)//ratio.
 
     q[N, H, D] and keys[S, C, D], quantized or plain; weights[N, H]; positions and slots i32[N]. With bf16
-    weights the dot products, the products with the weights and the sum are each rounded to bf16.
+    weights the dot products, the products with the weights and the sum are each rounded to bf16, and scores
+    are bf16; else they are f32.
     """
 
     by_row: ClassVar = frozenset({0, 2, 3, 4})
@@ -27,12 +28,12 @@ class IndexScores(Op):
             f"q must be [N, H, D], keys [S, C, D]; got {q}, {keys}",
         )
         expect(q.shape[2] == keys.shape[2], f"q {q} and keys {keys} differ in width")
-        expect_tensor(weights, "weights", 2)
+        dtype = expect_tensor(weights, "weights", 2).dtype
         expect(weights.shape == q.shape[:2], f"weights {weights} do not fit q {q}")
         expect_tensor(positions, "positions", 1, I32)
         expect(positions.shape == q.shape[:1], f"q {q} and positions {positions} differ in rows")
         expect(slots == positions, f"slots {slots} and positions {positions} differ")
-        return TensorType(F32, (q.shape[0], keys.shape[1]))
+        return TensorType(BF16 if dtype is BF16 else F32, (q.shape[0], keys.shape[1]))
 
     def cost(self, operands: tuple[Type, ...], results: tuple[Type, ...]) -> Cost:
         q, keys, *small = operands
@@ -52,7 +53,8 @@ class TopK(Op):
     k: int
 
     def infer(self, scores: Type) -> TensorType:
-        tensor = expect_tensor(scores, "scores", 2, F32)
+        tensor = expect_tensor(scores, "scores", 2)
+        expect(tensor.dtype in (F32, BF16), f"scores must be f32 or bf16, got {tensor}")
         expect(self.k > 0, f"k must be positive, got {self.k}")
         return TensorType(I32, (tensor.shape[0], min(self.k, tensor.shape[1])))
 

@@ -10,7 +10,7 @@ from dsv4c.ir.ops import top_k
 
 @fused
 class IndexTopk(Fused):
-    """scores f32[N, C] -> i32[N, min(k, C)], -1 padded."""
+    """scores [N, C] -> i32[N, min(k, C)], -1 padded."""
 
     optional = True
     k: int

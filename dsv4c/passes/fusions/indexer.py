@@ -15,7 +15,7 @@ from dsv4c.types import QuantType
 
 @fused
 class Indexer(Fused):
-    """q[N, H, D] before RoPE, keys[S, C, D], weights[N, H] -> scores f32[N, C], -inf where not visible."""
+    """q[N, H, D] before RoPE, keys[S, C, D], weights[N, H] -> scores [N, C], -inf where not visible."""
 
     rounding = Rounding.CODES
     optional = True
