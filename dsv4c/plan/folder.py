@@ -36,7 +36,7 @@ from dsv4c.types import TypeSyntaxError, parse_type
 if TYPE_CHECKING:
     from dsv4c.runtime.session import Session
 
-SCHEMA = 5
+SCHEMA = 6
 """Version of the folder's form; a reader refuses any other."""
 
 LARGEST_FILE = 1 << 30

@@ -135,7 +135,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"plan\.json: is damaged: .*compile the plan again",
     ),
     "another schema": (
-        lambda p: altered(p / PLAN_FILE, lambda t: t.replace('"schema": 5', '"schema": 99', 1)),
+        lambda p: altered(p / PLAN_FILE, lambda t: t.replace('"schema": 6', '"schema": 99', 1)),
         r"has schema 99, this version of dsv4c reads 5; compile the plan again",
     ),
     "another program's": (
