@@ -80,16 +80,18 @@ class Step:
 
     def reset(self, position: int) -> None:
         """As before a step at that position, with the sequences in the first slots."""
-        for name, value in (("tokens", 17), ("lengths", 1), ("slots", None)):
+        given = {  # by number of the row or sequence; unlike tokens: like ones choose the same experts
+            "tokens": lambda i: (17 + 7919 * i) % int(self.data["config"]["vocab_size"]),
+            "lengths": lambda i: torch.full_like(i, int(self.program["tokens"])),
+            "slots": lambda i: i,
+        }
+        for name, values in given.items():
             place = self.program["values"].get(name)
             if place is None:
                 continue
             target = view(self.blocks[place["space"]], parse_type(place["type"]), place["offset"])
             assert isinstance(target, Tensor)
-            if value is None:
-                target.copy_(torch.arange(target.numel()))
-            else:
-                target.fill_(value)
+            target.copy_(values(torch.arange(target.numel())))
         place = self.program["values"]["position"]
         held = view(self.blocks["state"], parse_type(place["type"]), place["offset"])
         assert isinstance(held, Tensor)

@@ -17,8 +17,11 @@ from tests.codegen.lowered import gpu_plan
 OF_ROWS = {
     *("in_proj_0", "q_proj_0", "wo_a_0", "wo_b_0", "head_0", "router_gate_0"),
     *("experts_up_0", "experts_down_0", "router_rows_0"),
+    *("attention_swa_0", "attention_csa_0", "attention_hca_0"),
 }
-"""Kernels of any number of rows of their own: a weight meets all rows at once, or they take turns on it."""
+"""Kernels of any number of rows of their own: a weight meets all rows at once, or they take turns on it; and
+attention of two or three, which have SMs to themselves.
+"""
 
 
 def kernels(plan: Plan, program: Program) -> set[tuple[str, str]]:

@@ -182,7 +182,13 @@ def test_planned_tiles_cover_the_keys_and_fit(keys: int, format: str):
     assert rounds * a.splits * a.tile >= keys
     assert a.tile % 16 == 0
     assert (rounds == 1) == (a.stages == 1)
-    assert emit_attention(spec, SM_90A).shared == a.shared <= SM_90A.shared_per_cta
+    shared = {rows: emit_attention(replace(spec, rows=rows), SM_90A).shared for rows in range(1, 9)}
+    ctas = a.splits * a.head_tiles
+    for rows, asked in shared.items():  # an SM each, where there are surely enough
+        apart = 1 < rows <= 99 // ctas and 2 * (a.shared + 1024) <= SM_90A.shared_per_sm
+        assert (asked > a.shared) == apart
+        assert asked <= SM_90A.shared_per_cta
+        assert (2 * (asked + 1024) > SM_90A.shared_per_sm) == (apart or asked > SM_90A.shared_of(2))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from dsv4c.codegen.emit import Emission
 from dsv4c.codegen.kernels.experts import ExpertsSpec
 from dsv4c.codegen.kernels.experts_down import emit_experts_down
 from dsv4c.codegen.kernels.experts_up import Routing, emit_experts_up
-from dsv4c.codegen.kernels.gemv import Activations, GemvSpec, Matrix, emit_gemv, plan_parts
+from dsv4c.codegen.kernels.gemv import BOUNDARY, Activations, GemvSpec, Matrix, emit_gemv, plan_parts
 from dsv4c.codegen.kernels.quantize import QuantizeSpec, emit_quantize
 from dsv4c.codegen.kernels.riders import CompressSpec, KvStoreSpec, Rider, seated
 from dsv4c.codegen.lib.gemv import first_row
@@ -163,8 +163,8 @@ def test_a_plan_covers_every_tile_once(spec: GemvSpec) -> None:
         assert r.steps * r.k_warps * r.span == r.product.units  # a warp's steps cover k without a rest
         for slot in part.slots:
             for local in range(slot.ctas):
-                for turn in range(r.rounds):
-                    group = local + turn * slot.ctas
+                for turn in range(r.rounds * r.matrices):
+                    group = local + turn * slot.ctas if r.matrices == 1 else local * r.matrices + turn
                     for tile in range(group * r.tile_warps, (group + 1) * r.tile_warps):
                         if tile < -(-slot.matrix.rows // 16):
                             covered[slot.matrix.name, tile] += 1
@@ -173,7 +173,20 @@ def test_a_plan_covers_every_tile_once(spec: GemvSpec) -> None:
 
 @pytest.mark.parametrize("spec", FLASH, ids=lambda s: f"{s.name}-{s.batch}")
 def test_two_ctas_fit_an_sm(spec: GemvSpec) -> None:
-    assert 2 * (emit_gemv(spec, SM_90A).shared + 1024) <= SM_90A.shared_per_sm
+    """Or one that has the tiles of both, and a boundary's beside it."""
+    (matrices,) = {part.ring.matrices for part in plan_parts(spec, SM_90A)}
+    shared = emit_gemv(spec, SM_90A).shared + 1024
+    assert 2 * shared <= SM_90A.shared_per_sm if matrices == 1 else shared + BOUNDARY <= SM_90A.shared_per_sm
+
+
+def test_one_cta_quantizes_many_rows_for_the_tiles_of_two() -> None:
+    wo_b = dense("wo_b", 4096, 8192, "fp8", QUANTIZED)
+    for rows in range(1, 9):
+        emission = emit_gemv(replace(wo_b, batch=rows), SM_90A)
+        wanted = (256, 288) if rows == 1 else (256, 320) if rows == 2 else (128, 640)
+        assert (emission.grid[0], emission.block) == wanted
+    for spec in (q_proj("q_proj", 8, WINDOW), dense("wo_a", 8192, 4096, "fp8", KEPT, 8, groups=8)):
+        assert {part.ring.matrices for part in plan_parts(spec, SM_90A)} == {1}
 
 
 def test_rows_are_split_only_where_they_do_not_fit() -> None:
@@ -389,9 +402,10 @@ def test_every_small_kernel_assembles(store: Path, arch: Arch) -> None:
         else:
             assert first == "launch_dependents"
             assert set(rest) == {"wait"}
-        # Whom the warp that reads the weights meets, without waiting: all the others.
+        # Whom the warp that reads the weights meets, without waiting: all the others but those that are
+        # there for nothing, of 320.
         arrivals = re.findall(r"\bbar\.arrive\s+(\d+), (\d+);", result.ptx)
-        assert {int(threads) for _, threads in arrivals} == {kernel.block}
+        assert {int(threads) for _, threads in arrivals} == {288 if kernel.block == 320 else kernel.block}
         assert {*arrivals} <= {*re.findall(r"\bbar\.sync\s+(\d+), (\d+);", result.ptx)}
         # What frees a slot of the ring stands behind a fence for its loads, or needs what they became.
         frees = [i for i, line in enumerate(lines) if "mbarrier.arrive.shared" in line]

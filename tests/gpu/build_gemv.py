@@ -182,9 +182,9 @@ def experts() -> list[tuple[ExpertsSpec, Routing, bool]]:
     layers = [(spec, scores, True) for spec in timed]
     layers += [(spec, rows, True) for spec in (timed[0], pro)]
     layers += [(flash(*spec), scores, False) for spec in (("bf16", "bf16"), ("nvfp4", "nvfp4", 3))]
-    layers += [(flash("mxfp4", "fp8", 2), routing, False) for routing in (table, rows)]
-    layers += [(flash("mxfp4", "fp8", 8), rows, False), (flash("bf16", "bf16", 3), rows, False)]
-    layers += [(pro_of(6), rows, False), (flash("nvfp4", "fp8", 5), scores, False)]
+    layers += [(flash("mxfp4", "fp8", batch), table, False) for batch in (2, 8)]
+    layers += [(flash("bf16", "bf16", 3), rows, False)]
+    layers += [(pro_of(6), table, False), (flash("nvfp4", "fp8", 5), scores, False)]
     for batch in (1, 3):
         tiny = [
             ExpertsSpec(f"tiny_{r}_{s}_b{batch}", batch, 256, 128, 8, 2, r, s, 1.0)
@@ -194,7 +194,7 @@ def experts() -> list[tuple[ExpertsSpec, Routing, bool]]:
         tiny.append(ExpertsSpec(f"odd_bf16_bf16_b{batch}", batch, 160, 16, 37, 5, "bf16", "bf16", 0.6))
         tiny.append(ExpertsSpec(f"many_fp8_fp8_b{batch}", batch, 128, 128, 300, 9, "fp8", "fp8", 1.0))
         layers += [(spec, routing, False) for spec in tiny for routing in (scores, table, rows)]
-    return layers
+    return [layer for layer in layers if layer[1] is not rows or layer[0].turns == 1]  # else given logits
 
 
 def describe(

@@ -104,9 +104,10 @@ def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
     _check(spec, a, arch)
     row = spec.width * 2 if spec.format == "bf16" else (spec.width - 64) + (spec.width - 64) // 64 + 128
     nbytes = (spec.window + spec.extra) * row + spec.heads * spec.width * 4
+    shared = max(a.shared, arch.shared_of(2) + 128) if _spread(spec, a, arch) else a.shared
     stages = [
         "ptx.launch_dependents()",
-        f"s = ptx.shared({a.shared})",
+        f"s = ptx.shared({shared})",
         "at = attention.enter(SPEC, m, s)",
         "ptx.wait()",
         "attention.attend(SPEC, m, s, at)",
@@ -123,7 +124,7 @@ def emit_attention(spec: AttentionSpec, arch: Arch) -> Emission:
         f"{_what(spec, a)}\n    keys: {a.window} of the window{ends}{_keys_text(spec)}",
         spec.operands,
         f"Launch: clusters of {a.splits} CTAs (keys in tiles of {a.tile}), one per 16 heads and token; "
-        f"{a.warps * 32} threads, {a.shared} B shared each.\n{floor_text(nbytes, arch, 'token')}",
+        f"{a.warps * 32} threads, {shared} B shared each.\n{floor_text(nbytes, arch, 'token')}",
         stages,
         threads=a.warps * 32,
         grid=(f"rows * {a.splits * a.head_tiles}", 1, 1),
@@ -237,6 +238,15 @@ def _check(spec: AttentionSpec, a: Attention, arch: Arch) -> None:
     )
     limit = arch.shared_per_cta
     expect(a.shared <= limit, f"needs {a.shared} bytes of shared memory, a CTA has {limit}")
+
+
+def _spread(spec: AttentionSpec, a: Attention, arch: Arch) -> bool:
+    """Whether CTAs of several rows have an SM each, by asking for more than half of its shared memory: else
+    clusters sit on top of each other while other SMs have none. Only where they surely find so many places
+    (on an H200 12 clusters of 8 do, and 16 take turns).
+    """
+    ctas = spec.rows * a.splits * a.head_tiles
+    return a.warps == 16 and spec.rows > 1 and ctas <= 3 * arch.sms // 4
 
 
 def _what(spec: AttentionSpec, a: Attention | Chunk) -> str:

@@ -27,7 +27,7 @@ from dsv4c.codegen.kernels.experts_up import (
     routed_experts,
 )
 from dsv4c.codegen.kernels.formats import WEIGHT_FORMATS, WEIGHTS, format_name, holds
-from dsv4c.codegen.kernels.gemv import STAGES, WARPS, k_warps_of, span_of, weights_text
+from dsv4c.codegen.kernels.gemv import BOUNDARY, STAGES, WARPS, k_warps_of, span_of, weights_text
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.shapes import Down, Product, Ring
 from dsv4c.codegen.registry import Answer, Call, Launchable, No, Request, Scratch, kernel, launchable, takes
@@ -96,12 +96,6 @@ def _down(spec: ExpertsSpec, arch: Arch, cut: Cut = PLANNED, by: str = "") -> Do
         raise BuildError(f"{spec.name}: the activations leave no shared memory for two stages of weights")
     return best
 
-
-BOUNDARY = 7 * 1024
-"""Shared memory of a CTA of the boundary that follows, with what the system takes. Where there is room it
-begins early, and has fetched its weights when it is needed. Half of an SM's registers are its, too: tokens
-that take turns have 48 a thread beside it, five warps on a quarter of the SM.
-"""
 
 CHOICES = {
     "": (),

@@ -99,7 +99,8 @@ def _up(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut = PLANNED) -> 
 
         def planned(stages: int) -> UpPart:
             span = span_of(product, k_warps)
-            ring = Ring(product, 1, k_warps, span, stages, rounds, 2, turns, flight=cut.ahead)
+            flight = cut.ahead or (2 if turns > 1 and routing.source == "scores" else 0)
+            ring = Ring(product, 1, k_warps, span, stages, rounds, 2, turns, flight=flight)
             if name == "shared":
                 return UpPart(ring, jobs, ctas)
             scores = 8 * padded(spec.experts) if routing.source == "scores" else 0

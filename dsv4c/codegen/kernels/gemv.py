@@ -26,6 +26,12 @@ CTA_BYTES = 32 << 10  # what a CTA could have read in the time that it takes to 
 MOST_ROUNDS = 10  # the partial sums of eight rows take 4 KB of shared memory per round
 STAGES = 5  # measured: a sixth stage of FP8 units gains nothing
 WARPS = 8
+BOUNDARY = 7 * 1024
+"""Shared memory of a CTA of the boundary that follows, with what the system takes. Where there is room it
+begins early, and has fetched its weights when it is needed. Half of an SM's registers are its, too: whoever
+leaves them has 48 a thread, five warps on a quarter of the SM.
+"""
+PAIRED = 3  # rows from which on (measured) the tiles of two CTAs are one's
 MMA_ROWS = 8  # columns of an MMA, which the activation rows are
 STAGINGS = {
     ("e4m3", "copy"),
@@ -228,8 +234,8 @@ class Part:
         assert self.epilogue is not None
         return self.epilogue.function(self.name, self.slots[0].matrix.out)
 
-    def stages(self, late: bool) -> str:
-        """What a CTA of the part does, in order."""
+    def stages(self, late: bool, crowded: bool) -> str:
+        """What a CTA of the part does, in order; of a `crowded` one some warps do nothing."""
         name, spec, block = self.name, self.name.upper(), place_of("block", self.first)
         wait = ["ptx.wait()", *(["ptx.launch_dependents()"] if late else [])]
         if self.x.prologue == "copy":
@@ -246,7 +252,8 @@ class Part:
             call_text("gemv.multiply", [spec, "at", *after]),
         ]
         reads = f"gemv.read_weights({spec}, {name}, s, {block})"
-        return f"if warp < {self.ring.warps}:\n{indent(chr(10).join(lines), '    ')}\nelse:\n    {reads}"
+        rest = f"elif warp == {self.ring.warps}:" if crowded else "else:"
+        return f"if warp < {self.ring.warps}:\n{indent(chr(10).join(lines), '    ')}\n{rest}\n    {reads}"
 
 
 def pointers(names: Sequence[str]) -> str:
@@ -267,12 +274,17 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
     found = [part.parameters for part in parts] + [parameters_of(rider) for rider in riders]
     epilogues = [part.epilogue for part in parts if part.epilogue is not None]
     shared = max([part.products.at.end for part in parts] + [rider.shared for rider in riders])
-    grid = parts[-1].last
+    grid, threads = parts[-1].last, warps * 32 + 32
+    # With 48 registers a thread there is room for whoever is before and behind, boundaries above all. NVFP4
+    # rows take more.
+    crowded = spec.batch > 1 and warps % WARPS == 0 and not riders and parts[0].x.prologue != "unpack"
+    if crowded:  # as if 40 warps were on an SM: ptxas gives that many then
+        threads = 40 * warps
     emission = compose(
         spec.name,
         _what(spec, parts, riders),
         {p: "" for parameters in found for p in parameters},
-        f"Launch: grid {grid}, block {warps * 32 + 32}, {shared} bytes of shared memory, programmatic edges "
+        f"Launch: grid {grid}, block {threads}, {shared} bytes of shared memory, programmatic edges "
         f"allowed.\n{weights_text(sum(part.nbytes for part in parts), arch)}",
         [
             *([] if spec.late else ["ptx.launch_dependents()"]),
@@ -284,13 +296,13 @@ def _emitted(spec: GemvSpec, arch: Arch, cut: Cut) -> Emission:
             *([STATE_FIRST] if riders else []),
             branches(
                 [*(_riding(rider, n, spec, warps) for n, rider in enumerate(riders))]
-                + [part.stages(spec.late) for part in parts],
+                + [part.stages(spec.late, crowded) for part in parts],
                 [(n + 1) * spec.batch for n in range(len(riders))] + [part.last for part in parts],
             ),
         ],
-        threads=warps * 32 + 32,
+        threads=threads,
         grid=(grid, 1, 1),
-        resident=2 if riders else None,
+        resident=1280 // threads if crowded else 2 if riders else None,
         spec={
             **{rider.name.upper(): rider.shape(warps * 32) for rider in riders},
             **{part.name.upper(): part.products for part in parts},
@@ -456,17 +468,24 @@ def _part(
     if matrices[0].epilogue is not None:
         name += f"_{matrices[0].name}"
 
-    def planned(splits: int, stages: int, resident: int) -> Part:
+    # Whoever quantizes rows does it for all of its tiles: one CTA on an SM once where two do it twice.
+    quantizes = spec.batch >= PAIRED and x.prologue == "quantize" and x.kind == "e4m3"
+    alone = rounds == 1 and len(spec.matrices) == 1 and not spec.riders
+    halves = at % (2 * spec.groups) == 0 and at > arch.sms and tile_warps <= 4  # of a block's scales
+    pairs = quantizes and alone and halves
+
+    def planned(splits: int, stages: int, resident: int, beside: int) -> Part:
         product = Product(format, x.kind, -(-spec.batch // splits), spec.k)
         span = span_of(product, k_warps, rounds)
-        ring = Ring(product, tile_warps, k_warps, span, stages, rounds, 1, 1, resident, cut.ahead)
+        ring = Ring(product, tile_warps, k_warps, span, stages, rounds, beside, 1, resident, cut.ahead)
         batch, groups = spec.batch, spec.groups
-        return Part(name, ring, batch, splits, groups, x, out_dtype, tuple(slots), first, at * splits, nbytes)
+        seats, ctas = tuple(replace(s, ctas=s.ctas // beside) for s in slots), at // beside * splits
+        return Part(name, ring, batch, splits, groups, x, out_dtype, seats, first, ctas, nbytes)
 
     for splits in range(-(-spec.batch // MMA_ROWS), spec.batch + 1):
-        for resident in (2, 1):
+        for resident, beside in ((1, 2),) if pairs else ((2, 1), (1, 1)):
             for stages in (cut.stages,) if cut.stages else range(STAGES, 1, -1):
-                part = planned(splits, stages, resident)
-                if part.products.at.end <= arch.shared_of(resident):
+                part = planned(splits, stages, resident, beside)
+                if part.products.at.end + BOUNDARY * (beside - 1) <= arch.shared_of(resident):
                     return part
     raise BuildError(f"{spec.name}: a row of {spec.k} leaves no shared memory for two stages of weights")

@@ -128,7 +128,7 @@ def enter(p: Constexpr[Products], m: Operands, s: Int32, block: Int32) -> Place:
         g_gx = g_gx + Int64(first) * (p.groups * 4)
         g_y = g_y + Int64(first) * rows * p.out_bytes
     if const_expr(p.groups > 1):
-        group = Int64(local // (-(-p.seats[0].rows // 16) // p.groups // r.tile_warps))
+        group = Int64(local // (p.seats[0].ctas // p.groups))
         g_x = g_x + group * p.row_bytes
         if const_expr(p.prologue == "unpack"):
             g_fx = g_fx + group * (k // 16)
@@ -137,7 +137,8 @@ def enter(p: Constexpr[Products], m: Operands, s: Int32, block: Int32) -> Place:
             g_scale = g_scale + group * 4
     ptx.meet(ptx.OPEN, p.threads)
     if const_expr(r.product.weight == "fp8"):
-        stream.load_block_scales(r, a.scale, g_scale, local, ctas, rows // 16, tid, p.consumers)
+        first_tiles = local * r.matrices if const_expr(r.matrices > 1) else local
+        stream.load_block_scales(r, a.scale, g_scale, first_tiles, ctas, rows // 16, tid, p.consumers)
     if const_expr(p.prologue in ("copy", "normalize")):
         ptx.open_barrier(a.bar, tid)
     if const_expr(p.prologue == "normalize"):
@@ -189,15 +190,19 @@ def multiply(
     ptx.sync_threads(p.consumers)
     if const_expr(epilogue is not None and p.prologue == "copy"):
         ptx.wait()  # so far only one warp has
-    for n in range_constexpr(-(-r.rounds * r.tile_warps * own * 16 // p.consumers)):
+    for n in range_constexpr(-(-r.rounds * r.sharing * own * 16 // p.consumers)):
         i = at.tid + n * p.consumers
         column = i % 16
         row = i // 16 % own
         tile = i // (16 * own) % r.tile_warps
-        turn = i // (16 * own * r.tile_warps)
-        out = ((at.local + turn * at.ctas) * r.tile_warps + tile) * 16 + column
-        if turn < r.rounds and out < at.rows:
-            value = stream.tile_sum(r, s.part, turn, Int32(0), tile, row, column)
+        turn, side = i // (16 * own * r.tile_warps), Int32(0)
+        group = at.local + turn * at.ctas
+        if const_expr(r.matrices > 1):
+            turn, side = Int32(0), turn
+            group = at.local * r.matrices + side
+        out = (group * r.tile_warps + tile) * 16 + column
+        if turn < r.rounds and side < r.matrices and out < at.rows:
+            value = stream.tile_sum(r, s.part, turn, side, tile, row, column)
             if const_expr(r.product.weight == "nvfp4"):
                 value = value * ptx.ldg_f32_constant(at.scale)
             if const_expr(epilogue is not None):
@@ -223,5 +228,7 @@ def read_weights(p: Constexpr[Products], m: Operands, s: Int32, block: Int32) ->
     tile = local
     if const_expr(r.rounds > 1):
         tile = local + lane * ctas
+    if const_expr(r.matrices > 1):
+        tile = local * r.matrices
     g_lane = g_w + Int64(tile) * r.group_bytes
-    stream.produce(r, s_ring, s_bars, g_lane, Int64(0), Int32(0), rounds * r.steps, lane)
+    stream.produce(r, s_ring, s_bars, g_lane, Int64(r.group_bytes), Int32(0), rounds * r.steps, lane)
