@@ -647,10 +647,8 @@ def add_splits(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, rank: Int32, th
         for j in range_constexpr(t.summed):
             number = rank * each + j % each + j // each * (t.wide // 16)
             s_part = s + (number * t.CONSUMERS + thread) * 16
-            if const_expr(other == 0):
-                words = ptx.lds128(s_part)
-            else:
-                words = lds128_remote(s_part, (rank + other) % t.splits)
+            whose = (rank + other) % t.splits
+            words = ptx.lds128(s_part) if const_expr(other == 0) else lds128_remote(s_part, whose)
             for i in range_constexpr(4):
                 part = words[i].bitcast(Float32)
                 own[4 * j + i] = part if const_expr(other == 0) else own[4 * j + i] + part
