@@ -27,7 +27,7 @@ from dsv4c.types import FP8_ROW, QuantType
 
 FEWEST_ROWS = 9  # a GEMV serves fewer
 MOST_OF_FEW = 16  # rows of each expert, on the average, whose time is that of its weights
-WIDE = ("fp8", "bf16")  # formats of weights that tiles of 256 rows are for
+WIDE = ("fp8", "bf16", "plain")  # formats of weights that tiles of 256 rows are for
 FEW = 2  # an expert may have as many times its share of the rows, before tiles of 128 serve it better
 
 
@@ -84,7 +84,7 @@ class GemmSpec:
         if self.experts:
             x += [Parameter("order"), Parameter("counts")]
             x += [Parameter("weights")] if self.paired else []
-        x += [Parameter("lengths")] if self.counted else []
+        x += [Parameter("lengths", early=not self.experts)] if self.counted else []
         return (*x, *(self.epilogue.parameters if self.epilogue is not None else ()))
 
 
@@ -109,13 +109,10 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
     if spec.k % 128:
         raise BuildError(f"{spec.name}: rows of {spec.k} columns: want a multiple of 128")
     pieces = PIECES[packing.format, kind]
-    height = _height(spec, packing.format, kind, sms)
-    splits = _splits(spec, height, kind, sms)
-    steps = spec.k // (128 if kind == "e4m3" else 64) // splits
-    expands = packing.format == "mxfp4"
+    height, splits = _cut(spec, packing.format, kind, sms)
+    steps = spec.k // _each(kind) // splits
     loaders = 2 if pieces and steps % 2 == 0 else 1
-    ahead = 1 if steps % (2 * loaders) else 2
-    return Tiles(
+    t = Tiles(
         weight=packing.format,
         kind=kind,
         k=spec.k,
@@ -123,43 +120,55 @@ def tiles_of(spec: GemmSpec, sms: int) -> Tiles:
         height=height,
         tiles=packing.tiles,
         span=packing.span,
-        stages={64: 5, 128: 4}[height] if expands else {64: 7, 128: 6, 256: 4}[height],
+        stages=STAGES[height],
         loaders=loaders,
-        ahead=ahead,
+        ahead=1 if steps % (2 * loaders) else 2,
         scaled=spec.scaled,
         paired=spec.paired,
         experts=spec.experts,
         splits=splits,
     )
+    return replace(t, stages={64: 5, 128: 4}[height]) if t.expands else t
 
 
-def _height(spec: GemmSpec, format: str, kind: str, sms: int) -> int:
-    """Rows of x in a tile: those with which the busiest SM moves the fewest bytes through shared memory."""
-    if spec.rows // max(1, spec.experts // FEW) <= 64:
-        return 64
-    if spec.experts or format not in WIDE:
-        return 128
+STAGES = {64: 7, 128: 6, 256: 4}  # by height: what shared memory holds
+MOVED = {64: 56, 128: 80, 256: 144}
+"""KB that a step of a tile moves through shared memory: to tensor cores, of x, and of w."""
+SUMMED = 6  # KB more for each row of a tile whose sums CTAs add up, from each other's shared memory
+
+
+def _each(kind: str) -> int:
+    """Columns of k in a step."""
+    return 128 if kind == "e4m3" else 64
+
+
+def _cut(spec: GemmSpec, format: str, kind: str, sms: int) -> tuple[int, int]:
+    """Rows of x in a tile, and CTAs that share its k: those with which the busiest SM moves the fewest bytes
+    through shared memory.
+    """
+    heights = [64] if spec.rows // max(1, spec.experts // FEW) <= 64 else [128]
+    if heights == [128] and not spec.experts and format in WIDE:
+        heights = [128, 256] if spec.paired else [64, 128, 256]
+    widened = 16 if PIECES[format, kind] else 0  # w is laid down twice
     made = 64 if spec.paired else 128
     columns = sum(-(-m.rows // made) for m in spec.matrices)
+    least = 4 if spec.paired else 1  # groups of 8 columns of a warpgroup that a CTA adds up
+    steps = spec.k // _each(kind)
 
-    # KB a step: of operands to tensor cores, of x, and of w, which is copied or else widened.
-    moved = {height: height // 128 * 64 + (32 if PIECES[format, kind] else 16) for height in (128, 256)}
+    def splits(height: int) -> list[int]:
+        tiles, groups = -(-spec.rows // height) * columns, (8 if height == 64 else 16) // least
+        if spec.experts or height == 256:
+            return [1]
+        # four steps each, on SMs that would have nothing to do otherwise, of which clusters do not fill all
+        most = {2: sms, 4: sms * 4 // 5, 8: sms * 4 // 5}
+        return [1, *(n for n in most if n * tiles <= most[n] and n <= groups and steps % (4 * n) == 0)]
 
-    def traffic(height: int) -> int:
-        return -(-(-(-spec.rows // height) * columns) // sms) * moved[height]
+    def moved(cut: tuple[int, int]) -> float:
+        height, split = cut
+        waves = -(-(-(-spec.rows // height) * columns * split) // sms)
+        return waves * (steps / split * (MOVED[height] + widened) + (SUMMED * height if split > 1 else 0))
 
-    return min(moved, key=traffic)
-
-
-def _splits(spec: GemmSpec, height: int, kind: str, sms: int) -> int:
-    """CTAs that share a tile's k: as many as SMs would have nothing to do otherwise, four steps each."""
-    made = 64 if spec.paired else 128
-    tiles = -(-spec.rows // height) * sum(-(-m.rows // made) for m in spec.matrices)
-    steps = spec.k // (128 if kind == "e4m3" else 64)
-    least = 4 if spec.paired else 1  # groups of 8 columns of a warpgroup
-    groups = (8 if height == 64 else 16) // least
-    fitting = [n for n in (2, 4, 8) if n * tiles <= sms and n <= groups and steps % (4 * n) == 0]
-    return max(fitting, default=1) if not spec.experts and height < 256 else 1
+    return min(((h, n) for h in heights for n in splits(h)), key=moved)
 
 
 def _places(spec: GemmSpec, t: Tiles | Few) -> tuple[Place, ...]:
@@ -209,7 +218,7 @@ def emit_gemm(spec: GemmSpec, arch: Arch) -> Emission:
             "at = many_rows.enter()",
             f"s = (ptx.shared({t.shared}) + 1023) & Int32(-1024)",
             "many_rows.open_ring(SPEC, s, at)",
-            "ptx.wait()",
+            *([] if t.early else ["ptx.wait()"]),
             "work = many_rows.count(SPEC, m, s, at)",
             branches(
                 [

@@ -196,10 +196,10 @@ def load(
             full, s_x = s + t.o_bars + 8 * stage, s + stage * t.x_stage
             s_w = s + t.o_w + stage * t.w_stage
             if const_expr(t.boxed):
-                if thread == 0:
-                    ptx.mbarrier_expect_alone(full, Int32(t.x_stage + (t.w_stage if t.run else 0)))
+                if thread == step % 4 * 32:  # each warp in turn
+                    ptx.mbarrier_expect_alone(full, Int32(t.x_stage))
                     ptx.box_load(s_x, g_x, (behind + (begin + step) * t.each, rows[0]), full)
-                    if const_expr(t.run):
+                    if now >= t.early:
                         load_units(t, s_w, g_w, first, begin + step, full)
             elif const_expr(t.kind == "f16"):
                 lay_x(t, s_x, held, i, thread)
@@ -269,7 +269,10 @@ def copy_units(t: Constexpr[Tiles], s_w: Int32, g_units: cute.Tensor, step: Int3
 
 @cute.jit
 def load_units(t: Constexpr[Tiles], s_w: Int32, g_w: tuple, first: Int32, step: Int32, full: Int32):
-    """A step of the tile's units by boxes of tensor maps, in flight. One thread."""
+    """A step of the tile's units by boxes of tensor maps, if these bring them, in flight. One thread."""
+    if const_expr(not t.run):
+        return
+    ptx.mbarrier_expect_alone(full, Int32(t.w_stage))
     for n in range_constexpr(t.UNITS // t.run):
         tile = first + (n // 2 if t.paired else n) * t.run
         g = g_w[n % 2] if const_expr(t.paired) else g_w[0]
@@ -279,6 +282,14 @@ def load_units(t: Constexpr[Tiles], s_w: Int32, g_w: tuple, first: Int32, step: 
         else:
             place = (Int32(0), step % t.span, tile % t.tiles, step // t.span, tile // t.tiles)
             ptx.box_load(s_run, g, place, full)
+
+
+@cute.jit
+def load_early(t: Constexpr[Tiles], s: Int32, g_w: tuple, first: Int32, begin: Int32):
+    """Units of the first tile's first steps, which no launch before makes, in flight. One thread."""
+    for step in cutlass.range(t.early, unroll=1):
+        full = s + t.o_bars + 8 * step
+        load_units(t, s + t.o_w + step * t.w_stage, g_w, first, begin + step, full)
 
 
 @cute.jit
@@ -467,13 +478,13 @@ def lay_widened(
 
 @cute.jit
 def e4m3x4_to_bf16x2x2(r: Uint32):
-    """Four e4m3 -> two bf16x2 of the value times 2^-120, exact: the bits in place."""
+    """Four e4m3 -> two bf16x2 of the value times 2^-120, exact: half by multiplications, beside logic."""
     return _asm(
         "{ .reg .b32 t, u; "
-        "prmt.b32 t, {$r0}, 0, 0x1404; shr.u32 u, t, 4; and.b32 u, u, 0x07F007F0; "
-        "lop3.b32 {$w0}, t, 0x80008000, u, 0xEA; "
-        "prmt.b32 t, {$r0}, 0, 0x3424; shr.u32 u, t, 4; and.b32 u, u, 0x07F007F0; "
-        "lop3.b32 {$w1}, t, 0x80008000, u, 0xEA; }",
+        "prmt.b32 t, {$r0}, 0, 0x4140; and.b32 u, t, 0x00800080; "
+        "mul.lo.u32 t, t, 16; mad.lo.u32 {$w0}, u, 0xF0, t; "
+        "prmt.b32 t, {$r0}, 0, 0x4342; and.b32 u, t, 0x00800080; "
+        "mul.lo.u32 t, t, 16; mad.lo.u32 {$w1}, u, 0xF0, t; }",
         write_only_types=[Uint32] * 2,
         read_only_args=[r],
     )
@@ -621,9 +632,9 @@ def operand(number: Constexpr[type], s: Int32, layout: cute.ComposedLayout) -> c
 
 @cute.jit
 def add_splits(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, rank: Int32, thread: Int32):
-    """This CTA's part of the sums of all of the cluster's, added up in order of rank. Its columns are every
-    warpgroup's from number rank * 8 * `t.summed` on, or, of either of paired matrices, half as many. The
-    stages are free; all consumers.
+    """This CTA's part of the sums of all of the cluster's, added up from its own on in order of rank. Its
+    columns are every warpgroup's from number rank * 8 * `t.summed` on, or, of either of paired matrices, half
+    as many. The stages are free; all consumers, who wait for the cluster before they leave.
     """
     ptx.sync_threads(t.CONSUMERS)
     for j in range_constexpr(t.wide // 8):
@@ -631,16 +642,17 @@ def add_splits(t: Constexpr[Tiles], s: Int32, sums: cute.Tensor, rank: Int32, th
         ptx.sts128(s + (j * t.CONSUMERS + thread) * 16, *words)
     meet()
     own = cute.make_rmem_tensor((4 * t.summed,), Float32)
-    own.fill(0.0)
     each = const_expr(t.summed // 2 if t.paired and t.pair > 1 else t.summed)  # groups in a row
     for other in range_constexpr(t.splits):
         for j in range_constexpr(t.summed):
             number = rank * each + j % each + j // each * (t.wide // 16)
             s_part = s + (number * t.CONSUMERS + thread) * 16
-            words = lds128_remote(s_part, Int32(other))
+            whose = (rank + other) % t.splits
+            words = ptx.lds128(s_part) if const_expr(other == 0) else lds128_remote(s_part, whose)
             for i in range_constexpr(4):
-                own[4 * j + i] = own[4 * j + i] + words[i].bitcast(Float32)
-    meet()
+                part = words[i].bitcast(Float32)
+                own[4 * j + i] = part if const_expr(other == 0) else own[4 * j + i] + part
+    cute.arch.cluster_arrive()
     return own
 
 

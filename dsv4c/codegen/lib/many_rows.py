@@ -145,6 +145,8 @@ def multiply(
     """
     t = g.tiles
     cute.arch.setmaxregister_increase(t.registers[0])
+    if const_expr(t.early):
+        ptx.wait()
     group = place.warp // 4
     within = place.warp * 16  # the warp's first row of the tile
     if const_expr(t.height == 64):
@@ -161,6 +163,8 @@ def multiply(
                 gemm.pass_by(t, s, at, place.thread)
         else:
             _results(g, m, s, place, work, found, at, group, within, epilogue)
+        if const_expr(t.splits > 1):
+            cute.arch.cluster_wait()
         at = at + t.steps
         tile = tile + g.ctas
 
@@ -263,6 +267,12 @@ def load(g: Constexpr[Gemm], m: Operands, s: Int32, place: Place, work: Work) ->
     own = place.thread % 128
     own_rows = cute.make_rmem_tensor((t.own_rows,), Int32)
     at, tile = Int32(0), Int32(work.tile)
+    if const_expr(t.early):
+        if own == 0 and work.mine:
+            first, _, g_w, _ = _weights(g, m, _find(g, m, s, work, tile))
+            gemm.load_early(t, s, g_w, first * (t.made // 16), _begin(g, work))
+        cute.arch.sync_warp()
+        ptx.wait()
     while tile < work.tiles:
         found = _find(g, m, s, work, tile)
         rows: tuple = (found.row, found.rows - 1)

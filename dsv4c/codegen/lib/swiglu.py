@@ -13,5 +13,5 @@ def swiglu(gate: Float32, up: Float32, limit: Constexpr[float], weight: Float32)
     """silu(min(gate, limit)) * clamp(up, -limit, limit) * weight, in f32."""
     gate = cute.arch.fmin(gate, Float32(limit))
     up = cute.arch.fmax(cute.arch.fmin(up, Float32(limit)), Float32(-limit))
-    silu = ptx.divide(gate, Float32(1.0) + ptx.ex2(gate * Float32(-_LOG2E)))
+    silu = gate * cute.arch.rcp_approx(Float32(1.0) + ptx.ex2(gate * Float32(-_LOG2E)))  # without a branch
     return silu * up * weight

@@ -81,6 +81,11 @@ class Tiles:
         return self.pair if self.paired else self.UNITS
 
     @property
+    def early(self) -> int:
+        """Steps whose weights are on their way before the rows that a launch before makes."""
+        return min(self.stages, self.steps) if self.run else 0
+
+    @property
     def pair(self) -> int:
         """Units of one of paired matrices in a row of a tile: half of what a warpgroup has, or, of FP4, 1."""
         return 1 if self.weight in ("mxfp4", "nvfp4") else self.wide // 32
