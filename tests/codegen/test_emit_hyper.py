@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,7 +26,7 @@ from dsv4c.codegen.kernels.ends import (
     emit_last_rows,
     emit_positions,
 )
-from dsv4c.codegen.kernels.hyper_norm import HyperNormSpec, emit_hyper_norm
+from dsv4c.codegen.kernels.hyper_norm import LONGEST, HyperNormSpec, emit_hyper_batch, emit_hyper_norm
 from dsv4c.codegen.kernels.router import RouterGateSpec, emit_router_gate
 from dsv4c.codegen.lib.slices import TOGETHER
 from dsv4c.errors import BuildError
@@ -158,36 +157,38 @@ def test_an_argmax_covers_every_column_once():
 
 
 @pytest.mark.parametrize("rows", [17, 500, 4096])
-def test_clusters_that_take_many_tokens_cover_them(rows: int):
+def test_ctas_that_mix_cover_many_tokens(rows: int):
     spec = replace(FLASH, rows=rows)
-    cut = spec.batch(spec.slice(SM_90A), SM_90A)
-    assert cut.tokens % TOGETHER == 0
-    clusters = emit_hyper_norm(spec, SM_90A).grid[0] // cut.ctas
-    assert (clusters - 1) * cut.tokens < rows <= clusters * cut.tokens
-    assert cut.owned * cut.ctas >= TOGETHER
+    cut = spec.batch(SM_90A)
+    mix, collapse = emit_hyper_batch(spec, SM_90A)
+    assert mix.grid[0] == cut.blocks * cut.slices <= SM_90A.sms
+    assert (cut.blocks - 1) * TOGETHER < rows <= cut.blocks * cut.turns * TOGETHER
+    assert collapse.grid == (rows, 1, 1)
 
 
-def test_ctas_have_room_for_all_of_fn_wherever_a_row_has_clusters():
-    found = []
-    for hidden in range(256, 16384 + 1, 128):
-        spec = replace(FLASH, rows=4096, hidden=hidden)
-        with contextlib.suppress(BuildError):
-            found.append(spec.batch(spec.slice(SM_90A), SM_90A).shared)
-    assert len(found) > 30
-    assert max(found) <= SM_90A.shared_per_cta
+def test_every_width_of_many_tokens_is_cut_or_refused():
+    for hidden in range(128, LONGEST + 1, 128):
+        cut = replace(FLASH, rows=4096, hidden=hidden).batch(SM_90A)
+        assert cut.slices * cut.width == hidden
+        assert cut.shared <= SM_90A.shared_per_cta
+        assert 0 <= cut.collapsers * 8 - hidden < 256
+        assert cut.o_weights % 16 == cut.o_comb % 16 == 0
+    for hidden in (200, LONGEST + 128):
+        with pytest.raises(BuildError, match=f"40 rows of {hidden} columns"):
+            replace(FLASH, rows=40, hidden=hidden).batch(SM_90A)
 
 
-def test_boundaries_of_many_tokens_fit_an_sm_twice(golden: Golden, tmp_path: Path):
-    emission = emit_hyper_norm(replace(FLASH, rows=100), SM_90A)
-    golden(emission.source, "kernels/hyper_norm_batch.py.txt")
-    (kernel,) = build([Source(emission.symbol, emission.source)], "sm_90a", tmp_path)
-    assert kernel.resources.stack == 0
-    assert 2 * kernel.resources.registers * emission.block <= 65536
-    assert emission.shared <= SM_90A.shared_of(2)
-    # Once: owners answer when all have sent, so no inbox is written before what was there has been read.
-    assert kernel.ptx.count("barrier.cluster.arrive") == kernel.ptx.count("barrier.cluster.wait") == 1
+def test_boundaries_of_many_tokens(golden: Golden, tmp_path: Path):
+    emissions = emit_hyper_batch(replace(FLASH, rows=4096), SM_90A)
+    for emission in emissions:
+        golden(emission.source, f"kernels/{emission.symbol.removesuffix('_0')}.py.txt")
+    mix, collapse = build([Source(e.symbol, e.source) for e in emissions], "sm_90a", tmp_path)
+    assert mix.resources.stack == collapse.resources.stack == 0
+    assert mix.resources.registers * emissions[0].block <= 65536
+    assert 3 * collapse.resources.registers * emissions[1].block <= 65536
+    cut = replace(FLASH, rows=4096).batch(SM_90A)
     pieces, tiles, halves, streams = 3, 24 // 8, 2, 4  # of fn, its rows, a thread's columns
-    assert kernel.ptx.count("mma.sync.aligned.m16n8k16") == pieces * tiles * halves * streams
+    assert mix.ptx.count("mma.sync.aligned.m16n8k16") == pieces * tiles * halves * streams * cut.steps
 
 
 def test_no_lane_branches_around_what_others_of_its_warp_send() -> None:

@@ -27,27 +27,18 @@ Tensors = dict[str, Tensor]
 
 
 class Case:
-    """One compiled kernel and how to launch it on tensors by operand name."""
+    """What computes one thing, a kernel or two in a row, and how to launch it on tensors by operand name."""
 
     def __init__(self, entry: dict[str, Any], folder: Path) -> None:
-        self.kind, self.spec, self.parameters = entry["kind"], entry["spec"], entry["parameters"]
-        self.library = Library((folder / entry["cubin"]).read_bytes(), entry["cubin"])
-        cluster = entry["cluster"][0]
-        kernel = self.library.kernel(entry["symbol"], shared=entry["shared"], cluster=cluster)
-        self.shape = (kernel, tuple(entry["grid"]), entry["block"], entry["shared"])
-        self.cluster = tuple(entry["cluster"])
+        self.kind, self.spec = entry["kind"], entry["spec"]
+        self.kernels = [OneKernel(one, folder) for one in entry["kernels"]]
+        self.operands = {(operand, part) for one in self.kernels for operand, part in one.parameters}
         self.alive: list[Tensors] = []  # a launch holds addresses, not memory
 
-    def launch(self, tensors: Tensors) -> Launch:
-        """The kernel over `tensors`; component c of operand o is named o_c."""
+    def launches(self, tensors: Tensors) -> list[Launch]:
+        """The kernels over `tensors`; component c of operand o is named o_c."""
         self.alive.append(tensors)
-        names = [o if c == "data" else f"{o}_{c}" for o, c in self.parameters]
-        return Launch(*self.shape, tuple(tensors[n].data_ptr() for n in names), self.cluster)
-
-    @property
-    def shares_clusters(self) -> bool:
-        """Does a cluster take several rows?"""
-        return self.kind == "hyper" and self.shape[1][0] < self.spec["rows"] * self.cluster[0]
+        return [one.launch(tensors) for one in self.kernels]
 
     def __str__(self) -> str:
         return (
@@ -57,9 +48,26 @@ class Case:
         )
 
 
+class OneKernel:
+    """A compiled kernel."""
+
+    def __init__(self, entry: dict[str, Any], folder: Path) -> None:
+        self.parameters = entry["parameters"]
+        self.library = Library((folder / entry["cubin"]).read_bytes(), entry["cubin"])
+        cluster = tuple(entry["cluster"])
+        kernel = self.library.kernel(entry["symbol"], shared=entry["shared"], cluster=cluster[0])
+        self.shape = (kernel, tuple(entry["grid"]), entry["block"], entry["shared"])
+        self.cluster = cluster
+
+    def launch(self, tensors: Tensors) -> Launch:
+        """It over `tensors`."""
+        names = [o if c == "data" else f"{o}_{c}" for o, c in self.parameters]
+        return Launch(*self.shape, tuple(tensors[n].data_ptr() for n in names), self.cluster)
+
+
 def run(case: Case, tensors: Tensors) -> None:
-    """One launch, finished."""
-    run_once(case.launch(tensors))
+    """It once, finished."""
+    run_once(*case.launches(tensors))
 
 
 def poison(tensors: Tensors, *names: str) -> None:
@@ -115,6 +123,7 @@ def hyper_tensors(spec: dict[str, Any], style: str = "random") -> Tensors:
         "normed": empty(n, h, dtype=bf16),
         "q": empty(n, h, dtype=torch.uint8),
         "q_scale": empty(n, h // 128, dtype=torch.uint8),
+        "parts": empty(n, h // (spec.get("width") or h), 24),
     }
     if style == "huge":
         t["x"][:, 1, h // 3] = 3.0e4
@@ -154,7 +163,7 @@ def check_replay(case: Case, report: Report) -> None:
     results = [
         n
         for n in ("x_out", "post_out", "logits_out", "normed", "q", "q_scale")
-        if [n, "data"] in case.parameters
+        if (n, "data") in case.operands
     ]
     second = {n: v.clone() for n, v in first.items()}
     second |= {f"{n}_out": second[n] for n in ("x", "post", "logits") if f"{n}_out" in results}
@@ -172,7 +181,7 @@ def check_hyper(case: Case, report: Report) -> None:
     check_replay(case, report)
     for style in STYLES:
         t = hyper_tensors(spec, style)
-        poison(t, "x_out", "post_out", "logits_out", "normed", "q", "q_scale")
+        poison(t, "x_out", "post_out", "logits_out", "normed", "q", "q_scale", "parts")
         run(case, t)
         where = f"{case} [{style}]"
         wide = {k: v.double() for k, v in t.items() if v.is_floating_point()}
@@ -390,19 +399,20 @@ OF_ROWS = {
 
 def check_rows(cases: list[Case], report: Report) -> None:
     """A row gives the same bits in launches of any number of rows: the first and the last ones of each case
-    against those of the largest that is like it but for its rows. Where a cluster takes several rows, it
-    projects them in another order, and only the mixed streams have the bits of those of one row a cluster.
+    against those of the largest that is like it but for its rows. Many rows are projected in another order,
+    by the columns of a CTA, and only the mixed streams have the bits of those of one row a cluster.
     """
     alike: dict[str, list[Case]] = {}
     for case in cases:
         if case.kind in RESULTS:
             same = [case.kind, {**case.spec, "rows": None}]
-            alike.setdefault(json.dumps([*same, case.shares_clusters]), []).append(case)
+            alike.setdefault(json.dumps(same), []).append(case)
             if case.kind == "hyper" and case.spec["keep"] and case.spec["mix"]:
-                alike.setdefault(json.dumps([*same, "mixed"]), []).append(case)
+                mixed = {**case.spec, "rows": None, "width": None}
+                alike.setdefault(json.dumps([case.kind, mixed, "mixed"]), []).append(case)
     for key, same in alike.items():
         *fewer, most = sorted(same, key=lambda case: case.spec["rows"])
-        written = [n for n in RESULTS[most.kind] if [n, "data"] in most.parameters or n == "q_scale"]
+        written = [n for n in RESULTS[most.kind] if (n, "data") in most.operands or n == "q_scale"]
         if json.loads(key)[-1] == "mixed":
             written = ["x_out"]
         t = MAKERS[most.kind](most.spec)
@@ -465,9 +475,9 @@ def time_alone(case: Case, rows: list[str]) -> None:
     """Chains of the one kernel, plain and programmatic."""
     count = 96
     if case.kind == "hyper" and case.spec["mix"] and case.spec["keep"]:
-        launches = [case.launch(t) for t in hyper_sets(case, count)]
+        launches = [x for t in hyper_sets(case, count) for x in case.launches(t)]
     else:
-        launches = [case.launch(t) for t in rotation(case, MAKERS[case.kind], count)]
+        launches = [x for t in rotation(case, MAKERS[case.kind], count) for x in case.launches(t)]
     plain, programmatic = (measure(launches, p) / count for p in (False, True))
     rows.append(f"{case!s:112} {plain:6.2f} {programmatic:6.2f}")
 
@@ -480,7 +490,7 @@ def gemv_launches(case: Case, count: int, **operands: Tensor) -> list[Launch]:
     weights = [torch.randint(0, 100, (rows * k,), dtype=torch.uint8, device=DEVICE) for _ in range(copies)]
     fixed = {"x": rand(k, dtype=torch.bfloat16), "y": empty(rows, dtype=torch.bfloat16), "w_scale": scale}
     fixed |= operands
-    return [case.launch(fixed | {"w": weights[i % copies]}) for i in range(count)]
+    return [x for i in range(count) for x in case.launches(fixed | {"w": weights[i % copies]})]
 
 
 def hyper_sets(case: Case, count: int) -> list[Tensors]:
@@ -500,7 +510,7 @@ def check_chain(case: Case, neighbor: Case, report: Report) -> None:
     sets = hyper_sets(case, 24)
     start = {n: sets[0][n].clone() for n in ("x", "post", "logits")}
     products = gemv_launches(neighbor, len(sets))
-    launches = [x for t, product in zip(sets, products, strict=True) for x in (product, case.launch(t))]
+    launches = [x for t, product in zip(sets, products, strict=True) for x in (product, *case.launches(t))]
     left = []
     for programmatic in (False, True, True):
         for n, v in start.items():
@@ -529,15 +539,17 @@ def time_together(cases: list[Case], rows: list[str], size: str, hidden: int) ->
     shared = sets[0]
     b = gemv_launches(wo_b, count, y=shared["f"])
     w = gemv_launches(w13, count, x=shared["q"], x_scale=shared["q_scale"])
-    g = [gate.launch(t | {"x": shared["normed"]}) for t in rotation(gate, gate_tensors, count)]
-    h = [boundaries[0].launch(t) for t in sets]
+    gates = [t | {"x": shared["normed"]} for t in rotation(gate, gate_tensors, count)]
+    g = [x for t in gates for x in gate.launches(t)]
+    h = [x for t in sets for x in boundaries[0].launches(t)]
     chains = {
         "wo_b, w13": [b, w],
         "wo_b, boundary, gate, w13": [b, h, g, w],
     }
     for boundary in boundaries:
         held = boundary.spec["held"], boundary.spec["ctas"]
-        chains[f"wo_b, boundary (held, ctas = {held}), w13"] = [b, [boundary.launch(t) for t in sets], w]
+        between = [x for t in sets for x in boundary.launches(t)]
+        chains[f"wo_b, boundary (held, ctas = {held}), w13"] = [b, between, w]
     for name, parts in chains.items():
         launches = [part[i] for i in range(count) for part in parts]
         plain, programmatic = (measure(launches, p) / count for p in (False, True))
@@ -550,7 +562,7 @@ def main() -> int:
     start(options)
     entries = json.loads((options.folder / "cases.json").read_text())
     neighbors = [Case(entry, options.folder) for entry in entries if entry["kind"] == "gemv"]
-    entries = [entry for entry in entries if wanted(entry["symbol"], options)]
+    entries = [e for e in entries if any(wanted(one["symbol"], options) for one in e["kernels"])]
     cases = [Case(entry, options.folder) for entry in entries]
     report = Report()
     for case in cases:

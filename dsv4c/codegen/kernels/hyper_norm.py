@@ -1,5 +1,5 @@
 """Hyper-connection kernels: streams mixed, projected, collapsed and normalized, few rows by a cluster each,
-many by clusters that take several.
+many by two launches.
 
 Every sublayer boundary and the head is one: operands that are there say what is mixed, kept, normalized and
 quantized.
@@ -7,7 +7,7 @@ quantized.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 from dsv4c.arch import Arch
 from dsv4c.codegen.emit import Emission, Parameter, compose, floor_text
@@ -15,7 +15,17 @@ from dsv4c.codegen.kernels.exchange import EXCHANGE, EXCHANGED, exchanging
 from dsv4c.codegen.kernels.formats import holds
 from dsv4c.codegen.kernels.quantize import quantize_rows, scratch_for
 from dsv4c.codegen.lib.slices import STREAMS, TOGETHER, Batch, Slice
-from dsv4c.codegen.registry import Answer, Call, No, Request, Scratch, kernel, takes
+from dsv4c.codegen.registry import (
+    Answer,
+    Call,
+    Launchable,
+    No,
+    Request,
+    Scratch,
+    kernel,
+    launchable,
+    takes,
+)
 from dsv4c.errors import BuildError
 from dsv4c.ir.ops.collective import AllReduce
 from dsv4c.passes.fusions.head import Head
@@ -24,8 +34,10 @@ from dsv4c.types import BF16, F32, FP8_ROW, NVFP4_ROW, TensorType
 
 CLUSTER_LIMIT = 16
 FEW_ROWS = 16  # up to which each row has a cluster of its own
-MOST_TOKENS = 64  # that a cluster keeps fn for
-WAVES = 4
+LONGEST = 8192  # columns of many rows: 8 a thread
+WIDTHS = 64, 128, 256  # columns of a CTA that mixes: as many as leave so many CTAs
+FEWEST_CTAS = 64
+COLLAPSERS = 1536  # threads that an SM must have registers for, 40 each
 
 
 @dataclass(frozen=True)
@@ -56,7 +68,7 @@ class HyperNormSpec:
 
     def slice(self, arch: Arch) -> Slice:
         """The cut of a row. Raises BuildError when no cluster can hold `fn`."""
-        projected = STREAMS if self.head else STREAMS * (STREAMS + 2)
+        projected = self._projected
         for ctas in [self.ctas] if self.ctas else range(CLUSTER_LIMIT, 1, -1):
             cut = Slice(
                 self.hidden,
@@ -76,13 +88,33 @@ class HyperNormSpec:
             f"whole groups of 128 with at most 1024 columns and {arch.shared_per_cta} B of fn each"
         )
 
-    def batch(self, cut: Slice, arch: Arch) -> Batch:
-        """The cut for many rows, over enough clusters to fill the SMs a few times. Two CTAs fit an SM if they
-        are small.
+    def batch(self, arch: Arch) -> Batch:
+        """The cut for many rows: a CTA that keeps its columns of fn for each SM at most. Raises BuildError
+        for columns that threads cannot share.
         """
-        clusters = WAVES * 2 * arch.sms // cut.ctas
-        tokens = min(MOST_TOKENS, -(-self.rows // clusters // TOGETHER) * TOGETHER)
-        return Batch(**asdict(replace(cut, held=0)), tokens=tokens, count=self.rows)
+        if self.hidden % 128 or self.hidden > LONGEST:
+            raise BuildError(
+                f"hyper_norm of {self.rows} rows of {self.hidden} columns: want whole groups of 128, at most "
+                f"{LONGEST} columns"
+            )
+        lots = -(-self.rows // TOGETHER)
+        wide = [w for w in WIDTHS if self.hidden % w == 0 and self.hidden // w * lots >= FEWEST_CTAS]
+        width = max(wide, default=min(WIDTHS))
+        return Batch(
+            self.hidden,
+            self._projected,
+            self.norm_eps,
+            self.hc_eps,
+            self.iterations if self.mix else 0,
+            self.rows,
+            width,
+            turns=-(-lots // max(1, arch.sms // (self.hidden // width))),
+        )
+
+    @property
+    def _projected(self) -> int:
+        """Rows of fn."""
+        return STREAMS if self.head else STREAMS * (STREAMS + 2)
 
     def _held(self, ctas: int) -> int:
         """Registers leave shared memory to the predecessor's weights: fn arrives while those still stream.
@@ -100,12 +132,8 @@ class HyperNormSpec:
 
 
 def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
-    """The kernel of one boundary. Raises BuildError for shapes that no cluster can hold."""
+    """The kernel of one boundary of few rows. Raises BuildError for shapes that no cluster can hold."""
     cut = spec.slice(arch)
-    if spec.rows > FEW_ROWS:
-        cut = spec.batch(cut, arch)
-    many = isinstance(cut, Batch)
-    library = "hyper_batch" if many else "hyper"
     wait = ["ptx.wait()", "hyper.arrived()"]
     if spec.ranks > 1:
         wait = [
@@ -117,61 +145,110 @@ def emit_hyper_norm(spec: HyperNormSpec, arch: Arch) -> Emission:
             "hyper.keep_sum(SPEC, s, at, total)",
             "cute.arch.sync_threads()",
         ]
-    if isinstance(cut, Batch):
-        grid: tuple[int | str, int, int] = (-(-spec.rows // cut.tokens) * cut.ctas, 1, 1)
-        launch = f"for {cut.tokens} tokens, {TOGETHER} at a time; {cut.shared} B shared each."
-    else:
-        grid = (f"rows * {cut.ctas}", 1, 1)
-        nbytes = cut.rows * (STREAMS * spec.hidden + 2) * 4 + spec.hidden * 2
-        nbytes += spec.hidden * 2 * (STREAMS + spec.mix * (1 if spec.ranks == 1 else 2))
-        launch = f"per token; {cut.shared} B shared each.\n{floor_text(nbytes, arch, 'token')}"
+    nbytes = cut.rows * (STREAMS * spec.hidden + 2) * 4 + spec.hidden * 2
+    nbytes += spec.hidden * 2 * (STREAMS + spec.mix * (1 if spec.ranks == 1 else 2))
     return compose(
         "hyper_head" if spec.head else "hyper_norm" if spec.mix else "hyper_norm_first",
         _what(spec),
-        _operands(spec, cut),
-        f"Launch: a cluster of {cut.ctas} CTAs x {cut.threads} threads {launch}",
+        _operands(spec, cut.rows),
+        f"Launch: a cluster of {cut.ctas} CTAs x {cut.threads} threads per token; {cut.shared} B shared "
+        f"each.\n{floor_text(nbytes, arch, 'token')}",
         [
             "ptx.launch_dependents()",
             f"s = ptx.shared({cut.shared})",
-            f"at = {library}.enter(SPEC, m, s)",
+            "at = hyper.enter(SPEC, m, s)",
             *wait,
-            f"{library}.cross(SPEC, m, s, at)",
+            "hyper.cross(SPEC, m, s, at)",
         ],
         threads=cut.threads,
-        grid=grid,
+        grid=(f"rows * {cut.ctas}", 1, 1),
         sizes={"rows": spec.rows},
         cluster=cut.ctas,
-        resident=2 if many and cut.threads <= 256 else None,
         spec=cut,
         record="hyper.Operands",
     )
 
 
+def emit_hyper_batch(spec: HyperNormSpec, arch: Arch) -> tuple[Emission, Emission]:
+    """The two kernels of one boundary of many rows: the first mixes and projects, the second collapses;
+    between them are `parts`. Raises BuildError for shapes that they do not cut.
+    """
+    cut, stream = spec.batch(arch), f"bf16[N,4,{spec.hidden}]"
+    of = f"{spec.rows} tokens of {STREAMS} streams x {spec.hidden} columns.\n"
+    parts = {Parameter("parts"): f"f32[N,{cut.slices},{cut.sums}], of each CTA's columns"}
+    operands = _operands(spec, cut.rows)
+    mixes = {p: type_ for p, type_ in operands.items() if p.operand in ("x", "f", "post", "logits", "fn")}
+    left = ("base", "scale", "gain", "post_out", "logits_out", "normed", "plain", "q")
+    leaves = {p: type_ for p, type_ in operands.items() if p.operand in left}
+    mix = compose(
+        "hyper_mix",
+        "\n".join([f"Streams mixed and projected: {of}", _mixing(spec), "    parts   = x' . fn"]),
+        {**mixes, Parameter("x_out"): stream if spec.mix or spec.keep else None, **parts},
+        f"Launch: {cut.blocks * cut.slices} CTAs x {cut.threads} threads for {cut.width} columns each, of "
+        f"{TOGETHER} tokens {cut.turns} times; {cut.shared} B shared each.",
+        [
+            "ptx.launch_dependents()",
+            f"s = ptx.shared({cut.shared})",
+            "at = hyper_batch.enter(SPEC, m, s)",
+            "ptx.wait()",
+            "hyper_batch.project(SPEC, m, s, at)",
+        ],
+        threads=cut.threads,
+        grid=(cut.blocks * cut.slices, 1, 1),
+        spec=cut,
+        record="hyper_batch.Mixed",
+    )
+    collapse = compose(
+        "hyper_collapse",
+        "\n".join([f"Streams collapsed and normalized: {of}", *_collapse(spec, "sum(parts)")]),
+        {Parameter("x"): f"{stream}, x'", **parts, **leaves},
+        f"Launch: {spec.rows} CTAs x {cut.collapsers} threads; {cut.collapse_shared} B shared each.",
+        [
+            "ptx.launch_dependents()",
+            f"s = ptx.shared({cut.collapse_shared})",
+            "ptx.wait()",
+            "hyper_batch.collapse(SPEC, m, s)",
+        ],
+        threads=cut.collapsers,
+        grid=(spec.rows, 1, 1),
+        resident=COLLAPSERS // cut.collapsers or None,
+        spec=cut,
+        record="hyper_batch.Collapsed",
+    )
+    return mix, collapse
+
+
 def _what(spec: HyperNormSpec) -> str:
     """For people."""
     what = "The head's collapse and norm" if spec.head else "Streams mixed, collapsed and normalized"
-    tokens = spec.rows if spec.rows > FEW_ROWS else "N"
-    lines = [f"{what}: {tokens} tokens of {STREAMS} streams x {spec.hidden} columns.", ""]
+    lines = [f"{what}: N tokens of {STREAMS} streams x {spec.hidden} columns.", ""]
     if spec.ranks > 1:
         lines += [
             f"    f       = bf16(the sum of {spec.ranks} ranks' rows, in f32 and in order of the ranks)"
         ]
+    return "\n".join([*lines, _mixing(spec), *_collapse(spec, "(x' . fn)")])
+
+
+def _mixing(spec: HyperNormSpec) -> str:
+    """The formula of mixed streams."""
     comb = f"comb = sinkhorn(logits), {spec.iterations} iterations"
-    mixed = f"    x'_k    = bf16(post_k f + sum_j comb[j,k] x_j), {comb}"
-    lines += [
-        mixed if spec.mix else "    x'      = x",
-        f"    m       = (x' . fn) * rsqrt(mean(x'^2) + {spec.norm_eps});  z_i = m_i * scale + base_i",
+    return f"    x'_k    = bf16(post_k f + sum_j comb[j,k] x_j), {comb}" if spec.mix else "    x'      = x"
+
+
+def _collapse(spec: HyperNormSpec, projections: str) -> list[str]:
+    """The formulas of what follows."""
+    return [
+        f"    m       = {projections} * rsqrt(mean(x'^2) + {spec.norm_eps});  z_i = m_i * scale + base_i",
         f"    a       = bf16(sum_i (sigmoid(z_i) + {spec.hc_eps}) x'_i)",
         f"    normed  = bf16(a * rsqrt(mean(a^2) + {spec.norm_eps}) * gain)",
         *([] if spec.head else ["    post'_k = 2 sigmoid(z_4+k);  logits' = z_8..23"]),
         *(["    q       = normed as e4m3 with one ue8m0 scale per 128"] if spec.fp8 else []),
     ]
-    return "\n".join(lines)
 
 
-def _operands(spec: HyperNormSpec, cut: Slice) -> dict[Parameter, str | None]:
-    """Types by parameter, in ABI order; None for what the kernel does without."""
-    h, p = spec.hidden, cut.rows
+def _operands(spec: HyperNormSpec, p: int) -> dict[Parameter, str | None]:
+    """Types by parameter, in ABI order; None for what the kernel does without. `p` rows of fn."""
+    h = spec.hidden
     early = spec.mix and spec.rows <= FEW_ROWS
 
     def some(there: bool, text: str) -> str | None:
@@ -258,19 +335,38 @@ def _boundary(request: Request, call: Call, total: Call | None) -> Answer:
     if total is not None:
         values["f"] = total.inputs[0]
     words = spec.rows * spec.hidden if total is not None else 0
+    row = (spec.rows, spec.hidden)
     coefficients = {"post_out": (spec.rows, STREAMS), "logits_out": (spec.rows, STREAMS, STREAMS)}
     scratch: dict[str, Scratch] = {}  # what nobody reads
     for name, shape in coefficients.items() if not spec.head else ():
         scratch |= scratch_for(name, TensorType(F32, shape), "w") if name not in made else {}
-    if not packed:
-        return [exchanging(request, emit_hyper_norm(spec, request.arch), values, words, scratch=scratch)]
-    shape = request.types[made["q"]].shape
-    if "normed" not in made:
-        scratch |= {"normed": scratch_for("row", TensorType(BF16, shape), "w")["row"]}
-    operands = {"x": made["normed"], "q": made["q"]} if "normed" in made else {"q": made["q"]}
+    if packed and "normed" not in made:
+        scratch |= {"normed": scratch_for("row", TensorType(BF16, row), "w")["row"]}
+    if spec.rows > FEW_ROWS:
+        launches = _many(request, spec, values, scratch)
+    else:
+        emission = emit_hyper_norm(spec, request.arch)
+        stage = "norm" if packed else ""
+        launches = [exchanging(request, emission, values, words, stage=stage, scratch=scratch)]
+    if packed:
+        operands = {"x": made["normed"], "q": made["q"]} if "normed" in made else {"q": made["q"]}
+        launches.append(quantize_rows(request, operands, row))
+    return launches
+
+
+def _many(
+    request: Request, spec: HyperNormSpec, values: dict[str, int], scratch: dict[str, Scratch]
+) -> list[Launchable]:
+    """The launches of a boundary of many rows. Mixed streams are scratch where nobody keeps them."""
+    mix, collapse = emit_hyper_batch(spec, request.arch)
+    cut = spec.batch(request.arch)
+    made = scratch_for("parts", TensorType(F32, (spec.rows, cut.slices, cut.sums)), "w")
+    mixed = {**values, "x": values.get("x_out", values["x"])}
+    if spec.mix and not spec.keep:
+        made |= scratch_for("x_out", TensorType(BF16, (spec.rows, STREAMS, spec.hidden)), "w")
+        del mixed["x"]
+    read = {"x" if n == "x_out" else n: Scratch(a.name, a.nbytes, "r") for n, a in made.items()}
     return [
-        exchanging(
-            request, emit_hyper_norm(spec, request.arch), values, words, stage="norm", scratch=scratch
-        ),
-        quantize_rows(request, operands, shape),
+        launchable(request, mix, values, stage="mix", scratch=made),
+        launchable(request, collapse, mixed, stage="collapse", scratch={**scratch, **read}, read=("x",)),
     ]

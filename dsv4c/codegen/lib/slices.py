@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from dsv4c.codegen.lib.shapes import padded
 
 STREAMS = 4
-TOGETHER = 16  # tokens that a cluster takes at a time where it takes many
+TOGETHER = 64  # tokens that a CTA takes at a time where there are many
 
 
 @dataclass(frozen=True)
@@ -110,20 +111,52 @@ class Slice:
         return self.o_f + (self.width * 2 if self.ranks > 1 else 0)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch(Slice):
-    """The same cut for `tokens` of `count` tokens, of which a cluster takes `TOGETHER` at a time: the rows of
-    its MMAs. A warp has 32 columns of every stream, a thread eight of them of two tokens. All of fn waits in
-    shared memory. What a token's CTAs make of it is added up by one of them, its owner.
+@dataclass(frozen=True)
+class Batch:
+    """How the boundary of `count` tokens is cut into two launches. One mixes and projects: a CTA has `width`
+    columns of every stream and takes `TOGETHER` tokens at a time, at most `turns` times. A warp has 16 of
+    them, the rows of its MMAs, and 32 columns a step, of as many columns at once as there are `GROUPS`.
+    The other adds up what CTAs made of a token and collapses its streams: a CTA for each, 8 columns a thread.
+
+    `rows` of `fn` are projected (24, or 4 in the head). comb is of so many `iterations`.
     """
 
-    tokens: int
+    hidden: int
+    rows: int
+    norm_eps: float
+    hc_eps: float
+    iterations: int
     count: int
+    width: int
+    turns: int
+
+    GROUPS: ClassVar[int] = 2  # of warps, which mix 128 bytes of a row
+    FRAGMENT: ClassVar[int] = 768  # bytes of eight rows of fn for one MMA of every piece
 
     @property
-    def turns(self) -> int:
-        """Times that it takes tokens."""
-        return self.tokens // TOGETHER
+    def slices(self) -> int:
+        """CTAs for the same tokens."""
+        return self.hidden // self.width
+
+    @property
+    def lots(self) -> int:
+        """Lots of `TOGETHER` tokens."""
+        return -(-self.count // TOGETHER)
+
+    @property
+    def blocks(self) -> int:
+        """CTAs for the same columns: lot n is the turn of number n % blocks."""
+        return -(-self.lots // self.turns)
+
+    @property
+    def threads(self) -> int:
+        """Threads of a CTA that mixes."""
+        return self.GROUPS * TOGETHER * 2
+
+    @property
+    def steps(self) -> int:
+        """Times that a warp takes 32 columns of its tokens."""
+        return self.width // (32 * self.GROUPS)
 
     @property
     def tiles(self) -> int:
@@ -131,69 +164,64 @@ class Batch(Slice):
         return -(-self.rows // 8)
 
     @property
-    def pitch(self) -> int:
-        """Bytes of a row of fn, f32 [4][width]: eight rows of it lie in different banks."""
-        return STREAMS * self.width * 4 + 16
+    def sums(self) -> int:
+        """Floats that a CTA makes of a token."""
+        return 8 * self.tiles
 
     @property
-    def owned(self) -> int:
-        """Tokens of a turn that a CTA owns at most."""
-        return -(-TOGETHER // self.ctas)
+    def combs(self) -> int:
+        """Tokens whose mixing is made at a time, a thread each."""
+        return min(self.turns * TOGETHER, self.threads)
 
-    @property
-    def o_gain(self) -> int:
-        """After fn: gain bf16 [width]."""
-        return 8 * self.tiles * self.pitch
+    # Shared memory of a CTA that mixes, in bytes from its allocation: fn in pieces, bf16 [width / 32][4][2]
+    # [tiles][a lane's words].
 
     @property
     def o_part(self) -> int:
-        """Partial sums of half of the warps f32 [warps / 2][token][8 tiles]."""
-        return self.o_affine + 256
-
-    @property
-    def o_squares(self) -> int:
-        """The warps' sums of squares f32 [warps][token]."""
-        return self.o_part + self.warps // 2 * TOGETHER * 8 * self.tiles * 4
-
-    @property
-    def o_tops(self) -> int:
-        """The warps' largest magnitudes f32 [token][warps]."""
-        return self.o_squares + self.warps * TOGETHER * 4
-
-    @property
-    def o_sums(self) -> int:
-        """Inbox of an owner: what CTAs made of its tokens f32 [owned][ctas][stride]."""
-        return self.o_tops + TOGETHER * self.warps * 4
-
-    @property
-    def o_weights(self) -> int:
-        """Inbox of what owners say: the streams' weights f32 [token][4]."""
-        return self.o_sums + self.owned * self.ctas * self.stride * 4
-
-    @property
-    def o_totals(self) -> int:
-        """Inbox of the collapsed rows' sums of squares f32 [token][ctas]."""
-        return self.o_weights + TOGETHER * STREAMS * 4
-
-    @property
-    def o_bars(self) -> int:
-        """Barriers of the three inboxes."""
-        return self.o_totals + -(-TOGETHER * self.ctas // 2) * 8
+        """Behind fn: sums of each group of warps f32 [group][token][sums]."""
+        return self.width // 32 * STREAMS * 2 * self.tiles * self.FRAGMENT
 
     @property
     def o_comb(self) -> int:
-        """By what the tokens' streams are mixed f32 [tokens][4][4]."""
-        return self.o_bars + 32
+        """By what the tokens' streams are mixed f32 [combs][to][from]."""
+        return self.o_part + self.GROUPS * TOGETHER * self.sums * 4
 
     @property
     def o_post(self) -> int:
-        """By what f is mixed in f32 [tokens][4]."""
-        return self.o_comb + self.tokens * STREAMS * STREAMS * 4
+        """By what f is mixed in f32 [combs][4]."""
+        return self.o_comb + self.combs * STREAMS * STREAMS * 4
 
     @property
     def shared(self) -> int:
+        """Bytes of dynamic shared memory where nothing is mixed, and there is no comb, too."""
+        return self.o_post + self.combs * STREAMS * 4
+
+    # Of a CTA that collapses.
+
+    @property
+    def collapsers(self) -> int:
+        """Its threads, whole warps."""
+        return -(-self.hidden // 256) * 32
+
+    @property
+    def o_squares(self) -> int:
+        """Behind what CTAs made of the token, f32 [slices][sums]: sums of squares of each warp, f32."""
+        return self.slices * self.sums * 4
+
+    @property
+    def o_collapsed(self) -> int:
+        """The same of the collapsed row."""
+        return self.o_squares + -(-self.collapsers // 128) * 16
+
+    @property
+    def o_weights(self) -> int:
+        """By what its streams are collapsed, f32 [4]."""
+        return self.o_collapsed + -(-self.collapsers // 128) * 16
+
+    @property
+    def collapse_shared(self) -> int:
         """Bytes of dynamic shared memory."""
-        return self.o_post + self.tokens * STREAMS * 4
+        return self.o_weights + STREAMS * 4
 
 
 @dataclass(frozen=True)
