@@ -114,12 +114,12 @@ HOUSE = {
     # Device code, imported by generated kernels: all of a kernel but the order of its stages. Host code may
     # read the modules in it that need no cutlass. What templates held, one a family, is here now; and index
     # scores of many tokens on wgmma, which take 0.58 of the time, and experts' halves on the same CTAs.
-    "codegen.lib": Room(14050, ("numerics.forms", "exchange"), ("cutlass", "cuda")),
+    "codegen.lib": Room(14070, ("numerics.forms", "exchange"), ("cutlass", "cuda")),
     # What primitives mean on a device, imported by generated kernels alone.
     "codegen.meanings": Room(2050, ("types", "codegen.lib"), ("cutlass",)),
     # Launches are lowered to what plans hold, which is data. What their kernels' texts say is said here.
     "codegen": Room(
-        7920,
+        7950,
         (*LEAVES, "ir", "passes", "codegen.lib", "plan", "numerics.forms", "numerics.resident"),
         ("jinja2",),
         packages_inside=("cutlass",),
