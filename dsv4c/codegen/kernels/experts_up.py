@@ -86,8 +86,12 @@ class Routing:
 
 def _up(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut = PLANNED) -> Up:
     """Shared and routed part. Rounds are chosen so that all CTAs fit the machine at once and read about the
-    same.
+    same. Where experts are chosen by score, and tokens take no turns, some CTAs have a job of the shared
+    expert first: its weights are read while nobody knows what else to read.
     """
+    joined = _joined(spec, routing, arch, cut)
+    if joined is not None:
+        return joined
     tiles, turns = -(-spec.intermediate // 16), spec.turns
     kind = "f16" if spec.quantized else "bf16"
     k_warps = k_warps_of(spec.hidden, WARPS // 2)
@@ -139,6 +143,48 @@ def _up(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut = PLANNED) -> 
     )
 
 
+def _joined(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut) -> Up | None:
+    """A job of the shared expert on the first CTAs, then jobs of routed ones, perhaps more on the others."""
+    tiles, jobs = -(-spec.intermediate // 16), spec.top_k * -(-spec.intermediate // 16)
+    if routing.source != "scores" or spec.turns > 1:
+        return None
+
+    def ctas(rounds: tuple[int, int]) -> int:
+        fewer, most = rounds
+        return tiles + -(-(jobs - fewer * tiles) // most)
+
+    def longest(rounds: tuple[int, int]) -> float:
+        fewer, most = rounds  # of the shared expert's weights most come while memory is idle
+        return max(BITS[spec.shared] / 2 + fewer * BITS[spec.routed], most * BITS[spec.routed])
+
+    most = (cut.rounds,) if cut.rounds else range(1, 33)
+    pairs = [(fewer, n) for n in most for fewer in range(n + 1) if tiles < ctas((fewer, n)) <= 2 * arch.sms]
+    if not pairs:
+        return None
+    fewer, rounds = min(pairs, key=longest)
+    kind = "f16" if spec.quantized else "bf16"
+    k_warps = k_warps_of(spec.hidden, WARPS // 2)
+
+    def ring(format: str, rounds: int, stages: int, after: int = 0) -> Ring:
+        product = Product(format, kind, 1, spec.hidden)
+        span = span_of(product, k_warps)
+        return Ring(product, 1, k_warps, span, stages, rounds, 2, after=after, flight=cut.ahead)
+
+    def planned(stages: int) -> Up:
+        then = ring(spec.routed, rounds, stages)
+        first = ring(spec.shared, 1, 1, then.steps)
+        room = then.ring_bytes - 2 * first.scale_bytes
+        first = replace(first, stages=min(room // first.slot_bytes, first.steps))
+        routed = UpPart(
+            *(then, jobs, ctas((fewer, rounds)), 8 * padded(spec.experts), 0, 8 * spec.top_k, tiles, fewer)
+        )
+        numbers = spec.experts, spec.top_k, routing.source, routing.factor, spec.limit
+        return Up(UpPart(first, tiles, tiles), routed, *numbers, spec.packed, routing.stored, spec.judged)
+
+    up = planned(most_stages(spec.name, lambda stages: planned(stages).both, arch, cut))
+    return up if up.shared.ring.stages > 0 else None
+
+
 def emit_experts_up(spec: ExpertsSpec, routing: Routing, arch: Arch) -> Emission:
     """h = bf16(silu(min(x w1, limit)) * clamp(x w3, -limit, limit) * weight), 1 for the shared expert."""
     check_experts(spec)
@@ -170,7 +216,7 @@ def _emitted(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut) -> Emiss
         *("experts", "weights", "h", "shared_h"),
     ]
     turns = spec.turns
-    grid = up.shared.ctas + up.routed.ctas
+    grid = up.routed.ctas if up.joined else up.shared.ctas + up.routed.ctas
     what = f"{turns} tokens, which take turns" if turns > 1 else "each token on CTAs of its own"
     emission = compose(
         spec.name,
@@ -182,8 +228,13 @@ def _emitted(spec: ExpertsSpec, routing: Routing, arch: Arch, cut: Cut) -> Emiss
             f"s = ptx.shared({up.bytes})",
             "block, token, _ = cute.arch.block_idx()",
             "warp = cute.arch.make_warp_uniform(cute.arch.warp_idx())",
-            branches(
-                [_branch(up, *_shared_stages()), _branch(up, *_routed_stages(up, routing))],
+            _branch(up, *_routed_stages(up, routing, "block"))
+            if up.joined
+            else branches(
+                [
+                    _branch(up, *_shared_stages()),
+                    _branch(up, *_routed_stages(up, routing, place_of("block", up.shared.ctas))),
+                ],
                 [up.shared.ctas, grid],
             ),
         ],
@@ -220,8 +271,8 @@ def _shared_stages() -> tuple[list[str], list[str]]:
     return multiply, ["experts_up.read_shared(SPEC, m, s, block)"]
 
 
-def _routed_stages(up: Up, routing: Routing) -> tuple[list[str], list[str]]:
-    local, many = place_of("block", up.shared.ctas), up.routed.ring.turns > 1
+def _routed_stages(up: Up, routing: Routing, local: str) -> tuple[list[str], list[str]]:
+    many = up.routed.ring.turns > 1
     multiply = [f"at = experts_up.enter(SPEC, m, s, {local}, token)"]
     read = [f"at = experts_up.open_weights(SPEC, m, s, {local}, token)"]
     if routing.source == "scores":

@@ -3,7 +3,8 @@
 A job is a tile of w1 and the same of w3, of one expert and one token that chose it. CTAs of the shared expert
 take its tiles for all tokens of a launch, others the routed experts' of a token, or of all, which take turns:
 the stream of weights goes on from one to the next. A CTA's last warp reads the weights; where experts are
-chosen by score, it chooses them, too.
+chosen by score, it chooses them, too, and where tokens take no turns CTAs have a job of the shared expert
+first, whose weights are there when nobody knows yet what else to read.
 """
 
 from typing import NamedTuple
@@ -124,10 +125,28 @@ def _place(part: Constexpr[UpPart], s: Int32, local: Int32, token: Int32) -> Pla
     return Place(_arrays(part, s), local, token, tid, warp, lane, _jobs(part, local))
 
 
+def _shares(part: UpPart, local: Int32) -> bool:
+    """Does CTA `local` have a job of the shared expert first?"""
+    return local < part.sharing if part.sharing > 0 else False
+
+
 @cute.jit
 def _jobs(part: Constexpr[UpPart], local: Int32) -> Int32:
     """A CTA's jobs of a token."""
-    return (part.jobs + part.ctas - 1 - local) // part.ctas
+    alone = const_expr(part.ctas - part.sharing)
+    jobs = part.fewer + (part.jobs - part.fewer * part.ctas + part.sharing + alone - 1 - local) // alone
+    if _shares(part, local):
+        jobs = Int32(part.fewer)
+    return jobs
+
+
+@cute.jit
+def _job(part: Constexpr[UpPart], local: Int32, turn: Int32) -> Int32:
+    """A CTA's job number `turn`: every so manieth, of those without jobs of the shared expert at the end."""
+    job = local + turn * part.ctas
+    if const_expr(part.sharing > 0):
+        job = job - part.sharing * cutlass.max(turn + (1 - part.fewer), Int32(0))
+    return job
 
 
 @cute.jit
@@ -190,11 +209,20 @@ def enter_shared(u: Constexpr[Up], m: Operands, s: Int32, local: Int32, token: I
     if const_expr(r.product.x != "f16"):
         ptx.open_barrier(at.s.bar, at.tid)
     ptx.meet(ptx.OPEN, u.threads)
+    _shared_scales(u, m, at)
+    return at
+
+
+@cute.jit
+def _shared_scales(u: Constexpr[Up], m: Operands, at: Place) -> None:
+    """FP8 block scales of the CTA's jobs of the shared expert."""
+    r = u.shared.ring
     if const_expr(r.product.weight == "fp8"):
         for n, g_scale in enumerate((m.shared_w1_scale.toint(), m.shared_w3_scale.toint())):
-            s_matrix, ctas = at.s.scale + n * r.scale_bytes, Int32(part.ctas)
-            stream.load_block_scales(r, s_matrix, g_scale, local, ctas, Int32(u.tiles), at.tid, u.consumers)
-    return at
+            s_matrix, ctas = at.s.scale + n * r.scale_bytes, Int32(u.shared.ctas)
+            stream.load_block_scales(
+                r, s_matrix, g_scale, at.local, ctas, Int32(u.tiles), at.tid, u.consumers
+            )
 
 
 @cute.jit
@@ -217,10 +245,45 @@ def read_shared(u: Constexpr[Up], m: Operands, s: Int32, local: Int32) -> None:
     s_ring, s_bars = s + part.at.ring, s + part.at.bars
     stream.open_ring(r, s_bars, lane)
     ptx.arrive(ptx.OPEN, u.threads)
-    steps = _steps(part, local)
+    _read_shared(u, m, s_ring, s_bars, local, Int32(0), _steps(part, local), lane)
+
+
+@cute.jit
+def _read_shared(
+    u: Constexpr[Up],
+    m: Operands,
+    s_ring: Int32,
+    s_bars: Int32,
+    local: Int32,
+    first: Int32,
+    last: Int32,
+    lane: Int32,
+) -> None:
+    """Steps of the shared expert's weights into flight."""
+    r = u.shared.ring
     apart = m.shared_w3.toint() - m.shared_w1.toint()
-    g_lane = m.shared_w1.toint() + Int64(local + lane * part.ctas) * r.group_bytes
-    stream.produce(r, s_ring, s_bars, g_lane, apart, Int32(0), steps, lane)
+    g_lane = m.shared_w1.toint() + Int64(local + lane * u.shared.ctas) * r.group_bytes
+    stream.produce(r, s_ring, s_bars, g_lane, apart, first, last, lane)
+
+
+# On a CTA that has jobs of routed experts, too -------------------------------------------------------------
+
+
+@cute.jit
+def _beside(u: Constexpr[Up], at: Place) -> Place:
+    """Where the shared expert's arrays are."""
+    s, a = at.s.ring, u.both
+    scale, part, bars = s + u.shared.ring.ring_bytes, s + a.shared_part, s + a.shared_bars
+    return at._replace(s=at.s._replace(scale=scale, part=part, bars=bars), jobs=Int32(1))
+
+
+@cute.jit
+def _share(u: Constexpr[Up], m: Operands, at: Place) -> None:
+    """The shared expert's job, with the row that is staged, while routed experts are being chosen."""
+    ptx.sync_threads(u.consumers)
+    if const_expr(u.shared.ring.product.x != "f16"):
+        activations.arrived(at.s.bar)
+    _products(u, u.shared, m, _beside(u, at), Int32(1))
 
 
 # Routed experts: those who multiply -------------------------------------------------------------------------
@@ -236,6 +299,8 @@ def enter(u: Constexpr[Up], m: Operands, s: Int32, local: Int32, token: Int32) -
     ptx.meet(ptx.OPEN, u.threads)
     if const_expr(u.source == "scores"):
         router.stage_bias(at.s.part, m.bias.toint(), u.experts, u.padded, at.tid, u.consumers)
+    if _shares(u.routed, local):
+        _shared_scales(u, m, _beside(u, at))
     return at
 
 
@@ -281,6 +346,8 @@ def score(u: Constexpr[Up], m: Operands, at: Place) -> Turns:
             later = 1 + at.warp + n * r.warps
             if later < r.turns:
                 _choose(u, m, at.s.choice + later * (8 * u.top_k), at.local, later, at.lane)
+    if _shares(u.routed, at.local):
+        _share(u, m, at)
     ptx.meet(ptx.CHOSEN, u.threads)
     if const_expr(r.product.weight == "fp8"):
         _block_scales(u, m, at, Int32(0))
@@ -373,8 +440,8 @@ def _products(
         if const_expr(many):
             job = at.local + (begin + turn) * part.ctas - nth * part.jobs
         else:
-            job = at.local + turn * part.ctas
-        if turn < r.rounds and (turn < rounds if const_expr(many) else job < part.jobs):
+            job = _job(part, at.local, turn)
+        if turn < r.rounds and turn < rounds:
             zero = Int32(0)
             gate = stream.tile_sum(r, s.part, turn, zero, zero, row, column)
             up = stream.tile_sum(r, s.part, turn, Int32(1), zero, row, column)
@@ -493,7 +560,7 @@ def _block_scales(u: Constexpr[Up], m: Operands, at: Place, expert: Int32) -> No
     part, r = u.routed, u.routed.ring
     blocks = const_expr(-(-u.intermediate // 128) * r.product.units)
     for i in range_constexpr(r.rounds):
-        job = cutlass.min(at.local + i * part.ctas, Int32(part.jobs - 1))
+        job = cutlass.min(_job(part, at.local, Int32(i)), Int32(part.jobs - 1))
         if const_expr(u.source == "scores"):
             number = ptx.lds32(at.s.choice + job // u.tiles * 4).to(Int64)
         else:
@@ -515,7 +582,12 @@ def open_weights(u: Constexpr[Up], m: Operands, s: Int32, local: Int32, token: I
     lane = cute.arch.lane_idx()
     s_ring, s_bars, s_part, s_choice = s + at.ring, s + at.bars, s + at.part, s + at.choice
     stream.open_ring(r, s_bars, lane)
+    if const_expr(u.joined):
+        stream.open_ring(u.shared.ring, s + u.both.shared_bars, lane)
     ptx.arrive(ptx.OPEN, u.threads)
+    if _shares(u.routed, local):
+        depth = Int32(u.shared.ring.depth)
+        _read_shared(u, m, s_ring, s + u.both.shared_bars, local, Int32(0), depth, lane)
     steps, first = Int32(0), Int32(0)
     if const_expr(r.turns == 1):
         steps, first = _steps(u.routed, local), token
@@ -532,10 +604,12 @@ def read_weights(u: Constexpr[Up], m: Operands, at: Weights) -> None:
     if const_expr(u.source == "scores"):
         ptx.meet(ptx.SCORED, u.threads)
         expert, chosen = router.top_experts(at.part, u.padded, u.top_k, lane)
-        g_lane = _tiles(u, m, expert, at.local + lane * part.ctas)
+        g_lane = _tiles(u, m, expert, _job(part, at.local, lane))
         if const_expr(r.turns > 1):
             steps = _steps(part, at.local)
         first = cutlass.min(steps, Int32(r.ahead))
+        if _shares(part, at.local):
+            first = Int32(0)
         stream.produce(r, at.ring, at.bars, g_lane, at.apart, Int32(0), first, lane)
         router.keep_experts(at.choice, expert, u.top_k, lane)
         _keep_weights(u, m, at.choice, at.local, at.token, expert, chosen, lane)
@@ -543,6 +617,11 @@ def read_weights(u: Constexpr[Up], m: Operands, at: Weights) -> None:
             ptx.meet(ptx.CHOSEN, u.threads)  # the others have chosen, too
         else:
             ptx.arrive(ptx.CHOSEN, u.threads)
+        if _shares(part, at.local):
+            shared, s_bars = u.shared.ring, at.ring + u.both.shared_bars
+            depth, last = Int32(shared.depth), Int32(shared.steps)
+            _read_shared(u, m, at.ring, s_bars, at.local, depth, last, lane)
+            stream.drained(shared, s_bars, lane)
         stream.produce(r, at.ring, at.bars, g_lane, at.apart, first, steps, lane)
         if const_expr(r.turns > 1):
             _read_turns(u, m, at, 1, steps // r.steps)
@@ -550,7 +629,7 @@ def read_weights(u: Constexpr[Up], m: Operands, at: Weights) -> None:
         _read_turns(u, m, at, 0, Int32(0))
     else:
         expert = _table_experts(u, m, at.token, lane)
-        g_lane = _tiles(u, m, expert, at.local + lane * part.ctas)
+        g_lane = _tiles(u, m, expert, _job(part, at.local, lane))
         stream.produce(r, at.ring, at.bars, g_lane, at.apart, Int32(0), steps, lane)
 
 

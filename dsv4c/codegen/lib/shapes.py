@@ -280,7 +280,8 @@ class UpPart:
     take them in turn, `jobs` of each token.
 
     `scores`, `sums` and `choice` are bytes of what the router keeps: before the stream, beside it, and to the
-    end.
+    end. Of the routed experts' jobs the first `sharing` CTAs have `fewer` each, behind one of the shared
+    expert.
     """
 
     ring: Ring
@@ -289,6 +290,8 @@ class UpPart:
     scores: int = 0
     sums: int = 0
     choice: int = 0
+    sharing: int = 0
+    fewer: int = 0
 
     @property
     def packing(self) -> str:
@@ -314,10 +317,11 @@ class UpPart:
 
 @dataclass(frozen=True)
 class Up:
-    """The experts' first half: CTAs of the `shared` expert, then `routed` ones'. `source` says whence a
-    token's experts and their weights are, score / sum of scores * `factor`: of largest score + bias by logits
-    ("scores"), or of a table, with the logits ("table") or with products of a row and their rows of the gate
-    ("rows"). `limit`: of SwiGLU. `packed`: rows are NVFP4 in memory. `stored`: weights go to memory.
+    """The experts' first half: CTAs of the `shared` expert, then `routed` ones', or both on the same
+    (`joined`): the shared one's weights come while nobody knows which experts are chosen. `source` says
+    whence a token's experts and their weights are, score / sum of scores * `factor`: of largest score + bias
+    by logits ("scores"), or of a table, with the logits ("table") or with products of a row and their rows of
+    the gate ("rows"). `limit`: of SwiGLU. `packed`: rows are NVFP4 in memory. `stored`: weights go to memory.
     `judged`: rows of position -1 have weights of 0, and no turn where rows take turns.
     """
 
@@ -379,9 +383,22 @@ class Up:
         return self.consumers + 32
 
     @property
+    def joined(self) -> bool:
+        """Whether CTAs have jobs of the shared expert, then of routed ones."""
+        return self.routed.sharing > 0
+
+    @property
+    def both(self) -> Layout:
+        """Shared arrays of such a CTA. The shared expert's ring, with its scales behind it, lies where the
+        routed experts' will be.
+        """
+        r = self.shared.ring
+        return Layout(**self.routed.at.sizes, shared_part=r.part_bytes, shared_bars=r.bars_bytes)
+
+    @property
     def bytes(self) -> int:
         """Shared memory of a CTA."""
-        return max(self.shared.at.end, self.routed.at.end)
+        return self.both.end if self.joined else max(self.shared.at.end, self.routed.at.end)
 
 
 @dataclass(frozen=True)

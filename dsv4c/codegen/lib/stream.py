@@ -73,6 +73,16 @@ def produce(
 
 
 @cute.jit
+def drained(r: Constexpr[Ring], s_bars: Int32, lane: Int32):
+    """Wait until all slots have been read for the last time. Whole warp."""
+    if lane == 0:
+        for i in range_constexpr(r.depth):
+            last = const_expr((r.steps * r.rounds - 1 - i) // r.depth)
+            ptx.mbarrier_wait(s_bars + (r.depth + i) * 8, Int32(last % 2))
+    cute.arch.sync_warp()
+
+
+@cute.jit
 def consume(
     r: Constexpr[Ring],
     s_ring: Int32,
