@@ -58,10 +58,10 @@ def test_launches_of_a_large_chunk() -> None:
     plan = gpu_plan(config, max_context=131072, batch=1, verify=1, chunk=(64, 4096))
     small, large = (plan.buckets[f"prefill-{n}.last"].launches for n in (64, 4096))
     layers = Counter(layer for launch in large if (layer := Scope.of(launch.scope).layer))
-    assert list(layers.values()) == [21, 21, 26, 23, 26, 23]
+    assert list(layers.values()) == [23, 23, 28, 25, 28, 25]
     assert [launch.op for launch in small] == [launch.op for launch in large]
     # Of these, 0.2e9 are what experts make of 6 x 4,096 rows, before their sum.
-    assert plan.report["buckets"]["prefill-4096.last"]["arena_bytes"] < 1.4e9
+    assert plan.report["buckets"]["prefill-4096.last"]["arena_bytes"] < 1.2e9
     assert plan.report["unfolded"] == []
 
 
@@ -91,7 +91,7 @@ def test_buckets_of_many_rows_lower_in_every_recipe(recipe: str) -> None:
     assert check(plan) == []
     assert list(plan.buckets) == ["decode-1", "decode-64", "prefill-63.last", "prefill-256.last"]
     counts = {name: len(program.launches) for name, program in plan.buckets.items()}
-    assert counts["decode-64"] < 2 * counts["decode-1"] + 10  # rows listed by expert, encoded apart
+    assert counts["decode-64"] < 2 * counts["decode-1"] + 16  # rows listed by expert, encoded, boundaries
     assert counts["prefill-63.last"] == counts["prefill-256.last"]
     if recipe != "fp32":
         assert plan.report["unfolded"] == []

@@ -136,7 +136,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another schema": (
         lambda p: altered(p / PLAN_FILE, lambda t: t.replace('"schema": 6', '"schema": 99', 1)),
-        r"has schema 99, this version of dsv4c reads 5; compile the plan again",
+        r"has schema 99, this version of dsv4c reads 6; compile the plan again",
     ),
     "another program's": (
         lambda p: (p / PLAN_FILE).write_text('{"steps": []}'),
