@@ -187,8 +187,10 @@ def test_boundaries_of_many_tokens(golden: Golden, tmp_path: Path):
     assert mix.resources.registers * emissions[0].block <= 65536
     assert 3 * collapse.resources.registers * emissions[1].block <= 65536
     cut = replace(FLASH, rows=4096).batch(SM_90A)
-    pieces, tiles, halves, streams = 3, 24 // 8, 2, 4  # of fn, its rows, a thread's columns
-    assert mix.ptx.count("mma.sync.aligned.m16n8k16") == pieces * tiles * halves * streams * cut.steps
+    pieces, halves, streams = 3, 2, 4  # of fn, a thread's columns
+    product = f"wgmma.mma_async.sync.aligned.m64n{pieces * 24}k16"
+    assert mix.ptx.count(product) == halves * streams * cut.steps
+    assert cut.shared <= SM_90A.shared_per_cta
 
 
 def test_no_lane_branches_around_what_others_of_its_warp_send() -> None:

@@ -35,7 +35,7 @@ from dsv4c.types import BF16, F32, FP8_ROW, NVFP4_ROW, TensorType
 CLUSTER_LIMIT = 16
 FEW_ROWS = 16  # up to which each row has a cluster of its own
 LONGEST = 8192  # columns of many rows: 8 a thread
-WIDTHS = 64, 128, 256  # columns of a CTA that mixes: as many as leave so many CTAs
+WIDTHS = 64, 128  # columns of a CTA that mixes: as many as leave so many CTAs
 FEWEST_CTAS = 64
 COLLAPSERS = 1536  # threads that an SM must have registers for, 40 each
 

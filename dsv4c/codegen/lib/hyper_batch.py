@@ -2,11 +2,12 @@
 goes through memory, once for all tokens, and nobody waits for it in between.
 
 The first mixes and projects. A CTA keeps its columns of fn; a thread mixes eight neighboring columns of all
-streams of two tokens, which are then its part of the left operand of m16n8k16 MMAs: their k is a column, in
-an order of its own. fn is f32, and lies there as three bf16 pieces, 8 bits each, whose sum it is: products
-are exact as those of f32 are, and are added up in f32. Their order is that of the tensor cores, so a token's
-projections are not bit for bit those of `hyper`, which adds up the same products lane by lane; streams are
-mixed with the same bits.
+streams of two tokens, which are then its part of the left operand of a wgmma: its k is a column, in an order
+of its own. fn is f32, and lies there as three bf16 pieces, 8 bits each, whose sum it is, as rows of their
+own: products are exact as those of f32 are, and are added up in f32. Their order is that of the tensor cores,
+so a token's projections are not bit for bit those of `hyper`, which adds up the same products lane by lane;
+streams are mixed with the same bits. A thread copies what it mixes to shared memory steps ahead, and waits
+for nobody else's copies: registers hold no more than a step.
 
 The second reads the mixed streams again, of the last tokens first, which L2 still has. Formulas: DeepSeek-V4
 inference/model.py, hc_pre, hc_post and hc_head.
@@ -16,12 +17,13 @@ from typing import NamedTuple
 
 import cutlass
 import cutlass.cute as cute
-from cutlass import Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
+import cutlass.utils.hopper_helpers as sm90
+from cutlass import BFloat16, Constexpr, Float32, Int32, Int64, Uint32, const_expr, range_constexpr
+from cutlass.cute.nvgpu import OperandMajorMode, warpgroup
+from cutlass.tensor_utils.layout import LayoutEnum
 
-from dsv4c.codegen.lib import chunk_rows, cluster, hyper, ptx
-from dsv4c.codegen.lib.slices import STREAMS, TOGETHER, Batch
-
-PIECES = 3  # bf16 that an f32 is the sum of
+from dsv4c.codegen.lib import chunk_rows, cluster, gemm, hyper, ptx
+from dsv4c.codegen.lib.slices import PIECES, STREAMS, TOGETHER, Batch
 
 
 class Mixed(NamedTuple):
@@ -81,11 +83,11 @@ def enter(t: Constexpr[Batch], m: Mixed, s: Int32) -> Place:
     thread, _, _ = cute.arch.thread_idx()
     block, _, _ = cute.arch.block_idx()
     warp, lane = cute.arch.make_warp_uniform(cute.arch.warp_idx()), cute.arch.lane_idx()
-    slice_, group = block % t.slices, warp % t.GROUPS
+    slice_, group = block % t.slices, warp // 4
     column = slice_ * t.width + group * 32 + lane % 4 * 8
     keep_fn(t, s, m.fn.toint(), slice_, warp, lane)
     cute.arch.sync_threads()
-    row = warp // t.GROUPS * 16 + lane // 4
+    row = warp % 4 * 16 + lane // 4
     return Place(thread, lane, block // t.slices, slice_, group, row, column)
 
 
@@ -103,12 +105,15 @@ def keep_fn(t: Constexpr[Batch], s: Int32, g_fn: Int64, slice_: Int32, warp: Int
         read.append((own, [ptx.ldg128_constant(g + 16 * half) for half in range(2)]))
     for n in range_constexpr(len(read)):
         own, w = read[n]
-        tile, pair = own % t.tiles, own // t.tiles * 2
+        tile, stream, block = own % t.tiles, own // t.tiles % STREAMS, own // t.tiles // STREAMS
+        lines = (block * 2 + stream // 2) * t.projected + tile * 8 + lane // 4
+        s_row = s + lines * 128 + lane % 4 * 4
         for half in range_constexpr(2):
-            lo, hi = _pieces(w[half][0], w[half][1]), _pieces(w[half][2], w[half][3])
-            s_own = s + ((pair + half) * t.tiles + tile) * t.FRAGMENT
-            ptx.sts128(s_own + lane * 16, lo[0], hi[0], lo[1], hi[1])
-            ptx.sts64(s_own + 512 + lane * 8, lo[2], hi[2])
+            for side in range_constexpr(2):
+                s_own = s_row + ((stream % 2 * 4 + half * 2 + side) ^ lane // 4) * 16
+                words = _pieces(w[half][2 * side], w[half][2 * side + 1])
+                for piece in range_constexpr(PIECES):
+                    ptx.sts32(s_own + piece * (t.tiles * 1024), words[piece])
 
 
 def _pieces(lo: Uint32, hi: Uint32) -> list:
@@ -128,11 +133,22 @@ def _rest(r: Uint32) -> Uint32:
 
 @cute.jit
 def project(t: Constexpr[Batch], m: Mixed, s: Int32, at: Place) -> None:
-    """Streams of the CTA's tokens mixed and projected, `TOGETHER` at a time."""
+    """Streams of the CTA's tokens mixed and projected, `TOGETHER` at a time. What a step takes is copied
+    while those before it compute, by the threads that take it.
+    """
     addresses = (m.x.toint(), m.f.toint()) if const_expr(m.f is not None) else (m.x.toint(),)
     turns = (t.lots - at.block + (t.blocks - 1)) // t.blocks
-    for step in range_constexpr(t.steps):
-        read_ahead(t, addresses, at.block * TOGETHER, step, at)
+    types = BFloat16, BFloat16, OperandMajorMode.K, OperandMajorMode.K, Float32, (1, 1, 1)
+    shape = const_expr((TOGETHER, t.projected, 32 * STREAMS))
+    mma = sm90.make_trivial_tiled_mma(*types, shape[:2], a_source=warpgroup.OperandSource.RMEM)
+    mma.set(warpgroup.Field.ACCUMULATE, True)
+    layout = sm90.make_smem_layout_b(LayoutEnum.ROW_MAJOR, shape, BFloat16, t.width // 32)
+    fn = mma.make_fragment_B(mma.get_slice(at.thread % 128).partition_B(gemm.operand(BFloat16, s, layout)))
+    mixed = mma.make_fragment_A(mma.partition_shape_A((TOGETHER, 32 * STREAMS)))
+    words = cute.make_tensor(cute.recast_ptr(mixed.iterator, dtype=Uint32), cute.make_layout(32))
+    sums = cute.make_rmem_tensor(mma.partition_shape_C(shape[:2]), Float32)
+    for ahead in range_constexpr(t.STAGES - 1):
+        copy(t, s, addresses, at, Int32(0), ahead)
     for turn in cutlass.range(turns, unroll=1):
         first = (turn * t.blocks + at.block) * TOGETHER
         number = turn % (t.combs // TOGETHER) * TOGETHER + at.row
@@ -140,39 +156,52 @@ def project(t: Constexpr[Batch], m: Mixed, s: Int32, at: Place) -> None:
             made = m.logits.toint(), m.post.toint()
             if number == at.row:
                 mix_weights(t, s, *made, first, at.thread)
-        rC = cute.make_rmem_tensor((t.tiles, 4), Float32)
-        rC.fill(0.0)
+        sums.fill(0.0)
         for step in range_constexpr(t.steps):
-            column = at.column + 32 * t.GROUPS * step
-            read_ahead(t, addresses, first + t.blocks * TOGETHER, step, at)
-            rX = mix(t, s, addresses, first + at.row, number, column)
+            copy(t, s, addresses, at, turn, step + t.STAGES - 1)
+            ptx.cp_async_wait(t.STAGES - 1)
+            rX = mix(t, s, s_own(t, s, at, turn, step), len(addresses) > 1, number)
+            for n in range_constexpr(2):
+                for k in range_constexpr(STREAMS):
+                    for i in range_constexpr(4):
+                        words[8 * k + 2 * i + n] = rX[n, k, i]
+            warpgroup.fence()
+            block = step * t.GROUPS + at.group
+            for c in range_constexpr(2 * STREAMS):
+                cute.gemm(mma, sums, mixed[None, None, c], fn[None, None, c, block], sums)
+            warpgroup.commit_group()
             if const_expr(m.x_out is not None):
-                store_streams(t, m.x_out.toint(), rX, first + at.row, column)
-            multiply(t, s, rC, rX, step * t.GROUPS + at.group, at.lane)
-        share(t, s, m.parts.toint(), rC, first, at)
+                store_streams(t, m.x_out.toint(), rX, first + at.row, at.column + 32 * t.GROUPS * step)
+            warpgroup.wait_group(0)
+        share(t, s, m.parts.toint(), sums, first, at)
 
 
 @cute.jit
-def read_ahead(t: Constexpr[Batch], addresses: tuple, first: Int32, step: Constexpr[int], at: Place):
-    """Bring what a step reads of `TOGETHER` tokens from `first` on to L2, a line of 128 bytes of a stream a
-    thread: little at a time, or what is read meanwhile would wait for all of it.
+def s_own(t: Constexpr[Batch], s: Int32, at: Place, turn: Int32, step: Constexpr[int]) -> Int32:
+    """Where a thread's part of a step lies, in pieces of 16 bytes `t.threads` of them apart."""
+    return s + t.o_ring + (turn * t.steps + step) % t.STAGES * t.stage + at.thread * 16
+
+
+@cute.jit
+def copy(
+    t: Constexpr[Batch], s: Int32, addresses: tuple, at: Place, turn: Int32, step: Constexpr[int]
+) -> None:
+    """Eight columns of all streams and of f of a thread's two tokens to the ring, of a step that may be one
+    of a later turn; those of the last token for one that is not, and nothing of a turn that is not.
     """
-    token, stream = first + at.thread // STREAMS, at.thread % STREAMS
-    if token < t.count:
-        behind = at.slice * (t.width * 2) + step * (t.GROUPS * 64)
-        ptx.prefetch_l2(addresses[0] + (Int64(token) * STREAMS + stream) * (t.hidden * 2) + behind)
-        for g_f in addresses[1:]:
-            if stream == 0:
-                ptx.prefetch_l2(g_f + Int64(token) * (t.hidden * 2) + behind)
-
-
-@cute.jit
-def _read(t: Constexpr[Batch], addresses: tuple, token: Int32, column: Int32) -> list:
-    """Eight columns of a token's streams and of f, in flight; of the last one for a token that is not."""
-    own = cutlass.min(token, Int32(t.count - 1))
-    g = addresses[0] + (Int64(own) * (STREAMS * t.hidden) + column) * 2
-    read = [ptx.ldg128(g + j * (t.hidden * 2)) for j in range(STREAMS)]
-    return [*read, *(ptx.ldg128(g_f + (Int64(own) * t.hidden + column) * 2) for g_f in addresses[1:])]
+    later = const_expr(step // t.steps)
+    token = ((turn + later) * t.blocks + at.block) * TOGETHER + at.row
+    column = at.column + 32 * t.GROUPS * const_expr(step % t.steps)
+    s_to = s_own(t, s, at, turn, step)
+    if token - at.row < t.count:
+        for n in range_constexpr(2):
+            own = Int64(cutlass.min(token + 8 * n, Int32(t.count - 1)))
+            g = addresses[0] + (own * (STREAMS * t.hidden) + column) * 2
+            pieces = [g + j * (t.hidden * 2) for j in range(STREAMS)]
+            pieces += [g_f + (own * t.hidden + column) * 2 for g_f in addresses[1:]]
+            for j in range_constexpr(len(pieces)):
+                ptx.cp_async16(s_to + (n * (STREAMS + 1) + j) * (t.threads * 16), pieces[j])
+    ptx.cp_async_commit()
 
 
 @cute.jit
@@ -199,14 +228,15 @@ def mix_weights(t: Constexpr[Batch], s: Int32, g_logits: Int64, g_post: Int64, f
 
 
 @cute.jit
-def mix(t: Constexpr[Batch], s: Int32, addresses: tuple, token: Int32, number: Int32, column: Int32):
-    """Eight columns of all streams of `token` and the eighth behind it, mixed if there is f beside x in
-    `addresses`, as bf16x2 words [2][4][4]; `number` says which comb is theirs.
+def mix(t: Constexpr[Batch], s: Int32, s_x: Int32, mixes: Constexpr[bool], number: Int32):
+    """Eight columns of all streams of a token and the eighth behind it, as `copy` left them, mixed if there
+    is f beside them, as bf16x2 words [2][4][4]; `number` says which comb is theirs.
     """
     rX = cute.make_rmem_tensor((2, STREAMS, 4), Uint32)
     for n in range_constexpr(2):
-        x = _read(t, addresses, token + 8 * n, column)
-        if const_expr(len(addresses) > 1):
+        s_piece = s_x + n * (STREAMS + 1) * (t.threads * 16)
+        x = [ptx.lds128(s_piece + j * (t.threads * 16)) for j in range(STREAMS + mixes)]
+        if const_expr(mixes):
             s_comb = s + t.o_comb + (number + 8 * n) * (STREAMS * STREAMS * 4)
             s_post = s + t.o_post + (number + 8 * n) * (STREAMS * 4)
             for k in range_constexpr(STREAMS):
@@ -232,26 +262,13 @@ def store_streams(t: Constexpr[Batch], g_x: Int64, rX: cute.Tensor, token: Int32
 
 
 @cute.jit
-def multiply(t: Constexpr[Batch], s: Int32, rC: cute.Tensor, rX: cute.Tensor, block: Int32, lane: Int32):
-    """Add the products of a warp's tokens with block `block` of 32 columns of fn to its sums [tiles][4]."""
-    s_block = s + block * (STREAMS * 2 * t.tiles * t.FRAGMENT)
-    for k in range_constexpr(STREAMS):
-        for half in range_constexpr(2):
-            a = [rX[n, k, 2 * half + i] for i in range(2) for n in range(2)]
-            for i in range_constexpr(t.tiles):
-                s_own = s_block + ((k * 2 + half) * t.tiles + i) * t.FRAGMENT
-                b = [*ptx.lds128(s_own + lane * 16), *ptx.lds64(s_own + 512 + lane * 8)]
-                for piece in range_constexpr(PIECES):
-                    ptx.mma_bf16(rC[i, None], a[0], a[1], a[2], a[3], b[2 * piece], b[2 * piece + 1])
-
-
-@cute.jit
 def share(t: Constexpr[Batch], s: Int32, g_parts: Int64, rC: cute.Tensor, first: Int32, at: Place):
     """Add up what groups of warps made of the tokens from `first` on, to memory. All threads."""
     s_own = s + t.o_part + ((at.group * TOGETHER + at.row) * t.sums + at.lane % 4 * 2) * 4
     for i in range_constexpr(t.tiles):
+        r = [(rC[n + 4 * (i + 2 * t.tiles)] + rC[n + 4 * (i + t.tiles)]) + rC[n + 4 * i] for n in range(4)]
         for n in range_constexpr(2):
-            lo, hi = rC[i, 2 * n].bitcast(Uint32), rC[i, 2 * n + 1].bitcast(Uint32)
+            lo, hi = r[2 * n].bitcast(Uint32), r[2 * n + 1].bitcast(Uint32)
             ptx.sts64(s_own + (8 * n * t.sums + 8 * i) * 4, lo, hi)
     cute.arch.sync_threads()
     for n in range_constexpr(-(-TOGETHER * t.sums // 4 // t.threads)):

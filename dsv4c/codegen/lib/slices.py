@@ -8,6 +8,7 @@ from typing import ClassVar
 from dsv4c.codegen.lib.shapes import padded
 
 STREAMS = 4
+PIECES = 3  # bf16 that an f32 is the sum of
 TOGETHER = 64  # tokens that a CTA takes at a time where there are many
 
 
@@ -114,8 +115,8 @@ class Slice:
 @dataclass(frozen=True)
 class Batch:
     """How the boundary of `count` tokens is cut into two launches. One mixes and projects: a CTA has `width`
-    columns of every stream and takes `TOGETHER` tokens at a time, at most `turns` times. A warp has 16 of
-    them, the rows of its MMAs, and 32 columns a step, of as many columns at once as there are `GROUPS`.
+    columns of every stream and takes `TOGETHER` tokens at a time, at most `turns` times. A warpgroup, of
+    which there are `GROUPS`, has all of them, the rows of its products, and 32 columns a step.
     The other adds up what CTAs made of a token and collapses its streams: a CTA for each, 8 columns a thread.
 
     `rows` of `fn` are projected (24, or 4 in the head). comb is of so many `iterations`.
@@ -130,8 +131,8 @@ class Batch:
     width: int
     turns: int
 
-    GROUPS: ClassVar[int] = 2  # of warps, which mix 128 bytes of a row
-    FRAGMENT: ClassVar[int] = 768  # bytes of eight rows of fn for one MMA of every piece
+    GROUPS: ClassVar[int] = 2  # warpgroups, which mix 128 bytes of a row
+    STAGES: ClassVar[int] = 3  # steps whose streams lie in shared memory, or are on their way
 
     @property
     def slices(self) -> int:
@@ -160,8 +161,13 @@ class Batch:
 
     @property
     def tiles(self) -> int:
-        """MMAs side by side: of eight rows of fn each."""
+        """Eights of rows of fn."""
         return -(-self.rows // 8)
+
+    @property
+    def projected(self) -> int:
+        """Rows that tensor cores project on: those of every piece of fn."""
+        return PIECES * 8 * self.tiles
 
     @property
     def sums(self) -> int:
@@ -173,13 +179,13 @@ class Batch:
         """Tokens whose mixing is made at a time, a thread each."""
         return min(self.turns * TOGETHER, self.threads)
 
-    # Shared memory of a CTA that mixes, in bytes from its allocation: fn in pieces, bf16 [width / 32][4][2]
-    # [tiles][a lane's words].
+    # Shared memory of a CTA that mixes, in bytes from its allocation: fn in pieces, bf16 [width / 32][2]
+    # [projected][64], rows of 128 bytes whose eight 16-byte pieces are swizzled: 32 columns of two streams.
 
     @property
     def o_part(self) -> int:
-        """Behind fn: sums of each group of warps f32 [group][token][sums]."""
-        return self.width // 32 * STREAMS * 2 * self.tiles * self.FRAGMENT
+        """Behind fn: sums of each warpgroup f32 [group][token][sums]."""
+        return self.width * STREAMS * 2 * self.projected
 
     @property
     def o_comb(self) -> int:
@@ -192,9 +198,19 @@ class Batch:
         return self.o_comb + self.combs * STREAMS * STREAMS * 4
 
     @property
+    def stage(self) -> int:
+        """Bytes of a step: of each thread's two tokens 8 columns of every stream and of f."""
+        return self.threads * 2 * (STREAMS + 1) * 16
+
+    @property
+    def o_ring(self) -> int:
+        """Stages [token][stream or f][thread]."""
+        return self.o_post + self.combs * STREAMS * 4
+
+    @property
     def shared(self) -> int:
         """Bytes of dynamic shared memory where nothing is mixed, and there is no comb, too."""
-        return self.o_post + self.combs * STREAMS * 4
+        return self.o_ring + self.STAGES * self.stage
 
     # Of a CTA that collapses.
 
