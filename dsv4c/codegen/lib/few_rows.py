@@ -41,13 +41,15 @@ class Work(NamedTuple):
     tiles: Int32
 
 
-class Tile(NamedTuple):
-    """A tile: its columns' number, whose rows it has, so many, and where their numbers are listed."""
+class Rows(NamedTuple):
+    """What a lane of the warp that copies rows knows of a tile: how many rows it has, the number of the one
+    that is the lane's, two lanes having one, and where that row of x and its scales are.
+    """
 
-    number: Int32
-    expert: Int32
     rows: Int32
-    g_order: Int64
+    number: Int32
+    g_x: Int64
+    g_scales: Int64
 
 
 @cute.jit
@@ -56,13 +58,14 @@ def take_tiles(f: Constexpr[FewRows], m: Operands, s: Int32, place: Place, work:
     t, thread = f.tiles, place.thread
     at, tile = Int32(0), Int32(place.block)
     while tile < work.tiles:
-        found = _find(f, m, s, work.row_tiles, tile)
-        rows = found.rows
-        to = [_destination(found, thread // 16 + 16 * i) for i in range(t.TURNS)]
-        weights = [Float32(1.0)] * t.TURNS
+        _, x_bar, x_parity = stage_of(s + t.o_x_bars, t.X_STAGES, at)
+        ptx.mbarrier_wait(x_bar, x_parity)
+        s_numbers = s + t.o_numbers + at // t.steps % 2 * t.NUMBERS
+        rows = Int32(ptx.lds32(s_numbers))
+        to = Int32(ptx.lds32(s_numbers + 4 + thread // 16 * 4))
+        weight = Float32(1.0)
         if const_expr(t.paired):
-            g_weights = m.weights.toint()
-            weights = [ptx.ldg_f32(g_weights + Int64(cutlass.max(row, Int32(0))) * 4) for row in to]
+            weight = ptx.ldg_f32(m.weights.toint() + Int64(cutlass.max(to, Int32(0))) * 4)
         sums = cute.make_rmem_tensor((4, t.ROWS // 8, 2), Float32)
         sums.fill(0.0)
         if rows <= 8:
@@ -70,9 +73,8 @@ def take_tiles(f: Constexpr[FewRows], m: Operands, s: Int32, place: Place, work:
         else:
             multiply(t, s, at, sums, 2, place.warp, place.lane)
         meet_sums(t, s, sums, rows, place.warp, place.lane)
-        for i in range_constexpr(t.TURNS):
-            g_y, first = m.y.toint(), found.number * t.made
-            store(t, s, g_y, i, to[i], Int32(f.columns), first, weights[i], f.limit, thread)
+        first = tile // work.row_tiles * t.made
+        store(t, s, m.y.toint(), to, Int32(f.columns), first, weight, f.limit, thread)
         at = at + t.steps
         tile = tile + f.ctas
 
@@ -95,35 +97,37 @@ def read_weights(f: Constexpr[FewRows], m: Operands, s: Int32, place: Place, wor
 
 @cute.jit
 def read_rows(f: Constexpr[FewRows], m: Operands, s: Int32, place: Place, work: Work) -> None:
-    """A warp: the tiles' rows into their ring."""
-    t = f.tiles
-    at, tile = Int32(0), Int32(place.block)
-    while tile < work.tiles:
-        found = _find(f, m, s, work.row_tiles, tile)
-        g_x, g_fx, lane = m.x.toint(), m.x_scale.toint(), place.lane
-        copy_rows(t, s, at, g_x, g_fx, found.g_order, found.rows, f.divide, lane)
-        at = at + t.steps
-        tile = tile + f.ctas
+    """A warp: the tiles' rows into their ring. `AHEAD` steps of them are on their way, also from one tile to
+    the next.
+    """
+    t, lane = f.tiles, place.lane
+    at, tile, last = Int32(0), Int32(place.block), work.tiles - 1
+    held = cute.make_rmem_tensor((t.AHEAD, t.TOGETHER, 17), Uint32)
+    if tile <= last:
+        own = _look_up(f, m, s, work, tile, lane)
+        for i in range_constexpr(t.AHEAD):
+            _fetch(t, held, i, own.g_x, own.g_scales, Int32(i))
+        rows, number, g_x, g_scales = own.rows, own.number, own.g_x, own.g_scales
+        while tile <= last:
+            tile = tile + f.ctas
+            following = _look_up(f, m, s, work, cutlass.min(tile, last), lane)
+            copy_rows(t, s, at, held, Rows(rows, number, g_x, g_scales), following, lane)
+            rows, number = following.rows, following.number
+            g_x, g_scales = following.g_x, following.g_scales
+            at = at + t.steps
 
 
 @cute.jit
-def _find(f: Constexpr[FewRows], m: Operands, s: Int32, row_tiles: Int32, tile: Int32) -> Tile:
-    """Tile number `tile`."""
+def _look_up(f: Constexpr[FewRows], m: Operands, s: Int32, work: Work, tile: Int32, lane: Int32) -> Rows:
+    """The lane's row of tile number `tile`, its last one in place of one that it has not."""
     t = f.tiles
-    number = tile // row_tiles
-    expert, part = gemm.find_expert(t, s, tile % row_tiles)
+    expert, part = gemm.find_expert(t, s, tile % work.row_tiles)
     rows = Int32(ptx.ldg32(m.counts.toint() + expert * 4)) - part * t.ROWS
-    g_order = m.order.toint() + (Int64(expert) * f.rows + part * t.ROWS) * 4
-    return Tile(number, expert, cutlass.min(rows, Int32(t.ROWS)), g_order)
-
-
-@cute.jit
-def _destination(found: Tile, row: Int32) -> Int32:
-    """Which row of results the tile's row is, -1 for none."""
-    to = Int32(-1)
-    if row < found.rows:
-        to = Int32(ptx.ldg32(found.g_order + row * 4))
-    return to
+    row = part * t.ROWS + cutlass.min(lane // 2, rows - 1)
+    number = Int32(ptx.ldg32(m.order.toint() + (Int64(expert) * f.rows + row) * 4))
+    of_x = Int64(number // f.divide)
+    g_x, g_scales = m.x.toint() + of_x * t.stride + lane % 2 * 16, m.x_scale.toint() + of_x * t.blocks
+    return Rows(cutlass.min(rows, Int32(t.ROWS)), number, g_x, g_scales)
 
 
 @cute.jit
@@ -184,62 +188,58 @@ def copy_rows(
     t: Constexpr[Few],
     s: Int32,
     at: Int32,
-    g_x: Int64,
-    g_fx: Int64,
-    g_order: Int64,
-    rows: Int32,
-    divide: Constexpr[int],
+    held: cute.Tensor,
+    own: Rows,
+    following: Rows,
     lane: Int32,
 ):
-    """A tile's rows of x, as f16, and their scales into their ring: `rows` that `g_order` lists, and the last
-    one in place of others; `at` steps were laid down before. A warp: a lane has every other 16 columns of a
-    row of each turn.
+    """A tile's rows of x, as f16, and their scales into their ring. Its first steps are `held`, and those of
+    the tile behind it when this returns; `at` steps were laid down before. A warp: two lanes have a row, each
+    every other 16 columns. How many rows there are, and their numbers, -1 for none, are in shared memory when
+    the first step is.
     """
     row, half = lane // 2, lane % 2
-    g_rows, g_scales = [], []
-    for turn in range_constexpr(t.TURNS):
-        own = cutlass.min(row + 16 * turn, rows - 1)
-        number = Int32(ptx.ldg32(g_order + Int64(own) * 4)) // divide
-        g_rows.append(g_x + Int64(number) * t.stride + half * 16)
-        g_scales.append(g_fx + Int64(number) * t.blocks)
-    held = cute.make_rmem_tensor((t.TURNS, t.TOGETHER, 17), Uint32)
-    _fetch(t, held, g_rows, g_scales, rows, Int32(0))
+    s_numbers = s + t.o_numbers + at // t.steps % 2 * t.NUMBERS
+    ptx.sts32(s_numbers, Uint32(own.rows))
+    ptx.sts32(s_numbers + 4 + row * 4, Uint32(own.number if row < own.rows else Int32(-1)))
     # Of 32 columns; two pieces of 16 bytes change places so that lanes that write together meet in no bank.
     s_own = s + row // 8 * 512 + row % 8 * 64 + half * 32 + row // 2 % 2 * 16
     across = 16 - row // 2 % 2 * 32
-    for step in cutlass.range(t.steps, unroll=1):
-        stage, bar, parity = stage_of(s + t.o_x_bars, t.X_STAGES, at + step)
-        ptx.mbarrier_wait(bar + 8, parity ^ 1)
-        for turn in range_constexpr(t.TURNS):
-            if row + 16 * turn < t.ROWS and 16 * turn < rows:
-                for i in range_constexpr(t.TOGETHER):
-                    unit = stage * t.TOGETHER + i
-                    s_unit = s_own + unit * t.X_UNIT + turn * 1024
-                    for n in range_constexpr(4):
-                        w = [ptx.e4m3x4_to_f16x2x2(held[turn, i, 4 * n + j]) for j in range(4)]
-                        ptx.sts128(s_unit + n * t.X_CHUNK, *w[0], *w[1])
-                        ptx.sts128(s_unit + n * t.X_CHUNK + across, *w[2], *w[3])
-                    if half == 0:
-                        f = ptx.ue8m0_to_f32(held[turn, i, 16])
-                        ptx.sts_f32(s + t.o_factors + (unit * t.ROWS + row + 16 * turn) * 4, f)
-        cute.arch.sync_warp()
-        if lane == 0:
-            ptx.mbarrier_arrive(bar)
-        _fetch(t, held, g_rows, g_scales, rows, cutlass.min(step + 1, Int32(t.steps - 1)))
+    groups = const_expr(t.steps // t.AHEAD)
+    for group in cutlass.range(groups, unroll=1):
+        behind = (group + 1) * t.AHEAD
+        g_x, g_scales = own.g_x, own.g_scales
+        if group == groups - 1:
+            behind, g_x, g_scales = Int32(0), following.g_x, following.g_scales
+        for n in range_constexpr(t.AHEAD):
+            stage, bar, parity = stage_of(s + t.o_x_bars, t.X_STAGES, at + group * t.AHEAD + n)
+            ptx.mbarrier_wait(bar + 8, parity ^ 1)
+            for i in range_constexpr(t.TOGETHER):
+                unit = stage * t.TOGETHER + i
+                s_unit = s_own + unit * t.X_UNIT
+                for c in range_constexpr(4):
+                    w = [ptx.e4m3x4_to_f16x2x2(held[n, i, 4 * c + j]) for j in range(4)]
+                    ptx.sts128(s_unit + c * t.X_CHUNK, *w[0], *w[1])
+                    ptx.sts128(s_unit + c * t.X_CHUNK + across, *w[2], *w[3])
+                if half == 0:
+                    f = ptx.ue8m0_to_f32(held[n, i, 16])
+                    ptx.sts_f32(s + t.o_factors + (unit * t.ROWS + row) * 4, f)
+            cute.arch.sync_warp()
+            if lane == 0:
+                ptx.mbarrier_arrive(bar)
+            _fetch(t, held, n, g_x, g_scales, behind + n)
 
 
 @cute.jit
-def _fetch(t: Constexpr[Few], held: cute.Tensor, g_rows: list, g_scales: list, rows: Int32, step: Int32):
-    """The lane's bytes of its rows in step `step` and their scales, in flight to registers."""
-    for turn in range_constexpr(t.TURNS):
-        if 16 * turn < rows:
-            for i in range_constexpr(t.TOGETHER):
-                unit = step * t.TOGETHER + i
-                for n in range_constexpr(4):
-                    w = ptx.ldg128(g_rows[turn] + Int64(unit * 128 + n * 32))
-                    for j in range_constexpr(4):
-                        held[turn, i, 4 * n + j] = w[j]
-                held[turn, i, 16] = ptx.ldg_u8(g_scales[turn] + unit)
+def _fetch(t: Constexpr[Few], held: cute.Tensor, n: Constexpr[int], g_x: Int64, g_scales: Int64, step: Int32):
+    """The lane's bytes of its row in step `step` and their scales, in flight to the registers of `n`."""
+    for i in range_constexpr(t.TOGETHER):
+        unit = step * t.TOGETHER + i
+        for c in range_constexpr(4):
+            w = ptx.ldg128(g_x + Int64(unit * 128 + c * 32))
+            for j in range_constexpr(4):
+                held[n, i, 4 * c + j] = w[j]
+        held[n, i, 16] = ptx.ldg_u8(g_scales + unit)
 
 
 @cute.jit
@@ -336,7 +336,6 @@ def store(
     t: Constexpr[Few],
     s: Int32,
     g_y: Int64,
-    turn: Constexpr[int],
     row: Int32,
     columns: Int32,
     column: Int32,
@@ -345,9 +344,9 @@ def store(
     thread: Int32,
 ):
     """bf16 results from `column` on, of which those below `columns` exist, to `row` of y, -1 for none: row
-    thread / 16 of the tile's 16 of this turn. Of paired matrices SwiGLU under `weight`.
+    thread / 16 of the tile. Of paired matrices SwiGLU under `weight`.
     """
-    s_row = s + t.o_sums + (16 * turn + thread // 16) * t.PITCH
+    s_row = s + t.o_sums + thread // 16 * t.PITCH
     first = column + thread % 16 * (t.made // 16)
     if row >= 0 and first < columns:
         g = g_y + (Int64(row) * columns + first) * 2

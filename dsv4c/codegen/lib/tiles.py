@@ -344,15 +344,16 @@ class Few:
     TOGETHER: ClassVar[int] = 2  # units along k in a step, each for another warp
     STAGES: ClassVar[int] = 4  # steps of weights in shared memory, 70 KB in each of an SM's CTAs
     X_STAGES: ClassVar[int] = 2  # of rows of x, 16 KB
+    AHEAD: ClassVar[int] = 2  # steps of rows on their way to registers
     RESIDENT: ClassVar[int] = 2  # CTAs that fit an SM
     COLUMNS: ClassVar[int] = 128  # rows of w in a tile
     UNIT: ClassVar[int] = BYTES["mxfp4"]
     PITCH: ClassVar[int] = 4 * (128 + 4)  # bytes between rows of sums: padded off each other's banks
     ROWS: ClassVar[int] = 16  # of x in a tile; 24 took 1.06 to 1.07 times as long on an H200
-    TURNS: ClassVar[int] = -(-ROWS // 16)  # of 16 rows, or 8 in the last one
     X_CHUNK: ClassVar[int] = ROWS * 32 * 2  # bytes of 32 columns of rows of x
     X_UNIT: ClassVar[int] = 4 * X_CHUNK  # of a unit's columns
     F_STAGE: ClassVar[int] = TOGETHER * ROWS * 4  # bytes of a step's scales of x
+    NUMBERS: ClassVar[int] = 4 * (1 + ROWS)  # bytes that say how many rows a tile has, and which
     FINISH: ClassVar[float] = 2.0**14  # what sums lack in the end
 
     @property
@@ -374,7 +375,7 @@ class Few:
     def covered(self) -> bool:
         """Whether k is whole steps of units that lie together, and whole groups of the packing."""
         lying = self.blocks if self.tiles == 1 else self.span
-        return self.blocks % self.span == 0 and lying % self.TOGETHER == 0
+        return self.blocks % self.span == 0 and lying % self.TOGETHER == 0 and self.steps % self.AHEAD == 0
 
     @property
     def steps(self) -> int:
@@ -429,9 +430,14 @@ class Few:
         return self.o_bars + 16 * self.STAGES
 
     @property
+    def o_numbers(self) -> int:
+        """Of this tile and of the next one, what its rows are."""
+        return self.o_x_bars + 16 * self.X_STAGES
+
+    @property
     def o_tiles(self) -> int:
         """Per expert how many tiles of rows it and those before it have."""
-        return self.o_x_bars + 16 * self.X_STAGES
+        return self.o_numbers + 2 * self.NUMBERS
 
     @property
     def shared(self) -> int:
